@@ -1,0 +1,114 @@
+"""Which parallel layouts can work, and what lengths they need. Arithmetic on the config alone."""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_post.config.schema import Config
+
+# Rows of a GEMM operand that each FP8 recipe needs as a multiple, on the local shard.
+FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def segment_multiple(config: "Config") -> int:
+    """Multiple to which each segment of a pack is padded: the zigzag split cuts every segment in 2 x CP chunks."""
+    return 2 * config.parallel.context if config.parallel.context > 1 else 1
+
+
+def pack_multiple(config: "Config") -> int:
+    """Multiple that `data.pack_length` must be of: 2 x CP, TP with sequence parallel, FP8 rows on the local shard.
+
+    Only whole packs meet a GEMM, so TP and FP8 bind the pack and not its segments.
+    """
+    p = config.parallel
+    shards = p.context * (p.tensor if p.sequence else 1)
+    return math.lcm(segment_multiple(config), shards * FP8_MULTIPLE[config.precision.fp8])
+
+
+def layout_errors(config: "Config") -> list[str]:
+    """Every reason why the layout cannot work on any number of ranks; empty if it can."""
+    m, p = config.model, config.parallel
+    checks = [
+        (
+            m.hidden_size % m.num_attention_heads == 0,
+            f"model.hidden_size={m.hidden_size} is not a multiple of num_attention_heads={m.num_attention_heads}",
+        ),
+        (
+            m.num_attention_heads % m.num_key_value_heads == 0,
+            f"model.num_attention_heads={m.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={m.num_key_value_heads}",
+        ),
+        (
+            m.num_attention_heads % p.tensor == 0,
+            f"model.num_attention_heads={m.num_attention_heads} is not a multiple of parallel.tensor={p.tensor}",
+        ),
+        (
+            m.num_key_value_heads % p.tensor == 0,
+            f"model.num_key_value_heads={m.num_key_value_heads} is not a multiple of parallel.tensor={p.tensor}; "
+            "lower parallel.tensor",
+        ),
+        (
+            m.ffn_hidden_size % p.tensor == 0,
+            f"model.ffn_hidden_size={m.ffn_hidden_size} is not a multiple of parallel.tensor={p.tensor}",
+        ),
+        (
+            not p.sequence or p.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor > 1; set parallel.sequence=false",
+        ),
+        (
+            p.virtual_pipeline == 1 or p.pipeline > 1,
+            f"parallel.virtual_pipeline={p.virtual_pipeline} needs parallel.pipeline > 1",
+        ),
+        (
+            config.data.pack_length % pack_multiple(config) == 0,
+            f"data.pack_length={config.data.pack_length} is not a multiple of {pack_multiple(config)}, which "
+            f"context={p.context}, tensor={p.tensor}, sequence={p.sequence}, fp8={config.precision.fp8} need",
+        ),
+        (
+            config.precision.fp8 is None or config.precision.dtype == "bf16",
+            f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, not {config.precision.dtype}",
+        ),
+        (
+            config.optimizer.distributed or not config.optimizer.overlap,
+            "optimizer.overlap=true needs optimizer.distributed=true",
+        ),
+    ]
+    return [message for ok, message in checks if not ok] + _pipeline_errors(config)
+
+
+def _pipeline_errors(config: "Config") -> list[str]:
+    p, layers = config.parallel, config.model.num_layers
+    chunks = p.pipeline * p.virtual_pipeline
+    if (layers + 2 * p.embedding_and_loss_as_layers) % chunks == 0:
+        return []
+    hint = " (with embedding_and_loss_as_layers=true it would fit)" if (layers + 2) % chunks == 0 else ""
+    return [
+        f"model.num_layers={layers}{' + 2' if p.embedding_and_loss_as_layers else ''} is not a multiple of "
+        f"parallel.pipeline={p.pipeline} x virtual_pipeline={p.virtual_pipeline} = {chunks}{hint}"
+    ]
+
+
+def world_errors(config: "Config", *, world_size: int, has_gpu: bool, has_transformer_engine: bool) -> list[str]:
+    """Every reason why this config cannot run on these ranks; empty if it can."""
+    p, errors = config.parallel, []
+    if world_size % p.model_size:
+        errors.append(
+            f"{world_size} ranks are not a multiple of tensor x pipeline x context = {p.model_size}; "
+            "start more ranks or change parallel.*"
+        )
+    else:
+        data_size = world_size // p.model_size
+        if config.train.global_batch % data_size:
+            errors.append(
+                f"train.global_batch={config.train.global_batch} is not a multiple of the {data_size} data-parallel "
+                f"ranks that {world_size} ranks make"
+            )
+        elif p.virtual_pipeline > 1 and (config.train.global_batch // data_size) % p.pipeline:
+            errors.append(
+                f"{config.train.global_batch // data_size} microbatches a data-parallel rank are not a multiple of "
+                f"parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
+            )
+    if config.precision.fp8 and not (has_gpu and has_transformer_engine):
+        missing = "a GPU" if not has_gpu else "Transformer Engine (pip install megatron-post[cuda])"
+        errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
+    return errors

@@ -1,0 +1,85 @@
+"""YAML with a `base:` to inherit from, dotted overrides on top, every error at once."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from megatron_post.config.schema import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message lists every reason with its key and value."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, its bases and dotted overrides (`optimizer.lr=5e-7`), and validate the result.
+
+    Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible layout.
+    """
+    tree = _read(Path(path), seen=())
+    try:
+        malformed = [text for text in overrides if "=" not in text]
+        if malformed:
+            raise ConfigError(f"overrides must read key=value: {', '.join(malformed)}")
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return validate(values, origin=str(path))
+
+
+def validate(values: Any, *, origin: str) -> Config:
+    """Make a `Config` of plain values; `origin` names them in the `ConfigError`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for item in error.errors() for line in _describe(item)]
+        raise ConfigError(f"{origin}: {len(lines)} error(s)\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, ready to be loaded again."""
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(config.model_dump_json())))
+
+
+def json_schema() -> str:
+    """JSON schema of a config file, for editors."""
+    return json.dumps(Config.model_json_schema(), indent=2)
+
+
+def _read(path: Path, *, seen: tuple[Path, ...]) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist" + (f" (base of {seen[-1]})" if seen else ""))
+    if path.resolve() in seen:
+        raise ConfigError(f"config file {path} inherits from itself through `base:`")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path}: the top level must be a mapping")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    parent = _read(path.parent / str(base), seen=(*seen, path.resolve()))
+    merged = OmegaConf.merge(parent, tree)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _describe(item: Any) -> list[str]:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return [f"{key}: unknown key (value {item['input']!r})"]
+    if item["type"] == "missing":
+        return [f"{key}: missing"]
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return [f"{key}: {line}" if key else line for line in message.splitlines()]
+    return [f"{key}: {message} (got {item['input']!r})"]

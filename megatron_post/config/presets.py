@@ -1,0 +1,47 @@
+"""Model shapes by name: the published `config.json` values of each Llama 3 size, and a tiny one for CPUs.
+
+Source: "The Llama 3 Herd of Models", table 3, and the models' published configurations. 405B's released weights
+have 8 key-value heads (the first release repeated them to 16).
+"""
+
+from typing import Any
+
+_LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+_LLAMA3_0 = {**_LLAMA3, "max_position_embeddings": 8192}
+_LLAMA3_1 = {
+    **_LLAMA3,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def _shape(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_shape(4, 128, 352, 8, 4),
+        "vocab_size": 1024,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+    },
+    "llama3_8b": {**_LLAMA3_0, **_shape(32, 4096, 14336, 32, 8)},
+    "llama3_70b": {**_LLAMA3_0, **_shape(80, 8192, 28672, 64, 8)},
+    "llama3.1_8b": {**_LLAMA3_1, **_shape(32, 4096, 14336, 32, 8)},
+    "llama3.1_70b": {**_LLAMA3_1, **_shape(80, 8192, 28672, 64, 8)},
+    "llama3.1_405b": {**_LLAMA3_1, **_shape(126, 16384, 53248, 128, 8)},
+}

@@ -1,0 +1,180 @@
+"""The whole configuration as frozen pydantic models. Unknown keys are errors; defaults are Llama 3's where it has one."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from megatron_post.config.layout import layout_errors
+from megatron_post.config.presets import PRESETS
+
+RoleName = Literal["header", "prompt", "body", "terminator"]
+
+
+class Section(BaseModel):
+    """One section of the YAML: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RopeScaling(Section):
+    """Llama 3.1's frequency scaling, with Hugging Face's names."""
+
+    factor: PositiveFloat = 8.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+
+
+class Model(Section):
+    """Shape of the Llama, by preset or by number (a number given beside a preset overrides it)."""
+
+    preset: str | None = None
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    rope_theta: PositiveFloat
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: PositiveFloat
+    tie_word_embeddings: bool
+    initializer_range: PositiveFloat = 0.02
+    init_from: str | None = Field(None, description="Hugging Face directory to start from; null: random from seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") is None:
+            return values
+        name = values["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return {**PRESETS[name], **values}
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Tokenizer(Section):
+    path: str = Field(description="Meta's tokenizer.model, a tokenizer.json, or a directory that holds one of them")
+
+
+class Source(Section):
+    """One dataset: a local file or directory, or a hub name, read through `datasets`."""
+
+    name: str
+    path: str
+    split: str = "train"
+    subset: str | None = None
+    format: Literal["auto", "messages", "preference", "columns", "transcript"] = "auto"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="role -> column, for rows that hold one column a role"
+    )
+    epochs: float | None = Field(None, gt=0, description="how often each row is used; exclusive with weight")
+    weight: PositiveFloat | None = Field(None, description="share of the mixture's rows, relative to other weights")
+    max_rows: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_of_epochs_and_weight(self) -> "Source":
+        if self.epochs is not None and self.weight is not None:
+            raise ValueError(f"source {self.name!r}: give epochs or weight, not both")
+        return self
+
+
+class Data(Section):
+    store: str = Field(description="directory of the packed zarr store")
+    sources: tuple[Source, ...] = ()
+    eval_sources: tuple[Source, ...] = ()
+    pack_length: PositiveInt = Field(8192, description="tokens in a pack; every microbatch is one pack")
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    max_bad_rows: int = Field(0, ge=0)
+    backend: Literal["torch", "dali"] = "torch"
+    prefetch: PositiveInt = Field(4, description="microbatches prepared ahead in the background")
+
+
+class Parallel(Section):
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = Field(1, description="model chunks a pipeline rank (interleaved schedule)")
+    embedding_and_loss_as_layers: bool = Field(
+        False, description="count the embedding and the loss as a layer each when layers are dealt to pipeline chunks"
+    )
+    context: PositiveInt = 1
+    sequence: bool = Field(False, description="shard activations between tensor-parallel regions over the sequence")
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the data: TP x CP x PP."""
+        return self.tensor * self.pipeline * self.context
+
+
+class Precision(Section):
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+
+
+class Recompute(Section):
+    mode: Literal["none", "selective", "full"] = "none"
+    modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 1e-5
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: PositiveFloat = 1e-8
+    clip_grad: float = Field(1.0, ge=0, description="0: no clipping")
+    distributed: bool = Field(True, description="shard optimizer state over data-parallel ranks")
+    overlap: bool = Field(False, description="overlap gradient reduce-scatter and parameter all-gather with compute")
+
+
+class Loss(Section):
+    trained_roles: tuple[RoleName, ...] = Field(
+        ("body", "terminator"), min_length=1, description="token roles that carry loss; SFT must learn to stop"
+    )
+
+
+class Train(Section):
+    steps: PositiveInt
+    global_batch: PositiveInt = Field(description="packs an optimizer step, over all data-parallel ranks")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end, if there is data")
+    eval_packs: PositiveInt = Field(64, description="held-out packs an evaluation, at most")
+    log_every: PositiveInt = 1
+    export_hf: bool = Field(False, description="write a Hugging Face directory when training ends")
+
+
+class Checkpoint(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+
+
+class Config(Section):
+    """A run, complete. `load_config` makes one; the resolved form is saved with every checkpoint."""
+
+    stage: Literal["sft"] = "sft"
+    run_dir: str = Field(description="checkpoints, metrics and exports of this run")
+    seed: int = 1234
+    model: Model
+    tokenizer: Tokenizer
+    data: Data
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    recompute: Recompute = Recompute()
+    optimizer: Optimizer = Optimizer()
+    loss: Loss = Loss()
+    train: Train
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _layout_works(self) -> "Config":
+        errors = layout_errors(self)
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self

@@ -1,0 +1,37 @@
+from setuptools import find_packages, setup
+
+# Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
+# `apex` on PyPI is not NVIDIA's and must never be named here; `megatron-post doctor` recognises it.
+setup(
+    name="megatron-post",
+    version="0.1.0",
+    description="Post-training for Llama 3 on megatron-core: SFT, reward model, DPO",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_post*"]) + ["megatron_post_kernels"],
+    package_dir={"megatron_post_kernels": "kernels/megatron_post_kernels"},
+    package_data={"megatron_post": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "numpy",
+        "psutil",  # megatron-core's checkpoint writer hangs without it
+        "pydantic>=2.7",
+        "omegaconf>=2.3",
+        "typer>=0.12",
+        "rich",
+        "zarr>=3.0",
+        "tokenizers>=0.20",
+        "safetensors>=0.4",
+        "datasets>=2.20",
+        "tensorboard",
+    ],
+    extras_require={
+        "cuda": ["transformer-engine[pytorch]>=2.0"],
+        "dali": ["nvidia-dali-cuda120"],
+        "generate": ["transformers>=4.45"],
+        "bench": ["transformers>=4.45", "trl"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", "transformers>=4.45"],
+    },
+    entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
+)
