@@ -1,0 +1,208 @@
+"""Reading datasets: local files, directories and hub names to `Dialog` and `Preference`, bad rows counted and named.
+
+Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8: `datasets` gives up a whole
+file at one broken line and cannot say which, and Arrow would give all rows the same nested keys. Parquet, CSV and
+Arrow files and everything on the hub go through `datasets`, which also says which files of a directory are a split.
+"""
+
+import csv
+import gzip
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
+
+from megatron_post.config.schema import Source
+from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
+from megatron_post.data.row_formats import check_columns, example_of_row
+
+_MAX_LINE_BYTES = 8 * MAX_CHARACTERS  # JSON writes a character in up to 6 bytes, 12 outside the basic plane
+_JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+_SUFFIXES = (*_JSON_SUFFIXES, ".csv", ".csv.gz", ".parquet", ".arrow")
+
+# A row and where it is ("file:line"); a row that could not be decoded is its `BadRow`.
+_Record = tuple[int, str, Any]
+
+
+class TooManyBadRows(ValueError):
+    """More bad rows than `data.max_bad_rows` allows; the message names the first ones."""
+
+
+class BadRows:
+    """Counts bad rows over all sources of a store and refuses when there are more than `limit`."""
+
+    NUM_EXAMPLES = 10
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.count = 0
+        self.examples: list[str] = []
+        self.by_source: Counter[str] = Counter()
+
+    def add(self, source_name: str, where: str, reason: str) -> None:
+        """Count a row. Raises `TooManyBadRows` beyond the limit."""
+        self.count += 1
+        self.by_source[source_name] += 1
+        if len(self.examples) < self.NUM_EXAMPLES:
+            self.examples.append(f"{where}: {reason}")
+        if self.count > self.limit:
+            raise TooManyBadRows(
+                f"{self.summary()}\nMend the data, or allow more with data.max_bad_rows (now {self.limit})."
+            )
+
+    def summary(self) -> str:
+        """The count, and the first rows with file, line and reason, a line each."""
+        more = f"\n  and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
+        return f"{self.count} bad row(s)" + "".join(f"\n  {example}" for example in self.examples) + more
+
+
+def read_rows(source: Source, *, bad_rows: BadRows) -> Iterator[tuple[int, Dialog | Preference]]:
+    """Yield (row number, dialog or preference) of each good row, at most `source.max_rows`.
+
+    The row number counts from 1: the line in a local JSON Lines file, running on over the files of a directory.
+    Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, or columns that make no row.
+    """
+    check_columns(source)
+    num_good = 0
+    for number, where, row in _records(source):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            example = example_of_row(row, source)
+        except BadRow as error:
+            bad_rows.add(source.name, where, str(error))
+            continue
+        yield number, example
+        num_good += 1
+        if num_good == source.max_rows:
+            return
+
+
+def _records(source: Source) -> Iterator[_Record]:
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        if path.name.endswith(_SUFFIXES) or source.path.startswith(("/", ".", "~")):
+            raise ValueError(f"source {source.name!r}: {path} does not exist")
+        where = f"{source.path}[{source.split}]"
+        yield from _from_datasets(
+            where,
+            lambda: datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True),
+        )
+        return
+    if source.subset:
+        raise ValueError(
+            f"source {source.name!r}: subset={source.subset} goes with hub names; give its own path"
+        )
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = path / source.split if (path / "dataset_dict.json").is_file() else path
+        yield from _from_datasets(str(saved), lambda: datasets.load_from_disk(str(saved)))
+        return
+    before = 0
+    for file in _files(path, source):
+        number = 0
+        for number, where, row in _from_file(file):
+            yield before + number, where, row
+        before += number
+
+
+def _files(path: Path, source: Source) -> list[Path]:
+    if path.is_file():
+        return [path]
+    try:
+        patterns = get_data_patterns(str(path))
+    except EmptyDatasetError:
+        patterns = {}
+    files = [
+        Path(file)
+        for file in (
+            DataFilesList.from_patterns(patterns[source.split], str(path)) if source.split in patterns else ()
+        )
+        if file.endswith(_SUFFIXES)
+    ]
+    if not files:
+        raise ValueError(
+            f"source {source.name!r}: {path} holds no files of split {source.split!r} ending in "
+            f"{', '.join(_SUFFIXES)}; splits found: {', '.join(map(str, patterns)) or 'none'}"
+        )
+    return sorted(files)
+
+
+def _from_file(file: Path) -> Iterator[_Record]:
+    if file.name.endswith(_JSON_SUFFIXES):
+        yield from _from_json(file)
+    elif file.name.endswith((".csv", ".csv.gz")):
+        with _open(file) as stream:
+            header = next(csv.reader([stream.readline().decode("utf-8-sig", errors="replace")]), [])
+        # every column is text, as it is written: no numbers, no "NA" that means nothing
+        features = datasets.Features({name: datasets.Value("string") for name in header})
+        yield from _from_datasets(
+            str(file),
+            lambda: _load_file("csv", file, features=features, keep_default_na=False, encoding="utf-8-sig"),
+        )
+    elif file.name.endswith((".parquet", ".arrow")):
+        yield from _from_datasets(str(file), lambda: _load_file(file.suffix[1:], file))
+    else:
+        raise ValueError(f"{file}: cannot tell the kind of file; it must end in {', '.join(_SUFFIXES)}")
+
+
+def _load_file(kind: str, file: Path, **options: Any) -> Any:
+    return datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
+
+
+def _from_datasets(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
+    number = 0
+    try:
+        for number, row in enumerate(load(), start=1):
+            yield number, f"{where}:{number}", row
+    except Exception as error:  # whatever a builder raises, the user needs to know the place
+        raise ValueError(
+            f"{where}: cannot be read after row {number}: {error or type(error).__name__}"
+        ) from error
+
+
+def _from_json(file: Path) -> Iterator[_Record]:
+    """Rows of a file of JSON lines, or of one JSON array (rows counted, not lines)."""
+    try:
+        with _open(file) as stream:
+            start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            stream.seek(0)
+            if start == b"[":
+                for number, row in enumerate(json.loads(stream.read().decode("utf-8-sig")), start=1):
+                    yield number, f"{file}:{number}", row
+                return
+            for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
+                row = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    _skip_line(stream)
+                if row is not None:
+                    yield number, f"{file}:{number}", row
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
+
+
+def _decode(line: bytes) -> Any:
+    """The row in a line, its `BadRow`, or None for a blank line."""
+    if len(line) == _MAX_LINE_BYTES:
+        return BadRow(f"huge: a line of {_MAX_LINE_BYTES} bytes or more")
+    try:
+        text = line.decode()
+        return json.loads(text) if text.strip() else None
+    except UnicodeDecodeError as error:
+        return BadRow(f"invalid UTF-8 at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return BadRow(f"broken JSON at character {error.pos} of the line: {error.msg}")
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        return BadRow(f"broken JSON: {error}")
+
+
+def _skip_line(stream: IO[bytes]) -> None:
+    while (rest := stream.readline(_MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")  # type: ignore[return-value]

@@ -1,0 +1,152 @@
+"""Llama 3.1's chat format: dialogs to token ids and token roles, in one pass.
+
+The format is Meta's published one (llama-models, "Llama 3.1 - Prompt Formats"). Header names, the two newlines,
+contents and tool calls are encoded apart from each other, as Meta's ChatFormat does; so no token spans two of them.
+
+Contents are rendered as they are. The Llama 3.0 reference stripped them; the 3.1 reference, which made the published
+examples (a system prompt that ends in a newline), does not. `rows` strips what it reads, so training data is the same
+under both, and under the chat templates of Hugging Face, which trim.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from megatron_post.data.dialog import Dialog, Message, Preference
+from megatron_post.data.tokenizer import (
+    BOS,
+    END_HEADER,
+    END_OF_MESSAGE,
+    END_OF_TURN,
+    PYTHON_TAG,
+    START_HEADER,
+    Tokenizer,
+)
+from megatron_post.data.tools import call_text, with_tools
+
+
+class TokenRole(IntEnum):
+    """What a token is for: decides which tokens carry loss."""
+
+    PADDING = 0
+    HEADER = 1  # begin of text, and <|start_header_id|>role<|end_header_id|>\n\n of every message
+    PROMPT = 2  # system, user and ipython bodies with their terminators
+    BODY = 3  # what the assistant says, <|python_tag|> included
+    TERMINATOR = 4  # the assistant's <|eot_id|> or <|eom_id|>
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """tokens: int32 [n]; roles: uint8 [n] of `TokenRole`."""
+
+    tokens: np.ndarray
+    roles: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+# A run of tokens of one role: text still to be encoded, or the ids of control tokens and headers.
+_Segment = tuple[str | list[int], TokenRole]
+
+
+def render(dialog: Dialog, tokenizer: Tokenizer) -> Rendered:
+    """Token ids and roles of a whole dialog."""
+    return render_batch([dialog], tokenizer)[0]
+
+
+def render_batch(dialogs: Iterable[Dialog], tokenizer: Tokenizer) -> list[Rendered]:
+    """As `render`, for many dialogs: all their texts are encoded in one call, on all cores."""
+    template = _Template(tokenizer)
+    return _encode([list(template.opening(with_tools(d.messages, d.tools))) for d in dialogs], tokenizer)
+
+
+def render_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[dict] = ()
+) -> np.ndarray:
+    """Token ids of a conversation so far, then the assistant's header: what a model is given to answer. int32 [n]."""
+    template = _Template(tokenizer)
+    segments = [*template.opening(with_tools(tuple(messages), tools)), template.header("assistant")]
+    return _encode([segments], tokenizer)[0].tokens
+
+
+def render_preference(preference: Preference, tokenizer: Tokenizer) -> tuple[Rendered, tuple[Rendered, ...]]:
+    """Prompt and responses of a preference; prompt + response is the rendering of that whole dialog.
+
+    The prompt ends with the header that opens the response. Earlier assistant turns are no part of what is compared:
+    their BODY and TERMINATOR count as PROMPT.
+    """
+    return render_preferences([preference], tokenizer)[0]
+
+
+def render_preferences(
+    preferences: Iterable[Preference], tokenizer: Tokenizer
+) -> list[tuple[Rendered, tuple[Rendered, ...]]]:
+    """As `render_preference`, for many: all their texts are encoded in one call, on all cores."""
+    template = _Template(tokenizer)
+    rows: list[list[_Segment]] = []
+    counts = []
+    for preference in preferences:
+        prompt = template.opening(with_tools(preference.prompt, preference.tools))
+        rows.append([(piece, _as_history(role)) for piece, role in prompt] + [template.header("assistant")])
+        rows.extend(list(template.messages(response))[1:] for response in preference.responses)
+        counts.append(len(preference.responses))
+    rendered = iter(_encode(rows, tokenizer))
+    return [(next(rendered), tuple(next(rendered) for _ in range(count))) for count in counts]
+
+
+def _as_history(role: TokenRole) -> TokenRole:
+    return TokenRole.PROMPT if role in (TokenRole.BODY, TokenRole.TERMINATOR) else role
+
+
+class _Template:
+    """Messages to segments. Header ids are made once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._special = tokenizer.special
+        self._headers = {
+            role: [
+                tokenizer.special(START_HEADER),
+                *tokenizer.encode(role),
+                tokenizer.special(END_HEADER),
+                *tokenizer.encode("\n\n"),
+            ]
+            for role in ("system", "user", "assistant", "ipython")
+        }
+
+    def header(self, role: str) -> _Segment:
+        return self._headers[role], TokenRole.HEADER
+
+    def opening(self, messages: Sequence[Message]) -> Iterator[_Segment]:
+        """Begin of text, then the messages."""
+        yield [self._special(BOS)], TokenRole.HEADER
+        yield from self.messages(messages)
+
+    def messages(self, messages: Sequence[Message]) -> Iterator[_Segment]:
+        for message in messages:
+            assistant = message.role == "assistant"
+            body = TokenRole.BODY if assistant else TokenRole.PROMPT
+            yield self.header(message.role)
+            yield message.content, body
+            for call in message.tool_calls:
+                yield [self._special(PYTHON_TAG)], body
+                yield call_text(call), body
+            terminator = self._special(END_OF_TURN if message.end_of_turn else END_OF_MESSAGE)
+            yield [terminator], TokenRole.TERMINATOR if assistant else TokenRole.PROMPT
+
+
+def _encode(rows: Sequence[Sequence[_Segment]], tokenizer: Tokenizer) -> list[Rendered]:
+    texts = list(dict.fromkeys(piece for row in rows for piece, _ in row if isinstance(piece, str)))
+    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    rendered = []
+    for row in rows:
+        tokens: list[int] = []
+        roles = bytearray()
+        for piece, role in row:
+            ids = ids_of[piece] if isinstance(piece, str) else piece
+            tokens += ids
+            roles += bytes((role,)) * len(ids)
+        rendered.append(Rendered(np.array(tokens, dtype=np.int32), np.frombuffer(roles, dtype=np.uint8)))
+    return rendered

@@ -1,0 +1,235 @@
+"""Llama 3 tokenizers on the `tokenizers` library: Meta's `tokenizer.model`, a `tokenizer.json`, or a small trained one."""
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from megatron_post.data.chat_template import CHAT_TEMPLATE
+
+BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
+START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+END_OF_MESSAGE, END_OF_TURN, PYTHON_TAG = "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"
+USED_SPECIAL_TOKENS = (
+    BOS,
+    END_OF_TEXT,
+    PAD,
+    START_HEADER,
+    END_HEADER,
+    END_OF_MESSAGE,
+    END_OF_TURN,
+    PYTHON_TAG,
+)
+
+# Llama 3's split, from Meta's tokenizer.py; digits go in groups of up to `digits`.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Special tokens typed in text are text: control tokens come from `special` alone."""
+
+    def __init__(self, backend: Backend) -> None:
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._special = {
+            token.content: number
+            for number, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without begin-of-text."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of `ids`; control tokens written out unless `skip_special`."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def special(self, name: str) -> int:
+        """Id of the control token `name`. Raises `ValueError` if this tokenizer has none."""
+        try:
+            return self._special[name]
+        except KeyError:
+            raise ValueError(
+                f"the tokenizer has no special token {name!r}, which Llama 3's format needs here; "
+                "use the tokenizer of an instruct model (Llama 3.1 for tool calls)"
+            ) from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_id(self) -> int:
+        return self.special(BOS)
+
+    @property
+    def pad_id(self) -> int:
+        """<|finetune_right_pad_id|>, or <|end_of_text|> where there is none (Llama 3.0); roles tell padding apart."""
+        return self.special(PAD if PAD in self._special else END_OF_TEXT)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides ids: vocabulary, merges, special tokens, split."""
+        state = json.loads(self._backend.to_str())
+        decisive = {key: state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which plain `transformers.AutoTokenizer` loads.
+
+        Its `apply_chat_template` gives the ids of `template.render`; see `chat_template` for the one exception.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / "tokenizer.json"))
+        names = {number: name for name, number in self._special.items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": END_OF_TURN,
+            "pad_token": names[self.pad_id],
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "chat_template": CHAT_TEMPLATE,
+        }
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read Meta's `tokenizer.model`, a `tokenizer.json`, or a directory with either (`tokenizer.json` first).
+
+    Raises `ValueError` if there is none, or if the file is not what its name says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        candidates = [path / "tokenizer.json", path / "tokenizer.model"]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            raise ValueError(
+                f"tokenizer.path={path}: the directory holds neither tokenizer.json nor tokenizer.model"
+            )
+        path = found
+    if not path.is_file():
+        raise ValueError(f"tokenizer.path={path} does not exist")
+    if path.suffix == ".model":
+        return Tokenizer(_from_ranks(_read_ranks(path)))
+    try:
+        return Tokenizer(Backend.from_file(str(path)))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise ValueError(f"tokenizer.path={path} is not a tokenizer.json: {error}") from error
+
+
+def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` ids with the special tokens in use; digits one by one, for arithmetic.
+
+    Raises `ValueError` if `vocab_size` cannot hold 256 bytes and the special tokens.
+    """
+    smallest = 256 + len(USED_SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} is too small: bytes and special tokens need {smallest}")
+    backend = _byte_level(models.BPE(), digits=1)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(name, special=True, normalized=False) for name in USED_SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _with_bos(backend)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank, in tiktoken's format: a base64 token and its rank a line."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"tokenizer.path={path}:{number} is not Llama 3's format (base64 token and rank); "
+                "a SentencePiece model of Llama 2 cannot be used"
+            ) from None
+    return ranks
+
+
+def _from_ranks(ranks: dict[bytes, int]) -> Backend:
+    """Byte-level BPE with tiktoken's ids.
+
+    tiktoken merges whichever neighbours make the token of lowest rank, so every split of a token into two tokens is a
+    merge, in the order of the token's rank.
+    """
+    letters = _byte_letters()
+    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        pairs = [(left, right) for left, right in splits if left in ranks and right in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(text[left], text[right]) for left, right in pairs]
+    vocabulary = {text[token]: rank for token, rank in ranks.items()}
+    # ignore_merges: a whole word in the vocabulary is taken as it is, as tiktoken does
+    backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True), digits=3)
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in _llama31_special_tokens()]
+    )
+    return _with_bos(backend)._backend
+
+
+def _llama31_special_tokens() -> list[str]:
+    """The 256 control tokens of Llama 3.1, in the order of their ids from 128000."""
+    reserved = (f"<|reserved_special_token_{number}|>" for number in range(256))
+    first = [BOS, END_OF_TEXT, next(reserved), next(reserved), PAD, next(reserved), START_HEADER, END_HEADER]
+    return [*first, END_OF_MESSAGE, END_OF_TURN, PYTHON_TAG, *(next(reserved) for _ in range(245))]
+
+
+def _byte_letters() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _byte_level(model: models.BPE, *, digits: int) -> Backend:
+    backend = Backend(model)
+    split = Regex(_SPLIT.format(digits=f"{{1,{digits}}}"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(split, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _with_bos(backend: Backend) -> Tokenizer:
+    """Plain text in `transformers` and vLLM starts with begin-of-text, as with Meta's published tokenizer.json."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    return Tokenizer(backend)
