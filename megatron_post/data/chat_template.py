@@ -1,8 +1,9 @@
 """`template.render` as a Jinja chat template, saved with the tokenizer for `transformers` and vLLM.
 
-It gives the same ids for messages in OpenAI's form, with one exception: a content whose leading white space holds a
-newline merges with the header's newlines, for `transformers` tokenizes header and content as one string. (Control tokens
-typed in a content also become control tokens there: `transformers` cannot tell them apart.)
+It gives the same ids for messages in OpenAI's form, with one exception: a content whose leading white space
+holds a newline merges with the header's newlines, for `transformers` tokenizes header and content as one
+string. (Control tokens typed in a content also become control tokens there: `transformers` cannot tell them
+apart.)
 """
 
 CHAT_TEMPLATE = """\
@@ -58,7 +59,7 @@ CHAT_TEMPLATE = """\
             {{- {'type': 'function', 'name': call.name, 'parameters': call.arguments} | tojson(indent=4) -}}
         {%- endif -%}
     {%- endif -%}
-    {%- set goes_on = loop.nextitem is defined and loop.nextitem.role in ['assistant', 'tool', 'function', 'ipython'] -%}
+    {%- set goes_on = loop.nextitem is defined and loop.nextitem.role not in ['user', 'system'] -%}
     {{- '<|eom_id|>' if role == 'assistant' and (message.tool_calls or goes_on) else '<|eot_id|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

@@ -13,8 +13,8 @@ CODE_INTERPRETER = "code_interpreter"
 SEARCH_TOOLS = ("brave_search", "wolfram_alpha")  # built in, called with one query
 BUILT_IN_TOOLS = (*SEARCH_TOOLS, CODE_INTERPRETER)
 
-# Which role may follow which; None is the start. An assistant may be followed by another assistant message only
-# inside one turn (its own ended with <|eom_id|>).
+# Which role may follow which; None is the start. An assistant may be followed by another assistant message
+# only inside one turn (its own ended with <|eom_id|>).
 _MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
     "system": ("user",),
@@ -30,7 +30,10 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call of a tool. `arguments`: a mapping, its JSON text (as OpenAI writes it), or code_interpreter's code."""
+    """One call of a tool.
+
+    `arguments`: a mapping, its JSON text (as OpenAI writes it), or the code for code_interpreter.
+    """
 
     name: str
     arguments: dict[str, Any] | str
@@ -53,7 +56,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `end_of_turn=False`: it ends with <|eom_id|>, more of the same turn follows (a tool's output)."""
+    """One message. `end_of_turn=False`: it ends with <|eom_id|>, more of its turn follows (a tool's output).
+
+    Raises `BadRow` for an unknown role, a content that is no text or no valid UTF-8, and wrong tool calls.
+    """
 
     role: RoleOfMessage
     content: str
@@ -103,8 +109,8 @@ class Message:
 class Dialog:
     """A conversation that ends with the assistant.
 
-    `tools`: functions as OpenAI describes them, or `{"type": name}` for a built-in one. Raises `BadRow` for roles out
-    of order, an empty response, no assistant message, or more than `MAX_CHARACTERS`.
+    `tools`: functions as OpenAI describes them, or `{"type": name}` for a built-in one. Raises `BadRow` for
+    roles out of order, an empty response, no assistant message, or more than `MAX_CHARACTERS`.
     """
 
     messages: tuple[Message, ...]
@@ -127,7 +133,8 @@ class Dialog:
 class Preference:
     """Responses to one prompt, ranked best first (chosen > rejected, or edited > chosen > rejected).
 
-    `rating` says how much better the chosen one is. Raises `BadRow` as `Dialog` does, and for equal responses.
+    `rating` says how much better the chosen one is. Raises `BadRow` as `Dialog` does, and
+    for equal responses.
     """
 
     prompt: tuple[Message, ...]

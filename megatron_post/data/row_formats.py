@@ -1,13 +1,14 @@
 """Rows of the formats in use to `Dialog` and `Preference`. Texts are stripped, as Llama 3.0's reference does.
 
-messages    {"messages": [...]} of OpenAI and TRL, or {"prompt", "completion"}, both plain or conversational; "tools"
-preference  TRL's {"prompt", "chosen", "rejected"}, plain or conversational; without a prompt where chosen and rejected
-            hold the whole conversation; "edited" (better than chosen) and "rating" if there are any; "tools"
+messages    {"messages"} of OpenAI and TRL, or {"prompt", "completion"}, plain or conversational; "tools"
+preference  TRL's {"prompt", "chosen", "rejected"}, plain or conversational; chosen and rejected may also hold
+            the whole conversation; "edited" (better than chosen), "rating" and "tools" if any
 transcript  HH-RLHF's {"chosen", "rejected"} as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts
-columns     a column a role, named by `source.columns`: {user: question, assistant: answer}. A value may join columns
-            ("instruction+input": those not blank, with a blank line between) and reach into nested ones
-            ("instances.0.output"). `chosen` and `rejected` instead of `assistant` make a preference. `end_marker` is no
-            column but a text cut off the end of responses ("<|endoftext|>" in T0's), which otherwise stays in them.
+columns     a column a role, named by `source.columns`: {user: question, assistant: answer}. A value may join
+            columns ("instruction+input": those not blank, with a blank line between) and reach into nested
+            ones ("instances.0.output"). `chosen` and `rejected` instead of `assistant` make a preference.
+            `end_marker` is no column but a text cut off the end of responses ("<|endoftext|>" in T0's), which
+            otherwise stays.
 """
 
 import json
@@ -34,8 +35,9 @@ def check_columns(source: Source) -> None:
         fits_dialog = {"user", "assistant"} <= keys <= _DIALOG_KEYS
         if not fits_dialog and not {"user", "chosen", "rejected"} <= keys <= _PREFERENCE_KEYS:
             raise ValueError(
-                f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant; system, "
-                "end_marker if wanted) nor a preference (user, chosen, rejected; system, edited, rating, end_marker)"
+                f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant; if "
+                "wanted system, end_marker) nor a preference (user, chosen, rejected; if wanted system, edited, "
+                "rating, end_marker)"
             )
 
 
@@ -64,8 +66,8 @@ def _detect(row: Mapping[str, Any]) -> str:
     if "messages" in row or {"prompt", "completion"} <= row.keys():
         return "messages"
     raise BadRow(
-        f"cannot tell the format from the columns {list(row)}: neither `messages`, `prompt` and `completion`, nor "
-        "`chosen` and `rejected`; name the columns in the source's `columns`, for example "
+        f"cannot tell the format from the columns {list(row)}: neither `messages`, `prompt` and "
+        "`completion`, nor `chosen` and `rejected`; name the columns in the source's `columns`, for example "
         "{user: question, assistant: answer} or {user: instruction+input, assistant: output}"
     )
 
@@ -80,15 +82,13 @@ def _from_messages(row: Mapping[str, Any]) -> Dialog:
 
 def _from_preference(row: Mapping[str, Any]) -> Preference:
     names = _responses_in(row)
-    responses = [_list_of(_column(row, name), "assistant") for name in names]
-    if row.get("prompt") is not None:
-        prompt = _messages(_list_of(row["prompt"], "user"))
-        return Preference(prompt, tuple(map(_messages, responses)), _rating(row.get("rating")), _tools(row))
-    if any(isinstance(row[name], str) for name in names):
-        raise BadRow("plain chosen and rejected texts need a `prompt` column")
-    return _split_prompt(
-        [_messages(response) for response in responses], _rating(row.get("rating")), _tools(row)
-    )
+    responses = [_messages(_list_of(_column(row, name), "assistant")) for name in names]
+    rating, tools = _rating(row.get("rating")), _tools(row)
+    if all(response[0].role != "assistant" for response in responses):
+        return _split_prompt(responses, rating, tools)
+    if row.get("prompt") is None:
+        raise BadRow("chosen and rejected are not whole conversations, and there is no `prompt` column")
+    return Preference(_messages(_list_of(row["prompt"], "user")), tuple(responses), rating, tools)
 
 
 def _from_transcripts(row: Mapping[str, Any]) -> Preference:
@@ -101,14 +101,14 @@ def _transcript(text: str) -> tuple[Message, ...]:
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
         raise BadRow("a transcript starts with a blank line and 'Human:'")
-    roles = ["user" if name == "Human" else "assistant" for name in turns[::2]]
-    return tuple(Message(role, said.strip()) for role, said in zip(roles, turns[1::2], strict=True))  # type: ignore[arg-type]
+    said = zip(turns[::2], turns[1::2], strict=True)
+    return tuple(Message("user" if name == "Human" else "assistant", text.strip()) for name, text in said)
 
 
 def _split_prompt(
     dialogs: list[tuple[Message, ...]], rating: str | None, tools: tuple[dict[str, Any], ...]
 ) -> Preference:
-    """Whole conversations to their common beginning, which ends before an assistant's message, and the rest."""
+    """Conversations to their common beginning, which ends before an assistant's message, and the rests."""
     shortest = min(len(dialog) for dialog in dialogs)
     common = next((k for k in range(shortest) if len({repr(dialog[k]) for dialog in dialogs}) > 1), shortest)
     while common and dialogs[0][common - 1].role not in ("user", "ipython"):
@@ -119,15 +119,14 @@ def _split_prompt(
 def _from_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Dialog | Preference:
     values = {key: _joined(row, column) for key, column in columns.items() if key != "end_marker"}
     marker = columns.get("end_marker", "")
-    prompt = (Message("user", values["user"]),)
-    if values.get("system"):
-        prompt = (Message("system", values["system"]), *prompt)
+    system = (Message("system", values["system"]),) if values.get("system") else ()
+    prompt = (*system, Message("user", values["user"]))
 
     def response(text: str) -> tuple[Message, ...]:
         return (Message("assistant", text.removesuffix(marker).rstrip()),)
 
     if "assistant" in values:
-        return Dialog(prompt + response(values["assistant"]))
+        return Dialog((*prompt, *response(values["assistant"])))
     names = _responses_in(values)
     return Preference(prompt, tuple(response(values[name]) for name in names), _rating(values.get("rating")))
 
@@ -152,7 +151,7 @@ def _reach(row: Mapping[str, Any], path: str) -> Any:
 
 
 def _messages(raw: Any) -> tuple[Message, ...]:
-    """OpenAI's messages. An assistant's turn goes on after a tool call, and where the next message is not the user's."""
+    """OpenAI's messages. An assistant's turn goes on after a tool call, and unless the user is next."""
     if not isinstance(raw, list) or not raw:
         raise BadRow(f"messages must be a list that is not empty, not {raw!r:.80}")
     for number, message in enumerate(raw, start=1):

@@ -1,8 +1,9 @@
-"""Reading datasets: local files, directories and hub names to `Dialog` and `Preference`, bad rows counted and named.
+"""Reading datasets, local or on the hub, to `Dialog` and `Preference`; bad rows are counted and named.
 
-Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8: `datasets` gives up a whole
-file at one broken line and cannot say which, and Arrow would give all rows the same nested keys. Parquet, CSV and
-Arrow files and everything on the hub go through `datasets`, which also says which files of a directory are a split.
+Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8: `datasets` gives
+up a whole file at one broken line and cannot say which, and Arrow would give all rows the same nested keys.
+Parquet, CSV and Arrow files and everything on the hub go through `datasets`, which also says which files of a
+directory are a split.
 """
 
 import csv
@@ -63,8 +64,9 @@ class BadRows:
 def read_rows(source: Source, *, bad_rows: BadRows) -> Iterator[tuple[int, Dialog | Preference]]:
     """Yield (row number, dialog or preference) of each good row, at most `source.max_rows`.
 
-    The row number counts from 1: the line in a local JSON Lines file, running on over the files of a directory.
-    Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, or columns that make no row.
+    The row number counts from 1: the line in a local JSON Lines file, running on over the files of a
+    directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, or columns
+    that make no row.
     """
     check_columns(source)
     num_good = 0

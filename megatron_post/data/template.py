@@ -1,11 +1,12 @@
 """Llama 3.1's chat format: dialogs to token ids and token roles, in one pass.
 
-The format is Meta's published one (llama-models, "Llama 3.1 - Prompt Formats"). Header names, the two newlines,
-contents and tool calls are encoded apart from each other, as Meta's ChatFormat does; so no token spans two of them.
+The format is Meta's published one (llama-models, "Llama 3.1 - Prompt Formats"). Header names, the two
+newlines, contents and tool calls are encoded apart from each other, as Meta's ChatFormat does; so no token
+spans two of them.
 
-Contents are rendered as they are. The Llama 3.0 reference stripped them; the 3.1 reference, which made the published
-examples (a system prompt that ends in a newline), does not. `rows` strips what it reads, so training data is the same
-under both, and under the chat templates of Hugging Face, which trim.
+Contents are rendered as they are. The Llama 3.0 reference stripped them; the 3.1 reference, which made the
+published examples (a system prompt that ends in a newline), does not. `rows` strips what it reads, so
+training data is the same under both, and under the chat templates of Hugging Face, which trim.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,7 +67,7 @@ def render_batch(dialogs: Iterable[Dialog], tokenizer: Tokenizer) -> list[Render
 def render_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[dict] = ()
 ) -> np.ndarray:
-    """Token ids of a conversation so far, then the assistant's header: what a model is given to answer. int32 [n]."""
+    """Token ids, int32 [n], of a conversation and the assistant's header: what a model must answer."""
     template = _Template(tokenizer)
     segments = [*template.opening(with_tools(tuple(messages), tools)), template.header("assistant")]
     return _encode([segments], tokenizer)[0].tokens
@@ -75,8 +76,8 @@ def render_prompt(
 def render_preference(preference: Preference, tokenizer: Tokenizer) -> tuple[Rendered, tuple[Rendered, ...]]:
     """Prompt and responses of a preference; prompt + response is the rendering of that whole dialog.
 
-    The prompt ends with the header that opens the response. Earlier assistant turns are no part of what is compared:
-    their BODY and TERMINATOR count as PROMPT.
+    The prompt ends with the header that opens the response. Earlier assistant turns are no part of what is
+    compared: their BODY and TERMINATOR count as PROMPT.
     """
     return render_preferences([preference], tokenizer)[0]
 

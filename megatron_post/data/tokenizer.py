@@ -1,4 +1,4 @@
-"""Llama 3 tokenizers on the `tokenizers` library: Meta's `tokenizer.model`, a `tokenizer.json`, or a small trained one."""
+"""Llama 3's tokenizer on the `tokenizers` library, from Meta's or the hub's files or a small one, trained."""
 
 import base64
 import binascii
@@ -35,7 +35,7 @@ _SPLIT = (
 
 
 class Tokenizer:
-    """Text to ids and back. Special tokens typed in text are text: control tokens come from `special` alone."""
+    """Text to ids and back. Special tokens typed in text are text; `special` alone gives control tokens."""
 
     def __init__(self, backend: Backend) -> None:
         backend.encode_special_tokens = True
@@ -82,7 +82,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """<|finetune_right_pad_id|>, or <|end_of_text|> where there is none (Llama 3.0); roles tell padding apart."""
+        """<|finetune_right_pad_id|>; Llama 3.0 has none, so <|end_of_text|> (roles tell padding apart)."""
         return self.special(PAD if PAD in self._special else END_OF_TEXT)
 
     @cached_property
@@ -95,7 +95,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which plain `transformers.AutoTokenizer` loads.
 
-        Its `apply_chat_template` gives the ids of `template.render`; see `chat_template` for the one exception.
+        Its `apply_chat_template` gives the ids of `template.render`; `chat_template` names the exception.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` ids with the special tokens in use; digits one by one, for arithmetic.
+    """Byte-level BPE of at most `vocab_size` ids with the special tokens in use, and each digit a token.
 
     Raises `ValueError` if `vocab_size` cannot hold 256 bytes and the special tokens.
     """
@@ -176,8 +176,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _from_ranks(ranks: dict[bytes, int]) -> Backend:
     """Byte-level BPE with tiktoken's ids.
 
-    tiktoken merges whichever neighbours make the token of lowest rank, so every split of a token into two tokens is a
-    merge, in the order of the token's rank.
+    tiktoken merges whichever neighbours make the token of lowest rank, so every split of a token into two
+    tokens is a merge, in the order of the token's rank.
     """
     letters = _byte_letters()
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -228,7 +228,7 @@ def _byte_level(model: models.BPE, *, digits: int) -> Backend:
 
 
 def _with_bos(backend: Backend) -> Tokenizer:
-    """Plain text in `transformers` and vLLM starts with begin-of-text, as with Meta's published tokenizer.json."""
+    """Let plain text in `transformers` and vLLM start with begin-of-text, as Meta's tokenizer.json does."""
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )

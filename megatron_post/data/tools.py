@@ -1,8 +1,8 @@
 """Tools in Llama 3.1's prompts: how they are announced, and how a call of one is written.
 
-As in Meta's published examples ("Llama 3.1 - Prompt Formats"): built-in tools are switched on in the system prompt
-and called as `brave_search.call(query="...")`; other functions are described in a user message of their own, and called
-with a JSON object.
+As in Meta's published examples ("Llama 3.1 - Prompt Formats"): built-in tools are switched on in the system
+prompt and called as `brave_search.call(query="...")`; other functions are described in a user message of
+their own, and called with a JSON object.
 """
 
 import json
@@ -21,7 +21,7 @@ AFTER_FUNCTIONS = "\nReturn function calls in JSON format."
 
 
 def with_tools(messages: tuple[Message, ...], tools: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
-    """The messages with `tools` announced: in the system prompt (made if there is none), functions in a user message."""
+    """The messages with `tools` announced: in the system prompt, functions in a user message."""
     if not tools:
         return messages
     searches = [tool["type"] for tool in tools if tool.get("type") in SEARCH_TOOLS]
@@ -46,7 +46,7 @@ def call_text(call: ToolCall) -> str:
 
 
 def _function_text(function: dict[str, Any]) -> str:
-    """A function as Meta's prompt writes it: properties as a list of one-key objects, `required` on one line."""
+    """A function as Meta's prompt has it: properties as a list of one-key objects, `required` on one line."""
     schema = function.get("parameters") or {}
     properties = [_indented({name: value}, 16) for name, value in (schema.get("properties") or {}).items()]
     required = json.dumps(schema.get("required") or [], ensure_ascii=False)
