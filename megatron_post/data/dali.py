@@ -1,0 +1,97 @@
+"""The loader's batches through NVIDIA DALI, which copies them to the GPU ahead of use (extra `dali`)."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from megatron_post.data.loader import PackLoader
+from megatron_post.data.store import Pack
+
+# What the model needs on the device, and DALI's names of their types; the rest of a pack does not pass DALI.
+_MOVED = {"tokens": "INT32", "roles": "UINT8", "cu_seqlens": "INT32"}
+
+
+class DaliLoader:
+    """The same packs as `PackLoader` gives, in the same order.
+
+    device_id None: a CPU-only pipeline and NumPy arrays, as `PackLoader`'s. A GPU's number: `tokens`, `roles`
+    and `cu_seqlens` are torch tensors on that GPU, `prefetch` packs of them copied ahead on DALI's own
+    stream. Raises `ValueError` where DALI is not installed.
+    """
+
+    def __init__(self, loader: PackLoader, *, device_id: int | None = None, prefetch: int = 2) -> None:
+        self._loader = loader
+        self._device_id = device_id
+        self._inside: deque[Pack] = deque()  # packs that the pipeline has taken and not given back yet
+        self._pipeline = _pipeline(
+            _import_dali(), _feed(loader, self._inside), device_id=device_id, prefetch=prefetch
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[Pack]:
+        return [self._next_pack() for _ in range(self._loader.packs_a_step)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the loader behind. This one cannot be used afterwards."""
+        self._loader.close()
+
+    def _next_pack(self) -> Pack:
+        outputs = self._pipeline.run()
+        moved = {name: self._hand_over(output) for name, output in zip(_MOVED, outputs, strict=True)}
+        return dataclasses.replace(self._inside.popleft(), **moved)
+
+    def _hand_over(self, output: Any) -> Any:
+        """A copy, for DALI uses its buffers again."""
+        if self._device_id is None:
+            return np.array(output.at(0))
+        return torch.from_dlpack(output[0]).clone()
+
+
+def _import_dali() -> ModuleType:
+    try:
+        import nvidia.dali
+    except ImportError as error:
+        raise ValueError(
+            f"data.backend=dali needs NVIDIA DALI (pip install megatron-post[dali]): {error}; "
+            "or set data.backend=torch"
+        ) from error
+    return nvidia.dali
+
+
+def _feed(loader: PackLoader, inside: deque[Pack]) -> Iterator[tuple[list[np.ndarray], ...]]:
+    """What DALI's external source asks for: batches of one sample, the fields of `_MOVED` of one pack."""
+    for packs in loader:
+        for pack in packs:
+            inside.append(pack)
+            yield tuple([getattr(pack, name)] for name in _MOVED)
+
+
+def _pipeline(dali: ModuleType, source: Any, *, device_id: int | None, prefetch: int) -> Any:
+    pipeline = dali.Pipeline(
+        batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=prefetch, exec_dynamic=True
+    )
+    with pipeline:
+        outputs = dali.fn.external_source(
+            source=source,
+            num_outputs=len(_MOVED),
+            batch=True,
+            dtype=[getattr(dali.types, name) for name in _MOVED.values()],
+            ndim=1,
+            no_copy=device_id is None,  # for a GPU, DALI copies to pinned memory first
+        )
+        pipeline.set_outputs(*(outputs if device_id is None else [output.gpu() for output in outputs]))
+    pipeline.build()
+    return pipeline

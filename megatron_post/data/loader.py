@@ -1,0 +1,103 @@
+"""Batches by index: which packs a rank trains on follows from (seed, packs consumed, data rank) alone."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Self
+
+from megatron_post.data.permutation import permutation
+from megatron_post.data.store import Pack, PackStore
+
+
+class PackLoader:
+    """This rank's packs, step after step, without end: a step is the list of its microbatches, a pack each.
+
+    Each epoch visits every pack once, in an order drawn from (seed, epoch). Epochs follow each other without
+    a gap: a global batch may hold the last packs of one and the first of the next. A step takes the next
+    `global_batch` packs of that sequence, whatever the number of ranks; rank d of D takes every D-th of them,
+    from the d-th.
+
+    The position is `consumed_packs`, over all ranks: after k steps of `global_batch`, k * global_batch more
+    than at the start. A loader made with that number goes on exactly where the other stopped, on any number
+    of ranks, and with another `global_batch` too. Packs are read ahead by one background thread, `prefetch`
+    of them; what it raises is raised here. `close` (or `with`, or dropping the loader) ends the thread.
+
+    Raises `ValueError` for an empty store, and for a global batch that the ranks do not divide.
+    """
+
+    def __init__(
+        self,
+        store: PackStore,
+        *,
+        seed: int,
+        global_batch: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        prefetch: int = 4,
+        consumed_packs: int = 0,
+    ) -> None:
+        if not len(store):
+            raise ValueError(
+                f"store {store.path}/{store.group} has no packs; pack data.sources that have rows"
+            )
+        if global_batch % data_size:
+            raise ValueError(
+                f"train.global_batch={global_batch} is not a multiple of the {data_size} data-parallel ranks"
+            )
+        assert 0 <= data_rank < data_size
+        self._store = store
+        self._indices = pack_indices(
+            len(store), seed=seed, start=consumed_packs + data_rank, stride=data_size
+        )
+        self.packs_a_step = global_batch // data_size
+        self._prefetch = prefetch
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
+        self._ahead: deque[Future[Pack]] = deque()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[Pack]:
+        return [self._next_pack() for _ in range(self.packs_a_step)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the background thread. The loader cannot be used afterwards."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _next_pack(self) -> Pack:
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._reader.submit(self._store.read, next(self._indices)))
+        return self._ahead.popleft().result()
+
+
+def pack_indices(num_packs: int, *, seed: int, start: int, stride: int) -> Iterator[int]:
+    """Pack numbers at positions start, start + stride, ... of the endless sequence of shuffled epochs."""
+    order = lru_cache(maxsize=2)(lambda epoch: permutation(num_packs, seed, "epoch", epoch))
+    position = start
+    while True:
+        epoch, index = divmod(position, num_packs)
+        yield int(order(epoch)[index])
+        position += stride
+
+
+def eval_packs(
+    store: PackStore, limit: int, *, data_rank: int = 0, data_size: int = 1, multiple: int = 1
+) -> Iterator[Pack]:
+    """The first `limit` packs of the store (or all, if it has fewer), in its order, dealt to the ranks in
+    turn.
+
+    Every rank gets equally many microbatches, a multiple of `multiple` (the interleaved schedule wants the
+    number of pipeline ranks): ranks that run out get packs of padding alone, which weigh nothing in a sum
+    over counts. 5 packs on 2 ranks: rank 0 gets 0, 2, 4 and rank 1 gets 1, 3 and an empty one.
+    """
+    count = min(limit, len(store))
+    rounds = -(-count // (data_size * multiple)) * multiple
+    for index in range(data_rank, rounds * data_size, data_size):
+        yield store.read(index) if index < count else store.empty()

@@ -1,0 +1,92 @@
+"""How often each row of each source is used."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_post.config.schema import Source
+from megatron_post.data.permutation import permutation
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one source became in the mixture. `rows` and `tokens` count repeats; shares are of the total."""
+
+    name: str
+    available: int
+    rows: int
+    tokens: int
+    row_share: float
+    token_share: float
+
+    @property
+    def epochs(self) -> float:
+        """How often a row is used on average."""
+        return self.rows / self.available if self.available else 0.0
+
+
+def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -> dict[str, np.ndarray]:
+    """Uses of each row: source name -> int64 [its rows]; the sum is what the source has in the mixture.
+
+    A source says one of three things:
+
+    - `epochs: e` uses each row floor(e) times, and a fraction of the rows, drawn by the seed, once more.
+      1,000 rows at `epochs: 2.5` are 2,500 rows: 500 of them three times, 500 twice.
+    - `weight: w` asks for a share among the sources that have weights. Nothing weighted is repeated, and as
+      much as possible is used: the scale is the smallest `available / weight`, so one source is used up and
+      gives the measure. `a` with 1,000 rows and weight 3 beside `b` with 1,000 rows and weight 1: the scale
+      is min(1000/3, 1000/1), so `a` gives 1,000 rows and `b` gives 333, drawn by the seed. To repeat a small
+      source, give it epochs instead.
+    - neither uses each row once, as `epochs: 1`.
+
+    Sources with epochs stand beside the weighted ones and do not change their scale: with `c` of 200 rows at
+    `epochs: 2`, the mixture above has 1000 + 333 + 400 rows. A weighted source gets at least one row. Which
+    rows are drawn depends on the seed and the source's name alone, and more epochs or weight keep the rows
+    drawn before.
+
+    Raises `ValueError` for a weighted source without rows, which would make the mixture empty, and for a name
+    that two sources share.
+    """
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"data.sources: the name(s) {', '.join(twice)} stand more than once; names must differ"
+        )
+    rows = _weighted_rows(sources, available)
+    for source in sources:
+        if source.weight is None:
+            rows[source.name] = round((source.epochs or 1.0) * available[source.name])
+    return {name: _spread(rows[name], available[name], seed=seed, name=name) for name in names}
+
+
+def shares(names: Sequence[str], uses: Sequence[np.ndarray], lengths: Sequence[np.ndarray]) -> list[Share]:
+    """The realised mixture. uses, lengths: int [rows] of each source; lengths in real tokens."""
+    rows = [int(count.sum()) for count in uses]
+    tokens = [int(count @ length) for count, length in zip(uses, lengths, strict=True)]
+    all_rows, all_tokens = max(sum(rows), 1), max(sum(tokens), 1)
+    return [
+        Share(name, len(count), row, token, row / all_rows, token / all_tokens)
+        for name, count, row, token in zip(names, uses, rows, tokens, strict=True)
+    ]
+
+
+def _weighted_rows(sources: Sequence[Source], available: Mapping[str, int]) -> dict[str, int]:
+    weights = {source.name: source.weight for source in sources if source.weight is not None}
+    empty = [name for name in weights if available[name] == 0]
+    if empty:
+        raise ValueError(
+            f"data.sources: {', '.join(empty)} has a weight but no usable row, and nothing weighted is "
+            "repeated, so the mixture would be empty; remove the source or mend its rows"
+        )
+    scale = min((available[name] / weight for name, weight in weights.items()), default=0.0)
+    return {name: min(max(round(weight * scale), 1), available[name]) for name, weight in weights.items()}
+
+
+def _spread(rows: int, available: int, *, seed: int, name: str) -> np.ndarray:
+    if not available:
+        return np.zeros(0, dtype=np.int64)
+    uses = np.full(available, rows // available, dtype=np.int64)
+    uses[permutation(available, seed, name)[: rows % available]] += 1
+    return uses

@@ -1,0 +1,185 @@
+"""Writing the packed store: beside its place, then renamed, so that it is complete or not there at all."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from megatron_post.data.store import (
+    COLUMNS,
+    FORMAT,
+    GROUPS,
+    PER_TOKEN,
+    VERSION,
+    GroupName,
+    SourceCounts,
+    StoreError,
+    StoreSettings,
+    read_attributes,
+    read_settings,
+)
+
+# Tokens in a chunk file: at least, so that a small store may grow without ever becoming millions of files; at
+# most, so that a chunk in the making is 16 MiB of tokens. A million packs of 8,192 tokens are 2,000 files an
+# array.
+_MIN_CHUNK_TOKENS, _MAX_CHUNK_TOKENS = 2**18, 2**22
+_SEGMENTS_IN_CHUNK = 2**18
+
+
+class StoreWriter:
+    """Writes a store, or extends one, inside `with`; it appears when the block ends, and never if the block
+    raises.
+
+    An existing store is refused unless `overwrite` (replace it) or `append` (add packs of identical settings;
+    the store is copied, so readers keep what they opened). Raises `StoreError`.
+    """
+
+    def __init__(
+        self, path: str | Path, settings: StoreSettings, *, overwrite: bool = False, append: bool = False
+    ) -> None:
+        self._path = Path(path)
+        self._settings = settings
+        self._beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        self._extends = append and self._path.exists()
+        if overwrite and append:
+            raise StoreError("overwrite and append exclude each other; give one of them")
+        if self._path.exists():
+            read_attributes(self._path)  # never replace what is no store
+            if not overwrite and not append:
+                raise StoreError(
+                    f"store {self._path} exists; give --append to add packs, --overwrite to replace it, or "
+                    "another data.store"
+                )
+            if append and (existing := read_settings(self._path)) != settings:
+                raise StoreError(
+                    f"store {self._path} was made with {_differences(existing, settings)}; packs of other "
+                    "settings cannot be added: give --overwrite, or another data.store"
+                )
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self._beside, ignore_errors=True)
+        self._beside.parent.mkdir(parents=True, exist_ok=True)
+        if self._extends:
+            shutil.copytree(self._path, self._beside)
+        else:
+            attributes = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self._settings)}
+            zarr.create_group(self._beside, attributes=attributes)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            shutil.rmtree(self._beside, ignore_errors=True)
+            return
+        for group in GROUPS:
+            if not (self._beside / group).exists():
+                self.write(
+                    group, sources=[], columns={name: [] for name in COLUMNS}, segments_per_pack=[], packs=[]
+                )
+        replaced = self._beside.with_suffix(".replaced")
+        if self._path.exists():
+            os.rename(self._path, replaced)
+        os.rename(self._beside, self._path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def write(
+        self,
+        group: GroupName,
+        *,
+        sources: Sequence[SourceCounts],
+        columns: Mapping[str, Any],
+        segments_per_pack: Any,
+        packs: Iterable[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        """Add packs to a group.
+
+        sources: what `columns["source"]` indexes; columns: every one of `COLUMNS`, [segments] in pack order;
+        segments_per_pack: int [packs]; packs: (tokens, roles) of each pack, [pack_length] each, as many.
+
+        Raises `StoreError` for a source that the group already has: its rows would be doubled.
+        """
+        node = self._group(group)
+        known = node.attrs["sources"]
+        twice = {entry["name"] for entry in known} & {source.name for source in sources}
+        if twice:
+            raise StoreError(
+                f"store {self._path}/{group} already has the source(s) {', '.join(sorted(twice))}; leave out "
+                "what is there, or name it differently to add it once more"
+            )
+        shift = {"source": len(known), "unit": _next_unit(node)}
+        for name, dtype in COLUMNS.items():
+            values = np.asarray(columns[name], dtype=dtype)
+            _extend(node, f"segment/{name}", values + values.dtype.type(shift.get(name, 0)))
+        counts = np.asarray(segments_per_pack, dtype=np.int64)
+        _extend(node, "segment_offsets", node["segment_offsets"][-1] + np.cumsum(counts))
+        self._extend_packs(node, packs, len(counts))
+        node.attrs["sources"] = [*known, *map(dataclasses.asdict, sources)]
+
+    def _group(self, name: GroupName) -> Any:
+        root: Any = zarr.open_group(self._beside, mode="r+")
+        if name in root:
+            return root[name]
+        node = root.create_group(name, attributes={"sources": []})
+        node.create_array("segment_offsets", data=np.zeros(1, dtype=np.int64), chunks=(_SEGMENTS_IN_CHUNK,))
+        for column, dtype in COLUMNS.items():
+            node.create_array(f"segment/{column}", shape=(0,), dtype=dtype, chunks=(_SEGMENTS_IN_CHUNK,))
+        return node
+
+    def _extend_packs(self, node: Any, packs: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> None:
+        arrays = [self._per_token_array(node, name, count) for name in PER_TOKEN]
+        start, (in_chunk, length) = arrays[0].shape[0], arrays[0].chunks
+        for array in arrays:
+            array.resize((start + count, length))
+        buffers = [np.zeros((in_chunk, length), dtype=array.dtype) for array in arrays]
+        filled = 0
+        for number, pack in enumerate(packs, start=start + 1):
+            for buffer, values in zip(buffers, pack, strict=True):
+                buffer[filled] = values
+            filled += 1
+            if number % in_chunk == 0 or number == start + count:
+                for array, buffer in zip(arrays, buffers, strict=True):
+                    array[number - filled : number] = buffer[:filled]
+                filled = 0
+        assert filled == 0, "fewer packs came than segments_per_pack announced"
+
+    def _per_token_array(self, node: Any, name: str, count: int) -> Any:
+        if name in node:
+            return node[name]
+        length = self._settings.pack_length
+        least, most = max(_MIN_CHUNK_TOKENS // length, 1), max(_MAX_CHUNK_TOKENS // length, 1)
+        return node.create_array(
+            name,
+            shape=(0, length),
+            chunks=(min(max(count, least), most), length),
+            dtype=PER_TOKEN[name],
+            compressors=None,
+            dimension_names=("pack", "token"),
+            config={
+                "write_empty_chunks": True
+            },  # a chunk of zeros is a file too: packs are read without zarr
+        )
+
+
+def _extend(node: Any, name: str, values: np.ndarray) -> None:
+    array = node[name]
+    start = array.shape[0]
+    array.resize((start + len(values),))
+    if len(values):
+        array[start:] = values
+
+
+def _next_unit(node: Any) -> int:
+    units = node["segment/unit"]
+    return int(units[:].max()) + 1 if units.shape[0] else 0
+
+
+def _differences(existing: StoreSettings, wanted: StoreSettings) -> str:
+    old, new = dataclasses.asdict(existing), dataclasses.asdict(wanted)
+    return ", ".join(f"{name}={old[name]} (now {new[name]})" for name in old if old[name] != new[name])
