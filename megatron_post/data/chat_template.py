@@ -7,15 +7,9 @@ apart.)
 """
 
 CHAT_TEMPLATE = """\
-{%- set searches = [] -%}
-{%- set functions = [] -%}
-{%- for tool in tools or [] -%}
-    {%- if tool.type in ['brave_search', 'wolfram_alpha'] -%}
-        {%- set _ = searches.append(tool.type) -%}
-    {%- elif tool.type != 'code_interpreter' -%}
-        {%- set _ = functions.append(tool.function) -%}
-    {%- endif -%}
-{%- endfor -%}
+{%- set built_in = ['brave_search', 'wolfram_alpha', 'code_interpreter'] -%}
+{%- set searches = (tools or []) | selectattr('type', 'in', built_in[:2]) | map(attribute='type') | list -%}
+{%- set functions = (tools or []) | rejectattr('type', 'in', built_in) | map(attribute='function') | list -%}
 {{- bos_token -}}
 {%- set has_system = messages and messages[0].role in ['system', 'developer'] -%}
 {%- if has_system or tools -%}
@@ -45,7 +39,8 @@ CHAT_TEMPLATE = """\
     {%- endfor -%}
     {{- '\\nReturn function calls in JSON format.<|eot_id|>' -}}
 {%- endif -%}
-{%- for message in messages[1:] if has_system else messages -%}
+{%- set conversation = messages[1:] if has_system else messages -%}
+{%- for message in conversation -%}
     {%- set role = 'ipython' if message.role in ['tool', 'function'] else message.role -%}
     {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + (message.content or '') -}}
     {%- if message.tool_calls -%}
@@ -53,7 +48,7 @@ CHAT_TEMPLATE = """\
         {{- '<|python_tag|>' -}}
         {%- if call.name == 'code_interpreter' -%}
             {{- call.arguments if call.arguments is string else call.arguments.code -}}
-        {%- elif call.name in ['brave_search', 'wolfram_alpha'] -%}
+        {%- elif call.name in built_in[:2] -%}
             {{- call.name + '.call(query="' + call.arguments.query + '")' -}}
         {%- else -%}
             {{- {'type': 'function', 'name': call.name, 'parameters': call.arguments} | tojson(indent=4) -}}

@@ -36,8 +36,8 @@ def check_columns(source: Source) -> None:
         if not fits_dialog and not {"user", "chosen", "rejected"} <= keys <= _PREFERENCE_KEYS:
             raise ValueError(
                 f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant; if "
-                "wanted system, end_marker) nor a preference (user, chosen, rejected; if wanted system, edited, "
-                "rating, end_marker)"
+                "wanted system, end_marker) nor a preference (user, chosen, rejected; if wanted system, "
+                "edited, rating, end_marker)"
             )
 
 

@@ -55,7 +55,10 @@ def test_wrong_dialogs_are_refused_with_the_reason(messages, reason):
         (lambda: Message("user", "x", end_of_turn=False), "a user message cannot continue a turn"),
         (lambda: Message("user", "x", CALL.tool_calls), "a user message calls a tool"),
         (lambda: Message("assistant", "", CALL.tool_calls * 2), "2 tool calls in one message"),
-        (lambda: Message("assistant", "", (ToolCall("brave_search", {"q": 1}),)), "needs the text argument 'query'"),
+        (
+            lambda: Message("assistant", "", (ToolCall("brave_search", {"q": 1}),)),
+            "needs the text argument 'query'",
+        ),
         (lambda: Message("assistant", "", (ToolCall("f", "[1]"),)), "not a JSON object"),
         (lambda: Message("assistant", "", (ToolCall("f", "{"),)), "are not JSON"),
         (lambda: Message("assistant", "", (ToolCall("f", {"a": "\ud800"}),)), "cannot be written as JSON"),

@@ -7,9 +7,15 @@ import pytest
 from megatron_post.data.tokenizer import USED_SPECIAL_TOKENS, load_tokenizer, train_small_tokenizer
 
 MODEL = Path(__file__).resolve().parents[3] / "../shared/data/llama3_tokenizer/tokenizer.model"
-needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL} is absent: Meta's tokenizer is not tested")
+needs_model = pytest.mark.skipif(
+    not MODEL.exists(), reason=f"{MODEL} is absent: Meta's tokenizer is not tested"
+)
 
-SENTENCES = ["Natalia sold 48/2 = 24 clips in May.", "Wie geht's? 你好，世界", "def f(x):\n    return x ** 2\n"] * 20
+SENTENCES = [
+    "Natalia sold 48/2 = 24 clips in May.",
+    "Wie geht's? 你好，世界",
+    "def f(x):\n    return x ** 2\n",
+] * 20
 TRICKY = [
     "",
     " ",
