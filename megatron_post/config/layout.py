@@ -68,10 +68,6 @@ def layout_errors(config: "Config") -> list[str]:
             config.precision.fp8 is None or config.precision.dtype == "bf16",
             f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, not {config.precision.dtype}",
         ),
-        (
-            config.optimizer.distributed or not config.optimizer.overlap,
-            "optimizer.overlap=true needs optimizer.distributed=true",
-        ),
     ]
     return [message for ok, message in checks if not ok] + _pipeline_errors(config)
 

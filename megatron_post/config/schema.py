@@ -131,7 +131,6 @@ class Optimizer(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
     clip_grad: float = Field(1.0, ge=0, description="0: no clipping")
-    distributed: bool = Field(True, description="shard optimizer state over data-parallel ranks")
     overlap: bool = Field(False, description="overlap gradient reduce-scatter and parameter all-gather with compute")
 
 

@@ -1,0 +1,110 @@
+"""The command line. A command is a few lines that call one function; heavy imports wait until it runs."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Post-training for Llama 3 on megatron-core.")  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Pack data into a store, and look into it.")
+config_app = typer.Typer(no_args_is_help=True, help="Show and describe configs.")
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optimizer.lr=5e-7")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="packed store")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    os.environ["MEGATRON_POST_DEBUG"] = "1" if debug else os.environ.get("MEGATRON_POST_DEBUG", "")
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a stage; under torchrun on many ranks. The same command again resumes."""
+    from megatron_post.config.load import load_config
+    from megatron_post.train.run import train as run
+
+    run(load_config(config, overrides or ()))
+
+
+@data_app.command("pack")
+def data_pack(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing store.")] = False,
+    append: Annotated[bool, typer.Option(help="Add to an existing store of the same settings.")] = False,
+) -> None:
+    """Read data.sources, render, pack and store them."""
+    from rich.console import Console
+
+    from megatron_post.config.load import load_config
+    from megatron_post.data.build import build_store
+
+    build_store(load_config(config, overrides or ()), overwrite=overwrite, append=append, console=Console())
+
+
+@data_app.command("show")
+def data_show(
+    store: StorePath,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer; by default the one that packed the store.")] = "",
+    pack: Annotated[int, typer.Option(help="Number of the pack.")] = 0,
+    group: Annotated[str, typer.Option(help="train or eval.")] = "train",
+) -> None:
+    """Print a pack as text, coloured by role, trained tokens underlined."""
+    from rich.console import Console
+
+    from megatron_post.data.show import show_pack
+
+    show_pack(store, pack, group=group, tokenizer_path=tokenizer or None, console=Console())
+
+
+@data_app.command("stats")
+def data_stats(store: StorePath) -> None:
+    """Print turns, tokens in context and response, and packing efficiency, by source."""
+    from rich.console import Console
+
+    from megatron_post.data.stats import print_stats
+
+    print_stats(store, console=Console())
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved config."""
+    from megatron_post.config.load import load_config, to_yaml
+
+    print(to_yaml(load_config(config, overrides or ())), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a config file, for editors."""
+    from megatron_post.config.load import json_schema
+
+    print(json_schema())
+
+
+@app.command()
+def doctor() -> None:
+    """Report versions, devices, Slurm, and which fused parts are active and what each missing one costs."""
+    from rich.console import Console
+
+    from megatron_post.doctor import diagnose
+
+    diagnose(Console())
+
+
+def main() -> None:
+    """Run a command. What a user can mend is one clear message and exit status 2; --debug shows the traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("MEGATRON_POST_DEBUG"):
+            raise
+        print(f"megatron-post: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,132 @@
+"""Weights from a Hugging Face directory or from a seed, each rank reading only its slices."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_post.config.schema import Model
+from megatron_post.convert.mapping import hf_shapes, rule_for, shard_from_hf
+from megatron_post.models.hf_config import differences, from_hf_config
+from megatron_post.models.llama import Llama
+
+
+class WeightSource(Protocol):
+    """Anything that has the tensors of a Hugging Face Llama."""
+
+    def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
+        """Rows or columns [start, end) along `dim`, or the whole tensor where dim is None."""
+
+
+class SafetensorsDirectory:
+    """A Hugging Face directory of safetensors, sharded or not. Tensors are read slice by slice from the files."""
+
+    def __init__(self, directory: str | Path, model: Model) -> None:
+        """Raises `ValueError` where the directory is not this model: names, shapes and config are all compared."""
+        self._directory = Path(directory)
+        mismatches = differences(model, from_hf_config(self._directory))
+        if mismatches:
+            raise ValueError(f"{directory} is another model:\n  " + "\n  ".join(mismatches))
+        self._files = self._locate()
+        self._check(hf_shapes(model))
+
+    def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
+        with safe_open(self._directory / self._files[name], framework="pt") as file:
+            if dim is None:
+                return file.get_tensor(name)
+            view = file.get_slice(name)
+            return view[start:end] if dim == 0 else view[:, start:end]
+
+    def _locate(self) -> dict[str, str]:
+        index, single = self._directory / "model.safetensors.index.json", self._directory / "model.safetensors"
+        if index.is_file():
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            outside = sorted({f for f in files.values() if Path(f).name != f})
+            if outside:
+                raise ValueError(f"{index}: file name {outside[0]!r} points outside the directory")
+            return files
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single.name)
+        if list(self._directory.glob("*.bin")):
+            raise ValueError(f"{self._directory} holds pickled .bin weights; save them as safetensors first")
+        raise ValueError(f"{self._directory} holds neither model.safetensors nor model.safetensors.index.json")
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        missing = sorted(set(shapes) - set(self._files))
+        if missing:
+            raise ValueError(f"{self._directory}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+        for file_name in sorted({self._files[name] for name in shapes}):
+            path = self._directory / file_name
+            try:
+                with safe_open(path, framework="pt") as file:
+                    present = set(file.keys())
+                    for name in (n for n in shapes if self._files[n] == file_name):
+                        if name not in present:
+                            raise ValueError(f"{path}: tensor {name} is in the index and not in the file")
+                        found = tuple(file.get_slice(name).get_shape())
+                        if found != shapes[name]:
+                            raise ValueError(f"{path}: {name} has shape {found}, expected {shapes[name]}")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+class RandomWeights:
+    """Fresh weights, the same in every layout: each tensor is drawn whole from (seed, name) and then cut.
+
+    Normal with `initializer_range`; output projections are scaled by 1 / sqrt(2 layers) as GPT-2 and Megatron do.
+    """
+
+    def __init__(self, model: Model, *, seed: int) -> None:
+        self._model, self._seed, self._shapes = model, seed, hf_shapes(model)
+
+    def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+        std = self._model.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * self._model.num_layers) ** 0.5
+        whole = torch.randn(shape, generator=generator) * std
+        return whole if dim is None else whole.narrow(dim, start, end - start)
+
+
+def open_weights(model: Model, *, seed: int) -> WeightSource:
+    """`model.init_from` if it is set, else fresh weights from the seed."""
+    if model.init_from is not None:
+        return SafetensorsDirectory(model.init_from, model)
+    return RandomWeights(model, seed=seed)
+
+
+@torch.no_grad()
+def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> None:
+    """Fill this rank's parameters from a source. Values are cast to the parameters' dtype."""
+    for chunk in chunks:
+        group = chunk.pg_collection.tp
+        for name, parameter in chunk.named_parameters():
+            rule, names = rule_for(name, layer_offset=layer_offset(chunk))
+            # a last pipeline stage with tied embeddings holds its own copy of them, named as the output layer
+            if model.tie_word_embeddings and rule.layout == "vocabulary":
+                names = ("model.embed_tokens.weight",)
+            shard = shard_from_hf(
+                rule,
+                names,
+                source.read,
+                model,
+                rank=group.rank(),
+                size=group.size(),
+                padded_vocab=chunk.vocab_size,
+            )
+            parameter.copy_(shard)
+
+
+def layer_offset(chunk: Llama) -> int:
+    """Number in the model of the chunk's first layer."""
+    return get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage, pp_rank=chunk.pg_collection.pp.rank())

@@ -1,0 +1,158 @@
+"""The one table of Llama's names and layouts, Hugging Face <-> megatron-core.
+
+A rule says which Hugging Face tensors make a megatron-core parameter and how a tensor-parallel rank's shard is cut
+from them. Every reader and writer of weights goes through it.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_post.config.schema import Model
+
+# Reads rows or columns [start, end) along `dim` of a Hugging Face tensor; dim None: the whole tensor.
+ReadSlice = Callable[[str, int | None, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of parameter is laid out.
+
+    core: megatron-core's name without pipeline chunk and layer offset, `{}` for the layer's number in the model.
+    hf: the Hugging Face tensors that it is made of.
+    layout: "replicated"; "rows" or "columns" (split over dim 0 or 1); "qkv" (query, key and value rows interleaved by
+        query group); "gate_up" (each rank's gate rows, then its up rows); "vocabulary" (rows, padded).
+    """
+
+    core: str
+    hf: tuple[str, ...]
+    layout: str
+
+
+_LAYER, _HF = "decoder.layers.{}.", "model.layers.{}."
+_ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF + "self_attn."
+RULES = (
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary"),
+    Rule(_ATTENTION + "linear_qkv.layer_norm_weight", (_HF + "input_layernorm.weight",), "replicated"),
+    Rule(
+        _ATTENTION + "linear_qkv.weight",
+        (_HF_ATTENTION + "q_proj.weight", _HF_ATTENTION + "k_proj.weight", _HF_ATTENTION + "v_proj.weight"),
+        "qkv",
+    ),
+    Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "columns"),
+    Rule(_LAYER + "mlp.linear_fc1.layer_norm_weight", (_HF + "post_attention_layernorm.weight",), "replicated"),
+    Rule(
+        _LAYER + "mlp.linear_fc1.weight",
+        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+        "gate_up",
+    ),
+    Rule(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), "columns"),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
+    Rule("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+)
+# The portable layers keep norms beside the linear layers that Transformer Engine fuses them into.
+_PORTABLE_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def rule_for(core_name: str, *, layer_offset: int) -> tuple[Rule, tuple[str, ...]]:
+    """The rule of a megatron-core parameter, and its Hugging Face names with layer numbers filled in.
+
+    layer_offset: number in the model of the chunk's layer 0.
+    Raises `ValueError` for a parameter that a Llama does not have.
+    """
+    match = _LAYER_NAME.fullmatch(core_name)
+    if match:
+        layer, rest = int(match[1]) + layer_offset, match[2]
+        pattern = _LAYER + _PORTABLE_NAMES.get(rest, rest)
+    else:
+        layer, pattern = 0, core_name
+    for rule in RULES:
+        if rule.core == pattern:
+            return rule, tuple(name.format(layer) for name in rule.hf)
+    raise ValueError(f"parameter {core_name} has no counterpart in a Hugging Face Llama")
+
+
+def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model, with its shape. Tied embeddings have no lm_head."""
+    h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, h)}
+    for layer in range(model.num_layers):
+        prefix = _HF.format(layer)
+        shapes |= {
+            prefix + "input_layernorm.weight": (h,),
+            prefix + "self_attn.q_proj.weight": (model.num_attention_heads * d, h),
+            prefix + "self_attn.k_proj.weight": (model.num_key_value_heads * d, h),
+            prefix + "self_attn.v_proj.weight": (model.num_key_value_heads * d, h),
+            prefix + "self_attn.o_proj.weight": (h, model.num_attention_heads * d),
+            prefix + "post_attention_layernorm.weight": (h,),
+            prefix + "mlp.gate_proj.weight": (f, h),
+            prefix + "mlp.up_proj.weight": (f, h),
+            prefix + "mlp.down_proj.weight": (h, f),
+        }
+    shapes["model.norm.weight"] = (h,)
+    if not model.tie_word_embeddings:
+        shapes["lm_head.weight"] = (model.vocab_size, h)
+    return shapes
+
+
+def shard_from_hf(
+    rule: Rule, names: tuple[str, ...], read: ReadSlice, model: Model, *, rank: int, size: int, padded_vocab: int
+) -> Tensor:
+    """A tensor-parallel rank's shard of a megatron-core parameter, reading only the slices that it holds."""
+    if rule.layout == "replicated":
+        return read(names[0], None, 0, 0)
+    if rule.layout == "vocabulary":
+        rows = padded_vocab // size
+        start, end = rank * rows, min((rank + 1) * rows, model.vocab_size)
+        real = read(names[0], 0, min(start, end), end)
+        padding = real.new_zeros(rows - real.shape[0], real.shape[1])
+        return torch.cat((real, padding)) if len(padding) else real
+    if rule.layout == "qkv":
+        heads, groups = model.num_attention_heads // size, model.num_key_value_heads // size
+        q, k, v = (
+            read(name, 0, rank * n * model.head_dim, (rank + 1) * n * model.head_dim)
+            for name, n in zip(names, (heads, groups, groups), strict=True)
+        )
+        return interleave_qkv(q, k, v, groups=groups)
+    if rule.layout == "gate_up":
+        rows = model.ffn_hidden_size // size
+        return torch.cat([read(name, 0, rank * rows, (rank + 1) * rows) for name in names])
+    dim = {"rows": 0, "columns": 1}[rule.layout]
+    whole = hf_shapes(model)[names[0]][dim]
+    return read(names[0], dim, rank * whole // size, (rank + 1) * whole // size)
+
+
+def hf_from_shards(rule: Rule, names: tuple[str, ...], shards: list[Tensor], model: Model) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a parameter, from the shards of all tensor-parallel ranks in order."""
+    if rule.layout == "replicated":
+        return {names[0]: shards[0]}
+    if rule.layout == "vocabulary":
+        return {names[0]: torch.cat(shards)[: model.vocab_size]}
+    if rule.layout == "qkv":
+        parts = [split_qkv(s, groups=model.num_key_value_heads // len(shards), head_dim=model.head_dim) for s in shards]
+        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+    if rule.layout == "gate_up":
+        parts = [s.chunk(2) for s in shards]
+        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+    return {names[0]: torch.cat(shards, dim={"rows": 0, "columns": 1}[rule.layout])}
+
+
+def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:
+    """[heads * d, h], [groups * d, h] x 2 -> rows ordered group by group: its queries, its key, its value."""
+    hidden = q.shape[1]
+    return torch.cat([x.reshape(groups, -1, hidden) for x in (q, k, v)], dim=1).reshape(-1, hidden)
+
+
+def split_qkv(qkv: Tensor, *, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `interleave_qkv`."""
+    hidden = qkv.shape[1]
+    by_group = qkv.reshape(groups, -1, hidden)
+    q, k, v = by_group.split((by_group.shape[1] - 2 * head_dim, head_dim, head_dim), dim=1)
+    return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)

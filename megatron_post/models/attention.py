@@ -1,0 +1,141 @@
+"""Core attention of the portable layers: packed, grouped-query, context-parallel, on plain torch.
+
+Keys and values are gathered over the context-parallel group (the all-gather scheme that Llama 3 itself used) and each
+rank computes its own queries: block by block with `scaled_dot_product_attention` on a CPU, with FlexAttention's block
+masks on a GPU, where neither ever holds a t x t mask.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_post.models.packing import PackedSegments
+
+
+class PackedAttention(torch.nn.Module):
+    """Drop-in for megatron-core's core attention; `packed_seq_params` must be `PackedSegments`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        assert pg_collection is not None
+        self._context_group = pg_collection.cp
+        self._scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSegments | None = None,
+    ) -> Tensor:
+        """query: [t/cp, 1, heads/tp, d]; key, value: [t/cp, 1, groups/tp, d]. Returns [t/cp, 1, heads/tp * d]."""
+        assert isinstance(packed_seq_params, PackedSegments), "every pipeline stage needs the pack's segments"
+        query, key, value = (x.squeeze(1).transpose(0, 1) for x in (query, key, value))  # [heads, t, d]
+        if self._context_group.size() > 1:
+            key = gather_sequence(key, packed_seq_params.gather_order, self._context_group)
+            value = gather_sequence(value, packed_seq_params.gather_order, self._context_group)
+        attend = flex_attention if query.is_cuda else block_attention
+        output = attend(query, key, value, packed_seq_params, scale=self._scale)
+        return output.transpose(0, 1).reshape(output.shape[1], 1, -1)
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float) -> Tensor:
+    """Attention of one block after the other; cost is the sum of squared segment lengths.
+
+    query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
+    """
+    outputs = []
+    for block in packed.blocks:
+        q = query[:, block.query_start : block.query_end]
+        k = key[:, block.key_start : block.key_end]
+        v = value[:, block.key_start : block.key_end]
+        square = q.shape[1] == k.shape[1]
+        mask = None
+        if not square:
+            ones = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+            mask = ones.tril(k.shape[1] - q.shape[1])
+        output = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=True
+        )
+        outputs.append(output[0])
+    return torch.cat(outputs, dim=1)
+
+
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float) -> Tensor:
+    """The same with FlexAttention: a block mask of 128 x 128 tiles is all that is stored of the mask.
+
+    query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
+    """
+    kernel, mask = _flex_kernel(query.is_cuda), block_mask(packed, compiled=query.is_cuda)
+    return kernel(query[None], key[None], value[None], block_mask=mask, scale=scale, enable_gqa=True)[0]
+
+
+def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
+    """FlexAttention's mask of a pack: same segment and not later. Made once a microbatch, kept on `packed`."""
+    cached = getattr(packed, "_block_mask", None)
+    if cached is not None:
+        return cached
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    indices, segments = packed.indices, packed.segments
+    assert indices is not None and segments is not None
+
+    def allowed(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        position = indices[query_index]
+        return (segments[position] == segments[key_index]) & (key_index <= position)
+
+    mask = create_block_mask(
+        allowed, None, None, indices.numel(), segments.numel(), device=segments.device, _compile=compiled
+    )
+    packed._block_mask = mask  # type: ignore[attr-defined]
+    return mask
+
+
+@functools.cache
+def _flex_kernel(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention as kernel
+
+    return torch.compile(kernel, dynamic=False) if compiled else kernel
+
+
+def gather_sequence(x: Tensor, order: Tensor | None, group: Any) -> Tensor:
+    """x: [heads, t/cp, d] of each rank -> [heads, t, d] in pack order; its gradient is summed over the ranks."""
+    assert order is not None
+    gathered = _GatherSequence.apply(x.transpose(0, 1).contiguous(), group)
+    return gathered.index_select(0, order).transpose(0, 1)
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along the first dimension; backward is the reduce-scatter that is its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        output = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(output, x, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        group = ctx.group
+        own = gradient.new_empty(gradient.shape[0] // group.size(), *gradient.shape[1:])
+        torch.distributed.reduce_scatter_tensor(own, gradient.contiguous(), group=group)
+        return own, None

@@ -1,0 +1,115 @@
+"""From a config to the model chunks of this pipeline rank."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_post.config.schema import Config
+from megatron_post.models.llama import Llama
+from megatron_post.models.rotary import PositionRotary
+from megatron_post.models.specs import block_spec, has_transformer_engine
+from megatron_post.parallel.topology import Topology
+
+
+def padded_vocab_size(config: Config) -> int:
+    """Rows of the embedding: the vocabulary rounded up so that it divides over tensor-parallel ranks in 128s.
+
+    A checkpoint holds the real rows only, so that it resumes under another tensor-parallel size.
+    """
+    multiple = 128 * config.parallel.tensor if config.parallel.tensor > 1 else 1
+    return -(-config.model.vocab_size // multiple) * multiple
+
+
+def _leave(values: torch.Tensor) -> None:
+    """Initialise nothing."""
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's configuration of the model, its layout, precision and recomputation."""
+    m, p = config.model, config.parallel
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    interleaved, fused = p.virtual_pipeline > 1, has_transformer_engine()
+    full, selective = config.recompute.mode == "full", config.recompute.mode == "selective"
+    return TransformerConfig(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_key_value_heads,
+        kv_channels=m.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # values are loaded, from a directory or a seed; megatron-core still marks what is tensor-parallel
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp8="hybrid" if config.precision.fp8 else None,
+        fp8_recipe=config.precision.fp8 or "delayed",
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if interleaved else None,
+        account_for_embedding_in_pipeline_split=p.embedding_and_loss_as_layers,
+        account_for_loss_in_pipeline_split=p.embedding_and_loss_as_layers,
+        context_parallel_size=p.context,
+        sequence_parallel=p.sequence,
+        # the gradient is divided by the count summed over ranks and microbatches, never by a mean of means
+        calculate_per_token_loss=True,
+        # batched sends of the interleaved schedule cross when two ranks are each other's next and previous:
+        # another loss with no error
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # freeing what was sent is safe in the order of a CUDA stream, and a race with gloo's sends in flight
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=fused,
+        recompute_granularity="full" if full else ("selective" if selective else None),
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        recompute_modules=list(config.recompute.modules) if selective else None,
+    )
+
+
+def build_model(config: Config, topology: Topology, *, portable: bool | None = None) -> list[GPTModel]:
+    """The model chunks of this rank, one for each virtual pipeline stage; their values are still to be loaded.
+
+    portable: use the portable layers; by default where Transformer Engine cannot run.
+    """
+    portable = not has_transformer_engine() if portable is None else portable
+    core, virtual = transformer_config(config), config.parallel.virtual_pipeline
+    stages = range(virtual) if virtual > 1 else [None]
+    return [_chunk(config, core, topology, virtual_stage=stage, portable=portable) for stage in stages]
+
+
+def _chunk(
+    config: Config, core: TransformerConfig, topology: Topology, *, virtual_stage: int | None, portable: bool
+) -> Llama:
+    m, pipeline = config.model, config.parallel.pipeline
+    stage, last = virtual_stage or 0, config.parallel.virtual_pipeline - 1
+    model = Llama(
+        config=core,
+        transformer_layer_spec=block_spec(core, portable=portable, virtual_stage=virtual_stage),  # type: ignore[arg-type]
+        vocab_size=padded_vocab_size(config),
+        max_sequence_length=m.max_position_embeddings,
+        pre_process=topology.pipeline_rank == 0 and stage == 0,
+        post_process=topology.pipeline_rank == pipeline - 1 and stage == last,
+        share_embeddings_and_output_weights=m.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(m.rope_theta),
+        pg_collection=topology.groups,
+        vp_stage=virtual_stage,
+    )
+    model.real_vocab_size = m.vocab_size
+    model.rotary_pos_emb = PositionRotary(m, device=topology.device, context_group=topology.groups.cp)
+    return model.to(topology.device)

@@ -1,0 +1,57 @@
+"""Rotary embeddings by position, with Llama 3.1's frequency scaling."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from megatron_post.config.schema import Model
+from megatron_post.models.packing import PackedSegments
+
+
+def inverse_frequencies(model: Model) -> Tensor:
+    """fp32 [head_dim / 2], scaled as Llama 3.1 does: wavelengths beyond the original context are stretched by
+    `factor`, those under original / high_freq_factor are kept, those between are interpolated."""
+    dim = model.head_dim
+    frequencies = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * torch.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+class PositionRotary(RotaryEmbedding):
+    """megatron-core's rotary module that, given `PackedSegments`, gathers by the tokens' own positions.
+
+    GPTModel asks `get_rotary_seq_len` and hands the answer to `forward`: with the portable layers that answer is the
+    tensor of positions, with Transformer Engine's it is the longest segment as megatron-core intends.
+    """
+
+    def __init__(self, model: Model, *, device: torch.device, context_group: Any) -> None:
+        super().__init__(
+            model.head_dim,
+            1.0,
+            rotary_base=int(model.rope_theta),
+            use_cpu_initialization=True,
+            cp_group=context_group,
+        )
+        self.inv_freq = inverse_frequencies(model).to(device)
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
+        """Positions int64 [t / cp] of the portable layers' tokens, else the longest segment."""
+        packed = args[4] if len(args) > 4 else kwargs.get("packed_seq_params")
+        if isinstance(packed, PackedSegments):
+            return packed.positions
+        return super().get_rotary_seq_len(*args, **kwargs)
+
+    def forward(self, positions_or_length: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles fp32 [t / cp, 1, 1, head_dim], or [length, 1, 1, head_dim] for Transformer Engine."""
+        if not isinstance(positions_or_length, Tensor):
+            return super().forward(positions_or_length, *args, **kwargs)
+        angles = torch.outer(positions_or_length.float(), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -1,0 +1,97 @@
+"""Process groups of a run, and where this rank stands in each of them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_post.config.schema import Parallel
+from megatron_post.parallel.cpu import cpu_as_cuda
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks and sizes of this process in the tensor, pipeline, context and data groups, and the groups themselves."""
+
+    groups: ProcessGroupCollection
+    rank: int
+    world_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+
+    @property
+    def is_reporter(self) -> bool:
+        """The one rank that prints and writes metrics: the first of the last pipeline stage, where losses are."""
+        first = self.tensor_rank == self.context_rank == self.data_rank == 0
+        return first and self.pipeline_rank == self.groups.pp.size() - 1
+
+
+def rank_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) that torchrun, or nobody for a single process, has set."""
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+@contextlib.contextmanager
+def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0) -> Iterator[Topology]:
+    """Join the process group, build megatron-core's groups and seed its generators; leave all of it on exit.
+
+    Without a GPU the CPU adapter is entered and gloo is used. The generators of dropout-like operations are seeded
+    alike on data-parallel ranks and apart on tensor- and pipeline-parallel ones, as megatron-core expects.
+    """
+    rank, world_size, local_rank = rank_from_environment()
+    has_gpu = torch.cuda.is_available()
+    with contextlib.nullcontext() if has_gpu else cpu_as_cuda():
+        if has_gpu:
+            torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+        single = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1} if world_size == 1 else {}
+        if single:
+            single["store"] = dist.HashStore()
+            del single["init_method"]
+        dist.init_process_group(
+            "nccl" if has_gpu else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            **({"device_id": device} if has_gpu else {}),
+            **single,
+        )
+        try:
+            yield _join_groups(parallel, seed=seed, rank=rank, world_size=world_size, device=device)
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _join_groups(parallel: Parallel, *, seed: int, rank: int, world_size: int, device: torch.device) -> Topology:
+    from megatron.core import tensor_parallel
+
+    virtual = parallel.virtual_pipeline
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * groups.pp.rank())
+    return Topology(
+        groups=groups,
+        rank=rank,
+        world_size=world_size,
+        tensor_rank=groups.tp.rank(),
+        pipeline_rank=groups.pp.rank(),
+        context_rank=groups.cp.rank(),
+        data_rank=groups.dp.rank(),
+        data_size=groups.dp.size(),
+        device=device,
+    )

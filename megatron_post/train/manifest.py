@@ -1,0 +1,159 @@
+"""A checkpoint directory that is complete or invisible: checksums in a JSON manifest, publication by rename.
+
+Nothing here knows what the files hold. No pickle is executed: the one pickled file that torch's format has,
+`.metadata`, is read through an allow-list before anything else may read it.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+# Exact names only: a pickle may ask for "os.system" inside any module that imports os.
+_ALLOWED = {
+    *(("torch", name) for name in ("Size", "float64", "float32", "bfloat16", "float16", "uint8", "int32", "int64")),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *(
+        ("torch.distributed.checkpoint.planner", name)
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
+}
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that must not be loaded; the message names the file and what is wrong with it."""
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is published."""
+    return root / f"step-{step:08d}"
+
+
+def partial_directory(root: Path, step: int) -> Path:
+    """Where it is written before that. The name is never mistaken for a published one."""
+    return root / f".partial-step-{step:08d}"
+
+
+def published_steps(root: Path) -> list[int]:
+    """Steps with a published directory, oldest first. Whether they are intact is `verify`'s to say."""
+    found = (path.name.removeprefix("step-") for path in root.glob("step-*") if path.is_dir())
+    return sorted(int(text) for text in found if text.isdigit())
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files of a directory; each is flushed to the disk first."""
+    result = {}
+    for name in names:
+        with (directory / name).open("rb") as file:
+            os.fsync(file.fileno())
+        result[name] = {"bytes": (directory / name).stat().st_size, "sha256": checksum(directory / name)}
+    return result
+
+
+def publish(root: Path, step: int, *, files: dict[str, dict[str, Any]], state: dict[str, Any], keep: int) -> Path:
+    """Write the manifest, rename the partial directory into place, move `latest`, drop all but the newest `keep`."""
+    partial, final = partial_directory(root, step), step_directory(root, step)
+    _write_durably(partial / MANIFEST, json.dumps({"step": step, "state": state, "files": files}, indent=1))
+    _sync_directory(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _write_durably(root / f".{LATEST}", final.name + "\n")
+    (root / f".{LATEST}").replace(root / LATEST)
+    _sync_directory(root)
+    for old in published_steps(root)[:-keep]:
+        shutil.rmtree(step_directory(root, old))
+    return final
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Raises `DamagedCheckpoint` where there is none or it cannot be read."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest["step"], manifest["state"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{directory / MANIFEST}: not readable: {error}") from error
+    return manifest
+
+
+def verify(directory: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Check sizes of all files and checksums of every `parts`-th of them, and that metadata is plain data.
+
+    Raises `DamagedCheckpoint` for the first file that is missing, of another size or of another content.
+    """
+    files = read_manifest(directory)["files"]
+    for index, (name, entry) in enumerate(sorted(files.items())):
+        path = directory / name
+        if Path(name).name != name:
+            raise DamagedCheckpoint(f"{directory}: manifest names {name!r}, which is outside the checkpoint")
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path}: missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} in the manifest")
+        if index % parts == part and checksum(path) != entry["sha256"]:
+            raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
+    check_metadata(directory / ".metadata")
+
+
+def check_metadata(path: Path) -> None:
+    """Read torch's pickled metadata through an allow-list of plain classes, and check the file names that it holds.
+
+    Raises `DamagedCheckpoint` where it names anything else, or a file outside its directory.
+    """
+    try:
+        with path.open("rb") as file:
+            metadata = _PlainUnpickler(file).load()
+        names = {entry.relative_path for entry in metadata.storage_data.values()}
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, IndexError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    outside = sorted(name for name in names if Path(name).name != name)
+    if outside:
+        raise DamagedCheckpoint(f"{path}: names the file {outside[0]!r}, which is outside the checkpoint")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint of ours does")
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""From a config to a finished run: checks first, then every part built once and handed to the trainer."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.utils import unwrap_model
+
+from megatron_post.config.layout import segment_multiple, world_errors
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Config
+from megatron_post.convert.hf_reader import load_weights, open_weights
+from megatron_post.convert.hf_writer import export_hf
+from megatron_post.data.loader import PackLoader, eval_packs
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.models.build import build_model
+from megatron_post.models.specs import has_transformer_engine
+from megatron_post.parallel.topology import Topology, parallel_run, rank_from_environment
+from megatron_post.stages.base import Stage
+from megatron_post.stages.sft import SFT
+from megatron_post.train.checkpoint import Checkpoints
+from megatron_post.train.metrics import MetricsWriter
+from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_post.train.step import Stepper
+from megatron_post.train.trainer import Trainer
+
+
+def train(config: Config) -> None:
+    """Run a config to its last step, resuming from its newest intact checkpoint.
+
+    Raises `ConfigError` or another `ValueError` for what a user can mend, before the model is built.
+    """
+    tokenizer = check_run(config)
+    train_store, held_out = open_stores(config, tokenizer)
+    with parallel_run(config.parallel, seed=config.seed) as topology:
+        trainer, start_step = build_trainer(config, topology)
+        metrics = trainer.metrics
+        metrics.console(f"{config.run_dir}: {describe(config, topology, train_store)}")
+        if start_step:
+            metrics.console(f"resumed after step {start_step}")
+        loader = PackLoader(
+            train_store,
+            seed=config.seed,
+            global_batch=config.train.global_batch,
+            data_rank=topology.data_rank,
+            data_size=topology.data_size,
+            prefetch=config.data.prefetch,
+            consumed_packs=start_step * config.train.global_batch,
+        )
+        packs = [] if held_out is None else list(
+            eval_packs(
+                held_out,
+                config.train.eval_packs,
+                data_rank=topology.data_rank,
+                data_size=topology.data_size,
+                multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
+            )
+        )  # fmt: skip
+        with loader:
+            trainer.fit(loader, packs, start_step=start_step)
+        if config.train.export_hf:
+            target = Path(config.run_dir) / "hf"
+            export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
+            metrics.console(f"exported to {target}")
+        metrics.close()
+
+
+def check_run(config: Config) -> Tokenizer:
+    """Everything that can be wrong with this config on these ranks. Raises `ConfigError` with all of it."""
+    _, world_size, _ = rank_from_environment()
+    errors = world_errors(
+        config,
+        world_size=world_size,
+        has_gpu=torch.cuda.is_available(),
+        has_transformer_engine=has_transformer_engine(),
+    )
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        errors.append(
+            f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} ids, "
+            f"more than model.vocab_size={config.model.vocab_size}"
+        )
+    if errors:
+        raise ConfigError(f"{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors))
+    return tokenizer
+
+
+def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackStore | None]:
+    """The packed training data, and the held-out data if `data.eval_sources` names any."""
+    wanted = {
+        "pack_length": config.data.pack_length,
+        "segment_multiple": segment_multiple(config),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }
+    held_out = open_store(config.data.store, "eval", **wanted) if config.data.eval_sources else None
+    return open_store(config.data.store, "train", **wanted), held_out
+
+
+def make_stage(config: Config) -> Stage:
+    """The stage that the config names."""
+    return SFT(config.loss.trained_roles)
+
+
+def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, int]:
+    """A trainer at the newest intact checkpoint or at the initial weights, and the steps already done."""
+    portable = not has_transformer_engine()
+    models = build_model(config, topology, portable=portable)
+    checkpoints = Checkpoints(config, topology)
+    load_weights(models, open_weights(config.model, seed=config.seed), config.model)
+    chunks = wrap_data_parallel(models, config, topology)
+    optimizer = build_optimizer(chunks, config)
+    scheduler = build_scheduler(optimizer, config)
+    start_step = checkpoints.resume(chunks, optimizer, scheduler)
+    trainer = Trainer(
+        config,
+        topology,
+        chunks=chunks,
+        stepper=Stepper(chunks, make_stage(config), topology, portable=portable),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        checkpoints=checkpoints,
+        metrics=MetricsWriter(config.run_dir, active=topology.is_reporter),
+    )
+    return trainer, start_step
+
+
+def describe(config: Config, topology: Topology, store: PackStore) -> str:
+    """The run in a line."""
+    p = config.parallel
+    sizes = {"TP": p.tensor, "PP": p.pipeline, "VPP": p.virtual_pipeline, "CP": p.context, "DP": topology.data_size}
+    layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
+    return (
+        f"{config.stage} on {layout}{' + SP' if p.sequence else ''}, {config.train.steps} steps of "
+        f"{config.train.global_batch} packs of {config.data.pack_length} tokens, {len(store)} packs in the store"
+    )
