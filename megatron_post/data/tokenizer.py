@@ -85,6 +85,11 @@ class Tokenizer:
         """<|finetune_right_pad_id|>; Llama 3.0 has none, so <|end_of_text|> (roles tell padding apart)."""
         return self.special(PAD if PAD in self._special else END_OF_TEXT)
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids at which generation ends: end of text, of message and of turn, those that the tokenizer has."""
+        return [self._special[name] for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in self._special]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides ids: vocabulary, merges, special tokens, split."""
