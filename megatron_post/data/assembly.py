@@ -1,0 +1,77 @@
+"""Units to packs: which unit stands where, and the rows that the store gets."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_post.data.packing import Packing, pack_units
+from megatron_post.data.permutation import permutation
+from megatron_post.data.store import GroupName, StoreSettings
+from megatron_post.data.template import TokenRole
+from megatron_post.data.units import Units, round_up
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Packs of units, made by `assemble`.
+
+    used: int64 [n], the units in pack order, repeats among them; segment_ends: int64 [packs + 1], where each
+    pack's segments start and end in the segments of `used`.
+    """
+
+    units: Units
+    settings: StoreSettings
+    used: np.ndarray
+    segment_ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.segment_ends) - 1
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The store's `COLUMNS`, each [segments] in pack order."""
+        units, segments = self.units, self.units.segments_of(self.used)
+        segments_of_unit = np.diff(units.unit_starts)[self.used]
+        unit = np.repeat(self.used, segments_of_unit)
+        return {
+            "padded": round_up(units.segment_lengths, self.settings.segment_multiple)[segments],
+            "length": units.segment_lengths[segments],
+            "source": units.sources[unit],
+            "sample": units.samples[unit],
+            "unit": np.repeat(np.arange(len(self.used)), segments_of_unit),
+            "turns": units.turns[unit],
+            "response": units.responses[segments],
+        }
+
+    def packs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and roles of each pack, [pack_length] each."""
+        units, settings = self.units, self.settings
+        segments = units.segments_of(self.used)
+        for start, end in zip(self.segment_ends[:-1], self.segment_ends[1:], strict=True):
+            tokens = np.full(settings.pack_length, settings.pad_id, dtype=np.int32)
+            roles = np.full(settings.pack_length, TokenRole.PADDING, dtype=np.uint8)
+            position = 0
+            for segment in segments[start:end]:
+                first, last = units.segment_starts[segment : segment + 2].tolist()
+                length = last - first
+                tokens[position : position + length] = units.tokens[first:last]
+                roles[position : position + length] = units.roles[first:last]
+                position += round_up(length, settings.segment_multiple)
+            yield tokens, roles
+
+
+def assemble(units: Units, used: np.ndarray, group: GroupName, settings: StoreSettings) -> Assembly:
+    """Pack the units `used` (int64 [n], repeats allowed) and put the packs in an order drawn by the seed."""
+    # best-fit keeps the order of equal lengths: shuffled first, sources do not clump together in packs
+    used = used[permutation(len(used), settings.seed, group, "units")]
+    lengths = units.lengths(multiple=settings.segment_multiple)[used]
+    packing = _shuffled(pack_units(lengths, capacity=settings.pack_length), settings.seed, group)
+    used = used[packing.units]
+    ends = np.concatenate([[0], np.cumsum(np.diff(units.unit_starts)[used])])[packing.offsets]
+    return Assembly(units, settings, used, ends)
+
+
+def _shuffled(packing: Packing, seed: int, group: GroupName) -> Packing:
+    order = permutation(len(packing), seed, group, "packs")
+    offsets = np.concatenate([[0], np.cumsum(np.diff(packing.offsets)[order])])
+    return Packing(np.concatenate([packing.units[:0], *(packing[pack] for pack in order)]), offsets)

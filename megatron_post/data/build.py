@@ -1,0 +1,219 @@
+"""`data pack`: sources -> rows -> rendered units -> mixture -> packs -> store."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from megatron_post.config.layout import segment_multiple
+from megatron_post.config.schema import Config, Source
+from megatron_post.data.assembly import assemble
+from megatron_post.data.dialog import Dialog
+from megatron_post.data.mixture import Share, mix, shares
+from megatron_post.data.overlong import Fitting
+from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.data.store import GroupName, SourceCounts, StoreSettings
+from megatron_post.data.store_writer import StoreWriter
+from megatron_post.data.template import render_batch
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.data.units import UnitPile, Units
+
+_ROWS_AT_ONCE = 512  # rendered in one call of the tokenizer, which uses all cores
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """What `data pack` made of one group."""
+
+    counts: list[SourceCounts]
+    shares: list[Share]
+    num_packs: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, repeats counted."""
+        return sum(share.tokens for share in self.shares)
+
+
+def build_store(
+    config: Config, *, console: Console, overwrite: bool = False, append: bool = False
+) -> dict[GroupName, GroupSummary]:
+    """Pack `data.sources` and `data.eval_sources` into `data.store`, and print what became of them.
+
+    Training sources are mixed by their epochs or weights; evaluation sources are used once. The same config
+    and data give the same store, byte for byte. Raises `ValueError` (`StoreError`, `TooManyBadRows`) for an
+    existing store, bad or overlong rows beyond what the config allows, and sources without usable rows.
+    """
+    _check_sources(config)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    settings = StoreSettings(
+        pack_length=config.data.pack_length,
+        segment_multiple=segment_multiple(config),
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        pad_id=tokenizer.pad_id,
+        seed=config.seed,
+    )
+    bad_rows = BadRows(config.data.max_bad_rows)
+    summaries: dict[GroupName, GroupSummary] = {}
+    with (
+        StoreWriter(config.data.store, settings, overwrite=overwrite, append=append) as writer,
+        _progress(console) as progress,
+    ):
+        sources_of: dict[GroupName, tuple[Source, ...]] = {
+            "train": config.data.sources,
+            "eval": config.data.eval_sources,
+        }
+        for group, sources in sources_of.items():
+            units, counts = _read(group, sources, config, tokenizer, bad_rows, progress)
+            summaries[group] = _write(group, sources, units, counts, writer, settings, progress)
+    _print(summaries, bad_rows, config, console)
+    return summaries
+
+
+def _check_sources(config: Config) -> None:
+    if not config.data.sources:
+        raise ValueError("data.sources is empty: there is nothing to pack")
+    repeated = [s.name for s in config.data.eval_sources if s.epochs is not None or s.weight is not None]
+    if repeated:
+        raise ValueError(
+            f"data.eval_sources: {', '.join(repeated)} has epochs or weight; evaluation rows are used once, "
+            "so leave them out"
+        )
+
+
+def _read(
+    group: GroupName,
+    sources: Sequence[Source],
+    config: Config,
+    tokenizer: Tokenizer,
+    bad_rows: BadRows,
+    progress: Progress,
+) -> tuple[Units, list[SourceCounts]]:
+    """Every usable row of the sources, rendered, and how many of each could not be used."""
+    pile, counts = UnitPile(), []
+    for number, source in enumerate(sources):
+        task = progress.add_task(f"{group}: reading {source.name}", total=None)
+        fitting = Fitting(
+            source.name,
+            overlong=config.data.overlong,
+            capacity=config.data.pack_length,
+            multiple=segment_multiple(config),
+        )
+        before = len(pile)
+        rows = read_rows(source, bad_rows=bad_rows)
+        while batch := list(islice(rows, _ROWS_AT_ONCE)):
+            dialogs = [_dialog(example, source) for _, example in batch]
+            rendered_batch = render_batch(dialogs, tokenizer)
+            for (row, _), dialog, rendered in zip(batch, dialogs, rendered_batch, strict=True):
+                unit = fitting.fit([rendered], row=row)
+                if unit is not None:
+                    turns = sum(message.role == "user" for message in dialog.messages)
+                    pile.add(unit, source=number, sample=row, turns=turns)
+            progress.advance(task, len(batch))
+        fitting.check()
+        progress.update(task, total=progress.tasks[task].completed)
+        counts.append(
+            SourceCounts(
+                source.name,
+                rows=len(pile) - before,
+                bad=bad_rows.by_source[source.name],
+                dropped=fitting.dropped,
+                truncated=fitting.truncated,
+            )
+        )
+        if len(pile) == before:
+            raise ValueError(
+                f"source {source.name!r} ({source.path}) gave no usable row "
+                f"({bad_rows.by_source[source.name]} bad, {fitting.dropped} longer than data.pack_length); "
+                "remove it or mend it"
+            )
+    return pile.units(), counts
+
+
+def _dialog(example: object, source: Source) -> Dialog:
+    if not isinstance(example, Dialog):
+        raise ValueError(
+            f"source {source.name!r} holds preferences, stage=sft trains dialogs; give the chosen responses "
+            "as dialogs, for example with columns={user: prompt, assistant: chosen}"
+        )
+    return example
+
+
+def _write(
+    group: GroupName,
+    sources: Sequence[Source],
+    units: Units,
+    counts: list[SourceCounts],
+    writer: StoreWriter,
+    settings: StoreSettings,
+    progress: Progress,
+) -> GroupSummary:
+    """Mix, pack and write one group."""
+    uses = mix(sources, {count.name: count.rows for count in counts}, seed=settings.seed)
+    flat = np.concatenate([np.zeros(0, dtype=np.int64), *uses.values()])
+    assembly = assemble(units, np.repeat(np.arange(len(units)), flat), group, settings)
+    task = progress.add_task(f"{group}: writing packs", total=len(assembly))
+    packs = progress.track(assembly.packs(), task_id=task)
+    writer.write(
+        group,
+        sources=counts,
+        columns=assembly.columns(),
+        segments_per_pack=np.diff(assembly.segment_ends),
+        packs=packs,
+    )
+    real = np.split(units.lengths(multiple=1), np.searchsorted(units.sources, np.arange(1, len(sources))))
+    return GroupSummary(counts, shares(list(uses), list(uses.values()), real), num_packs=len(assembly))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _print(
+    summaries: dict[GroupName, GroupSummary], bad_rows: BadRows, config: Config, console: Console
+) -> None:
+    table = Table(box=SIMPLE)
+    for heading in ("group", "source"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rows", "epochs", "used", "% rows", "tokens", "% tokens"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group, summary in summaries.items():
+        for share in summary.shares:
+            table.add_row(
+                group,
+                share.name,
+                f"{share.available:,}",
+                f"{share.epochs:.2f}",
+                f"{share.rows:,}",
+                f"{100 * share.row_share:.2f}",
+                f"{share.tokens:,}",
+                f"{100 * share.token_share:.2f}",
+            )
+    console.print(table)
+    for group, summary in summaries.items():
+        for count in summary.counts:
+            if count.bad or count.dropped or count.truncated:
+                console.print(
+                    f"{group}: {count.name}: {count.bad:,} bad rows left out, {count.dropped:,} longer than "
+                    f"{config.data.pack_length:,} tokens dropped, {count.truncated:,} truncated"
+                )
+    for group, summary in summaries.items():
+        if summary.num_packs:
+            capacity = summary.num_packs * config.data.pack_length
+            console.print(
+                f"{group}: {summary.num_packs:,} packs of {config.data.pack_length:,} tokens, "
+                f"{100 * summary.tokens / capacity:.2f}% full"
+            )
+    if bad_rows.count:
+        console.print(bad_rows.summary(), markup=False, highlight=False)

@@ -1,0 +1,137 @@
+"""`data stats`: what a store holds, by source, as in the report's SFT table, and how full its packs are."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.data.store import PackStore
+from megatron_post.data.template import TokenRole
+
+_TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """One source, or all together: rows (repeats counted), their share, and means over rows of real tokens.
+
+    tokens = context + response; response: what the assistant says last, with its terminator.
+    """
+
+    name: str
+    rows: int
+    share: float
+    turns: float
+    tokens: float
+    context: float
+    response: float
+
+
+@dataclass(frozen=True)
+class PackingStats:
+    """How the tokens of a group's packs are used: real + segment_padding + tail_padding = capacity."""
+
+    packs: int
+    segments: int
+    capacity: int
+    real: int
+    segment_padding: int
+    tail_padding: int
+    trained: int
+
+    @property
+    def efficiency(self) -> float:
+        """Real tokens / capacity."""
+        return self.real / self.capacity if self.capacity else 0.0
+
+
+def source_stats(store: PackStore) -> list[SourceStats]:
+    """Each source of a group, then the total. A unit is a row; its tokens are those of all its segments."""
+    units, first = np.unique(store.column("unit"), return_index=True)
+    tokens, responses = (_by_unit(store, name, len(units)) for name in ("length", "response"))
+    sources, turns = store.column("source")[first], store.column("turns")[first]
+    everything = np.ones(len(units), dtype=bool)
+    selections = [(counts.name, sources == number) for number, counts in enumerate(store.sources)]
+    return [
+        SourceStats(
+            name=name,
+            rows=int(rows.sum()),
+            share=rows.sum() / max(len(units), 1),
+            turns=_mean(turns[rows]),
+            tokens=_mean(tokens[rows]),
+            context=_mean((tokens - responses)[rows]),
+            response=_mean(responses[rows]),
+        )
+        for name, rows in [*selections, ("total", everything)]
+    ]
+
+
+def packing_stats(store: PackStore, *, trained_roles: Collection[TokenRole] = _TRAINED) -> PackingStats:
+    """Real tokens and padding of a group; reads the roles of every pack to count the trained tokens."""
+    real, padded = int(store.column("length").sum()), int(store.column("padded").sum())
+    capacity = len(store) * store.settings.pack_length
+    by_role = np.zeros(len(TokenRole), dtype=np.int64)
+    for index in range(len(store)):
+        by_role += np.bincount(store.read_row("roles", index), minlength=len(TokenRole))
+    return PackingStats(
+        packs=len(store),
+        segments=len(store.column("length")),
+        capacity=capacity,
+        real=real,
+        segment_padding=padded - real,
+        tail_padding=capacity - padded,
+        trained=int(by_role[list(trained_roles)].sum()),
+    )
+
+
+def print_stats(
+    store: PackStore, console: Console, *, trained_roles: Collection[TokenRole] = _TRAINED
+) -> None:
+    """Print both tables of one group."""
+    console.print(f"{store.path}/{store.group}", highlight=False)
+    table = Table(box=SIMPLE)
+    table.add_column("source", overflow="fold")
+    for heading in ("rows", "%", "turns", "tokens", "in context", "in final response"):
+        table.add_column(heading, justify="right")
+    for stats in source_stats(store):
+        means = (stats.turns, stats.tokens, stats.context, stats.response)
+        table.add_row(
+            stats.name, f"{stats.rows:,}", f"{100 * stats.share:.2f}", *(f"{mean:,.1f}" for mean in means)
+        )
+    console.print(table)
+    for counts in store.sources:
+        if counts.bad or counts.dropped or counts.truncated:
+            console.print(
+                f"{counts.name}: {counts.bad:,} bad rows left out, {counts.dropped:,} overlong dropped, "
+                f"{counts.truncated:,} truncated"
+            )
+    _print_packing(packing_stats(store, trained_roles=trained_roles), store, console)
+
+
+def _print_packing(stats: PackingStats, store: PackStore, console: Console) -> None:
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_row("packs", f"{stats.packs:,}", f"of {store.settings.pack_length:,} tokens")
+    table.add_row("segments", f"{stats.segments:,}", f"padded to {store.settings.segment_multiple}")
+    for name, tokens in (
+        ("real tokens", stats.real),
+        ("padding inside segments", stats.segment_padding),
+        ("padding at the tail", stats.tail_padding),
+        ("trained tokens", stats.trained),
+    ):
+        table.add_row(name, f"{tokens:,}", f"{100 * tokens / max(stats.capacity, 1):.2f}%")
+    console.print(table)
+
+
+def _by_unit(store: PackStore, name: str, num_units: int) -> np.ndarray:
+    """Sum of a column over the segments of each unit, int64 [units]; units are numbered without gaps."""
+    return np.bincount(store.column("unit"), weights=store.column(name), minlength=num_units).astype(np.int64)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
