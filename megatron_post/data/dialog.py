@@ -100,9 +100,9 @@ class Message:
                 f"built-in tool {call.name} needs the text argument {wanted!r}, got {call.parameters!r:.80}"
             )
         try:
-            json.dumps(call.parameters, ensure_ascii=False).encode()
+            json.dumps([call.name, call.parameters], ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
-            raise BadRow(f"arguments of tool call {call.name!r} cannot be written as JSON: {error}") from None
+            raise BadRow(f"tool call {call.name!r} cannot be written as JSON: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +168,22 @@ def _check_tools(tools: Sequence[dict[str, Any]]) -> None:
     for tool in tools:
         if not isinstance(tool, dict):
             raise BadRow(f"a tool must be a mapping, not {tool!r:.80}")
+        try:
+            json.dumps(tool, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:  # UnicodeEncodeError is a ValueError
+            raise BadRow(f"tool {tool!r:.80} cannot be written as JSON: {error}") from None
+        if tool.get("type") in BUILT_IN_TOOLS:
+            continue
         function = tool.get("function")
-        if tool.get("type") not in BUILT_IN_TOOLS and not (isinstance(function, dict) and "name" in function):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(
                 f"tool {tool!r:.80} is neither built in ({', '.join(BUILT_IN_TOOLS)} as `type`) nor a "
                 '{"type": "function", "function": {"name": ...}}'
+            )
+        schema = function.get("parameters") or {}
+        if not isinstance(schema, dict) or not isinstance(schema.get("properties") or {}, dict):
+            raise BadRow(
+                f"parameters of function {function['name']!r} are not a JSON schema with `properties`"
             )
 
 

@@ -4,6 +4,9 @@ The format is Meta's published one (llama-models, "Llama 3.1 - Prompt Formats").
 newlines, contents and tool calls are encoded apart from each other, as Meta's ChatFormat does; so no token
 spans two of them.
 
+A tool's output (`ipython`) ends with <|eot_id|>, as published. Where a message has both text and a call, the
+text comes first and <|python_tag|> opens the call alone (Meta's code puts the tag before both).
+
 Contents are rendered as they are. The Llama 3.0 reference stripped them; the 3.1 reference, which made the
 published examples (a system prompt that ends in a newline), does not. `rows` strips what it reads, so
 training data is the same under both, and under the chat templates of Hugging Face, which trim.

@@ -88,7 +88,8 @@ class Tokenizer:
     @property
     def stop_ids(self) -> list[int]:
         """Ids at which generation ends: end of text, of message and of turn, those that the tokenizer has."""
-        return [self._special[name] for name in (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN) if name in self._special]
+        stops = (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN)
+        return [self._special[name] for name in stops if name in self._special]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -54,7 +54,7 @@ def _function_text(function: dict[str, Any]) -> str:
     return (
         '{\n    "type": "function",\n    "function": {\n'
         f'        "name": {_json(function["name"])},\n'
-        f'        "description": {_json(function.get("description", ""))},\n'
+        f'        "description": {_json(function.get("description") or "")},\n'
         '        "parameters": {\n            "type": "object",\n'
         f'            "properties": [{listed}\n            ],\n'
         f'            "required": {required}\n        }}\n    }}\n}}'

@@ -62,7 +62,15 @@ def test_wrong_dialogs_are_refused_with_the_reason(messages, reason):
         (lambda: Message("assistant", "", (ToolCall("f", "[1]"),)), "not a JSON object"),
         (lambda: Message("assistant", "", (ToolCall("f", "{"),)), "are not JSON"),
         (lambda: Message("assistant", "", (ToolCall("f", {"a": "\ud800"}),)), "cannot be written as JSON"),
+        (lambda: Message("assistant", "", (ToolCall("\ud800", {}),)), "cannot be written as JSON"),
         (lambda: Dialog((USER, ASSISTANT), ({"type": "teapot"},)), "neither built in"),
+        (lambda: Dialog((USER, ASSISTANT), ({"function": {"name": "\ud800"}},)), "cannot be written as JSON"),
+        (
+            lambda: Dialog(
+                (USER, ASSISTANT), ({"function": {"name": "f", "parameters": {"properties": [1]}}},)
+            ),
+            "parameters of function 'f' are not a JSON schema",
+        ),
     ],
 )
 def test_wrong_messages_and_tools_are_refused_with_the_reason(make, reason):

@@ -37,7 +37,7 @@ def said(role, content):
     return {"role": role, "content": content}
 
 
-# --- formats -----------------------------------------------------------------------------------------------------
+# formats
 
 
 def test_openai_messages_with_tool_calls(tmp_path):
@@ -209,7 +209,7 @@ def test_bad_rows_are_refused_with_file_line_and_reason(tmp_path, row, reason):
         read(path)
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# files
 
 
 def test_broken_lines_are_counted_and_named_and_the_others_are_read(tmp_path, monkeypatch):
@@ -366,7 +366,7 @@ def test_sources_that_cannot_be_read_are_refused_with_the_place(tmp_path):
     with pytest.raises(ValueError, match="holds no files of split 'train'"):
         read(tmp_path)
     write(tmp_path / "test.jsonl", [SUM])
-    with pytest.raises(ValueError, match="holds no files of split 'train'.*splits found: test"):
+    with pytest.raises(ValueError, match=r"holds no files of split 'train'.*splits found: test"):
         read(tmp_path)
     with pytest.raises(ValueError, match="subset=x goes with hub names"):
         read(tmp_path, subset="x")
@@ -400,7 +400,7 @@ def test_hub_names_go_through_datasets(monkeypatch):
     assert asked == [(("org/name", "main"), {"split": "test", "streaming": True})]
 
 
-# --- real data ---------------------------------------------------------------------------------------------------
+# real data
 
 
 @needs_shared

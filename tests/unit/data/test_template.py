@@ -73,7 +73,7 @@ def examples():
 
 
 def ids_of_text(text, tokenizer):
-    """Ids of a written-out conversation, as Meta's ChatFormat encodes it: control tokens, header's newlines, texts."""
+    """Ids of a written-out conversation; as Meta does, a header's newlines by themselves."""
     parts = re.split(r"(<\|[a-z_]+\|>)", text)
     ids, after_header = [], False
     for part in parts:
@@ -273,7 +273,7 @@ def dialogs_in_openais_form():
     both = Message(
         "assistant", "I look.", (ToolCall("trending_songs", {"n": 3, "é": [1, {"x": None}]}),), False
     )
-    bare = {"type": "function", "function": {"name": "now"}}
+    bare = {"type": "function", "function": {"name": "now", "description": None, "parameters": None}}
     done = Message("assistant", "Done.")
     return [
         Dialog((*chat, answer)),
@@ -305,7 +305,7 @@ def test_plain_transformers_gives_the_same_ids(request, small, tmp_path, beside_
         assert loaded.apply_chat_template(messages, **options) == render(dialog, tokenizer).tokens.tolist(), (
             number
         )
-        if not dialog.messages[-2].role == "assistant":
+        if dialog.messages[-2].role != "assistant":
             prompt = loaded.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
             expected = render_prompt(dialog.messages[:-1], tokenizer, tools=dialog.tools)
             assert prompt == expected.tolist(), number

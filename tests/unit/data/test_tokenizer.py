@@ -87,6 +87,7 @@ def test_control_tokens_have_llama_31s_ids(llama):
     }
     assert {name: llama.special(name) for name in published} == published
     assert (llama.vocab_size, llama.bos_id, llama.pad_id) == (128256, 128000, 128004)
+    assert llama.stop_ids == [128001, 128008, 128009]  # Meta's stop_tokens
     # Meta's test_tokenizer.py
     ids = [llama.bos_id, *llama.encode("This is a test sentence."), llama.special("<|end_of_text|>")]
     assert ids == [128000, 2028, 374, 264, 1296, 11914, 13, 128001]
