@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -101,6 +102,9 @@ def doctor() -> None:
 
 def main() -> None:
     """Run a command. What a user can mend is one clear message and exit status 2; --debug shows the traceback."""
+    # what is missing and what it costs is for `doctor` to say, once; not for every rank at every start
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine and Apex|Apex is not|full scope is deprecated)")
+    warnings.filterwarnings("ignore", message=".*(is deprecated. Please use|attribute of a Tensor that is not a leaf)")
     try:
         app()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

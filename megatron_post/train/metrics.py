@@ -36,8 +36,8 @@ def peak_flops(device_name: str) -> float | None:
 class MetricsWriter:
     """Writes to `run_dir` on the one rank that reports; elsewhere every call does nothing."""
 
-    def __init__(self, run_dir: str | Path, *, active: bool, total_steps: int) -> None:
-        self._active, self._total_steps = active, total_steps
+    def __init__(self, run_dir: str | Path, *, active: bool) -> None:
+        self._active = active
         if active:
             directory = Path(run_dir)
             directory.mkdir(parents=True, exist_ok=True)
