@@ -1,0 +1,151 @@
+"""Inheritance, overrides, and errors that come all at once with key, value and remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_post.config.layout import pack_multiple, segment_multiple, world_errors
+from megatron_post.config.load import ConfigError, json_schema, load_config, to_yaml
+from tests.tiny import tiny_config
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+BASE = """
+run_dir: runs/x
+model: {preset: tiny}
+tokenizer: {path: somewhere}
+data: {store: store, pack_length: 512}
+optimizer: {lr: 1.0e-4, betas_typo: 1}
+train: {steps: 10, global_batch: 4}
+"""
+
+
+def _write(directory: Path, name: str, text: str) -> Path:
+    (directory / name).write_text(text)
+    return directory / name
+
+
+def test_inheritance_and_overrides(tmp_path: Path) -> None:
+    """child over base, override over child; a mapping is merged key by key."""
+    _write(tmp_path, "base.yaml", BASE.replace(", betas_typo: 1", ", min_lr: 1.0e-6"))
+    child = _write(tmp_path, "child.yaml", "base: base.yaml\noptimizer: {lr: 2.0e-4}\n")
+    config = load_config(child, ["train.steps=7", "parallel.tensor=2"])
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (2e-4, 1e-6)
+    assert (config.train.steps, config.train.global_batch, config.parallel.tensor) == (7, 4, 2)
+    again = load_config(_write(tmp_path, "resolved.yaml", to_yaml(config)))
+    assert again == config
+
+
+def test_all_field_errors_at_once(tmp_path: Path) -> None:
+    path = _write(tmp_path, "bad.yaml", BASE)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["train.steps=-1", "precision.fp8=int4"])
+    message = str(error.value)
+    assert "3 error(s)" in message
+    assert "optimizer.betas_typo: unknown key (value 1)" in message
+    assert "train.steps" in message and "-1" in message and "'int4'" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["parallel.tensor=3"], "num_attention_heads=8 is not a multiple of parallel.tensor=3"),
+        (["parallel.tensor=8"], "num_key_value_heads=4 is not a multiple of parallel.tensor=8"),
+        (["parallel.pipeline=3"], "model.num_layers=4 is not a multiple of parallel.pipeline=3"),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "virtual_pipeline=4 = 8"),
+        (["parallel.virtual_pipeline=2"], "needs parallel.pipeline > 1"),
+        (["parallel.context=3"], "data.pack_length=512 is not a multiple of 6"),
+        (["parallel.sequence=true"], "parallel.sequence=true needs parallel.tensor > 1"),
+        (["precision.fp8=delayed", "precision.dtype=fp32"], "needs precision.dtype=bf16"),
+        (["precision.fp8=blockwise", "data.pack_length=500"], "data.pack_length=500 is not a multiple of 128"),
+        (["model.preset=llama5"], "preset 'llama5' is unknown; choose one of tiny, llama3_8b"),
+        (["steps"], "overrides must read key=value: steps"),
+    ],
+)
+def test_impossible_layouts(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    path = _write(tmp_path, "base.yaml", BASE.replace(", betas_typo: 1", ""))
+    with pytest.raises(ConfigError, match="error|override") as error:
+        load_config(path, overrides)
+    assert expected in str(error.value)
+
+
+def test_layout_errors_come_together(tmp_path: Path) -> None:
+    path = _write(tmp_path, "base.yaml", BASE.replace(", betas_typo: 1", ""))
+    with pytest.raises(ConfigError, match=r"5 error\(s\)"):  # heads, groups, ffn, layers, pack length
+        load_config(path, ["parallel.tensor=3", "parallel.pipeline=3", "parallel.context=5"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "top level must be a mapping"),
+        ("base: nowhere.yaml", "nowhere.yaml does not exist"),
+        ("base: bad.yaml", "inherits from itself"),
+        ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(_write(tmp_path, "bad.yaml", text))
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config("nowhere.yaml")
+
+
+def test_world() -> None:
+    """Ranks, batch and FP8 against the machine, all at once."""
+    config = tiny_config(parallel={"tensor": 2}, precision={"dtype": "bf16", "fp8": "delayed"})
+    errors = world_errors(config, world_size=6, has_gpu=False, has_transformer_engine=False)
+    assert errors == [
+        "train.global_batch=4 is not a multiple of the 3 data-parallel ranks that 6 ranks make",
+        "precision.fp8=delayed needs a GPU; set precision.fp8=null",
+    ]
+    (error,) = world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=False)
+    assert "needs Transformer Engine" in error
+    assert world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=True) == []
+    (error,) = world_errors(tiny_config(parallel={"tensor": 2}), world_size=3, has_gpu=True, has_transformer_engine=True)
+    assert "3 ranks are not a multiple of tensor x pipeline x context = 2" in error
+    interleaved = tiny_config(parallel={"pipeline": 4, "virtual_pipeline": 1}, train={"global_batch": 6})
+    assert world_errors(interleaved, world_size=4, has_gpu=True, has_transformer_engine=True) == []
+    interleaved = tiny_config(parallel={"pipeline": 2, "virtual_pipeline": 2}, train={"global_batch": 3})
+    (error,) = world_errors(interleaved, world_size=2, has_gpu=True, has_transformer_engine=True)
+    assert "3 microbatches a data-parallel rank are not a multiple of parallel.pipeline=2" in error
+
+
+def test_multiples() -> None:
+    """CP 4, TP 2 with SP, FP8 delayed: segments of 2 x 4; packs of lcm(8, 4 x 2 x 16) = 128."""
+    config = tiny_config(
+        model={"num_key_value_heads": 4},
+        parallel={"context": 4, "tensor": 2, "sequence": True},
+        precision={"dtype": "bf16", "fp8": "delayed"},
+    )
+    assert (segment_multiple(config), pack_multiple(config)) == (8, 128)
+    assert (segment_multiple(tiny_config()), pack_multiple(tiny_config())) == (1, 1)
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        tiny_config().train.steps = 3
+
+
+def test_405b_is_the_report_s() -> None:
+    config = load_config(CONFIGS / "llama3_405b" / "sft.yaml")
+    assert config.optimizer.lr == 1e-5 and 8500 <= config.train.steps <= 9000
+    assert config.data.pack_length == 131072 and config.precision.fp8 is not None
+    assert sum(source.weight or 0 for source in config.data.sources) == pytest.approx(100)
+    assert world_errors(config, world_size=1024, has_gpu=True, has_transformer_engine=True) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/[!b]*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_shipped_configs_load(path: Path) -> None:
+    load_config(path)
+
+
+def test_schema_describes_the_keys() -> None:
+    schema = json.loads(json_schema())
+    assert schema["additionalProperties"] is False
+    assert {"model", "parallel", "train"} <= schema["properties"].keys()
