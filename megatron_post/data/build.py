@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE
@@ -57,6 +58,7 @@ def build_store(
         tokenizer_fingerprint=tokenizer.fingerprint,
         pad_id=tokenizer.pad_id,
         seed=config.seed,
+        tokenizer_path=str(Path(config.tokenizer.path).resolve()),
     )
     bad_rows = BadRows(config.data.max_bad_rows)
     summaries: dict[GroupName, GroupSummary] = {}
@@ -166,7 +168,8 @@ def _write(
         segments_per_pack=np.diff(assembly.segment_ends),
         packs=packs,
     )
-    real = np.split(units.lengths(multiple=1), np.searchsorted(units.sources, np.arange(1, len(sources))))
+    starts = np.searchsorted(units.sources, np.arange(1, len(sources)))
+    real = np.split(units.lengths(multiple=1), starts)[: len(sources)]  # no sources: split still gives one part
     return GroupSummary(counts, shares(list(uses), list(uses.values()), real), num_packs=len(assembly))
 
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection
 from itertools import groupby
+from pathlib import Path
 
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from megatron_post.data.store import PackStore
+from megatron_post.data.store import GroupName, open_store
 from megatron_post.data.template import TokenRole
-from megatron_post.data.tokenizer import Tokenizer
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 
 _COLOURS = {
     TokenRole.PADDING: "bright_black",
@@ -22,25 +23,30 @@ _TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
 
 
 def show_pack(
-    store: PackStore,
+    path: str | Path,
     index: int,
-    tokenizer: Tokenizer,
-    console: Console,
     *,
+    console: Console,
+    group: GroupName = "train",
+    tokenizer_path: str | None = None,
     trained_roles: Collection[TokenRole] = _TRAINED,
 ) -> None:
-    """Print pack `index`: a rule with source and row before each segment, then its text; padding as a count.
+    """Print pack `index` of a store: a line with source and row before each segment, then its text.
 
-    Raises `ValueError` for a pack that the store has not, and for another tokenizer than the store's.
+    tokenizer_path None: the tokenizer that packed the store, from where it was then. Raises `ValueError` for
+    a pack that the store has not, and for another tokenizer than the store's.
     """
+    store = open_store(path, group)
     if not 0 <= index < len(store):
         raise ValueError(
-            f"pack {index} does not exist: {store.path}/{store.group} has {len(store)} packs, counted from 0"
+            f"pack {index} does not exist: {path}/{group} has {len(store)} packs, counted from 0"
         )
+    tokenizer = load_tokenizer(tokenizer_path or store.settings.tokenizer_path)
     if tokenizer.fingerprint != store.settings.tokenizer_fingerprint:
         raise ValueError(
-            f"store {store.path} was made with tokenizer {store.settings.tokenizer_fingerprint:.12}, this one is "
-            f"{tokenizer.fingerprint:.12}; set tokenizer.path to the one that `data pack` used"
+            f"store {path} was made with tokenizer {store.settings.tokenizer_fingerprint:.12}, the one at "
+            f"{tokenizer_path or store.settings.tokenizer_path} is {tokenizer.fingerprint:.12}; "
+            "name the right one"
         )
     pack = store.read(index)
     console.print(_legend(trained_roles))

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_post.data.store import PackStore
+from megatron_post.data.store import GROUPS, PackStore, open_store
 from megatron_post.data.template import TokenRole
 
 _TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
@@ -88,10 +89,18 @@ def packing_stats(store: PackStore, *, trained_roles: Collection[TokenRole] = _T
 
 
 def print_stats(
-    store: PackStore, console: Console, *, trained_roles: Collection[TokenRole] = _TRAINED
+    path: str | Path, *, console: Console, trained_roles: Collection[TokenRole] = _TRAINED
 ) -> None:
-    """Print both tables of one group."""
-    console.print(f"{store.path}/{store.group}", highlight=False)
+    """Print both tables of each group of a store that has packs."""
+    for group in GROUPS:
+        store = open_store(path, group)
+        if len(store):
+            console.print(f"{path}/{group}", highlight=False)
+            _print_sources(store, console)
+            _print_packing(packing_stats(store, trained_roles=trained_roles), store, console)
+
+
+def _print_sources(store: PackStore, console: Console) -> None:
     table = Table(box=SIMPLE)
     table.add_column("source", overflow="fold")
     for heading in ("rows", "%", "turns", "tokens", "in context", "in final response"):
@@ -108,7 +117,6 @@ def print_stats(
                 f"{counts.name}: {counts.bad:,} bad rows left out, {counts.dropped:,} overlong dropped, "
                 f"{counts.truncated:,} truncated"
             )
-    _print_packing(packing_stats(store, trained_roles=trained_roles), store, console)
 
 
 def _print_packing(stats: PackingStats, store: PackStore, console: Console) -> None:

@@ -14,7 +14,7 @@ core), twice a pack, which is 30 times slower; it still reads and writes the ver
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,9 @@ class StoreSettings:
     tokenizer_fingerprint: str
     pad_id: int
     seed: int
+    tokenizer_path: str = field(
+        default="", compare=False
+    )  # where it was then: for people, not for a decision
 
 
 @dataclass(frozen=True)
@@ -194,9 +197,7 @@ def read_settings(path: str | Path) -> StoreSettings:
             f"data.store={path} has format version {attributes['version']}, this program reads {VERSION}; "
             "run `megatron-post data pack` again"
         )
-    return StoreSettings(
-        **{field.name: attributes[field.name] for field in dataclasses.fields(StoreSettings)}
-    )
+    return StoreSettings(**{item.name: attributes[item.name] for item in dataclasses.fields(StoreSettings)})
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

@@ -182,4 +182,8 @@ def _next_unit(node: Any) -> int:
 
 def _differences(existing: StoreSettings, wanted: StoreSettings) -> str:
     old, new = dataclasses.asdict(existing), dataclasses.asdict(wanted)
-    return ", ".join(f"{name}={old[name]} (now {new[name]})" for name in old if old[name] != new[name])
+    return ", ".join(
+        f"{name}={old[name]} (now {new[name]})"
+        for name in old
+        if name != "tokenizer_path" and old[name] != new[name]
+    )

@@ -1,0 +1,50 @@
+"""A small store of recognisable packs, for the tests of store, loader and backends."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_post.data.store import PackStore, SourceCounts, StoreSettings, open_store
+from megatron_post.data.store_writer import StoreWriter
+
+SETTINGS = StoreSettings(
+    pack_length=16, segment_multiple=4, tokenizer_fingerprint="f" * 64, pad_id=99, seed=1, tokenizer_path="t"
+)
+
+
+def columns_of(num_packs: int) -> dict[str, np.ndarray]:
+    """Each pack p: a segment of 5 real tokens padded to 8, and in odd packs one of 8; the rest is the tail.
+
+    Even packs: 8 | tail of 8. Odd packs: 8 | 8, no tail. Sample ids: 100 p and 100 p + 1.
+    """
+    rows = [(p, second) for p in range(num_packs) for second in range(1 + p % 2)]
+    pack, second = np.array(rows, dtype=np.int64).reshape(-1, 2).T
+    return {
+        "padded": np.full(len(rows), 8),
+        "length": np.where(second == 1, 8, 5),
+        "source": second,
+        "sample": 100 * pack + second,
+        "unit": np.arange(len(rows)),
+        "turns": np.ones(len(rows)),
+        "response": np.full(len(rows), 2),
+    }
+
+
+def tokens_of(pack: int) -> np.ndarray:
+    return (np.arange(16) + 1000 * pack).astype(np.int32)
+
+
+def write_packs(writer: StoreWriter, num_packs: int, *, names: tuple[str, str] = ("a", "b")) -> None:
+    writer.write(
+        "train",
+        sources=[SourceCounts(name, rows=num_packs) for name in names],
+        columns=columns_of(num_packs),
+        segments_per_pack=[1 + p % 2 for p in range(num_packs)],
+        packs=((tokens_of(p), np.full(16, p % 5, dtype=np.uint8)) for p in range(num_packs)),
+    )
+
+
+def small_store(path: Path, num_packs: int) -> PackStore:
+    with StoreWriter(path, SETTINGS) as writer:
+        write_packs(writer, num_packs)
+    return open_store(path, "train")
