@@ -1,0 +1,315 @@
+"""`data pack`, from files of rows to a store, against the rows rendered one by one."""
+
+import json
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from megatron_post.config.load import validate
+from megatron_post.config.schema import Config
+from megatron_post.data.assembly import assemble
+from megatron_post.data.build import build_store
+from megatron_post.data.dialog import Dialog, Message
+from megatron_post.data.overlong import Fitting
+from megatron_post.data.rows import TooManyBadRows
+from megatron_post.data.store import PackStore, StoreError, StoreSettings, open_store
+from megatron_post.data.template import Rendered, TokenRole, render
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
+from megatron_post.data.units import UnitPile
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ate", "all", "of", "it"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_small_tokenizer([" ".join(WORDS)] * 10, 300).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_path)
+
+
+def dialog(seed: int, *, turns: int = 1, words: int = 6) -> list[dict[str, str]]:
+    random = np.random.default_rng(seed)
+    messages = []
+    for turn in range(turns):
+        for role in ("user", "assistant"):
+            said = " ".join(random.choice(WORDS, random.integers(1, words + 1)))
+            messages.append({"role": role, "content": f"{seed}.{turn} {said}"})
+    return messages
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+
+
+def config_for(tmp_path: Path, tokenizer_path: Path, **data: Any) -> Config:
+    """Sources a (20 rows of one turn) and b (6 rows of two), an evaluation source of 3 rows."""
+    write_rows(tmp_path / "a.jsonl", [dialog(seed) for seed in range(20)])
+    write_rows(tmp_path / "b.jsonl", [dialog(100 + seed, turns=2) for seed in range(6)])
+    write_rows(tmp_path / "held_out.jsonl", [dialog(200 + seed) for seed in range(3)])
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"preset": "tiny"},
+        "tokenizer": {"path": str(tokenizer_path)},
+        "data": {
+            "store": str(tmp_path / "store"),
+            "sources": [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")],
+            "eval_sources": [{"name": "held_out", "path": str(tmp_path / "held_out.jsonl")}],
+            "pack_length": 256,
+            **data,
+        },
+        "parallel": {"context": 2},
+        "train": {"steps": 1, "global_batch": 1},
+    }
+    return validate(values, origin="test")
+
+
+def build(config: Config, **modes: bool) -> str:
+    output = StringIO()
+    build_store(config, console=Console(file=output, width=200), **modes)
+    return output.getvalue()
+
+
+def segments_in(store: PackStore) -> list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]:
+    """(source, row, tokens, roles) of every segment, padding cut off, after checking the padding."""
+    found = []
+    for index in range(len(store)):
+        pack = store.read(index)
+        for n, (start, end) in enumerate(zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True)):
+            roles, tokens = pack.roles[start:end], pack.tokens[start:end]
+            real = int((roles != TokenRole.PADDING).sum())
+            assert not roles[real:].any()
+            assert (tokens[real:] == store.settings.pad_id).all()
+            if pack.sources[n] < 0:
+                assert (real, n) == (0, len(pack.sources) - 1)
+                continue
+            assert end - start == -(-real // 4) * 4
+            name = store.sources[pack.sources[n]].name
+            found.append((name, int(pack.sample_ids[n]), tuple(tokens[:real]), tuple(roles[:real])))
+    return found
+
+
+def rendered(rows: list[Any], tokenizer: Tokenizer) -> list[Rendered]:
+    return [render(Dialog(tuple(Message(**message) for message in row)), tokenizer) for row in rows]
+
+
+def test_the_store_holds_every_row_as_rendered(
+    tmp_path: Path, tokenizer_path: Path, tokenizer: Tokenizer
+) -> None:
+    output = build(config_for(tmp_path, tokenizer_path))
+    wanted = Counter(
+        (name, row, tuple(item.tokens), tuple(item.roles))
+        for name, rows in (
+            ("a", [dialog(seed) for seed in range(20)]),
+            ("b", [dialog(100 + seed, turns=2) for seed in range(6)]),
+        )
+        for row, item in enumerate(rendered(rows, tokenizer), start=1)
+    )
+    store = open_store(
+        tmp_path / "store",
+        "train",
+        pack_length=256,
+        segment_multiple=4,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )
+    assert Counter(segments_in(store)) == wanted
+    assert sorted(row for _, row, _, _ in segments_in(open_store(tmp_path / "store", "eval"))) == [1, 2, 3]
+    assert f"train: {len(store)} packs of 256 tokens" in output
+
+
+def test_the_columns_say_turns_and_final_response(
+    tmp_path: Path, tokenizer_path: Path, tokenizer: Tokenizer
+) -> None:
+    build(config_for(tmp_path, tokenizer_path))
+    store = open_store(tmp_path / "store", "train")
+    keys = zip(store.column("source"), store.column("sample"), strict=True)
+    by_row = {(int(s), int(r)): n for n, (s, r) in enumerate(keys)}
+    row = dialog(100 + 3, turns=2)
+    n = by_row[1, 4]
+    assert store.column("turns")[n] == 2
+    assert store.column("response")[n] == len(tokenizer.encode(row[-1]["content"])) + 1  # and its <|eot_id|>
+    assert store.column("length")[n] == len(rendered([row], tokenizer)[0])
+
+
+def test_the_same_config_gives_the_same_bytes(tmp_path: Path, tokenizer_path: Path) -> None:
+    config = config_for(tmp_path, tokenizer_path)
+    build(config)
+    files = {p: p.read_bytes() for p in sorted((tmp_path / "store").rglob("*")) if p.is_file()}
+    build(config, overwrite=True)
+    assert files == {p: p.read_bytes() for p in sorted((tmp_path / "store").rglob("*")) if p.is_file()}
+
+
+def test_the_mixture_is_applied_and_printed(tmp_path: Path, tokenizer_path: Path) -> None:
+    sources = [
+        {"name": "a", "path": str(tmp_path / "a.jsonl"), "epochs": 1.5},
+        {"name": "b", "path": str(tmp_path / "b.jsonl"), "epochs": 2},
+    ]
+    output = build(config_for(tmp_path, tokenizer_path, sources=sources))
+    names = Counter(name for name, *_ in segments_in(open_store(tmp_path / "store", "train")))
+    assert names == {"a": 30, "b": 12}
+    line = next(line.split() for line in output.splitlines() if line.split()[:2] == ["train", "a"])
+    assert line[2:6] == ["20", "1.50", "30", f"{100 * 30 / 42:.2f}"]
+
+
+def test_sources_share_packs(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Equal lengths are shuffled before packing: sources would else fill packs of their own."""
+    config = config_for(tmp_path, tokenizer_path)
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl", [dialog(7)] * 200)
+    build(config)
+    store = open_store(tmp_path / "store", "train")
+    mixed = [len({int(s) for s in store.read(i).sources if s >= 0}) == 2 for i in range(len(store))]
+    assert np.mean(mixed) > 0.9
+
+
+def test_overlong_rows_are_refused_with_their_number(tmp_path: Path, tokenizer_path: Path) -> None:
+    config = config_for(tmp_path, tokenizer_path)
+    write_rows(tmp_path / "a.jsonl", [dialog(1), dialog(2, turns=30), dialog(3, turns=40)])
+    with pytest.raises(
+        ValueError, match=r"source 'a': 2 row\(s\) are longer than data.pack_length=256 .* row 3,"
+    ):
+        build(config)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("overlong", "rows"), [("drop", [1]), ("truncate", [1, 2])])
+def test_overlong_rows_are_dropped_or_truncated_and_counted(
+    tmp_path: Path, tokenizer_path: Path, tokenizer: Tokenizer, overlong: str, rows: list[int]
+) -> None:
+    config = config_for(tmp_path, tokenizer_path, overlong=overlong)
+    question = [{"role": "user", "content": "cat " * 300}, {"role": "assistant", "content": "mat"}]
+    write_rows(tmp_path / "a.jsonl", [dialog(1), dialog(2, turns=30), question])
+    output = build(config)
+    found = {
+        row: tokens
+        for name, row, tokens, _ in segments_in(open_store(tmp_path / "store", "train"))
+        if name == "a"
+    }
+    assert sorted(found) == rows  # the long question keeps nothing to train on: dropped in either case
+    if overlong == "truncate":
+        assert found[2] == tuple(rendered([dialog(2, turns=30)], tokenizer)[0].tokens[:256])
+    truncated = len(rows) - 1
+    assert (
+        f"train: a: 0 bad rows left out, {2 - truncated} longer than 256 tokens dropped, {truncated} trunc"
+        in output
+    )
+    counts = open_store(tmp_path / "store", "train").sources[0]
+    assert (counts.rows, counts.dropped, counts.truncated) == (len(rows), 2 - truncated, truncated)
+
+
+def test_bad_rows_are_refused_or_counted_with_file_and_line(tmp_path: Path, tokenizer_path: Path) -> None:
+    bad = [{"role": "assistant", "content": "first"}]
+    config = config_for(tmp_path, tokenizer_path)
+    write_rows(tmp_path / "a.jsonl", [dialog(1), bad, dialog(2)])
+    with pytest.raises(TooManyBadRows, match=r"a\.jsonl:2"):
+        build(config)
+    assert not (tmp_path / "store").exists()
+    config = config_for(tmp_path, tokenizer_path, max_bad_rows=1)
+    write_rows(tmp_path / "a.jsonl", [dialog(1), bad, dialog(2)])
+    output = build(config)
+    assert "a.jsonl:2" in output
+    assert open_store(tmp_path / "store", "train").sources[0].bad == 1
+    assert {row for name, row, *_ in segments_in(open_store(tmp_path / "store", "train")) if name == "a"} == {
+        1,
+        3,
+    }
+
+
+def test_an_existing_store_is_refused_before_any_work(tmp_path: Path, tokenizer_path: Path) -> None:
+    config = config_for(tmp_path, tokenizer_path)
+    build(config)
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(StoreError, match="exists"):
+        build(config)
+
+
+def test_append_adds_another_source(tmp_path: Path, tokenizer_path: Path) -> None:
+    build(config_for(tmp_path, tokenizer_path))
+    more = [{"name": "more", "path": str(tmp_path / "held_out.jsonl")}]
+    build(config_for(tmp_path, tokenizer_path, sources=more, eval_sources=[]), append=True)
+    names = Counter(name for name, *_ in segments_in(open_store(tmp_path / "store", "train")))
+    assert names == {"a": 20, "b": 6, "more": 3}
+    assert len(segments_in(open_store(tmp_path / "store", "eval"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"sources": []}, "data.sources is empty"),
+        ({"eval_sources": [{"name": "x", "path": "x.jsonl", "epochs": 2}]}, "x has epochs or weight"),
+        ({"sources": [{"name": "p", "path": "PREFERENCES"}]}, "'p' holds preferences"),
+        ({"sources": [{"name": "n", "path": "EMPTY"}]}, r"'n' .* gave no usable row"),
+    ],
+)
+def test_sources_that_cannot_be_packed(tmp_path: Path, tokenizer_path: Path, data: Any, message: str) -> None:
+    pair = {"prompt": "which?", "chosen": "this", "rejected": "that"}
+    (tmp_path / "preferences.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    text = json.dumps(data).replace("PREFERENCES", str(tmp_path / "preferences.jsonl"))
+    config = config_for(
+        tmp_path, tokenizer_path, **json.loads(text.replace("EMPTY", str(tmp_path / "empty.jsonl")))
+    )
+    with pytest.raises(ValueError, match=message):
+        build(config)
+    assert not (tmp_path / "store").exists()
+
+
+def segment(length: int, start: int = 0) -> Rendered:
+    roles = np.full(length, TokenRole.BODY, dtype=np.uint8)
+    roles[0] = TokenRole.HEADER
+    return Rendered(np.arange(start, start + length, dtype=np.int32), roles)
+
+
+def test_units_of_several_segments_stay_in_one_pack() -> None:
+    """As pairs will need: three segments of 5, padded to 8, fill 24 of 32, so each unit has its own pack."""
+    pile = UnitPile()
+    for unit in range(4):
+        pile.add([segment(5, 100 * unit + 10 * part) for part in range(3)], source=0, sample=unit, turns=1)
+    settings = StoreSettings(32, 4, "f", pad_id=-1, seed=1)
+    assembly = assemble(pile.units(), np.array([0, 1, 2, 3, 2]), "train", settings)
+    assert np.diff(assembly.segment_ends).tolist() == [3] * 5
+    columns = assembly.columns()
+    assert columns["unit"].tolist() == np.repeat(np.arange(5), 3).tolist()
+    assert sorted(columns["sample"][::3].tolist()) == [0, 1, 2, 2, 3]
+    for (tokens, roles), sample in zip(assembly.packs(), columns["sample"][::3], strict=True):
+        for part in range(3):
+            start = 100 * int(sample) + 10 * part
+            assert tokens[8 * part : 8 * part + 8].tolist() == [*range(start, start + 5), -1, -1, -1]
+        assert (tokens[24:] == -1).all() and not roles[24:].any()
+
+
+def test_a_pair_is_never_truncated() -> None:
+    fitting = Fitting("pairs", overlong="truncate", capacity=16, multiple=4)
+    assert fitting.fit([segment(5), segment(5)], row=1) is not None  # 8 + 8 tokens
+    assert fitting.fit([segment(5), segment(9)], row=2) is None  # 8 + 12
+    assert (fitting.dropped, fitting.truncated) == (1, 0)
+
+
+def test_real_rows_with_the_real_tokenizer(tmp_path: Path, shared_data: Path) -> None:
+    if not (shared_data / "llama3_tokenizer/tokenizer.model").is_file():
+        pytest.skip("no Llama 3 tokenizer in shared/data")
+    rows = {"columns": {"user": "question", "assistant": "answer"}, "max_rows": 300}
+    config = config_for(
+        tmp_path,
+        shared_data / "llama3_tokenizer/tokenizer.model",
+        sources=[{"name": "gsm8k", "path": str(shared_data / "gsm8k/train.jsonl"), **rows}],
+        eval_sources=[{"name": "gsm8k", "path": str(shared_data / "gsm8k/test.jsonl"), **rows}],
+        pack_length=2048,
+    )
+    build(config)
+    store = open_store(tmp_path / "store", "train")
+    assert len(segments_in(store)) == 300
+    first = json.loads((shared_data / "gsm8k/train.jsonl").read_text().splitlines()[0])
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    (tokens,) = (tokens for _, row, tokens, _ in segments_in(store) if row == 1)
+    text = tokenizer.decode([int(token) for token in tokens])
+    assert first["question"].strip() in text and text.endswith(first["answer"].strip() + "<|eot_id|>")

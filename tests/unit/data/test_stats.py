@@ -1,0 +1,91 @@
+"""`data stats`, against numbers counted by hand."""
+
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from megatron_post.data.assembly import assemble
+from megatron_post.data.stats import packing_stats, print_stats, source_stats
+from megatron_post.data.store import PackStore, SourceCounts, StoreSettings, open_store
+from megatron_post.data.store_writer import StoreWriter
+from megatron_post.data.template import Rendered, TokenRole
+from megatron_post.data.units import UnitPile, response_length
+
+
+def segment(context: int, response: int) -> Rendered:
+    roles = [TokenRole.HEADER] + [TokenRole.PROMPT] * (context - 1) + [TokenRole.BODY] * (response - 1)
+    roles.append(TokenRole.TERMINATOR)
+    return Rendered(np.ones(context + response, dtype=np.int32), np.array(roles, dtype=np.uint8))
+
+
+def store_at(path: Path) -> PackStore:
+    """Packs of 24. Source a: rows of 5 + 3 tokens (padded to 8) and 10 + 2 (12); b: one row of 6 + 4 (12).
+
+    32 padded tokens are two packs: 12 + 12 and 8 + a tail of 16. Real tokens: 8 + 12 + 10 = 30.
+    """
+    pile = UnitPile()
+    pile.add([segment(5, 3)], source=0, sample=1, turns=1)
+    pile.add([segment(10, 2)], source=0, sample=2, turns=2)
+    pile.add([segment(6, 4)], source=1, sample=1, turns=3)
+    settings = StoreSettings(24, 4, "f", 0, 1)
+    assembly = assemble(pile.units(), np.arange(3), "train", settings)
+    with StoreWriter(path, settings) as writer:
+        writer.write(
+            "train",
+            sources=[SourceCounts("a", rows=2, dropped=7), SourceCounts("b", rows=1)],
+            columns=assembly.columns(),
+            segments_per_pack=np.diff(assembly.segment_ends),
+            packs=assembly.packs(),
+        )
+    return open_store(path, "train")
+
+
+def test_by_source(tmp_path: Path) -> None:
+    a, b, total = source_stats(store_at(tmp_path / "s"))
+    assert (a.name, a.rows, a.share, a.turns, a.tokens, a.context, a.response) == (
+        "a",
+        2,
+        2 / 3,
+        1.5,
+        10,
+        7.5,
+        2.5,
+    )
+    assert (b.name, b.rows, b.share, b.turns, b.tokens, b.context, b.response) == ("b", 1, 1 / 3, 3, 10, 6, 4)
+    assert (total.name, total.rows, total.share, total.turns, total.tokens) == ("total", 3, 1, 2, 10)
+    assert (total.context, total.response) == (7, 3)
+
+
+def test_packing(tmp_path: Path) -> None:
+    stats = packing_stats(store_at(tmp_path / "s"))
+    assert (stats.packs, stats.segments, stats.capacity, stats.real) == (2, 3, 48, 30)
+    assert (stats.segment_padding, stats.tail_padding) == (2, 16)
+    assert stats.efficiency == 30 / 48
+    assert stats.trained == 3 + 2 + 4
+    bodies = packing_stats(store_at(tmp_path / "t"), trained_roles=[TokenRole.BODY])
+    assert bodies.trained == 2 + 1 + 3
+
+
+def test_printed(tmp_path: Path) -> None:
+    store_at(tmp_path / "s")
+    output = StringIO()
+    print_stats(tmp_path / "s", console=Console(file=output, width=120))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert ["a", "2", "66.67", "1.5", "10.0", "7.5", "2.5"] in lines
+    assert ["padding", "at", "the", "tail", "16", "33.33%"] in lines
+    assert "a: 0 bad rows left out, 7 overlong dropped, 0 truncated" in output.getvalue()
+    assert "eval" not in output.getvalue()  # an empty group is left out
+
+
+def test_the_final_response_is_what_follows_the_last_header() -> None:
+    header, prompt, body, terminator = (
+        TokenRole.HEADER,
+        TokenRole.PROMPT,
+        TokenRole.BODY,
+        TokenRole.TERMINATOR,
+    )
+    two_turns = [header, prompt, header, body, terminator, header, prompt, header, body, body, terminator]
+    assert response_length(np.array(two_turns, dtype=np.uint8)) == 3
+    assert response_length(np.array([body, terminator], dtype=np.uint8)) == 2  # a response without its prompt
