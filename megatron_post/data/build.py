@@ -168,9 +168,9 @@ def _write(
         segments_per_pack=np.diff(assembly.segment_ends),
         packs=packs,
     )
-    starts = np.searchsorted(units.sources, np.arange(1, len(sources)))
-    real = np.split(units.lengths(multiple=1), starts)[: len(sources)]  # no sources: split still gives one part
-    return GroupSummary(counts, shares(list(uses), list(uses.values()), real), num_packs=len(assembly))
+    real = units.lengths(multiple=1)
+    lengths = [real[units.sources == number] for number in range(len(sources))]
+    return GroupSummary(counts, shares(list(uses), list(uses.values()), lengths), num_packs=len(assembly))
 
 
 def _progress(console: Console) -> Progress:

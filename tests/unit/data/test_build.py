@@ -241,6 +241,12 @@ def test_append_adds_another_source(tmp_path: Path, tokenizer_path: Path) -> Non
     assert len(segments_in(open_store(tmp_path / "store", "eval"))) == 3
 
 
+def test_without_evaluation_sources(tmp_path: Path, tokenizer_path: Path) -> None:
+    build(config_for(tmp_path, tokenizer_path, eval_sources=[]))
+    assert len(segments_in(open_store(tmp_path / "store", "train"))) == 26
+    assert len(open_store(tmp_path / "store", "eval")) == 0
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -285,6 +291,17 @@ def test_units_of_several_segments_stay_in_one_pack() -> None:
             start = 100 * int(sample) + 10 * part
             assert tokens[8 * part : 8 * part + 8].tolist() == [*range(start, start + 5), -1, -1, -1]
         assert (tokens[24:] == -1).all() and not roles[24:].any()
+
+
+def test_packs_stand_in_an_order_of_their_own() -> None:
+    """Best-fit leaves the longest units in front; the first packs are what an evaluation of few packs takes."""
+    pile = UnitPile()
+    for length in range(8, 108):
+        pile.add([segment(length)], source=0, sample=length, turns=1)
+    assembly = assemble(pile.units(), np.arange(100), "train", StoreSettings(108, 4, "f", pad_id=-1, seed=1))
+    longest = [max(pack) for pack in np.split(assembly.columns()["length"], assembly.segment_ends[1:-1])]
+    assert longest != sorted(longest, reverse=True)
+    assert max(longest[: len(longest) // 2]) - max(longest[len(longest) // 2 :]) in range(-10, 11)
 
 
 def test_a_pair_is_never_truncated() -> None:
