@@ -294,7 +294,7 @@ def test_units_of_several_segments_stay_in_one_pack() -> None:
 
 
 def test_packs_stand_in_an_order_of_their_own() -> None:
-    """Best-fit leaves the longest units in front; the first packs are what an evaluation of few packs takes."""
+    """Best-fit leaves the longest units in front, and an evaluation takes the first packs."""
     pile = UnitPile()
     for length in range(8, 108):
         pile.add([segment(length)], source=0, sample=length, turns=1)
