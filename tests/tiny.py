@@ -67,6 +67,7 @@ def tiny_packs(count: int = 4, *, seed: int = 0, vocab_size: int = 250) -> list[
                 tokens=rng.integers(0, vocab_size, PACK_LENGTH).astype(np.int32),
                 roles=roles,
                 cu_seqlens=cu_seqlens,
+                lengths=np.add.reduceat((roles != TokenRole.PADDING).astype(np.int32), cu_seqlens[:-1]),
                 sources=np.zeros(segments, np.int32),
                 sample_ids=np.arange(segments, dtype=np.uint64),
                 unit_ids=np.arange(segments),

@@ -1,9 +1,11 @@
 """Weights from a Hugging Face directory or from a seed, each rank reading only its slices."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -36,7 +38,7 @@ class SafetensorsDirectory:
         self._check(hf_shapes(model))
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
-        with safe_open(self._directory / self._files[name], framework="pt") as file:
+        with _open(self._directory / self._files[name]) as file:
             if dim is None:
                 return file.get_tensor(name)
             view = file.get_slice(name)
@@ -51,7 +53,7 @@ class SafetensorsDirectory:
                 raise ValueError(f"{index}: file name {outside[0]!r} points outside the directory")
             return files
         if single.is_file():
-            with safe_open(single, framework="pt") as file:
+            with _open(single) as file:
                 return dict.fromkeys(file.keys(), single.name)
         if list(self._directory.glob("*.bin")):
             raise ValueError(f"{self._directory} holds pickled .bin weights; save them as safetensors first")
@@ -63,17 +65,23 @@ class SafetensorsDirectory:
             raise ValueError(f"{self._directory}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
         for file_name in sorted({self._files[name] for name in shapes}):
             path = self._directory / file_name
-            try:
-                with safe_open(path, framework="pt") as file:
-                    present = set(file.keys())
-                    for name in (n for n in shapes if self._files[n] == file_name):
-                        if name not in present:
-                            raise ValueError(f"{path}: tensor {name} is in the index and not in the file")
-                        found = tuple(file.get_slice(name).get_shape())
-                        if found != shapes[name]:
-                            raise ValueError(f"{path}: {name} has shape {found}, expected {shapes[name]}")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+            with _open(path) as file:
+                present = set(file.keys())
+                for name in (n for n in shapes if self._files[n] == file_name):
+                    if name not in present:
+                        raise ValueError(f"{path}: tensor {name} is in the index and not in the file")
+                    found = tuple(file.get_slice(name).get_shape())
+                    if found != shapes[name]:
+                        raise ValueError(f"{path}: {name} has shape {found}, expected {shapes[name]}")
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 class RandomWeights:

@@ -36,7 +36,7 @@ def segment_positions(cu_seqlens: Tensor) -> Tensor:
     """Positions that restart at 0 in each segment. cu_seqlens: int [n + 1]; returns int64 [t]."""
     total = int(cu_seqlens[-1])
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=total)
-    return torch.arange(total) - starts
+    return torch.arange(total, device=starts.device) - starts
 
 
 def next_in_segment(values: Tensor, cu_seqlens: Tensor, *, fill: int) -> Tensor:

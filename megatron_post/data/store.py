@@ -72,13 +72,15 @@ class SourceCounts:
 class Pack:
     """One pack of t tokens in n segments; a tail of padding is the last segment, with source and unit -1.
 
-    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; sources: int32
-    [n], index in `PackStore.sources`; sample_ids: uint64 [n], row number in the source; unit_ids: int64 [n].
+    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32 [n], real
+    tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64 [n], row number in
+    the source; unit_ids: int64 [n]. The DALI backend hands over the first three on the GPU.
     """
 
     tokens: np.ndarray
     roles: np.ndarray
     cu_seqlens: np.ndarray
+    lengths: np.ndarray
     sources: np.ndarray
     sample_ids: np.ndarray
     unit_ids: np.ndarray
@@ -119,6 +121,7 @@ class PackStore:
             tokens=self.read_row("tokens", index),
             roles=self.read_row("roles", index),
             cu_seqlens=np.cumsum([0, *padded.tolist(), *padding], dtype=np.int32),
+            lengths=_with_tail(self.column("length")[segments], 0, tail),
             sources=_with_tail(self.column("source")[segments], -1, tail),
             sample_ids=_with_tail(self.column("sample")[segments], 0, tail),
             unit_ids=_with_tail(self.column("unit")[segments], -1, tail),
@@ -146,6 +149,7 @@ class PackStore:
             tokens=np.full(length, self.settings.pad_id, dtype=np.int32),
             roles=np.zeros(length, dtype=np.uint8),
             cu_seqlens=np.array([0, length], dtype=np.int32),
+            lengths=np.array([0], dtype=np.int32),
             sources=np.array([-1], dtype=np.int32),
             sample_ids=np.array([0], dtype=np.uint64),
             unit_ids=np.array([-1], dtype=np.int64),

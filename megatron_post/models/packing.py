@@ -49,11 +49,9 @@ def portable_segments(cu_seqlens: Tensor, positions: Tensor, *, context_rank: in
         qkv_format="sbhd",
         cp_group=None,
         positions=positions,
-        indices=zigzag_indices(cu_seqlens.cpu(), rank=context_rank, size=context_size).to(cu_seqlens.device),
+        indices=zigzag_indices(cu_seqlens, rank=context_rank, size=context_size),
         segments=segments.int(),
-        gather_order=gathered_order(cu_seqlens.cpu(), size=context_size).to(cu_seqlens.device)
-        if context_size > 1
-        else None,
+        gather_order=gathered_order(cu_seqlens, size=context_size) if context_size > 1 else None,
         blocks=_blocks(cu_seqlens.tolist(), rank=context_rank, size=context_size),
     )
 

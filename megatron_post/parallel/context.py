@@ -12,11 +12,12 @@ def zigzag_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
     """Indices in the pack of the tokens that a context-parallel rank holds, in the order in which it holds them.
 
     cu_seqlens: int [n + 1], offsets of the pack's segments, each length a multiple of 2 x size (any, if size is 1).
-    Returns int64 [t / size].
+    Returns int64 [t / size], on the device of `cu_seqlens`.
     Raises `ValueError` for a segment that the split does not divide.
     """
+    device = cu_seqlens.device
     if size == 1:
-        return torch.arange(int(cu_seqlens[-1]))
+        return torch.arange(int(cu_seqlens[-1]), device=device)
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     if bool((lengths % (2 * size)).any()):
         bad = int(lengths[(lengths % (2 * size)) != 0][0])
@@ -26,12 +27,12 @@ def zigzag_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
     for start, chunk in zip(starts.tolist(), (lengths // (2 * size)).tolist(), strict=True):
         for position in (rank, 2 * size - 1 - rank):
             pieces.append(torch.arange(start + position * chunk, start + (position + 1) * chunk))
-    return torch.cat(pieces)
+    return torch.cat(pieces).to(device)
 
 
 def gathered_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
     """Where each token of the pack stands in the concatenation of all ranks' parts, rank 0 first. int64 [t]."""
     parts = torch.cat([zigzag_indices(cu_seqlens, rank=rank, size=size) for rank in range(size)])
     order = torch.empty_like(parts)
-    order[parts] = torch.arange(parts.numel())
+    order[parts] = torch.arange(parts.numel(), device=parts.device)
     return order

@@ -24,13 +24,14 @@ class SFT:
         self._trained_roles = torch.tensor([int(TokenRole[name.upper()]) for name in trained_roles])
 
     def collate(self, pack: Pack) -> PackedBatch:
-        tokens, roles = torch.from_numpy(pack.tokens).long(), torch.from_numpy(pack.roles)
-        cu_seqlens = torch.from_numpy(pack.cu_seqlens)
+        # arrays from the loader, or tensors that are on the device already
+        tokens, roles = torch.as_tensor(pack.tokens).long(), torch.as_tensor(pack.roles)
+        cu_seqlens = torch.as_tensor(pack.cu_seqlens)
         label_roles = next_in_segment(roles, cu_seqlens, fill=int(TokenRole.PADDING))
         return PackedBatch(
             tokens=tokens,
             labels=next_in_segment(tokens, cu_seqlens, fill=0),
-            trained=torch.isin(label_roles, self._trained_roles),
+            trained=torch.isin(label_roles, self._trained_roles.to(roles.device)),
             positions=segment_positions(cu_seqlens),
             cu_seqlens=cu_seqlens,
         )

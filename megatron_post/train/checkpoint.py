@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ from megatron_post.train import manifest
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: optimizer steps done, and packs taken from the stream of samples for them."""
+
+    step: int = 0
+    consumed_packs: int = 0
+
+    def after(self, packs: int) -> "Position":
+        """One optimizer step of `packs` packs later."""
+        return Position(self.step + 1, self.consumed_packs + packs)
+
+
 class Checkpoints:
     """Checkpoints of one run, in `run_dir/checkpoints`."""
 
@@ -34,9 +47,10 @@ class Checkpoints:
         self.root = Path(config.run_dir) / "checkpoints"
 
     def save(
-        self, step: int, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+        self, position: Position, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
     ) -> None:
-        """Write step's checkpoint beside the others and publish it once all of it is on the disk."""
+        """Write a checkpoint beside the others and publish it once all of it is on the disk."""
+        step = position.step
         partial = manifest.partial_directory(self.root, step)
         if self._topology.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -59,22 +73,22 @@ class Checkpoints:
         if rank == 0:
             state = {
                 "scheduler": scheduler.state_dict(),
-                "consumed_packs": step * self._config.train.global_batch,
+                "consumed_packs": position.consumed_packs,
                 "world_size": self._topology.world_size,
                 **self._stream(),
             }
             manifest.publish(self.root, step, files=files, state=state, keep=self._config.checkpoint.keep)
         torch.distributed.barrier()
 
-    def resume(self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
-        """Load the newest intact checkpoint. Returns the steps that it has done; 0 where there is none.
+    def resume(self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Position:
+        """Load the newest intact checkpoint. Returns its position; the start where there is none.
 
         Damaged checkpoints are named and passed over. Raises `ValueError` where the config would continue another
         stream of samples than the checkpoint's.
         """
         directory = self._newest_intact()
         if directory is None:
-            return 0
+            return Position()
         stored = manifest.read_manifest(directory)
         self._check_stream(directory, stored["state"])
         loaded = dist_checkpointing.load(
@@ -88,7 +102,7 @@ class Checkpoints:
         scheduler.load_state_dict(stored["state"]["scheduler"])
         if stored["state"]["world_size"] == self._topology.world_size:
             _restore_generators(load_file(directory / f"generators-{self._topology.rank}.safetensors"))
-        return int(stored["step"])
+        return Position(stored["step"], stored["state"]["consumed_packs"])
 
     def _sharded_state(self, chunks: list[Any], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
         state = {
@@ -127,7 +141,7 @@ class Checkpoints:
     def _stream(self) -> dict[str, Any]:
         """What fixes the order of samples besides the step."""
         c = self._config
-        return {"seed": c.seed, "global_batch": c.train.global_batch, "store": str(Path(c.data.store).resolve())}
+        return {"seed": c.seed, "store": str(Path(c.data.store).resolve())}
 
     def _check_stream(self, directory: Path, stored: dict[str, Any]) -> None:
         changed = [f"{k}: {stored.get(k)!r} there, {v!r} here" for k, v in self._stream().items() if stored.get(k) != v]

@@ -79,7 +79,8 @@ def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
 def publish(root: Path, step: int, *, files: dict[str, dict[str, Any]], state: dict[str, Any], keep: int) -> Path:
     """Write the manifest, rename the partial directory into place, move `latest`, drop all but the newest `keep`."""
     partial, final = partial_directory(root, step), step_directory(root, step)
-    _write_durably(partial / MANIFEST, json.dumps({"step": step, "state": state, "files": files}, indent=1))
+    content = {"step": step, "state": state, "files": files}
+    _write_durably(partial / MANIFEST, json.dumps({"sha256": _digest(content), **content}, indent=1))
     _sync_directory(partial)
     if final.exists():
         shutil.rmtree(final)
@@ -95,10 +96,12 @@ def publish(root: Path, step: int, *, files: dict[str, dict[str, Any]], state: d
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises `DamagedCheckpoint` where there is none or it cannot be read."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        manifest["step"], manifest["state"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
+        digest = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(f"{directory / MANIFEST}: not readable: {error}") from error
+    if digest != _digest(manifest):
+        raise DamagedCheckpoint(f"{directory / MANIFEST}: content differs from its own checksum")
     return manifest
 
 
@@ -142,6 +145,10 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint of ours does")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
+from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
 from megatron_post.data.store import PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,7 +19,7 @@ from megatron_post.models.specs import has_transformer_engine
 from megatron_post.parallel.topology import Topology, parallel_run, rank_from_environment
 from megatron_post.stages.base import Stage
 from megatron_post.stages.sft import SFT
-from megatron_post.train.checkpoint import Checkpoints
+from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_post.train.step import Stepper
@@ -33,20 +34,11 @@ def train(config: Config) -> None:
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     with parallel_run(config.parallel, seed=config.seed) as topology:
-        trainer, start_step = build_trainer(config, topology)
+        trainer, start = build_trainer(config, topology)
         metrics = trainer.metrics
         metrics.console(f"{config.run_dir}: {describe(config, topology, train_store)}")
-        if start_step:
-            metrics.console(f"resumed after step {start_step}")
-        loader = PackLoader(
-            train_store,
-            seed=config.seed,
-            global_batch=config.train.global_batch,
-            data_rank=topology.data_rank,
-            data_size=topology.data_size,
-            prefetch=config.data.prefetch,
-            consumed_packs=start_step * config.train.global_batch,
-        )
+        if start.step:
+            metrics.console(f"resumed after step {start.step}")
         packs = [] if held_out is None else list(
             eval_packs(
                 held_out,
@@ -56,8 +48,8 @@ def train(config: Config) -> None:
                 multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
             )
         )  # fmt: skip
-        with loader:
-            trainer.fit(loader, packs, start_step=start_step)
+        with open_loader(config, train_store, topology, start) as loader:
+            trainer.fit(loader, packs, start=start)
         if config.train.export_hf:
             target = Path(config.run_dir) / "hf"
             export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
@@ -96,13 +88,29 @@ def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackSt
     return open_store(config.data.store, "train", **wanted), held_out
 
 
+def open_loader(config: Config, store: PackStore, topology: Topology, start: Position) -> PackLoader | DaliLoader:
+    """This rank's stream of packs from `start` on, by the backend that the config names."""
+    loader = PackLoader(
+        store,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        data_rank=topology.data_rank,
+        data_size=topology.data_size,
+        prefetch=config.data.prefetch,
+        consumed_packs=start.consumed_packs,
+    )
+    if config.data.backend == "torch":
+        return loader
+    return DaliLoader(loader, device_id=topology.device.index, prefetch=config.data.prefetch)
+
+
 def make_stage(config: Config) -> Stage:
     """The stage that the config names."""
     return SFT(config.loss.trained_roles)
 
 
-def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, int]:
-    """A trainer at the newest intact checkpoint or at the initial weights, and the steps already done."""
+def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, Position]:
+    """A trainer at the newest intact checkpoint or at the initial weights, and how far that is."""
     portable = not has_transformer_engine()
     models = build_model(config, topology, portable=portable)
     checkpoints = Checkpoints(config, topology)
@@ -110,7 +118,7 @@ def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, int]:
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)
-    start_step = checkpoints.resume(chunks, optimizer, scheduler)
+    start = checkpoints.resume(chunks, optimizer, scheduler)
     trainer = Trainer(
         config,
         topology,
@@ -121,7 +129,7 @@ def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, int]:
         checkpoints=checkpoints,
         metrics=MetricsWriter(config.run_dir, active=topology.is_reporter),
     )
-    return trainer, start_step
+    return trainer, start
 
 
 def describe(config: Config, topology: Topology, store: PackStore) -> str:

@@ -11,9 +11,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
-from megatron_post.data.template import TokenRole
 from megatron_post.parallel.topology import Topology
-from megatron_post.train.checkpoint import Checkpoints
+from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.metrics import MetricsWriter, model_flops, peak_flops, train_line
 from megatron_post.train.optimizer import optimizer_step
 from megatron_post.train.step import Stepper
@@ -38,21 +37,24 @@ class Trainer:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.checkpoints, self.metrics = checkpoints, metrics
 
-    def fit(self, train: Iterator[list[Pack]], held_out: Sequence[Pack], *, start_step: int) -> None:
-        """Train from `start_step` (steps already done) to the last step of the config.
+    def fit(self, train: Iterator[list[Pack]], held_out: Sequence[Pack], *, start: Position) -> None:
+        """Train from `start` to the last step of the config.
 
         train: this rank's packs, one list an optimizer step. held_out: this rank's evaluation packs, of equal number
         on every data-parallel rank.
         """
-        steps = self.config.train.steps
-        for step, packs in zip(range(start_step + 1, steps + 1), train, strict=False):
+        steps, position = self.config.train.steps, start
+        while position.step < steps:
+            packs = next(train)
             started = time.perf_counter()
             values = self.step(packs)
+            position = position.after(self.config.train.global_batch)
+            step = position.step
             self.report(step, values, packs, seconds=time.perf_counter() - started)
             if held_out and (step == steps or _due(step, self.config.train.eval_every)):
                 self.evaluate(step, held_out)
             if step == steps or _due(step, self.config.checkpoint.every):
-                self.checkpoints.save(step, self.chunks, self.optimizer, self.scheduler)
+                self.checkpoints.save(position, self.chunks, self.optimizer, self.scheduler)
 
     def step(self, packs: list[Pack]) -> dict[str, float]:
         """One optimizer step. Returns the stage's metrics (on the last pipeline stage), gradient norm and rate."""
@@ -94,11 +96,8 @@ class Trainer:
             self.metrics.console(train_line(step, self.config.train.steps, values))
 
     def _global_cost(self, packs: Iterable[Pack]) -> tuple[float, float]:
-        tokens = squares = 0.0
-        for pack in packs:
-            real = np.add.reduceat(pack.roles != TokenRole.PADDING, pack.cu_seqlens[:-1])
-            tokens, squares = tokens + float(real.sum()), squares + float((real.astype(np.float64) ** 2).sum())
-        totals = torch.tensor([tokens, squares], dtype=torch.float64, device=self.topology.device)
+        lengths = np.concatenate([pack.lengths for pack in packs]).astype(np.float64)
+        totals = torch.tensor([lengths.sum(), (lengths**2).sum()], device=self.topology.device)
         torch.distributed.all_reduce(totals, group=self.topology.groups.dp)
         return totals[0].item(), totals[1].item()
 

@@ -1,0 +1,64 @@
+"""Packed attention against a dense mask written out, in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_post.data.batch import segment_positions
+from megatron_post.models.attention import block_attention, flex_attention
+from megatron_post.models.packing import PackedSegments, portable_segments
+from megatron_post.parallel.context import zigzag_indices
+
+CU_SEQLENS = torch.tensor([0, 4, 24, 32, 64], dtype=torch.int32)
+
+
+def _packed(rank: int, size: int) -> PackedSegments:
+    indices = zigzag_indices(CU_SEQLENS, rank=rank, size=size)
+    positions = segment_positions(CU_SEQLENS)[indices]
+    return portable_segments(CU_SEQLENS, positions, context_rank=rank, context_size=size)
+
+
+def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, 2, 2)  # grouped queries
+    q, k, v = (torch.randn(n, 64, 8, generator=generator, dtype=torch.float64).to(dtype) for n in heads)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    segment = torch.repeat_interleave(torch.arange(4), CU_SEQLENS.diff().long())
+    index = torch.arange(64)
+    allowed = (segment[:, None] == segment[None]) & (index[None] <= index[:, None])
+    k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_equal_a_dense_mask(size: int) -> None:
+    """Outputs of all context-parallel ranks, and the gradients that they send back, add up to the dense ones."""
+    q, k, v = _tensors(torch.float64)
+    expected = _dense(q, k, v, scale=0.3)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    total = [torch.zeros_like(g) for g in wanted]
+    for rank in range(size):
+        packed = _packed(rank, size)
+        output = block_attention(q[:, packed.indices], k, v, packed, scale=0.3)
+        torch.testing.assert_close(output, expected[:, packed.indices], rtol=0, atol=1e-12)
+        for sum_, part in zip(total, torch.autograd.grad((output * weights[:, packed.indices]).sum(), (q, k, v)), strict=True):  # fmt: skip
+            sum_ += part
+    for sum_, gradient in zip(total, wanted, strict=True):
+        torch.testing.assert_close(sum_, gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_flex_equals_blocks(size: int) -> None:
+    """The block mask that a GPU uses says the same as the blocks; FlexAttention's own reference runs it here, in
+    fp32, so 1e-5."""
+    q, k, v = (x.detach() for x in _tensors(torch.float32))
+    for rank in range(size):
+        packed = _packed(rank, size)
+        local = q[:, packed.indices]
+        expected = block_attention(local, k, v, packed, scale=0.3)
+        torch.testing.assert_close(flex_attention(local, k, v, packed, scale=0.3), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,78 @@
+"""Complete or invisible, and nothing damaged is taken for good."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_post.train import manifest
+
+
+def _publish(root: Path, step: int, *, keep: int = 2) -> Path:
+    partial = manifest.partial_directory(root, step)
+    partial.mkdir(parents=True)
+    (partial / "weights").write_bytes(bytes(range(64)))
+    (partial / "state").write_text(f"step {step}")
+    with (partial / ".metadata").open("wb") as file:
+        pickle.dump(Metadata({}, storage_data={}), file)
+    files = manifest.checksums(partial, sorted(p.name for p in partial.iterdir()))
+    return manifest.publish(root, step, files=files, state={"seed": 1}, keep=keep)
+
+
+def test_published_is_complete_and_found(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        directory = _publish(tmp_path, step)
+        manifest.verify(directory)
+    assert manifest.published_steps(tmp_path) == [20, 30]
+    assert (tmp_path / "latest").read_text() == "step-00000030\n"
+    assert manifest.read_manifest(directory)["state"] == {"seed": 1}
+
+
+def test_partial_is_invisible(tmp_path: Path) -> None:
+    manifest.partial_directory(tmp_path, 5).mkdir(parents=True)
+    assert manifest.published_steps(tmp_path) == []
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    """Any single byte of any file: the manifest itself, the metadata, the data."""
+    directory = _publish(tmp_path, 1)
+    read = manifest.read_manifest(directory)
+    for path in sorted(directory.iterdir()):
+        good = path.read_bytes()
+        for i in range(len(good)):
+            path.write_bytes(good[:i] + bytes([good[i] ^ 0x40]) + good[i + 1 :])
+            if path.name == manifest.MANIFEST and chr(good[i]).isspace() and _still(directory, read):
+                continue  # JSON's white space
+            with pytest.raises(manifest.DamagedCheckpoint, match=str(directory)):
+                manifest.verify(directory)
+        path.write_bytes(good)
+    manifest.verify(directory)
+
+
+def _still(directory: Path, read: dict) -> bool:
+    try:
+        return manifest.read_manifest(directory) == read
+    except manifest.DamagedCheckpoint:
+        return False
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "zero"])
+def test_other_damage(tmp_path: Path, damage: str) -> None:
+    directory = _publish(tmp_path, 1)
+    file = directory / "weights"
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(64) if damage == "zero" else file.read_bytes()[:-1])
+    with pytest.raises(manifest.DamagedCheckpoint, match="weights"):
+        manifest.verify(directory)
+
+
+def test_paths_outside_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / ".metadata"
+    with path.open("wb") as file:
+        pickle.dump(Metadata({}, storage_data={"x": _StorageInfo("../../etc/passwd", 0, 1)}), file)
+    with pytest.raises(manifest.DamagedCheckpoint, match="outside"):
+        manifest.check_metadata(path)
