@@ -8,7 +8,7 @@ setup(
     description="Post-training for Llama 3 on megatron-core: SFT, reward model, DPO",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_post*"]) + ["megatron_post_kernels"],
+    packages=[*find_packages(include=["megatron_post*"]), "megatron_post_kernels"],
     package_dir={"megatron_post_kernels": "kernels/megatron_post_kernels"},
     package_data={"megatron_post": ["py.typed"]},
     install_requires=[

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,7 +15,9 @@ app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optimizer.lr=5e-7")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optimizer.lr=5e-7")
+]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="packed store")]
 
 
@@ -54,7 +56,7 @@ def data_show(
     store: StorePath,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer; by default the one that packed the store.")] = "",
     pack: Annotated[int, typer.Option(help="Number of the pack.")] = 0,
-    group: Annotated[str, typer.Option(help="train or eval.")] = "train",
+    group: Annotated[Literal["train", "eval"], typer.Option(help="Training or held-out packs.")] = "train",
 ) -> None:
     """Print a pack as text, coloured by role, trained tokens underlined."""
     from rich.console import Console
@@ -101,10 +103,15 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run a command. What a user can mend is one clear message and exit status 2; --debug shows the traceback."""
+    """Run a command. What a user can mend is one clear message and exit status 2; --debug shows the
+    traceback."""
     # what is missing and what it costs is for `doctor` to say, once; not for every rank at every start
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine and Apex|Apex is not|full scope is deprecated)")
-    warnings.filterwarnings("ignore", message=".*(is deprecated. Please use|attribute of a Tensor that is not a leaf)")
+    warnings.filterwarnings(
+        "ignore", message=".*(Transformer Engine and Apex|Apex is not|full scope is deprecated)"
+    )
+    warnings.filterwarnings(
+        "ignore", message=".*(is deprecated. Please use|attribute of a Tensor that is not a leaf)"
+    )
     try:
         app()
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

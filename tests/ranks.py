@@ -7,8 +7,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-# The server imports the heavy modules once; ranks fork from it in milliseconds. It never runs an operation itself.
-_PRELOAD = ["torch", "megatron.core", "megatron_post.train.step", "megatron_post.models.build", "megatron_post.train.optimizer"]
+# The server imports the heavy modules once; ranks fork from it in milliseconds. It never runs an operation
+# itself.
+_PRELOAD = [
+    "torch",
+    "megatron.core",
+    "megatron_post.train.step",
+    "megatron_post.models.build",
+    "megatron_post.train.optimizer",
+]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
@@ -16,7 +23,8 @@ _context.set_forkserver_preload(_PRELOAD)
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """`function(*args)` on `world_size` processes with torchrun's environment. Returns their results by rank.
 
-    Raises `AssertionError` with the rank's traceback where one fails, or does not end within `timeout` seconds.
+    Raises `AssertionError` with the rank's traceback where one fails, or does not end within `timeout`
+    seconds.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -41,7 +49,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(queue: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: Any) -> None:
+def _rank_main(
+    queue: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

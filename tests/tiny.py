@@ -1,5 +1,6 @@
 """A tiny config and packs of unequal segments, which the tests of layouts and parity share."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
 from megatron_post.data.template import TokenRole
 
-# 250 ids: not a multiple of anything, so that tensor parallelism pads the vocabulary. Grouped-query attention, and
-# a RoPE scaling whose three bands (kept, interpolated, stretched) all occur within 64 positions.
+# 250 ids: not a multiple of anything, so that tensor parallelism pads the vocabulary. Grouped-query
+# attention, and a RoPE scaling whose three bands (kept, interpolated, stretched) all occur within 64
+# positions.
 MODEL = {
     "num_layers": 4,
     "hidden_size": 64,
@@ -51,14 +53,15 @@ def tiny_config(run_dir: str | Path = "unused", **sections: dict[str, Any]) -> C
 
 
 def tiny_packs(count: int = 4, *, seed: int = 0, vocab_size: int = 250) -> list[Pack]:
-    """Packs of 3 to 5 segments of unequal lengths (multiples of 4), each with prompt, body, terminator and padding."""
+    """Packs of 3 to 5 segments of unequal lengths (multiples of 4), each with prompt, body, terminator and
+    padding."""
     rng = np.random.default_rng(seed)
     packs = []
     for _ in range(count):
         cuts = np.sort(rng.choice(np.arange(1, PACK_LENGTH // 4), size=rng.integers(2, 5), replace=False)) * 4
         cu_seqlens = np.array([0, *cuts, PACK_LENGTH], dtype=np.int32)
         roles = np.empty(PACK_LENGTH, dtype=np.uint8)
-        for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        for start, end in pairwise(cu_seqlens):
             roles[start:end] = _segment_roles(end - start, rng)
         roles[cu_seqlens[-2] :] = TokenRole.PADDING  # the tail
         segments = len(cu_seqlens) - 1

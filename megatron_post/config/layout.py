@@ -11,12 +11,14 @@ FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxf
 
 
 def segment_multiple(config: "Config") -> int:
-    """Multiple to which each segment of a pack is padded: the zigzag split cuts every segment in 2 x CP chunks."""
+    """Multiple to which each segment of a pack is padded: the zigzag split cuts every segment in 2 x CP
+    chunks."""
     return 2 * config.parallel.context if config.parallel.context > 1 else 1
 
 
 def pack_multiple(config: "Config") -> int:
-    """Multiple that `data.pack_length` must be of: 2 x CP, TP with sequence parallel, FP8 rows on the local shard.
+    """Multiple that `data.pack_length` must be of: 2 x CP, TP with sequence parallel, FP8 rows on the local
+    shard.
 
     Only whole packs meet a GEMM, so TP and FP8 bind the pack and not its segments.
     """
@@ -31,7 +33,8 @@ def layout_errors(config: "Config") -> list[str]:
     checks = [
         (
             m.hidden_size % m.num_attention_heads == 0,
-            f"model.hidden_size={m.hidden_size} is not a multiple of num_attention_heads={m.num_attention_heads}",
+            f"model.hidden_size={m.hidden_size} is not a multiple of "
+            f"num_attention_heads={m.num_attention_heads}",
         ),
         (
             m.num_attention_heads % m.num_key_value_heads == 0,
@@ -40,12 +43,13 @@ def layout_errors(config: "Config") -> list[str]:
         ),
         (
             m.num_attention_heads % p.tensor == 0,
-            f"model.num_attention_heads={m.num_attention_heads} is not a multiple of parallel.tensor={p.tensor}",
+            f"model.num_attention_heads={m.num_attention_heads} is not a multiple of "
+            f"parallel.tensor={p.tensor}",
         ),
         (
             m.num_key_value_heads % p.tensor == 0,
-            f"model.num_key_value_heads={m.num_key_value_heads} is not a multiple of parallel.tensor={p.tensor}; "
-            "lower parallel.tensor",
+            f"model.num_key_value_heads={m.num_key_value_heads} is not a multiple of "
+            f"parallel.tensor={p.tensor}; lower parallel.tensor",
         ),
         (
             m.ffn_hidden_size % p.tensor == 0,
@@ -84,7 +88,9 @@ def _pipeline_errors(config: "Config") -> list[str]:
     ]
 
 
-def world_errors(config: "Config", *, world_size: int, has_gpu: bool, has_transformer_engine: bool) -> list[str]:
+def world_errors(
+    config: "Config", *, world_size: int, has_gpu: bool, has_transformer_engine: bool
+) -> list[str]:
     """Every reason why this config cannot run on these ranks; empty if it can."""
     p, errors = config.parallel, []
     if world_size % p.model_size:
@@ -96,13 +102,13 @@ def world_errors(config: "Config", *, world_size: int, has_gpu: bool, has_transf
         data_size = world_size // p.model_size
         if config.train.global_batch % data_size:
             errors.append(
-                f"train.global_batch={config.train.global_batch} is not a multiple of the {data_size} data-parallel "
-                f"ranks that {world_size} ranks make"
+                f"train.global_batch={config.train.global_batch} is not a multiple of the {data_size} "
+                f"data-parallel ranks that {world_size} ranks make"
             )
         elif p.virtual_pipeline > 1 and (config.train.global_batch // data_size) % p.pipeline:
             errors.append(
-                f"{config.train.global_batch // data_size} microbatches a data-parallel rank are not a multiple of "
-                f"parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
+                f"{config.train.global_batch // data_size} microbatches a data-parallel rank are not a "
+                f"multiple of parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
             )
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
         missing = "a GPU" if not has_gpu else "Transformer Engine (pip install megatron-post[cuda])"

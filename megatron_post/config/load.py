@@ -20,7 +20,8 @@ class ConfigError(ValueError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, its bases and dotted overrides (`optimizer.lr=5e-7`), and validate the result.
 
-    Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible layout.
+    Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible
+    layout.
     """
     tree = _read(Path(path), seen=())
     try:
@@ -40,7 +41,9 @@ def validate(values: Any, *, origin: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _describe(item)]
-        raise ConfigError(f"{origin}: {len(lines)} error(s)\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        raise ConfigError(
+            f"{origin}: {len(lines)} error(s)\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
 
 
 def to_yaml(config: Config) -> str:

@@ -1,4 +1,5 @@
-"""The whole configuration as frozen pydantic models. Unknown keys are errors; defaults are Llama 3's where it has one."""
+"""The whole configuration as frozen pydantic models. Unknown keys are errors; defaults are Llama 3's where it
+has one."""
 
 from typing import Any, Literal
 
@@ -41,7 +42,9 @@ class Model(Section):
     rms_norm_eps: PositiveFloat
     tie_word_embeddings: bool
     initializer_range: PositiveFloat = 0.02
-    init_from: str | None = Field(None, description="Hugging Face directory to start from; null: random from seed")
+    init_from: str | None = Field(
+        None, description="Hugging Face directory to start from; null: random from seed"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -59,7 +62,9 @@ class Model(Section):
 
 
 class Tokenizer(Section):
-    path: str = Field(description="Meta's tokenizer.model, a tokenizer.json, or a directory that holds one of them")
+    path: str = Field(
+        description="Meta's tokenizer.model, a tokenizer.json, or a directory that holds one of them"
+    )
 
 
 class Source(Section):
@@ -74,7 +79,9 @@ class Source(Section):
         default_factory=dict, description="role -> column, for rows that hold one column a role"
     )
     epochs: float | None = Field(None, gt=0, description="how often each row is used; exclusive with weight")
-    weight: PositiveFloat | None = Field(None, description="share of the mixture's rows, relative to other weights")
+    weight: PositiveFloat | None = Field(
+        None, description="share of the mixture's rows, relative to other weights"
+    )
     max_rows: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -98,12 +105,17 @@ class Data(Section):
 class Parallel(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt = Field(1, description="model chunks a pipeline rank (interleaved schedule)")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="model chunks a pipeline rank (interleaved schedule)"
+    )
     embedding_and_loss_as_layers: bool = Field(
-        False, description="count the embedding and the loss as a layer each when layers are dealt to pipeline chunks"
+        False,
+        description="the embedding and the loss count as a layer each when chunks are cut",
     )
     context: PositiveInt = 1
-    sequence: bool = Field(False, description="shard activations between tensor-parallel regions over the sequence")
+    sequence: bool = Field(
+        False, description="shard activations between tensor-parallel regions over the sequence"
+    )
 
     @property
     def model_size(self) -> int:
@@ -131,19 +143,25 @@ class Optimizer(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: PositiveFloat = 1e-8
     clip_grad: float = Field(1.0, ge=0, description="0: no clipping")
-    overlap: bool = Field(False, description="overlap gradient reduce-scatter and parameter all-gather with compute")
+    overlap: bool = Field(
+        False, description="overlap gradient reduce-scatter and parameter all-gather with compute"
+    )
 
 
 class Loss(Section):
     trained_roles: tuple[RoleName, ...] = Field(
-        ("body", "terminator"), min_length=1, description="token roles that carry loss; SFT must learn to stop"
+        ("body", "terminator"),
+        min_length=1,
+        description="token roles that carry loss; SFT must learn to stop",
     )
 
 
 class Train(Section):
     steps: PositiveInt
     global_batch: PositiveInt = Field(description="packs an optimizer step, over all data-parallel ranks")
-    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end, if there is data")
+    eval_every: int = Field(
+        0, ge=0, description="steps between evaluations; 0: only at the end, if there is data"
+    )
     eval_packs: PositiveInt = Field(64, description="held-out packs an evaluation, at most")
     log_every: PositiveInt = 1
     export_hf: bool = Field(False, description="write a Hugging Face directory when training ends")

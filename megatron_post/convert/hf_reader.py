@@ -26,10 +26,12 @@ class WeightSource(Protocol):
 
 
 class SafetensorsDirectory:
-    """A Hugging Face directory of safetensors, sharded or not. Tensors are read slice by slice from the files."""
+    """A Hugging Face directory of safetensors, sharded or not. Tensors are read slice by slice from the
+    files."""
 
     def __init__(self, directory: str | Path, model: Model) -> None:
-        """Raises `ValueError` where the directory is not this model: names, shapes and config are all compared."""
+        """Raises `ValueError` where the directory is not this model: names, shapes and config are all
+        compared."""
         self._directory = Path(directory)
         mismatches = differences(model, from_hf_config(self._directory))
         if mismatches:
@@ -45,7 +47,10 @@ class SafetensorsDirectory:
             return view[start:end] if dim == 0 else view[:, start:end]
 
     def _locate(self) -> dict[str, str]:
-        index, single = self._directory / "model.safetensors.index.json", self._directory / "model.safetensors"
+        index, single = (
+            self._directory / "model.safetensors.index.json",
+            self._directory / "model.safetensors",
+        )
         if index.is_file():
             files: dict[str, str] = json.loads(index.read_text())["weight_map"]
             outside = sorted({f for f in files.values() if Path(f).name != f})
@@ -57,12 +62,16 @@ class SafetensorsDirectory:
                 return dict.fromkeys(file.keys(), single.name)
         if list(self._directory.glob("*.bin")):
             raise ValueError(f"{self._directory} holds pickled .bin weights; save them as safetensors first")
-        raise ValueError(f"{self._directory} holds neither model.safetensors nor model.safetensors.index.json")
+        raise ValueError(
+            f"{self._directory} holds neither model.safetensors nor model.safetensors.index.json"
+        )
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         missing = sorted(set(shapes) - set(self._files))
         if missing:
-            raise ValueError(f"{self._directory}: {len(missing)} tensor(s) missing, the first is {missing[0]}")
+            raise ValueError(
+                f"{self._directory}: {len(missing)} tensor(s) missing, the first is {missing[0]}"
+            )
         for file_name in sorted({self._files[name] for name in shapes}):
             path = self._directory / file_name
             with _open(path) as file:
@@ -87,7 +96,8 @@ def _open(path: Path) -> Iterator[Any]:
 class RandomWeights:
     """Fresh weights, the same in every layout: each tensor is drawn whole from (seed, name) and then cut.
 
-    Normal with `initializer_range`; output projections are scaled by 1 / sqrt(2 layers) as GPT-2 and Megatron do.
+    Normal with `initializer_range`; output projections are scaled by 1 / sqrt(2 layers) as GPT-2 and Megatron
+    do.
     """
 
     def __init__(self, model: Model, *, seed: int) -> None:
@@ -137,4 +147,6 @@ def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> Non
 
 def layer_offset(chunk: Llama) -> int:
     """Number in the model of the chunk's first layer."""
-    return get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage, pp_rank=chunk.pg_collection.pp.rank())
+    return get_transformer_layer_offset(
+        chunk.config, vp_stage=chunk.vp_stage, pp_rank=chunk.pg_collection.pp.rank()
+    )

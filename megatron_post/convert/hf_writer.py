@@ -26,8 +26,9 @@ def export_hf(
 ) -> Path:
     """Write model, config and tokenizer so that plain `transformers` loads them. All ranks call it.
 
-    Tensors are gathered one at a time over tensor-parallel ranks, to the first data- and context-parallel replica
-    only, and written in files of up to 5 GiB. The directory appears under its name when it is complete.
+    Tensors are gathered one at a time over tensor-parallel ranks, to the first data- and context-parallel
+    replica only, and written in files of up to 5 GiB. The directory appears under its name when it is
+    complete.
     """
     target = Path(directory)
     partial = target.with_name(f".partial-{target.name}")
@@ -77,7 +78,9 @@ def gathered_tensors(
                 yield from hf_from_shards(rule, names, [s.cpu() for s in shards], model).items()
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, *, prefix: str) -> dict[str, list[str]]:
+def _write_shards(
+    tensors: Iterator[tuple[str, Tensor]], directory: Path, *, prefix: str
+) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     pending: dict[str, Tensor] = {}
     held = 0
@@ -118,7 +121,9 @@ def _finish(directory: Path, files: dict[str, list[str]], model: Model, tokenize
         }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     eos_ids = tokenizer.stop_ids
-    config = to_hf_config(model, dtype=dtype, bos_id=tokenizer.bos_id, eos_ids=eos_ids, pad_id=tokenizer.pad_id)
+    config = to_hf_config(
+        model, dtype=dtype, bos_id=tokenizer.bos_id, eos_ids=eos_ids, pad_id=tokenizer.pad_id
+    )
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_id}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """The one table of Llama's names and layouts, Hugging Face <-> megatron-core.
 
-A rule says which Hugging Face tensors make a megatron-core parameter and how a tensor-parallel rank's shard is cut
-from them. Every reader and writer of weights goes through it.
+A rule says which Hugging Face tensors make a megatron-core parameter and how a tensor-parallel rank's shard
+is cut from them. Every reader and writer of weights goes through it.
 """
 
 import re
@@ -21,9 +21,10 @@ ReadSlice = Callable[[str, int | None, int, int], Tensor]
 class Rule:
     """How one kind of parameter is laid out.
 
-    core: megatron-core's name without pipeline chunk and layer offset, `{}` for the layer's number in the model.
-    hf: the Hugging Face tensors that it is made of.
-    layout: "replicated"; "rows" or "columns" (split over dim 0 or 1); "qkv" (query, key and value rows interleaved by
+    core: megatron-core's name without pipeline chunk and layer offset, `{}` for the layer's number in the
+    model. hf: the Hugging Face tensors that it is made of.
+    layout: "replicated"; "rows" or "columns" (split over dim 0 or 1); "qkv" (query, key and value rows
+    interleaved by
         query group); "gate_up" (each rank's gate rows, then its up rows); "vocabulary" (rows, padded).
     """
 
@@ -43,7 +44,9 @@ RULES = (
         "qkv",
     ),
     Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), "columns"),
-    Rule(_LAYER + "mlp.linear_fc1.layer_norm_weight", (_HF + "post_attention_layernorm.weight",), "replicated"),
+    Rule(
+        _LAYER + "mlp.linear_fc1.layer_norm_weight", (_HF + "post_attention_layernorm.weight",), "replicated"
+    ),
     Rule(
         _LAYER + "mlp.linear_fc1.weight",
         (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
@@ -103,7 +106,14 @@ def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def shard_from_hf(
-    rule: Rule, names: tuple[str, ...], read: ReadSlice, model: Model, *, rank: int, size: int, padded_vocab: int
+    rule: Rule,
+    names: tuple[str, ...],
+    read: ReadSlice,
+    model: Model,
+    *,
+    rank: int,
+    size: int,
+    padded_vocab: int,
 ) -> Tensor:
     """A tensor-parallel rank's shard of a megatron-core parameter, reading only the slices that it holds."""
     if rule.layout == "replicated":
@@ -129,18 +139,23 @@ def shard_from_hf(
     return read(names[0], dim, rank * whole // size, (rank + 1) * whole // size)
 
 
-def hf_from_shards(rule: Rule, names: tuple[str, ...], shards: list[Tensor], model: Model) -> dict[str, Tensor]:
+def hf_from_shards(
+    rule: Rule, names: tuple[str, ...], shards: list[Tensor], model: Model
+) -> dict[str, Tensor]:
     """The Hugging Face tensors of a parameter, from the shards of all tensor-parallel ranks in order."""
     if rule.layout == "replicated":
         return {names[0]: shards[0]}
     if rule.layout == "vocabulary":
         return {names[0]: torch.cat(shards)[: model.vocab_size]}
     if rule.layout == "qkv":
-        parts = [split_qkv(s, groups=model.num_key_value_heads // len(shards), head_dim=model.head_dim) for s in shards]
-        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+        thirds = [
+            split_qkv(s, groups=model.num_key_value_heads // len(shards), head_dim=model.head_dim)
+            for s in shards
+        ]
+        return {name: torch.cat(part) for name, part in zip(names, zip(*thirds, strict=True), strict=True)}
     if rule.layout == "gate_up":
-        parts = [s.chunk(2) for s in shards]
-        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+        halves = [s.chunk(2) for s in shards]
+        return {name: torch.cat(part) for name, part in zip(names, zip(*halves, strict=True), strict=True)}
     return {names[0]: torch.cat(shards, dim={"rows": 0, "columns": 1}[rule.layout])}
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 class PackedBatch:
     """One pack of t tokens in n segments, or a context-parallel rank's part of it.
 
-    Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`; `cu_seqlens` always describes the whole.
-    A token's label is its successor in the same segment; `trained` marks the labels that carry loss.
+    Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`; `cu_seqlens` always describes
+    the whole. A token's label is its successor in the same segment; `trained` marks the labels that carry
+    loss.
     """
 
     tokens: Tensor  # int64
@@ -28,7 +29,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device, copied without waiting where the memory is pinned."""
-        fields = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)}
+        fields = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)
+        }
         return dataclasses.replace(self, **fields)
 
 
@@ -40,7 +43,8 @@ def segment_positions(cu_seqlens: Tensor) -> Tensor:
 
 
 def next_in_segment(values: Tensor, cu_seqlens: Tensor, *, fill: int) -> Tensor:
-    """Each token's successor in its own segment, `fill` at a segment's last token. values: [t]; returns [t]."""
+    """Each token's successor in its own segment, `fill` at a segment's last token. values: [t]; returns
+    [t]."""
     successors = torch.roll(values, -1)
     successors[cu_seqlens[1:].long() - 1] = fill
     return successors

@@ -72,9 +72,10 @@ class SourceCounts:
 class Pack:
     """One pack of t tokens in n segments; a tail of padding is the last segment, with source and unit -1.
 
-    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32 [n], real
-    tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64 [n], row number in
-    the source; unit_ids: int64 [n]. The DALI backend hands over the first three on the GPU.
+    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32
+    [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
+    [n], row number in the source; unit_ids: int64 [n]. The DALI backend hands over the first three on the
+    GPU.
     """
 
     tokens: np.ndarray

@@ -1,8 +1,8 @@
 """Core attention of the portable layers: packed, grouped-query, context-parallel, on plain torch.
 
-Keys and values are gathered over the context-parallel group (the all-gather scheme that Llama 3 itself used) and each
-rank computes its own queries: block by block with `scaled_dot_product_attention` on a CPU, with FlexAttention's block
-masks on a GPU, where neither ever holds a t x t mask.
+Keys and values are gathered over the context-parallel group (the all-gather scheme that Llama 3 itself used)
+and each rank computes its own queries: block by block with `scaled_dot_product_attention` on a CPU, with
+FlexAttention's block masks on a GPU, where neither ever holds a t x t mask.
 """
 
 import functools
@@ -46,7 +46,8 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSegments | None = None,
     ) -> Tensor:
-        """query: [t/cp, 1, heads/tp, d]; key, value: [t/cp, 1, groups/tp, d]. Returns [t/cp, 1, heads/tp * d]."""
+        """query: [t/cp, 1, heads/tp, d]; key, value: [t/cp, 1, groups/tp, d]. Returns [t/cp, 1, heads/tp *
+        d]."""
         assert isinstance(packed_seq_params, PackedSegments), "every pipeline stage needs the pack's segments"
         query, key, value = (x.squeeze(1).transpose(0, 1) for x in (query, key, value))  # [heads, t, d]
         if self._context_group.size() > 1:
@@ -57,7 +58,9 @@ class PackedAttention(torch.nn.Module):
         return output.transpose(0, 1).reshape(output.shape[1], 1, -1)
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float) -> Tensor:
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float
+) -> Tensor:
     """Attention of one block after the other; cost is the sum of squared segment lengths.
 
     query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
@@ -79,7 +82,9 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSeg
     return torch.cat(outputs, dim=1)
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float) -> Tensor:
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float
+) -> Tensor:
     """The same with FlexAttention: a block mask of 128 x 128 tiles is all that is stored of the mask.
 
     query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
@@ -89,7 +94,8 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegm
 
 
 def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
-    """FlexAttention's mask of a pack: same segment and not later. Made once a microbatch, kept on `packed`."""
+    """FlexAttention's mask of a pack: same segment and not later. Made once a microbatch, kept on
+    `packed`."""
     cached = getattr(packed, "_block_mask", None)
     if cached is not None:
         return cached
@@ -105,7 +111,7 @@ def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
     mask = create_block_mask(
         allowed, None, None, indices.numel(), segments.numel(), device=segments.device, _compile=compiled
     )
-    packed._block_mask = mask  # type: ignore[attr-defined]
+    packed._block_mask = mask
     return mask
 
 
@@ -117,7 +123,8 @@ def _flex_kernel(compiled: bool) -> Any:
 
 
 def gather_sequence(x: Tensor, order: Tensor | None, group: Any) -> Tensor:
-    """x: [heads, t/cp, d] of each rank -> [heads, t, d] in pack order; its gradient is summed over the ranks."""
+    """x: [heads, t/cp, d] of each rank -> [heads, t, d] in pack order; its gradient is summed over the
+    ranks."""
     assert order is not None
     gathered = _GatherSequence.apply(x.transpose(0, 1).contiguous(), group)
     return gathered.index_select(0, order).transpose(0, 1)
@@ -127,14 +134,14 @@ class _GatherSequence(torch.autograd.Function):
     """All-gather along the first dimension; backward is the reduce-scatter that is its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         output = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
         torch.distributed.all_gather_into_tensor(output, x, group=group)
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         group = ctx.group
         own = gradient.new_empty(gradient.shape[0] // group.size(), *gradient.shape[1:])
         torch.distributed.reduce_scatter_tensor(own, gradient.contiguous(), group=group)

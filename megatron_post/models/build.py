@@ -82,7 +82,8 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def build_model(config: Config, topology: Topology, *, portable: bool | None = None) -> list[GPTModel]:
-    """The model chunks of this rank, one for each virtual pipeline stage; their values are still to be loaded.
+    """The model chunks of this rank, one for each virtual pipeline stage; their values are still to be
+    loaded.
 
     portable: use the portable layers; by default where Transformer Engine cannot run.
     """
@@ -99,7 +100,7 @@ def _chunk(
     stage, last = virtual_stage or 0, config.parallel.virtual_pipeline - 1
     model = Llama(
         config=core,
-        transformer_layer_spec=block_spec(core, portable=portable, virtual_stage=virtual_stage),  # type: ignore[arg-type]
+        transformer_layer_spec=block_spec(core, portable=portable, virtual_stage=virtual_stage),
         vocab_size=padded_vocab_size(config),
         max_sequence_length=m.max_position_embeddings,
         pre_process=topology.pipeline_rank == 0 and stage == 0,

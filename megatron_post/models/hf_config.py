@@ -18,8 +18,11 @@ _SAME_NAMES = (
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def to_hf_config(model: Model, *, dtype: str, bos_id: int | None, eos_ids: list[int], pad_id: int | None) -> dict[str, Any]:
-    """The `config.json` with which plain `transformers` builds the same model. dtype: "bfloat16" or "float32"."""
+def to_hf_config(
+    model: Model, *, dtype: str, bos_id: int | None, eos_ids: list[int], pad_id: int | None
+) -> dict[str, Any]:
+    """The `config.json` with which plain `transformers` builds the same model. dtype: "bfloat16" or
+    "float32"."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
         rope = {"rope_type": "llama3", **model.rope_scaling.model_dump()}

@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 class Llama(GPTModel):
-    """GPTModel with our output. Log-probabilities of labels at the last pipeline stage, hidden states before it."""
+    """GPTModel with our output. Log-probabilities of labels at the last pipeline stage, hidden states before
+    it."""
 
     real_vocab_size: int
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:  # type: ignore[override]
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
         """hidden_states: [t (/ tp with SP), 1, h]; labels: int64 [1, t] or None.
 
         Returns logps fp32 [t] of the labels; without labels, the vocabulary-parallel logits [t, 1, v/tp].
         """
         if not self.post_process:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits, _ = self.output_layer(hidden_states, weight=weight)
         logits = self._without_padded_rows(logits)
         if labels is None:

@@ -1,6 +1,8 @@
-"""What every layer needs to know of a pack: segments, positions and, under context parallelism, who holds what."""
+"""What every layer needs to know of a pack: segments, positions and, under context parallelism, who holds
+what."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -11,9 +13,11 @@ from megatron_post.parallel.context import gathered_order, zigzag_indices
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Queries `[query_start, query_end)` of this rank attend causally to keys `[key_start, key_end)` of the pack.
+    """Queries `[query_start, query_end)` of this rank attend causally to keys `[key_start, key_end)` of the
+    pack.
 
-    The last query sees the last key (lower-right causal): with c context-parallel ranks a segment is two blocks.
+    The last query sees the last key (lower-right causal): with c context-parallel ranks a segment is two
+    blocks.
     """
 
     query_start: int
@@ -24,8 +28,8 @@ class AttentionBlock:
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """`PackedSeqParams` of the portable layers. Another `qkv_format` than "thd" keeps megatron-core's own packed
-    paths, which need Transformer Engine, out of the way.
+    """`PackedSeqParams` of the portable layers. Another `qkv_format` than "thd" keeps megatron-core's own
+    packed paths, which need Transformer Engine, out of the way.
 
     positions: int64 [t / cp], positions of this rank's tokens in their segments.
     indices: int64 [t / cp], where this rank's tokens stand in the pack.
@@ -41,8 +45,11 @@ class PackedSegments(PackedSeqParams):
     blocks: tuple[AttentionBlock, ...] = ()
 
 
-def portable_segments(cu_seqlens: Tensor, positions: Tensor, *, context_rank: int, context_size: int) -> PackedSegments:
-    """Packed parameters for the portable layers. cu_seqlens: int [n + 1] of the pack; positions: int64 [t / cp]."""
+def portable_segments(
+    cu_seqlens: Tensor, positions: Tensor, *, context_rank: int, context_size: int
+) -> PackedSegments:
+    """Packed parameters for the portable layers. cu_seqlens: int [n + 1] of the pack; positions: int64 [t /
+    cp]."""
     lengths = cu_seqlens.diff().long()
     segments = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
     return PackedSegments(
@@ -57,7 +64,8 @@ def portable_segments(cu_seqlens: Tensor, positions: Tensor, *, context_rank: in
 
 
 def transformer_engine_segments(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Packed parameters for Transformer Engine's attention, which splits `cu_seqlens` (int32, whole pack) itself."""
+    """Packed parameters for Transformer Engine's attention, which splits `cu_seqlens` (int32, whole pack)
+    itself."""
     longest = int(cu_seqlens.diff().max())
     return PackedSeqParams(
         qkv_format="thd",
@@ -71,7 +79,7 @@ def transformer_engine_segments(cu_seqlens: Tensor) -> PackedSeqParams:
 
 
 def _blocks(cu_seqlens: list[int], *, rank: int, size: int) -> tuple[AttentionBlock, ...]:
-    pairs = list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+    pairs = list(pairwise(cu_seqlens))
     if size == 1:
         return tuple(AttentionBlock(start, end, start, end) for start, end in pairs)
     blocks = []
@@ -79,5 +87,7 @@ def _blocks(cu_seqlens: list[int], *, rank: int, size: int) -> tuple[AttentionBl
         chunk, query = (end - start) // (2 * size), start // size
         for half, position in enumerate((rank, 2 * size - 1 - rank)):
             query_start = query + half * chunk
-            blocks.append(AttentionBlock(query_start, query_start + chunk, start, start + (position + 1) * chunk))
+            blocks.append(
+                AttentionBlock(query_start, query_start + chunk, start, start + (position + 1) * chunk)
+            )
     return tuple(blocks)

@@ -20,7 +20,9 @@ def inverse_frequencies(model: Model) -> Tensor:
         return frequencies
     wavelengths = 2 * torch.pi / frequencies
     original = scaling.original_max_position_embeddings
-    smooth = (original / wavelengths - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (original / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     smooth = smooth.clamp(0, 1)
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
@@ -28,8 +30,8 @@ def inverse_frequencies(model: Model) -> Tensor:
 class PositionRotary(RotaryEmbedding):
     """megatron-core's rotary module that, given `PackedSegments`, gathers by the tokens' own positions.
 
-    GPTModel asks `get_rotary_seq_len` and hands the answer to `forward`: with the portable layers that answer is the
-    tensor of positions, with Transformer Engine's it is the longest segment as megatron-core intends.
+    GPTModel asks `get_rotary_seq_len` and hands the answer to `forward`: with the portable layers that answer
+    is the tensor of positions, with Transformer Engine's it is the longest segment as megatron-core intends.
     """
 
     def __init__(self, model: Model, *, device: torch.device, context_group: Any) -> None:

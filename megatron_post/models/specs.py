@@ -44,7 +44,9 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def block_spec(config: TransformerConfig, *, portable: bool, virtual_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, *, portable: bool, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk and the norm behind the last of them."""
     if portable:
         layer, norm = portable_layer(), RMSNorm
@@ -57,7 +59,8 @@ def block_spec(config: TransformerConfig, *, portable: bool, virtual_stage: int 
 def portable_layer() -> ModuleSpec:
     """A Llama layer of plain torch parts that is exact under TP, SP, CP, PP and packing on any device.
 
-    Parameters keep the names of the Transformer Engine layer in checkpoints, so that either resumes the other's.
+    Parameters keep the names of the Transformer Engine layer in checkpoints, so that either resumes the
+    other's.
     """
     return ModuleSpec(
         module=TransformerLayer,
@@ -77,7 +80,8 @@ def portable_layer() -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={

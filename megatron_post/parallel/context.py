@@ -1,7 +1,8 @@
 """The zigzag split of a pack over context-parallel ranks.
 
-Every segment is cut in 2 x CP equal chunks and rank r holds chunks r and 2 CP - 1 - r, so that each rank carries the
-same share of every segment's causal triangle. It is the layout that Transformer Engine's packed attention expects.
+Every segment is cut in 2 x CP equal chunks and rank r holds chunks r and 2 CP - 1 - r, so that each rank
+carries the same share of every segment's causal triangle. It is the layout that Transformer Engine's packed
+attention expects.
 """
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 
 def zigzag_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
-    """Indices in the pack of the tokens that a context-parallel rank holds, in the order in which it holds them.
+    """Indices in the pack of the tokens that a context-parallel rank holds, in the order in which it holds
+    them.
 
-    cu_seqlens: int [n + 1], offsets of the pack's segments, each length a multiple of 2 x size (any, if size is 1).
-    Returns int64 [t / size], on the device of `cu_seqlens`.
+    cu_seqlens: int [n + 1], offsets of the pack's segments, each length a multiple of 2 x size (any, if size
+    is 1). Returns int64 [t / size], on the device of `cu_seqlens`.
     Raises `ValueError` for a segment that the split does not divide.
     """
     device = cu_seqlens.device
@@ -21,8 +23,10 @@ def zigzag_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     if bool((lengths % (2 * size)).any()):
         bad = int(lengths[(lengths % (2 * size)) != 0][0])
-        raise ValueError(f"a segment of {bad} tokens cannot be split over {size} context-parallel ranks: pack again "
-                         f"with segments padded to a multiple of {2 * size}")  # fmt: skip
+        raise ValueError(
+            f"a segment of {bad} tokens cannot be split over {size} context-parallel ranks: pack again with "
+            f"segments padded to a multiple of {2 * size}"
+        )
     pieces = []
     for start, chunk in zip(starts.tolist(), (lengths // (2 * size)).tolist(), strict=True):
         for position in (rank, 2 * size - 1 - rank):
@@ -31,7 +35,8 @@ def zigzag_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
 
 
 def gathered_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
-    """Where each token of the pack stands in the concatenation of all ranks' parts, rank 0 first. int64 [t]."""
+    """Where each token of the pack stands in the concatenation of all ranks' parts, rank 0 first. int64
+    [t]."""
     parts = torch.cat([zigzag_indices(cu_seqlens, rank=rank, size=size) for rank in range(size)])
     order = torch.empty_like(parts)
     order[parts] = torch.arange(parts.numel(), device=parts.device)

@@ -1,12 +1,13 @@
 """The one CPU adapter: megatron-core takes CUDA for granted, this maps it to the CPU and gloo.
 
-`cpu_as_cuda()` is entered explicitly at start-up where there is no GPU and undoes everything on exit. With a GPU
-present it is never touched. Three things are replaced:
+`cpu_as_cuda()` is entered explicitly at start-up where there is no GPU and undoes everything on exit. With a
+GPU present it is never touched. Three things are replaced:
 
 * torch calls that name a CUDA device or pinned memory (a `TorchFunctionMode`),
 * `torch.cuda` bookkeeping (streams, events, memory counters) and the generator state that megatron-core's RNG
   tracker keeps,
-* megatron-core's fallback Adam. Its distributed optimizer loads checkpoints correctly only for an Adam with Apex's
+* megatron-core's fallback Adam. Its distributed optimizer loads checkpoints correctly only for an Adam with
+Apex's
   interface (`step` in the parameter group), which `ApexStyleAdam` has.
 """
 
@@ -38,7 +39,9 @@ class _CudaCallsToCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.to and any(isinstance(a, str | torch.device) and _is_cuda(a) for a in args[1:]):
+        if func is torch.Tensor.to and any(
+            isinstance(a, str | torch.device) and _is_cuda(a) for a in args[1:]
+        ):
             args = tuple("cpu" if isinstance(a, str | torch.device) and _is_cuda(a) else a for a in args)
         return func(*args, **kwargs)
 
@@ -82,7 +85,8 @@ class _NoStream:
 
 
 class ApexStyleAdam(torch.optim.Optimizer):
-    """AdamW with the interface of Apex's FusedAdam: `step` lives in the group, the state is the two moments alone."""
+    """AdamW with the interface of Apex's FusedAdam: `step` lives in the group, the state is the two moments
+    alone."""
 
     def __init__(
         self,
@@ -138,14 +142,15 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextlib.contextmanager
 def cpu_as_cuda() -> Iterator[None]:
-    """Within this context megatron-core runs on the CPU with gloo. Raises `RuntimeError` where a GPU is present."""
+    """Within this context megatron-core runs on the CPU with gloo. Raises `RuntimeError` where a GPU is
+    present."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adapter must not be entered on a machine with a GPU")
     import megatron.core.optimizer as core_optimizer
     import megatron.core.optimizer.distrib_optimizer as core_distributed
     import megatron.core.tensor_parallel.random as core_random
 
-    cuda = {
+    cuda: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
         "set_device": _nothing,
         "device_count": lambda: 1,
@@ -169,12 +174,20 @@ def cpu_as_cuda() -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.multiple(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing))
         stack.enter_context(
-            mock.patch.multiple(core_random, _get_cuda_rng_state=_rng_state, _set_cuda_rng_state=_set_rng_state)
+            mock.patch.multiple(
+                core_random, _get_cuda_rng_state=_rng_state, _set_cuda_rng_state=_set_rng_state
+            )
         )
-        stack.enter_context(mock.patch.multiple(core_optimizer, Adam=ApexStyleAdam, USING_PYTORCH_OPTIMIZER=False))
+        stack.enter_context(
+            mock.patch.multiple(core_optimizer, Adam=ApexStyleAdam, USING_PYTORCH_OPTIMIZER=False)
+        )
         stack.enter_context(
             mock.patch.multiple(
-                core_distributed, Adam=ApexStyleAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True, create=True
+                core_distributed,
+                Adam=ApexStyleAdam,
+                HAVE_APEX_OR_TE=True,
+                USING_APEX_OPTIMIZER=True,
+                create=True,
             )
         )
         stack.enter_context(_CudaCallsToCpu())

@@ -17,7 +17,8 @@ from megatron_post.parallel.cpu import cpu_as_cuda
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks and sizes of this process in the tensor, pipeline, context and data groups, and the groups themselves."""
+    """Ranks and sizes of this process in the tensor, pipeline, context and data groups, and the groups
+    themselves."""
 
     groups: ProcessGroupCollection
     rank: int
@@ -31,7 +32,8 @@ class Topology:
 
     @property
     def is_reporter(self) -> bool:
-        """The one rank that prints and writes metrics: the first of the last pipeline stage, where losses are."""
+        """The one rank that prints and writes metrics: the first of the last pipeline stage, where losses
+        are."""
         first = self.tensor_rank == self.context_rank == self.data_rank == 0
         return first and self.pipeline_rank == self.groups.pp.size() - 1
 
@@ -46,8 +48,9 @@ def rank_from_environment() -> tuple[int, int, int]:
 def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0) -> Iterator[Topology]:
     """Join the process group, build megatron-core's groups and seed its generators; leave all of it on exit.
 
-    Without a GPU the CPU adapter is entered and gloo is used. The generators of dropout-like operations are seeded
-    alike on data-parallel ranks and apart on tensor- and pipeline-parallel ones, as megatron-core expects.
+    Without a GPU the CPU adapter is entered and gloo is used. The generators of dropout-like operations are
+    seeded alike on data-parallel ranks and apart on tensor- and pipeline-parallel ones, as megatron-core
+    expects.
     """
     rank, world_size, local_rank = rank_from_environment()
     has_gpu = torch.cuda.is_available()
@@ -55,15 +58,14 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
         if has_gpu:
             torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-        single = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1} if world_size == 1 else {}
-        if single:
-            single["store"] = dist.HashStore()
-            del single["init_method"]
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
-            **({"device_id": device} if has_gpu else {}),
-            **single,
+            device_id=device if has_gpu else None,
+            # a single process needs no rendezvous, and hence no port
+            store=dist.HashStore() if world_size == 1 else None,
+            rank=rank if world_size == 1 else -1,
+            world_size=world_size if world_size == 1 else -1,
         )
         try:
             yield _join_groups(parallel, seed=seed, rank=rank, world_size=world_size, device=device)
@@ -72,7 +74,9 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
             dist.destroy_process_group()
 
 
-def _join_groups(parallel: Parallel, *, seed: int, rank: int, world_size: int, device: torch.device) -> Topology:
+def _join_groups(
+    parallel: Parallel, *, seed: int, rank: int, world_size: int, device: torch.device
+) -> Topology:
     from megatron.core import tensor_parallel
 
     virtual = parallel.virtual_pipeline

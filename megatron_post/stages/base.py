@@ -1,4 +1,5 @@
-"""What the trainer asks of a stage. A stage is a small object that satisfies this protocol, not a subclass."""
+"""What the trainer asks of a stage. A stage is a small object that satisfies this protocol, not a
+subclass."""
 
 from typing import Literal, Protocol
 
@@ -7,14 +8,21 @@ from torch import Tensor
 from megatron_post.data.batch import PackedBatch
 from megatron_post.data.store import Pack
 
-Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count), reduced over ranks and microbatches as sums
+Metrics = dict[
+    str, tuple[Tensor, Tensor]
+]  # name -> (sum, count), reduced over ranks and microbatches as sums
 
 
 class Stage(Protocol):
     """A post-training method."""
 
-    head: Literal["lm", "scalar"]
-    needs_reference: bool
+    @property
+    def head(self) -> Literal["lm", "scalar"]:
+        """What the model gives: log-probabilities of labels, or a score a token."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference policy."""
 
     def collate(self, pack: Pack) -> PackedBatch:
         """Tensors of a pack: labels, and which of them are trained."""

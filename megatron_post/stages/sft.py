@@ -15,7 +15,8 @@ from megatron_post.stages.base import Metrics
 
 
 class SFT:
-    """Trains the assistant's tokens: by default bodies and their terminators, for the model must learn to stop."""
+    """Trains the assistant's tokens: by default bodies and their terminators, for the model must learn to
+    stop."""
 
     head: Literal["lm"] = "lm"
     needs_reference = False

@@ -47,7 +47,11 @@ class Checkpoints:
         self.root = Path(config.run_dir) / "checkpoints"
 
     def save(
-        self, position: Position, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+        self,
+        position: Position,
+        chunks: list[Any],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
     ) -> None:
         """Write a checkpoint beside the others and publish it once all of it is on the disk."""
         step = position.step
@@ -80,11 +84,13 @@ class Checkpoints:
             manifest.publish(self.root, step, files=files, state=state, keep=self._config.checkpoint.keep)
         torch.distributed.barrier()
 
-    def resume(self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> Position:
+    def resume(
+        self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    ) -> Position:
         """Load the newest intact checkpoint. Returns its position; the start where there is none.
 
-        Damaged checkpoints are named and passed over. Raises `ValueError` where the config would continue another
-        stream of samples than the checkpoint's.
+        Damaged checkpoints are named and passed over. Raises `ValueError` where the config would continue
+        another stream of samples than the checkpoint's.
         """
         directory = self._newest_intact()
         if directory is None:
@@ -104,9 +110,12 @@ class Checkpoints:
             _restore_generators(load_file(directory / f"generators-{self._topology.rank}.safetensors"))
         return Position(stored["step"], stored["state"]["consumed_packs"])
 
-    def _sharded_state(self, chunks: list[Any], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    def _sharded_state(
+        self, chunks: list[Any], optimizer: MegatronOptimizer, *, is_loading: bool
+    ) -> dict[str, Any]:
         state = {
-            f"model{i}": chunk.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(unwrap_model(chunks))
+            f"model{i}": chunk.sharded_state_dict(metadata=_METADATA)
+            for i, chunk in enumerate(unwrap_model(chunks))
         }
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
         return state
@@ -144,7 +153,11 @@ class Checkpoints:
         return {"seed": c.seed, "store": str(Path(c.data.store).resolve())}
 
     def _check_stream(self, directory: Path, stored: dict[str, Any]) -> None:
-        changed = [f"{k}: {stored.get(k)!r} there, {v!r} here" for k, v in self._stream().items() if stored.get(k) != v]
+        changed = [
+            f"{k}: {stored.get(k)!r} there, {v!r} here"
+            for k, v in self._stream().items()
+            if stored.get(k) != v
+        ]
         if changed:
             raise ValueError(
                 f"{directory} was trained on another stream of samples ({'; '.join(changed)}): "
@@ -165,7 +178,9 @@ def _generator_states() -> dict[str, Tensor]:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return states | {f"tracked.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+    return states | {
+        f"tracked.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()
+    }
 
 
 def _restore_generators(states: dict[str, Tensor]) -> None:

@@ -17,7 +17,10 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 # Exact names only: a pickle may ask for "os.system" inside any module that imports os.
 _ALLOWED = {
-    *(("torch", name) for name in ("Size", "float64", "float32", "bfloat16", "float16", "uint8", "int32", "int64")),
+    *(
+        ("torch", name)
+        for name in ("Size", "float64", "float32", "bfloat16", "float16", "uint8", "int32", "int64")
+    ),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(
@@ -76,8 +79,11 @@ def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
     return result
 
 
-def publish(root: Path, step: int, *, files: dict[str, dict[str, Any]], state: dict[str, Any], keep: int) -> Path:
-    """Write the manifest, rename the partial directory into place, move `latest`, drop all but the newest `keep`."""
+def publish(
+    root: Path, step: int, *, files: dict[str, dict[str, Any]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write the manifest, rename the partial directory into place, move `latest`, drop all but the newest
+    `keep`."""
     partial, final = partial_directory(root, step), step_directory(root, step)
     content = {"step": step, "state": state, "files": files}
     _write_durably(partial / MANIFEST, json.dumps({"sha256": _digest(content), **content}, indent=1))
@@ -125,7 +131,8 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def check_metadata(path: Path) -> None:
-    """Read torch's pickled metadata through an allow-list of plain classes, and check the file names that it holds.
+    """Read torch's pickled metadata through an allow-list of plain classes, and check the file names that it
+    holds.
 
     Raises `DamagedCheckpoint` where it names anything else, or a file outside its directory.
     """
@@ -133,7 +140,15 @@ def check_metadata(path: Path) -> None:
         with path.open("rb") as file:
             metadata = _PlainUnpickler(file).load()
         names = {entry.relative_path for entry in metadata.storage_data.values()}
-    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, IndexError, ValueError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        OSError,
+        EOFError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        TypeError,
+    ) as error:
         raise DamagedCheckpoint(f"{path}: {error}") from error
     outside = sorted(name for name in names if Path(name).name != name)
     if outside:

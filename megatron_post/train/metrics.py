@@ -16,10 +16,10 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "B200": 2250.0, "A10
 def model_flops(model: Model, *, tokens: float, squared_lengths: float) -> float:
     """FLOPs of forward and backward, without recomputation, over packed segments.
 
-    tokens: real tokens; squared_lengths: sum over segments of length^2, for attention costs what its segments cost
-    and not the square of the pack. A multiply-add is two FLOPs, backward is twice forward, and causal attention
-    computes half of each square: 6 P t + 6 layers * heads * head_dim * sum L^2, with P the matrices' parameters
-    (the embedding is a lookup, the output projection is not).
+    tokens: real tokens; squared_lengths: sum over segments of length^2, for attention costs what its segments
+    cost and not the square of the pack. A multiply-add is two FLOPs, backward is twice forward, and causal
+    attention computes half of each square: 6 P t + 6 layers * heads * head_dim * sum L^2, with P the
+    matrices' parameters (the embedding is a lookup, the output projection is not).
     """
     h, d = model.hidden_size, model.head_dim
     attention = h * d * (2 * model.num_attention_heads + 2 * model.num_key_value_heads)
@@ -68,6 +68,7 @@ def train_line(step: int, total: int, values: dict[str, Any]) -> str:
     eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
     mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""
     return (
-        f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}  "
-        f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s{mfu}  eta {eta}"
+        f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}  "
+        f"grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+        f"{values['tokens_per_second']:,.0f} tokens/s{mfu}  eta {eta}"
     )

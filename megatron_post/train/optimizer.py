@@ -3,7 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -37,7 +41,8 @@ def wrap_data_parallel(
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
-    """Adam with its state sharded over data-parallel ranks, and the hooks that megatron-core's schedules call.
+    """Adam with its state sharded over data-parallel ranks, and the hooks that megatron-core's schedules
+    call.
 
     Norms (every one-dimensional parameter) carry no weight decay.
     """
@@ -57,7 +62,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         use_distributed_optimizer=True,
         overlap_param_gather=o.overlap,
     )
-    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=get_standard_config_overrides(settings))
+    optimizer = get_megatron_optimizer(
+        settings, chunks, config_overrides=get_standard_config_overrides(settings)
+    )
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = finalize_model_grads
     if o.overlap:

@@ -12,7 +12,7 @@ from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
-from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store import GroupName, PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.models.build import build_model
 from megatron_post.models.specs import has_transformer_engine
@@ -79,16 +79,22 @@ def check_run(config: Config) -> Tokenizer:
 
 def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackStore | None]:
     """The packed training data, and the held-out data if `data.eval_sources` names any."""
-    wanted = {
-        "pack_length": config.data.pack_length,
-        "segment_multiple": segment_multiple(config),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-    }
-    held_out = open_store(config.data.store, "eval", **wanted) if config.data.eval_sources else None
-    return open_store(config.data.store, "train", **wanted), held_out
+
+    def opened(group: GroupName) -> PackStore:
+        return open_store(
+            config.data.store,
+            group,
+            pack_length=config.data.pack_length,
+            segment_multiple=segment_multiple(config),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+
+    return opened("train"), opened("eval") if config.data.eval_sources else None
 
 
-def open_loader(config: Config, store: PackStore, topology: Topology, start: Position) -> PackLoader | DaliLoader:
+def open_loader(
+    config: Config, store: PackStore, topology: Topology, start: Position
+) -> PackLoader | DaliLoader:
     """This rank's stream of packs from `start` on, by the backend that the config names."""
     loader = PackLoader(
         store,
@@ -135,9 +141,15 @@ def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, Position
 def describe(config: Config, topology: Topology, store: PackStore) -> str:
     """The run in a line."""
     p = config.parallel
-    sizes = {"TP": p.tensor, "PP": p.pipeline, "VPP": p.virtual_pipeline, "CP": p.context, "DP": topology.data_size}
+    sizes = {
+        "TP": p.tensor,
+        "PP": p.pipeline,
+        "VPP": p.virtual_pipeline,
+        "CP": p.context,
+        "DP": topology.data_size,
+    }
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
     return (
         f"{config.stage} on {layout}{' + SP' if p.sequence else ''}, {config.train.steps} steps of "
-        f"{config.train.global_batch} packs of {config.data.pack_length} tokens, {len(store)} packs in the store"
+        f"{config.train.global_batch} packs of {config.data.pack_length} tokens, {len(store)} packs stored"
     )

@@ -49,8 +49,8 @@ class Stepper:
     def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
         """Sums over all ranks and packs, `name` and `name_count` for every metric of the stage.
 
-        Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result is
-        complete on the last pipeline stage and empty before it.
+        Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result
+        is complete on the last pipeline stage and empty before it.
         """
         microbatches = [self.prepare(pack) for pack in packs]
         outputs: list[Metrics] = self._run(
@@ -80,8 +80,13 @@ class Stepper:
         if not outputs:
             return {}
         names = list(outputs[0])
-        pairs = [torch.stack([torch.stack([x.double() for x in output[name]]) for name in names]) for output in outputs]
+        pairs = [
+            torch.stack([torch.stack([x.double() for x in output[name]]) for name in names])
+            for output in outputs
+        ]
         totals = torch.stack(pairs).sum(0)
         torch.distributed.all_reduce(totals, group=self._topology.groups.dp_cp)
-        values = totals.tolist()
-        return {key: v for name, pair in zip(names, values, strict=True) for key, v in zip((name, f"{name}_count"), pair, strict=True)}  # fmt: skip
+        sums: dict[str, float] = {}
+        for name, (value, count) in zip(names, totals.tolist(), strict=True):
+            sums |= {name: value, f"{name}_count": count}
+        return sums

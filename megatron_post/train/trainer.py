@@ -40,8 +40,8 @@ class Trainer:
     def fit(self, train: Iterator[list[Pack]], held_out: Sequence[Pack], *, start: Position) -> None:
         """Train from `start` to the last step of the config.
 
-        train: this rank's packs, one list an optimizer step. held_out: this rank's evaluation packs, of equal number
-        on every data-parallel rank.
+        train: this rank's packs, one list an optimizer step. held_out: this rank's evaluation packs, of equal
+        number on every data-parallel rank.
         """
         steps, position = self.config.train.steps, start
         while position.step < steps:
@@ -57,7 +57,8 @@ class Trainer:
                 self.checkpoints.save(position, self.chunks, self.optimizer, self.scheduler)
 
     def step(self, packs: list[Pack]) -> dict[str, float]:
-        """One optimizer step. Returns the stage's metrics (on the last pipeline stage), gradient norm and rate."""
+        """One optimizer step. Returns the stage's metrics (on the last pipeline stage), gradient norm and
+        rate."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -77,7 +78,9 @@ class Trainer:
             chunk.train()
         values = _means(sums)
         self.metrics.write("eval", step, values)
-        self.metrics.console(f"step {step}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self.metrics.console(
+            f"step {step}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        )
 
     def report(self, step: int, values: dict[str, float], packs: Iterable[Pack], *, seconds: float) -> None:
         """Throughput counts real tokens, never padding; FLOPs count the squares of the segments."""

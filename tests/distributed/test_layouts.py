@@ -26,12 +26,18 @@ LAYOUTS = {
     "DP2": (2, {}, {}),
     "DP2, overlapped": (2, {}, {"optimizer": {"overlap": True}}),
     "full recompute": (1, {}, {"recompute": {"mode": "full"}}),
-    "selective recompute, TP2 + SP": (2, {"tensor": 2, "sequence": True}, {"recompute": {"mode": "selective"}}),
+    "selective recompute, TP2 + SP": (
+        2,
+        {"tensor": 2, "sequence": True},
+        {"recompute": {"mode": "selective"}},
+    ),
     "TP2 x CP2 x PP2": (8, {"tensor": 2, "context": 2, "pipeline": 2, "sequence": True}, {}),
 }
 
 
-def _gradients(parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[dict[str, Any], float, dict[str, Any]]:
+def _gradients(
+    parallel: dict[str, Any], sections: dict[str, Any]
+) -> tuple[dict[str, Any], float, dict[str, Any]]:
     """(metrics, gradient norm, gradients by Hugging Face name) of one step over four packs."""
     config = tiny_config(parallel=parallel, **sections)
     with parallel_run(config.parallel, seed=1) as topology:
@@ -45,7 +51,9 @@ def _gradients(parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[dict
         norm = optimizer.get_grad_norm()
         for chunk in chunks:
             _gather_shards(chunk)
-        gradients = dict(gathered_tensors(unwrap_model(chunks), config.model, value_of=lambda p: p.main_grad.clone()))
+        gradients = dict(
+            gathered_tensors(unwrap_model(chunks), config.model, value_of=lambda p: p.main_grad.clone())
+        )
         return metrics, norm, {name: value.numpy() for name, value in gradients.items()}
 
 
@@ -72,8 +80,8 @@ def one_rank() -> tuple[dict, float, dict]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_rank(name: str, one_rank: tuple[dict, float, dict]) -> None:
-    """fp32 sums of some hundred terms in another order differ by about sqrt(100) x 6e-8: 1e-6. 1e-5 leaves room for
-    five chained layers, and no room for a wrong factor, a missing shard or a leaked segment."""
+    """fp32 sums of some hundred terms in another order differ by about sqrt(100) x 6e-8: 1e-6. 1e-5 leaves
+    room for five chained layers, and no room for a wrong factor, a missing shard or a leaked segment."""
     expected_metrics, expected_norm, expected = one_rank
     metrics, norm, gradients = _run(*LAYOUTS[name])
     assert metrics["loss_count"] == expected_metrics["loss_count"] > 100

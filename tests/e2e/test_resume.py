@@ -12,7 +12,9 @@ from megatron_post.train import manifest
 from tests.e2e.runs import kill_9, small_run, start
 
 
-def _train(directory: Path, name: str, *, ranks: int = 1, overrides: tuple[str, ...] = ()) -> tuple[str, dict[str, bytes]]:
+def _train(
+    directory: Path, name: str, *, ranks: int = 1, overrides: tuple[str, ...] = ()
+) -> tuple[str, dict[str, bytes]]:
     """Log and exported weights of a run to the end."""
     run_dir, log = directory / name, directory / f"{name}.log"
     command = ["train", str(directory / "config.yaml"), f"run_dir={run_dir}", *overrides]
@@ -43,7 +45,8 @@ def test_kill_9_at_a_random_moment(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    """One flipped byte in the newest checkpoint: the run names it, goes back one, and ends with the same weights."""
+    """One flipped byte in the newest checkpoint: the run names it, goes back one, and ends with the same
+    weights."""
     small_run(tmp_path)
     _, expected = _train(tmp_path, "run")
     root = tmp_path / "run" / "checkpoints"
@@ -58,7 +61,8 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_another_layout_resumes(tmp_path: Path) -> None:
-    """Saved under TP 2 after 4 of 8 steps, continued under PP 2: weights equal to fp32 rounding through Adam."""
+    """Saved under TP 2 after 4 of 8 steps, continued under PP 2: weights equal to fp32 rounding through
+    Adam."""
     small_run(tmp_path, checkpoint={"every": 4, "keep": 5})
     _, parts = _train(tmp_path, "whole", ranks=2, overrides=("parallel.tensor=2",))
     whole = load(parts["model.safetensors"])
@@ -80,7 +84,13 @@ def test_another_stream_is_refused(tmp_path: Path) -> None:
     small_run(tmp_path, train={"steps": 2})
     _train(tmp_path, "run")
     log = tmp_path / "refused.log"
-    command = ["train", str(tmp_path / "config.yaml"), f"run_dir={tmp_path / 'run'}", "seed=7", "train.steps=4"]
+    command = [
+        "train",
+        str(tmp_path / "config.yaml"),
+        f"run_dir={tmp_path / 'run'}",
+        "seed=7",
+        "train.steps=4",
+    ]
     assert start(command, ranks=1, log=log).wait(timeout=120) == 2
     assert "seed: 1234 there, 7 here" in log.read_text()
 

@@ -1,6 +1,7 @@
 """The same weights in `transformers`: padded rows there, packs here."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,12 @@ def _one_segment(tokens: np.ndarray) -> Any:
     from dataclasses import replace
 
     pack = tiny_packs(1)[0]
-    return replace(pack, tokens=tokens, roles=np.full(len(tokens), 3, np.uint8), cu_seqlens=np.array([0, len(tokens)], np.int32))
+    return replace(
+        pack,
+        tokens=tokens,
+        roles=np.full(len(tokens), 3, np.uint8),
+        cu_seqlens=np.array([0, len(tokens)], np.int32),
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,8 +84,8 @@ def _loss_and_gradients(config: Config) -> tuple[dict[str, float], dict[str, np.
 
 
 def test_packed_equals_padded(tmp_path: Path) -> None:
-    """Loss and gradients over packs equal `transformers` over the same dialogs as padded rows, with the loss written
-    out: -log p of each trained token given its prefix."""
+    """Loss and gradients over packs equal `transformers` over the same dialogs as padded rows, with the loss
+    written out: -log p of each trained token given its prefix."""
     config = tiny_config(model={"init_from": str(tmp_path)})
     reference = _random_hf(tmp_path, config, shards=False)
     ((metrics, ours),) = run_ranks(_loss_and_gradients, 1, config)
@@ -95,12 +101,15 @@ def test_packed_equals_padded(tmp_path: Path) -> None:
 def _padded_loss(model: Any) -> tuple[torch.Tensor, int]:
     rows = []
     for pack in tiny_packs():
-        for start, end in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True):
+        for start, end in pairwise(pack.cu_seqlens):
             real = pack.roles[start:end] != TokenRole.PADDING
             if real.any():
                 rows.append((pack.tokens[start:end][real], pack.roles[start:end][real]))
     longest = max(len(tokens) for tokens, _ in rows)
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), longest, dtype=torch.long),
+        torch.zeros(len(rows), longest, dtype=torch.long),
+    )
     for i, (tokens, _) in enumerate(rows):
         ids[i, : len(tokens)], mask[i, : len(tokens)] = torch.from_numpy(tokens), 1
     logps = model(ids, attention_mask=mask).logits.log_softmax(-1)
@@ -122,7 +131,9 @@ def _export(config: Config, target: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}])
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
+)
 def test_round_trip_is_bit_exact(tmp_path: Path, parallel: dict[str, int], tied: bool) -> None:
     """HF -> here -> HF: the same names and bytes, and `transformers` loads the result without a word."""
     model = {"init_from": str(tmp_path / "hf"), "tie_word_embeddings": tied}
@@ -140,4 +151,6 @@ def test_round_trip_is_bit_exact(tmp_path: Path, parallel: dict[str, int], tied:
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(loaded.model.norm.weight, before["model.norm.weight"])
     if (index := tmp_path / "back" / "model.safetensors.index.json").exists():
-        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+        assert json.loads(index.read_text())["metadata"]["total_size"] == sum(
+            t.nbytes for t in after.values()
+        )

@@ -58,14 +58,17 @@ def test_all_field_errors_at_once(tmp_path: Path) -> None:
         (["parallel.context=3"], "data.pack_length=512 is not a multiple of 6"),
         (["parallel.sequence=true"], "parallel.sequence=true needs parallel.tensor > 1"),
         (["precision.fp8=delayed", "precision.dtype=fp32"], "needs precision.dtype=bf16"),
-        (["precision.fp8=blockwise", "data.pack_length=500"], "data.pack_length=500 is not a multiple of 128"),
+        (
+            ["precision.fp8=blockwise", "data.pack_length=500"],
+            "data.pack_length=500 is not a multiple of 128",
+        ),
         (["model.preset=llama5"], "preset 'llama5' is unknown; choose one of tiny, llama3_8b"),
         (["steps"], "overrides must read key=value: steps"),
     ],
 )
 def test_impossible_layouts(tmp_path: Path, overrides: list[str], expected: str) -> None:
     path = _write(tmp_path, "base.yaml", BASE.replace(", betas_typo: 1", ""))
-    with pytest.raises(ConfigError, match="error|override") as error:
+    with pytest.raises(ConfigError, match=r"error|override") as error:
         load_config(path, overrides)
     assert expected in str(error.value)
 
@@ -107,7 +110,9 @@ def test_world() -> None:
     (error,) = world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=False)
     assert "needs Transformer Engine" in error
     assert world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=True) == []
-    (error,) = world_errors(tiny_config(parallel={"tensor": 2}), world_size=3, has_gpu=True, has_transformer_engine=True)
+    (error,) = world_errors(
+        tiny_config(parallel={"tensor": 2}), world_size=3, has_gpu=True, has_transformer_engine=True
+    )
     assert "3 ranks are not a multiple of tensor x pipeline x context = 2" in error
     interleaved = tiny_config(parallel={"pipeline": 4, "virtual_pipeline": 1}, train={"global_batch": 6})
     assert world_errors(interleaved, world_size=4, has_gpu=True, has_transformer_engine=True) == []
@@ -140,7 +145,9 @@ def test_405b_is_the_report_s() -> None:
     assert world_errors(config, world_size=1024, has_gpu=True, has_transformer_engine=True) == []
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/[!b]*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/[!b]*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_shipped_configs_load(path: Path) -> None:
     load_config(path)
 

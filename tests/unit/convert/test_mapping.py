@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from megatron_post.convert.hf_reader import RandomWeights, SafetensorsDirectory
-from megatron_post.convert.mapping import RULES, hf_from_shards, hf_shapes, interleave_qkv, shard_from_hf, split_qkv
+from megatron_post.convert.mapping import (
+    RULES,
+    hf_from_shards,
+    hf_shapes,
+    interleave_qkv,
+    shard_from_hf,
+    split_qkv,
+)
 from tests.tiny import tiny_config
 
 MODEL = tiny_config().model
@@ -15,7 +22,9 @@ def test_qkv_by_hand() -> None:
     q, k, v = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
     qkv = interleave_qkv(q, k, v, groups=2)
     assert qkv.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert all(torch.equal(a, b) for a, b in zip(split_qkv(qkv, groups=2, head_dim=1), (q, k, v), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(split_qkv(qkv, groups=2, head_dim=1), (q, k, v), strict=True)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -24,7 +33,8 @@ def test_shards_come_back(rule, size: int) -> None:
     names = tuple(name.format(1) for name in rule.hf)
     source, padded = RandomWeights(MODEL, seed=0), 256
     shards = [
-        shard_from_hf(rule, names, source.read, MODEL, rank=r, size=size, padded_vocab=padded) for r in range(size)
+        shard_from_hf(rule, names, source.read, MODEL, rank=r, size=size, padded_vocab=padded)
+        for r in range(size)
     ]
     for name, value in hf_from_shards(rule, names, shards, MODEL).items():
         assert torch.equal(value, source.read(name, None, 0, 0)), name
@@ -35,7 +45,11 @@ def test_padded_rows_are_zero_and_never_leave() -> None:
     rule = RULES[0]
     source = RandomWeights(MODEL, seed=0)
     shard = shard_from_hf(rule, rule.hf, source.read, MODEL, rank=1, size=2, padded_vocab=256)
-    assert shard.shape == (128, 64) and shard[122:].abs().max() == 0 and shard[:122].abs().min(dim=1).values.max() > 0
+    assert (
+        shard.shape == (128, 64)
+        and shard[122:].abs().max() == 0
+        and shard[:122].abs().min(dim=1).values.max() > 0
+    )
 
 
 def test_405b_has_its_parameters_and_tensors() -> None:
@@ -54,9 +68,18 @@ def test_405b_has_its_parameters_and_tensors() -> None:
         (lambda d: (d / "model.safetensors").unlink(), "holds neither"),
         (lambda d: _truncate(d / "model.safetensors"), "not a readable safetensors file|shape"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64), "not a readable safetensors file"),
-        (lambda d: _edit(d / "config.json", '"hidden_size": 64', '"hidden_size": 32'), "model.hidden_size: 64 in the"),
-        (lambda d: _edit(d / "config.json", '"rope_type": "llama3"', '"rope_type": "yarn"'), "rope_type='yarn'"),
-        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'), "points outside"),
+        (
+            lambda d: _edit(d / "config.json", '"hidden_size": 64', '"hidden_size": 32'),
+            "model.hidden_size: 64 in the",
+        ),
+        (
+            lambda d: _edit(d / "config.json", '"rope_type": "llama3"', '"rope_type": "yarn"'),
+            "rope_type='yarn'",
+        ),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
+            "points outside",
+        ),
     ],
 )
 def test_bad_directories(tmp_path, break_it, message: str) -> None:
@@ -75,7 +98,9 @@ def _write_hf(directory) -> None:
     from megatron_post.models.hf_config import to_hf_config
 
     source = RandomWeights(MODEL, seed=0)
-    save_file({name: source.read(name, None, 0, 0) for name in hf_shapes(MODEL)}, directory / "model.safetensors")
+    save_file(
+        {name: source.read(name, None, 0, 0) for name in hf_shapes(MODEL)}, directory / "model.safetensors"
+    )
     values = to_hf_config(MODEL, dtype="float32", bos_id=None, eos_ids=[], pad_id=None)
     (directory / "config.json").write_text(json.dumps(values))
 

@@ -36,7 +36,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_blocks_equal_a_dense_mask(size: int) -> None:
-    """Outputs of all context-parallel ranks, and the gradients that they send back, add up to the dense ones."""
+    """Outputs of all context-parallel ranks, and the gradients that they send back, add up to the dense
+    ones."""
     q, k, v = _tensors(torch.float64)
     expected = _dense(q, k, v, scale=0.3)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -46,7 +47,8 @@ def test_blocks_equal_a_dense_mask(size: int) -> None:
         packed = _packed(rank, size)
         output = block_attention(q[:, packed.indices], k, v, packed, scale=0.3)
         torch.testing.assert_close(output, expected[:, packed.indices], rtol=0, atol=1e-12)
-        for sum_, part in zip(total, torch.autograd.grad((output * weights[:, packed.indices]).sum(), (q, k, v)), strict=True):  # fmt: skip
+        parts = torch.autograd.grad((output * weights[:, packed.indices]).sum(), (q, k, v))
+        for sum_, part in zip(total, parts, strict=True):
             sum_ += part
     for sum_, gradient in zip(total, wanted, strict=True):
         torch.testing.assert_close(sum_, gradient, rtol=0, atol=1e-12)
@@ -54,11 +56,13 @@ def test_blocks_equal_a_dense_mask(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_flex_equals_blocks(size: int) -> None:
-    """The block mask that a GPU uses says the same as the blocks; FlexAttention's own reference runs it here, in
-    fp32, so 1e-5."""
+    """The block mask that a GPU uses says the same as the blocks; FlexAttention's own reference runs it here,
+    in fp32, so 1e-5."""
     q, k, v = (x.detach() for x in _tensors(torch.float32))
     for rank in range(size):
         packed = _packed(rank, size)
         local = q[:, packed.indices]
         expected = block_attention(local, k, v, packed, scale=0.3)
-        torch.testing.assert_close(flex_attention(local, k, v, packed, scale=0.3), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            flex_attention(local, k, v, packed, scale=0.3), expected, rtol=0, atol=1e-5
+        )

@@ -21,11 +21,22 @@ def test_frequencies_equal_transformers(preset: str) -> None:
 
 
 def test_scaling_by_hand() -> None:
-    """head_dim 4, theta 100: frequencies 1 and 0.1, wavelengths 6.28 and 62.8. With original context 64, low 1, high
-    4: 6.28 < 64/4 is kept; 62.8 lies between 16 and 64, smooth = (64/62.83 - 1) / 3 = 0.00620, so
+    """head_dim 4, theta 100: frequencies 1 and 0.1, wavelengths 6.28 and 62.8. With original context 64, low
+    1, high 4: 6.28 < 64/4 is kept; 62.8 lies between 16 and 64, smooth = (64/62.83 - 1) / 3 = 0.00620, so
     0.1 x ((1 - 0.00620) / 8 + 0.00620) = 0.0130422."""
-    shape = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    shape = {
+        "num_layers": 1,
+        "hidden_size": 8,
+        "ffn_hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     model = Model(**shape, vocab_size=8, max_position_embeddings=512, rope_theta=100.0, rms_norm_eps=1e-5,
                   tie_word_embeddings=False, rope_scaling=scaling)  # fmt: skip
     torch.testing.assert_close(inverse_frequencies(model), torch.tensor([1.0, 0.0130422]), rtol=1e-5, atol=0)

@@ -18,7 +18,10 @@ def test_maps_cuda_to_the_cpu() -> None:
 
 
 def test_undone_on_exit() -> None:
-    before = {name: getattr(torch.cuda, name) for name in ("current_device", "Stream", "manual_seed", "memory_stats")}
+    before = {
+        name: getattr(torch.cuda, name)
+        for name in ("current_device", "Stream", "manual_seed", "memory_stats")
+    }
     with pytest.raises(KeyError), cpu_as_cuda():
         raise KeyError
     assert before == {name: getattr(torch.cuda, name) for name in before}
@@ -29,7 +32,8 @@ def test_undone_on_exit() -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_equals_torch(weight_decay: float) -> None:
-    """Bitwise torch's AdamW over five steps, with the step in the group and the moments alone in the state."""
+    """Bitwise torch's AdamW over five steps, with the step in the group and the moments alone in the
+    state."""
     start = torch.randn(7, generator=torch.Generator().manual_seed(0))
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
