@@ -65,16 +65,22 @@ def block_attention(
 
     query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
     """
+    # cut at the segments, once: the gradient of a slice is as large as what it was cut from, and one slice of
+    # the pack for every block would cost the square of the pack's length
+    starts = sorted({block.key_start for block in packed.blocks})
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], key.shape[1]], strict=True)]
+    keys, values = key.split(lengths, dim=1), value.split(lengths, dim=1)
+    segments = {start: (k, v) for start, k, v in zip(starts, keys, values, strict=True)}
+    queries = query.split([block.query_end - block.query_start for block in packed.blocks], dim=1)
     outputs = []
-    for block in packed.blocks:
-        q = query[:, block.query_start : block.query_end]
-        k = key[:, block.key_start : block.key_end]
-        v = value[:, block.key_start : block.key_end]
-        square = q.shape[1] == k.shape[1]
+    for block, q in zip(packed.blocks, queries, strict=True):
+        visible = block.key_end - block.key_start
+        k, v = (x[:, :visible] for x in segments[block.key_start])
+        square = q.shape[1] == visible
         mask = None
         if not square:
-            ones = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-            mask = ones.tril(k.shape[1] - q.shape[1])
+            ones = torch.ones(q.shape[1], visible, dtype=torch.bool, device=q.device)
+            mask = ones.tril(visible - q.shape[1])
         output = F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=True
         )
