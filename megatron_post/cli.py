@@ -102,6 +102,28 @@ def doctor() -> None:
     diagnose(Console())
 
 
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="YAML file of the demo.")] = "configs/tiny/demo.yaml",
+    run_dir: Annotated[str, typer.Option(help="Where everything goes; an earlier demo there is replaced.")] = "runs/demo",
+    train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 20000,
+    held_out_problems: Annotated[int, typer.Option(min=4, help="Problems to answer.")] = 300,
+) -> None:
+    """Make a small task, train a tiny Llama on it on the CPU, export it, and show what it has learned."""
+    from rich.console import Console
+
+    from megatron_post.demo.run import run_demo
+
+    run_demo(
+        config,
+        [f"run_dir={run_dir}", *(overrides or ())],
+        train_problems=train_problems,
+        held_out_problems=held_out_problems,
+        console=Console(),
+    )
+
+
 def main() -> None:
     """Run a command. What a user can mend is one clear message and exit status 2; --debug shows the
     traceback."""

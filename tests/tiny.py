@@ -74,6 +74,7 @@ def tiny_packs(count: int = 4, *, seed: int = 0, vocab_size: int = 250) -> list[
                 sources=np.zeros(segments, np.int32),
                 sample_ids=np.arange(segments, dtype=np.uint64),
                 unit_ids=np.arange(segments),
+                ranks=np.full(segments, -1, np.int32),
             )
         )
     return packs

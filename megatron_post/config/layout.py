@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
+def store_layout(config: "Config") -> str:
+    """How examples stand in the packed store: what the stage's collate expects there."""
+    return {"sft": "dialogs", "reward": config.reward.layout, "dpo": "separate"}[config.stage]
+
+
 def segment_multiple(config: "Config") -> int:
     """Multiple to which each segment of a pack is padded: the zigzag split cuts every segment in 2 x CP
     chunks."""

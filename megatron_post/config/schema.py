@@ -9,6 +9,7 @@ from megatron_post.config.layout import layout_errors
 from megatron_post.config.presets import PRESETS
 
 RoleName = Literal["header", "prompt", "body", "terminator"]
+Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 
 
 class Section(BaseModel):
@@ -83,12 +84,23 @@ class Source(Section):
         None, description="share of the mixture's rows, relative to other weights"
     )
     max_rows: PositiveInt | None = None
+    batch: int = Field(0, description="number of the preference batch; a higher one is newer")
 
     @model_validator(mode="after")
     def _one_of_epochs_and_weight(self) -> "Source":
         if self.epochs is not None and self.weight is not None:
             raise ValueError(f"source {self.name!r}: give epochs or weight, not both")
         return self
+
+
+class Preferences(Section):
+    """Which comparisons are used, as in section 4.2 of the report. Rows without a rating pass `min_rating`."""
+
+    min_rating: Rating | None = Field("better", description="drop comparisons rated lower; null: keep all")
+    max_similarity: float = Field(
+        0.95, gt=0, le=1, description="drop pairs whose responses share a larger part of their token trigrams"
+    )
+    newest_batch_only: bool = Field(False, description="use only the sources of the highest `batch`")
 
 
 class Data(Section):
@@ -98,6 +110,7 @@ class Data(Section):
     pack_length: PositiveInt = Field(8192, description="tokens in a pack; every microbatch is one pack")
     overlong: Literal["error", "drop", "truncate"] = "error"
     max_bad_rows: int = Field(0, ge=0)
+    preferences: Preferences = Preferences()
     backend: Literal["torch", "dali"] = "torch"
     prefetch: PositiveInt = Field(4, description="microbatches prepared ahead in the background")
 
@@ -156,6 +169,40 @@ class Loss(Section):
     )
 
 
+class Reward(Section):
+    """Reward model: `-log sigmoid(r_better - r_worse)` over all ranked pairs of an example."""
+
+    layout: Literal["separate", "isolated", "concatenated"] = Field(
+        "isolated",
+        description="separate: a row a response; isolated: the prompt once, responses blind to each other; "
+        "concatenated: responses see those before them (the report's approximation)",
+    )
+    head_lr_multiplier: PositiveFloat = 1.0
+
+
+class DPO(Section):
+    """Direct preference optimisation, with the report's values."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
+    beta: PositiveFloat = 0.1
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="robust: probability of a flipped label")
+    margin: float = Field(0.5, ge=0, description="simpo: target margin of the mean log-probabilities, x beta")
+    nll_weight: float = Field(0.2, ge=0, description="weight of the NLL of the chosen response")
+    nll_normalization: Literal["per_token", "per_sequence"] = Field(
+        "per_token", description="per_token: mean over the response's tokens; per_sequence: their sum"
+    )
+    trained_roles: tuple[RoleName, ...] = Field(
+        ("body",), min_length=1, description="roles in both terms; the report masks headers and terminators"
+    )
+    reference: Literal["store", "frozen"] = Field(
+        "store", description="store: log-probabilities by `megatron-post reference`; frozen: a copy in memory"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss != "simpo"
+
+
 class Train(Section):
     steps: PositiveInt
     global_batch: PositiveInt = Field(description="packs an optimizer step, over all data-parallel ranks")
@@ -175,7 +222,7 @@ class Checkpoint(Section):
 class Config(Section):
     """A run, complete. `load_config` makes one; the resolved form is saved with every checkpoint."""
 
-    stage: Literal["sft"] = "sft"
+    stage: Literal["sft", "reward", "dpo"] = "sft"
     run_dir: str = Field(description="checkpoints, metrics and exports of this run")
     seed: int = 1234
     model: Model
@@ -186,6 +233,8 @@ class Config(Section):
     recompute: Recompute = Recompute()
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
+    reward: Reward = Reward()
+    dpo: DPO = DPO()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
 

@@ -39,6 +39,7 @@ class Assembly:
             "source": units.sources[unit],
             "sample": units.samples[unit],
             "unit": np.repeat(np.arange(len(self.used)), segments_of_unit),
+            "rank": units.ranks[segments],
             "turns": units.turns[unit],
             "response": units.responses[segments],
         }

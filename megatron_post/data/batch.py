@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +12,57 @@ from torch import Tensor
 class PackedBatch:
     """One pack of t tokens in n segments, or a context-parallel rank's part of it.
 
-    Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`; `cu_seqlens` always describes
-    the whole. A token's label is its successor in the same segment; `trained` marks the labels that carry
-    loss.
+    Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`; the others always describe the
+    whole. A token's label is its successor in the same segment; `trained` marks the labels that carry loss.
+    Segment k sees, besides itself, the real tokens of the earlier segments `seen[k, 0]` to `seen[k, 1]` (none
+    where `seen` is None): responses that share a prompt see the prompt's segment.
     """
 
     tokens: Tensor  # int64
     labels: Tensor  # int64, 0 where there is none
     trained: Tensor  # bool
-    positions: Tensor  # int64, from 0 in each segment
+    positions: Tensor  # int64, from 0 in each segment, or from the end of what it continues
     cu_seqlens: Tensor  # int32 [n + 1]
+    lengths: Tensor  # int32 [n], real tokens of each segment
+    seen: Tensor | None = None  # int64 [n, 2]
+    comparisons: "Comparisons | None" = None
+    reference_logps: Tensor | None = None  # float32, of the labels, under the reference policy
 
     def part(self, indices: Tensor) -> "PackedBatch":
         """The tokens at `indices` (int64), in that order."""
-        names = ("tokens", "labels", "trained", "positions")
-        return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in names})
+        values = {name: getattr(self, name) for name in _PER_TOKEN}
+        return dataclasses.replace(self, **{k: v[indices] for k, v in values.items() if v is not None})
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device, copied without waiting where the memory is pinned."""
-        fields = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)
-        }
-        return dataclasses.replace(self, **fields)
+        return _moved(self, device)
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Which responses of a pack are compared: p pairs of e examples, as segments.
+
+    An example weighs one however many pairs it gives, so a pair of an example of three weighs a third.
+    """
+
+    better: Tensor  # int64 [p], segment of the better response
+    worse: Tensor  # int64 [p]
+    weights: Tensor  # float32 [p], 1 / pairs of the pair's example; they sum to e
+    ranks: Tensor  # int64 [p, 2], ranks of better and worse
+    examples: Tensor  # int64 [], e
+
+
+_PER_TOKEN = ("tokens", "labels", "trained", "positions", "reference_logps")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A dataclass of tensors and of such dataclasses, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    names = [field.name for field in dataclasses.fields(value)]
+    return dataclasses.replace(value, **{name: _moved(getattr(value, name), device) for name in names})
 
 
 def segment_positions(cu_seqlens: Tensor) -> Tensor:

@@ -11,16 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_post.config.layout import segment_multiple
+from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config, Source
 from megatron_post.data.assembly import assemble
-from megatron_post.data.dialog import Dialog
+from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits
 from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.overlong import Fitting
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
-from megatron_post.data.template import render_batch
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.data.units import UnitPile, Units
 
@@ -58,6 +57,7 @@ def build_store(
         tokenizer_fingerprint=tokenizer.fingerprint,
         pad_id=tokenizer.pad_id,
         seed=config.seed,
+        layout=store_layout(config),  # type: ignore[arg-type]
         tokenizer_path=str(Path(config.tokenizer.path).resolve()),
     )
     bad_rows = BadRows(config.data.max_bad_rows)
@@ -70,7 +70,8 @@ def build_store(
             "train": config.data.sources,
             "eval": config.data.eval_sources,
         }
-        for group, sources in sources_of.items():
+        for group, named in sources_of.items():
+            sources = _newest(named) if config.data.preferences.newest_batch_only else named
             units, counts = _read(group, sources, config, tokenizer, bad_rows, progress)
             summaries[group] = _write(group, sources, units, counts, writer, settings, progress)
     _print(summaries, bad_rows, config, console)
@@ -106,16 +107,14 @@ def _read(
             capacity=config.data.pack_length,
             multiple=segment_multiple(config),
         )
+        example_units = _example_units(config, source, tokenizer)
         before = len(pile)
         rows = read_rows(source, bad_rows=bad_rows)
         while batch := list(islice(rows, _ROWS_AT_ONCE)):
-            dialogs = [_dialog(example, source) for _, example in batch]
-            rendered_batch = render_batch(dialogs, tokenizer)
-            for (row, _), dialog, rendered in zip(batch, dialogs, rendered_batch, strict=True):
-                unit = fitting.fit([rendered], row=row)
-                if unit is not None:
-                    turns = sum(message.role == "user" for message in dialog.messages)
-                    pile.add(unit, source=number, sample=row, turns=turns)
+            for (row, _), example in zip(batch, example_units(batch), strict=True):
+                unit = None if example is None else fitting.fit(example.segments, row=row)
+                if example is not None and unit is not None:
+                    pile.add(unit, source=number, sample=row, turns=example.turns, ranks=example.ranks)
             progress.advance(task, len(batch))
         fitting.check()
         progress.update(task, total=progress.tasks[task].completed)
@@ -126,24 +125,35 @@ def _read(
                 bad=bad_rows.by_source[source.name],
                 dropped=fitting.dropped,
                 truncated=fitting.truncated,
+                filtered=example_units.filtered,
             )
         )
         if len(pile) == before:
             raise ValueError(
                 f"source {source.name!r} ({source.path}) gave no usable row "
-                f"({bad_rows.by_source[source.name]} bad, {fitting.dropped} longer than data.pack_length); "
+                f"({bad_rows.by_source[source.name]} bad, {fitting.dropped} longer than data.pack_length, "
+                f"{example_units.filtered} left out by data.preferences); "
                 "remove it or mend it"
             )
     return pile.units(), counts
 
 
-def _dialog(example: object, source: Source) -> Dialog:
-    if not isinstance(example, Dialog):
-        raise ValueError(
-            f"source {source.name!r} holds preferences, stage=sft trains dialogs; give the chosen responses "
-            "as dialogs, for example with columns={user: prompt, assistant: chosen}"
-        )
-    return example
+def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:
+    if config.stage == "sft":
+        return DialogUnits(source.name, tokenizer)
+    return PreferenceUnits(
+        source.name,
+        tokenizer,
+        layout=store_layout(config),
+        rules=config.data.preferences,
+        pair_only=config.stage == "dpo",
+        seed=config.seed,
+    )
+
+
+def _newest(sources: Sequence[Source]) -> tuple[Source, ...]:
+    newest = max((source.batch for source in sources), default=0)
+    return tuple(source for source in sources if source.batch == newest)
 
 
 def _write(

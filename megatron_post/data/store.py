@@ -33,10 +33,16 @@ COLUMNS: Mapping[str, str] = {
     "source": "<i4",  # index in the group's sources
     "sample": "<u8",  # row number in the source
     "unit": "<i8",  # segments of one unit share it and stand in one pack, side by side
+    "rank": "<i4",  # of a preference's response: 0 is the best; -1 elsewhere
     "turns": "<i4",  # user turns
     "response": "<i4",  # tokens of the final response
 }
 PER_TOKEN: Mapping[str, str] = {"tokens": "<i4", "roles": "|u1"}
+
+
+# dialogs: a unit is one segment. The others hold preferences. separate: a segment a response, prompt and all.
+# isolated and concatenated: a unit is its prompt's segment, then one of each response.
+StoreLayout = Literal["dialogs", "separate", "isolated", "concatenated"]
 
 
 class StoreError(ValueError):
@@ -52,6 +58,7 @@ class StoreSettings:
     tokenizer_fingerprint: str
     pad_id: int
     seed: int
+    layout: StoreLayout = "dialogs"
     tokenizer_path: str = field(
         default="", compare=False
     )  # where it was then: for people, not for a decision
@@ -66,6 +73,7 @@ class SourceCounts:
     bad: int = 0
     dropped: int = 0
     truncated: int = 0
+    filtered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,8 @@ class Pack:
 
     tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32
     [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
-    [n], row number in the source; unit_ids: int64 [n]. The DALI backend hands over the first three on the
+    [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0 best, -1 elsewhere;
+    reference_logps: float32 [t] of each token's successor, where they were asked for. The DALI backend hands over the first three on the
     GPU.
     """
 
@@ -85,6 +94,8 @@ class Pack:
     sources: np.ndarray
     sample_ids: np.ndarray
     unit_ids: np.ndarray
+    ranks: np.ndarray
+    reference_logps: np.ndarray | None = None
 
 
 class PackStore:
@@ -126,6 +137,7 @@ class PackStore:
             sources=_with_tail(self.column("source")[segments], -1, tail),
             sample_ids=_with_tail(self.column("sample")[segments], 0, tail),
             unit_ids=_with_tail(self.column("unit")[segments], -1, tail),
+            ranks=_with_tail(self.column("rank")[segments], -1, tail),
         )
 
     def read_row(self, name: str, index: int) -> np.ndarray:
@@ -154,6 +166,7 @@ class PackStore:
             sources=np.array([-1], dtype=np.int32),
             sample_ids=np.array([0], dtype=np.uint64),
             unit_ids=np.array([-1], dtype=np.int64),
+            ranks=np.array([-1], dtype=np.int32),
         )
 
 
@@ -164,6 +177,7 @@ def open_store(
     pack_length: int | None = None,
     segment_multiple: int = 1,
     tokenizer_fingerprint: str | None = None,
+    layout: str | None = None,
 ) -> PackStore:
     """Open a group read-only. What is given must fit: None (or multiple 1) asks for nothing.
 
@@ -187,6 +201,10 @@ def open_store(
         raise StoreError(
             f"store {path} was made with tokenizer {settings.tokenizer_fingerprint:.12}, tokenizer.path is "
             f"{tokenizer_fingerprint:.12}; {remedy}"
+        )
+    if layout not in (None, settings.layout):
+        raise StoreError(
+            f"store {path} holds examples as {settings.layout!r}, this stage needs {layout!r}; {remedy}"
         )
     return PackStore(path, group, settings)
 

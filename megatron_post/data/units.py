@@ -17,7 +17,7 @@ class Units:
     several.
 
     tokens: int32 [T]; roles: uint8 [T]; segment_starts: int64 [S + 1]; unit_starts: int64 [U + 1], in
-    segments; responses: int32 [S], tokens of the final response; sources: int32, samples: uint64, turns:
+    segments; ranks: int32 [S], see `Pack`; responses: int32 [S], tokens of the final response; sources: int32, samples: uint64, turns:
     int32 [U].
     """
 
@@ -25,6 +25,7 @@ class Units:
     roles: np.ndarray
     segment_starts: np.ndarray
     unit_starts: np.ndarray
+    ranks: np.ndarray
     responses: np.ndarray
     sources: np.ndarray
     samples: np.ndarray
@@ -55,16 +56,25 @@ class UnitPile:
     def __init__(self) -> None:
         self._loose: list[Rendered] = []
         self._blocks: list[Rendered] = []
-        self._segments: list[tuple[int, int]] = []  # length, response length
+        self._segments: list[tuple[int, int, int]] = []  # length, response length, rank
         self._units: list[tuple[int, int, int, int]] = []  # segments, source, sample, turns
 
     def __len__(self) -> int:
         return len(self._units)
 
-    def add(self, unit: Sequence[Rendered], *, source: int, sample: int, turns: int) -> None:
+    def add(
+        self,
+        unit: Sequence[Rendered],
+        *,
+        source: int,
+        sample: int,
+        turns: int,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         """Add a unit of one or more segments that `sample`, a row number of `source`, became."""
         self._loose.extend(unit)
-        self._segments.extend((len(segment), response_length(segment.roles)) for segment in unit)
+        for segment, rank in zip(unit, ranks or [-1] * len(unit), strict=True):
+            self._segments.append((len(segment), response_length(segment.roles), rank))
         self._units.append((len(unit), source, sample, turns))
         if len(self._loose) >= 4096:
             self._blocks.append(_joined(self._loose))
@@ -73,13 +83,14 @@ class UnitPile:
     def units(self) -> Units:
         """All units so far."""
         whole = _joined([*self._blocks, *self._loose])
-        segments = np.array(self._segments, dtype=np.int64).reshape(-1, 2)
+        segments = np.array(self._segments, dtype=np.int64).reshape(-1, 3)
         units = np.array(self._units, dtype=np.uint64).reshape(-1, 4)
         return Units(
             tokens=whole.tokens,
             roles=whole.roles,
             segment_starts=_starts(segments[:, 0]),
             unit_starts=_starts(units[:, 0].astype(np.int64)),
+            ranks=segments[:, 2].astype(np.int32),
             responses=segments[:, 1].astype(np.int32),
             sources=units[:, 1].astype(np.int32),
             samples=units[:, 2],

@@ -65,27 +65,27 @@ def block_attention(
 
     query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
     """
-    # cut at the segments, once: the gradient of a slice is as large as what it was cut from, and one slice of
-    # the pack for every block would cost the square of the pack's length
-    starts = sorted({block.key_start for block in packed.blocks})
-    lengths = [end - start for start, end in zip(starts, [*starts[1:], key.shape[1]], strict=True)]
-    keys, values = key.split(lengths, dim=1), value.split(lengths, dim=1)
-    segments = {start: (k, v) for start, k, v in zip(starts, keys, values, strict=True)}
-    queries = query.split([block.query_end - block.query_start for block in packed.blocks], dim=1)
+    # Cut at the segments, once: the gradient of a slice is as large as what it was cut from, and one slice of the
+    # pack for every block would cost the square of the pack's length.
+    keys, values = key.split(packed.segment_lengths, dim=1), value.split(packed.segment_lengths, dim=1)
+    queries = query.split([block.queries for block in packed.blocks], dim=1)
     outputs = []
     for block, q in zip(packed.blocks, queries, strict=True):
-        visible = block.key_end - block.key_start
-        k, v = (x[:, :visible] for x in segments[block.key_start])
-        square = q.shape[1] == visible
+        k, v = (_joined([x[segment][:, :count] for segment, count in block.keys]) for x in (keys, values))
+        square = q.shape[1] == k.shape[1]
         mask = None
         if not square:
-            ones = torch.ones(q.shape[1], visible, dtype=torch.bool, device=q.device)
-            mask = ones.tril(visible - q.shape[1])
+            ones = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+            mask = ones.tril(k.shape[1] - q.shape[1])
         output = F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=True
         )
         outputs.append(output[0])
     return torch.cat(outputs, dim=1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def flex_attention(
@@ -100,19 +100,25 @@ def flex_attention(
 
 
 def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
-    """FlexAttention's mask of a pack: same segment and not later. Made once a microbatch, kept on
-    `packed`."""
+    """FlexAttention's mask of a pack: not later in the same segment, or a real token of a segment that it sees.
+
+    Made once a microbatch and kept on `packed`.
+    """
     cached = getattr(packed, "_block_mask", None)
     if cached is not None:
         return cached
     from torch.nn.attention.flex_attention import create_block_mask
 
-    indices, segments = packed.indices, packed.segments
-    assert indices is not None and segments is not None
+    indices, segments, real, seen = packed.indices, packed.segments, packed.real, packed.seen
+    assert indices is not None and segments is not None and real is not None
 
     def allowed(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         position = indices[query_index]
-        return (segments[position] == segments[key_index]) & (key_index <= position)
+        own, other = segments[position], segments[key_index]
+        inside = (own == other) & (key_index <= position)
+        if seen is None:
+            return inside
+        return inside | (real[key_index] & (seen[own, 0] <= other) & (other < seen[own, 1]))
 
     mask = create_block_mask(
         allowed, None, None, indices.numel(), segments.numel(), device=segments.device, _compile=compiled

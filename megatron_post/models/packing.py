@@ -2,28 +2,26 @@
 what."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_post.data.batch import PackedBatch
 from megatron_post.parallel.context import gathered_order, zigzag_indices
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Queries `[query_start, query_end)` of this rank attend causally to keys `[key_start, key_end)` of the
-    pack.
+    """The next `queries` tokens of this rank attend causally to the first tokens of some segments of the pack.
 
-    The last query sees the last key (lower-right causal): with c context-parallel ranks a segment is two
-    blocks.
+    keys: (segment, number of its first tokens), in pack order. The last query sees the last key (lower-right
+    causal): with c context-parallel ranks a segment is two blocks. A response that stands behind a prompt which
+    it shares sees the prompt's segment and its own.
     """
 
-    query_start: int
-    query_end: int
-    key_start: int
-    key_end: int
+    queries: int
+    keys: tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -31,35 +29,43 @@ class PackedSegments(PackedSeqParams):
     """`PackedSeqParams` of the portable layers. Another `qkv_format` than "thd" keeps megatron-core's own
     packed paths, which need Transformer Engine, out of the way.
 
-    positions: int64 [t / cp], positions of this rank's tokens in their segments.
+    positions: int64 [t / cp], positions of this rank's tokens in what they continue.
     indices: int64 [t / cp], where this rank's tokens stand in the pack.
-    segments: int32 [t], the segment of every token of the pack.
+    segments: int64 [t], the segment of every token of the pack; real: bool [t], whether it is no padding.
+    seen: int64 [n, 2], which earlier segments (from, to) each segment sees besides itself.
     gather_order: int64 [t] or None, order of the pack in the concatenation of all ranks' tokens.
-    blocks: the attention that this rank computes.
+    segment_lengths: tokens of each segment; blocks: the attention that this rank computes, in token order.
     """
 
     positions: Tensor | None = None
     indices: Tensor | None = None
     segments: Tensor | None = None
+    real: Tensor | None = None
+    seen: Tensor | None = None
     gather_order: Tensor | None = None
+    segment_lengths: tuple[int, ...] = ()
     blocks: tuple[AttentionBlock, ...] = ()
 
 
-def portable_segments(
-    cu_seqlens: Tensor, positions: Tensor, *, context_rank: int, context_size: int
-) -> PackedSegments:
-    """Packed parameters for the portable layers. cu_seqlens: int [n + 1] of the pack; positions: int64 [t /
-    cp]."""
-    lengths = cu_seqlens.diff().long()
-    segments = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
+def portable_segments(batch: PackedBatch, *, context_rank: int, context_size: int) -> PackedSegments:
+    """Packed parameters for the portable layers, from this rank's part of a batch."""
+    cu_seqlens = batch.cu_seqlens
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    total, device = int(cu_seqlens[-1]), cu_seqlens.device
+    numbers = torch.arange(len(lengths), device=device)
+    segments = torch.repeat_interleave(numbers, lengths, output_size=total)
+    within = torch.arange(total, device=device) - starts[segments]
     return PackedSegments(
         qkv_format="sbhd",
         cp_group=None,
-        positions=positions,
+        positions=batch.positions,
         indices=zigzag_indices(cu_seqlens, rank=context_rank, size=context_size),
-        segments=segments.int(),
+        segments=segments,
+        real=within < batch.lengths.long()[segments],
+        seen=batch.seen,
         gather_order=gathered_order(cu_seqlens, size=context_size) if context_size > 1 else None,
-        blocks=_blocks(cu_seqlens.tolist(), rank=context_rank, size=context_size),
+        segment_lengths=tuple(lengths.tolist()),
+        blocks=_blocks(batch, rank=context_rank, size=context_size),
     )
 
 
@@ -78,16 +84,17 @@ def transformer_engine_segments(cu_seqlens: Tensor) -> PackedSeqParams:
     )
 
 
-def _blocks(cu_seqlens: list[int], *, rank: int, size: int) -> tuple[AttentionBlock, ...]:
-    pairs = list(pairwise(cu_seqlens))
-    if size == 1:
-        return tuple(AttentionBlock(start, end, start, end) for start, end in pairs)
+def _blocks(batch: PackedBatch, *, rank: int, size: int) -> tuple[AttentionBlock, ...]:
+    real = batch.lengths.tolist()
+    seen = batch.seen.tolist() if batch.seen is not None else [(0, 0)] * len(real)
     blocks = []
-    for start, end in pairs:
-        chunk, query = (end - start) // (2 * size), start // size
-        for half, position in enumerate((rank, 2 * size - 1 - rank)):
-            query_start = query + half * chunk
-            blocks.append(
-                AttentionBlock(query_start, query_start + chunk, start, start + (position + 1) * chunk)
-            )
+    for segment, length in enumerate(batch.cu_seqlens.diff().tolist()):
+        # of earlier segments only real tokens: their padding stands between them and what continues them
+        earlier = tuple((other, real[other]) for other in range(*seen[segment]))
+        if size == 1:
+            blocks.append(AttentionBlock(length, (*earlier, (segment, length))))
+            continue
+        chunk = length // (2 * size)
+        for position in (rank, 2 * size - 1 - rank):  # the zigzag split
+            blocks.append(AttentionBlock(chunk, (*earlier, (segment, (position + 1) * chunk))))
     return tuple(blocks)

@@ -35,6 +35,7 @@ class SFT:
             trained=torch.isin(label_roles, self._trained_roles.to(roles.device)),
             positions=segment_positions(cu_seqlens),
             cu_seqlens=cu_seqlens,
+            lengths=torch.as_tensor(pack.lengths, device=tokens.device),
         )
 
     def loss(self, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:

@@ -41,9 +41,7 @@ class Stepper:
         batch = whole.part(indices).to(device)
         if not self._portable:
             return Microbatch(batch, transformer_engine_segments(batch.cu_seqlens))
-        packed = portable_segments(
-            batch.cu_seqlens, batch.positions, context_rank=groups.cp.rank(), context_size=groups.cp.size()
-        )
+        packed = portable_segments(batch, context_rank=groups.cp.rank(), context_size=groups.cp.size())
         return Microbatch(batch, packed)
 
     def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:

@@ -25,6 +25,7 @@ def columns_of(num_packs: int) -> dict[str, np.ndarray]:
         "source": second,
         "sample": 100 * pack + second,
         "unit": np.arange(len(rows)),
+        "rank": np.full(len(rows), -1),
         "turns": np.ones(len(rows)),
         "response": np.full(len(rows), 2),
     }

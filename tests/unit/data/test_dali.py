@@ -36,7 +36,7 @@ def test_the_same_batches(store: PackStore, device_id: int | None) -> None:
         for packs, others in zip(steps, expected, strict=False):
             assert len(packs) == 2
             for pack, other in zip(packs, others, strict=True):
-                for name in Pack.__slots__:
+                for name in set(Pack.__slots__) - {"reference_logps"}:
                     got, wanted = getattr(pack, name), getattr(other, name)
                     if device_id is not None and name in ("tokens", "roles", "cu_seqlens"):
                         assert got.is_cuda

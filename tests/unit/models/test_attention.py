@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_post.data.batch import segment_positions
+from megatron_post.data.batch import PackedBatch, segment_positions
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import PackedSegments, portable_segments
 from megatron_post.parallel.context import zigzag_indices
@@ -12,10 +12,18 @@ from megatron_post.parallel.context import zigzag_indices
 CU_SEQLENS = torch.tensor([0, 4, 24, 32, 64], dtype=torch.int32)
 
 
-def _packed(rank: int, size: int) -> PackedSegments:
+# two responses behind the second segment, which is their prompt and has 3 tokens of padding
+SEEN = torch.tensor([[0, 0], [0, 0], [1, 2], [1, 2]])
+LENGTHS = torch.tensor([4, 17, 6, 32], dtype=torch.int32)
+
+
+def _packed(rank: int, size: int, *, shared_prompt: bool) -> PackedSegments:
     indices = zigzag_indices(CU_SEQLENS, rank=rank, size=size)
-    positions = segment_positions(CU_SEQLENS)[indices]
-    return portable_segments(CU_SEQLENS, positions, context_rank=rank, context_size=size)
+    nothing = torch.zeros(64, dtype=torch.long)
+    positions = segment_positions(CU_SEQLENS)
+    seen = SEEN if shared_prompt else None
+    batch = PackedBatch(nothing, nothing, nothing.bool(), positions, CU_SEQLENS, LENGTHS, seen).part(indices)
+    return portable_segments(batch, context_rank=rank, context_size=size)
 
 
 def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,26 +33,29 @@ def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, shared_prompt: bool) -> Tensor:
     segment = torch.repeat_interleave(torch.arange(4), CU_SEQLENS.diff().long())
     index = torch.arange(64)
     allowed = (segment[:, None] == segment[None]) & (index[None] <= index[:, None])
+    if shared_prompt:
+        allowed[24:, 4 : 4 + 17] = True
     k, v = k.repeat_interleave(2, 0), v.repeat_interleave(2, 0)
     scores = (q @ k.transpose(1, 2) * scale).masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1) @ v
 
 
+@pytest.mark.parametrize("shared_prompt", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
-def test_blocks_equal_a_dense_mask(size: int) -> None:
+def test_blocks_equal_a_dense_mask(size: int, shared_prompt: bool) -> None:
     """Outputs of all context-parallel ranks, and the gradients that they send back, add up to the dense
     ones."""
     q, k, v = _tensors(torch.float64)
-    expected = _dense(q, k, v, scale=0.3)
+    expected = _dense(q, k, v, scale=0.3, shared_prompt=shared_prompt)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     total = [torch.zeros_like(g) for g in wanted]
     for rank in range(size):
-        packed = _packed(rank, size)
+        packed = _packed(rank, size, shared_prompt=shared_prompt)
         output = block_attention(q[:, packed.indices], k, v, packed, scale=0.3)
         torch.testing.assert_close(output, expected[:, packed.indices], rtol=0, atol=1e-12)
         parts = torch.autograd.grad((output * weights[:, packed.indices]).sum(), (q, k, v))
@@ -54,13 +65,14 @@ def test_blocks_equal_a_dense_mask(size: int) -> None:
         torch.testing.assert_close(sum_, gradient, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared_prompt", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
-def test_flex_equals_blocks(size: int) -> None:
+def test_flex_equals_blocks(size: int, shared_prompt: bool) -> None:
     """The block mask that a GPU uses says the same as the blocks; FlexAttention's own reference runs it here,
     in fp32, so 1e-5."""
     q, k, v = (x.detach() for x in _tensors(torch.float32))
     for rank in range(size):
-        packed = _packed(rank, size)
+        packed = _packed(rank, size, shared_prompt=shared_prompt)
         local = q[:, packed.indices]
         expected = block_attention(local, k, v, packed, scale=0.3)
         torch.testing.assert_close(

@@ -1,0 +1,139 @@
+"""Read examples to units of segments: a dialog is one segment, a preference one of each response."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import numpy as np
+
+from megatron_post.config.schema import Preferences, Rating
+from megatron_post.data.dialog import Dialog, Preference
+from megatron_post.data.permutation import permutation
+from megatron_post.data.template import Rendered, render_batch, render_preferences
+from megatron_post.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ExampleUnit:
+    """What must stay in one pack: segments, the rank of each (0 best, -1 no response), and user turns."""
+
+    segments: tuple[Rendered, ...]
+    ranks: tuple[int, ...]
+    turns: int
+
+
+class ExampleUnits(Protocol):
+    """Makes units of one source's rows, and counts those that rules leave out."""
+
+    filtered: int
+
+    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
+        """A unit for each (row number, example); None where a rule leaves it out."""
+
+
+class DialogUnits:
+    """Dialogs for SFT: one segment each. Raises `ValueError` for a preference."""
+
+    filtered = 0
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        self._source, self._tokenizer = source, tokenizer
+
+    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
+        dialogs = []
+        for _, example in rows:
+            if not isinstance(example, Dialog):
+                raise ValueError(
+                    f"source {self._source!r} holds preferences, stage=sft trains dialogs; give the chosen "
+                    "responses as dialogs, for example with columns={user: prompt, assistant: chosen}"
+                )
+            dialogs.append(example)
+        return [
+            ExampleUnit((rendered,), (-1,), sum(message.role == "user" for message in dialog.messages))
+            for dialog, rendered in zip(dialogs, render_batch(dialogs, self._tokenizer), strict=True)
+        ]
+
+
+class PreferenceUnits:
+    """Preferences for the reward model and DPO, after the report's rules. Raises `ValueError` for a dialog.
+
+    layout "separate": a segment a response, prompt first. "isolated" and "concatenated": the prompt's segment,
+    then the responses', in an order drawn from (seed, source, row), for the reward model must not learn that the
+    first is the best. pair_only: the best and the worst response alone, which is what DPO compares.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        layout: str,
+        rules: Preferences,
+        pair_only: bool,
+        seed: int,
+    ) -> None:
+        self._source, self._tokenizer, self._seed = source, tokenizer, seed
+        self._layout, self._rules, self._pair_only = layout, rules, pair_only
+        self.filtered = 0
+
+    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
+        preferences = []
+        for _, example in rows:
+            if not isinstance(example, Preference):
+                raise ValueError(
+                    f"source {self._source!r} holds dialogs without ranked responses; this stage needs rows with "
+                    "chosen and rejected (map columns if they have other names)"
+                )
+            preferences.append(example)
+        rendered = render_preferences(preferences, self._tokenizer)
+        units = [
+            self._unit(row, preference, prompt, responses)
+            for (row, _), preference, (prompt, responses) in zip(rows, preferences, rendered, strict=True)
+        ]
+        self.filtered += units.count(None)
+        return units
+
+    def _unit(
+        self, row: int, preference: Preference, prompt: Rendered, responses: tuple[Rendered, ...]
+    ) -> ExampleUnit | None:
+        if not rated_high_enough(preference.rating, self._rules.min_rating):
+            return None
+        if self._pair_only:
+            responses = (responses[0], responses[-1])
+        tokens = [response.tokens for response in responses]
+        pairs = [(a, b) for i, a in enumerate(tokens) for b in tokens[i + 1 :]]
+        if max(similarity(a, b) for a, b in pairs) > self._rules.max_similarity:
+            return None
+        order = permutation(len(responses), self._seed, "responses", self._source, row).tolist()
+        turns = sum(message.role == "user" for message in preference.prompt)
+        if self._layout == "separate":
+            segments = tuple(_joined(prompt, responses[rank]) for rank in order)
+            return ExampleUnit(segments, tuple(order), turns)
+        return ExampleUnit((prompt, *(responses[rank] for rank in order)), (-1, *order), turns)
+
+
+def rated_high_enough(rating: str | None, least: str | None) -> bool:
+    """Whether a rating is at least `least`; rows without a rating are."""
+    ratings = get_args(Rating)  # best first
+    return rating is None or least is None or ratings.index(rating) <= ratings.index(least)
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Share of token trigrams that two responses have in common (Jaccard): 1 for equal texts, 0 for disjoint ones.
+
+    a, b: int [n], [m]. [1 2 3 4] and [1 2 3 5] have {123, 234} and {123, 235}: 1 of 3. Texts shorter than a trigram
+    are compared whole.
+    """
+    ours, theirs = _trigrams(a), _trigrams(b)
+    return len(ours & theirs) / len(ours | theirs)
+
+
+def _trigrams(tokens: np.ndarray) -> set[bytes]:
+    width = min(3, len(tokens))
+    return {tokens[i : i + width].tobytes() for i in range(len(tokens) - width + 1)}
+
+
+def _joined(prompt: Rendered, response: Rendered) -> Rendered:
+    return Rendered(
+        np.concatenate((prompt.tokens, response.tokens)), np.concatenate((prompt.roles, response.roles))
+    )
