@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_post.config.schema import Model
-from megatron_post.convert.mapping import hf_shapes, rule_for, shard_from_hf
+from megatron_post.convert.mapping import SCORE, hf_shapes, rule_for, shard_from_hf
 from megatron_post.models.hf_config import differences, from_hf_config
 from megatron_post.models.llama import Llama
 
@@ -25,21 +25,52 @@ class WeightSource(Protocol):
         """Rows or columns [start, end) along `dim`, or the whole tensor where dim is None."""
 
 
+class RandomWeights:
+    """Fresh weights, the same in every layout: each tensor is drawn whole from (seed, name) and then cut.
+
+    Normal with `initializer_range`; output projections are scaled by 1 / sqrt(2 layers) as GPT-2 and Megatron
+    do.
+    """
+
+    def __init__(self, model: Model, *, seed: int, scalar_head: bool = False) -> None:
+        self._model, self._seed = model, seed
+        self._shapes = hf_shapes(model, scalar_head=scalar_head)
+
+    def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+        std = self._model.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * self._model.num_layers) ** 0.5
+        whole = torch.randn(shape, generator=generator) * std
+        return whole if dim is None else whole.narrow(dim, start, end - start)
+
+
 class SafetensorsDirectory:
     """A Hugging Face directory of safetensors, sharded or not. Tensors are read slice by slice from the
     files."""
 
-    def __init__(self, directory: str | Path, model: Model) -> None:
-        """Raises `ValueError` where the directory is not this model: names, shapes and config are all
-        compared."""
+    def __init__(self, directory: str | Path, model: Model, *, head: RandomWeights | None = None) -> None:
+        """head: for a reward model, where its score comes from if the directory holds a language model.
+
+        Raises `ValueError` where the directory is not this model: names, shapes and config are compared.
+        """
         self._directory = Path(directory)
         mismatches = differences(model, from_hf_config(self._directory))
         if mismatches:
             raise ValueError(f"{directory} is another model:\n  " + "\n  ".join(mismatches))
-        self._files = self._locate()
-        self._check(hf_shapes(model))
+        self._files, self._head = self._locate(), head
+        shapes = hf_shapes(model, scalar_head=head is not None)
+        if head is not None and SCORE[0] not in self._files:
+            del shapes[SCORE[0]]
+        self._check(shapes)
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
+        if self._head is not None and name not in self._files:
+            return self._head.read(name, dim, start, end)
         with _open(self._directory / self._files[name]) as file:
             if dim is None:
                 return file.get_tensor(name)
@@ -93,34 +124,15 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-class RandomWeights:
-    """Fresh weights, the same in every layout: each tensor is drawn whole from (seed, name) and then cut.
+def open_weights(model: Model, *, seed: int, scalar_head: bool = False) -> WeightSource:
+    """`model.init_from` if it is set, else fresh weights from the seed.
 
-    Normal with `initializer_range`; output projections are scaled by 1 / sqrt(2 layers) as GPT-2 and Megatron
-    do.
+    scalar_head: of a reward model; a language model's directory serves as well, with a small fresh score.
     """
-
-    def __init__(self, model: Model, *, seed: int) -> None:
-        self._model, self._seed, self._shapes = model, seed, hf_shapes(model)
-
-    def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return torch.ones(shape)
-        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-        std = self._model.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= (2 * self._model.num_layers) ** 0.5
-        whole = torch.randn(shape, generator=generator) * std
-        return whole if dim is None else whole.narrow(dim, start, end - start)
-
-
-def open_weights(model: Model, *, seed: int) -> WeightSource:
-    """`model.init_from` if it is set, else fresh weights from the seed."""
-    if model.init_from is not None:
-        return SafetensorsDirectory(model.init_from, model)
-    return RandomWeights(model, seed=seed)
+    fresh = RandomWeights(model, seed=seed, scalar_head=scalar_head)
+    if model.init_from is None:
+        return fresh
+    return SafetensorsDirectory(model.init_from, model, head=fresh if scalar_head else None)
 
 
 @torch.no_grad()
@@ -129,7 +141,7 @@ def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> Non
     for chunk in chunks:
         group = chunk.pg_collection.tp
         for name, parameter in chunk.named_parameters():
-            rule, names = rule_for(name, layer_offset=layer_offset(chunk))
+            rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
             # a last pipeline stage with tied embeddings holds its own copy of them, named as the output layer
             if model.tie_word_embeddings and rule.layout == "vocabulary":
                 names = ("model.embed_tokens.weight",)

@@ -48,7 +48,8 @@ def export_hf(
     gathered: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(gathered, files)
     if topology.rank == 0:
-        _finish(partial, {name: names for part in gathered for name, names in part.items()}, model, tokenizer)
+        files = {name: names for part in gathered for name, names in part.items()}
+        _finish(partial, files, model, tokenizer, scalar_head=chunks[0].scalar_head)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()
@@ -66,7 +67,7 @@ def gathered_tensors(
     for chunk in chunks:
         group = chunk.pg_collection.tp
         for name, parameter in chunk.named_parameters():
-            rule, names = rule_for(name, layer_offset=layer_offset(chunk))
+            rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
             if model.tie_word_embeddings and not chunk.pre_process and rule.layout == "vocabulary":
                 continue  # the last stage's copy of tied embeddings; the first stage writes them
             value = value_of(parameter)
@@ -102,9 +103,11 @@ def _write_shards(
     return files
 
 
-def _finish(directory: Path, files: dict[str, list[str]], model: Model, tokenizer: Tokenizer) -> None:
+def _finish(
+    directory: Path, files: dict[str, list[str]], model: Model, tokenizer: Tokenizer, *, scalar_head: bool
+) -> None:
     """Rename shards to Hugging Face's numbering, write the index, the configs and the tokenizer."""
-    shapes = hf_shapes(model)
+    shapes = hf_shapes(model, scalar_head=scalar_head)
     weight_map, dtypes = {}, set()
     for number, (old, names) in enumerate(sorted(files.items()), start=1):
         new = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
@@ -122,7 +125,12 @@ def _finish(directory: Path, files: dict[str, list[str]], model: Model, tokenize
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     eos_ids = tokenizer.stop_ids
     config = to_hf_config(
-        model, dtype=dtype, bos_id=tokenizer.bos_id, eos_ids=eos_ids, pad_id=tokenizer.pad_id
+        model,
+        dtype=dtype,
+        bos_id=tokenizer.bos_id,
+        eos_ids=eos_ids,
+        pad_id=tokenizer.pad_id,
+        scalar_head=scalar_head,
     )
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_id}

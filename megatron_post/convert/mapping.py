@@ -33,6 +33,7 @@ class Rule:
     layout: str
 
 
+SCORE = ("score.weight",)
 _LAYER, _HF = "decoder.layers.{}.", "model.layers.{}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF + "self_attn."
 RULES = (
@@ -55,6 +56,7 @@ RULES = (
     Rule(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), "columns"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     Rule("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+    Rule("output_layer.weight", SCORE, "replicated"),  # a reward model's
 )
 # The portable layers keep norms beside the linear layers that Transformer Engine fuses them into.
 _PORTABLE_NAMES = {
@@ -64,7 +66,7 @@ _PORTABLE_NAMES = {
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
-def rule_for(core_name: str, *, layer_offset: int) -> tuple[Rule, tuple[str, ...]]:
+def rule_for(core_name: str, *, layer_offset: int, scalar_head: bool = False) -> tuple[Rule, tuple[str, ...]]:
     """The rule of a megatron-core parameter, and its Hugging Face names with layer numbers filled in.
 
     layer_offset: number in the model of the chunk's layer 0.
@@ -77,13 +79,14 @@ def rule_for(core_name: str, *, layer_offset: int) -> tuple[Rule, tuple[str, ...
     else:
         layer, pattern = 0, core_name
     for rule in RULES:
-        if rule.core == pattern:
+        if rule.core == pattern and (rule.hf == SCORE or not scalar_head or pattern != "output_layer.weight"):
             return rule, tuple(name.format(layer) for name in rule.hf)
     raise ValueError(f"parameter {core_name} has no counterpart in a Hugging Face Llama")
 
 
-def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model, with its shape. Tied embeddings have no lm_head."""
+def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model, with its shape. Tied embeddings have no lm_head, nor have
+    reward models, which have a score instead."""
     h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, h)}
     for layer in range(model.num_layers):
@@ -100,7 +103,9 @@ def hf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
             prefix + "mlp.down_proj.weight": (h, f),
         }
     shapes["model.norm.weight"] = (h,)
-    if not model.tie_word_embeddings:
+    if scalar_head:
+        shapes[SCORE[0]] = (1, h)
+    elif not model.tie_word_embeddings:
         shapes["lm_head.weight"] = (model.vocab_size, h)
     return shapes
 

@@ -1,11 +1,15 @@
 """A microbatch on its way to the model: one pack, as tensors."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_post.data.store import Pack
+from megatron_post.data.template import TokenRole
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class PackedBatch:
     labels: Tensor  # int64, 0 where there is none
     trained: Tensor  # bool
     positions: Tensor  # int64, from 0 in each segment, or from the end of what it continues
+    segments: Tensor  # int64, number of the segment
     cu_seqlens: Tensor  # int32 [n + 1]
     lengths: Tensor  # int32 [n], real tokens of each segment
     seen: Tensor | None = None  # int64 [n, 2]
@@ -52,7 +57,7 @@ class Comparisons:
     examples: Tensor  # int64 [], e
 
 
-_PER_TOKEN = ("tokens", "labels", "trained", "positions", "reference_logps")
+_PER_TOKEN = ("tokens", "labels", "trained", "positions", "segments", "reference_logps")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -65,11 +70,36 @@ def _moved(value: Any, device: torch.device) -> Any:
     return dataclasses.replace(value, **{name: _moved(getattr(value, name), device) for name in names})
 
 
-def segment_positions(cu_seqlens: Tensor) -> Tensor:
-    """Positions that restart at 0 in each segment. cu_seqlens: int [n + 1]; returns int64 [t]."""
-    total = int(cu_seqlens[-1])
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=total)
-    return torch.arange(total, device=starts.device) - starts
+def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
+    """Tensors of a whole pack: `trained` marks labels of the given roles (int64 [k], of `TokenRole`)."""
+    # arrays from the loader, or tensors that are on the device already
+    tokens, roles = torch.as_tensor(pack.tokens).long(), torch.as_tensor(pack.roles)
+    cu_seqlens = torch.as_tensor(pack.cu_seqlens)
+    label_roles = next_in_segment(roles, cu_seqlens, fill=int(TokenRole.PADDING))
+    segments = segment_numbers(cu_seqlens)
+    reference = pack.reference_logps
+    return PackedBatch(
+        tokens=tokens,
+        labels=next_in_segment(tokens, cu_seqlens, fill=0),
+        trained=torch.isin(label_roles, trained_roles.to(roles.device)),
+        positions=torch.arange(len(tokens), device=tokens.device) - cu_seqlens[:-1].long()[segments],
+        segments=segments,
+        cu_seqlens=cu_seqlens,
+        lengths=torch.as_tensor(pack.lengths, device=tokens.device),
+        reference_logps=None if reference is None else torch.as_tensor(reference, device=tokens.device),
+    )
+
+
+def role_numbers(names: Iterable[str]) -> Tensor:
+    """`TokenRole` numbers of roles as the config names them, int64 [k]."""
+    return torch.tensor([int(TokenRole[name.upper()]) for name in names], dtype=torch.long)
+
+
+def segment_numbers(cu_seqlens: Tensor) -> Tensor:
+    """The segment of each token of a pack. cu_seqlens: int [n + 1]; returns int64 [t]."""
+    lengths = cu_seqlens.diff().long()
+    numbers = torch.arange(len(lengths), device=cu_seqlens.device)
+    return torch.repeat_interleave(numbers, lengths, output_size=int(cu_seqlens[-1]))
 
 
 def next_in_segment(values: Tensor, cu_seqlens: Tensor, *, fill: int) -> Tensor:

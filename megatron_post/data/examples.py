@@ -57,9 +57,10 @@ class DialogUnits:
 class PreferenceUnits:
     """Preferences for the reward model and DPO, after the report's rules. Raises `ValueError` for a dialog.
 
-    layout "separate": a segment a response, prompt first. "isolated" and "concatenated": the prompt's segment,
-    then the responses', in an order drawn from (seed, source, row), for the reward model must not learn that the
-    first is the best. pair_only: the best and the worst response alone, which is what DPO compares.
+    layout "separate": a segment a response, prompt first. "isolated" and "concatenated": the prompt's
+    segment, then the responses', in an order drawn from (seed, source, row), for the reward model must not
+    learn that the first is the best. pair_only: the best and the worst response alone, which is what DPO
+    compares.
     """
 
     def __init__(
@@ -119,10 +120,11 @@ def rated_high_enough(rating: str | None, least: str | None) -> bool:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of token trigrams that two responses have in common (Jaccard): 1 for equal texts, 0 for disjoint ones.
+    """Share of token trigrams that two responses have in common (Jaccard): 1 for equal texts, 0 for disjoint
+    ones.
 
-    a, b: int [n], [m]. [1 2 3 4] and [1 2 3 5] have {123, 234} and {123, 235}: 1 of 3. Texts shorter than a trigram
-    are compared whole.
+    a, b: int [n], [m]. [1 2 3 4] and [1 2 3 5] have {123, 234} and {123, 235}: 1 of 3. Texts shorter than a
+    trigram are compared whole.
     """
     ours, theirs = _trigrams(a), _trigrams(b)
     return len(ours & theirs) / len(ours | theirs)

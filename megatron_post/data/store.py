@@ -38,6 +38,9 @@ COLUMNS: Mapping[str, str] = {
     "response": "<i4",  # tokens of the final response
 }
 PER_TOKEN: Mapping[str, str] = {"tokens": "<i4", "roles": "|u1"}
+# Added later by `megatron-post reference`: log-probability of each token's successor, keyed by what made it.
+REFERENCE = "reference_logps"
+_DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
 
 
 # dialogs: a unit is one segment. The others hold preferences. separate: a segment a response, prompt and all.
@@ -82,9 +85,9 @@ class Pack:
 
     tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32
     [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
-    [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0 best, -1 elsewhere;
-    reference_logps: float32 [t] of each token's successor, where they were asked for. The DALI backend hands over the first three on the
-    GPU.
+    [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0
+    best, -1 elsewhere; reference_logps: float32 [t] of each token's successor, where they were asked for. The
+    DALI backend hands over the first three on the GPU.
     """
 
     tokens: np.ndarray
@@ -110,6 +113,7 @@ class PackStore:
         self.segment_offsets: np.ndarray = node["segment_offsets"][:]
         self._columns: dict[str, np.ndarray] = {}
         self._node = node
+        self._reads_reference = False
         self._packs_in_chunk = {name: _check_plain(node[name], settings, path) for name in PER_TOKEN}
 
     def __len__(self) -> int:
@@ -138,12 +142,36 @@ class PackStore:
             sample_ids=_with_tail(self.column("sample")[segments], 0, tail),
             unit_ids=_with_tail(self.column("unit")[segments], -1, tail),
             ranks=_with_tail(self.column("rank")[segments], -1, tail),
+            reference_logps=self.read_row(REFERENCE, index) if self._reads_reference else None,
         )
+
+    def packs_in_chunk(self, name: str) -> int:
+        """Packs in a chunk file of a per-token array."""
+        return self._packs_in_chunk[name]
+
+    def read_reference(self, key: str) -> None:
+        """From now on packs carry the reference's log-probabilities. Raises `StoreError` for another
+        key's."""
+        name = f"{self.path}/{self.group}"
+        remedy = (
+            f"run `megatron-post reference {self.path} --model DIR` with the model that training starts from"
+        )
+        if REFERENCE not in self._node:
+            raise StoreError(f"store {name} has no reference log-probabilities; {remedy}")
+        array = self._node[REFERENCE]
+        if array.attrs["key"] != key or array.shape[0] != len(self):
+            raise StoreError(
+                f"the reference log-probabilities in store {name} are of another model, tokenizer or data "
+                f"(key {array.attrs['key']:.12}, {array.shape[0]} packs; wanted {key:.12}, {len(self)} packs); "
+                f"{remedy}"
+            )
+        self._packs_in_chunk[REFERENCE] = _check_plain(array, self.settings, self.path)
+        self._reads_reference = True
 
     def read_row(self, name: str, index: int) -> np.ndarray:
         """One pack of the per-token array `name`: [pack_length]."""
         chunk, row = divmod(index, self._packs_in_chunk[name])
-        dtype, length = np.dtype(PER_TOKEN[name]), self.settings.pack_length
+        dtype, length = np.dtype(_DTYPES[name]), self.settings.pack_length
         file = self.path / self.group / name / "c" / str(chunk) / "0"
         try:
             values = np.fromfile(file, dtype=dtype, count=length, offset=row * length * dtype.itemsize)
@@ -238,7 +266,7 @@ def _check_plain(array: Any, settings: StoreSettings, path: Path) -> int:
     """Packs in a chunk file of an array that can be read as plain bytes."""
     length = settings.pack_length
     plain = not array.compressors and not array.filters and array.shards is None and array.shape[1] == length
-    if not plain or array.chunks[1] != length or array.dtype != PER_TOKEN[array.basename]:
+    if not plain or array.chunks[1] != length or array.dtype != _DTYPES[array.basename]:
         raise StoreError(
             f"store {path}: array {array.path} is compressed, sharded or of another shape than `data pack` "
             "writes; run `megatron-post data pack` again"

@@ -17,8 +17,8 @@ class Units:
     several.
 
     tokens: int32 [T]; roles: uint8 [T]; segment_starts: int64 [S + 1]; unit_starts: int64 [U + 1], in
-    segments; ranks: int32 [S], see `Pack`; responses: int32 [S], tokens of the final response; sources: int32, samples: uint64, turns:
-    int32 [U].
+    segments; ranks: int32 [S], see `Pack`; responses: int32 [S], tokens of the final response; sources:
+    int32, samples: uint64, turns: int32 [U].
     """
 
     tokens: np.ndarray

@@ -65,8 +65,8 @@ def block_attention(
 
     query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
     """
-    # Cut at the segments, once: the gradient of a slice is as large as what it was cut from, and one slice of the
-    # pack for every block would cost the square of the pack's length.
+    # Cut at the segments, once: the gradient of a slice is as large as what it was cut from, and one slice of
+    # the pack for every block would cost the square of the pack's length.
     keys, values = key.split(packed.segment_lengths, dim=1), value.split(packed.segment_lengths, dim=1)
     queries = query.split([block.queries for block in packed.blocks], dim=1)
     outputs = []
@@ -100,7 +100,8 @@ def flex_attention(
 
 
 def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
-    """FlexAttention's mask of a pack: not later in the same segment, or a real token of a segment that it sees.
+    """FlexAttention's mask of a pack: not later in the same segment, or a real token of a segment that it
+    sees.
 
     Made once a microbatch and kept on `packed`.
     """

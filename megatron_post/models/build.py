@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_post.config.schema import Config
 from megatron_post.models.llama import Llama
+from megatron_post.models.reward_head import RewardHead
 from megatron_post.models.rotary import PositionRotary
 from megatron_post.models.specs import block_spec, has_transformer_engine
 from megatron_post.parallel.topology import Topology
@@ -81,7 +81,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def build_model(config: Config, topology: Topology, *, portable: bool | None = None) -> list[GPTModel]:
+def build_model(config: Config, topology: Topology, *, portable: bool | None = None) -> list[Llama]:
     """The model chunks of this rank, one for each virtual pipeline stage; their values are still to be
     loaded.
 
@@ -96,7 +96,7 @@ def build_model(config: Config, topology: Topology, *, portable: bool | None = N
 def _chunk(
     config: Config, core: TransformerConfig, topology: Topology, *, virtual_stage: int | None, portable: bool
 ) -> Llama:
-    m, pipeline = config.model, config.parallel.pipeline
+    m, pipeline, scalar = config.model, config.parallel.pipeline, config.stage == "reward"
     stage, last = virtual_stage or 0, config.parallel.virtual_pipeline - 1
     model = Llama(
         config=core,
@@ -105,12 +105,15 @@ def _chunk(
         max_sequence_length=m.max_position_embeddings,
         pre_process=topology.pipeline_rank == 0 and stage == 0,
         post_process=topology.pipeline_rank == pipeline - 1 and stage == last,
-        share_embeddings_and_output_weights=m.tie_word_embeddings,
+        share_embeddings_and_output_weights=m.tie_word_embeddings and not scalar,
         position_embedding_type="rope",
         rotary_base=int(m.rope_theta),
         pg_collection=topology.groups,
         vp_stage=virtual_stage,
     )
     model.real_vocab_size = m.vocab_size
+    model.scalar_head = scalar
+    if scalar and model.post_process:
+        model.output_layer = RewardHead(core, tensor_group=topology.groups.tp)
     model.rotary_pos_emb = PositionRotary(m, device=topology.device, context_group=topology.groups.cp)
     return model.to(topology.device)

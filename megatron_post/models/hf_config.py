@@ -19,7 +19,13 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 
 def to_hf_config(
-    model: Model, *, dtype: str, bos_id: int | None, eos_ids: list[int], pad_id: int | None
+    model: Model,
+    *,
+    dtype: str,
+    bos_id: int | None,
+    eos_ids: list[int],
+    pad_id: int | None,
+    scalar_head: bool = False,
 ) -> dict[str, Any]:
     """The `config.json` with which plain `transformers` builds the same model. dtype: "bfloat16" or
     "float32"."""
@@ -27,7 +33,8 @@ def to_hf_config(
     if model.rope_scaling is not None:
         rope = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForSequenceClassification" if scalar_head else "LlamaForCausalLM"],
+        **({"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}} if scalar_head else {}),
         "model_type": "llama",
         **{name: getattr(model, name) for name in _SAME_NAMES},
         "num_hidden_layers": model.num_layers,

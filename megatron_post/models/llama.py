@@ -13,14 +13,18 @@ class Llama(GPTModel):
     it."""
 
     real_vocab_size: int
+    scalar_head: bool = False
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
         """hidden_states: [t (/ tp with SP), 1, h]; labels: int64 [1, t] or None.
 
-        Returns logps fp32 [t] of the labels; without labels, the vocabulary-parallel logits [t, 1, v/tp].
+        Returns logps fp32 [t] of the labels; without labels, the vocabulary-parallel logits [t, 1, v/tp];
+        with a scalar head, the score fp32 [t] of every token.
         """
         if not self.post_process:
             return hidden_states
+        if self.scalar_head:
+            return self.output_layer(hidden_states)
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )

@@ -7,17 +7,18 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_post.data.batch import PackedBatch
+from megatron_post.data.batch import PackedBatch, segment_numbers
 from megatron_post.parallel.context import gathered_order, zigzag_indices
 
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """The next `queries` tokens of this rank attend causally to the first tokens of some segments of the pack.
+    """The next `queries` tokens of this rank attend causally to the first tokens of some segments of the
+    pack.
 
     keys: (segment, number of its first tokens), in pack order. The last query sees the last key (lower-right
-    causal): with c context-parallel ranks a segment is two blocks. A response that stands behind a prompt which
-    it shares sees the prompt's segment and its own.
+    causal): with c context-parallel ranks a segment is two blocks. A response that stands behind a prompt
+    which it shares sees the prompt's segment and its own.
     """
 
     queries: int
@@ -51,10 +52,8 @@ def portable_segments(batch: PackedBatch, *, context_rank: int, context_size: in
     """Packed parameters for the portable layers, from this rank's part of a batch."""
     cu_seqlens = batch.cu_seqlens
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    total, device = int(cu_seqlens[-1]), cu_seqlens.device
-    numbers = torch.arange(len(lengths), device=device)
-    segments = torch.repeat_interleave(numbers, lengths, output_size=total)
-    within = torch.arange(total, device=device) - starts[segments]
+    segments = segment_numbers(cu_seqlens)
+    within = torch.arange(len(segments), device=segments.device) - starts[segments]
     return PackedSegments(
         qkv_format="sbhd",
         cp_group=None,

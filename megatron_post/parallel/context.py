@@ -5,6 +5,8 @@ carries the same share of every segment's causal triangle. It is the layout that
 attention expects.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,24 @@ def gathered_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
     order = torch.empty_like(parts)
     order[parts] = torch.arange(parts.numel(), device=parts.device)
     return order
+
+
+def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
+    """The sum of `x` over a group's ranks, on all of them; its gradient is the sum of all ranks'
+    gradients."""
+    return x if group.size() == 1 else _SumOverRanks.apply(x, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None

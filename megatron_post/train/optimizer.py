@@ -12,10 +12,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
+    ParamKey,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.utils import get_model_config
 
 from megatron_post.config.schema import Config
@@ -62,9 +63,12 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         use_distributed_optimizer=True,
         overlap_param_gather=o.overlap,
     )
-    optimizer = get_megatron_optimizer(
-        settings, chunks, config_overrides=get_standard_config_overrides(settings)
-    )
+    overrides = get_standard_config_overrides(settings)
+    if config.stage == "reward":
+        factor = config.reward.head_lr_multiplier
+        head = ParamKey(name="*output_layer.weight")
+        overrides[head] = ParamGroupOverride(max_lr=o.lr * factor, min_lr=o.min_lr * factor)
+    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides)
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = finalize_model_grads
     if o.overlap:

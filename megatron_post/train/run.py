@@ -1,11 +1,12 @@
 """From a config to a finished run: checks first, then every part built once and handed to the trainer."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_post.config.layout import segment_multiple, world_errors
+from megatron_post.config.layout import segment_multiple, store_layout, world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_reader import load_weights, open_weights
@@ -15,13 +16,19 @@ from megatron_post.data.loader import PackLoader, eval_packs
 from megatron_post.data.store import GroupName, PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.models.build import build_model
+from megatron_post.models.llama import Llama
 from megatron_post.models.specs import has_transformer_engine
+from megatron_post.parallel.context import sum_over_ranks
 from megatron_post.parallel.topology import Topology, parallel_run, rank_from_environment
 from megatron_post.stages.base import Stage
+from megatron_post.stages.comparisons import SegmentSums
+from megatron_post.stages.dpo import DPO
+from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_post.train.reference import attach_reference
 from megatron_post.train.step import Stepper
 from megatron_post.train.trainer import Trainer
 
@@ -34,6 +41,7 @@ def train(config: Config) -> None:
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     with parallel_run(config.parallel, seed=config.seed) as topology:
+        attach_reference(config, topology, [train_store, held_out])
         trainer, start = build_trainer(config, topology)
         metrics = trainer.metrics
         metrics.console(f"{config.run_dir}: {describe(config, topology, train_store)}")
@@ -87,6 +95,7 @@ def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackSt
             pack_length=config.data.pack_length,
             segment_multiple=segment_multiple(config),
             tokenizer_fingerprint=tokenizer.fingerprint,
+            layout=store_layout(config),
         )
 
     return opened("train"), opened("eval") if config.data.eval_sources else None
@@ -110,32 +119,53 @@ def open_loader(
     return DaliLoader(loader, device_id=topology.device.index, prefetch=config.data.prefetch)
 
 
-def make_stage(config: Config) -> Stage:
+def make_stage(config: Config, topology: Topology) -> Stage:
     """The stage that the config names."""
-    return SFT(config.loss.trained_roles)
+    if config.stage == "sft":
+        return SFT(config.loss.trained_roles)
+    sums = SegmentSums(
+        partial(sum_over_ranks, group=topology.groups.cp), is_counted=topology.context_rank == 0
+    )
+    return Reward(config.reward, sums) if config.stage == "reward" else DPO(config.dpo, sums)
 
 
 def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, Position]:
     """A trainer at the newest intact checkpoint or at the initial weights, and how far that is."""
-    portable = not has_transformer_engine()
-    models = build_model(config, topology, portable=portable)
-    checkpoints = Checkpoints(config, topology)
-    load_weights(models, open_weights(config.model, seed=config.seed), config.model)
+    portable = uses_portable_layers(config)
+    stage = make_stage(config, topology)
+    models = load_model(config, topology)
+    reference = None
+    if stage.needs_reference and config.dpo.reference == "frozen":
+        reference = load_model(config, topology)
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)
+    checkpoints = Checkpoints(config, topology)
     start = checkpoints.resume(chunks, optimizer, scheduler)
     trainer = Trainer(
         config,
         topology,
         chunks=chunks,
-        stepper=Stepper(chunks, make_stage(config), topology, portable=portable),
+        stepper=Stepper(chunks, stage, topology, portable=portable, reference=reference),
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=checkpoints,
         metrics=MetricsWriter(config.run_dir, active=topology.is_reporter),
     )
     return trainer, start
+
+
+def load_model(config: Config, topology: Topology) -> list[Llama]:
+    """This rank's model chunks with the initial weights."""
+    chunks = build_model(config, topology, portable=uses_portable_layers(config))
+    weights = open_weights(config.model, seed=config.seed, scalar_head=config.stage == "reward")
+    load_weights(chunks, weights, config.model)
+    return chunks
+
+
+def uses_portable_layers(config: Config) -> bool:
+    """Transformer Engine's packed attention cannot show one prompt to several responses."""
+    return not has_transformer_engine() or (config.stage == "reward" and config.reward.layout != "separate")
 
 
 def describe(config: Config, topology: Topology, store: PackStore) -> str:

@@ -1,5 +1,6 @@
 """One optimizer step's worth of forward and backward through megatron-core's schedules."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,44 @@ class Microbatch:
 
 
 class Stepper:
-    """Runs packs forward, or forward and backward, through the model chunks of this rank."""
+    """Runs packs forward, or forward and backward, through the model chunks of this rank.
 
-    def __init__(self, chunks: Sequence[Any], stage: Stage, topology: Topology, *, portable: bool) -> None:
+    reference: a frozen policy whose log-probabilities each batch gets before the loss is taken.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        stage: Stage,
+        topology: Topology,
+        *,
+        portable: bool,
+        reference: Sequence[Any] | None = None,
+    ) -> None:
         self._chunks, self._stage, self._topology, self._portable = list(chunks), stage, topology, portable
+        self._reference = None if reference is None else list(reference)
         self._run = get_forward_backward_func()
+
+    def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
+        """Sums over all ranks and packs, `name` and `name_count` for every metric of the stage.
+
+        Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result
+        is complete on the last pipeline stage and empty before it.
+        """
+        microbatches = [self.prepare(pack) for pack in packs]
+        if self._reference is not None:
+            microbatches = self._with_reference(microbatches, self._reference)
+        outputs: list[Metrics] = self._schedule(
+            self._chunks, microbatches, self._take_loss, forward_only=forward_only
+        )
+        return self._reduce(outputs)
+
+    def outputs(self, packs: Sequence[Pack]) -> list[tuple[Tensor, PackedBatch]]:
+        """The model's output for each pack, and this rank's part of it; empty before the last pipeline
+        stage."""
+        microbatches = [self.prepare(pack) for pack in packs]
+        outputs = self._forward_all(self._chunks, microbatches)
+        return [(output, m.batch) for output, m in zip(outputs, microbatches, strict=False)]
 
     def prepare(self, pack: Pack) -> Microbatch:
         """Collate a pack, take this context-parallel rank's tokens, move them to the device."""
@@ -44,35 +78,50 @@ class Stepper:
         packed = portable_segments(batch, context_rank=groups.cp.rank(), context_size=groups.cp.size())
         return Microbatch(batch, packed)
 
-    def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
-        """Sums over all ranks and packs, `name` and `name_count` for every metric of the stage.
+    def _with_reference(self, microbatches: list[Microbatch], chunks: list[Any]) -> list[Microbatch]:
+        logps = self._forward_all(chunks, microbatches)
+        if not logps:  # the loss is taken on the last pipeline stage alone
+            return microbatches
+        return [
+            dataclasses.replace(m, batch=dataclasses.replace(m.batch, reference_logps=reference))
+            for m, reference in zip(microbatches, logps, strict=True)
+        ]
 
-        Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result
-        is complete on the last pipeline stage and empty before it.
-        """
-        microbatches = [self.prepare(pack) for pack in packs]
-        outputs: list[Metrics] = self._run(
-            forward_step_func=self._forward,
-            data_iterator=[iter(microbatches) for _ in self._chunks],
-            model=self._chunks,
+    @torch.no_grad()
+    def _forward_all(self, chunks: list[Any], microbatches: list[Microbatch]) -> list[Tensor]:
+        found: list[dict[str, Tensor]] = self._schedule(chunks, microbatches, _take_output, forward_only=True)
+        return [item["output"] for item in found]
+
+    def _schedule(
+        self, chunks: list[Any], microbatches: list[Microbatch], take: Any, *, forward_only: bool
+    ) -> list[Any]:
+        """What `take(output, batch)` gives for each microbatch, through megatron-core's pipeline schedule."""
+
+        def forward(iterator: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
+            microbatch = next(iterator)
+            batch = microbatch.batch
+            output = chunk(
+                batch.tokens[None],
+                batch.positions[None],
+                None,
+                labels=batch.labels[None],
+                packed_seq_params=microbatch.packed,
+            )
+            return output, partial(take, batch=batch)
+
+        context_size = self._topology.groups.cp.size()
+        return self._run(
+            forward_step_func=forward,
+            data_iterator=[iter(microbatches) for _ in chunks],
+            model=chunks,
             num_microbatches=len(microbatches),
-            seq_length=len(packs[0].tokens),
+            seq_length=len(microbatches[0].batch.tokens) * context_size,
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return self._reduce(outputs)
 
-    def _forward(self, microbatches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
-        microbatch = next(microbatches)
-        batch = microbatch.batch
-        output = chunk(
-            batch.tokens[None],
-            batch.positions[None],
-            None,
-            labels=batch.labels[None],
-            packed_seq_params=microbatch.packed,
-        )
-        return output, partial(self._stage.loss, batch=batch)
+    def _take_loss(self, output: Tensor, *, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
+        return self._stage.loss(output, batch)
 
     def _reduce(self, outputs: list[Metrics]) -> dict[str, float]:
         if not outputs:
@@ -88,3 +137,7 @@ class Stepper:
         for name, (value, count) in zip(names, totals.tolist(), strict=True):
             sums |= {name: value, f"{name}_count": count}
         return sums
+
+
+def _take_output(output: Tensor, *, batch: PackedBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    return output.sum(), torch.zeros([], dtype=torch.int32), {"output": output}

@@ -1,0 +1,61 @@
+"""Reference log-probabilities into a store, row by row, by any number of ranks; they appear when all are
+written."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from megatron_post.data.store import REFERENCE, PackStore
+
+
+class ReferenceWriter:
+    """The array `reference_logps` of one group of a store, under another name until `publish`."""
+
+    def __init__(self, store: PackStore) -> None:
+        self._store = store
+        self._group = store.path / store.group
+        self._partial = f".{REFERENCE}.partial"
+        self._in_chunk = store.packs_in_chunk("tokens")
+
+    def create(self, key: str) -> None:
+        """Make room for all packs. One rank calls it, before any row is written."""
+        shutil.rmtree(self._group / self._partial, ignore_errors=True)
+        node: Any = zarr.open_group(self._store.path, mode="r+", path=self._store.group)
+        length = self._store.settings.pack_length
+        array = node.create_array(
+            self._partial,
+            shape=(len(self._store), length),
+            chunks=(self._in_chunk, length),
+            dtype="<f4",
+            compressors=None,
+            dimension_names=("pack", "token"),
+            attributes={"key": key},
+        )
+        for chunk in range(-(-len(self._store) // self._in_chunk)):
+            path = self._chunk(chunk)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(self._in_chunk * length * array.dtype.itemsize)
+
+    def write(self, pack: int, logps: np.ndarray) -> None:
+        """One pack's row, float32 [pack_length]. Ranks may write different rows of one file at once."""
+        chunk, row = divmod(pack, self._in_chunk)
+        content = np.ascontiguousarray(logps, dtype="<f4").tobytes()
+        descriptor = os.open(self._chunk(chunk), os.O_WRONLY)
+        try:
+            os.pwrite(descriptor, content, row * len(content))
+        finally:
+            os.close(descriptor)
+
+    def publish(self) -> None:
+        """Put the array in its place. One rank calls it, after all rows are written."""
+        final = self._group / REFERENCE
+        shutil.rmtree(final, ignore_errors=True)
+        (self._group / self._partial).rename(final)
+
+    def _chunk(self, number: int) -> Path:
+        return self._group / self._partial / "c" / str(number) / "0"

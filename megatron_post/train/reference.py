@@ -1,0 +1,104 @@
+"""Reference log-probabilities: computed once, in any layout, into the store, and found again by a key."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from megatron_post.config.schema import Config
+from megatron_post.data.reference_writer import ReferenceWriter
+from megatron_post.data.store import PackStore
+from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
+from megatron_post.parallel.topology import Topology
+from megatron_post.train.step import Stepper
+
+
+def attach_reference(config: Config, topology: Topology, stores: Sequence[PackStore | None]) -> None:
+    """Have stores hand out reference log-probabilities, if this run takes them from there.
+
+    The reference is the model that training starts from. Raises `ValueError` where there is none, and
+    `StoreError` where the store has none or another's.
+    """
+    if config.stage != "dpo" or config.dpo.reference != "store" or not config.dpo.needs_reference:
+        return
+    if config.model.init_from is None:
+        raise ValueError(
+            "dpo.reference=store needs model.init_from, the model that training starts from and whose "
+            "log-probabilities `megatron-post reference` has stored; or set dpo.reference=frozen"
+        )
+    key = reference_key(config.model.init_from, topology)
+    for store in stores:
+        if store is not None:
+            store.read_reference(key)
+
+
+def reference_key(directory: str | Path, topology: Topology) -> str:
+    """SHA-256 over the weights and config of a Hugging Face directory; ranks share the reading.
+
+    The tokenizer is in the store's own settings, and every token is stored, so that no choice of trained
+    roles makes the values stale.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory} holds no safetensors files")
+    own = {file.name: _sha256(file) for file in files[topology.rank :: topology.world_size]}
+    parts: list[Any] = [None] * topology.world_size
+    torch.distributed.all_gather_object(parts, own)
+    weights = {name: digest for part in parts for name, digest in part.items()}
+    shape = json.loads((Path(directory) / "config.json").read_text())
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "rms_norm_eps",
+    )
+    content = {"weights": weights, "model": {name: shape.get(name) for name in names}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def compute_reference(
+    stepper: Stepper, store: PackStore, topology: Topology, *, key: str, group_size: int
+) -> None:
+    """Log-probabilities of every label of a group of a store, written into it. All ranks call it.
+
+    group_size: packs that go through the pipeline together.
+    """
+    writer = ReferenceWriter(store)
+    if topology.rank == 0:
+        writer.create(key)
+    torch.distributed.barrier()
+    rounds = range(0, len(store), group_size * topology.data_size)
+    with Progress(console=Console(quiet=not topology.is_reporter)) as progress:
+        for start in progress.track(rounds, description=f"{store.group}: reference log-probabilities"):
+            numbers = [start + i * topology.data_size + topology.data_rank for i in range(group_size)]
+            packs = [store.read(n) if n < len(store) else store.empty() for n in numbers]
+            for number, (logps, batch) in zip(numbers, stepper.outputs(packs), strict=False):
+                row = whole_pack(logps, batch.cu_seqlens, topology)
+                if number < len(store) and topology.tensor_rank == topology.context_rank == 0:
+                    writer.write(number, row.cpu().numpy())
+    torch.distributed.barrier()
+    if topology.rank == 0:
+        writer.publish()
+    torch.distributed.barrier()
+
+
+def whole_pack(values: Tensor, cu_seqlens: Tensor, topology: Topology) -> Tensor:
+    """Per-token values fp32 [t / cp] of this context-parallel rank to those of the whole pack, [t]."""
+    group = topology.groups.cp
+    indices = zigzag_indices(cu_seqlens, rank=group.rank(), size=group.size())
+    whole = values.new_zeros(int(cu_seqlens[-1]))
+    whole[indices] = values.detach()
+    return sum_over_ranks(whole, group)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
