@@ -1,0 +1,240 @@
+"""`megatron-post doctor`: what is installed and where, which fused parts run, what a missing one costs.
+
+Nothing is imported to learn its version, and a probe that fails is reported instead of raised: doctor is for
+the machine where something is broken.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = (
+    "torch", "megatron-core", "transformer-engine", "apex", "triton", "flash-attn", "nvidia-dali-cuda120",
+    "numpy", "zarr", "tokenizers", "datasets", "safetensors", "transformers", "pydantic", "omegaconf",
+    "psutil",
+)  # fmt: skip
+
+T = TypeVar("T")
+ApexKind = Literal["absent", "nvidia", "nvidia without CUDA extensions", "unrelated"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fused part: its state, and what that means for a run on this machine."""
+
+    name: str
+    state: Literal["active", "missing", "not needed"]
+    meaning: str
+
+
+def diagnose(console: Console) -> None:
+    """Print everything. Never raises."""
+    has_gpu = _or(False, _has_gpu)
+    _print(console, "versions", versions())
+    _print(console, "machine", machine())
+    table = Table("fused part", "state", "what it means here", box=SIMPLE)
+    colours = {"active": "green", "missing": "yellow", "not needed": "dim"}
+    for part in fused_parts(has_gpu=has_gpu):
+        table.add_row(part.name, f"[{colours[part.state]}]{part.state}[/]", part.meaning)
+    console.print(table)
+    problems = list(find_problems())
+    for problem in problems:
+        console.print(f"[red]problem:[/] {problem}", highlight=False)
+    if not problems:
+        console.print("no problems found", highlight=False)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Python and `PACKAGES`, read from their metadata."""
+    return [("python", platform.python_version()), *((name, installed_version(name)) for name in PACKAGES)]
+
+
+def installed_version(name: str) -> str:
+    """Version of a distribution, "not installed", or what is wrong with its metadata."""
+    try:
+        return metadata.version(name) or "installed, but its metadata names no version"
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    except Exception as error:
+        return f"unreadable: {error}"
+
+
+def machine() -> list[tuple[str, str]]:
+    """Processor, memory, GPUs, NCCL and Slurm."""
+    return [
+        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        ("CPU cores", _or("unknown", _cores)),
+        ("memory", _or("unknown", _memory)),
+        *_or([("GPUs", "unreadable")], _gpus),
+        ("NCCL", _or("unreadable", _nccl)),
+        ("Slurm", _or("unreadable", _slurm)),
+    ]
+
+
+def apex_kind() -> ApexKind:
+    """Which `apex` is importable, without importing it.
+
+    NVIDIA's has `apex/optimizers/fused_adam.py` and, if built with them, CUDA extensions in module `amp_C`.
+    The `apex` on PyPI (0.9.x) is an unrelated toolkit for the Pyramid web framework.
+    """
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "absent"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
+        return "unrelated"
+    return "nvidia" if importlib.util.find_spec("amp_C") else "nvidia without CUDA extensions"
+
+
+def fused_parts(*, has_gpu: bool) -> list[Part]:
+    """Transformer Engine, Apex's FusedAdam and Triton on this machine."""
+    engine = _found("transformer_engine")
+    return [_engine(engine, has_gpu), _fused_adam(engine, has_gpu), _triton(has_gpu)]
+
+
+def find_problems() -> Iterable[str]:
+    """What will break a run, each with its remedy."""
+    if _or("absent", apex_kind) == "unrelated":
+        yield (
+            f"the installed apex {installed_version('apex')} is not NVIDIA's but an unrelated package of "
+            "that name from PyPI (a toolkit for the Pyramid web framework); it gives no FusedAdam: "
+            "pip uninstall apex, and build NVIDIA's from https://github.com/NVIDIA/apex if you want it"
+        )
+    if not _found("psutil"):
+        yield "psutil is missing, without which megatron-core's checkpoint writer hangs; pip install psutil"
+    for name in ("torch", "megatron.core"):
+        if not _found(name):
+            yield f"{name} cannot be found: nothing can be trained; pip install -e ."
+
+
+def _engine(found: bool, has_gpu: bool) -> Part:
+    cost = (
+        "the portable layers run instead: unfused norms, activations and rotary embedding, FlexAttention "
+        "(compiled when a run starts), keys and values gathered over context-parallel ranks; precision.fp8 "
+        "is refused. pip install -e '.[cuda]'"
+    )
+    return _part(
+        "Transformer Engine",
+        found=found,
+        has_gpu=has_gpu,
+        active="fused norms, linears, rotary embedding and packed attention; precision.fp8 can be set",
+        cost=cost,
+    )
+
+
+def _fused_adam(engine: bool, has_gpu: bool) -> Part:
+    name, kind = "NVIDIA Apex FusedAdam", _or("absent", apex_kind)
+    if engine:
+        return Part(name, "not needed", "Transformer Engine's own FusedAdam is taken first")
+    which = {"unrelated": " (the apex installed is not NVIDIA's)", "absent": ""}.get(kind, f" (apex: {kind})")
+    cost = (
+        f"megatron-core falls back to torch's AdamW{which}: an unfused update, and its distributed optimizer "
+        "cannot load such a state, so that a run on GPUs cannot resume. Transformer Engine brings its own"
+    )
+    active = "one fused kernel updates all parameters"
+    return _part(name, found=kind == "nvidia", has_gpu=has_gpu, active=active, cost=cost)
+
+
+def _triton(has_gpu: bool) -> Part:
+    cost = (
+        "torch.compile cannot build GPU kernels: FlexAttention, and with it the portable layers, cannot run "
+        "on a GPU. pip install triton"
+    )
+    active = "torch.compile and FlexAttention can build their kernels"
+    return _part("Triton", found=_found("triton"), has_gpu=has_gpu, active=active, cost=cost)
+
+
+def _part(name: str, *, found: bool, has_gpu: bool, active: str, cost: str) -> Part:
+    if has_gpu:
+        return Part(name, "active", active) if found else Part(name, "missing", cost)
+    meaning = "installed, but it runs on GPUs alone" if found else f"no GPU here. On one without it, {cost}"
+    return Part(name, "not needed", meaning)
+
+
+def _found(module: str) -> bool:
+    return _or(False, lambda: importlib.util.find_spec(module) is not None)
+
+
+def _or(fallback: T, probe: Callable[[], T]) -> T:
+    try:
+        return probe()
+    except Exception:
+        return fallback
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cores() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{os.cpu_count()}, {usable} usable by this process"
+
+
+def _memory() -> str:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = (os.sysconf(name) * page / 2**30 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    return f"{total:.1f} GiB, {free:.1f} GiB free"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    """One row a GPU from nvidia-smi, which works even where torch is broken; and what torch can use."""
+    rows = []
+    if shutil.which("nvidia-smi"):
+        fields = "name,memory.total,memory.free,driver_version"
+        text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+        for number, line in enumerate(text.splitlines()):
+            parts = [part.strip() for part in line.split(",")]
+            text = f"{parts[0]}, {parts[1]}, {parts[2]} free, driver {parts[3]}" if len(parts) == 4 else line
+            rows.append((f"GPU {number}", text))
+    return [
+        *(rows or [("GPUs", "none (nvidia-smi absent or silent)")]),
+        ("torch sees", _or("no torch", _torch_gpus)),
+    ]
+
+
+def _torch_gpus() -> str:
+    import torch
+
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return f"{torch.cuda.device_count() if torch.cuda.is_available() else 0} GPUs (built for: {built})"
+
+
+def _nccl() -> str:
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return "not in this torch: ranks talk through gloo"
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def _slurm() -> str:
+    return _output("sinfo", "--version") if shutil.which("sinfo") else "absent (no sinfo on the PATH)"
+
+
+def _output(*command: str) -> str:
+    """What a command prints. Raises for a failing or hanging one."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL
+    )
+    return done.stdout.strip()
+
+
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title, "", box=SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,131 @@
+"""Doctor recognises parts by what lies on the path, without importing them, and survives broken probes."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_post import doctor
+
+
+def _install(
+    site: Path, files: dict[str, str], *, name: str = "", version: str = "", requires: str = ""
+) -> None:
+    """Fake installed files. A module that is imported raises."""
+    for path, text in files.items():
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_text(text or "raise RuntimeError('doctor must not import this')\n")
+    if name:
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}"
+        )
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def _report() -> str:
+    console = Console(record=True, width=300)
+    doctor.diagnose(console)
+    return console.export_text()
+
+
+# the layout of apex 0.9.10dev as downloaded from PyPI
+PYRAMID_APEX = {"apex/__init__.py": "", "apex/views.py": "", "apex/forms.py": "", "apex/lib/__init__.py": ""}
+NVIDIA_APEX = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "apex/optimizers/fused_adam.py": ""}
+
+
+def test_pypi_apex_is_named(site: Path) -> None:
+    _install(site, PYRAMID_APEX, name="apex", version="0.9.10.dev0")
+    assert doctor.apex_kind() == "unrelated"
+    (problem,) = [line for line in doctor.find_problems() if "apex" in line]
+    assert "0.9.10.dev0" in problem and "not NVIDIA's" in problem and "pip uninstall apex" in problem
+    assert problem in _report()
+
+
+def test_nvidia_apex_with_and_without_extensions(site: Path) -> None:
+    _install(site, NVIDIA_APEX, name="apex", version="0.1")
+    assert doctor.apex_kind() == "nvidia without CUDA extensions"
+    adam = doctor.fused_parts(has_gpu=True)[1]
+    assert adam.state == "missing" and "without CUDA extensions" in adam.meaning
+    _install(site, {"amp_C.py": ""})
+    assert doctor.apex_kind() == "nvidia"
+    assert doctor.fused_parts(has_gpu=True)[1].state == "active"
+    assert not [line for line in doctor.find_problems() if "apex" in line]
+
+
+def test_no_apex() -> None:
+    """Unless this very machine has one."""
+    if doctor.installed_version("apex") == "not installed":
+        assert doctor.apex_kind() == "absent"
+
+
+def test_transformer_engine_brings_its_own_adam(site: Path) -> None:
+    _install(site, {"transformer_engine/__init__.py": ""}, name="transformer_engine", version="2.9.0")
+    assert doctor.installed_version("transformer-engine") == "2.9.0"
+    engine, adam, _ = doctor.fused_parts(has_gpu=True)
+    assert (engine.state, adam.state) == ("active", "not needed")
+
+
+def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a missing part is missing; on a CPU none is needed, and its cost on a GPU is told anyway."""
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    for has_gpu, state in ((True, "missing"), (False, "not needed")):
+        engine, adam, triton = doctor.fused_parts(has_gpu=has_gpu)
+        assert {engine.state, adam.state, triton.state} == {state}
+        assert "fp8 is refused" in engine.meaning
+        assert "cannot resume" in adam.meaning
+        assert "FlexAttention" in triton.meaning
+
+
+def test_missing_psutil_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.importlib.util.find_spec
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda name: None if name == "psutil" else found(name)
+    )
+    assert any("psutil" in line and "hangs" in line for line in doctor.find_problems())
+
+
+def test_broken_probes_are_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hanging nvidia-smi and sinfo, damaged metadata, a find_spec that raises, no sysconf."""
+
+    def hang(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 20)
+
+    def damaged(name: str) -> str:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    monkeypatch.setattr(doctor.metadata, "version", damaged)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", damaged)
+    monkeypatch.delattr(doctor.os, "sysconf", raising=False)
+    report = _report()
+    assert "Input/output error" in report
+    assert "Slurm" in report and "unreadable" in report
+    assert "psutil is missing" in report
+
+
+def test_gpus_and_slurm_as_their_tools_print_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {
+        "nvidia-smi": "NVIDIA H100 80GB HBM3, 81559 MiB, 81000 MiB, 570.86.15",
+        "sinfo": "slurm 24.05.4",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    rows = dict(doctor.machine())
+    assert rows["GPU 0"] == "NVIDIA H100 80GB HBM3, 81559 MiB, 81000 MiB free, driver 570.86.15"
+    assert rows["Slurm"] == "slurm 24.05.4"
+
+
+def test_this_machine() -> None:
+    report = _report()
+    for part in ("python", "megatron-core", "CPU cores", "NCCL", "Transformer Engine", "FusedAdam", "Triton"):
+        assert part in report
