@@ -13,6 +13,7 @@ from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_post.train.step import Stepper
+from tests.distributed.gradients import gather_shards
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_packs
 
@@ -50,20 +51,11 @@ def _gradients(
         optimizer.prepare_grads()
         norm = optimizer.get_grad_norm()
         for chunk in chunks:
-            _gather_shards(chunk)
+            gather_shards(chunk)
         gradients = dict(
             gathered_tensors(unwrap_model(chunks), config.model, value_of=lambda p: p.main_grad.clone())
         )
         return metrics, norm, {name: value.numpy() for name, value in gradients.items()}
-
-
-def _gather_shards(chunk: Any) -> None:
-    """Undo the reduce-scatter: every rank gets all shards of the reduced gradients."""
-    for buffer in chunk.buffers:
-        for bucket in buffer.buckets:
-            group = buffer.data_parallel_group
-            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-            torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
 def _run(world_size: int, parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[dict, float, dict]:
