@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+PEERS = ["transformers>=4.45", "trl>=1.16"]  # what tests and benchmarks compare with
+
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
 # `apex` on PyPI is not NVIDIA's and must never be named here; `megatron-post doctor` recognises it.
 setup(
@@ -30,8 +32,8 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.0"],
         "dali": ["nvidia-dali-cuda120"],
         "generate": ["transformers>=4.45"],
-        "bench": ["transformers>=4.45", "trl"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", "transformers>=4.45"],
+        "bench": PEERS,
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", *PEERS],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )

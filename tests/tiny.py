@@ -36,9 +36,10 @@ MODEL = {
 PACK_LENGTH = 128
 
 
-def tiny_config(run_dir: str | Path = "unused", **sections: dict[str, Any]) -> Config:
+def tiny_config(run_dir: str | Path = "unused", *, stage: str = "sft", **sections: dict[str, Any]) -> Config:
     """The tiny config, with keys of its sections replaced: `tiny_config(parallel={"tensor": 2})`."""
     values: dict[str, Any] = {
+        "stage": stage,
         "run_dir": str(run_dir),
         "model": MODEL,
         "tokenizer": {"path": "unused"},

@@ -23,20 +23,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible
     layout.
     """
-    tree = _read(Path(path), seen=())
+    return validate(_read(Path(path), seen=()), overrides, origin=str(path))
+
+
+def validate(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Config:
+    """Make a `Config` of plain values and dotted overrides; `origin` names them in the `ConfigError`."""
+    malformed = [text for text in overrides if "=" not in text]
+    if malformed:
+        raise ConfigError(f"overrides must read key=value: {', '.join(malformed)}")
     try:
-        malformed = [text for text in overrides if "=" not in text]
-        if malformed:
-            raise ConfigError(f"overrides must read key=value: {', '.join(malformed)}")
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return validate(values, origin=str(path))
-
-
-def validate(values: Any, *, origin: str) -> Config:
-    """Make a `Config` of plain values; `origin` names them in the `ConfigError`."""
+        raise ConfigError(f"{origin}: {error}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:

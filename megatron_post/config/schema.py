@@ -94,7 +94,8 @@ class Source(Section):
 
 
 class Preferences(Section):
-    """Which comparisons are used, as in section 4.2 of the report. Rows without a rating pass `min_rating`."""
+    """Which comparisons are used, as in section 4.2 of the report. Rows without a rating pass
+    `min_rating`."""
 
     min_rating: Rating | None = Field("better", description="drop comparisons rated lower; null: keep all")
     max_similarity: float = Field(

@@ -40,7 +40,7 @@ RANKED = examples(12, sizes=(3, 2, 2))
 
 def _config(stage: str, parallel: dict[str, Any], **sections: Any) -> Config:
     values = {"data": {"pack_length": PACK_LENGTH}, "parallel": parallel, **sections}
-    return tiny_config(**values).model_copy(update={"stage": stage})
+    return tiny_config(stage=stage, **values)
 
 
 def _step(config: Config, counts: list[int], layout: str) -> tuple[dict, float, dict]:

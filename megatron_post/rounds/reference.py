@@ -1,0 +1,38 @@
+"""`megatron-post reference`: a model's log-probabilities of a store's tokens, for DPO."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_post.config.layout import segment_multiple
+from megatron_post.config.load import ConfigError
+from megatron_post.data.store import open_store, read_settings
+from megatron_post.rounds.trained_model import config_of_model, running_model
+from megatron_post.train.reference import compute_reference, reference_key
+
+
+def write_reference(store: str | Path, model: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Compute the log-probabilities of both groups of a store with a Hugging Face model, in any layout.
+
+    Use the `precision` of the training run, so that policy and reference agree at step 0. Raises `ValueError`
+    for a store of no preferences, and where store, tokenizer and layout do not fit.
+    """
+    settings = read_settings(store)
+    if settings.layout != "separate":
+        raise ConfigError(f"store {store} holds {settings.layout}, not pairs; pack it with stage=dpo")
+    values = {
+        "stage": "dpo",
+        "tokenizer": {"path": settings.tokenizer_path},
+        "data": {"store": str(store), "pack_length": settings.pack_length},
+    }
+    config = config_of_model(model, values, overrides)
+    with running_model(config) as (stepper, _, topology):
+        key = reference_key(model, topology)
+        for group in ("train", "eval"):
+            packs = open_store(
+                store,
+                group,
+                segment_multiple=segment_multiple(config),
+                layout="separate",
+            )
+            if len(packs):
+                compute_reference(stepper, packs, topology, key=key, group_size=2 * config.parallel.pipeline)

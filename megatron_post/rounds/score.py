@@ -1,0 +1,164 @@
+"""`megatron-post score`: a reward model's scores of responses, packed, in the order of their rows,
+resumable."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_post.config.layout import segment_multiple
+from megatron_post.config.schema import Config, Source
+from megatron_post.data.dialog import Dialog, Preference
+from megatron_post.data.loose_pack import loose_pack
+from megatron_post.data.packing import pack_units
+from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.data.store import Pack
+from megatron_post.data.template import Rendered, render
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.data.units import round_up
+from megatron_post.parallel.topology import Topology
+from megatron_post.rounds.trained_model import config_of_model, running_model
+from megatron_post.stages.reward import Reward
+from megatron_post.train.step import Stepper
+
+_ROWS_AT_ONCE = 256  # a crash loses at most these
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the input: one dialog whose last response is scored, or a prompt with several responses."""
+
+    number: int
+    dialogs: tuple[Dialog, ...]
+
+
+def score_file(model: str | Path, rows: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> int:
+    """Score the last response of each dialog, or each response of each preference, of a file.
+
+    model: Hugging Face directory of a `LlamaForSequenceClassification`. Writes a JSON line a row, `{"row":
+    number, "scores": [...]}` (a preference's responses best first), in the order of the rows; run again, it
+    goes on after the last complete line. Returns the rows scored by this call.
+
+    Raises `ValueError` for a bad row, a response longer than `data.pack_length`, or an `output` of other
+    rows.
+    """
+    values = {
+        "stage": "reward",
+        "reward": {"layout": "separate"},
+        "data": {"store": "unused", "pack_length": 8192},
+    }
+    config = config_of_model(model, values, overrides)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    source = Source(name=Path(rows).name, path=str(rows))
+    with running_model(config) as (stepper, stage, topology):
+        assert isinstance(stage, Reward)
+        done = _resume(Path(output)) if topology.is_reporter else 0
+        done = _from_reporter(done, topology)
+        remaining = islice(_rows(source, BadRows(config.data.max_bad_rows)), done, None)
+        scored = 0
+        with Progress(console=Console(quiet=not topology.is_reporter)) as progress:
+            task = progress.add_task(f"scoring {source.name}", total=None)
+            while batch := list(islice(remaining, _ROWS_AT_ONCE)):
+                scores = _score(batch, stepper, stage, topology, config, tokenizer)
+                if topology.is_reporter:
+                    with Path(output).open("a") as file:
+                        for row, values_of_row in zip(batch, scores, strict=True):
+                            file.write(json.dumps({"row": row.number, "scores": values_of_row}) + "\n")
+                scored += len(batch)
+                progress.update(task, completed=done + scored)
+    return scored
+
+
+def _score(
+    batch: Sequence[Row],
+    stepper: Stepper,
+    stage: Reward,
+    topology: Topology,
+    config: Config,
+    tokenizer: Tokenizer,
+) -> list[list[float]]:
+    rendered = [[render(dialog, tokenizer) for dialog in row.dialogs] for row in batch]
+    flat = [segment for segments in rendered for segment in segments]
+    found = np.zeros(len(flat))
+    for members, pack in _packs(flat, batch, config, tokenizer, share=topology.data_size):
+        # every data-parallel rank has a pack of its own; ranks without one run an empty pack beside the
+        # others
+        own = pack[topology.data_rank]
+        for output, part in stepper.outputs([own]):
+            values = stage.scores(output, part).tolist()
+            index = members[topology.data_rank]
+            found[index] = values[: len(index)]
+    total = torch.from_numpy(found).to(topology.device)
+    # found is filled on the last pipeline stage, alike on its tensor- and context-parallel ranks
+    copies = topology.groups.tp.size() * topology.groups.cp.size()
+    torch.distributed.all_reduce(total)
+    flat_scores = iter((total / copies).tolist())
+    return [[next(flat_scores) for _ in segments] for segments in rendered]
+
+
+def _packs(
+    segments: Sequence[Rendered], batch: Sequence[Row], config: Config, tokenizer: Tokenizer, *, share: int
+) -> Iterator[tuple[list[np.ndarray], list[Pack]]]:
+    """Packs of the segments, `share` at a time, and which segments are in each."""
+    multiple, capacity = segment_multiple(config), config.data.pack_length
+    lengths = np.array([round_up(len(segment), multiple) for segment in segments])
+    if lengths.max() > capacity:
+        raise ValueError(
+            f"a response among rows {batch[0].number} to {batch[-1].number} takes {lengths.max()} tokens with "
+            f"its prompt, data.pack_length is {capacity}; "
+            f"give data.pack_length={round_up(int(lengths.max()), 128)}"
+        )
+    packing = pack_units(lengths, capacity=capacity)
+    members = [packing[i] for i in range(len(packing))]
+    members += [np.zeros(0, dtype=np.int64)] * (-len(members) % share)
+    for start in range(0, len(members), share):
+        group = members[start : start + share]
+        yield (
+            group,
+            [
+                loose_pack(
+                    [segments[i] for i in member],
+                    pack_length=capacity,
+                    segment_multiple=multiple,
+                    pad_id=tokenizer.pad_id,
+                )
+                for member in group
+            ],
+        )
+
+
+def _rows(source: Source, bad_rows: BadRows) -> Iterator[Row]:
+    for number, example in read_rows(source, bad_rows=bad_rows):
+        if isinstance(example, Preference):
+            responses = example.responses
+            dialogs = tuple(Dialog((*example.prompt, *r), tools=example.tools) for r in responses)
+            yield Row(number, dialogs)
+        else:
+            yield Row(number, (example,))
+
+
+def _resume(output: Path) -> int:
+    """Complete lines of an output; what a crash left of another is cut off."""
+    if not output.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    content = output.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        output.write_bytes(complete)
+    try:
+        return sum(1 for line in complete.splitlines() if json.loads(line)["scores"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{output} exists and holds no scores; give another --output") from None
+
+
+def _from_reporter(value: int, topology: Topology) -> int:
+    total = torch.tensor(value if topology.is_reporter else 0, device=topology.device)
+    torch.distributed.all_reduce(total)
+    return int(total)

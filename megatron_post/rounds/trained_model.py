@@ -1,0 +1,40 @@
+"""Running a model that is trained already: its config from its directory, its chunks on these ranks."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_post.config.load import validate
+from megatron_post.config.schema import Config
+from megatron_post.models.hf_config import from_hf_config
+from megatron_post.parallel.topology import Topology, parallel_run
+from megatron_post.stages.base import Stage
+from megatron_post.train.run import check_run, load_model, make_stage, uses_portable_layers
+from megatron_post.train.step import Stepper
+
+
+def config_of_model(directory: str | Path, values: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """A config for a model in a Hugging Face directory. `values`: the sections that its use needs."""
+    model = from_hf_config(Path(directory)).model_dump() | {"init_from": str(directory)}
+    base = {
+        "run_dir": "unused",
+        "model": model,
+        "tokenizer": {"path": str(directory)},
+        "train": {"steps": 1, "global_batch": 1},
+    }
+    return validate(base | values, overrides, origin=str(directory))
+
+
+@contextlib.contextmanager
+def running_model(config: Config) -> Iterator[tuple[Stepper, Stage, Topology]]:
+    """The model on these ranks, for forward passes alone. Raises `ConfigError` for what cannot run."""
+    check_run(config)
+    with parallel_run(config.parallel, seed=config.seed) as topology, torch.no_grad():
+        stage = make_stage(config, topology)
+        chunks = load_model(config, topology)
+        for chunk in chunks:
+            chunk.eval()
+        yield Stepper(chunks, stage, topology, portable=uses_portable_layers(config)), stage, topology
