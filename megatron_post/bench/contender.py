@@ -1,0 +1,130 @@
+"""A side of a comparison is a process of its own that does one round of steps each time it is told to."""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_post.bench.workload import Workload
+
+
+@dataclass(frozen=True)
+class Input:
+    """A side's data: the share of its batches that is real tokens; real tokens/s, collated, on one core."""
+
+    fill: float
+    loader_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of optimizer steps: wall seconds, real tokens, tokens with loss, the last step's loss."""
+
+    seconds: float
+    tokens: int
+    trained: int
+    loss: float
+
+
+Contender = Callable[[Workload, "Gate"], None]
+
+
+class Gate:
+    """The contender's end of the pipe.
+
+    `ready`, and `step` after each optimizer step, wait where a round ends until the next is called, and
+    return False when no more are wanted.
+    """
+
+    def __init__(self, connection: Connection, steps_per_round: int) -> None:
+        self._connection, self._steps_per_round = connection, steps_per_round
+        self._steps = self._tokens = self._trained = 0
+        self._started = 0.0
+
+    def ready(self, prepared: Input) -> bool:
+        self._connection.send(prepared)
+        return self._wait()
+
+    def step(self, *, tokens: int, trained: int, loss: float) -> bool:
+        self._steps, self._tokens, self._trained = (
+            self._steps + 1,
+            self._tokens + tokens,
+            self._trained + trained,
+        )
+        if self._steps < self._steps_per_round:
+            return True
+        seconds = time.perf_counter() - self._started
+        self._connection.send(Round(seconds, self._tokens, self._trained, loss))
+        self._steps = self._tokens = self._trained = 0
+        return self._wait()
+
+    def _wait(self) -> bool:
+        wanted = self._connection.recv()
+        self._started = time.perf_counter()
+        return wanted
+
+
+def interleave(
+    contenders: dict[str, Contender],
+    workload: Workload,
+    *,
+    rounds: int,
+    progress: Callable[[], Any] = lambda: None,
+) -> tuple[dict[str, Input], dict[str, list[Round]]]:
+    """`rounds` rounds of every contender in turn: A B A B. A first round of each warms up and is not counted.
+
+    Only one contender works at a time, and a slow minute of the machine hits all of them.
+    Raises `RuntimeError` with the traceback of a contender that fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    try:
+        inputs = {}
+        for name, contender in contenders.items():
+            pipes[name], theirs = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(contender, workload, theirs), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            inputs[name] = _receive(name, pipes[name])
+        results: dict[str, list[Round]] = {name: [] for name in contenders}
+        for number in range(rounds + 1):
+            for name, pipe in pipes.items():
+                pipe.send(True)
+                result = _receive(name, pipe)
+                if number:
+                    results[name].append(result)
+                progress()
+        for pipe in pipes.values():
+            pipe.send(False)
+        for process in processes:
+            process.join(timeout=30)
+        return inputs, results
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _serve(contender: Contender, workload: Workload, connection: Connection) -> None:
+    import torch
+
+    silence = os.open(
+        os.devnull, os.O_WRONLY
+    )  # what libraries print belongs in no table; errors take the pipe
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    torch.set_num_threads(workload.threads)
+    try:
+        contender(workload, Gate(connection, workload.steps_per_round))
+    except BaseException:
+        connection.send(traceback.format_exc())
+
+
+def _receive(name: str, pipe: Connection) -> Any:
+    message = pipe.recv()
+    if isinstance(message, str):
+        raise RuntimeError(f"{name} failed:\n{message}")
+    return message

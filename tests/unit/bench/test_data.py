@@ -1,0 +1,44 @@
+"""The inputs of the figures are what they claim to be."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from megatron_post.bench.data import long_tailed_lengths, one_core, time_loader, time_packing
+
+
+def test_lengths_follow_the_mix() -> None:
+    """Shares times means of the report's table: 0.5266 * 974 + 0.1489 * 753.3 + 0.0301 * 520.5 + 0.0814 *
+    297.8 + 0.2119 * 661.6 + 0.0011 * 38135.6 = 847.1, less the little that the cut takes off the longest."""
+    lengths = long_tailed_lengths(400_000, capacity=131072)
+    assert 810 < lengths.mean() < 870
+    assert lengths.max() > 60_000 and lengths.min() >= 8
+    assert (lengths > 8192).mean() > 0.001
+    np.testing.assert_array_equal(lengths[:100], long_tailed_lengths(400_000, capacity=131072)[:100])
+
+
+def test_packing_figures() -> None:
+    """Two of 6 and two of 4 fill two packs of 10; a fifth unit of 5 opens a third: 25 of 30."""
+    packed = time_packing(np.array([6, 4, 5, 4, 6]), capacity=10)
+    assert (packed.units, packed.packs) == (5, 3)
+    assert packed.fill == 25 / 30
+    assert packed.seconds > 0
+
+
+def test_loader_counts_every_token_once(tmp_path: Path, monkeypatch) -> None:
+    """With a clock that ticks one second a look, tokens a second are the store's tokens."""
+    clock = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    tokens = time_loader(tmp_path / "store", pack_length=1024, tokens=50_000)
+    count = len(long_tailed_lengths(int(50_000 / 847.1), capacity=1024))
+    assert tokens == long_tailed_lengths(count, capacity=1024).sum()
+
+
+def test_one_core_is_undone() -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    before = os.sched_getaffinity(0)
+    with one_core():
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before

@@ -1,0 +1,97 @@
+"""Rounds are interleaved, counted and summarised; TRL and we train the same tokens to the same loss."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from megatron_post.bench.contender import Gate, Input, Round, interleave
+from megatron_post.bench.report import data_table, step_table
+from megatron_post.bench.train_step import OURS, contenders, measure, summarise
+from megatron_post.bench.workload import Workload, count_tokens, make_workload, open_train_store, segments
+
+
+@pytest.fixture(scope="module")
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("bench")
+    return make_workload(directory, threads=1, steps_per_round=2, pack_length=512, packs_per_step=2, rows=60)
+
+
+def _scribe(workload: Workload, gate: Gate, *, name: str, path: Path) -> None:
+    """Writes its name each step, until told to stop."""
+    going, step = gate.ready(Input(1.0, 1.0)), 0
+    while going:
+        step += 1
+        with path.open("a") as file:
+            file.write(name)
+        going = gate.step(tokens=10, trained=step, loss=1.0 / step)
+
+
+def test_rounds_alternate(workload: Workload, tmp_path: Path) -> None:
+    """A warm-up and two rounds of two steps: AABB three times. Steps 3 + 4 and 5 + 6 are counted."""
+    path = tmp_path / "steps"
+    sides = {name: partial(_scribe, name=name, path=path) for name in "AB"}
+    _, results = interleave(sides, workload, rounds=2)
+    assert path.read_text() == "AABB" * 3
+    for rounds in results.values():
+        assert [(r.tokens, r.trained, r.loss) for r in rounds] == [(20, 7, 1 / 4), (20, 11, 1 / 6)]
+
+
+def _broken(workload: Workload, gate: Gate) -> None:
+    raise OSError("no disk")
+
+
+def test_a_failing_side_is_named(workload: Workload) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)B failed.*no disk"):
+        interleave({"B": _broken}, workload, rounds=1)
+
+
+def test_medians_and_ratios() -> None:
+    """Ours 100, 50, 25 trained tokens/s beside 50, 50, 5: twice, once and five times; in the middle, twice.
+    The ratio of the medians, 50 / 50, would hide that the machine had slowed down for both."""
+    ours = [Round(1.0, 200, 100, 2.0), Round(2.0, 200, 100, 1.9), Round(4.0, 200, 100, 1.8)]
+    theirs = [Round(2.0, 400, 100, 2.1), Round(2.0, 400, 100, 1.9), Round(20.0, 400, 100, 1.7)]
+    figures = summarise("TRL", Input(0.5, 9.0), theirs, ours=ours)
+    assert figures.speed == 2.0
+    assert (figures.tokens_per_second, figures.trained_per_second, figures.loss) == (200.0, 50.0, 1.7)
+
+
+def test_both_sides_get_the_same_tokens(workload: Workload) -> None:
+    """The dialogs that TRL gets hold exactly the real and the trained tokens of the packs."""
+    store = open_train_store(workload.config)
+    real, trained = count_tokens([store.read(i) for i in range(len(store))])
+    dialogs = list(segments(store))
+    assert len(dialogs) == 60
+    assert sum(len(tokens) for tokens, _ in dialogs) == real
+    assert sum(int((labels != -100).sum()) for _, labels in dialogs) == trained > 0
+    for tokens, labels in dialogs:
+        assert labels[0] == -100 and labels[-1] == tokens[-1]  # a header opens, the terminator is trained
+        np.testing.assert_array_equal(labels[labels != -100], tokens[labels != -100])
+
+
+@pytest.mark.slow
+def test_a_round_beside_trl(workload: Workload) -> None:
+    """Untrained, either side's loss is near that of a guess, ln 2048 = 7.62; after four steps both have
+    fallen, and by about as much, for they train the same tokens with the same optimizer."""
+    pytest.importorskip("trl")
+    figures = measure(workload, contenders(), rounds=1)
+    losses = {side.name: side.loss for side in figures}
+    assert figures[0].name == OURS and figures[0].speed == 1.0
+    assert all(4.0 < loss < 7.5 for loss in losses.values()), losses
+    assert max(losses.values()) - min(losses.values()) < 0.4, losses
+    console = Console(record=True, width=90)
+    console.print(step_table(workload, figures, rounds=1))
+    text = console.export_text()
+    assert all(side.name in text for side in figures)
+
+
+def test_data_table_shows_every_figure() -> None:
+    from megatron_post.bench.data import Packed
+
+    console = Console(record=True, width=90)
+    console.print(data_table(Packed(1000, 7, 0.25, 0.9957), capacity=8192, loaders={8192: 25e6}))
+    text = console.export_text()
+    assert all(part in text for part in ("1,000", "0.25 s", "99.57%", "8,192", "25M tokens/s"))
