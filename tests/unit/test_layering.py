@@ -1,0 +1,196 @@
+"""Who may import whom (DESIGN.md), read off the source; and that importing a module does nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megatron_post"
+
+# room -> what it may import of the package beside itself: a room, or one module of a room
+ALLOWED = {
+    "config": set(),
+    "losses": set(),
+    "doctor": set(),
+    "data": {"config"},
+    "parallel": {"config"},
+    "models": {"config", "parallel", "data.batch"},
+    "convert": {"config", "models", "parallel", "data.tokenizer"},
+    "stages": {"config", "losses", "models", "data.batch", "data.store", "data.template"},
+    "train": {"config", "data", "parallel", "models", "losses", "stages", "convert"},
+    "bench": {"config", "data", "parallel", "models", "convert", "train"},
+    "demo": {"config", "data", "parallel", "models", "losses", "stages", "convert", "train"},
+    "plan": {"config", "models", "parallel"},
+    "rounds": {"config", "data", "parallel", "models", "stages", "convert", "train", "plan"},
+    "launch": {"config", "data", "convert", "train", "plan"},
+    "cli": {"config", "data", "convert", "train", "plan", "rounds", "launch", "demo", "bench", "doctor"},
+    "__main__": {"cli"},
+}
+# room -> the only third-party packages it may import
+ONLY = {
+    "config": {"pydantic", "omegaconf", "yaml"},
+    "losses": {"torch"},
+    "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia"},
+    "stages": {"torch", "numpy"},
+    "models": {"torch", "megatron", "transformer_engine", "megatron_post_kernels"},
+    "convert": {"torch", "safetensors", "megatron"},
+    "cli": {"typer", "rich"},
+    "doctor": {"rich", "torch"},
+}
+# module -> the only files that may import it
+ONLY_IN = {
+    "transformer_engine": {"models/specs.py"},
+    "megatron.core.extensions.transformer_engine": {"models/specs.py"},
+    "trl": {"bench/peer.py"},
+    "nvidia.dali": {"data/dali.py"},
+    "megatron.bridge": set(),
+    "apex": set(),
+}
+NEVER_IN_DATA = ("torch.distributed", "megatron")
+
+
+def _sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, lazily or for types alone too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def violations(file: str, names: list[str]) -> list[str]:
+    """What a file (its path in the package) must not import of `names`."""
+    room = Path(file).parts[0].removesuffix(".py")
+    bad = []
+    for name in names:
+        top, _, rest = name.partition(".")
+        if top == "megatron_post":
+            allowed = {room, *ALLOWED.get(room, set())}
+            wrong = bool(rest) and not any(_within(rest, module) for module in allowed)
+        else:
+            wrong = room in ONLY and top not in {*sys.stdlib_module_names, *ONLY[room]}
+        wrong |= any(_within(name, module) and file not in files for module, files in ONLY_IN.items())
+        wrong |= room == "data" and any(_within(name, module) for module in NEVER_IN_DATA)
+        if wrong:
+            bad.append(f"{file} imports {name}")
+    return bad
+
+
+def test_layers() -> None:
+    files = {str(path.relative_to(PACKAGE)): list(_imports(path)) for path in _sources()}
+    assert len(files) > 40
+    unknown = {Path(file).parts[0].removesuffix(".py") for file in files} - {*ALLOWED, "__init__"}
+    assert not unknown, f"say in ALLOWED what these rooms may import: {unknown}"
+    assert not [line for file, names in files.items() for line in violations(file, names)]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("data/loader.py", "torch.distributed.all_reduce"),
+        ("data/loader.py", "megatron.core.parallel_state"),
+        ("data/loader.py", "megatron_post.parallel.topology"),
+        ("losses/sft.py", "numpy"),
+        ("losses/sft.py", "megatron_post.config.schema"),
+        ("models/build.py", "transformer_engine.pytorch"),
+        ("models/build.py", "megatron_post.data.store.Pack"),
+        ("stages/sft.py", "megatron_post.train.step"),
+        ("train/run.py", "megatron_post.cli"),
+        ("train/run.py", "megatron.bridge.AutoBridge"),
+        ("convert/hf_reader.py", "transformers"),
+    ],
+)
+def test_violations_are_found(file: str, name: str) -> None:
+    assert violations(file, [name]) == [f"{file} imports {name}"]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("data/loader.py", "torch"),
+        ("models/build.py", "megatron_post.data.batch.PackedBatch"),
+        ("models/specs.py", "transformer_engine.pytorch"),
+        ("cli.py", "megatron_post.train.run.train"),
+        ("losses/sft.py", "dataclasses"),
+    ],
+)
+def test_what_is_allowed_is_no_violation(file: str, name: str) -> None:
+    assert not violations(file, [name])
+
+
+# Imports every module of the package with sockets and subprocesses forbidden, and says what has changed.
+_PROBE = """
+import json, os, socket, subprocess, sys, warnings
+warnings.simplefilter("ignore")
+# what third-party modules do when they are imported is their affair: they come first
+import datasets, megatron.core, numpy, omegaconf, pydantic, rich, safetensors, tokenizers, torch, typer, zarr
+import megatron.core.distributed, megatron.core.models.gpt.gpt_model, megatron.core.optimizer
+import megatron.core.pipeline_parallel, megatron.core.dist_checkpointing, torch.utils.tensorboard
+import importlib
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("a socket or a process was opened on import")
+
+socket.socket.connect = socket.create_connection = subprocess.Popen.__init__ = forbidden
+torch.cuda._lazy_init = forbidden
+
+def state():
+    return {
+        "environ": dict(os.environ),
+        "argv": list(sys.argv),
+        "cwd": os.getcwd(),
+        "seed": torch.initial_seed(),
+        "default dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "process group": torch.distributed.is_initialized(),
+        "CUDA": torch.cuda.is_initialized(),
+        "functions": [str(f) for f in (torch.cuda.current_device, torch.Tensor.cuda, torch.empty)],
+        "warning filters": len(warnings.filters),
+    }
+
+before, changed = state(), {}
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    after = state()
+    changed |= {f"{name}: {key}": str(after[key]) for key in before if before[key] != after[key]}
+    before = after
+print(json.dumps(changed))
+"""
+
+
+def test_importing_does_nothing(tmp_path: Path) -> None:
+    """No environment, argument, directory, seed, patch, CUDA, socket or file; one process for all modules."""
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in _sources()
+    ]
+    names = [name for name in names if not name.endswith("__main__")]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, *names],
+        cwd=tmp_path,
+        env={
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+            "PATH": "/usr/bin:/bin",
+            "HF_HOME": str(tmp_path / "hf"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == {}
+    assert not [path for path in tmp_path.iterdir() if path.name != "hf"]
