@@ -1,0 +1,35 @@
+# `make demo` on a fresh machine: Python 3.11 or newer, no GPU, about 3 minutes of training after the install.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test test-fast lint bench
+
+install: $(VENV)/.installed
+
+# torch first and by itself: the other packages then find it and do not choose a build of their own
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@
+
+# two ranks, one thread each: the demo is meant for two cores
+demo: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m megatron_post demo --run-dir runs/demo
+
+# everything that runs without a GPU
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# packing, loader and training steps beside TRL's SFTTrainer
+bench: install
+	$(BIN)/python -m megatron_post.bench

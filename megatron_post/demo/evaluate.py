@@ -1,0 +1,80 @@
+"""What a model in a Hugging Face directory answers, by plain `transformers`, and how often it is right."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_post.demo.task import Problem, check_answer
+
+_BATCH = 100
+_NORMAL_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Response:
+    """What the model said to a problem. Token ids without padding; the response's end with its stop token."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Exact match: how many of `total` answers are right."""
+
+    correct: int
+    total: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence, as shares: E. B. Wilson's score interval (1927), sound near 0 and 1 as well."""
+        n, z = self.total, _NORMAL_95
+        share = self.correct / n
+        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.correct / self.total:.1f}%  ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> list[Response]:
+    """Greedy responses of the exported model, in batches padded on the left, through its own chat template.
+
+    Generation ends at a stop token, or where it is longer than every correct response.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    longest = max(len(tokenizer.encode(problem.solution, add_special_tokens=False)) for problem in problems)
+    stops = set(model.generation_config.eos_token_id)
+    responses: list[Response] = []
+    for start in range(0, len(problems), _BATCH):
+        chats = [list(problem.messages) for problem in problems[start : start + _BATCH]]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 8)
+        width = inputs["input_ids"].shape[1]
+        for ids, mask, generated in zip(
+            inputs["input_ids"], inputs["attention_mask"], output[:, width:].tolist(), strict=True
+        ):
+            end = next((i + 1 for i, token in enumerate(generated) if token in stops), len(generated))
+            text = tokenizer.decode(generated[:end], skip_special_tokens=True)
+            responses.append(Response(ids[mask.bool()].tolist(), generated[:end], text))
+    return responses
+
+
+def accuracy(problems: Sequence[Problem], responses: Sequence[Response]) -> Accuracy:
+    """Exact match of responses to their problems."""
+    right = [check_answer(p, r.text) for p, r in zip(problems, responses, strict=True)]
+    return Accuracy(sum(right), len(right))

@@ -1,0 +1,204 @@
+"""The demo's task: arithmetic word problems in chat form, whose answers a program can check.
+
+A response works digit by digit, ones before tens, and ends in "The answer is 62."; a one beside the digits is
+the carry or the borrow:
+
+    37+25: 7+5=12, 3+2+1=6, so 62. The answer is 62.
+    52-27: 12-7=5, 5-2-1=2, so 25. The answer is 25.
+
+Held-out problems are new by their numbers: a pair of operands belongs to training or to the held-out side, by
+a hash, whatever its story. Every operation of a held-out problem is one that training has never shown.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_post.demo.stories import FOLLOW_UPS, NAMES, STORIES, SYSTEM_PROMPTS, THINGS, Story
+
+Side = Literal["train", "held_out"]
+Chat = list[dict[str, str]]
+
+_HELD_OUT_SHARE = 0.15
+_DRAWS = 1000  # of numbers that fit a story; a held-out story of two operations needs about 100
+_ANSWER = re.compile(r"The answer is (0|[1-9]\d*)\.\Z")
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard problems are. Harder ones leave more errors for later rounds to learn from.
+
+    smallest: no number in a question is below it. Numbers of one digit are the harder ones to copy.
+    largest: no number, in a question or worked out, exceeds it (at most 99: two digits).
+    operations: at most so many in a question.  follow_ups: at most so many further questions.
+    """
+
+    smallest: int = 10
+    largest: int = 99
+    operations: int = 2
+    follow_ups: int = 2
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.smallest <= self.largest // 3 and 20 <= self.largest <= 99):
+            raise ValueError(
+                f"smallest={self.smallest}, largest={self.largest}: choose largest from 20 to 99, for the "
+                "working is in two digits, and smallest from 1 to a third of it, for sums of three must fit"
+            )
+        if not 1 <= self.operations <= 2 or self.follow_ups < 0:
+            raise ValueError(
+                f"operations={self.operations}, follow_ups={self.follow_ups}: choose 1 or 2 operations and 0 "
+                "or more follow-ups"
+            )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """left + right or left - right, of numbers from 0 to 99."""
+
+    left: int
+    sign: Literal["+", "-"]
+    right: int
+
+    @property
+    def result(self) -> int:
+        return self.left + self.right if self.sign == "+" else self.left - self.right
+
+    @property
+    def side(self) -> Side:
+        """Which side these numbers belong to; a + b and b + a to the same."""
+        pair = sorted((self.left, self.right)) if self.sign == "+" else [self.left, self.right]
+        digest = hashlib.sha256(f"{self.sign} {pair}".encode()).digest()
+        return "held_out" if int.from_bytes(digest[:4], "big") < _HELD_OUT_SHARE * 2**32 else "train"
+
+    def worked(self) -> str:
+        """The working in columns, ones before tens."""
+        (tens, ones), (other_tens, other_ones) = divmod(self.left, 10), divmod(self.right, 10)
+        if self.sign == "+":
+            carry = ones + other_ones >= 10
+            first = f"{ones}+{other_ones}={ones + other_ones}"
+            second = f"{tens}+{other_tens}{'+1' if carry else ''}={tens + other_tens + carry}"
+        else:
+            borrow = ones < other_ones
+            first = f"{ones + 10 * borrow}-{other_ones}={ones + 10 * borrow - other_ones}"
+            second = f"{tens}-{other_tens}{'-1' if borrow else ''}={tens - other_tens - borrow}"
+        return f"{self.left}{self.sign}{self.right}: {first}, {second}, so {self.result}."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A chat that ends with a question, and what is true of it.
+
+    messages: OpenAI's form, from an optional system prompt to the last user message; earlier turns are
+    answered.  operations: every operation of every turn, in order.  solution: a correct response.
+    answer: its number.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    operations: tuple[Operation, ...]
+    solution: str
+    answer: int
+
+    @property
+    def dialog(self) -> Chat:
+        """The chat with the correct response at its end: a row to train on."""
+        return [*self.messages, {"role": "assistant", "content": self.solution}]
+
+    @property
+    def turns(self) -> int:
+        return sum(message["role"] == "user" for message in self.messages)
+
+
+def parse_answer(text: str) -> int | None:
+    """The number of a response that ends in "The answer is N.", else None."""
+    match = _ANSWER.search(text.strip())
+    return int(match[1]) if match else None
+
+
+def check_answer(problem: Problem, text: str) -> bool:
+    """Whether a response ends with the right answer in the right form. The working is not judged."""
+    return parse_answer(text) == problem.answer
+
+
+def make_problems(
+    count: int, *, side: Side, seed: int, difficulty: Difficulty | None = None
+) -> list[Problem]:
+    """Different problems of one side; the same arguments give the same problems."""
+    rng = random.Random(f"{seed}/{side}")
+    problems: dict[tuple[str, ...], Problem] = {}
+    while len(problems) < count:
+        problem = _make_problem(rng, side, difficulty or Difficulty())
+        if problem is not None:
+            questions = tuple(m["content"] for m in problem.messages if m["role"] == "user")
+            problems.setdefault(questions, problem)
+    return list(problems.values())
+
+
+def write_dialogs(problems: Iterable[Problem], path: Path) -> None:
+    """JSON lines of `{"messages": [...]}`, as OpenAI and TRL write them."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": problem.dialog}) + "\n" for problem in problems)
+
+
+def _make_problem(rng: random.Random, side: Side, difficulty: Difficulty) -> Problem | None:
+    """A problem, or None where its first turns leave no numbers for the next one (as 2 - b does)."""
+    follow_ups = rng.randint(0, difficulty.follow_ups)
+    allowed = [
+        s for s in STORIES if len(_signs(s)) <= difficulty.operations and (s.goes_on or not follow_ups)
+    ]
+    stories = [rng.choice(allowed), *rng.choices(FOLLOW_UPS, k=follow_ups)]
+    name, friend = rng.sample(NAMES, 2)
+    words = {"name": name, "friend": friend, "things": rng.choice(THINGS)}
+    system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.3 else []
+    messages, operations, amount = system, [], None
+    for story in stories:
+        drawn = _draw(rng, story, amount, side, difficulty)
+        if drawn is None:
+            return None
+        numbers, steps = drawn
+        amount = steps[-1].result
+        operations += steps
+        messages.append({"role": "user", "content": story.text.format(**words, **numbers)})
+        worked = " ".join(step.worked() for step in steps)
+        messages.append({"role": "assistant", "content": f"{worked} The answer is {amount}."})
+    solution = messages.pop()["content"]
+    assert amount is not None
+    return Problem(tuple(messages), tuple(operations), solution, amount)
+
+
+def _draw(
+    rng: random.Random, story: Story, start: int | None, side: Side, difficulty: Difficulty
+) -> tuple[dict[str, int], list[Operation]] | None:
+    """Numbers for a story whose operations stay within 0 to the largest and belong to `side`, if any do.
+
+    start: the amount that a follow-up starts from; None where the story gives its own.
+    """
+    for _ in range(_DRAWS):
+        numbers = {
+            letter: rng.randint(difficulty.smallest, difficulty.largest)
+            for letter in "abc"
+            if letter in story.plan
+        }
+        if start is not None:
+            numbers["a"] = start
+        steps = list(_steps(story, numbers))
+        if all(0 <= step.result <= difficulty.largest and step.side == side for step in steps):
+            return numbers, steps
+    return None
+
+
+def _steps(story: Story, numbers: dict[str, int]) -> Iterator[Operation]:
+    first, *rest = story.plan.split()
+    amount = numbers[first]
+    for sign, letter in zip(rest[::2], rest[1::2], strict=True):
+        operation = Operation(amount, "+" if sign == "+" else "-", numbers[letter])
+        yield operation
+        amount = operation.result
+
+
+def _signs(story: Story) -> Sequence[str]:
+    return story.plan.split()[1::2]

@@ -1,0 +1,62 @@
+"""The demo's whole path, very small: data, packs, two ranks, export, `transformers`, and our model beside it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_post.demo.run import run_demo
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "tiny" / "demo.yaml"
+SMALL = ("train.steps=4", "train.log_every=1", "model.num_layers=1", "data.pack_length=512")
+
+pytest.importorskip("transformers")
+
+
+def test_demo_from_data_to_answers(tmp_path: Path) -> None:
+    run_dir = tmp_path / "demo"
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_post",
+        "demo",
+        "--config",
+        str(CONFIG),
+        "--run-dir",
+        str(run_dir),
+    ]
+    command += ["--train-problems", "200", "--held-out-problems", "8", *SMALL]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["before"]["total"] == results["after"]["total"] == 8
+    assert results["same"] == {"correct": 8, "total": 8}  # ours and transformers', token for token
+    assert "step 4/4" in done.stdout and "8 held-out problems" in done.stdout
+    assert "warn" not in done.stdout.lower() and not done.stderr.strip()
+
+
+def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than an earlier demo"):
+        run_demo(
+            str(CONFIG),
+            [f"run_dir={tmp_path}"],
+            train_problems=200,
+            held_out_problems=8,
+            console=Console(file=io.StringIO()),
+        )
+    assert (tmp_path / "precious.txt").read_text() == "mine"
