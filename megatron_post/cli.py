@@ -131,7 +131,9 @@ def doctor() -> None:
 def demo(
     overrides: Overrides = None,
     config: Annotated[str, typer.Option(help="YAML file of the demo.")] = "configs/tiny/demo.yaml",
-    run_dir: Annotated[str, typer.Option(help="Where everything goes; an earlier demo there is replaced.")] = "runs/demo",
+    run_dir: Annotated[
+        str, typer.Option(help="Output directory; an earlier demo is replaced.")
+    ] = "runs/demo",
     train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 14000,
     held_out_problems: Annotated[int, typer.Option(min=4, help="Problems to answer.")] = 300,
 ) -> None:

@@ -82,8 +82,8 @@ class PreferenceUnits:
         for _, example in rows:
             if not isinstance(example, Preference):
                 raise ValueError(
-                    f"source {self._source!r} holds dialogs without ranked responses; this stage needs rows with "
-                    "chosen and rejected (map columns if they have other names)"
+                    f"source {self._source!r} holds dialogs without ranked responses; this stage needs rows "
+                    "with chosen and rejected (map columns if they have other names)"
                 )
             preferences.append(example)
         rendered = render_preferences(preferences, self._tokenizer)

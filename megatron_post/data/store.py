@@ -162,8 +162,8 @@ class PackStore:
         if array.attrs["key"] != key or array.shape[0] != len(self):
             raise StoreError(
                 f"the reference log-probabilities in store {name} are of another model, tokenizer or data "
-                f"(key {array.attrs['key']:.12}, {array.shape[0]} packs; wanted {key:.12}, {len(self)} packs); "
-                f"{remedy}"
+                f"(key {array.attrs['key']:.12}, {array.shape[0]} packs; wanted {key:.12}, {len(self)} "
+                f"packs); {remedy}"
             )
         self._packs_in_chunk[REFERENCE] = _check_plain(array, self.settings, self.path)
         self._reads_reference = True

@@ -110,8 +110,8 @@ def _packs(
     lengths = np.array([round_up(len(segment), multiple) for segment in segments])
     if lengths.max() > capacity:
         raise ValueError(
-            f"a response among rows {batch[0].number} to {batch[-1].number} takes {lengths.max()} tokens with "
-            f"its prompt, data.pack_length is {capacity}; "
+            f"a response among rows {batch[0].number} to {batch[-1].number} takes {lengths.max()} tokens "
+            f"with its prompt, data.pack_length is {capacity}; "
             f"give data.pack_length={round_up(int(lengths.max()), 128)}"
         )
     packing = pack_units(lengths, capacity=capacity)

@@ -27,7 +27,9 @@ def store(tmp_path: Path) -> Path:
     for row in (1, 2):
         messages = (Message("user", f"cat {row}?"), Message("assistant", "naïve ☕"))
         pile.add([render(Dialog(messages), tokenizer)], source=0, sample=row, turns=1)
-    settings = StoreSettings(128, 4, tokenizer.fingerprint, tokenizer.pad_id, 1, "dialogs", str(tmp_path / "tokenizer"))
+    settings = StoreSettings(
+        128, 4, tokenizer.fingerprint, tokenizer.pad_id, 1, "dialogs", str(tmp_path / "tokenizer")
+    )
     assembly = assemble(pile.units(), np.arange(2), "train", settings)
     with StoreWriter(tmp_path / "store", settings) as writer:
         writer.write(
