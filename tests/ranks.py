@@ -31,7 +31,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         port = listener.getsockname()[1]
     queue = _context.Queue()
     ranks = [
-        _context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, args), daemon=True)
+        _context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, args))
         for rank in range(world_size)
     ]
     for process in ranks:
