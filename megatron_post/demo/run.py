@@ -48,6 +48,7 @@ def run_demo(
     _start_afresh(run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     story = _Story(console)
+    console.print("A Llama of half a million parameters learns arithmetic on two cores, in about 3 minutes.")
 
     with story.step("Make arithmetic word problems"):
         held_out = make_problems(held_out_problems, side="held_out", seed=config.seed)
@@ -160,7 +161,7 @@ def _print_chat(messages: Sequence[dict[str, str]], console: Console) -> None:
 
 def _print_line(label: str, text: str, console: Console, verdict: str = "") -> None:
     """verdict: markup; the text is printed as it is."""
-    console.print(f"[cyan]{label:>12}[/cyan]  {escape(text)}{verdict}", highlight=False)
+    console.print(f"[cyan]{label:>12}[/cyan]  {escape(text)}{verdict}", highlight=False, soft_wrap=True)
 
 
 def _print_samples(

@@ -14,18 +14,19 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from megatron_post.demo.stories import FOLLOW_UPS, NAMES, STORIES, SYSTEM_PROMPTS, THINGS, Story
 
 Side = Literal["train", "held_out"]
+Sign = Literal["+", "-"]
 Chat = list[dict[str, str]]
 
 _HELD_OUT_SHARE = 0.15
-_DRAWS = 1000  # of numbers that fit a story; a held-out story of two operations needs about 100
 _ANSWER = re.compile(r"The answer is (0|[1-9]\d*)\.\Z")
 
 
@@ -61,7 +62,7 @@ class Operation:
     """left + right or left - right, of numbers from 0 to 99."""
 
     left: int
-    sign: Literal["+", "-"]
+    sign: Sign
     right: int
 
     @property
@@ -173,31 +174,32 @@ def _make_problem(rng: random.Random, side: Side, difficulty: Difficulty) -> Pro
 def _draw(
     rng: random.Random, story: Story, start: int | None, side: Side, difficulty: Difficulty
 ) -> tuple[dict[str, int], list[Operation]] | None:
-    """Numbers for a story whose operations stay within 0 to the largest and belong to `side`, if any do.
+    """Numbers for a story, and its operations; None where those drawn first leave none for the next.
 
     start: the amount that a follow-up starts from; None where the story gives its own.
     """
-    for _ in range(_DRAWS):
-        numbers = {
-            letter: rng.randint(difficulty.smallest, difficulty.largest)
-            for letter in "abc"
-            if letter in story.plan
-        }
-        if start is not None:
-            numbers["a"] = start
-        steps = list(_steps(story, numbers))
-        if all(0 <= step.result <= difficulty.largest and step.side == side for step in steps):
-            return numbers, steps
-    return None
-
-
-def _steps(story: Story, numbers: dict[str, int]) -> Iterator[Operation]:
     first, *rest = story.plan.split()
-    amount = numbers[first]
-    for sign, letter in zip(rest[::2], rest[1::2], strict=True):
-        operation = Operation(amount, "+" if sign == "+" else "-", numbers[letter])
-        yield operation
-        amount = operation.result
+    amount = rng.randint(difficulty.smallest, difficulty.largest) if start is None else start
+    numbers, operations = {first: amount}, []
+    for mark, letter in zip(rest[::2], rest[1::2], strict=True):
+        sign: Sign = "+" if mark == "+" else "-"
+        fitting = _operands(amount, sign, side, difficulty)
+        if letter in numbers:
+            fitting = tuple(number for number in fitting if number == numbers[letter])
+        if not fitting:
+            return None
+        numbers[letter] = rng.choice(fitting)
+        operations.append(Operation(amount, sign, numbers[letter]))
+        amount = operations[-1].result
+    return numbers, operations
+
+
+@cache
+def _operands(amount: int, sign: Sign, side: Side, difficulty: Difficulty) -> tuple[int, ...]:
+    """Numbers that may follow: the operation belongs to `side`, its result is from 0 to the largest."""
+    numbers = range(difficulty.smallest, difficulty.largest + 1)
+    operations = [Operation(amount, sign, number) for number in numbers]
+    return tuple(o.right for o in operations if 0 <= o.result <= difficulty.largest and o.side == side)
 
 
 def _signs(story: Story) -> Sequence[str]:

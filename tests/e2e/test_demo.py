@@ -1,4 +1,4 @@
-"""The demo's whole path, very small: data, packs, two ranks, export, `transformers`, our model beside it."""
+"""The demo's whole path, very small: data, packs, two ranks, export, and both models' answers."""
 
 import io
 import json
