@@ -52,7 +52,7 @@ class PackingStats:
 def source_stats(store: PackStore) -> list[SourceStats]:
     """Each source of a group, then the total. A unit is a row; its tokens are those of all its segments."""
     units, first = np.unique(store.column("unit"), return_index=True)
-    tokens, responses = (_by_unit(store, name, len(units)) for name in ("length", "response"))
+    contexts, responses = _contexts_and_responses(store, len(units))
     sources, turns = store.column("source")[first], store.column("turns")[first]
     everything = np.ones(len(units), dtype=bool)
     selections = [(counts.name, sources == number) for number, counts in enumerate(store.sources)]
@@ -62,8 +62,8 @@ def source_stats(store: PackStore) -> list[SourceStats]:
             rows=int(rows.sum()),
             share=rows.sum() / max(len(units), 1),
             turns=_mean(turns[rows]),
-            tokens=_mean(tokens[rows]),
-            context=_mean((tokens - responses)[rows]),
+            tokens=_mean((contexts + responses)[rows]),
+            context=_mean(contexts[rows]),
             response=_mean(responses[rows]),
         )
         for name, rows in [*selections, ("total", everything)]
@@ -103,7 +103,10 @@ def print_stats(
 def _print_sources(store: PackStore, console: Console) -> None:
     table = Table(box=SIMPLE)
     table.add_column("source", overflow="fold")
-    for heading in ("rows", "%", "turns", "tokens", "in context", "in final response"):
+    dialogs = store.settings.layout == "dialogs"
+    rows = ("rows", "%", "turns", "tokens", "in context", "in final response")
+    comparisons = ("comparisons", "%", "turns", "tokens an example", "in prompt", "in response")
+    for heading in rows if dialogs else comparisons:
         table.add_column(heading, justify="right")
     for stats in source_stats(store):
         means = (stats.turns, stats.tokens, stats.context, stats.response)
@@ -112,10 +115,10 @@ def _print_sources(store: PackStore, console: Console) -> None:
         )
     console.print(table)
     for counts in store.sources:
-        if counts.bad or counts.dropped or counts.truncated:
+        if counts.bad or counts.dropped or counts.truncated or counts.filtered:
             console.print(
                 f"{counts.name}: {counts.bad:,} bad rows left out, {counts.dropped:,} overlong dropped, "
-                f"{counts.truncated:,} truncated"
+                f"{counts.truncated:,} truncated, {counts.filtered:,} left out by data.preferences"
             )
 
 
@@ -136,9 +139,17 @@ def _print_packing(stats: PackingStats, store: PackStore, console: Console) -> N
     console.print(table)
 
 
-def _by_unit(store: PackStore, name: str, num_units: int) -> np.ndarray:
-    """Sum of a column over the segments of each unit, int64 [units]; units are numbered without gaps."""
-    return np.bincount(store.column("unit"), weights=store.column(name), minlength=num_units).astype(np.int64)
+def _contexts_and_responses(store: PackStore, num_units: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens before the final response and in it, float64 [units]: a preference's prompt counts once, however
+    often it is stored, and its response is the mean of its responses."""
+    unit, responses = store.column("unit"), store.column("response")
+    contexts = store.column("length") - responses
+    ends = np.ones(len(unit)) if store.settings.layout == "dialogs" else store.column("rank") >= 0
+    count = np.bincount(unit, weights=ends, minlength=num_units)
+    context = np.bincount(unit, weights=contexts, minlength=num_units)
+    if store.settings.layout in ("dialogs", "separate"):
+        context /= np.maximum(count, 1)
+    return context, np.bincount(unit, weights=responses, minlength=num_units) / np.maximum(count, 1)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from megatron_post.data.assembly import assemble
@@ -89,3 +90,33 @@ def test_the_final_response_is_what_follows_the_last_header() -> None:
     two_turns = [header, prompt, header, body, terminator, header, prompt, header, body, body, terminator]
     assert response_length(np.array(two_turns, dtype=np.uint8)) == 3
     assert response_length(np.array([body, terminator], dtype=np.uint8)) == 2  # a response without its prompt
+
+
+@pytest.mark.parametrize("layout", ["separate", "isolated"])
+def test_comparisons(tmp_path: Path, layout: str) -> None:
+    """One comparison: a prompt of 5 tokens, responses of 3 and 2. Whether the prompt is stored twice or once,
+    the example is 5 + 2.5 tokens."""
+    pile = UnitPile()
+    if layout == "separate":
+        pile.add([segment(5, 3), segment(5, 2)], source=0, sample=1, turns=1, ranks=[0, 1])
+    else:
+        prompt = [TokenRole.HEADER, *[TokenRole.PROMPT] * 3, TokenRole.HEADER]
+        responses = [
+            [TokenRole.BODY, TokenRole.BODY, TokenRole.TERMINATOR],
+            [TokenRole.BODY, TokenRole.TERMINATOR],
+        ]
+        roles = [np.array(part, dtype=np.uint8) for part in (prompt, *responses)]
+        unit = [Rendered(np.ones(len(part), dtype=np.int32), part) for part in roles]
+        pile.add(unit, source=0, sample=1, turns=1, ranks=[-1, 0, 1])
+    settings = StoreSettings(24, 4, "f", 0, 1, layout)
+    assembly = assemble(pile.units(), np.arange(1), "train", settings)
+    with StoreWriter(tmp_path / "s", settings) as writer:
+        writer.write(
+            "train",
+            sources=[SourceCounts("a", rows=1)],
+            columns=assembly.columns(),
+            segments_per_pack=np.diff(assembly.segment_ends),
+            packs=assembly.packs(),
+        )
+    a, _ = source_stats(open_store(tmp_path / "s", "train"))
+    assert (a.rows, a.tokens, a.context, a.response) == (1, 7.5, 5, 2.5)
