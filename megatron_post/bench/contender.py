@@ -14,10 +14,10 @@ from megatron_post.bench.workload import Workload
 
 @dataclass(frozen=True)
 class Input:
-    """A side's data: the share of its batches that is real tokens; real tokens/s, collated, on one core."""
+    """A side's data: the share of its batches that is real tokens; real tokens/s as tensors, on one core."""
 
     fill: float
-    loader_tokens_per_second: float
+    collated_per_second: float
 
 
 @dataclass(frozen=True)

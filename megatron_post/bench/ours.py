@@ -47,4 +47,4 @@ def _input(trainer: Trainer, store: PackStore, workload: Workload, *, steps: int
                 capacity + sum(len(pack.tokens) for pack in packs),
             )
         seconds = time.perf_counter() - started
-    return Input(fill=tokens / capacity, loader_tokens_per_second=tokens / seconds)
+    return Input(fill=tokens / capacity, collated_per_second=tokens / seconds)

@@ -119,7 +119,7 @@ def _input(trainer: Any, workload: Workload, *, steps: int = 100) -> Input:
         for inputs in islice(trainer.get_train_dataloader(), steps * workload.config.train.global_batch):
             tokens, capacity = tokens + real_tokens(inputs), capacity + _capacity(inputs, workload)
         seconds = time.perf_counter() - started
-    return Input(fill=tokens / capacity, loader_tokens_per_second=tokens / seconds)
+    return Input(fill=tokens / capacity, collated_per_second=tokens / seconds)
 
 
 def _capacity(inputs: Any, workload: Workload) -> int:

@@ -28,8 +28,8 @@ def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
         f"{workload.threads}\n{config.train.global_batch} x {config.data.pack_length} tokens a step; medians "
         f"of {rounds} interleaved rounds of {workload.steps_per_round} steps"
     )
-    table = Table(box=SIMPLE, title=title, title_justify="left", title_style="")
-    for name in ("", "tokens/s", "trained/s", "ours/theirs", "fill", "loader/s", "loss"):
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
+    for name in ("", "tokens/s", "trained/s", "ours/theirs", "fill", "collated/s", "loss"):
         table.add_column(name, no_wrap=True, justify="right" if name else "left")
     for side in figures:
         table.add_row(
@@ -38,7 +38,7 @@ def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
             f"{side.trained_per_second:,.0f}",
             f"{side.speed:.2f}",
             f"{side.fill:.1%}",
-            f"{side.loader_tokens_per_second / 1e6:.2f}M",
-            f"{side.loss:.3f}",
+            f"{side.collated_per_second / 1e6:.2f}M",
+            f"{side.loss:.2f}",
         )
     return table

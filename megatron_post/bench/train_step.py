@@ -22,7 +22,7 @@ class StepFigures:
 
     name: str
     fill: float
-    loader_tokens_per_second: float
+    collated_per_second: float
     tokens_per_second: float
     trained_per_second: float
     loss: float
@@ -53,7 +53,7 @@ def summarise(name: str, prepared: Input, rounds: Sequence[Round], *, ours: Sequ
     return StepFigures(
         name=name,
         fill=prepared.fill,
-        loader_tokens_per_second=prepared.loader_tokens_per_second,
+        collated_per_second=prepared.collated_per_second,
         tokens_per_second=median(r.tokens / r.seconds for r in rounds),
         trained_per_second=median(r.trained / r.seconds for r in rounds),
         loss=rounds[-1].loss,
