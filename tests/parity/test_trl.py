@@ -17,6 +17,7 @@ the same settings on both sides. TRL pads pairs to rows, we pack 3 and 5 of them
 import random
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.store import Pack
 from megatron_post.data.template import render_preferences
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
+from megatron_post.losses.preference import LOSSES, LossSettings, PairLogps
 from megatron_post.models.hf_config import to_hf_config
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.run import build_trainer, make_stage
@@ -249,6 +251,23 @@ def test_dpo_with_nll(tmp_path: Path, tokenizer_directory: Path) -> None:
     _assert_same_steps(ours, theirs, DPO_NAMES)
     _assert_same_weights(weights, theirs, tmp_path / "weights")
     assert ours[0]["loss"] == pytest.approx(np.log(2) + 0.2 * ours[0]["nll"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # CPO is one of TRL's experimental trainers, and says so
+def test_simpo() -> None:
+    """TRL has SimPO in its CPOTrainer, on mean log-probabilities and with gamma where we have beta x margin.
+    Only its formula is compared: that trainer tokenises in another way."""
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    chosen, rejected, unused = -20 * torch.rand(3, 8)
+    lengths = torch.arange(1.0, 17.0).reshape(2, 8)
+    settings = LossSettings(beta=2.0, margin=0.5)
+    ours = LOSSES["simpo"](PairLogps(chosen, rejected, unused, unused, *lengths), settings)
+    device = SimpleNamespace(device="cpu")
+    trainer = SimpleNamespace(
+        alpha=0.0, accelerator=device, loss_type="simpo", beta=2.0, simpo_gamma=1.0, label_smoothing=0.0
+    )
+    theirs, _, _ = cpo.CPOTrainer.cpo_loss(trainer, chosen / lengths[0], rejected / lengths[1])
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_terminator_mask_is_the_difference(tmp_path: Path, tokenizer_directory: Path) -> None:
