@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_post.data.batch import PackedBatch, segment_positions
+from megatron_post.data.batch import PackedBatch, segment_numbers
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import PackedSegments, portable_segments
 from megatron_post.parallel.context import zigzag_indices
@@ -19,10 +19,17 @@ LENGTHS = torch.tensor([4, 17, 6, 32], dtype=torch.int32)
 
 def _packed(rank: int, size: int, *, shared_prompt: bool) -> PackedSegments:
     indices = zigzag_indices(CU_SEQLENS, rank=rank, size=size)
-    nothing = torch.zeros(64, dtype=torch.long)
-    positions = segment_positions(CU_SEQLENS)
-    seen = SEEN if shared_prompt else None
-    batch = PackedBatch(nothing, nothing, nothing.bool(), positions, CU_SEQLENS, LENGTHS, seen).part(indices)
+    nothing, segments = torch.zeros(64, dtype=torch.long), segment_numbers(CU_SEQLENS)
+    batch = PackedBatch(
+        tokens=nothing,
+        labels=nothing,
+        trained=nothing.bool(),
+        positions=torch.arange(64) - CU_SEQLENS[segments],
+        segments=segments,
+        cu_seqlens=CU_SEQLENS,
+        lengths=LENGTHS,
+        seen=SEEN if shared_prompt else None,
+    ).part(indices)
     return portable_segments(batch, context_rank=rank, context_size=size)
 
 
