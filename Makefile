@@ -1,4 +1,4 @@
-# `make demo` on a fresh machine: Python 3.11 or newer, no GPU, about 3 minutes of training after the install.
+# `make demo` on a fresh machine: Python 3.11 or newer, no GPU, a few minutes after the install.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

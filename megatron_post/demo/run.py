@@ -48,7 +48,7 @@ def run_demo(
     _start_afresh(run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     story = _Story(console)
-    console.print("A Llama of half a million parameters learns arithmetic on two cores, in about 3 minutes.")
+    console.print("A Llama of 0.7 million parameters learns arithmetic on two cores, in a few minutes.")
 
     with story.step("Make arithmetic word problems"):
         held_out = make_problems(held_out_problems, side="held_out", seed=config.seed)
@@ -56,7 +56,7 @@ def run_demo(
         console.print(
             f"{train_problems:,} dialogs to train on and {held_out_problems:,} held out, with other numbers:"
         )
-        _print_chat(next(problem for problem in held_out if problem.turns > 1).dialog, console)
+        _print_chat(max(held_out[:20], key=lambda problem: problem.turns).dialog, console)
 
     with story.step("Render them in Llama 3's chat format and pack them"):
         _quietly_pack(config, console)
