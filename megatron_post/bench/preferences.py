@@ -1,0 +1,281 @@
+"""Pairs a second in DPO beside TRL's DPOTrainer: same weights, token ids, masks, loss and optimizer settings.
+
+A round is one optimizer step over all pairs, so that every side trains the same pairs in every round. A side
+with a frozen reference runs it at every step; one with stored log-probabilities ran it once, before the
+rounds. Each is compared with its like.
+
+TRL pads the pairs of a microbatch to the longest response: with as many pairs as one of our packs holds it is
+as parallel as we are, and with one pair it pads least, which is its fastest on a CPU. Both are measured.
+"""
+
+import gzip
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.bench.contender import Contender, Gate, Input, interleave
+from megatron_post.bench.peer import real_tokens
+from megatron_post.bench.train_step import OURS, StepFigures, summarise
+from megatron_post.bench.workload import GSM8K, Workload, open_train_store
+from megatron_post.config.load import validate
+from megatron_post.config.schema import Config
+from megatron_post.data.build import build_store
+from megatron_post.data.loader import PackLoader
+from megatron_post.data.store import Pack, PackStore
+from megatron_post.data.template import TokenRole
+from megatron_post.parallel.topology import Topology, parallel_run
+from megatron_post.train.reference import attach_reference, compute_reference, reference_key
+from megatron_post.train.run import build_trainer
+
+HH_RLHF = GSM8K.parents[1] / "hh_rlhf" / "harmless_base.jsonl.gz"
+PAIRS = 36  # before those that cannot be used
+
+
+def pair_workload(
+    workload: Workload, directory: Path, *, pack_length: int = 2048, rows: int = PAIRS
+) -> Workload:
+    """DPO with the model, weights and tokenizer of an SFT workload, on pairs packed into `directory`.
+
+    The pairs are HH-RLHF's where it lies beside the repository, else generated ones of unequal lengths. Pairs
+    with an empty response, or that no pack holds, are dropped for both sides.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    name = _write_pairs(directory / "pairs.jsonl", rows)
+    values = workload.config.model_dump()
+    values |= {
+        "stage": "dpo",
+        "run_dir": str(directory / "run"),
+        "data": {
+            "store": str(directory / "store"),
+            "sources": [{"name": name, "path": str(directory / "pairs.jsonl")}],
+            "pack_length": pack_length,
+            "overlong": "drop",
+            "max_bad_rows": rows,
+        },
+        # TRL's loss: terminators trained, no NLL
+        "dpo": {"trained_roles": ("body", "terminator"), "nll_weight": 0.0},
+    }
+    config = validate(values, origin="bench")
+    build_store(config, console=Console(quiet=True))
+    train = config.train.model_copy(update={"global_batch": len(open_train_store(config))})
+    config = config.model_copy(update={"train": train})
+    return replace(workload, config=config, data_name=name, steps_per_round=1)
+
+
+def measure_pairs(workload: Workload, *, rounds: int) -> list[StepFigures]:
+    """Figures of ours and of TRL with either kind of reference, from interleaved rounds.
+
+    What a round trains is counted in pairs: `trained_per_second` is pairs a second.
+    """
+    packs = workload.config.train.global_batch
+    in_a_pack = round(len(list(pairs(open_train_store(workload.config)))) / packs)
+    sides: dict[str, Contender] = {}
+    ours: dict[str, str] = {}  # of each side
+    for reference in ("frozen", "store"):
+        own = f"{OURS}, {reference}"
+        sides[own] = partial(_train_ours, reference=reference)
+        for size in dict.fromkeys((in_a_pack, 1)):
+            sides[f"TRL x {size}, {reference}"] = partial(_train_trl, reference=reference, microbatch=size)
+        ours |= {name: own for name in sides if name.endswith(reference)}
+    inputs, results = interleave(sides, workload, rounds=rounds)
+    return [summarise(name, inputs[name], results[name], ours=results[ours[name]]) for name in sides]
+
+
+def pair_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: int) -> Table:
+    """One row a side. "ours/theirs" compares pairs/s with our side of the same reference, round by round."""
+    config = workload.config
+    title = (
+        f"DPO: {config.model.preset} on pairs of {workload.data_name}, {config.precision.dtype}, threads: "
+        f"{workload.threads}\n{config.train.global_batch} packs of {config.data.pack_length} tokens a step; "
+        f"medians of {rounds} interleaved rounds\nTRL x n: n pairs a microbatch; "
+        "frozen: the reference runs at every step; store: it ran once"
+    )
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
+    for name in ("", "pairs/s", "ours/theirs", "tokens/s", "fill", "loss"):
+        table.add_column(name, no_wrap=True, justify="right" if name else "left")
+    for side in figures:
+        table.add_row(
+            side.name,
+            f"{side.trained_per_second:.1f}",
+            f"{side.speed:.2f}",
+            f"{side.tokens_per_second:,.0f}",
+            f"{side.fill:.1%}",
+            f"{side.loss:.3f}",
+        )
+    return table
+
+
+def pairs(store: PackStore) -> Iterator[dict[str, list[int]]]:
+    """Every pair of a store in TRL's tokenised form: ids of prompt, chosen and rejected response."""
+    for index in range(len(store)):
+        pack = store.read(index)
+        responses: dict[int, dict[int, tuple[list[int], list[int]]]] = {}
+        for segment, rank in enumerate(pack.ranks.tolist()):
+            if rank >= 0:
+                start = int(pack.cu_seqlens[segment])
+                real = slice(start, start + int(pack.lengths[segment]))
+                prompt = int(np.argmax(pack.roles[real] == TokenRole.BODY))
+                ids = pack.tokens[real].tolist()
+                responses.setdefault(int(pack.unit_ids[segment]), {})[rank] = (ids[:prompt], ids[prompt:])
+        for both in responses.values():
+            (prompt_ids, chosen), (_, rejected) = both[0], both[1]
+            yield {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def _train_ours(workload: Workload, gate: Gate, *, reference: str) -> None:
+    values = workload.config.model_dump()
+    values["dpo"]["reference"] = reference
+    values["run_dir"] += f"-{reference}"
+    config = validate(values, origin="bench")
+    store = open_train_store(config)
+    with parallel_run(config.parallel, seed=config.seed) as topology:
+        if reference == "store":
+            _store_reference(config, topology, store)
+        trainer, _ = build_trainer(config, topology)
+        with _loader(store, config) as loader:
+            whole = next(loader)
+            sizes = ((_count([p])[0], len(trainer.stepper.prepare(p).batch.tokens)) for p in whole)
+            going = gate.ready(_input(sizes))
+        with _loader(store, config) as loader:
+            for step, packs in enumerate(loader, start=1):
+                if not going:
+                    break
+                started = time.perf_counter()
+                metrics = trainer.step(packs)
+                trainer.report(step, metrics, packs, seconds=time.perf_counter() - started)
+                tokens, count = _count(packs)
+                going = gate.step(tokens=tokens, trained=count, loss=metrics["loss"])
+
+
+def _store_reference(config: Config, topology: Topology, store: PackStore) -> None:
+    """What `megatron-post reference` does."""
+    assert config.model.init_from is not None
+    trainer, _ = build_trainer(config, topology)
+    key = reference_key(config.model.init_from, topology)
+    compute_reference(trainer.stepper, store, topology, key=key, group_size=2)
+    attach_reference(config, topology, [store])
+
+
+def _loader(store: PackStore, config: Config) -> PackLoader:
+    return PackLoader(store, seed=config.seed, global_batch=config.train.global_batch)
+
+
+def _count(packs: list[Pack]) -> tuple[int, int]:
+    """(real tokens, pairs): every pair has one best response."""
+    return sum(int(p.lengths.sum()) for p in packs), sum(int((p.ranks == 0).sum()) for p in packs)
+
+
+def _input(sizes: Iterable[tuple[int, int]]) -> Input:
+    """From (real tokens, capacity) of batches as they are made."""
+    tokens = capacity = 0
+    started = time.perf_counter()
+    for real, size in sizes:
+        tokens, capacity = tokens + real, capacity + size
+    return Input(tokens / capacity, tokens / (time.perf_counter() - started))
+
+
+def _train_trl(workload: Workload, gate: Gate, *, reference: str, microbatch: int) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = _trl_trainer(
+            workload.config, directory, precompute=reference == "store", microbatch=microbatch
+        )
+        batches = trainer.get_train_dataloader()
+        prepared = _input((real_tokens(inputs), inputs["input_ids"].numel()) for inputs in batches)
+
+        class AtTheGate(transformers.TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = not gate.ready(prepared)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = not gate.step(**trainer.pop_counts())
+
+        trainer.add_callback(AtTheGate())
+        trainer.train()
+
+
+def _trl_trainer(config: Config, directory: str, *, precompute: bool, microbatch: int) -> Any:
+    import datasets
+    import transformers
+    import trl
+
+    class CountingTrainer(trl.DPOTrainer):
+        """Counts what a step trains, and takes rows that are tokenised already."""
+
+        counts = (0, 0, 0.0)
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            tokens, count, total = self.counts
+            count += len(inputs["input_ids"]) // 2
+            self.counts = (tokens + real_tokens(inputs), count, total + float(loss))
+            return loss
+
+        def pop_counts(self) -> dict[str, Any]:
+            counts, self.counts = self.counts, (0, 0, 0.0)
+            return dict(zip(("tokens", "trained", "loss"), counts, strict=True))
+
+    o, rows = config.optimizer, list(pairs(open_train_store(config)))
+    arguments = trl.DPOConfig(
+        output_dir=directory,
+        loss_type=[config.dpo.loss],
+        beta=config.dpo.beta,
+        precompute_ref_log_probs=precompute,
+        max_length=config.data.pack_length,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=-(-len(rows) // microbatch),
+        max_steps=config.train.steps,
+        learning_rate=o.lr,
+        lr_scheduler_type="constant",
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        max_grad_norm=o.clip_grad,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+    return CountingTrainer(
+        model=config.model.init_from,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(config.tokenizer.path),
+    )
+
+
+def _write_pairs(path: Path, count: int) -> str:
+    if HH_RLHF.is_file():
+        with gzip.open(HH_RLHF, "rt", encoding="utf-8") as file:
+            path.write_text("".join(islice(file, count)))
+        return "HH-RLHF"
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            texts = [
+                " ".join(f"{draw.randrange(100)}" for _ in range(draw.randrange(4, 160))) for _ in range(3)
+            ]
+            file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))) + "\n")
+    return "generated numbers"
