@@ -24,7 +24,7 @@ ALLOWED = {
     "stages": {"config", "losses", "models", "data.batch", "data.store", "data.template"},
     "train": {"config", "data", "parallel", "models", "losses", "stages", "convert"},
     "bench": {"config", "data", "parallel", "models", "convert", "train"},
-    "demo": {"config", "data", "parallel", "models", "losses", "stages", "convert", "train"},
+    "demo": {"config", "data", "parallel", "models", "losses", "stages", "convert", "train", "rounds"},
     "plan": {"config", "models", "parallel"},
     "rounds": {"config", "data", "parallel", "models", "stages", "convert", "train", "plan"},
     "launch": {"config", "data", "convert", "train", "plan"},

@@ -6,6 +6,7 @@ import torch
 from megatron_post.convert.hf_reader import RandomWeights, SafetensorsDirectory
 from megatron_post.convert.mapping import (
     RULES,
+    SCORE,
     hf_from_shards,
     hf_shapes,
     interleave_qkv,
@@ -31,7 +32,7 @@ def test_qkv_by_hand() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.core)
 def test_shards_come_back(rule, size: int) -> None:
     names = tuple(name.format(1) for name in rule.hf)
-    source, padded = RandomWeights(MODEL, seed=0), 256
+    source, padded = RandomWeights(MODEL, seed=0, scalar_head=rule.hf == SCORE), 256
     shards = [
         shard_from_hf(rule, names, source.read, MODEL, rank=r, size=size, padded_vocab=padded)
         for r in range(size)
