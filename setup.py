@@ -33,7 +33,7 @@ setup(
         "dali": ["nvidia-dali-cuda120"],
         "generate": ["transformers>=4.45"],
         "bench": PEERS,
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", *PEERS],
+        "dev": ["pytest", "triton; sys_platform == 'linux'", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", *PEERS],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )

@@ -1,0 +1,85 @@
+"""Compiles Triton kernels for Hopper (sm_90) on a machine without a GPU, and reads what they use.
+
+Kernels are compiled in the process of the tests, where Triton is itself. The interpreter
+(`TRITON_INTERPRET=1`) replaces every kernel and Triton's own functions when they are decorated, so it lives
+in a process of its own: see tests/kernels/interpreter.py.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the binary of one kernel asks of a multiprocessor."""
+
+    registers: int  # a thread; at most 255
+    shared_bytes: int  # a program
+    stack_bytes: int  # a thread: spilled registers live here
+    local_bytes: int  # a thread
+
+
+def compiled_resources(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+) -> Resources:
+    """Compiles `kernel` for compute capability 9.0 and reads its registers, shared and spilled bytes.
+
+    kernel: a function under `@triton.jit`.
+    signature: type by argument, as `triton.compile` wants it: "*bf16", "i32", "fp32". ":16" behind a type
+      says that the value is a multiple of 16, which a launch finds out by itself: "*bf16:16", "i64:16".
+    constexprs: value by `tl.constexpr` argument.
+    Raises `AssertionError` where the two do not name exactly the kernel's arguments.
+    """
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    assert isinstance(kernel, triton.JITFunction), (
+        f"{kernel} belongs to the interpreter: unset TRITON_INTERPRET"
+    )
+    assert {*signature, *constexprs} == {*kernel.arg_names}, kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={
+            name: "constexpr" if name in constexprs else signature[name].split(":")[0]
+            for name in kernel.arg_names
+        },
+        constexprs=dict(constexprs),
+        attrs={
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind.endswith(":16")
+        },
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps, "num_stages": num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    # what a launch asks for is in the metadata; the binary names only what is fixed when it is linked
+    return Resources(
+        registers=found["REG"],
+        shared_bytes=max(found["SHARED"], compiled.metadata.shared),
+        stack_bytes=found["STACK"],
+        local_bytes=found["LOCAL"],
+    )

@@ -1,0 +1,39 @@
+"""The compile harness sees what a kernel uses: without this, "no spills" could not fail."""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton import language as tl  # noqa: E402
+
+from tests.kernels.sm90 import compiled_resources  # noqa: E402
+
+
+@triton.jit
+def scale_rows(pointer, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.program_id(0) * stride + tl.arange(0, SIZE)
+    row = tl.load(pointer + offsets)
+    tl.store(pointer + offsets, row / tl.sum(row))
+
+
+def test_a_small_kernel_fits() -> None:
+    """512 fp32 over 4 warps are 4 a thread; the sum over warps passes one fp32 a warp, in shared memory."""
+    used = compiled_resources(
+        scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 512}, num_warps=4
+    )
+    assert used.registers <= 40
+    assert 16 <= used.shared_bytes <= 2048
+    assert used.stack_bytes == used.local_bytes == 0
+
+
+def test_a_spill_is_seen() -> None:
+    """16,384 fp32 on one warp are 512 a thread: 2,048 bytes, and a thread has 255 registers of 4 bytes."""
+    used = compiled_resources(
+        scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 16384}, num_warps=1
+    )
+    assert used.stack_bytes >= 4 * (512 - 255)
+
+
+def test_arguments_must_match() -> None:
+    with pytest.raises(AssertionError, match="stride"):
+        compiled_resources(scale_rows, {"pointer": "*fp32"}, {"SIZE": 512}, num_warps=4)
