@@ -1,6 +1,7 @@
 from setuptools import find_packages, setup
 
 PEERS = ["transformers>=4.45", "trl>=1.16"]  # what tests and benchmarks compare with
+TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
 # `apex` on PyPI is not NVIDIA's and must never be named here; `megatron-post doctor` recognises it.
@@ -33,7 +34,7 @@ setup(
         "dali": ["nvidia-dali-cuda120"],
         "generate": ["transformers>=4.45"],
         "bench": PEERS,
-        "dev": ["pytest", "triton; sys_platform == 'linux'", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", *PEERS],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", TRITON, *PEERS],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )
