@@ -1,0 +1,211 @@
+"""Per-token log-probability straight from hidden states, without the logits of all tokens.
+
+    logp_t = x_t[label_t] - log sum_i exp x_t[i],    x_t = W h_t
+
+Tokens go in chunks: cuBLAS writes a chunk's logits into one buffer that all chunks share, and a kernel reads
+the statistics off them (vocabulary_softmax.py has the equations). One collective for all tokens closes the
+forward pass, which keeps hidden, weight and two numbers a token. The backward pass computes each chunk's
+logits again, turns them in place into their gradient dx, and adds
+    dh_t = W^T dx_t         dW = sum_t dx_t h_t^T   (in fp32 over all chunks)
+That is 8 t v h floating-point operations where keeping the logits would take 6 and 2 t v bytes.
+Shapes: t tokens, h hidden, v padded vocabulary, tp ranks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_post_kernels.implementation import Implementation, resolve
+from megatron_post_kernels.logprob import logprob_reference
+from megatron_post_kernels.vocabulary_softmax import (
+    VocabularyShard,
+    accumulation_dtype,
+    combine_statistics,
+    compute_statistics,
+    write_gradient,
+)
+
+_CHUNK_BYTES = (
+    512 * 2**20
+)  # logits of a chunk: enough rows to fill a GPU, little beside weights and gradients
+
+
+def linear_logprob_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    valid_rows: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probabilities [t] of hidden [t, h] and a whole weight [v, h], in plain torch and in their dtype."""
+    logps, _ = logprob_reference(hidden @ weight.T, labels, valid_rows=valid_rows, ignore_index=ignore_index)
+    return logps
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        shard: VocabularyShard,
+        chunk_tokens: int,
+        sequence_parallel: bool,
+        weight_grad: Tensor | None,
+    ) -> Tensor:
+        all_hidden = _gathered(hidden, shard) if sequence_parallel else hidden
+        statistics = hidden.new_empty(3, len(labels), dtype=accumulation_dtype(hidden))
+        for chunk, logits in _chunks(all_hidden, weight, chunk_tokens, shard):
+            compute_statistics(logits, labels[chunk], statistics[:, chunk], shard)
+        logps, _, normalizers = combine_statistics(statistics, labels, shard)
+        ctx.save_for_backward(hidden, weight, labels, normalizers)
+        ctx.shard, ctx.chunk_tokens, ctx.sequence_parallel = shard, chunk_tokens, sequence_parallel
+        ctx.weight_grad = weight_grad
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logps_grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, normalizers = ctx.saved_tensors
+        shard, weight_grad = ctx.shard, ctx.weight_grad
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        all_hidden = _gathered(hidden, shard) if ctx.sequence_parallel else hidden
+        hidden_grad = all_hidden.new_empty(all_hidden.shape) if needs_hidden else None
+        if needs_weight and weight_grad is None:
+            weight_grad = torch.zeros_like(weight, dtype=accumulation_dtype(weight))
+        for chunk, logits in _chunks(all_hidden, weight, ctx.chunk_tokens, shard):
+            write_gradient(logits, labels[chunk], normalizers[:, chunk], logps_grad[chunk], shard)
+            if hidden_grad is not None:
+                torch.mm(logits, weight[: shard.valid_rows], out=hidden_grad[chunk])
+            if needs_weight:
+                _add_product(weight_grad[: shard.valid_rows], logits.T, all_hidden[chunk])
+        if hidden_grad is not None and shard.group_size > 1:
+            hidden_grad = _summed(hidden_grad, hidden.shape, ctx.sequence_parallel, shard)
+        returned = weight_grad.to(weight.dtype) if needs_weight and ctx.weight_grad is None else None
+        return hidden_grad, returned, None, None, None, None, None
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, chunk_tokens: int, shard: VocabularyShard
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits [at most chunk_tokens, valid_rows] of one chunk after the other, in the same memory."""
+    tokens = len(hidden)
+    buffer = hidden.new_empty(min(chunk_tokens, tokens), len(weight))[:, : shard.valid_rows]
+    for start in range(0, tokens, chunk_tokens):
+        chunk = slice(start, min(start + chunk_tokens, tokens))
+        logits = buffer[: chunk.stop - start]
+        torch.mm(hidden[chunk], weight[: shard.valid_rows].T, out=logits)
+        yield chunk, logits
+
+
+def _chunk_tokens(tokens: int, weight: Tensor) -> int:
+    """Even chunks of whole 128 tokens, the tile of a matrix multiplication, within `_CHUNK_BYTES`.
+
+    Padding rows count, so that every rank of a group cuts alike.
+    """
+    most = max(128, _CHUNK_BYTES // (len(weight) * weight.element_size()) // 128 * 128)
+    chunks = max(1, -(-tokens // most))
+    return max(128, -(-tokens // (chunks * 128)) * 128)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, accumulated in the dtype of `out`, which may be wider than theirs."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    elif out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(left.to(out.dtype), right.to(out.dtype))
+
+
+def _gathered(hidden: Tensor, shard: VocabularyShard) -> Tensor:
+    if shard.group_size == 1:
+        return hidden
+    result = hidden.new_empty(shard.group_size * len(hidden), hidden.shape[1])
+    torch.distributed.all_gather_into_tensor(result, hidden.contiguous(), group=shard.group)
+    return result
+
+
+def _summed(
+    hidden_grad: Tensor, shape: torch.Size, sequence_parallel: bool, shard: VocabularyShard
+) -> Tensor:
+    """The gradient summed over the ranks; with sequence parallelism the rows of this rank's tokens alone."""
+    if not sequence_parallel:
+        torch.distributed.all_reduce(hidden_grad, group=shard.group)
+        return hidden_grad
+    own = hidden_grad.new_empty(shape)
+    torch.distributed.reduce_scatter_tensor(own, hidden_grad, group=shard.group)
+    return own
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    valid_rows: int | None = None,
+    sequence_parallel: bool = False,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    weight_grad: Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Log-probability of each label, in nats, without a [t, v/tp] of all tokens.
+
+    hidden: [t, h], with `sequence_parallel` this rank's [t/tp, h]: bf16, fp16 or fp32 (float64 with
+      impl="torch").
+    weight: [v/tp, h] of hidden's dtype, this rank's vocabulary rows.
+    labels: int64 [t], the whole vocabulary's ids, the same on every rank of `group`.
+    group: tensor-parallel ranks, each with as many rows, in their order. All of them must call alike.
+    valid_rows: rows of this shard that are real; those behind them are padding, and are not even read.
+    sequence_parallel: gather hidden over `group`, here and again in the backward pass, and scatter its
+      gradient. Without it the gradient is all-reduced: hidden's is whole on every rank, either way.
+    chunk_tokens: tokens whose logits exist at one time. Default: even chunks of at most 512 MiB of logits
+      (2,048 tokens of 128,256 rows in bf16). Small ones are slow: every chunk reads the weight three times,
+      and reads and writes its gradient.
+    weight_grad: fp32 [v/tp, h] into which the backward pass adds the weight's gradient, such as Megatron's
+      `main_grad`; autograd then gets None for the weight. Without it, the sum over chunks is kept in an fp32
+      buffer of the backward pass, rounded once to the weight's dtype. Untouched where the weight is frozen.
+    What needs no gradient costs none: neither a frozen weight's nor a frozen hidden's is computed or
+    allocated, and under `torch.no_grad` nothing is saved.
+    Returns fp32 [t] (float64 for float64), 0 where the label is `ignore_index`, -inf for a label that no rank
+    has. Deterministic as far as the matrix multiplications are. Gradients that arrive for ignored tokens may
+    be NaN.
+    Raises `ValueError` for shapes and types that do not fit.
+    """
+    shard = VocabularyShard(
+        len(weight),
+        len(weight) if valid_rows is None else valid_rows,
+        group,
+        ignore_index,
+        resolve(impl, hidden),
+    )
+    ranks = shard.group_size if sequence_parallel else 1
+    if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:]:
+        raise ValueError(f"hidden {list(hidden.shape)}, weight {list(weight.shape)}: want [t, h], [v/tp, h]")
+    if labels.shape != (ranks * len(hidden),) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels {list(labels.shape)} of {labels.dtype}: want int64 [{ranks * len(hidden)}], one for "
+            f"each of {len(hidden)} hidden states on {ranks} rank(s)"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: want one type")
+    wanted = accumulation_dtype(weight)
+    if weight_grad is not None and (weight_grad.shape != weight.shape or weight_grad.dtype != wanted):
+        given = f"{list(weight_grad.shape)} of {weight_grad.dtype}"
+        raise ValueError(f"weight_grad {given}: want {list(weight.shape)} of {wanted}")
+    if chunk_tokens is None:
+        chunk_tokens = _chunk_tokens(len(labels), weight)
+    elif chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: want at least 1")
+    return _LinearLogprob.apply(
+        hidden, weight, labels.contiguous(), shard, chunk_tokens, sequence_parallel, weight_grad
+    )
