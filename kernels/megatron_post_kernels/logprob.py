@@ -6,7 +6,7 @@ i runs over the real vocabulary rows of all ranks, never over padding. The equat
 and of its gradient are in vocabulary_softmax.py. Shapes: t tokens, v padded vocabulary, tp ranks.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,32 @@ class _Logprob(torch.autograd.Function):
             logits, labels, normalizers, logps_grad, ctx.shard, entropy=entropy, entropy_grad=entropy_grad
         )
         return logits, None, None, None
+
+
+@overload
+def logprob(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    valid_rows: int | None = None,
+    ignore_index: int = -100,
+    with_entropy: Literal[False] = False,
+    impl: Implementation = "auto",
+) -> Tensor: ...
+
+
+@overload
+def logprob(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    valid_rows: int | None = None,
+    ignore_index: int = -100,
+    with_entropy: Literal[True],
+    impl: Implementation = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def logprob(

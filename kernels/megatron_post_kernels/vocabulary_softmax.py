@@ -90,10 +90,11 @@ def combine_statistics(
     Returns logps [t], the entropy [t] (None without a fourth row) and the normalizers m and log s [2, t].
     logps and entropy are 0 where the label is ignored; a label outside the vocabulary gives -inf.
     """
-    gathered = statistics[None]
+    gathered = statistics
     if shard.group_size > 1:
-        gathered = statistics.new_empty(shard.group_size, *statistics.shape)
+        gathered = statistics.new_empty(shard.group_size * len(statistics), len(labels))
         torch.distributed.all_gather_into_tensor(gathered, statistics, group=shard.group)
+    gathered = gathered.view(shard.group_size, *statistics.shape)
     ignored = labels == shard.ignore_index
     maxima, totals, targets = gathered[:, 0], gathered[:, 1], gathered[:, 2]
     maximum = maxima.amax(0)
