@@ -7,12 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_post.launch.commands import launch_app
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Post-training for Llama 3 on megatron-core.")  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Pack data into a store, and look into it.")
 config_app = typer.Typer(no_args_is_help=True, help="Show and describe configs.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
+app.add_typer(launch_app, name="launch")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[

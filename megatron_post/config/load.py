@@ -3,14 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from megatron_post.config.schema import Config
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -23,7 +25,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible
     layout.
     """
-    return validate(_read(Path(path), seen=()), overrides, origin=str(path))
+    return validate(read_tree(path), overrides, origin=str(path))
+
+
+def read_tree(path: str | Path) -> DictConfig:
+    """A YAML file merged over its bases, unvalidated. Raises `ConfigError` where one cannot be read."""
+    return _read(Path(path), seen=())
 
 
 def validate(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Config:
@@ -36,8 +43,13 @@ def validate(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Conf
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{origin}: {error}") from error
+    return parse(Config, values, origin=origin)
+
+
+def parse(model: type[Model], values: Any, *, origin: str) -> Model:
+    """Plain values as a pydantic model; `origin` names them in the `ConfigError`, which lists every error."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _describe(item)]
         raise ConfigError(

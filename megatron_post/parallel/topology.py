@@ -1,7 +1,6 @@
 """Process groups of a run, and where this rank stands in each of them."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_post.config.schema import Parallel
 from megatron_post.parallel.cpu import cpu_as_cuda
+from megatron_post.parallel.environment import rank_from_environment
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,6 @@ class Topology:
         return first and self.pipeline_rank == self.groups.pp.size() - 1
 
 
-def rank_from_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) that torchrun, or nobody for a single process, has set."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
-
-
 @contextlib.contextmanager
 def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0) -> Iterator[Topology]:
     """Join the process group, build megatron-core's groups and seed its generators; leave all of it on exit.
@@ -64,8 +58,8 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
             device_id=device if has_gpu else None,
             # a single process needs no rendezvous, and hence no port
             store=dist.HashStore() if world_size == 1 else None,
-            rank=rank if world_size == 1 else -1,
-            world_size=world_size if world_size == 1 else -1,
+            rank=rank,
+            world_size=world_size,
         )
         try:
             yield _join_groups(parallel, seed=seed, rank=rank, world_size=world_size, device=device)

@@ -27,7 +27,7 @@ ALLOWED = {
     "demo": {"config", "data", "parallel", "models", "losses", "stages", "convert", "train", "rounds"},
     "plan": {"config", "models", "parallel"},
     "rounds": {"config", "data", "parallel", "models", "stages", "convert", "train", "plan"},
-    "launch": {"config", "data", "convert", "train", "plan"},
+    "launch": {"config", "data", "parallel.environment", "convert", "train", "plan"},
     "cli": {"config", "data", "convert", "train", "plan", "rounds", "launch", "demo", "bench", "doctor"},
     "__main__": {"cli"},
 }

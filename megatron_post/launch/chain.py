@@ -1,0 +1,101 @@
+"""A chain of jobs: named steps, each a megatron-post command that starts when those before it succeeded."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from pydantic import Field, PositiveInt, model_validator
+
+from megatron_post.config.load import parse, read_tree
+from megatron_post.config.schema import Section
+from megatron_post.launch import slurm
+from megatron_post.launch.cluster import Cluster, Line
+from megatron_post.launch.record import Submitted, remember
+from megatron_post.launch.script import Job, launch_folder
+
+
+class Step(Section):
+    """One job of a chain."""
+
+    name: Line
+    command: tuple[Line, ...] = Field(min_length=1, description="what follows `megatron-post`")
+    run_dir: Line | None = Field(None, description="of a training step: where its checkpoints are looked for")
+    nodes: PositiveInt = 1
+    ranks_per_node: PositiveInt | None = Field(None, description="null: the cluster's; 1: a single process")
+    after: tuple[str, ...] = Field((), description="steps that must have ended with 0")
+
+
+class Chain(Section):
+    """A chain file."""
+
+    run_dir: Line = Field(description="logs of the steps without a run_dir, and the record of all jobs")
+    steps: tuple[Step, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _can_be_ordered(self) -> "Chain":
+        names = [step.name for step in self.steps]
+        errors = [
+            f"step {name!r} is named twice" for name in sorted({n for n in names if names.count(n) > 1})
+        ]
+        errors += [
+            f"step {step.name!r} comes after {name!r}, which is no step"
+            for step in self.steps
+            for name in step.after
+            if name not in names
+        ]
+        if not errors:
+            left = {step.name: set(step.after) for step in self.steps}
+            while ready := [name for name, after in left.items() if not after & left.keys()]:
+                for name in ready:
+                    del left[name]
+            if left:
+                errors.append(f"steps wait for each other: {', '.join(left)}")
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self
+
+    def ordered(self) -> list[Step]:
+        """The steps so that each stands behind those that it comes after; else in the file's order."""
+        done: list[Step] = []
+        waiting = list(self.steps)
+        while waiting:
+            names = {step.name for step in done}
+            step = next(step for step in waiting if set(step.after) <= names)
+            waiting.remove(step)
+            done.append(step)
+        return done
+
+    def jobs(self, directory: Path) -> dict[str, Job]:
+        """Step name -> its job, in order."""
+        return {
+            step.name: Job(
+                name=step.name,
+                command=step.command,
+                run_dir=step.run_dir or self.run_dir,
+                directory=directory,
+                nodes=step.nodes,
+                ranks_per_node=step.ranks_per_node,
+            )
+            for step in self.ordered()
+        }
+
+
+def load_chain(path: str | Path) -> Chain:
+    """Read a chain file. Raises `ConfigError` with every error at once."""
+    return parse(Chain, OmegaConf.to_container(read_tree(path), resolve=True), origin=str(path))
+
+
+def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submitted]:
+    """Queue all steps. Raises `SlurmError`, with nothing left in the queue, where one is refused."""
+    jobs = chain.jobs(directory)
+    ids: dict[str, int] = {}
+    after = {step.name: step.after for step in chain.steps}
+    submitted = []
+    try:
+        for name, job in jobs.items():
+            before = tuple(ids[other] for other in after[name])
+            ids[name] = slurm.submit(job, cluster, after=before)
+            submitted.append(remember(launch_folder(directory / chain.run_dir), job, ids[name], after=before))
+    except slurm.SlurmError:
+        slurm.cancel(list(ids.values()))
+        raise
+    return submitted

@@ -1,0 +1,109 @@
+"""`megatron-post launch`: its options, and what it prints."""
+
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _SubmitByDefault(TyperGroup):
+    """`launch CONFIG` means `launch submit CONFIG`; a config named like a command is reached as ./NAME."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["submit", *args]
+        return super().parse_args(ctx, args)
+
+
+launch_app = typer.Typer(
+    cls=_SubmitByDefault,
+    no_args_is_help=True,
+    help="Run on Slurm: `launch CONFIG --cluster FILE [--dry-run] [-- KEY=VALUE...]`.",
+)
+ClusterPath = Annotated[str, typer.Option(help="YAML file of the cluster")]
+DryRun = Annotated[bool, typer.Option(help="Print the script and where ranks land; queue nothing.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN", help="run_dir of what was launched")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[-- KEY=VALUE...]")]
+
+
+@launch_app.command("submit")
+def submit(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")],
+    cluster: ClusterPath,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="By default the fewest that hold the model.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; by default the run_dir's.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Check everything, then queue a training run. The word `submit` may be left out."""
+    from megatron_post.launch.launch import launch_run
+
+    launch_run(config, cluster, overrides or (), nodes=nodes, name=name, dry_run=dry_run)
+
+
+@launch_app.command("round")
+def launch_round(
+    chain: Annotated[str, typer.Argument(metavar="CHAIN", help="YAML file of steps and their order")],
+    cluster: ClusterPath,
+    dry_run: DryRun = False,
+) -> None:
+    """Queue a chain of jobs, each to start once those before it have succeeded."""
+    from megatron_post.launch.launch import launch_chain
+
+    launch_chain(chain, cluster, dry_run=dry_run)
+
+
+@launch_app.command("status")
+def status(run: RunDir) -> None:
+    """Show the jobs of a run: state, restarts, newest checkpoint, and why the last one ended."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_post.launch.record import status_rows
+
+    rows = status_rows(run)
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table, markup=False, highlight=False)
+
+
+@launch_app.command("cancel")
+def cancel(run: RunDir) -> None:
+    """Cancel the jobs of a run that have not ended."""
+    from megatron_post.launch.record import cancel_run
+
+    print("cancelled:", ", ".join(map(str, cancel_run(run))) or "none, all have ended")
+
+
+@launch_app.command("logs")
+def logs(
+    run: RunDir,
+    lines: Annotated[int, typer.Option(min=1, help="Lines of each log.")] = 40,
+    follow: Annotated[bool, typer.Option(help="Go on with the newest log.")] = False,
+) -> None:
+    """Print the end of the log of every job of a run."""
+    from megatron_post.launch.record import submitted_jobs, tail
+
+    jobs = submitted_jobs(run)
+    for job in jobs:
+        print(f"==> {job.job_id} {job.name}: {job.log}")
+        print(tail(job.log, lines) if job.log.is_file() else "(no log yet)", flush=True)
+    if follow:
+        subprocess.run(["tail", "-n", "0", "-F", "--", str(jobs[-1].log)])
+
+
+@launch_app.command("check-nodes", hidden=True)
+def check(
+    config: Annotated[str, typer.Argument(metavar="CONFIG")],
+    overrides: Overrides = None,
+) -> None:
+    """The node check at job start; one process a rank."""
+    from megatron_post.config.load import load_config
+    from megatron_post.launch.node_check import check_nodes
+
+    sys.exit(0 if check_nodes(load_config(config, overrides or ()).parallel) else 1)

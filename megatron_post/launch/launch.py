@@ -1,0 +1,92 @@
+"""`megatron-post launch`: read, check, and queue; or show what would be queued."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_post.config.load import ConfigError, load_config
+from megatron_post.config.schema import Config
+from megatron_post.launch import slurm
+from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.launch.cluster import Cluster, load_cluster
+from megatron_post.launch.placement import fewest_nodes, place
+from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
+from megatron_post.launch.record import remember
+from megatron_post.launch.script import Job, render
+
+
+def launch_run(
+    config_path: str,
+    cluster_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    nodes: int | None = None,
+    name: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Check and queue a training run. Raises `ConfigError` with every finding, nothing being queued then.
+
+    dry_run: print the script and the placement, and only what the config and the cluster say against them.
+    """
+    config, cluster, job = planned_run(config_path, cluster_path, overrides, nodes=nodes, name=name)
+    if dry_run:
+        _show(job, cluster)
+        raise_for(layout_findings(config, cluster, nodes=job.nodes), config_path)
+        placement = place(config.parallel, nodes=job.nodes, ranks_per_node=cluster.ranks)
+        print("\n".join(f"# {line}" for line in placement.describe()))
+        return
+    raise_for(findings(config, job, cluster), config_path)
+    job_id = slurm.submit(job, cluster)
+    submitted = remember(job.folder, job, job_id)
+    print(f"job {job_id} queued: {job.nodes} nodes x {cluster.ranks} ranks; log {submitted.log}")
+
+
+def planned_run(
+    config_path: str,
+    cluster_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    nodes: int | None = None,
+    name: str | None = None,
+) -> tuple[Config, Cluster, Job]:
+    """Config, cluster and job of a training run. Raises one `ConfigError` for the errors of both files."""
+    errors: list[str] = []
+    try:
+        config = load_config(config_path, overrides)
+    except ConfigError as error:
+        errors.append(str(error))
+    try:
+        cluster = load_cluster(cluster_path)
+    except ConfigError as error:
+        errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
+    job = Job(
+        name=name or config.run_dir,
+        command=("train", config_path, *overrides),
+        run_dir=config.run_dir,
+        directory=Path.cwd(),
+        nodes=nodes or fewest_nodes(config.parallel, ranks_per_node=cluster.ranks),
+    )
+    return config, cluster, job
+
+
+def launch_chain(chain_path: str, cluster_path: str, *, dry_run: bool = False) -> None:
+    """Check and queue a chain of jobs. Its steps' data do not exist yet: only Slurm is asked about them."""
+    chain, cluster = load_chain(chain_path), load_cluster(cluster_path)
+    jobs = chain.jobs(Path.cwd())
+    if dry_run:
+        for job in jobs.values():
+            _show(job, cluster)
+        return
+    raise_for(
+        [f"step {name!r}: {text}" for name, job in jobs.items() for text in slurm_findings(job, cluster)],
+        chain_path,
+    )
+    for submitted in submit_chain(chain, cluster, Path.cwd()):
+        after = f", after {', '.join(map(str, submitted.after))}" if submitted.after else ""
+        print(f"job {submitted.job_id} queued: {submitted.name}{after}; log {submitted.log}")
+
+
+def _show(job: Job, cluster: Cluster) -> None:
+    print(f"# {slurm.submission(job, cluster)} <<'SCRIPT'")
+    print(render(job, cluster))

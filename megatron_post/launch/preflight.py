@@ -1,0 +1,138 @@
+"""Everything that can be found wrong with a launch before it queues, all of it at once."""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_post.config.layout import segment_multiple, store_layout, world_errors
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Config
+from megatron_post.data.store import GROUPS, open_store
+from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.launch import slurm
+from megatron_post.launch.cluster import Cluster
+from megatron_post.launch.placement import place
+from megatron_post.launch.script import Job
+
+
+def findings(config: Config, job: Job, cluster: Cluster, *, ask_slurm: bool = True) -> list[str]:
+    """Every reason why this run would fail on this cluster; empty if none is found."""
+    found = layout_findings(config, cluster, nodes=job.nodes)
+    found += data_findings(config, job.directory)
+    found += disk_findings(config, job.directory)
+    if cluster.container is not None:
+        found += mount_findings(config, job.directory, cluster.container.mounts)
+    if ask_slurm:
+        found += slurm_findings(job, cluster)
+    return found
+
+
+def raise_for(found: Sequence[str], origin: str) -> None:
+    """Raises `ConfigError` with all findings, if there are any."""
+    if found:
+        lines = "\n".join(f"  - {line}" for text in found for line in text.splitlines())
+        raise ConfigError(f"{origin}: {len(found)} finding(s), nothing was queued\n{lines}")
+
+
+def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str]:
+    """The config on nodes x ranks: group sizes, batch, and tensor-parallel groups inside nodes."""
+    found = world_errors(
+        config,
+        world_size=nodes * cluster.ranks,
+        has_gpu=cluster.gpus_per_node > 0,
+        has_transformer_engine=True,  # the nodes' affair: a login node may have none
+    )
+    if nodes * cluster.ranks % config.parallel.model_size == 0:
+        found += place(config.parallel, nodes=nodes, ranks_per_node=cluster.ranks).errors()
+    return found
+
+
+def data_findings(config: Config, directory: Path) -> list[str]:
+    """Weights, tokenizer and store: there, readable, and made for one another."""
+    found = []
+    weights = config.model.init_from
+    if weights is not None and not (directory / weights).is_dir():
+        found.append(f"model.init_from={weights} is no directory here")
+    try:
+        tokenizer = load_tokenizer(str(directory / config.tokenizer.path))
+    except (ValueError, OSError) as error:
+        found.append(f"tokenizer.path={config.tokenizer.path}: {error}")
+        fingerprint = None
+    else:
+        fingerprint = tokenizer.fingerprint
+        if tokenizer.vocab_size > config.model.vocab_size:
+            found.append(
+                f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} ids, more than "
+                f"model.vocab_size={config.model.vocab_size}"
+            )
+    for group in GROUPS if config.data.eval_sources else GROUPS[:1]:
+        try:
+            open_store(
+                directory / config.data.store,
+                group,
+                pack_length=config.data.pack_length,
+                segment_multiple=segment_multiple(config),
+                tokenizer_fingerprint=fingerprint,
+                layout=store_layout(config),
+            )
+        except (ValueError, OSError) as error:
+            found.append(f"data.store, {group}: {error}")
+            break
+    return found
+
+
+def disk_findings(config: Config, directory: Path) -> list[str]:
+    """Room and permission for the checkpoints that will lie side by side, the one being written included."""
+    place = directory / config.run_dir
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        return [f"run_dir={config.run_dir}: {place} is not writable"]
+    need = (config.checkpoint.keep + 1) * checkpoint_bytes(config)
+    free = shutil.disk_usage(place).free
+    if need <= free:
+        return []
+    return [
+        f"run_dir={config.run_dir}: {config.checkpoint.keep + 1} checkpoints (checkpoint.keep="
+        f"{config.checkpoint.keep}, and the one being written) take {need / 1e9:.1f} GB, {place} has "
+        f"{free / 1e9:.1f} GB free"
+    ]
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a checkpoint: per parameter the weight and Adam's two moments in fp32, and with bf16 weights
+    their fp32 masters as well, 4 + 8 or 2 + 4 + 8 bytes."""
+    from megatron_post.convert.mapping import hf_shapes
+
+    parameters = sum(math.prod(shape) for shape in hf_shapes(config.model).values())
+    return parameters * (14 if config.precision.dtype == "bf16" else 12)
+
+
+def mount_findings(config: Config, directory: Path, mounts: Sequence[str]) -> list[str]:
+    """Paths that the container would not show at the place where the config names them."""
+    inside = [Path(host) for host, target in (text.split(":")[:2] for text in mounts) if host == target]
+    paths = {
+        "the working directory": directory,
+        "run_dir": directory / config.run_dir,
+        "tokenizer.path": directory / config.tokenizer.path,
+        "data.store": directory / config.data.store,
+    }
+    if config.model.init_from is not None:
+        paths["model.init_from"] = directory / config.model.init_from
+    missing = [text.split(":")[0] for text in mounts if not Path(text.split(":")[0]).exists()]
+    return [f"container.mounts: {path} does not exist here" for path in missing] + [
+        f"{name}: {path} is under no container mount of the same path inside and outside"
+        for name, path in paths.items()
+        if not any(path.absolute().is_relative_to(mount) for mount in inside)
+    ]
+
+
+def slurm_findings(job: Job, cluster: Cluster) -> list[str]:
+    """What `sbatch --test-only` has against the job."""
+    try:
+        slurm.test_only(job, cluster)
+    except slurm.SlurmError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,120 @@
+"""From a job to what sbatch is given: options as arguments, and the script with its settings written in.
+
+Options travel as arguments and never through a shell or `#SBATCH` lines; every value in the script is quoted.
+So a name like `$(rm -rf ~)` is a name.
+"""
+
+import shlex
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from megatron_post.launch.cluster import Cluster, one_line
+
+_BEGIN, _END = "# >>> settings\n", "# <<< settings\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Slurm job: a command of megatron-post on all ranks of some nodes.
+
+    name: as Slurm shows it. command: what follows `megatron-post`. run_dir: where its checkpoints are looked
+    for and its log goes, relative to `directory`, in which it runs. ranks_per_node: the cluster's unless
+    given, as for a command that is one process.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    run_dir: str
+    directory: Path
+    nodes: int = 1
+    ranks_per_node: int | None = None
+
+    def __post_init__(self) -> None:
+        for text in (self.name, *self.command, self.run_dir, str(self.directory)):
+            one_line(text)
+
+    @property
+    def log(self) -> Path:
+        """The job's log, with Slurm's `%j` for the job id."""
+        return self.folder / f"{self._file_name}-%j.log"
+
+    @property
+    def folder(self) -> Path:
+        """Where the launcher keeps what it knows of a run."""
+        return launch_folder(self.directory / self.run_dir)
+
+    @property
+    def _file_name(self) -> str:
+        """A name for files: other characters than letters, digits, dot, dash and underscore become dashes."""
+        kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in self.name)
+        return kept.strip(".-")[:80] or "job"
+
+
+def launch_folder(run_dir: Path) -> Path:
+    """Logs, submitted jobs and progress notes of a run; `train.sbatch` writes into the same folder."""
+    return run_dir / "slurm"
+
+
+def sbatch_options(job: Job, cluster: Cluster) -> list[str]:
+    """Arguments of sbatch for a job, without those that depend on other jobs."""
+    ranks = job.ranks_per_node or cluster.ranks
+    gpus = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
+    options = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": ranks,
+        "cpus-per-task": cluster.cpus_per_node // ranks,
+        "gpus-per-node": gpus if cluster.gpus_per_node else None,
+        "time": cluster.time_limit,
+        "signal": f"B:USR1@{cluster.warning_seconds}",
+        "open-mode": "append",
+        # sbatch expands % in this one
+        "output": str(job.log.parent).replace("%", "%%") + "/" + job.log.name,
+        "chdir": job.directory,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": ",".join(cluster.exclude) or None,
+        "mem": cluster.memory,
+    }
+    flags = ["--requeue", *(["--exclusive"] if cluster.exclusive else [])]
+    return [f"--{name}={value}" for name, value in options.items() if value is not None] + flags
+
+
+def render(job: Job, cluster: Cluster) -> str:
+    """The script: `train.sbatch` with its settings replaced by this job's."""
+    template = resources.files("megatron_post.launch").joinpath("train.sbatch").read_text()
+    head, rest = template.split(_BEGIN)
+    _, body = rest.split(_END)
+    header = "".join(line for line in head.splitlines(keepends=True) if not line.startswith("#SBATCH"))
+    return header + _BEGIN + "\n".join(_settings(job, cluster)) + "\n" + _END + body
+
+
+def _settings(job: Job, cluster: Cluster) -> list[str]:
+    def array(name: str, values: list[str]) -> str:
+        return f"{name}=({shlex.join(values)})"
+
+    container: list[str] = []
+    if cluster.container is not None:
+        container = [
+            f"--container-image={cluster.container.image}",
+            f"--container-workdir={job.directory}",
+            "--no-container-mount-home",
+        ]
+        if cluster.container.mounts:
+            container.append(f"--container-mounts={','.join(cluster.container.mounts)}")
+    setup = cluster.setup or (":",)
+    return [
+        f"PYTHON={shlex.quote(cluster.python)}",
+        f"RUN_DIR={shlex.quote(job.run_dir)}",
+        f"MAX_STALLED_RESTARTS={cluster.max_stalled_restarts}",
+        f"NODE_CHECK={int(cluster.node_check)}",
+        array("CONTAINER", container),
+        *(f"export {name}={shlex.quote(value)}" for name, value in sorted(cluster.environment.items())),
+        "setup() {",
+        *(f"    {line}" for line in setup),
+        "}",
+        array("command", list(job.command)),
+    ]

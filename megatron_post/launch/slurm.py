@@ -1,0 +1,125 @@
+"""Slurm's commands and what they answer, parsed. Nothing else in the package runs them."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_post.launch.cluster import Cluster
+from megatron_post.launch.script import Job, render, sbatch_options
+
+# squeue's columns have fixed widths: no value can then be taken for two
+_COLUMNS = {"State": 24, "RestartCnt": 12, "Reason": 80, "TimeUsed": 24, "TimeLeft": 24, "NodeList": 400}
+FINAL_STATES = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
+)  # fmt: skip
+
+
+class SlurmError(ValueError):
+    """Slurm refused something or is not there; the message has the command and its answer."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says of a job. Times are as Slurm writes them; fields that it does not tell are empty."""
+
+    state: str
+    restarts: int = 0
+    reason: str = ""
+    time_used: str = ""
+    time_left: str = ""
+    nodes: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        return self.state.split()[0] in FINAL_STATES
+
+
+def submit(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> int:
+    """Queue a job, to start once all jobs in `after` have ended with 0. Returns its id."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    answer = _run(_sbatch(job, cluster, after=after), stdin=render(job, cluster))
+    number = re.match(r"\d+", answer)
+    if number is None:
+        raise SlurmError(f"sbatch answered {answer!r} where a job id was expected")
+    return int(number[0])
+
+
+def test_only(job: Job, cluster: Cluster) -> str:
+    """What `sbatch --test-only` says of a job that it would accept. Raises `SlurmError` for another."""
+    return _run([*_sbatch(job, cluster), "--test-only"], stdin=render(job, cluster)).strip()
+
+
+def submission(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> str:
+    """The command line of `submit`, for a reader; the script is its standard input."""
+    return shlex.join(_sbatch(job, cluster, after=after))
+
+
+def job_state(job_id: int) -> JobState:
+    """State of a job that is queued, runs, or ended lately; of an older one from accounting, else UNKNOWN."""
+    layout = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
+    try:
+        lines = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={layout}"])
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        lines = ""
+    if not lines.strip():
+        return _accounted(job_id)
+    values, start = {}, 0
+    for name, width in _COLUMNS.items():
+        values[name] = lines.splitlines()[0][start : start + width].strip()
+        start += width
+    return JobState(
+        state=values["State"],
+        restarts=int(values["RestartCnt"] or 0),
+        reason=values["Reason"] if values["Reason"] != "None" else "",
+        time_used=values["TimeUsed"],
+        time_left=values["TimeLeft"],
+        nodes=values["NodeList"],
+    )
+
+
+def cancel(job_ids: Sequence[int]) -> None:
+    """Cancel jobs. A running one is told to save first (Slurm's SIGTERM, then KillWait seconds)."""
+    if job_ids:
+        _run(["scancel", *map(str, job_ids)])
+
+
+def _accounted(job_id: int) -> JobState:
+    """sacct's record of a job, where the cluster keeps one."""
+    try:
+        text = _run(
+            ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}",
+             "--format=State,Elapsed,NodeList"]
+        )  # fmt: skip
+    except SlurmError:
+        return JobState("UNKNOWN", reason="Slurm has forgotten this job and keeps no accounting")
+    if not text.strip():
+        return JobState("UNKNOWN", reason="Slurm knows no such job")
+    state, elapsed, nodes = text.splitlines()[-1].split("|")
+    return JobState(state, time_used=elapsed, nodes=nodes)
+
+
+def _sbatch(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> list[str]:
+    command = ["sbatch", "--parsable", *sbatch_options(job, cluster)]
+    if after:
+        # a job whose predecessor failed would wait for ever
+        command += [f"--dependency=afterok:{':'.join(map(str, after))}", "--kill-on-invalid-dep=yes"]
+    return command
+
+
+def _run(command: Sequence[str], *, stdin: str = "") -> str:
+    if shutil.which(command[0]) is None:
+        raise SlurmError(f"{command[0]} is not on the PATH: run this on a machine that submits Slurm jobs")
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within 120 s") from None
+    if done.returncode:
+        raise SlurmError(f"{shlex.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
+    # --test-only answers on stderr
+    return done.stdout or done.stderr

@@ -1,0 +1,71 @@
+"""A cluster file says everything that is wrong with it at once; the shipped ones say nothing."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_post.config.load import ConfigError
+from megatron_post.launch.cluster import load_cluster
+
+CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
+
+
+def _write(directory: Path, text: str) -> Path:
+    (directory / "cluster.yaml").write_text(text)
+    return directory / "cluster.yaml"
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_shipped(path: Path) -> None:
+    cluster = load_cluster(path)
+    assert cluster.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    with pytest.raises(ValidationError):
+        cluster.partition = "other"  # type: ignore[misc]
+
+
+def test_every_error_at_once(tmp_path: Path) -> None:
+    """A misspelt key, a missing one, a newline, a wrong time, a bad variable, a mount without a target."""
+    path = _write(
+        tmp_path,
+        """
+partiton: h100
+account: "a\\n#SBATCH --wrap=evil"
+time_limit: "one day"
+environment: {"A B": "1"}
+container: {image: x.sqsh, mounts: ["/data"]}
+""",
+    )
+    with pytest.raises(ConfigError) as error:
+        load_cluster(path)
+    message = str(error.value)
+    assert "6 error(s)" in message
+    assert "partiton: unknown key (value 'h100')" in message
+    assert "cpus_per_node: missing" in message
+    assert "account: 'a\\n#SBATCH --wrap=evil' holds a newline" in message
+    assert "time_limit: 'one day' is no [days-]hours:minutes:seconds" in message
+    assert "environment: no names of environment variables: 'A B'" in message
+    assert "mounts must read /host:/container[:flags]" in message
+
+
+def test_numbers_must_add_up(tmp_path: Path) -> None:
+    path = _write(tmp_path, 'ranks_per_node: 9\ncpus_per_node: 4\ntime_limit: "5:00"\nwarning_seconds: 301\n')
+    with pytest.raises(ConfigError) as error:
+        load_cluster(path)
+    message = str(error.value)
+    assert "ranks_per_node=9 is more than gpus_per_node=8" in message
+    assert "cpus_per_node=4 is less than one for each of 9 ranks" in message
+    assert "warning_seconds=301 is not within time_limit=5:00" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30:00", 1800), ("2:00:00", 7200), ("1-06:00:30", 108030)],
+)
+def test_time_limit(tmp_path: Path, text: str, seconds: int) -> None:
+    assert load_cluster(_write(tmp_path, f'cpus_per_node: 8\ntime_limit: "{text}"\n')).seconds == seconds
+
+
+def test_inheritance(tmp_path: Path) -> None:
+    path = _write(tmp_path, f"base: {CLUSTERS[0]}\npartition: mine\n")
+    assert load_cluster(path) == load_cluster(CLUSTERS[0]).model_copy(update={"partition": "mine"})

@@ -1,0 +1,110 @@
+"""What reaches sbatch and bash is what was written in the files, character for character."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_post.launch.cluster import Cluster
+from megatron_post.launch.script import Job, render, sbatch_options
+
+EVIL = "$(touch WITNESS) `touch WITNESS`; touch WITNESS; 'a' \"b\" \\ $HOME *"
+TEMPLATE = Path(__file__).resolve().parents[3] / "launchers" / "slurm" / "train.sbatch"
+
+
+def _cluster(**values: Any) -> Cluster:
+    return Cluster(**{"cpus_per_node": 96, **values})
+
+
+def _job(tmp_path: Path, **values: Any) -> Job:
+    base = {"name": "run", "command": ("train", "c.yaml"), "run_dir": "runs/x", "directory": tmp_path}
+    return Job(**{**base, **values})
+
+
+def test_values_are_values(tmp_path: Path) -> None:
+    """bash reads the settings back as they are, and runs none of them."""
+    cluster = _cluster(
+        python=EVIL,
+        environment={"VARIABLE": EVIL},
+        container={"image": EVIL, "mounts": ["/a b:/c$d"]},
+    )
+    job = _job(tmp_path, name=EVIL, command=("train", EVIL, "model.init_from=" + EVIL), run_dir=EVIL)
+    script = render(job, cluster)
+    settings = script.split("# >>> settings\n")[1].split("# <<< settings\n")[0]
+    show = 'printf "%s\\0" "$PYTHON" "$RUN_DIR" "$VARIABLE" "${CONTAINER[0]}" "${command[@]}"'
+    done = subprocess.run(["bash", "-c", settings + show], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.split("\0")[:-1] == [
+        EVIL, EVIL, EVIL, f"--container-image={EVIL}", "train", EVIL, f"model.init_from={EVIL}",
+    ]  # fmt: skip
+    assert not list(tmp_path.rglob("WITNESS"))
+    assert f"--job-name={EVIL}" in sbatch_options(job, cluster)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+@pytest.mark.parametrize("field", ["name", "run_dir"])
+def test_a_newline_is_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(ValueError, match="holds a newline"):
+        _job(tmp_path, **{field: "a\n#SBATCH --nodes=2048"})
+
+
+def test_options(tmp_path: Path) -> None:
+    """8 ranks share 96 CPUs; GPUs have their type; sbatch expands % in the log's name and nowhere else."""
+    cluster = _cluster(
+        partition="p",
+        account="a",
+        qos="q",
+        exclude=("n1", "n7"),
+        gpu_type="h100",
+        memory="0",
+        time_limit="30:00",
+    )
+    job = _job(tmp_path, name="50% off", run_dir="runs/50%", nodes=4)
+    assert sbatch_options(job, cluster) == [
+        "--job-name=50% off", "--nodes=4", "--ntasks-per-node=8", "--cpus-per-task=12",
+        "--gpus-per-node=h100:8", "--time=30:00", "--signal=B:USR1@300", "--open-mode=append",
+        f"--output={tmp_path}/runs/50%%/slurm/50--off-%j.log", f"--chdir={tmp_path}", "--partition=p",
+        "--account=a", "--qos=q", "--exclude=n1,n7", "--mem=0", "--requeue", "--exclusive",
+    ]  # fmt: skip
+    plain = sbatch_options(job, _cluster(gpus_per_node=0, ranks_per_node=2, exclusive=False))
+    assert not [option for option in plain if option.startswith(("--gpus", "--exclusive", "--mem"))]
+
+
+def test_setup_lines_run_and_the_rest_is_the_template(tmp_path: Path) -> None:
+    """Everything but `#SBATCH` lines and settings is the file that users submit by hand."""
+    script = render(_job(tmp_path), _cluster(setup=["module load cuda", "ulimit -n 65536"]))
+    assert "setup() {\n    module load cuda\n    ulimit -n 65536\n}\n" in script
+    template = TEMPLATE.read_text()
+    assert script.split("# <<< settings\n")[1] == template.split("# <<< settings\n")[1]
+    assert "#SBATCH" in template and "#SBATCH" not in script
+
+
+def _newest_checkpoint(run_dir: Path) -> str:
+    function = (
+        "newest_checkpoint() {" + TEMPLATE.read_text().split("newest_checkpoint() {")[1].split("\n}\n")[0]
+    )
+    command = f"RUN_DIR={shlex.quote(str(run_dir))}\n{function}\n}}\nnewest_checkpoint"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_progress_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    """Steps are decimal although zeros lead; one without a manifest, or a partial one, is no progress."""
+    run_dir = tmp_path / "a run"
+    assert _newest_checkpoint(run_dir) == "0"
+    for name in ("step-00000008", "step-00000090", "step-00000100"):
+        (run_dir / "checkpoints" / name).mkdir(parents=True)
+    (run_dir / "checkpoints" / ".partial-step-00000200").mkdir()
+    assert _newest_checkpoint(run_dir) == "0"
+    (run_dir / "checkpoints" / "step-00000008" / "manifest.json").touch()
+    assert _newest_checkpoint(run_dir) == "8"
+    (run_dir / "checkpoints" / "step-00000090" / "manifest.json").touch()
+    assert _newest_checkpoint(run_dir) == "90"
+
+
+def test_executable_by_hand(tmp_path: Path) -> None:
+    """The template stands alone: bash reads it, and nothing but its settings comes from Python."""
+    assert TEMPLATE.read_text().startswith("#!/bin/bash\n")
+    subprocess.run(["bash", "-n", str(TEMPLATE)], check=True, env={"PATH": os.environ["PATH"]})
