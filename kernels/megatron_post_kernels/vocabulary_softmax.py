@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+GRADIENT_LAUNCH = {"BLOCK": 4096, "num_warps": 4}
 _LOWEST = torch.finfo(torch.float32).min
 _CPU_BLOCK = 2**22  # logits that the torch implementation holds in fp32 at a time: 16 MiB
 
@@ -53,6 +54,15 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def statistics_launch(element_size: int) -> dict[str, int]:
+    """How a program walks along a row: 16-byte loads, 16 KiB of them at a time.
+
+    Not measured on a GPU: chosen by the registers that tests/kernels/test_compile.py reads off the binary,
+    for many bytes in flight on a multiprocessor; twice as many fp32 spill.
+    """
+    return {"STEPS": 16 // element_size, "LANES": 1024, "num_warps": 4}
+
+
 def compute_statistics(logits: Tensor, labels: Tensor, out: Tensor, shard: VocabularyShard) -> None:
     """Writes m_r, s_r, y_r (and w_r where `out` has a fourth row) of each token.
 
@@ -76,9 +86,7 @@ def compute_statistics(logits: Tensor, labels: Tensor, out: Tensor, shard: Vocab
             shard.ignore_index,
             COLUMNS=shard.valid_rows,
             WITH_ENTROPY=len(out) == 4,
-            STEPS=8,
-            LANES=1024,
-            num_warps=4,
+            **statistics_launch(logits.element_size()),
         )
 
 
@@ -133,10 +141,10 @@ def write_gradient(
         return _torch_gradient(logits, labels, normalizers, logps_grad, entropy, entropy_grad, shard)
     from megatron_post_kernels.logprob_kernels import gradient_kernel
 
-    block = 4096
     tokens, columns = logits.shape
+    blocks = -(-columns // GRADIENT_LAUNCH["BLOCK"])
     with torch.cuda.device_of(logits):
-        gradient_kernel[(tokens * -(-columns // block),)](
+        gradient_kernel[(tokens * blocks,)](
             logits,
             labels,
             normalizers,
@@ -150,8 +158,7 @@ def write_gradient(
             shard.first_row,
             shard.ignore_index,
             WITH_ENTROPY=entropy is not None,
-            BLOCK=block,
-            num_warps=4,
+            **GRADIENT_LAUNCH,
         )
     # autograd must notice what it cannot see: who still needs these logits gets an error and not a gradient
     torch.autograd.graph.increment_version(logits)

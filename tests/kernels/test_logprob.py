@@ -47,14 +47,14 @@ def _expected(case: dict[str, Tensor], *, valid: int | None = None) -> tuple[Ten
     trained = case["labels"] != IGNORED
     gradients = torch.where(trained, case["gradients"].double(), 0.0)
     (gradient,) = torch.autograd.grad(outputs, logits, tuple(gradients))
-    return *(output.detach() for output in outputs), gradient
+    return outputs[0].detach(), outputs[1].detach(), gradient
 
 
 def _assert_equal(case: dict[str, Tensor], results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """fp32 results lie within a few ulps of 16, the largest values here; gradients as their dtype allows."""
     for name, result, wanted in zip(("logps", "entropy"), results, expected, strict=False):
         assert result.dtype == torch.float32
-        torch.testing.assert_close(result.double(), wanted, rtol=2e-6, atol=4e-6, msg=lambda m, n=name: n + m)
+        assert result.double().tolist() == pytest.approx(wanted.tolist(), rel=2e-6, abs=4e-6), name
     dtype = case["logits"].dtype
     assert results[2].dtype == dtype
     torch.testing.assert_close(results[2].double(), expected[2], rtol=0, atol=GRADIENT_ERROR[dtype])

@@ -1,0 +1,82 @@
+"""Kernels of the log-probabilities compile for sm_90 at Llama 3's shapes, within what lets an SM stream.
+
+A multiprocessor of Hopper has 65,536 registers and 228 KiB of shared memory, and needs some 29 KB of loads
+in flight to draw 4.8 TB/s at 800 ns over 132 of them.
+"""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from megatron_post_kernels.logprob_kernels import gradient_kernel, statistics_kernel
+from megatron_post_kernels.vocabulary_softmax import GRADIENT_LAUNCH, statistics_launch
+
+from tests.kernels.sm90 import compiled_resources
+
+BYTES_IN_FLIGHT = 29_000
+# 8B on one rank, and 405B (or 8B) on 8 tensor-parallel ranks: the kernels never see h
+COLUMNS = pytest.mark.parametrize("columns", [128_256, 128_256 // 8])
+DTYPES = pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
+ENTROPY = pytest.mark.parametrize("with_entropy", [False, True])
+
+
+def _launch(settings: dict[str, int]) -> tuple[dict[str, int], int]:
+    constexprs = {name: value for name, value in settings.items() if name != "num_warps"}
+    return constexprs, settings["num_warps"]
+
+
+@COLUMNS
+@DTYPES
+@ENTROPY
+def test_statistics(columns: int, dtype: str, size: int, with_entropy: bool) -> None:
+    constexprs, num_warps = _launch(statistics_launch(size))
+    used = compiled_resources(
+        statistics_kernel,
+        {
+            "logits": f"*{dtype}:16",
+            "labels": "*i64:16",
+            "statistics": "*fp32:16",
+            "row_stride": "i32:16",
+            "statistics_stride": "i32:16",
+            "first_row": "i32:16",
+            "ignore_index": "i32",
+        },
+        {"COLUMNS": columns, "WITH_ENTROPY": with_entropy, **constexprs},
+        num_warps=num_warps,
+    )
+    assert used.stack_bytes == used.local_bytes == 0
+    assert used.registers <= 80
+    assert used.shared_bytes <= 1024
+    programs = 65_536 // (used.registers * 32 * num_warps)
+    assert programs * constexprs["STEPS"] * constexprs["LANES"] * size >= BYTES_IN_FLIGHT
+
+
+@DTYPES
+@ENTROPY
+def test_gradient(dtype: str, size: int, with_entropy: bool) -> None:
+    """The shard's width is an argument: one binary for all."""
+    constexprs, num_warps = _launch(GRADIENT_LAUNCH)
+    used = compiled_resources(
+        gradient_kernel,
+        {
+            "logits": f"*{dtype}:16",
+            "labels": "*i64:16",
+            "normalizers": "*fp32:16",
+            "logps_grad": "*fp32:16",
+            "entropy": "*fp32:16",
+            "entropy_grad": "*fp32:16",
+            "row_stride": "i32:16",
+            "normalizers_stride": "i32:16",
+            "columns": "i32:16",
+            "all_columns": "i32:16",
+            "first_row": "i32:16",
+            "ignore_index": "i32",
+        },
+        {"WITH_ENTROPY": with_entropy, **constexprs},
+        num_warps=num_warps,
+    )
+    assert used.stack_bytes == used.local_bytes == 0
+    assert used.registers <= 64
+    assert used.shared_bytes == 0
+    programs = 65_536 // (used.registers * 32 * num_warps)
+    assert programs * constexprs["BLOCK"] * size >= BYTES_IN_FLIGHT
