@@ -4,12 +4,12 @@ import dataclasses
 from typing import Literal
 
 import torch
+from megatron_post_kernels.ranking_loss import ranking_loss
 from torch import Tensor
 
 from megatron_post.config.schema import Reward as RewardConfig
 from megatron_post.data.batch import PackedBatch, batch_of_pack
 from megatron_post.data.store import Pack
-from megatron_post.losses.ranking import ranking_loss
 from megatron_post.stages.base import Metrics
 from megatron_post.stages.comparisons import SegmentSums, compare, metric
 
@@ -47,7 +47,7 @@ class Reward:
         pairs = batch.comparisons
         assert pairs is not None
         scores = self.scores(output, batch)
-        loss_sum, margins = ranking_loss(scores[pairs.better], scores[pairs.worse], pairs.weights)
+        loss_sum, margins = ranking_loss(scores, pairs.better, pairs.worse, pairs.weights)
         loss_sum, count = self._sums.counted(loss_sum, pairs.examples.to(torch.int32))
         counted = torch.full_like(margins, float(self._sums.is_counted))
         confidence = torch.sigmoid(margins)

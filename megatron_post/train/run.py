@@ -123,8 +123,11 @@ def make_stage(config: Config, topology: Topology) -> Stage:
     """The stage that the config names."""
     if config.stage == "sft":
         return SFT(config.loss.trained_roles)
+    group = topology.groups.cp
     sums = SegmentSums(
-        partial(sum_over_ranks, group=topology.groups.cp), is_counted=topology.context_rank == 0
+        partial(sum_over_ranks, group=group) if group.size() > 1 else None,
+        size=group.size(),
+        is_counted=topology.context_rank == 0,
     )
     return Reward(config.reward, sums) if config.stage == "reward" else DPO(config.dpo, sums)
 

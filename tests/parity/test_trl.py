@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron_post_kernels.pair_losses import LOSSES, DPOSettings, PairLogps
 
 from megatron_post.config.schema import Config, Source
 from megatron_post.convert.hf_writer import gathered_tensors
@@ -30,7 +31,6 @@ from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.store import Pack
 from megatron_post.data.template import render_preferences
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
-from megatron_post.losses.preference import LOSSES, LossSettings, PairLogps
 from megatron_post.models.hf_config import to_hf_config
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.run import build_trainer, make_stage
@@ -260,7 +260,7 @@ def test_simpo() -> None:
     cpo = pytest.importorskip("trl.experimental.cpo")
     chosen, rejected, unused = -20 * torch.rand(3, 8)
     lengths = torch.arange(1.0, 17.0).reshape(2, 8)
-    settings = LossSettings(beta=2.0, margin=0.5)
+    settings = DPOSettings(beta=2.0, margin=0.5)
     ours = LOSSES["simpo"](PairLogps(chosen, rejected, unused, unused, *lengths), settings)
     device = SimpleNamespace(device="cpu")
     trainer = SimpleNamespace(
