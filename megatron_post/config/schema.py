@@ -168,6 +168,11 @@ class Loss(Section):
         min_length=1,
         description="token roles that carry loss; SFT must learn to stop",
     )
+    impl: Literal["fused", "unfused"] = Field(
+        "fused",
+        description="SFT and DPO. fused: log-probabilities straight from hidden states, chunk by chunk; "
+        "unfused: from the logits of all tokens, which must fit",
+    )
 
 
 class Reward(Section):

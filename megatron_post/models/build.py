@@ -113,6 +113,7 @@ def _chunk(
     )
     model.real_vocab_size = m.vocab_size
     model.scalar_head = scalar
+    model.loss_impl = config.loss.impl
     if scalar and model.post_process:
         model.output_layer = RewardHead(core, tensor_group=topology.groups.tp)
     model.rotary_pos_emb = PositionRotary(m, device=topology.device, context_group=topology.groups.cp)

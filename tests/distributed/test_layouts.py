@@ -26,6 +26,8 @@ LAYOUTS = {
     "CP2": (2, {"context": 2}, {}),
     "DP2": (2, {}, {}),
     "DP2, overlapped": (2, {}, {"optimizer": {"overlap": True}}),
+    "unfused loss": (1, {}, {"loss": {"impl": "unfused"}}),
+    "unfused loss, TP2 + SP": (2, {"tensor": 2, "sequence": True}, {"loss": {"impl": "unfused"}}),
     "full recompute": (1, {}, {"recompute": {"mode": "full"}}),
     "selective recompute, TP2 + SP": (
         2,
