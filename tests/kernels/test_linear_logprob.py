@@ -15,9 +15,9 @@ from tests.ranks import run_ranks
 IGNORED = -100
 HIDDEN = 16
 BOTH = pytest.mark.parametrize("impl", ["torch", "triton"])
-# Logits lie within 4 and are rounded by half an ulp: 2^-7 in bf16, 2^-10 in fp16. Their gradients lie in 2, and
-# the interpreter cuts them, by up to twice that. The gradients of hidden and weight are sums of these with
-# factors of about 1/2: three ulps of 2 bound them all.
+# Logits lie within 4 and are rounded by half an ulp: 2^-7 in bf16, 2^-10 in fp16. Their gradients lie
+# within 2, and the interpreter cuts them, by up to twice that. The gradients of hidden and weight are sums of
+# these with factors of about 1/2: three ulps of 2 bound them all.
 ERROR = {torch.float32: 5e-6, torch.float16: 3 * 2**-9, torch.bfloat16: 3 * 2**-6}
 
 
