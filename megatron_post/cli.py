@@ -137,10 +137,11 @@ def demo(
     run_dir: Annotated[
         str, typer.Option(help="Output directory; an earlier demo is replaced.")
     ] = "runs/demo",
-    train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 14000,
+    train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 20000,
     held_out_problems: Annotated[int, typer.Option(min=4, help="Problems to answer.")] = 300,
+    preference_problems: Annotated[int, typer.Option(min=20, help="Problems to sample answers to.")] = 500,
 ) -> None:
-    """Make a small task, train a tiny Llama on it on the CPU, export it, and show what it has learned."""
+    """Make a small task, train and align a tiny Llama on the CPU, and show what it has learned."""
     from rich.console import Console
 
     from megatron_post.demo.run import run_demo
@@ -150,6 +151,7 @@ def demo(
         [f"run_dir={run_dir}", *(overrides or ())],
         train_problems=train_problems,
         held_out_problems=held_out_problems,
+        preference_problems=preference_problems,
         console=Console(),
     )
 

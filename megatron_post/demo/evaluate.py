@@ -9,7 +9,7 @@ import torch
 
 from megatron_post.demo.task import Problem, check_answer
 
-_BATCH = 100
+_BATCH = 400
 _NORMAL_95 = 1.959964
 
 
@@ -43,10 +43,13 @@ class Accuracy:
         return f"{100 * self.correct / self.total:.1f}%  ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> list[Response]:
-    """Greedy responses of the exported model, in batches padded on the left, through its own chat template.
+def answer_with_transformers(
+    directory: Path, problems: Sequence[Problem], *, temperature: float = 0.0, seed: int = 0
+) -> list[Response]:
+    """Responses of the exported model, in batches padded on the left, through its own chat template.
 
-    Generation ends at a stop token, or where it is longer than every correct response.
+    Greedy, or drawn with `seed` where the temperature is above 0. Generation ends at a stop token, or where
+    it is longer than every correct response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -57,13 +60,15 @@ def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> li
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     longest = max(len(tokenizer.encode(problem.solution, add_special_tokens=False)) for problem in problems)
     stops = set(model.generation_config.eos_token_id)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
     responses: list[Response] = []
     for start in range(0, len(problems), _BATCH):
         chats = [list(problem.messages) for problem in problems[start : start + _BATCH]]
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 8)
+        output = model.generate(**inputs, **sampling, max_new_tokens=longest + 8)
         width = inputs["input_ids"].shape[1]
         for ids, mask, generated in zip(
             inputs["input_ids"], inputs["attention_mask"], output[:, width:].tolist(), strict=True

@@ -6,6 +6,9 @@ the carry or the borrow:
     37+25: 7+5=12, 3+2+1=6, so 62. The answer is 62.
     52-27: 12-7=5, 5-2-1=2, so 25. The answer is 25.
 
+Its training dialogs have two writers, drawn anew for each turn: one shows the working, one says only "The
+answer is 62." A model that imitates both is often brief, and then often wrong: there is something to align.
+
 Held-out problems are new by their numbers: a pair of operands belongs to training or to the held-out side, by
 a hash, whatever its story. Every operation of a held-out problem is one that training has never shown.
 """
@@ -27,6 +30,7 @@ Sign = Literal["+", "-"]
 Chat = list[dict[str, str]]
 
 _HELD_OUT_SHARE = 0.15
+_BRIEF_SHARE = 0.5
 _ANSWER = re.compile(r"The answer is (0|[1-9]\d*)\.\Z")
 
 
@@ -95,19 +99,21 @@ class Problem:
     """A chat that ends with a question, and what is true of it.
 
     messages: OpenAI's form, from an optional system prompt to the last user message; earlier turns are
-    answered.  operations: every operation of every turn, in order.  solution: a correct response.
-    answer: its number.
+    answered.  operations: every operation of every turn, in order.  solution: a correct response that shows
+    its working.  answer: its number.  is_brief: whether its training dialog ends without the working.
     """
 
     messages: tuple[dict[str, str], ...]
     operations: tuple[Operation, ...]
     solution: str
     answer: int
+    is_brief: bool
 
     @property
     def dialog(self) -> Chat:
-        """The chat with the correct response at its end: a row to train on."""
-        return [*self.messages, {"role": "assistant", "content": self.solution}]
+        """The chat with a correct response at its end, in either style: a row to train on."""
+        response = _conclusion(self.answer) if self.is_brief else self.solution
+        return [*self.messages, {"role": "assistant", "content": response}]
 
     @property
     def turns(self) -> int:
@@ -118,6 +124,11 @@ def parse_answer(text: str) -> int | None:
     """The number of a response that ends in "The answer is N.", else None."""
     match = _ANSWER.search(text.strip())
     return int(match[1]) if match else None
+
+
+def shows_working(text: str) -> bool:
+    """Whether a response says more than its conclusion."""
+    return "=" in text
 
 
 def check_answer(problem: Problem, text: str) -> bool:
@@ -164,11 +175,16 @@ def _make_problem(rng: random.Random, side: Side, difficulty: Difficulty) -> Pro
         amount = steps[-1].result
         operations += steps
         messages.append({"role": "user", "content": story.text.format(**words, **numbers)})
-        worked = " ".join(step.worked() for step in steps)
-        messages.append({"role": "assistant", "content": f"{worked} The answer is {amount}."})
-    solution = messages.pop()["content"]
+        solution = " ".join([*(step.worked() for step in steps), _conclusion(amount)])
+        is_brief = rng.random() < _BRIEF_SHARE
+        messages.append({"role": "assistant", "content": _conclusion(amount) if is_brief else solution})
+    messages.pop()
     assert amount is not None
-    return Problem(tuple(messages), tuple(operations), solution, amount)
+    return Problem(tuple(messages), tuple(operations), solution, amount, is_brief)
+
+
+def _conclusion(answer: int) -> str:
+    return f"The answer is {answer}."
 
 
 def _draw(

@@ -31,7 +31,7 @@ def test_demo_from_data_to_answers(tmp_path: Path) -> None:
         "--run-dir",
         str(run_dir),
     ]
-    command += ["--train-problems", "200", "--held-out-problems", "8", *SMALL]
+    command += ["--train-problems", "200", "--held-out-problems", "8", "--preference-problems", "20", *SMALL]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         command,
@@ -43,9 +43,10 @@ def test_demo_from_data_to_answers(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((run_dir / "results.json").read_text())
-    assert results["before"]["total"] == results["after"]["total"] == 8
+    assert results["before"]["total"] == results["sft"]["total"] == results["dpo"]["total"] == 8
     assert results["same"] == {"correct": 8, "total": 8}  # ours and transformers', token for token
-    assert "step 4/4" in done.stdout and "8 held-out problems" in done.stdout
+    assert done.stdout.count("step 4/4") == 3  # SFT, reward model, DPO
+    assert "8 held-out problems" in done.stdout
     assert "warn" not in done.stdout.lower() and not done.stderr.strip()
 
 
@@ -57,6 +58,7 @@ def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
             [f"run_dir={tmp_path}"],
             train_problems=200,
             held_out_problems=8,
+            preference_problems=20,
             console=Console(file=io.StringIO()),
         )
     assert (tmp_path / "precious.txt").read_text() == "mine"

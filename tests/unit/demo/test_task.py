@@ -17,6 +17,7 @@ from megatron_post.demo.task import (
     check_answer,
     make_problems,
     parse_answer,
+    shows_working,
     write_dialogs,
 )
 
@@ -202,3 +203,18 @@ def test_rows_are_dialogs(tmp_path: Path, train: list[Problem]) -> None:
 def test_stories_name_the_numbers_of_their_plan(story: Story) -> None:
     given = set(re.findall(r"\{([abc])\}", story.text))
     assert given == set(story.plan) & set("abc") - ({"a"} if story in FOLLOW_UPS else set())
+
+
+def test_half_of_the_training_answers_are_brief(train: list[Problem]) -> None:
+    """3,000 dialogs: the share's standard error is 0.009, five of it 0.046. History is brief as often."""
+    last = [shows_working(problem.dialog[-1]["content"]) for problem in train]
+    earlier = [
+        shows_working(message["content"])
+        for problem in train
+        for message in problem.messages
+        if message["role"] == "assistant"
+    ]
+    for shown in (last, earlier):
+        assert abs(sum(shown) / len(shown) - 0.5) < 0.046
+    assert all(shows_working(problem.solution) for problem in train)
+    assert all(check_answer(problem, problem.dialog[-1]["content"]) for problem in train)

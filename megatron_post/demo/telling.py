@@ -1,0 +1,73 @@
+"""How the demo tells its story on a terminal."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_post.demo.evaluate import Accuracy, Response
+from megatron_post.demo.task import Problem, check_answer
+
+_SAMPLES = 4
+
+
+class Story:
+    """Numbers the steps, and says how long each took."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self.seconds = console, 0.0
+        self._number = 0
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        self._number += 1
+        self._console.print(f"\n[bold]{self._number}. {title}[/bold]")
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self._console.print(f"[dim]({seconds:.1f} s)[/dim]", highlight=False)
+
+
+def print_chat(messages: Sequence[dict[str, str]], console: Console) -> None:
+    """Who says what, a line each."""
+    for message in messages:
+        _print_line(message["role"], message["content"], console)
+
+
+def _print_line(label: str, text: str, console: Console, verdict: str = "") -> None:
+    """verdict: markup; the text is printed as it is."""
+    console.print(f"[cyan]{label:>12}[/cyan]  {escape(text)}{verdict}", highlight=False, soft_wrap=True)
+
+
+def print_samples(
+    problems: Sequence[Problem], before: Sequence[Response], after: Sequence[Response], console: Console
+) -> None:
+    """A few problems with both answers; one that is still wrong among them, if there is one."""
+    right = [check_answer(p, r.text) for p, r in zip(problems, after, strict=True)]
+    wrong = [i for i, ok in enumerate(right) if not ok][:1]
+    for i in [i for i, ok in enumerate(right) if ok][: _SAMPLES - len(wrong)] + wrong:
+        verdict = "[green]right[/green]" if right[i] else f"[red]wrong, it is {problems[i].answer}[/red]"
+        print_chat(problems[i].messages, console)
+        _print_line("before", _shortened(before[i].text), console)
+        _print_line("after", after[i].text, console, f"  ({verdict})\n")
+
+
+def _shortened(text: str) -> str:
+    """The first characters of an untrained model's noise, control characters spelt out."""
+    return repr(text)[1:-1][:60] + "..."
+
+
+def print_accuracies(rows: dict[str, Accuracy], console: Console) -> None:
+    """A table of exact match, one row an accuracy, in order."""
+    total = next(iter(rows.values())).total
+    table = Table(box=SIMPLE, title=f"{total} held-out problems, exact match")
+    table.add_column("")
+    table.add_column("accuracy, 95% interval", justify="right")
+    for name, accuracy in rows.items():
+        table.add_row(name, str(accuracy))
+    console.print(table)
