@@ -1,34 +1,42 @@
-"""A Hugging Face directory from the ranks of a run: every pipeline stage writes its own shard files."""
+"""A Hugging Face directory from the ranks of a run: each pipeline stage and data rank writes files of its
+own."""
 
-import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_post.config.schema import Model
+from megatron_post.convert.configs import index_of, written_configs
+from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.hf_reader import layer_offset
-from megatron_post.convert.mapping import hf_from_shards, hf_shapes, rule_for
+from megatron_post.convert.mapping import Rule, hf_from_shards, hf_shapes, rule_for
+from megatron_post.convert.safetensors_file import header_of, raw_bytes, write_exactly
+from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
+from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
-from megatron_post.models.hf_config import to_hf_config
 from megatron_post.models.llama import Llama
 from megatron_post.parallel.topology import Topology
 
-SHARD_BYTES = 5 * 1024**3
-
 
 def export_hf(
-    chunks: list[Llama], model: Model, tokenizer: Tokenizer, topology: Topology, directory: str | Path
+    chunks: list[Llama],
+    model: Model,
+    tokenizer: Tokenizer,
+    topology: Topology,
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write model, config and tokenizer so that plain `transformers` loads them. All ranks call it.
 
-    Tensors are gathered one at a time over tensor-parallel ranks, to the first data- and context-parallel
-    replica only, and written in files of up to 5 GiB. The directory appears under its name when it is
-    complete.
+    The files of a pipeline stage are dealt out to its data- and context-parallel replicas. A rank holds one
+    parameter at a time, gathered over tensor-parallel ranks, and writes it straight to its place. The
+    directory appears under its name when it is complete.
     """
     target = Path(directory)
     partial = target.with_name(f".partial-{target.name}")
@@ -36,20 +44,24 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    files: dict[str, list[str]] = {}
-    writes = topology.data_rank == 0 and topology.context_rank == 0
-    if writes:
-        tensors = gathered_tensors(chunks, model)
+    kinds = _kinds(chunks, model)
+    shards = plan_shards(kinds, max_bytes=max_shard_bytes)
+    context_size = topology.groups.cp.size()
+    replica = topology.data_rank * context_size + topology.context_rank
+    names: dict[str, list[str]] = {}
+    for i in range(replica, len(shards), topology.data_size * context_size):
+        file_name = f"stage{topology.pipeline_rank:05d}-{i:05d}"
+        names[file_name] = shards[i]
+        tensors = gathered_tensors(chunks, model, only=set(shards[i]))
         if topology.tensor_rank == 0:
-            files = _write_shards(tensors, partial, prefix=f"stage{topology.pipeline_rank}")
+            _write_shard(tensors, {name: kinds[name] for name in shards[i]}, partial / file_name)
         else:
             for _ in tensors:
                 pass
     gathered: list[Any] = [None] * topology.world_size
-    torch.distributed.all_gather_object(gathered, files)
+    torch.distributed.all_gather_object(gathered, (names, kinds))
     if topology.rank == 0:
-        files = {name: names for part in gathered for name, names in part.items()}
-        _finish(partial, files, model, tokenizer, scalar_head=chunks[0].scalar_head)
+        _finish(partial, gathered, model, tokenizer, scalar_head=chunks[0].scalar_head)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()
@@ -57,90 +69,80 @@ def export_hf(
 
 
 def gathered_tensors(
-    chunks: list[Llama], model: Model, *, value_of: Callable[[Tensor], Tensor] = Tensor.detach
+    chunks: list[Llama],
+    model: Model,
+    *,
+    value_of: Callable[[Tensor], Tensor] = Tensor.detach,
+    only: set[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """This stage's tensors in Hugging Face's layout, one at a time, on the CPU of tensor rank 0.
 
     All tensor-parallel ranks must run through it; those but the first are yielded nothing. `value_of` takes a
-    parameter to what is gathered: its values, or its gradient.
+    parameter to what is gathered: its values, or its gradient. only: the names that are wanted.
     """
+    for chunk, parameter, rule, names in _parameters(chunks, model):
+        if only is not None and only.isdisjoint(names):
+            continue
+        group, value = chunk.pg_collection.tp, value_of(parameter)
+        shards = [value]
+        if group.size() > 1 and rule.layout != "replicated":
+            shards = [torch.empty_like(value) for _ in range(group.size())]
+            torch.distributed.all_gather(shards, value.contiguous(), group=group)
+        if group.rank() == 0:
+            tensors = hf_from_shards(rule, names, [s.cpu() for s in shards], model)
+            yield from ((name, tensor) for name, tensor in tensors.items() if only is None or name in only)
+
+
+def _parameters(chunks: list[Llama], model: Model) -> Iterator[tuple[Llama, Tensor, Rule, tuple[str, ...]]]:
+    """The parameters that this stage exports, with their rules and names."""
     for chunk in chunks:
-        group = chunk.pg_collection.tp
         for name, parameter in chunk.named_parameters():
             rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
             if model.tie_word_embeddings and not chunk.pre_process and rule.layout == "vocabulary":
                 continue  # the last stage's copy of tied embeddings; the first stage writes them
-            value = value_of(parameter)
-            shards = [value]
-            if group.size() > 1 and rule.layout != "replicated":
-                shards = [torch.empty_like(value) for _ in range(group.size())]
-                torch.distributed.all_gather(shards, value.contiguous(), group=group)
-            if group.rank() == 0:
-                yield from hf_from_shards(rule, names, [s.cpu() for s in shards], model).items()
+            yield chunk, parameter, rule, names
 
 
-def _write_shards(
-    tensors: Iterator[tuple[str, Tensor]], directory: Path, *, prefix: str
-) -> dict[str, list[str]]:
-    files: dict[str, list[str]] = {}
-    pending: dict[str, Tensor] = {}
-    held = 0
+def _kinds(chunks: list[Llama], model: Model) -> dict[str, Kind]:
+    """Names, dtypes and shapes of this stage's tensors, in the order of `transformers`' state dict."""
+    dtypes = {
+        name: parameter.dtype for _, parameter, _, names in _parameters(chunks, model) for name in names
+    }
+    shapes = hf_shapes(model, scalar_head=chunks[0].scalar_head)
+    return {name: Kind(dtypes[name], shape) for name, shape in shapes.items() if name in dtypes}
 
-    def flush() -> None:
-        nonlocal pending, held
-        name = f"model-{prefix}-{len(files):05d}.safetensors"
-        save_file(pending, directory / name, metadata={"format": "pt"})
-        files[name] = list(pending)
-        pending, held = {}, 0
 
-    for name, tensor in tensors:
-        if pending and held + tensor.nbytes > SHARD_BYTES:
-            flush()
-        pending[name] = tensor.contiguous()
-        held += tensor.nbytes
-    if pending:
-        flush()
-    return files
+def _write_shard(tensors: Iterator[tuple[str, Tensor]], kinds: dict[str, Kind], path: Path) -> None:
+    header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
+    with path.open("wb", buffering=0) as file:
+        file.write(header)
+        for name, tensor in tensors:
+            file.seek(places[name].offset)
+            write_exactly(file.fileno(), raw_bytes(tensor.contiguous()))
+        os.fsync(file.fileno())
 
 
 def _finish(
-    directory: Path, files: dict[str, list[str]], model: Model, tokenizer: Tokenizer, *, scalar_head: bool
+    directory: Path,
+    gathered: list[tuple[dict[str, list[str]], dict[str, Kind]]],
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    scalar_head: bool,
 ) -> None:
     """Rename shards to Hugging Face's numbering, write the index, the configs and the tokenizer."""
-    shapes = hf_shapes(model, scalar_head=scalar_head)
-    weight_map, dtypes = {}, set()
-    for number, (old, names) in enumerate(sorted(files.items()), start=1):
-        new = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+    files = {file: names for part, _ in gathered for file, names in part.items()}
+    kinds = {name: kind for _, part in gathered for name, kind in part.items()}
+    weight_map = {}
+    for number, (old, names) in enumerate(sorted(files.items())):
+        new = shard_name(number, len(files))
         (directory / old).rename(directory / new)
         weight_map.update(dict.fromkeys(names, new))
-        dtypes.add(_dtype_of(directory / new))
+    shapes = hf_shapes(model, scalar_head=scalar_head)
     assert set(weight_map) == set(shapes), f"exported {len(weight_map)} tensors, the model has {len(shapes)}"
-    (dtype,) = dtypes
+    (dtype,) = {kind.dtype for kind in kinds.values()}
+    companions = written_configs(model, tokenizer, dtype=dtype, scalar_head=scalar_head)
     if len(files) > 1:
-        elements = sum(torch.Size(shape).numel() for shape in shapes.values())
-        index = {
-            "metadata": {"total_size": elements * getattr(torch, dtype).itemsize},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    eos_ids = tokenizer.stop_ids
-    config = to_hf_config(
-        model,
-        dtype=dtype,
-        bos_id=tokenizer.bos_id,
-        eos_ids=eos_ids,
-        pad_id=tokenizer.pad_id,
-        scalar_head=scalar_head,
-    )
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos_ids, "pad_token_id": tokenizer.pad_id}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    tokenizer.save(directory)
-
-
-def _dtype_of(path: Path) -> str:
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    kinds = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    (kind,) = kinds
-    return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}[kind]
+        companions[INDEX] = index_of(weight_map, total_bytes=sum(kind.nbytes for kind in kinds.values()))
+    for name, content in companions.items():
+        (directory / name).write_bytes(content)

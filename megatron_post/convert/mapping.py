@@ -5,7 +5,7 @@ is cut from them. Every reader and writer of weights goes through it.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,21 @@ _PORTABLE_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# Meta's own names of the Hugging Face tensors; those of layers without "model.layers.N." and "layers.N.".
+META_NAMES = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "self_attn.q_proj.weight": "attention.wq.weight",
+    "self_attn.k_proj.weight": "attention.wk.weight",
+    "self_attn.v_proj.weight": "attention.wv.weight",
+    "self_attn.o_proj.weight": "attention.wo.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "input_layernorm.weight": "attention_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "output.weight",
+}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -85,22 +100,24 @@ def rule_for(core_name: str, *, layer_offset: int, scalar_head: bool = False) ->
 
 
 def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model, with its shape. Tied embeddings have no lm_head, nor have
-    reward models, which have a score instead."""
+    """Every tensor of the Hugging Face model with its shape, in the order of `transformers`' state dict.
+
+    Tied embeddings have no lm_head, nor have reward models, which have a score instead.
+    """
     h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, h)}
     for layer in range(model.num_layers):
         prefix = _HF.format(layer)
         shapes |= {
-            prefix + "input_layernorm.weight": (h,),
             prefix + "self_attn.q_proj.weight": (model.num_attention_heads * d, h),
             prefix + "self_attn.k_proj.weight": (model.num_key_value_heads * d, h),
             prefix + "self_attn.v_proj.weight": (model.num_key_value_heads * d, h),
             prefix + "self_attn.o_proj.weight": (h, model.num_attention_heads * d),
-            prefix + "post_attention_layernorm.weight": (h,),
             prefix + "mlp.gate_proj.weight": (f, h),
             prefix + "mlp.up_proj.weight": (f, h),
             prefix + "mlp.down_proj.weight": (h, f),
+            prefix + "input_layernorm.weight": (h,),
+            prefix + "post_attention_layernorm.weight": (h,),
         }
     shapes["model.norm.weight"] = (h,)
     if scalar_head:
@@ -108,6 +125,70 @@ def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int
     elif not model.tie_word_embeddings:
         shapes["lm_head.weight"] = (model.vocab_size, h)
     return shapes
+
+
+@dataclass(frozen=True)
+class CoreTensor:
+    """A parameter as a megatron-core checkpoint stores it: whole, without padded rows; layers are stacked.
+
+    key: name in the checkpoint. layer: its place in the stack of `layers`, None outside of layers.
+    shape: of one layer. hf: the Hugging Face tensors that it is made of.
+    """
+
+    key: str
+    layer: int | None
+    layers: int
+    shape: tuple[int, ...]
+    hf: tuple[str, ...]
+    rule: Rule
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the whole stack."""
+        return self.shape if self.layer is None else (self.layers, *self.shape)
+
+    def at(self, row: int) -> tuple[int, ...]:
+        """Offsets in the stack of a row of this layer."""
+        rest = (row, *(0 for _ in self.shape[1:]))
+        return rest if self.layer is None else (self.layer, *rest)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows [core_row, core_row + rows) of a parameter are those from hf_row on of the Hugging Face tensor."""
+
+    name: str
+    hf_row: int
+    core_row: int
+    rows: int
+
+
+def core_tensors(model: Model, *, scalar_head: bool = False) -> Iterator[CoreTensor]:
+    """Every parameter of the model as a checkpoint stores it, layer by layer."""
+    shapes = hf_shapes(model, scalar_head=scalar_head)
+    in_layers = [rule for rule in RULES if rule.core.startswith(_LAYER)]
+    outside = [rule for rule in RULES if rule not in in_layers and rule.hf[0] in shapes]
+    places: list[tuple[Rule, int | None]] = [(outside[0], None)]
+    places += [(rule, layer) for layer in range(model.num_layers) for rule in in_layers]
+    for rule, layer in (*places, *((rule, None) for rule in outside[1:])):
+        names = tuple(name.format(layer) for name in rule.hf)
+        rows = sum(shapes[name][0] for name in names)
+        key = rule.core.replace("layers.{}", "layers")
+        yield CoreTensor(key, layer, model.num_layers, (rows, *shapes[names[0]][1:]), names, rule)
+
+
+def row_runs(tensor: CoreTensor, model: Model) -> list[Run]:
+    """Which rows of which Hugging Face tensors a parameter consists of, in the order of its own rows."""
+    if tensor.rule.layout == "qkv":
+        groups, d = model.num_key_value_heads, model.head_dim
+        parts = [(model.num_attention_heads // groups * d), d, d]
+    else:
+        groups, parts = 1, [tensor.shape[0] // len(tensor.hf)] * len(tensor.hf)
+    return [
+        Run(name, group * rows, group * sum(parts) + sum(parts[:i]), rows)
+        for group in range(groups)
+        for i, (name, rows) in enumerate(zip(tensor.hf, parts, strict=True))
+    ]
 
 
 def shard_from_hf(

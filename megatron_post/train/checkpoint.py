@@ -22,6 +22,7 @@ from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
+from megatron_post.train.converted import check_weights, start_from_weights
 
 # Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -96,6 +97,12 @@ class Checkpoints:
         if directory is None:
             return Position()
         stored = manifest.read_manifest(directory)
+        if stored["state"].get("weights_only", False):
+            check_weights(directory, stored["state"], self._config)
+            start_from_weights(directory, unwrap_model(chunks), optimizer, metadata=_METADATA)
+            if self._topology.rank == 0:
+                print(f"starting from the weights in {directory}", flush=True)
+            return Position()
         self._check_stream(directory, stored["state"])
         loaded = dist_checkpointing.load(
             self._sharded_state(chunks, optimizer, is_loading=True),

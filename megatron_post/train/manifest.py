@@ -4,12 +4,14 @@ Nothing here knows what the files hold. No pickle is executed: the one pickled f
 `.metadata`, is read through an allow-list before anything else may read it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,20 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def partial_directory(root: Path, step: int) -> Path:
-    """Where it is written before that. The name is never mistaken for a published one."""
-    return root / f".partial-step-{step:08d}"
+def partial_directory(root: Path, step: int, *, epoch: int = 0, attempt: int = 0) -> Path:
+    """Where it is written before that. The name is never mistaken for a published one.
+
+    epoch: of the incarnation of a run that writes it, see `fence`; attempt: which of its saves this is. Both
+    are 0 where no run is behind it.
+    """
+    writer = f"-epoch-{epoch}-{attempt}" if epoch else ""
+    return root / f".partial-step-{step:08d}{writer}"
+
+
+def partial_directories(root: Path, *, before_epoch: int) -> list[Path]:
+    """What incarnations of a run before `before_epoch` have been writing."""
+    paths = root.glob(".partial-step-*-epoch-*")
+    return [path for path in paths if int(path.name.split("-")[4]) < before_epoch]
 
 
 def published_steps(root: Path) -> list[int]:
@@ -69,6 +82,15 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def crc32(path: Path) -> int:
+    """CRC-32 of a file."""
+    value, buffer = 0, memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            value = zlib.crc32(buffer[:count], value)
+    return value
+
+
 def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of files of a directory; each is flushed to the disk first."""
     result = {}
@@ -80,23 +102,52 @@ def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
 
 
 def publish(
-    root: Path, step: int, *, files: dict[str, dict[str, Any]], state: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    *,
+    files: dict[str, dict[str, Any]],
+    state: dict[str, Any],
+    keep: int,
+    keep_every: int = 0,
+    partial: Path | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write the manifest, rename the partial directory into place, move `latest`, drop all but the newest
-    `keep`."""
-    partial, final = partial_directory(root, step), step_directory(root, step)
+    """Write the manifest, rename the partial directory into place, move `latest`, drop older checkpoints.
+
+    Of the steps up to this one the newest `keep` stay, and every multiple of `keep_every`. partial: what has
+    been written, if it is not in `partial_directory(root, step)`. check: called at the last moment; what it
+    raises leaves everything as it is.
+    """
+    partial, final = partial or partial_directory(root, step), step_directory(root, step)
     content = {"step": step, "state": state, "files": files}
     _write_durably(partial / MANIFEST, json.dumps({"sha256": _digest(content), **content}, indent=1))
-    _sync_directory(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
+    sync_directory(partial)
+    check()
+    _put_into_place(partial, final)
     _write_durably(root / f".{LATEST}", final.name + "\n")
     (root / f".{LATEST}").replace(root / LATEST)
-    _sync_directory(root)
-    for old in published_steps(root)[:-keep]:
-        shutil.rmtree(step_directory(root, old))
+    sync_directory(root)
+    # a newer one is damaged, or this run would have gone on from it: it must not push out a good one
+    past = [old for old in published_steps(root) if old <= step]
+    for old in past[:-keep]:
+        if not keep_every or old % keep_every:
+            shutil.rmtree(step_directory(root, old))
     return final
+
+
+def _put_into_place(partial: Path, final: Path) -> None:
+    """Rename, after moving aside what an earlier incarnation has published of this step."""
+    aside = partial.with_name(f".replaced-{partial.name.lstrip('.')}")
+    with contextlib.suppress(FileNotFoundError):
+        final.rename(aside)
+    try:
+        partial.rename(final)
+    except OSError:
+        # another incarnation has taken `partial` away meanwhile, and what stood here may be its work
+        with contextlib.suppress(OSError):
+            aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -118,21 +169,29 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> None:
     """
     files = read_manifest(directory)["files"]
     for index, (name, entry) in enumerate(sorted(files.items())):
-        path = directory / name
-        if Path(name).name != name:
-            raise DamagedCheckpoint(f"{directory}: manifest names {name!r}, which is outside the checkpoint")
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path}: missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} in the manifest")
-        if index % parts == part and checksum(path) != entry["sha256"]:
-            raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
-    check_metadata(directory / ".metadata")
+        check_file(directory, name, entry, content=index % parts == part)
+    read_metadata(directory / ".metadata")
 
 
-def check_metadata(path: Path) -> None:
-    """Read torch's pickled metadata through an allow-list of plain classes, and check the file names that it
-    holds.
+def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bool) -> None:
+    """Compare a file with its entry in the manifest: that it is there and its size, and its content if asked.
+
+    Raises `DamagedCheckpoint` where they differ.
+    """
+    path = directory / name
+    if Path(name).name != name:
+        raise DamagedCheckpoint(f"{directory}: manifest names {name!r}, which is outside the checkpoint")
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path}: missing")
+    if path.stat().st_size != entry["bytes"]:
+        raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} in the manifest")
+    # converted weights carry CRC-32, which keeps up with the disk where the processor has no SHA instructions
+    if content and (crc32(path) != entry["crc32"] if "crc32" in entry else checksum(path) != entry["sha256"]):
+        raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
+
+
+def read_metadata(path: Path) -> Any:
+    """torch's pickled `Metadata`, read through an allow-list of plain classes, its file names checked.
 
     Raises `DamagedCheckpoint` where it names anything else, or a file outside its directory.
     """
@@ -153,6 +212,7 @@ def check_metadata(path: Path) -> None:
     outside = sorted(name for name in names if Path(name).name != name)
     if outside:
         raise DamagedCheckpoint(f"{path}: names the file {outside[0]!r}, which is outside the checkpoint")
+    return metadata
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -173,7 +233,8 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Flush the names in a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -103,5 +103,5 @@ def test_poisoned_metadata_runs_nothing(tmp_path: Path, payload: str) -> None:
     poison = b"\x80\x04c" + f"{module}\n{name}\n".encode() + b"(V" + f"touch {witness}".encode() + b"\ntR."
     (tmp_path / ".metadata").write_bytes(poison)
     with pytest.raises(manifest.DamagedCheckpoint, match=name):
-        manifest.check_metadata(tmp_path / ".metadata")
+        manifest.read_metadata(tmp_path / ".metadata")
     assert not witness.exists()

@@ -24,7 +24,7 @@ ALLOWED = {
     "data": {"config"},
     "parallel": {"config"},
     "models": {"config", "parallel", "data.batch"},
-    "convert": {"config", "models", "parallel", "data.tokenizer"},
+    "convert": {"config", "models", "parallel", "data.tokenizer", "train.manifest"},
     "stages": {"config", "losses", "models", "data.batch", "data.store", "data.template"},
     "train": {"config", "data", "parallel", "models", "losses", "stages", "convert"},
     "bench": {"config", "data", "parallel", "models", "convert", "train"},
@@ -42,7 +42,7 @@ ONLY = {
     "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia"},
     "stages": {"torch", "numpy", "megatron_post_kernels"},
     "models": {"torch", "megatron", "transformer_engine", "megatron_post_kernels"},
-    "convert": {"torch", "safetensors", "megatron"},
+    "convert": {"torch", "megatron", "rich", "typer"},
     "cli": {"typer", "rich"},
     "doctor": {"rich", "torch"},
 }

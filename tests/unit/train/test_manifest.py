@@ -75,4 +75,4 @@ def test_paths_outside_are_refused(tmp_path: Path) -> None:
     with path.open("wb") as file:
         pickle.dump(Metadata({}, storage_data={"x": _StorageInfo("../../etc/passwd", 0, 1)}), file)
     with pytest.raises(manifest.DamagedCheckpoint, match="outside"):
-        manifest.check_metadata(path)
+        manifest.read_metadata(path)

@@ -1,0 +1,29 @@
+"""Files of a model directory: a name in it leads to a file in it, and nowhere else."""
+
+from pathlib import Path
+
+from megatron_post.convert.source import COMPANIONS
+
+
+def contained_file(directory: Path, name: str, *, named_by: Path) -> Path:
+    """The file `name` of a directory.
+
+    Raises `ValueError` for a name or a symbolic link that leads out of it. A snapshot of the Hugging Face
+    cache may link into the `blobs` of its own repository, which is how that cache stores every file.
+    """
+    path = directory / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{named_by}: file name {name!r} points outside the directory")
+    root = directory.resolve()
+    homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise ValueError(f"{named_by}: {name!r} is a link that points outside the directory")
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, or no plain file")
+    return path
+
+
+def companion_files(directory: Path) -> dict[str, bytes]:
+    """Config and tokenizer files of a directory. Raises `ValueError` for a link that leads out of it."""
+    present = [name for name in COMPANIONS if (directory / name).is_file()]
+    return {name: contained_file(directory, name, named_by=directory).read_bytes() for name in present}

@@ -1,0 +1,141 @@
+"""Reading megatron-core's `torch_dist` checkpoints by rows, whatever layout of ranks has saved them.
+
+The format is torch.distributed.checkpoint's: `.metadata` says of which rectangular chunks every tensor
+consists and in which file, at which offset, each of them lies as a `torch.save`d archive of its own.
+"""
+
+import os
+import zlib
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_post.convert.safetensors_file import Stored, raw_bytes, read_exactly
+from megatron_post.convert.source import BLOCK_BYTES, Kind
+from megatron_post.convert.torch_file import saved_tensors
+from megatron_post.train.manifest import DamagedCheckpoint, read_metadata
+
+
+@dataclass
+class _Chunk:
+    """A rectangle of a tensor: where it begins, its sizes, and the archive that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    offset: int
+    length: int
+    stored: Stored | None = None
+
+
+@dataclass
+class _Tensor:
+    kind: Kind
+    chunks: list[_Chunk] = field(default_factory=list)
+
+
+class DistCheckpoint:
+    """The tensors of one checkpoint directory. Nothing is read before it is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `DamagedCheckpoint` where the metadata is not plain data or does not cover its tensors."""
+        self.directory = directory
+        metadata = read_metadata(directory / ".metadata")
+        self._tensors: dict[str, _Tensor] = {}
+        self._by_layer: dict[tuple[str, int | None], list[_Chunk]] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self._tensors[key] = self._tensor(key, entry, metadata.storage_data)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """dtype and whole shape of every tensor; layers are stacked along the first dimension."""
+        return {key: tensor.kind for key, tensor in self._tensors.items()}
+
+    def read_into(self, key: str, layer: int | None, row: int, out: Tensor) -> None:
+        """Fill `out` with rows from `row` on of a tensor, or of one layer of a stacked one.
+
+        Raises `DamagedCheckpoint` where a chunk's archive is not what the metadata says.
+        """
+        filled = 0
+        for chunk in self._chunks(key, layer):
+            first = chunk.offsets if layer is None else chunk.offsets[1:]
+            sizes = chunk.sizes if layer is None else chunk.sizes[1:]
+            start, end = max(row, first[0]), min(row + out.shape[0], first[0] + sizes[0])
+            if start >= end:
+                continue
+            target = out[start - row : end - row]
+            for dim in range(1, out.dim()):
+                target = target.narrow(dim, first[dim], sizes[dim])
+            self._read_chunk(key, chunk, start - first[0], target)
+            filled += target.numel()
+        if filled != out.numel():
+            raise DamagedCheckpoint(f"{self.directory}: the chunks of {key} do not cover it")
+
+    def _chunks(self, key: str, layer: int | None) -> list[_Chunk]:
+        if (key, layer) not in self._by_layer:
+            chunks = self._tensors[key].chunks
+            self._by_layer[key, layer] = [c for c in chunks if layer is None or c.offsets[0] == layer]
+        return self._by_layer[key, layer]
+
+    def _read_chunk(self, key: str, chunk: _Chunk, row: int, target: Tensor) -> None:
+        if chunk.stored is None:
+            chunk.stored = self._checked(key, chunk)
+        stored = chunk.stored
+        row_bytes = prod(target.shape[1:]) * target.itemsize
+        block = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
+        with chunk.path.open("rb", buffering=0) as file:
+            place = stored.offset + row * row_bytes
+            read_exactly(file.fileno(), raw_bytes(block), place, path=chunk.path)
+        if block is not target:
+            target.copy_(block)
+
+    def _checked(self, key: str, chunk: _Chunk) -> Stored:
+        """Where the chunk's values are, after its whole content has been compared with its checksum."""
+        saved = saved_tensors(chunk.path, offset=chunk.offset, length=chunk.length).get("")
+        kind = self._tensors[key].kind
+        if saved is None or (saved.stored.dtype, saved.stored.shape) != (kind.dtype, chunk.sizes):
+            raise DamagedCheckpoint(
+                f"{chunk.path}: the chunk of {key} at {chunk.offsets} is not {chunk.sizes} {kind.dtype}"
+            )
+        crc, buffer = 0, memoryview(bytearray(min(BLOCK_BYTES, saved.stored.nbytes)))
+        with chunk.path.open("rb", buffering=0) as file:
+            for done in range(0, saved.stored.nbytes, BLOCK_BYTES):
+                block = buffer[: min(BLOCK_BYTES, saved.stored.nbytes - done)]
+                read_exactly(file.fileno(), block, saved.stored.offset + done, path=chunk.path)
+                crc = zlib.crc32(block, crc)
+        if saved.crc32 is not None and crc != saved.crc32:
+            raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
+        return saved.stored
+
+    def _tensor(
+        self, key: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, object]
+    ) -> _Tensor:
+        kind = Kind(entry.properties.dtype, tuple(entry.size))
+        tensor = _Tensor(kind)
+        for piece in entry.chunks:
+            offsets, sizes = tuple(piece.offsets), tuple(piece.sizes)
+            inside = len(offsets) == len(sizes) == len(kind.shape) and all(
+                o >= 0 and n >= 0 and o + n <= whole
+                for o, n, whole in zip(offsets, sizes, kind.shape, strict=True)
+            )
+            info = storage.get(MetadataIndex(key, piece.offsets))
+            if not inside or info is None:
+                raise DamagedCheckpoint(
+                    f"{self.directory}: .metadata: {key} has a chunk at {offsets} {sizes}"
+                )
+            path = self.directory / info.relative_path  # type: ignore[attr-defined]
+            place = (info.offset, info.length)  # type: ignore[attr-defined]
+            tensor.chunks.append(_Chunk(offsets, sizes, path, *place))
+        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(kind.shape):
+            raise DamagedCheckpoint(f"{self.directory}: .metadata: the chunks of {key} do not cover it")
+        return tensor
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is one published step."""
+    return os.path.lexists(directory / ".metadata")

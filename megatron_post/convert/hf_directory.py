@@ -1,0 +1,118 @@
+"""A Hugging Face directory of safetensors as a source, trusted in nothing."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_post.convert.contained import companion_files, contained_file
+from megatron_post.convert.mapping import SCORE, hf_shapes
+from megatron_post.convert.safetensors_file import Stored, raw_bytes, read_exactly, read_header
+from megatron_post.convert.source import Kind, check_names
+from megatron_post.models.hf_config import from_hf_config
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class HuggingFaceDirectory:
+    """A `ModelSource`: `config.json` and safetensors files, sharded or not.
+
+    Raises `ValueError` with the file and the tensor unless names and shapes are exactly those of the Llama
+    that the config describes.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.model = from_hf_config(self.directory)
+        self._places = self._locate()
+        self.scalar_head = SCORE[0] in self._places
+        expected = hf_shapes(self.model, scalar_head=self.scalar_head)
+        check_names(self._places, expected, origin=self.directory)
+        for name, shape in expected.items():
+            path, stored = self._places[name]
+            if stored.shape != shape:
+                raise ValueError(f"{path}: {name} has shape {stored.shape}, expected {shape}")
+            if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+                raise ValueError(f"{path}: {name} is {stored.dtype}: quantized weights cannot be used")
+        self.tensors = {
+            name: Kind(self._places[name][1].dtype, self._places[name][1].shape) for name in expected
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Names, sizes, times and layout of the files; their content is too much to read."""
+        files = {path for path, _ in self._places.values()}
+        stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)]
+        places = [[n, p.name, str(s.dtype), s.shape, s.offset] for n, (p, s) in sorted(self._places.items())]
+        return hashlib.sha256(json.dumps([stamps, places]).encode()).hexdigest()
+
+    def companions(self) -> dict[str, bytes]:
+        return companion_files(self.directory)
+
+    def read_into(self, name: str, row: int, out: Tensor) -> None:
+        path, stored = self._places[name]
+        with path.open("rb", buffering=0) as file:
+            read_exactly(file.fileno(), raw_bytes(out), stored.offset + row * stored.row_bytes, path=path)
+
+    def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
+        """Rows or columns [start, end) along `dim`, or the whole tensor where dim is None."""
+        path, stored = self._places[name]
+        if dim != 1:
+            first, last = (0, stored.shape[0]) if dim is None else (start, end)
+            out = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
+            self.read_into(name, first, out)
+            return out
+        out = torch.empty((stored.shape[0], end - start), dtype=stored.dtype)
+        target, width = raw_bytes(out), (end - start) * stored.dtype.itemsize
+        with path.open("rb", buffering=0) as file:
+            for row in range(stored.shape[0]):
+                place = stored.offset + row * stored.row_bytes + start * stored.dtype.itemsize
+                read_exactly(file.fileno(), target[row * width : (row + 1) * width], place, path=path)
+        return out
+
+    def _locate(self) -> dict[str, tuple[Path, Stored]]:
+        index = self.directory / INDEX
+        weight_map = read_index(self.directory)
+        if weight_map is None:
+            path = contained_file(self.directory, SINGLE, named_by=self.directory)
+            return {name: (path, stored) for name, stored in read_header(path).items()}
+        places: dict[str, tuple[Path, Stored]] = {}
+        names = sorted(set(weight_map.values()))
+        paths = {name: contained_file(self.directory, name, named_by=index) for name in names}
+        for file_name, path in paths.items():
+            header = read_header(path)
+            named = {name for name, file in weight_map.items() if file == file_name}
+            if missing := sorted(named - set(header)):
+                raise ValueError(f"{path}: tensor {missing[0]} is in the index and not in the file")
+            if extra := sorted(set(header) - named):
+                raise ValueError(f"{path}: tensor {extra[0]} is in the file and not in the index")
+            places |= {name: (path, stored) for name, stored in header.items()}
+        return places
+
+
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Tensor name -> file name, or None where the directory has one unsharded file instead.
+
+    Raises `ValueError` where it holds neither, and for an index that is not one.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        path = contained_file(directory, INDEX, named_by=directory)
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            if not all(isinstance(name, str) for pair in weight_map.items() for name in pair):
+                raise TypeError("names are strings")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index}: not an index with a weight_map: {error}") from error
+        return dict(weight_map)
+    if os.path.lexists(directory / SINGLE):
+        return None
+    if list(directory.glob("*.bin")):
+        raise ValueError(
+            f"{directory} holds pickled .bin weights, which can run code when they are read; where you trust "
+            "them, load them with transformers and save_pretrained(..., safe_serialization=True)"
+        )
+    raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}")

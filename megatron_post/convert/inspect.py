@@ -1,0 +1,52 @@
+"""What a directory of weights holds, as a table."""
+
+import re
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.convert.dist_checkpoint import DistCheckpoint
+from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_post.convert.open_source import open_model
+from megatron_post.convert.source import Kind
+
+_NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+
+
+def inspect(directory: str, *, console: Console) -> None:
+    """Print the model's config and every tensor with shape, dtype and bytes; layers that are alike in one
+    row."""
+    source = open_model(Path(directory))
+    console.print(f"{directory}: {describe(source)}", highlight=False, soft_wrap=True)
+    config = source.model.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
+    console.print("  ".join(f"{key} {value}" for key, value in config.items()), highlight=False)
+    kinds = dict(source.tensors)
+    if isinstance(source, MegatronCheckpoint):
+        kinds = DistCheckpoint(source.directory).kinds
+    console.print(tensor_table(kinds))
+
+
+def describe(source: object) -> str:
+    """The kind of a source, in a line."""
+    if not isinstance(source, MegatronCheckpoint):
+        return f"{type(source).__name__}{', a reward model' if source.scalar_head else ''}"  # type: ignore[attr-defined]
+    content = "weights alone" if source.weights_only else "weights and optimizer"
+    return f"megatron-core checkpoint, step {source.step}, {content}"
+
+
+def tensor_table(kinds: dict[str, Kind]) -> Table:
+    """kinds: by name. Tensors whose names differ in the layer alone share a row."""
+    rows: dict[tuple[str, Kind], int] = {}
+    for name, kind in kinds.items():
+        key = (_NUMBER.sub("*", name), kind)
+        rows[key] = rows.get(key, 0) + 1
+    table = Table("tensor", "number", "shape", "dtype", "bytes", box=SIMPLE)
+    for (name, kind), count in rows.items():
+        dtype = str(kind.dtype).removeprefix("torch.")
+        shape = " x ".join(map(str, kind.shape))
+        table.add_row(name, f"{count:,}", shape, dtype, f"{kind.nbytes * count:,}")
+    total = sum(kind.nbytes for kind in kinds.values())
+    table.add_row("all", f"{len(kinds):,}", "", "", f"{total:,}")
+    return table

@@ -1,0 +1,107 @@
+"""A checkpoint of the trainer, or one converted before, as a source of Hugging Face tensors."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_post.config.load import load_config
+from megatron_post.config.schema import Config, Model
+from megatron_post.convert.configs import written_configs
+from megatron_post.convert.dist_checkpoint import DistCheckpoint
+from megatron_post.convert.mapping import CoreTensor, Run, core_tensors, hf_shapes, row_runs
+from megatron_post.convert.source import COMPANIONS, Kind
+from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.models.hf_config import from_hf_config
+from megatron_post.train import manifest
+
+
+class MegatronCheckpoint:
+    """A `ModelSource`: one published step of a run's checkpoints, saved in any layout of ranks.
+
+    Optimizer state is never read. Raises `ValueError` (`DamagedCheckpoint` and others) where the directory is
+    not such a step, or does not hold the model that its config describes.
+    """
+
+    def __init__(self, directory: str | Path, *, step: int | None = None) -> None:
+        """directory: of all steps of a run (`step`, by default the newest, is taken), or of one step."""
+        self.directory = step_of(Path(directory), step)
+        self._manifest = manifest.read_manifest(self.directory)
+        self._check_files()
+        self.step: int = self._manifest["step"]
+        self.weights_only: bool = self._manifest["state"].get("weights_only", False)
+        if self.weights_only:
+            self.model: Model = from_hf_config(self.directory)
+            self.scalar_head: bool = self._manifest["state"]["scalar_head"]
+        else:
+            self.model, self.scalar_head = self._config.model, self._config.stage == "reward"
+        self.checkpoint = DistCheckpoint(self.directory)
+        self._runs: dict[str, list[tuple[CoreTensor, Run]]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for core in core_tensors(self.model, scalar_head=self.scalar_head):
+            dtypes |= dict.fromkeys(core.hf, self._check(core))
+            for run in row_runs(core, self.model):
+                self._runs.setdefault(run.name, []).append((core, run))
+        shapes = hf_shapes(self.model, scalar_head=self.scalar_head)
+        self.tensors = {name: Kind(dtypes[name], shape) for name, shape in shapes.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """The manifest has checksums of everything."""
+        return hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+
+    def read_into(self, name: str, row: int, out: Tensor) -> None:
+        for core, run in self._runs[name]:
+            start, end = max(row, run.hf_row), min(row + out.shape[0], run.hf_row + run.rows)
+            if start < end:
+                place = run.core_row + start - run.hf_row
+                self.checkpoint.read_into(core.key, core.layer, place, out[start - row : end - row])
+
+    def companions(self) -> dict[str, bytes]:
+        """What came with converted weights; of a trained step, what `train.export_hf` would write."""
+        if self.weights_only:
+            names = [name for name in COMPANIONS if name in self._manifest["files"]]
+            return {name: (self.directory / name).read_bytes() for name in names}
+        (dtype,) = {kind.dtype for kind in self.tensors.values()}
+        tokenizer = load_tokenizer(self._config.tokenizer.path)
+        return written_configs(self.model, tokenizer, dtype=dtype, scalar_head=self.scalar_head)
+
+    @cached_property
+    def _config(self) -> Config:
+        return load_config(self.directory / "config.yaml")
+
+    def _check_files(self) -> None:
+        """Sizes of all files, and the content of the small ones that decide what the others mean."""
+        for name, entry in self._manifest["files"].items():
+            small = name in COMPANIONS or name in (".metadata", "config.yaml")
+            manifest.check_file(self.directory, name, entry, content=small)
+
+    def _check(self, core: CoreTensor) -> torch.dtype:
+        """The dtype of a parameter's tensor. Vocabulary rows may be padded."""
+        kind = self.checkpoint.kinds.get(core.key)
+        if kind is None:
+            raise ValueError(f"{self.directory}: tensor {core.key} is missing")
+        found, expected = kind.shape, core.stored_shape
+        if core.rule.layout == "vocabulary" and found[0] >= expected[0]:
+            expected = (found[0], *expected[1:])
+        if found != expected:
+            raise ValueError(f"{self.directory}: {core.key} has shape {found}, expected {expected}")
+        return kind.dtype
+
+
+def step_of(directory: Path, step: int | None) -> Path:
+    """The directory of a step. Raises `ValueError` where there is none."""
+    if (directory / manifest.MANIFEST).is_file():
+        found = manifest.read_manifest(directory)["step"]
+        if step not in (None, found):
+            raise ValueError(f"{directory} is the checkpoint of step {found}, not of step {step}")
+        return directory
+    steps = manifest.published_steps(directory)
+    if not steps:
+        raise ValueError(f"{directory} holds no published checkpoint")
+    if step is not None and step not in steps:
+        raise ValueError(f"{directory} has no step {step}; it has {', '.join(map(str, steps))}")
+    return manifest.step_directory(directory, steps[-1] if step is None else step)

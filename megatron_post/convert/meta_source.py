@@ -1,0 +1,162 @@
+"""Meta's original files, `consolidated.*.pth` and `params.json`, as a source of Hugging Face tensors."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_post.config.schema import Model
+from megatron_post.convert.configs import written_configs
+from megatron_post.convert.contained import contained_file
+from megatron_post.convert.mapping import META_NAMES, hf_shapes
+from megatron_post.convert.safetensors_file import Stored, raw_bytes, read_exactly
+from megatron_post.convert.source import Kind, check_names
+from megatron_post.convert.torch_file import saved_tensors
+from megatron_post.data.tokenizer import load_tokenizer
+
+PARAMS = "params.json"
+
+
+class MetaDirectory:
+    """A `ModelSource`. Each tensor lies in as many shards as there were tensor-parallel ranks.
+
+    The pickles are not run and the data is not mapped: see `torch_file`. Raises `ValueError` where names and
+    shapes are not exactly those of the Llama that `params.json` describes.
+    """
+
+    scalar_head = False
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        names = sorted(path.name for path in self.directory.glob("consolidated.*.pth"))
+        if not names:
+            raise ValueError(f"{self.directory} holds {PARAMS} and no consolidated.*.pth")
+        self._files = [contained_file(self.directory, n, named_by=self.directory) for n in names]
+        shards = [{n: s.stored for n, s in saved_tensors(path).items()} for path in self._files]
+        for shard in shards:
+            shard.pop("rope.freqs", None)  # derived from the config, in older releases
+        self._params = self._read_params()
+        self.model = _model(self._params, shards, self._files[0])
+        expected = hf_shapes(self.model)
+        self._meta = {name: _meta_name(name) for name in expected}
+        for path, shard in zip(self._files, shards, strict=True):
+            check_names(shard, dict.fromkeys(self._meta.values()), origin=path)
+        self._pieces = {name: [shard[self._meta[name]] for shard in shards] for name in expected}
+        self._dims = {name: self._cut(name, shape) for name, shape in expected.items()}
+        self.tensors = {name: Kind(self._pieces[name][0].dtype, shape) for name, shape in expected.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self._files]
+        return hashlib.sha256(json.dumps([stamps, self._params], sort_keys=True).encode()).hexdigest()
+
+    def companions(self) -> dict[str, bytes]:
+        """The configs, and the tokenizer if its `tokenizer.model` lies beside the weights."""
+        path = self.directory / "tokenizer.model"
+        tokenizer = None
+        if path.is_file():
+            tokenizer = load_tokenizer(contained_file(self.directory, path.name, named_by=self.directory))
+        dtype = self.tensors["model.embed_tokens.weight"].dtype
+        return written_configs(self.model, tokenizer, dtype=dtype, scalar_head=False)
+
+    def read_into(self, name: str, row: int, out: Tensor) -> None:
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            self._read(name, row, out)
+            return
+        # Meta rotates neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows i and i + d/2
+        d = self.model.head_dim
+        first, last = row // d * d, -(-(row + out.shape[0]) // d) * d
+        heads = torch.empty((last - first, out.shape[1]), dtype=out.dtype)
+        self._read(name, first, heads)
+        halves = heads.view(-1, d // 2, 2, out.shape[1]).transpose(1, 2).reshape(heads.shape)
+        out.copy_(halves[row - first : row - first + out.shape[0]])
+
+    def _read(self, name: str, row: int, out: Tensor) -> None:
+        """Rows in Meta's own order."""
+        dim = self._dims[name]
+        if dim == 1:
+            begin = 0
+            for path, piece in zip(self._files, self._pieces[name], strict=True):
+                block = torch.empty((out.shape[0], piece.shape[1]), dtype=out.dtype)
+                _pread(path, piece, row, block)
+                out[:, begin : begin + piece.shape[1]] = block
+                begin += piece.shape[1]
+            return
+        pieces = list(zip(self._files, self._pieces[name], strict=True))
+        begin = 0
+        for path, piece in pieces[:1] if dim is None else pieces:
+            start, end = max(row, begin), min(row + out.shape[0], begin + piece.shape[0])
+            if start < end:
+                _pread(path, piece, start - begin, out[start - row : end - row])
+            begin += piece.shape[0]
+
+    def _cut(self, name: str, shape: tuple[int, ...]) -> int | None:
+        """The dimension along which the shards are joined; None where each has the whole tensor."""
+        pieces = self._pieces[name]
+        if len({piece.dtype for piece in pieces}) == 1 and pieces[0].dtype.is_floating_point:
+            if all(piece.shape == shape for piece in pieces) and (len(pieces) == 1 or len(shape) == 1):
+                return None
+            for dim in range(len(shape)):
+                sizes = [piece.shape[dim] for piece in pieces if len(piece.shape) == len(shape)]
+                others = {p.shape[:dim] + p.shape[dim + 1 :] for p in pieces}
+                if others == {shape[:dim] + shape[dim + 1 :]} and sum(sizes) == shape[dim]:
+                    return dim
+        found = [piece.shape for piece in pieces]
+        raise ValueError(
+            f"{self._files[0]}: {self._meta[name]}: {len(found)} shard(s) of {found[0]} do not make {shape}"
+        )
+
+    def _read_params(self) -> dict[str, Any]:
+        path = contained_file(self.directory, PARAMS, named_by=self.directory)
+        params = json.loads(path.read_text())
+        missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
+        if missing:
+            raise ValueError(f"{path}: missing {', '.join(missing)}")
+        return params
+
+
+def _pread(path: Path, piece: Stored, row: int, out: Tensor) -> None:
+    with path.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), raw_bytes(out), piece.offset + row * piece.row_bytes, path=path)
+
+
+def _meta_name(name: str) -> str:
+    """Meta's name of a Hugging Face tensor."""
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    if name.startswith("model.layers."):
+        return f"layers.{layer}.{META_NAMES[rest]}"
+    return META_NAMES[name]
+
+
+def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) -> Model:
+    """What `params.json` says, and what only the tensors say: vocabulary, feed-forward size and tying."""
+    try:
+        feed_forward = sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards)
+        embeddings = [shard["tok_embeddings.weight"].shape for shard in shards]
+        hidden = params["dim"]
+        vocabulary = sum(shape[0] for shape in embeddings) if embeddings[0][1] == hidden else embeddings[0][0]
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path}: tensor {error} is missing") from None
+    scaled, tied = params.get("use_scaled_rope", False), "output.weight" not in shards[0]
+    if scaled and tied and "rope_scaling_factor" not in params:
+        raise ValueError(
+            f"{path.parent / PARAMS}: Llama 3.2 scales RoPE by another factor than 3.1, which this file does "
+            'not tell; add "rope_scaling_factor"'
+        )
+    return Model(
+        num_layers=params["n_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=feed_forward,
+        num_attention_heads=params["n_heads"],
+        num_key_value_heads=params.get("n_kv_heads", params["n_heads"]),
+        vocab_size=vocabulary,
+        # params.json does not say: 131,072 since Llama 3.1, which scales RoPE, and 8,192 before
+        max_position_embeddings=131072 if scaled else 8192,
+        rope_theta=params.get("rope_theta", 10000.0),
+        rope_scaling={"factor": params.get("rope_scaling_factor", 8.0)} if scaled else None,
+        rms_norm_eps=params["norm_eps"],
+        tie_word_embeddings=tied,
+    )

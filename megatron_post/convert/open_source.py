@@ -1,0 +1,26 @@
+"""Which kind of model a directory holds."""
+
+import os
+from pathlib import Path
+
+from megatron_post.convert.hf_directory import HuggingFaceDirectory
+from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_post.convert.meta_source import PARAMS, MetaDirectory
+from megatron_post.convert.source import ModelSource
+from megatron_post.train import manifest
+
+
+def open_weights_directory(directory: Path) -> ModelSource:
+    """Hugging Face's safetensors or Meta's original files. Raises `ValueError` for anything else."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory")
+    if os.path.lexists(directory / PARAMS) and not os.path.lexists(directory / "config.json"):
+        return MetaDirectory(directory)
+    return HuggingFaceDirectory(directory)
+
+
+def open_model(directory: Path) -> ModelSource:
+    """A model of any kind: weights of Hugging Face or Meta, or a checkpoint (the newest step of a run)."""
+    if (directory / manifest.MANIFEST).is_file() or manifest.published_steps(directory):
+        return MegatronCheckpoint(directory)
+    return open_weights_directory(directory)

@@ -1,0 +1,85 @@
+"""A dry run: what a conversion would read and write, from config and index alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.config.presets import PRESETS
+from megatron_post.config.schema import Model
+from megatron_post.convert.hf_directory import read_index
+from megatron_post.convert.mapping import hf_shapes
+from megatron_post.convert.shards import plan_shards
+from megatron_post.convert.source import DTYPE_NAMES, Kind, check_names
+from megatron_post.convert.to_megatron import CHUNK_BYTES, PART_BYTES
+from megatron_post.models.hf_config import from_hf_config
+
+# Resident memory of a worker beside its buffers: Python, torch and the parsed headers, as measured.
+BASE_BYTES = 400 * 1024**2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a conversion. peak_bytes: of all workers of a node together."""
+
+    tensors: int
+    total_bytes: int
+    largest_bytes: int
+    shards: int
+    parts: int
+    peak_bytes: int
+    seconds: float
+
+
+def plan(source: str, *, dtype: str, max_shard_bytes: int, workers: int, megabytes_per_second: float) -> Plan:
+    """What converting would take. source: a preset's name, or a Hugging Face directory with `config.json`,
+    and perhaps the index; its weights need not be there.
+
+    Raises `ValueError` where the index is not that of the config's model.
+    """
+    kinds = {name: Kind(DTYPE_NAMES[dtype], shape) for name, shape in hf_shapes(_model(source)).items()}
+    total = sum(kind.nbytes for kind in kinds.values())
+    return Plan(
+        tensors=len(kinds),
+        total_bytes=total,
+        largest_bytes=max(kind.nbytes for kind in kinds.values()),
+        shards=len(plan_shards(kinds, max_bytes=max_shard_bytes)),
+        parts=-(-total // PART_BYTES),
+        peak_bytes=workers * (BASE_BYTES + 2 * CHUNK_BYTES),
+        seconds=total / (megabytes_per_second * 1e6),
+    )
+
+
+def print_plan(source: str, result: Plan, *, console: Console) -> None:
+    """The plan as a table."""
+    hours, minutes = divmod(round(result.seconds / 60), 60)
+    table = Table(f"conversion of {source}", "", box=SIMPLE)
+    table.add_row("tensors", f"{result.tensors:,}")
+    table.add_row("bytes to read, and to write", f"{result.total_bytes:,}")
+    table.add_row("largest tensor", f"{result.largest_bytes:,}")
+    table.add_row("files of safetensors; of a checkpoint", f"{result.shards:,}; {result.parts:,}")
+    table.add_row("expected peak memory", f"{result.peak_bytes / 2**30:.1f} GiB")
+    table.add_row(
+        "expected time", f"{hours} h {minutes} min" if result.seconds > 120 else f"{result.seconds:.0f} s"
+    )
+    console.print(table)
+
+
+def _model(source: str) -> Model:
+    if source in PRESETS:
+        return Model(preset=source)  # type: ignore[call-arg]
+    directory = Path(source)
+    if not directory.is_dir():
+        raise ValueError(f"{source} is neither a directory nor one of {', '.join(PRESETS)}")
+    model = from_hf_config(directory)
+    try:
+        weight_map = read_index(directory)
+    except ValueError as error:
+        if "holds neither" not in str(error):
+            raise
+        weight_map = None
+    if weight_map is not None:
+        check_names(weight_map, hf_shapes(model), origin=directory)
+    return model

@@ -1,0 +1,172 @@
+"""The safetensors format: 8 bytes of length, a JSON header, and the tensors' bytes, without gaps, to the end.
+
+Headers are read as if written by an adversary. Data is read with `pread`, never mapped: what a process holds
+is the buffer that it asked for, however large the file.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The limit that the `safetensors` library sets.
+LARGEST_HEADER = 100_000_000
+# In the order in which the library writes tensors of different types.
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class BadSafetensors(ValueError):
+    """A file that is not what it claims to be; the message names the file, the tensor and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its bytes are [offset, offset + nbytes) of the file, in C order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row along the first dimension."""
+        return prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file. Nothing but the header is read.
+
+    Raises `BadSafetensors` unless the header is plain JSON of known types whose tensors fill the rest of the
+    file exactly, each byte belonging to one of them.
+    """
+    try:
+        with path.open("rb") as file:
+            size, start = os.fstat(file.fileno()).st_size, file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
+                raise BadSafetensors(_no_header(path, start, length, size))
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise BadSafetensors(f"{path}: not a readable safetensors file: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadSafetensors):
+            raise
+        raise BadSafetensors(f"{path}: not a readable safetensors file: bad header: {error}") from error
+    if not isinstance(header, dict):
+        raise BadSafetensors(f"{path}: not a readable safetensors file: the header is not an object")
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, value, data=8 + length) for name, value in header.items()}
+    _check_tiling(path, tensors, start=8 + length, end=size)
+    return tensors
+
+
+def header_of(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Stored]]:
+    """The first bytes of a file of these tensors, and where each of them belongs in it.
+
+    The same bytes as the `safetensors` library writes: ordered by type and then name, padded to 8.
+    """
+    ranks = list(_CODES)
+    order = sorted(tensors, key=lambda name: (ranks.index(tensors[name][0]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {name: Stored(*tensors[name], start + header[name]["data_offsets"][0]) for name in order}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor; writing to the view writes to the tensor."""
+    assert tensor.is_contiguous()
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+    return memoryview(flat.numpy().data)
+
+
+def read_exactly(descriptor: int, target: memoryview, offset: int, *, path: Path) -> None:
+    """Fill `target` from a file. Raises `BadSafetensors` where the file ends before."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if count == 0:
+            raise BadSafetensors(f"{path}: ends at byte {offset + done}, while it was read")
+        done += count
+
+
+def write_exactly(descriptor: int, data: memoryview | bytes) -> None:
+    """Write all of `data` at the file's position."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.write(descriptor, view[done:])
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return result
+
+
+def _entry(path: Path, name: str, value: Any, *, data: int) -> Stored:
+    """A header entry, its offset now the file's. Python's integers do not overflow: absurd sizes just
+    differ."""
+    try:
+        code, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [*shape, start, end]
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
+        raise BadSafetensors(f"{path}: {name}: malformed header entry {str(value)[:200]}") from None
+    if not isinstance(code, str) or code not in DTYPES:
+        raise BadSafetensors(f"{path}: {name}: unknown dtype {str(code)[:40]!r}")
+    stored = Stored(DTYPES[code], tuple(shape), data + start)
+    if end - start != stored.nbytes:
+        raise BadSafetensors(
+            f"{path}: {name}: offsets [{start}, {end}] hold {end - start} bytes, "
+            f"but {code} {shape} takes {stored.nbytes}"
+        )
+    return stored
+
+
+def _check_tiling(path: Path, tensors: dict[str, Stored], *, start: int, end: int) -> None:
+    position = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != position:
+            what = "overlaps the tensor before it" if stored.offset < position else "leaves a gap before it"
+            raise BadSafetensors(f"{path}: {name}: begins at byte {stored.offset}, which {what}")
+        position += stored.nbytes
+        if position > end:
+            raise BadSafetensors(
+                f"{path}: {name}: ends at byte {position}, the file at {end}: truncated or damaged"
+            )
+    if position != end:
+        raise BadSafetensors(f"{path}: {end - position} bytes after the last tensor")
+
+
+def _no_header(path: Path, start: bytes, length: int, size: int) -> str:
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return f"{path}: not a readable safetensors file: a pickle under another name; nothing in it was run"
+    return (
+        f"{path}: not a readable safetensors file: its header would take {length} of the file's {size} bytes"
+    )

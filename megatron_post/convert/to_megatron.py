@@ -1,0 +1,221 @@
+"""Hugging Face or Meta weights to a checkpoint that the trainer resumes from, in any layout."""
+
+import io
+import json
+import pickle
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_post.convert.configs import fingerprint_of, with_dtype
+from megatron_post.convert.mapping import CoreTensor, core_tensors, row_runs
+from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.convert.safetensors_file import write_exactly
+from megatron_post.convert.source import DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
+from megatron_post.convert.work import ConversionError, Part
+from megatron_post.train import manifest
+
+PART_BYTES = 2 * 1024**3
+# Ranks read whole chunks and cut their slices out of them, so this bounds their memory as well as ours.
+CHUNK_BYTES = 32 * 1024**2
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows [start, end) of a parameter."""
+
+    core: CoreTensor
+    start: int
+    end: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class ToMegatron:
+    """A `work.Job`. source: directory of weights. root: directory of a run's checkpoints; this is step 0.
+
+    dtype: "bf16", "fp16" or "fp32"; None keeps the source's.
+    """
+
+    source: str
+    root: str
+    dtype: str | None = None
+    part_bytes: int = PART_BYTES
+    chunk_bytes: int = CHUNK_BYTES
+
+    @property
+    def target(self) -> Path:
+        return manifest.step_directory(Path(self.root), 0)
+
+    @property
+    def partial(self) -> Path:
+        return manifest.partial_directory(Path(self.root), 0)
+
+    @property
+    def settings(self) -> dict[str, str | int | None]:
+        return {
+            "source": self._source.fingerprint,
+            "config or tokenizer": fingerprint_of(self._companions),
+            "dtype": self.dtype,
+            "part size": self.part_bytes,
+            "chunk size": self.chunk_bytes,
+        }
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        return [
+            Part(f"__{i}_0.distcp", sum(chunk.kind.nbytes for chunk in chunks))
+            for i, chunks in enumerate(self._chunks)
+        ]
+
+    def check(self) -> None:
+        """Raises `ConversionError` where the run has been trained already, and would not start from this."""
+        steps = manifest.published_steps(Path(self.root))
+        if steps and steps != [0]:
+            raise ConversionError(
+                f"{self.root} has checkpoints of steps {', '.join(map(str, steps))}, from the newest of "
+                "which the run resumes; choose the `checkpoints` directory of a new run"
+            )
+
+    def write_part(self, number: int, file: FileIO) -> dict[str, Any]:
+        stream, places = _Checksummed(file), []
+        buffer = bytearray(max(chunk.kind.nbytes for chunk in self._chunks[number]))
+        for chunk in self._chunks[number]:
+            begin = stream.position
+            torch.save(self._filled(chunk, buffer), cast(IO[bytes], stream))
+            offsets = chunk.core.at(chunk.start)
+            places.append([chunk.core.key, offsets, chunk.kind.shape, begin, stream.position - begin])
+        return {"chunks": places, "crc32": stream.crc32}
+
+    def publish(self, records: list[dict[str, Any]]) -> None:
+        files: dict[str, Any] = {
+            part.name: {"bytes": record["bytes"], "crc32": record["crc32"]}
+            for part, record in zip(self.parts, records, strict=True)
+        }
+        common = io.BytesIO()
+        torch.save({}, common)
+        small = self._companions | {
+            ".metadata": pickle.dumps(self._metadata(records)),
+            "metadata.json": json.dumps(_BACKENDS).encode(),
+            "common.pt": common.getvalue(),
+        }
+        for name, content in small.items():
+            (self.partial / name).write_bytes(content)
+        files |= manifest.checksums(self.partial, sorted(small))
+        state = {"weights_only": True, "scalar_head": self._source.scalar_head}
+        manifest.publish(Path(self.root), 0, files=files, state=state, keep=1)
+
+    @cached_property
+    def _source(self) -> ModelSource:
+        return open_weights_directory(Path(self.source))
+
+    @cached_property
+    def _companions(self) -> dict[str, bytes]:
+        companions = self._source.companions()
+        return companions if self.dtype is None else with_dtype(companions, DTYPE_NAMES[self.dtype])
+
+    @cached_property
+    def _chunks(self) -> list[list[_Chunk]]:
+        """Of each part, in the order of the model's layers."""
+        parts: list[list[_Chunk]] = [[]]
+        held = 0
+        for chunk in self._all_chunks():
+            if held and held + chunk.kind.nbytes > self.part_bytes:
+                parts.append([])
+                held = 0
+            parts[-1].append(chunk)
+            held += chunk.kind.nbytes
+        return parts
+
+    def _all_chunks(self) -> Iterator[_Chunk]:
+        dtypes: dict[str, torch.dtype] = {}
+        for core in core_tensors(self._source.model, scalar_head=self._source.scalar_head):
+            for name in core.hf:
+                own = DTYPE_NAMES[self.dtype] if self.dtype else self._source.tensors[name].dtype
+                if dtypes.setdefault(core.key, own) != own:
+                    raise ConversionError(
+                        f"{self.source}: {name} is {own} and others of its kind {dtypes[core.key]}, but "
+                        "megatron-core stacks them in one tensor; choose one dtype with --dtype"
+                    )
+            dtype, stack = dtypes[core.key], () if core.layer is None else (1,)
+            for start, end in row_blocks(Kind(dtype, core.shape), block_bytes=self.chunk_bytes):
+                yield _Chunk(core, start, end, Kind(dtype, (*stack, end - start, *core.shape[1:])))
+
+    def _filled(self, chunk: _Chunk, buffer: bytearray) -> Tensor:
+        """The chunk's values in `buffer`, with a storage of just their size, which is what gets saved."""
+        kind, view = chunk.kind, memoryview(buffer)[: chunk.kind.nbytes]
+        whole = torch.frombuffer(view, dtype=kind.dtype)
+        rows = whole.view(chunk.end - chunk.start, *chunk.core.shape[1:])
+        for run in row_runs(chunk.core, self._source.model):
+            start, end = max(chunk.start, run.core_row), min(chunk.end, run.core_row + run.rows)
+            if start < end:
+                target = rows[start - chunk.start : end - chunk.start]
+                self._read(run.name, run.hf_row + start - run.core_row, target)
+        return whole.view(kind.shape)
+
+    def _read(self, name: str, row: int, target: Tensor) -> None:
+        kind = self._source.tensors[name]
+        if kind.dtype == target.dtype:
+            self._source.read_into(name, row, target)
+            return
+        for start, end in row_blocks(Kind(kind.dtype, tuple(target.shape))):
+            target[start:end] = read_rows(self._source, name, row + start, row + end)
+
+    def _metadata(self, records: list[dict[str, Any]]) -> Metadata:
+        """What torch.distributed.checkpoint reads first: which chunk of what lies where."""
+        cores = {c.key: c for c in core_tensors(self._source.model, scalar_head=self._source.scalar_head)}
+        dtypes = {chunk.core.key: chunk.kind.dtype for chunks in self._chunks for chunk in chunks}
+        tensors = {
+            key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(core.stored_shape), [])
+            for key, core in cores.items()
+        }
+        storage = {}
+        for part, record in zip(self.parts, records, strict=True):
+            for key, offsets, sizes, begin, length in record["chunks"]:
+                place = torch.Size(offsets)
+                index = MetadataIndex(key, place, len(tensors[key].chunks))
+                tensors[key].chunks.append(ChunkStorageMetadata(place, torch.Size(sizes)))
+                storage[index] = _StorageInfo(part.name, begin, length)
+        return Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta())
+
+
+# What megatron-core reads to choose how it reads the rest.
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class _Checksummed:
+    """A file for `torch.save` that counts and checksums what passes."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._descriptor, self.position, self.crc32 = file.fileno(), 0, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        write_exactly(self._descriptor, view)
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.position += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

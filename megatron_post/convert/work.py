@@ -1,0 +1,230 @@
+"""A conversion as files that are written independently, by any number of processes on any number of nodes.
+
+Workers share nothing but the file system. Each owns every n-th part; a finished part has a marker, so that an
+interrupted conversion goes on where it was; who finds all markers in place publishes, under a lock.
+"""
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_post.parallel.environment import rank_from_environment
+
+Report = Callable[[str], None]
+
+
+class ConversionError(ValueError):
+    """A conversion that cannot start or go on; the message says what was kept and what to do."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of the target. nbytes: of its tensors; the file is a little larger."""
+
+    name: str
+    nbytes: int
+
+
+class Job(Protocol):
+    """A conversion, a dataclass of plain values so that it can be sent to another process.
+
+    target: appears when all is done. partial: where files grow. settings: what another run must share.
+    """
+
+    @property
+    def target(self) -> Path: ...
+    @property
+    def partial(self) -> Path: ...
+    @property
+    def settings(self) -> dict[str, str | int | None]: ...
+    @property
+    def parts(self) -> Sequence[Part]: ...
+
+    def write_part(self, number: int, file: FileIO) -> dict[str, Any]:
+        """Write a part; returns what `publish` must know of it, as plain values."""
+
+    def publish(self, records: list[dict[str, Any]]) -> None:
+        """Write what depends on all parts, and rename `partial` to `target`."""
+
+
+def convert(job: Job, *, workers: int, report: Report) -> bool:
+    """Do this node's share of a conversion. Returns whether the target is complete.
+
+    Raises `ConversionError` where the target exists, where an unfinished conversion of something else is in
+    the way, and where the disk is full.
+    """
+    if workers < 1:
+        raise ConversionError(f"--workers {workers}: at least one is needed")
+    node, nodes = worker_environment()
+    if job.target.exists():
+        if nodes > 1:
+            report(f"{job.target} is complete")
+            return True
+        raise ConversionError(f"{job.target} exists already; choose another directory, or remove it")
+    settings, count = job.settings, len(job.parts)  # checks the source, before anything is written
+    _claim(job, settings)
+    _check_space(job)
+    started, before = time.perf_counter(), len(_done(job))
+    if before:
+        report(f"going on with {job.partial}: {before} of {count} parts are there")
+    indices = [node * workers + i for i in range(workers)]
+    if workers == 1:
+        moved = _work(job, indices[0], nodes)
+    else:
+        # a fresh interpreter a worker: forking one in which torch has run threads can hang
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            tasks = [pool.submit(_work, dataclasses.replace(job), i, nodes * workers) for i in indices]  # type: ignore[type-var]
+            moved = sum(task.result() for task in tasks)
+    seconds = time.perf_counter() - started
+    report(f"{moved / 1e6:,.0f} MB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s")
+    return _finish(job, report)
+
+
+def worker_environment() -> tuple[int, int]:
+    """(number, count) of this process among those of torchrun or srun, times the tasks of a Slurm array."""
+    rank, size, _ = rank_from_environment()
+    env = os.environ
+    tasks = int(env.get("SLURM_ARRAY_TASK_COUNT", 1))
+    if tasks == 1:
+        return rank, size
+    first, last = int(env["SLURM_ARRAY_TASK_MIN"]), int(env["SLURM_ARRAY_TASK_MAX"])
+    stride = (last - first) // (tasks - 1)
+    task, remainder = divmod(int(env["SLURM_ARRAY_TASK_ID"]) - first, stride)
+    if remainder or first + stride * (tasks - 1) != last:
+        raise ConversionError("the Slurm array's ids are unevenly spaced; submit it as --array=0-N")
+    return task * size + rank, tasks * size
+
+
+def state_directory(job: Job) -> Path:
+    """Markers and the lock: beside the target, so that they never belong to it."""
+    return job.target.with_name(f".converting-{job.target.name}")
+
+
+def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
+    """Make the directories, or join those of the same conversion."""
+    state = state_directory(job)
+    state.mkdir(parents=True, exist_ok=True)
+    record = state / "conversion.json"
+    own = state / f".conversion.{_own_suffix()}"
+    own.write_text(json.dumps(settings))
+    try:
+        os.link(own, record)
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+    found = json.loads(record.read_text())
+    if found != settings:
+        changed = [key for key in settings if found.get(key) != settings[key]]
+        raise ConversionError(
+            f"{state} belongs to an unfinished conversion with another {', '.join(changed)}; finish that one "
+            f"with its own command, or remove {state} and {job.partial}"
+        )
+    job.partial.mkdir(parents=True, exist_ok=True)
+
+
+def _check_space(job: Job) -> None:
+    done = _done(job)
+    needed = sum(part.nbytes for number, part in enumerate(job.parts) if number not in done)
+    free = shutil.disk_usage(job.partial).free
+    if needed > free:
+        raise ConversionError(
+            f"{job.partial} needs another {needed:,} bytes and its disk has {free:,} free; the source is "
+            "untouched; free some space and run the same command again"
+        )
+
+
+def _done(job: Job) -> dict[int, dict[str, Any]]:
+    """Records of the parts that are complete."""
+    records = {}
+    for number, part in enumerate(job.parts):
+        marker, file = state_directory(job) / f"{part.name}.json", job.partial / part.name
+        if marker.is_file() and file.is_file():
+            record = json.loads(marker.read_text())
+            if file.stat().st_size == record["bytes"]:
+                records[number] = record
+    return records
+
+
+def _work(job: Job, index: int, count: int) -> int:
+    """Write every `count`-th part from `index` on that is not there yet. Returns tensor bytes written."""
+    done, moved = _done(job), 0
+    for number in range(index, len(job.parts), count):
+        if number in done:
+            continue
+        try:
+            _write_part(job, number)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ConversionError(
+                f"{job.partial}: {os.strerror(error.errno)} while {job.parts[number].name} was written; the "
+                f"source is untouched and {len(_done(job))} of {len(job.parts)} parts are kept: free some "
+                "space and run the same command again"
+            ) from error
+        moved += job.parts[number].nbytes
+    return moved
+
+
+def _write_part(job: Job, number: int) -> None:
+    name, state = job.parts[number].name, state_directory(job)
+    # a name of one's own: a worker that outlived its killed parent must not write into another's file
+    for stale in job.partial.glob(f".{name}.*"):
+        stale.unlink(missing_ok=True)
+    growing = job.partial / f".{name}.{_own_suffix()}"
+    try:
+        with growing.open("wb", buffering=0) as file:
+            record = job.write_part(number, file)
+            os.fsync(file.fileno())
+        record["bytes"] = growing.stat().st_size
+        growing.rename(job.partial / name)
+    except BaseException:
+        growing.unlink(missing_ok=True)
+        raise
+    marker = state / f".{name}.{_own_suffix()}"
+    marker.write_text(json.dumps(record))
+    marker.rename(state / f"{name}.json")
+
+
+def _finish(job: Job, report: Report) -> bool:
+    """Publish if all parts are there and nobody has."""
+    state = state_directory(job)
+    left = len(job.parts) - len(_done(job))
+    if left and not job.target.exists():
+        report(
+            f"{left} of {len(job.parts)} parts are left to other workers; the last one publishes {job.target}"
+        )
+        return False
+    try:
+        with (state / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not job.target.exists():
+                records = _done(job)
+                for stray in job.partial.glob(".*"):
+                    if stray.is_file() and any(stray.name.startswith(f".{p.name}.") for p in job.parts):
+                        stray.unlink(missing_ok=True)
+                job.publish([records[number] for number in range(len(job.parts))])
+    except FileNotFoundError:
+        if not job.target.exists():
+            raise
+    shutil.rmtree(state, ignore_errors=True)
+    report(f"{job.target} is complete")
+    return True
+
+
+def _own_suffix() -> str:
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    return f"{host}-{os.getpid()}"

@@ -1,0 +1,196 @@
+"""Directories that must not be converted: named, nothing run, nothing written."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_post.convert.to_hf import ToHuggingFace
+from megatron_post.convert.to_megatron import ToMegatron
+from megatron_post.convert.work import convert
+from megatron_post.train import manifest
+from tests.unit.convert.models import shaped_like, to_megatron, weights_of, write_hf
+
+MODEL = shaped_like("8b")
+NAME = "model.layers.1.mlp.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def _tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def _refused(tmp_path: Path, job: object, message: str) -> None:
+    """The conversion raises, and every file under `tmp_path` is as it was before."""
+    before = _tree(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        convert(job, workers=1, report=print)  # type: ignore[arg-type]
+    assert _tree(tmp_path) == before
+
+
+def _point_at(directory: Path, file: str) -> None:
+    """Have the index say that a tensor is in `file`."""
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][NAME] = file
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def _link(directory: Path, name: str) -> None:
+    outside = directory.parent / "outside"
+    (directory / name).rename(outside)
+    (directory / name).symlink_to(outside)
+
+
+def _first(directory: Path) -> Path:
+    return directory / "model-00001-of-00003.safetensors"
+
+
+def _rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(_first(directory))
+    change(tensors)
+    save_file(tensors, _first(directory))
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "index: parent": (lambda d: _point_at(d, "../outside"), "file name '../outside' points outside"),
+    "index: absolute": (lambda d: _point_at(d, "/etc/passwd"), "'/etc/passwd' points outside"),
+    "index: directory": (lambda d: _point_at(d, ".."), "'..' points outside"),
+    "index: link": (lambda d: _link(d, _first(d).name), "00003.safetensors' is a link that points"),
+    "index itself a link": (lambda d: _link(d, INDEX), f"'{INDEX}' is a link that points outside"),
+    "index: nothing there": (lambda d: _point_at(d, "model-9.safetensors"), "model-9.safetensors: missing"),
+    "index: no map": (lambda d: (d / INDEX).write_text("[]"), "not an index"),
+    "index: numbers": (lambda d: (d / INDEX).write_text('{"weight_map": {"a": 1}}'), "not an index"),
+    "config a link": (lambda d: _link(d, "config.json"), "'config.json' is a link that points outside"),
+    "tokenizer a link": (lambda d: _link(d, "tokenizer.json"), "'tokenizer.json' is a link that points"),
+    "pickle as safetensors": (lambda d: torch.save({"w": 1}, _first(d)), f"{_first(Path()).name}: .*pickle"),
+    "truncated": (
+        lambda d: _first(d).write_bytes(_first(d).read_bytes()[:-7]),
+        rf"{_first(Path()).name}: model\.\S+: ends at byte \d+, the file at \d+: truncated",
+    ),
+    "missing": (
+        lambda d: _rewrite(d, lambda t: t.__delitem__("model.embed_tokens.weight")),
+        "model.embed_tokens.weight is in the index and not in the file",
+    ),
+    "extra": (
+        lambda d: _rewrite(d, lambda t: t.update({"extra.weight": torch.ones(2)})),
+        f"{_first(Path()).name}: tensor extra.weight is in the file and not in the index",
+    ),
+    "wrong shape": (
+        lambda d: _rewrite(d, lambda t: t.update({"model.embed_tokens.weight": torch.ones(252, 64)})),
+        r"00003.safetensors: model.embed_tokens.weight has shape \(252, 64\), expected \(253, 64\)",
+    ),
+    "integers": (
+        lambda d: _rewrite(d, lambda t: t.update({"model.embed_tokens.weight": torch.ones(253, 64).int()})),
+        "model.embed_tokens.weight is torch.int32",
+    ),
+    "bin": (
+        lambda d: [p.rename(p.with_suffix(".bin")) for p in d.glob("*.s*") if p.name != "x"]
+        and (d / INDEX).unlink(missing_ok=True),
+        "pickled .bin weights.*safe_serialization",
+    ),
+    "huge model": (
+        lambda d: (d / "config.json").write_text(
+            (d / "config.json").read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+        ),
+        "9 tensor.s. missing, the first is model.layers.3.self_attn.q_proj.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_hugging_face(tmp_path: Path, name: str) -> None:
+    break_it, message = BREAKS[name]
+    directory = write_hf(tmp_path / "hf", MODEL, weights_of(MODEL), shards=3)
+    (tmp_path / "outside").write_bytes(b"not yours")
+    break_it(directory)
+    _refused(tmp_path, ToMegatron(str(directory), str(tmp_path / "checkpoints")), message)
+
+
+def test_missing_and_extra_without_an_index(tmp_path: Path) -> None:
+    tensors = weights_of(MODEL)
+    write_hf(tmp_path / "a", MODEL, {n: t for n, t in tensors.items() if n != NAME})
+    _refused(tmp_path, ToMegatron(str(tmp_path / "a"), str(tmp_path / "c")), f"missing, the first is {NAME}")
+    write_hf(tmp_path / "b", MODEL, tensors | {"model.layers.3.x": torch.ones(1)})
+    _refused(tmp_path, ToMegatron(str(tmp_path / "b"), str(tmp_path / "c")), "the first is model.layers.3.x")
+
+
+def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
+    """The Hugging Face cache links a snapshot's files into the blobs of the same repository."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    write_hf(snapshot, MODEL, weights_of(MODEL))
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    to_megatron(snapshot, tmp_path / "checkpoints")
+
+
+class _Bomb:
+    def __init__(self, witness: Path) -> None:
+        self._witness = witness
+
+    def __reduce__(self) -> object:
+        return (Path.touch, (self._witness,))
+
+
+def _resign(step: Path, name: str, content: bytes) -> None:
+    """Replace a file of a checkpoint and have the manifest agree, as an adversary would."""
+    (step / name).write_bytes(content)
+    found = manifest.read_manifest(step)
+    found["files"][name] = manifest.checksums(step, [name])[name]
+    text = json.dumps({"sha256": manifest._digest(found), **found})
+    (step / manifest.MANIFEST).write_text(text)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_pickles_in_a_checkpoint_are_not_run(tmp_path: Path, name: str) -> None:
+    """Metadata that calls a function, and a chunk that does, both with a manifest that vouches for them."""
+    write_hf(tmp_path / "hf", MODEL, weights_of(MODEL))
+    root = tmp_path / "checkpoints"
+    convert(ToMegatron(str(tmp_path / "hf"), str(root)), workers=1, report=print)
+    step, witness = root / "step-00000000", tmp_path / "witness"
+    if name == ".metadata":
+        _resign(step, name, pickle.dumps(_Bomb(witness)))
+        message = "metadata: refers to pathlib"
+    else:
+        content = bytearray((step / name).read_bytes())
+        torch.save(_Bomb(witness), tmp_path / "bomb")
+        bomb = (tmp_path / "bomb").read_bytes()
+        info = manifest.read_metadata(step / ".metadata")
+        first = next(i for i in info.storage_data.values() if i.offset == 0)
+        content[: first.length] = bomb + bytes(first.length - len(bomb))
+        _resign(step, name, bytes(content))
+        message = "__0_0.distcp: not a file of plain tensors; nothing in it was run"
+    with pytest.raises(ValueError, match=message):
+        convert(ToHuggingFace(str(root), str(tmp_path / "back")), workers=1, report=print)
+    assert not witness.exists() and not (tmp_path / "back").exists()
+
+
+def test_damaged_checkpoints(tmp_path: Path) -> None:
+    """A flipped bit in the weights, a lost file, a name that leads outside: refused, with the file named."""
+    write_hf(tmp_path / "hf", MODEL, weights_of(MODEL))
+    root = to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
+    step = root / "step-00000000"
+    file = step / "__1_0.distcp"
+    good = file.read_bytes()
+    info = manifest.read_metadata(step / ".metadata").storage_data
+    last = max((i for i in info.values() if i.relative_path == file.name), key=lambda i: i.length)
+    place = last.offset + last.length // 2
+    file.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+    job = ToHuggingFace(str(root), str(tmp_path / "back"))
+    with pytest.raises(ValueError, match=rf"{file}: the chunk of \S+ at \S+, .*is damaged"):
+        convert(job, workers=1, report=print)
+    assert not (tmp_path / "back").exists()
+    file.write_bytes(good[:-1])
+    with pytest.raises(ValueError, match=f"{file}: .* bytes, .* in the manifest"):
+        convert(ToHuggingFace(str(root), str(tmp_path / "other")), workers=1, report=print)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file}: missing"):
+        convert(ToHuggingFace(str(root), str(tmp_path / "other")), workers=1, report=print)
