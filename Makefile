@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast lint bench
+.PHONY: install demo test test-fast slurm-test lint bench gpu-test gpu-bench
 
 install: $(VENV)/.installed
 
@@ -25,11 +25,23 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow"
 
+# launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
+slurm-test: install
+	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# packing, loader and training steps beside TRL's SFTTrainer
+# packing, loader, training steps and DPO beside TRL
 bench: install
 	$(BIN)/python -m megatron_post.bench
+
+# on a machine with an NVIDIA GPU: the kernels compiled and run there, instead of interpreted
+gpu-test: install
+	$(BIN)/python -m pytest tests/kernels
+
+# kernels beside torch and Liger-Kernel; one GPU, torch and triton suffice: see kernels/benchmarks
+gpu-bench: install
+	for script in kernels/benchmarks/bench_*.py; do $(BIN)/python $$script || exit; done

@@ -1,0 +1,64 @@
+"""The benchmarks of kernels run, tiny, on the CPU; without a GPU they say so; their arithmetic."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+def _run(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(KERNELS / "benchmarks" / f"{name}.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(KERNELS), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("bench_logprob", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
+        ("bench_linear_logprob", ["cuBLAS", "ours", "ours, into main_grad", "torch eager"]),
+    ],
+)
+def test_tiny(name: str, rows: list[str]) -> None:
+    done = _run(name, "--tiny", "--rounds", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = done.stdout.splitlines()
+    assert "times mean nothing" in printed[0]
+    found = [line[:32].strip() for line in printed[4:]]
+    assert found[: len(rows)] == rows
+    roof = printed[4].split()
+    assert roof[-2:] == ["100.0%", "0.00"] and float(roof[1]) > 0
+
+
+def test_without_a_gpu() -> None:
+    done = _run("bench_logprob")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "no GPU here" in done.stderr
+
+
+def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """2e9 bytes in 1 ms are 2,000 GB/s; 3e9 in 2 ms are 1,500, 75% of that."""
+    monkeypatch.syspath_prepend(str(KERNELS / "benchmarks"))
+    timing = importlib.import_module("timing")
+    timing.print_table(
+        "title",
+        {"copy": timing.Timing(1e-3, 0), "ours": timing.Timing(2e-3, 2**29), "theirs": "does not fit"},
+        work={"copy": 2e9, "ours": 3e9},
+        unit="GB/s",
+        roof="copy",
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[3] == ["copy", "1.000", "2000.0", "100.0%", "0.00"]
+    assert lines[4] == ["ours", "2.000", "1500.0", "75.0%", "0.50"]
+    assert lines[5] == ["theirs", "does", "not", "fit"]
