@@ -26,6 +26,8 @@ def _run(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     [
         ("bench_logprob", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
         ("bench_linear_logprob", ["cuBLAS", "ours", "ours, into main_grad", "torch eager"]),
+        ("bench_dpo_loss", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
+        ("bench_ranking_loss", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
     ],
 )
 def test_tiny(name: str, rows: list[str]) -> None:
