@@ -29,6 +29,10 @@ test-fast: install
 slurm-test: install
 	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
 
+# launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
+slurm-test: install
+	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

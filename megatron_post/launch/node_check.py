@@ -73,15 +73,14 @@ def check_nodes(parallel: Parallel) -> bool:
     store.set(f"host/{rank}", host)
     if rank == 0 and (absent := _absent(store, world_size)):
         _print([Finding(_name_absent(absent, ranks_per_node), is_fatal=True)])
-        store.set("go", "no")
+        _agree(store, "go", False, others=world_size - 1 - len(absent))
         return False
     released = time.time()
-    if rank == 0:
-        store.set("go", "yes")
-    elif store.get("go") != b"yes":
+    if not _agree(store, "go", True if rank == 0 else None, others=world_size - 1):
         return False
     report = _examine(parallel, store, host=host, rank=rank, local_rank=local_rank, nodes=nodes)
     store.set(f"report/{rank}", json.dumps(asdict(report)))
+    may_start = None
     if rank == 0:
         reports, arrivals = [], []
         for other in range(world_size):
@@ -90,8 +89,8 @@ def check_nodes(parallel: Parallel) -> bool:
         placement = place(parallel, nodes=nodes, ranks_per_node=ranks_per_node)
         found = [*judge(reports, placement), *judge_clocks(reports, earliest=released, latest=arrivals)]
         _print(found)
-        store.set("verdict", "no" if any(finding.is_fatal for finding in found) else "yes")
-    verdict = store.get("verdict") == b"yes"
+        may_start = not any(finding.is_fatal for finding in found)
+    verdict = _agree(store, "verdict", may_start, others=world_size - 1)
     dist.destroy_process_group()
     return verdict
 
@@ -246,6 +245,19 @@ def _nvidia_smi() -> list[str]:
         )
     except (subprocess.SubprocessError, ValueError) as error:
         return [f"nvidia-smi fails: {error}"]
+
+
+def _agree(store: dist.Store, question: str, answer: bool | None, *, others: int) -> bool:
+    """Rank 0's answer, on all ranks. Rank 0 stays until the others have read it: the store dies with it."""
+    if answer is None:
+        answer = store.get(question) == b"yes"
+        store.add(f"{question}/read", 1)
+        return answer
+    store.set(question, "yes" if answer else "no")
+    deadline = time.monotonic() + ARRIVAL_SECONDS
+    while store.add(f"{question}/read", 0) < others and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return answer
 
 
 def _absent(store: dist.Store, world_size: int) -> list[int]:

@@ -74,7 +74,7 @@ def status_rows(run_dir: str | Path) -> list[dict[str, str]]:
                 "ran": state.time_used,
                 "left": state.time_left,
                 "nodes": state.nodes,
-                "why": state.reason or last_word(job.log),
+                "why": state.reason if state.state == "PENDING" else last_word(job.log) or state.reason,
             }
         )
     return rows

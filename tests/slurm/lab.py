@@ -64,9 +64,9 @@ SlurmctldParameters=preempt_send_user_signal
 """
 # `spot` gives way to `urgent` within its grace time
 _PARTITIONS = """
-PartitionName=lab Nodes=ALL Default=YES MaxTime=2:00:00 PriorityTier=5 PreemptMode=OFF State=UP
-PartitionName=spot Nodes=ALL MaxTime=2:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=10 State=UP
-PartitionName=urgent Nodes=ALL MaxTime=2:00:00 PriorityTier=9 PreemptMode=OFF State=UP
+PartitionName=lab Nodes=ALL Default=YES MaxTime=7-00:00:00 PriorityTier=5 PreemptMode=OFF State=UP
+PartitionName=spot Nodes=ALL MaxTime=7-00:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=10 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=7-00:00:00 PriorityTier=9 PreemptMode=OFF State=UP
 """
 _H100 = (
     "NodeAddr=127.0.0.1 CPUs=192 Boards=1 SocketsPerBoard=2 CoresPerSocket=96 ThreadsPerCore=1 "

@@ -1,0 +1,70 @@
+"""Runs of the real trainer that tests submit, watch and disturb."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_post.launch.launch import launch_run
+from megatron_post.launch.record import Submitted, submitted_jobs
+from megatron_post.train.manifest import published_steps
+from tests.slurm.lab import Lab, wait_until
+
+
+@dataclass
+class Run:
+    """A submitted training run."""
+
+    lab: Lab
+    directory: Path
+    job: Submitted
+
+    @property
+    def number(self) -> int:
+        return self.job.job_id
+
+    @property
+    def log(self) -> str:
+        return self.job.log.read_text() if self.job.log.is_file() else ""
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the nodes that it runs on, the first rank's first."""
+        listed = self.lab("squeue", "-h", "-j", str(self.number), "-o", "%N")
+        return self.lab("scontrol", "show", "hostnames", listed).split()
+
+    def reaches(self, step: int, timeout: float = 400) -> None:
+        """Wait for a checkpoint of `step` or later, by a running job."""
+
+        def reached() -> bool:
+            state = self.lab.state(self.number)
+            assert state not in ("FAILED", "COMPLETED", "CANCELLED"), self.log
+            steps = published_steps(self.directory / "checkpoints")
+            return state == "RUNNING" and max(steps, default=0) >= step
+
+        wait_until(reached, timeout, lambda: self.log[-3000:])
+
+    def restarted(self, times: int) -> None:
+        """Wait until Slurm has requeued it for the `times`-th time."""
+        wait_until(lambda: self.lab.restarts(self.number) == times, 90, lambda: self.log[-3000:])
+
+    def weights(self, timeout: float = 600) -> dict[str, bytes]:
+        """The exported weights, once the job has succeeded."""
+        state = self.lab.wait(self.number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=timeout)
+        assert state == "COMPLETED", self.log
+        files = {file.name: file.read_bytes() for file in (self.directory / "hf").glob("*.safetensors")}
+        assert files
+        return files
+
+
+def launch(lab: Lab, data: Path, name: str, cluster: str, *overrides: str) -> Run:
+    """`megatron-post launch` of the small run under another name, on two nodes."""
+    directory = data / name
+    launch_run(str(data / "config.yaml"), cluster, [f"run_dir={directory}", *overrides], nodes=2, name=name)
+    return Run(lab, directory, submitted_jobs(directory)[-1])
+
+
+def preempt(lab: Lab, run: Run) -> None:
+    """A more urgent job takes the run's nodes for a second."""
+    script = lab.base / "urgent.sh"
+    script.write_text("#!/bin/bash\nsleep 1\n")
+    nodes = ",".join(run.nodes)
+    lab("sbatch", "-p", "urgent", "--exclusive", "-N2", "-w", nodes, "-o", "/dev/null", str(script))

@@ -1,0 +1,262 @@
+"""What train.sbatch does around its ranks, on a real Slurm. The ranks are a shell script that keeps the
+contract: on SIGUSR1 or SIGTERM it saves and ends with 75."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_post.config.load import ConfigError
+from megatron_post.launch import slurm
+from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.launch.cluster import load_cluster
+from megatron_post.launch.record import cancel_run, remember, status_rows
+from megatron_post.launch.script import Job
+from tests.slurm.conftest import ClusterFiles
+from tests.slurm.lab import Lab, wait_until
+
+# $4 is what the rank shall do; every rank runs it, rank 0 alone writes checkpoints
+RANK = r"""#!/bin/bash
+checkpoint() {
+    [[ $SLURM_PROCID == 0 ]] || return 0
+    mkdir -p "$RUN/checkpoints/step-0000000$1" && : >"$RUN/checkpoints/step-0000000$1/manifest.json"
+}
+leave() { checkpoint $((${SLURM_RESTART_COUNT:-0} + 1)); sleep 0.$SLURM_PROCID; exit 75; }
+trap leave USR1 TERM
+echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS local $SLURM_LOCALID on $SLURMD_NODENAME" \
+    "incarnation $MEGATRON_POST_INCARNATION at $MASTER_ADDR:$MASTER_PORT"
+case $4 in
+done) exit 0 ;;
+crash) [[ $SLURM_PROCID == 1 ]] && exit 3; sleep 60 ;;
+loop) exit 75 ;;
+hang) [[ $SLURM_PROCID == 2 ]] && kill -STOP $$; exit 75 ;;
+wait) until [[ -e $RUN/finish ]]; do sleep 0.1; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "rank.sh"
+    path.write_text(RANK)
+    path.chmod(0o755)
+    monkeypatch.setenv("RUN", str(tmp_path / "run"))
+    return path
+
+
+def _submit(
+    directory: Path, cluster_file: str, what: str, *, name: str = "job", nodes: int = 2
+) -> tuple[int, Path]:
+    """Job id and log of ranks that do `what`. Rank scripts see `-m megatron_post train WHAT`."""
+    cluster = load_cluster(cluster_file)
+    job = Job(name, ("train", what), "run", directory, nodes=nodes)
+    submitted = remember(job.folder, job, slurm.submit(job, cluster))
+    return submitted.job_id, submitted.log
+
+
+def _log(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _says(path: Path, text: str, times: int = 1, timeout: float = 60) -> None:
+    wait_until(lambda: _log(path).count(text) >= times, timeout, lambda: f"{text!r} not in {_log(path)}")
+
+
+def test_ranks_know_themselves(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """Four ranks, two on each node in order, one address and port, and an incarnation of the job and its
+    restarts."""
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "done")
+    assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
+    lines = sorted(line.split() for line in _log(log).splitlines() if line.startswith("rank "))
+    assert [line[1] for line in lines] == ["0", "1", "2", "3"]
+    assert [line[5] for line in lines] == ["0", "1", "0", "1"]
+    assert lines[0][7] == lines[1][7] != lines[2][7] == lines[3][7]
+    assert {line[9] for line in lines} == {str(job * 1000000)}
+    assert len({line[11] for line in lines}) == 1
+
+
+def test_names_are_names(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A job's name, and what it is told to do, are never run by a shell."""
+    name = f"$(touch {tmp_path}/witness) `touch {tmp_path}/witness` 'x' \" JobState=FAKED"
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "done", name=name, nodes=1)
+    assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
+    assert lab("squeue", "-h", "--states=all", "-j", str(job), "-o", "%j") == name
+    assert slurm.job_state(job).state == "COMPLETED"
+    assert not (tmp_path / "witness").exists()
+    (row,) = status_rows(tmp_path / "run")
+    assert (row["name"], row["state"], row["why"]) == (name, "COMPLETED", "done")
+
+
+def test_told_to_leave(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """Slurm's warning reaches all ranks; they end with 75 at their own pace; the job is requeued and goes on.
+    Each incarnation has a number above the last one's, and a port of its own."""
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "wait")
+    _says(log, "rank 3 of 4")
+    lab("scancel", "--batch", "--signal=USR1", str(job))
+    wait_until(lambda: lab.restarts(job) == 1, 60, lambda: _log(log))
+    _says(log, "rank 3 of 4", times=2)
+    assert status_rows(tmp_path / "run")[0]["checkpoint"] == "1"
+    (tmp_path / "run" / "finish").touch()
+    assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
+    text = _log(log)
+    assert "the ranks asked for it after USR1: requeued after checkpoint 1" in text
+    assert "restart 1, checkpoint 1, 0 without progress" in text
+    assert f"incarnation {job * 1000000 + 1}" in text
+    ports = {line.rsplit(":", 1)[1] for line in text.splitlines() if line.startswith("rank 0")}
+    assert len(ports) == 2
+
+
+def test_preempted_with_grace(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A more urgent job takes the nodes: the ranks save within the grace time; the job waits and goes on."""
+    job, log = _submit(tmp_path, clusters(python=str(rank), partition="spot"), "wait")
+    _says(log, "rank 3 of 4")
+    nodes = lab("squeue", "-h", "-j", str(job), "-o", "%N")
+    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
+    lab(
+        "sbatch",
+        "-p",
+        "urgent",
+        "--exclusive",
+        "-N2",
+        "-w",
+        nodes,
+        "-o",
+        "/dev/null",
+        str(tmp_path / "urgent.sh"),
+    )
+    _says(log, "rank 3 of 4", times=2)
+    assert "requeued after checkpoint 1" in _log(log)
+    (tmp_path / "run" / "finish").touch()
+    assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
+    assert lab.restarts(job) == 1
+
+
+def test_a_crash_is_not_requeued(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """One rank fails: the others are ended at once, and the job fails, since all nodes answer."""
+    started = time.monotonic()
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "crash")
+    assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
+    assert time.monotonic() - started < 40
+    assert "the ranks (rank 1 on" in _log(log) and "ended with status 3)" in _log(log)
+    assert "on nodes that answer, so the job is not requeued" in _log(log)
+    assert lab.restarts(job) == 0
+    assert "not requeued" in status_rows(tmp_path / "run")[0]["why"]
+
+
+def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """Ranks that always ask for a requeue: after 2 restarts without a new checkpoint there is no other."""
+    job, log = _submit(tmp_path, clusters(python=str(rank), max_stalled_restarts=1), "loop", nodes=1)
+    assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
+    assert lab.restarts(job) == 2
+    assert _log(log).count("rank 0 of 2") == 2
+    (row,) = status_rows(tmp_path / "run")
+    assert row["why"].startswith("stopped: 2 restarts in a row without a checkpoint newer than 0")
+    assert "for this reason: the ranks asked for it" in row["why"]
+
+
+def test_a_hanging_rank_is_left_behind(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A watchdog ends the ranks with 75, but one is stopped dead: killed after 5 s, and the job requeued."""
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "hang")
+    wait_until(lambda: lab.restarts(job) == 1, 30, lambda: _log(log))
+    assert "the ranks asked for it: requeued after checkpoint 0" in _log(log)
+    lab("scancel", str(job))
+    lab.wait(job, "CANCELLED")
+
+
+def test_cancelled_stays_cancelled(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """`launch cancel` is no requeue, although the ranks save and end with 75."""
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "wait")
+    _says(log, "rank 3 of 4")
+    assert cancel_run(tmp_path / "run") == [job]
+    assert lab.wait(job, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
+    time.sleep(2)
+    assert (slurm.job_state(job).state, lab.restarts(job)) == ("CANCELLED", 0)
+    assert cancel_run(tmp_path / "run") == []
+
+
+def test_chain(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A step waits for those before it; behind one that fails nothing runs nor stays queued."""
+    (tmp_path / "chain.yaml").write_text(
+        """
+run_dir: run
+steps:
+  - {name: last, command: [train, done], after: [left, right]}
+  - {name: left, command: [train, done], after: [first]}
+  - {name: right, command: [train, wait], after: [first]}
+  - {name: first, command: [train, done], ranks_per_node: 1}
+"""
+    )
+    chain, cluster = load_chain(tmp_path / "chain.yaml"), load_cluster(clusters(python=str(rank)))
+    first, left, right, last = submit_chain(chain, cluster, tmp_path)
+    assert [job.name for job in (first, left, right, last)] == ["first", "left", "right", "last"]
+    assert last.after == (left.job_id, right.job_id)
+    lab.wait(left.job_id, "COMPLETED")
+    _says(right.log, "rank 1 of 2")
+    # requeued in the middle of the chain: those behind go on waiting
+    lab("scontrol", "requeue", str(right.job_id))
+    _says(right.log, "rank 1 of 2", times=2)
+    assert lab.state(last.job_id) == "PENDING"
+    (tmp_path / "run" / "finish").touch()
+    assert lab.wait(last.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    assert lab.restarts(right.job_id) == 1
+
+    (tmp_path / "chain.yaml").write_text(
+        """
+run_dir: run
+steps:
+  - {name: fails, command: [train, crash]}
+  - {name: never, command: [train, done], after: [fails]}
+"""
+    )
+    fails, never = submit_chain(load_chain(tmp_path / "chain.yaml"), cluster, tmp_path)
+    assert lab.wait(fails.job_id, "FAILED", "COMPLETED") == "FAILED"
+    assert lab.wait(never.job_id, "CANCELLED", "COMPLETED") == "CANCELLED"
+    assert not never.log.exists()
+
+
+def test_a_refused_chain_leaves_nothing_queued(lab: Lab, clusters: ClusterFiles, tmp_path: Path) -> None:
+    (tmp_path / "chain.yaml").write_text(
+        """
+run_dir: run
+steps:
+  - {name: small, command: [train, done]}
+  - {name: too-large, command: [train, done], nodes: 4000, after: [small]}
+"""
+    )
+    before = set(lab("squeue", "-h", "-o", "%i").split())
+    with pytest.raises(slurm.SlurmError, match=r"too-large.* failed: sbatch: error"):
+        submit_chain(load_chain(tmp_path / "chain.yaml"), load_cluster(clusters()), tmp_path)
+    assert set(lab("squeue", "-h", "-o", "%i").split()) == before
+
+
+def test_everything_wrong_at_once(lab: Lab, clusters: ClusterFiles, data: Path, tmp_path: Path) -> None:
+    """Layout, tokenizer, weights, store and Slurm's own refusal in one error, and nothing queued."""
+    from megatron_post.launch.launch import launch_run
+
+    shutil.copy(data / "config.yaml", tmp_path / "config.yaml")
+    before = lab("squeue", "-h", "-o", "%i")
+    with pytest.raises(ConfigError) as error:
+        launch_run(
+            str(tmp_path / "config.yaml"),
+            clusters(partition="nowhere"),
+            [
+                "train.global_batch=3",
+                "tokenizer.path=absent",
+                "data.pack_length=256",
+                "model.init_from=no/weights",
+                f"run_dir={tmp_path}/run",
+            ],
+            nodes=2,
+        )
+    message = str(error.value)
+    assert "5 finding(s), nothing was queued" in message
+    for part in (
+        "train.global_batch=3 is not a multiple of the 2 data-parallel ranks",
+        "model.init_from=no/weights is no directory",
+        "tokenizer.path=absent",
+        "has packs of 128 tokens, data.pack_length is 256",
+        "invalid partition specified",
+    ):
+        assert part in message, message
+    assert lab("squeue", "-h", "-o", "%i") == before

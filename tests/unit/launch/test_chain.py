@@ -1,0 +1,57 @@
+"""Chains are put in order, and impossible ones refused with every reason."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_post.config.load import ConfigError
+from megatron_post.launch.chain import load_chain
+
+
+def _write(directory: Path, steps: str) -> Path:
+    (directory / "chain.yaml").write_text(f"run_dir: runs/round\nsteps:\n{steps}")
+    return directory / "chain.yaml"
+
+
+def test_order(tmp_path: Path) -> None:
+    """Each step behind those that it comes after, else as in the file."""
+    chain = load_chain(
+        _write(
+            tmp_path,
+            "  - {name: dpo, command: [train, d.yaml], after: [reference], nodes: 2, run_dir: runs/dpo}\n"
+            "  - {name: pack, command: [data, pack, s.yaml], ranks_per_node: 1}\n"
+            "  - {name: reference, command: [reference, s], after: [sft]}\n"
+            "  - {name: sft, command: [train, s.yaml], after: [pack]}\n",
+        )
+    )
+    jobs = chain.jobs(tmp_path)
+    assert list(jobs) == ["pack", "sft", "reference", "dpo"]
+    assert (jobs["dpo"].nodes, jobs["dpo"].run_dir, jobs["sft"].run_dir) == (2, "runs/dpo", "runs/round")
+    assert (jobs["pack"].ranks_per_node, jobs["sft"].ranks_per_node) == (1, None)
+
+
+def test_every_error_at_once(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path,
+        "  - {name: a, command: [train, x], after: [gone]}\n  - {name: a, command: [train, y]}\n",
+    )
+    with pytest.raises(ConfigError) as error:
+        load_chain(path)
+    assert "step 'a' is named twice" in str(error.value)
+    assert "step 'a' comes after 'gone', which is no step" in str(error.value)
+    path = _write(tmp_path, '  - {name: a, command: [], nods: 2}\n  - {name: "b\\n", command: [x]}\n')
+    with pytest.raises(ConfigError) as error:
+        load_chain(path)
+    message = str(error.value)
+    assert "steps.0.command: " in message and "steps.0.nods: unknown key" in message
+    assert "steps.1.name: 'b\\n' holds a newline" in message
+
+
+def test_a_circle(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path,
+        "  - {name: a, command: [x], after: [c]}\n  - {name: b, command: [x], after: [a]}\n"
+        "  - {name: c, command: [x], after: [b]}\n  - {name: d, command: [x]}\n",
+    )
+    with pytest.raises(ConfigError, match="steps wait for each other: a, b, c"):
+        load_chain(path)

@@ -1,0 +1,100 @@
+"""Findings that need no Slurm; those that do are in tests/slurm."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from rich.console import Console
+
+from megatron_post.config.load import ConfigError
+from megatron_post.data.build import build_store
+from megatron_post.data.tokenizer import train_small_tokenizer
+from megatron_post.launch.cluster import Cluster
+from megatron_post.launch.preflight import (
+    checkpoint_bytes,
+    data_findings,
+    disk_findings,
+    layout_findings,
+    mount_findings,
+    raise_for,
+)
+from tests.tiny import tiny_config
+
+CLUSTER = Cluster(gpus_per_node=0, ranks_per_node=4, cpus_per_node=4)
+
+
+def test_layout_on_nodes() -> None:
+    """2 nodes x 4 ranks: TP 4 fits. TP 2 x PP 3 are 6 ranks, which do not divide 8."""
+    assert layout_findings(tiny_config(parallel={"tensor": 2}), CLUSTER, nodes=2) == []
+    config = tiny_config(parallel={"tensor": 2, "pipeline": 3}, model={"num_layers": 3})
+    (found,) = layout_findings(config, CLUSTER, nodes=2)
+    assert "8 ranks are not a multiple of tensor x pipeline x context = 6" in found
+
+
+def test_tensor_parallel_across_nodes_is_refused() -> None:
+    """TP 2 on nodes of 3 ranks: ranks 2 and 3 are a group, on two nodes."""
+    cluster = CLUSTER.model_copy(update={"ranks_per_node": 3})
+    config = tiny_config(parallel={"tensor": 2}, train={"global_batch": 3})
+    (found,) = layout_findings(config, cluster, nodes=2)
+    assert "tensor-parallel groups would cross nodes" in found
+
+
+def test_data(tmp_path: Path) -> None:
+    """Absent: each part has its finding. A store of another tokenizer is found out."""
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "1"}, '
+                                         '{"role": "assistant", "content": "2"}]}\n')  # fmt: skip
+    values: dict[str, Any] = {
+        "tokenizer": {"path": "tokenizer"},
+        "data": {"store": "store", "sources": [{"name": "rows", "path": str(tmp_path / "rows.jsonl")}]},
+        "model": {"vocab_size": 512, "init_from": "weights"},
+    }
+    config = tiny_config(**values)
+    found = data_findings(config, tmp_path)
+    assert [text.split("=")[0].split(",")[0] for text in found] == [
+        "model.init_from", "tokenizer.path", "data.store",
+    ]  # fmt: skip
+    (tmp_path / "weights").mkdir()
+    train_small_tokenizer(["some text"], 300).save(tmp_path / "tokenizer")
+    packed = {**values, "tokenizer": {"path": str(tmp_path / "tokenizer")}}
+    packed["data"] = {**values["data"], "store": str(tmp_path / "store")}
+    build_store(tiny_config(**packed), console=Console(quiet=True))
+    assert data_findings(config, tmp_path) == []
+    train_small_tokenizer(["other words altogether"], 280).save(tmp_path / "tokenizer")
+    (found_text,) = data_findings(config, tmp_path)
+    assert "was made with tokenizer" in found_text
+
+
+class _Usage(NamedTuple):
+    free: int
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """keep=2 needs room for 3: exactly that is enough, a byte less is not. bf16: 14 bytes a parameter."""
+    config = tiny_config(tmp_path / "run", checkpoint={"keep": 2})
+    parameters = checkpoint_bytes(config) // 12
+    # embedding and head 2 x 250 x 64; a layer: q, o 64 x 64, k, v 32 x 64, 3 x 96 x 64, 2 norms; final norm
+    assert parameters == 2 * 250 * 64 + 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64) + 64
+    assert checkpoint_bytes(tiny_config(precision={"dtype": "bf16"})) == 14 * parameters
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * 12 * parameters))
+    assert disk_findings(config, tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * 12 * parameters - 1))
+    (found,) = disk_findings(config, tmp_path)
+    assert "3 checkpoints" in found and "GB free" in found
+
+
+def test_mounts(tmp_path: Path) -> None:
+    """What is mounted elsewhere inside, or not at all, is found."""
+    config = tiny_config(tmp_path / "run", tokenizer={"path": "/models/t"}, data={"store": "/data/s"})
+    found = mount_findings(config, tmp_path, [f"{tmp_path}:{tmp_path}", "/data:/elsewhere"])
+    assert [text for text in found if "does not exist" not in text] == [
+        "tokenizer.path: /models/t is under no container mount of the same path inside and outside",
+        "data.store: /data/s is under no container mount of the same path inside and outside",
+    ]
+    assert mount_findings(tiny_config(), tmp_path, [f"{tmp_path}:{tmp_path}:ro"]) == []
+
+
+def test_all_findings_in_one_error() -> None:
+    with pytest.raises(ConfigError, match=r"x.yaml: 2 finding\(s\), nothing was queued\n  - one\n  - two"):
+        raise_for(["one", "two"], "x.yaml")
+    raise_for([], "x.yaml")
