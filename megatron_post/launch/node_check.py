@@ -190,13 +190,15 @@ def _collectives(
     _, world_size, _ = rank_from_environment()
     placement = place(parallel, nodes=nodes, ranks_per_node=world_size // nodes)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # without a device_id NCCL builds communicators when they are used: the global one never is
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("check", store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=ARRIVAL_SECONDS),
-        device_id=device if device.type == "cuda" else None,
     )
     seconds: dict[str, float] = {}
     wrong = []

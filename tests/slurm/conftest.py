@@ -61,13 +61,6 @@ def whole(lab: Lab, data: Path, clusters: "ClusterFiles") -> Run:
     return launch(lab, data, "whole", clusters(node_check=True))
 
 
-@pytest.fixture(scope="session")
-def limited(lab: Lab, data: Path, clusters: "ClusterFiles") -> Run:
-    """A run with a limit of a minute, Slurm's shortest, and a warning 25 to 55 s ahead of it."""
-    limits = {"time_limit": "1:00", "warning_seconds": 25, "max_stalled_restarts": 20}
-    return launch(lab, data, "limited", clusters(**limits))
-
-
 class ClusterFiles:
     """`clusters(python=...)` writes a cluster file: configs/clusters/local.yaml, whole nodes, and changes."""
 

@@ -156,6 +156,17 @@ class Lab:
                 psutil.Process(pid).kill()
         self._daemons[name].wait(10)
 
+    def freeze(self, job: int) -> list[psutil.Process]:
+        """Stop the ranks of a job, but neither srun nor its script, until they are thawed."""
+        ranks = []
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                environ = process.environ()
+                if environ["SLURM_JOB_ID"] == str(job) and "SLURM_STEP_NUM_TASKS" in environ:
+                    process.suspend()
+                    ranks.append(process)
+        return ranks
+
     def stop(self) -> None:
         """End everything that was started, and all that it started."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 from megatron_post.config.load import to_yaml
@@ -82,6 +83,7 @@ def _chain(data: Path, directory: Path) -> Path:
     return directory / "chain.yaml"
 
 
+@pytest.mark.slow
 def test_round(lab: Lab, data: Path, clusters: ClusterFiles) -> None:
     """Two chains at once; in one the SFT step is requeued. At step 0 policy and reference agree."""
     cluster = load_cluster(clusters())

@@ -16,6 +16,9 @@ from megatron_post.launch.script import Job
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab, wait_until
 
+# a real run trains while these tests mostly wait
+pytestmark = pytest.mark.usefixtures("whole")
+
 # $4 is what the rank shall do; every rank runs it, rank 0 alone writes checkpoints
 RANK = r"""#!/bin/bash
 checkpoint() {
@@ -61,6 +64,22 @@ def _log(path: Path) -> str:
 
 def _says(path: Path, text: str, times: int = 1, timeout: float = 60) -> None:
     wait_until(lambda: _log(path).count(text) >= times, timeout, lambda: f"{text!r} not in {_log(path)}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(
+    lab: Lab, clusters: ClusterFiles, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path, Path]:
+    """Job, log and directory of ranks under a limit of a minute, Slurm's shortest, while other tests run.
+
+    Slurm looks at limits twice a minute, and sends the warning up to 30 s early.
+    """
+    directory = tmp_path_factory.mktemp("limited")
+    path = directory / "rank.sh"
+    path.write_text(RANK.replace("$RUN", str(directory / "run")))
+    path.chmod(0o755)
+    cluster_file = clusters(python=str(path), time_limit="1:00", warning_seconds=20)
+    return *_submit(directory, cluster_file, "wait"), directory
 
 
 def test_ranks_know_themselves(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
@@ -228,6 +247,15 @@ steps:
     with pytest.raises(slurm.SlurmError, match=r"too-large.* failed: sbatch: error"):
         submit_chain(load_chain(tmp_path / "chain.yaml"), load_cluster(clusters()), tmp_path)
     assert set(lab("squeue", "-h", "-o", "%i").split()) == before
+
+
+def test_time_limit(lab: Lab, limited: tuple[int, Path, Path]) -> None:
+    """Told by Slurm ahead of the limit, the ranks save, and the job goes on."""
+    job, log, directory = limited
+    wait_until(lambda: lab.restarts(job) >= 1, 90, lambda: _log(log))
+    (directory / "run" / "finish").touch()
+    assert lab.wait(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", _log(log)
+    assert "the ranks asked for it after USR1: requeued after checkpoint 1" in _log(log)
 
 
 def test_everything_wrong_at_once(lab: Lab, clusters: ClusterFiles, data: Path, tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ The trainer is disturbed here, train.sbatch's own decisions are tested in test_s
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.conftest import ClusterFiles
-from tests.slurm.lab import Lab
+from tests.slurm.lab import Lab, wait_until
 from tests.slurm.runs import Run, launch, preempt
 
 
-def test_preempted_requeued_and_a_node_lost(
-    lab: Lab, data: Path, clusters: ClusterFiles, whole: Run, limited: Run
-) -> None:
+def test_preempted_requeued_and_a_node_lost(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
     """One run, one after the other: preempted by a more urgent job, requeued by hand, a node powered off."""
     run = launch(lab, data, "moved", clusters(partition="spot"))
     run.reaches(4)
@@ -32,12 +32,23 @@ def test_preempted_requeued_and_a_node_lost(
     assert lost not in run.nodes
 
 
-def test_time_limit(lab: Lab, whole: Run, limited: Run) -> None:
-    """A limit of a minute, of which Slurm tells ahead; then one that is long enough."""
-    limited.restarted(1)
-    lab("scontrol", "update", f"JobId={limited.number}", "TimeLimit=60")
-    assert limited.weights() == whole.weights()
-    assert "Slurm sent USR1" in limited.log and "requeued after checkpoint" in limited.log
+@pytest.mark.slow
+def test_time_limit(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
+    """The limit comes nearer while the ranks stand still, since Slurm looks at it only twice a minute. Told
+    ahead of it, they leave; with a longer limit the run goes on."""
+    run = launch(lab, data, "limited", clusters(warning_seconds=60))
+    run.reaches(4)
+    ranks = lab.freeze(run.number)
+    minutes, seconds = map(int, lab("squeue", "-h", "-j", str(run.number), "-o", "%M").split(":"))
+    near = -(-(60 * minutes + seconds + 35) // 60)
+    lab("scontrol", "update", f"JobId={run.number}", f"TimeLimit={near}")
+    wait_until(lambda: "Slurm sent USR1" in run.log, 60, lambda: run.log[-2000:])
+    for process in ranks:
+        process.resume()
+    run.restarted(1)
+    lab("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
+    assert run.weights() == whole.weights()
+    assert "requeued after checkpoint" in run.log and "resumed after step" in run.log
 
 
 def test_uninterrupted(lab: Lab, whole: Run) -> None:
