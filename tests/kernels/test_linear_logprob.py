@@ -7,6 +7,7 @@ import torch
 from megatron_post_kernels.implementation import Implementation
 from megatron_post_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.interpreter import kernel_device, on_kernels
 from tests.kernels.memory import AllocationTracker
@@ -93,6 +94,22 @@ def test_chunks_do_not_matter() -> None:
     for chunk in (1, 7, 50, 1000):
         for result, wanted in zip(_results(case, chunk_tokens=chunk), whole, strict=True):
             torch.testing.assert_close(result, wanted, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("chunk", "chunks"), [(8, 1), (4, 2), (2, 4)])
+def test_the_last_chunk_is_not_computed_twice(chunk: int, chunks: int) -> None:
+    """(8 - 2/n) t v h operations over n chunks; 8 t v h in a second backward pass over the same forward."""
+    case = _case(8, 10, torch.float32, valid=10)
+    inputs = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    product = 2 * 8 * 10 * HIDDEN
+    with FlopCounterMode(display=False) as counter:
+        logps = linear_logprob(*inputs, case["labels"], chunk_tokens=chunk)
+        first = torch.autograd.grad(logps, inputs, case["gradient"], retain_graph=True)
+    assert counter.get_total_flops() == 4 * product - product // chunks
+    with FlopCounterMode(display=False) as counter:
+        second = torch.autograd.grad(logps, inputs, case["gradient"])
+    assert counter.get_total_flops() == 3 * product
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_default_chunks() -> None:
