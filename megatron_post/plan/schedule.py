@@ -1,0 +1,162 @@
+"""The pipeline schedules of megatron-core 0.16, simulated: who computes what and when, and what each rank
+holds.
+
+Without virtual stages it is 1F1B (`forward_backward_pipelining_without_interleaving`): rank r of p warms up
+with p - r - 1 forward passes, then alternates. With v chunks a rank it is the interleaved schedule: 2 (p - r
+- 1) + (v - 1) p passes of warm-up, chunks in turn every p microbatches. The order of passes on a rank is
+megatron-core's exactly; when each begins follows from the passes that it waits for. With equal passes and
+free transfers the ideal time is m v (f + b) a rank, and the part of the whole that a rank idles is
+(p - 1) / (v m + p - 1), Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Kind = Literal["forward", "backward"]
+
+
+class Pass(NamedTuple):
+    """One microbatch through one model chunk of one rank."""
+
+    kind: Kind
+    microbatch: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A pass and when it was computed, in seconds from the start of the step."""
+
+    rank: int
+    work: Pass
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All passes of a step. Events of a rank stand in the order in which it computes them."""
+
+    pipeline: int
+    events: tuple[Event, ...]
+
+    @property
+    def seconds(self) -> float:
+        return max(event.end for event in self.events)
+
+    def busy(self, rank: int) -> float:
+        """Seconds in which a rank computes."""
+        return sum(event.end - event.start for event in self.events if event.rank == rank)
+
+    @property
+    def bubble(self) -> float:
+        """Part of the ranks' time, from 0 to 1, in which they compute nothing."""
+        busy = sum(self.busy(rank) for rank in range(self.pipeline))
+        return 1 - busy / (self.pipeline * self.seconds)
+
+
+def rank_order(rank: int, *, pipeline: int, virtual: int, microbatches: int) -> list[Pass]:
+    """The passes of a pipeline rank in megatron-core's order.
+
+    Raises `ValueError` where the interleaved schedule cannot run: it takes microbatches in groups of
+    `pipeline`.
+    """
+    if virtual > 1 and microbatches % pipeline:
+        raise ValueError(
+            f"{microbatches} microbatches are not a multiple of parallel.pipeline={pipeline}, which the "
+            "interleaved schedule needs; change train.global_batch or parallel.virtual_pipeline"
+        )
+    total = microbatches * virtual
+    warmup = pipeline - rank - 1
+    if virtual > 1:
+        warmup = 2 * warmup + (virtual - 1) * pipeline
+    warmup = min(warmup, total)
+    size = pipeline if virtual > 1 else microbatches
+    groups = [range(first, first + size) for first in range(0, microbatches, size)]
+    table = [(m, chunk) for group in groups for chunk in range(virtual) for m in group]
+    forward = [Pass("forward", m, chunk) for m, chunk in table]
+    backward = [Pass("backward", m, virtual - 1 - chunk) for m, chunk in table]
+    steady = [item for pair in zip(forward[warmup:], backward, strict=False) for item in pair]
+    return forward[:warmup] + steady + backward[total - warmup :]
+
+
+def simulate(
+    seconds: Callable[[int, Pass], float],
+    *,
+    pipeline: int,
+    virtual: int,
+    microbatches: int,
+    transfer: float = 0.0,
+) -> Timeline:
+    """When every pass of a step runs.
+
+    seconds(rank, pass): how long one takes, whatever its stage holds (embedding, loss) and however long its
+    pack attends. transfer: seconds between a pass and the moment its result can be used by another rank.
+    """
+    orders = [
+        rank_order(rank, pipeline=pipeline, virtual=virtual, microbatches=microbatches)
+        for rank in range(pipeline)
+    ]
+    last = pipeline * virtual - 1
+    ended: dict[tuple[Kind, int, int], float] = {}  # (kind, microbatch, stage) -> time
+    clocks, positions, events = [0.0] * pipeline, [0] * pipeline, []
+    waiting = True
+    while waiting:
+        waiting, moved = False, False
+        for rank, order in enumerate(orders):
+            while positions[rank] < len(order):
+                work = order[positions[rank]]
+                stage = work.chunk * pipeline + rank
+                ready = _ready(work, stage, last, ended, transfer)
+                if ready is None:
+                    waiting = True
+                    break
+                start = max(clocks[rank], ready)
+                clocks[rank] = start + seconds(rank, work)
+                ended[work.kind, work.microbatch, stage] = clocks[rank]
+                events.append(Event(rank, work, start, clocks[rank]))
+                positions[rank] += 1
+                moved = True
+        assert moved or not waiting, "the schedule's order never deadlocks"
+    return Timeline(pipeline, tuple(events))
+
+
+def _ready(
+    work: Pass, stage: int, last: int, ended: dict[tuple[Kind, int, int], float], transfer: float
+) -> float | None:
+    """When a pass's input is there, or None while that is unknown. stage: in the model's order, last: the
+    last of them."""
+    if work.kind == "forward":
+        if stage == 0:
+            return 0.0
+        before = ended.get(("forward", work.microbatch, stage - 1))
+        return None if before is None else before + transfer
+    if stage == last:
+        return ended.get(("forward", work.microbatch, stage))
+    after = ended.get(("backward", work.microbatch, stage + 1))
+    return None if after is None else after + transfer
+
+
+def peak_in_flight(
+    order: Sequence[Pass], held: Callable[[Pass], float], extra: Callable[[Pass], float]
+) -> float:
+    """The most that a rank holds over the schedule.
+
+    held(forward pass): what a pass keeps from its end until its backward pass has ended. extra(pass): what a
+    pass needs besides while it runs.
+    """
+    now = peak = 0.0
+    for work in order:
+        kept = held(work._replace(kind="forward"))
+        if work.kind == "forward":
+            now += kept
+        peak = max(peak, now + extra(work))
+        if work.kind == "backward":
+            now -= kept
+    return peak
+
+
+def most_in_flight(order: Sequence[Pass]) -> int:
+    """Forward passes (microbatch x chunk) whose backward pass is still to come, at most."""
+    return round(peak_in_flight(order, lambda _: 1.0, lambda _: 0.0))

@@ -1,0 +1,109 @@
+"""The simulated schedules: megatron-core's own order, the textbook bubbles, and small ones worked by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+from megatron.core.pipeline_parallel import schedules
+
+from megatron_post.plan.schedule import Pass, most_in_flight, peak_in_flight, rank_order, simulate
+
+
+def uniform(rank: int, work: Pass) -> float:
+    return 1.0 if work.kind == "forward" else 2.0
+
+
+@pytest.mark.parametrize(("pipeline", "virtual", "microbatches"), [
+    (2, 1, 4), (4, 1, 8), (8, 1, 64), (4, 1, 2),
+    (2, 2, 4), (4, 2, 8), (4, 5, 8), (8, 8, 16), (8, 8, 64),
+])  # fmt: skip
+def test_bubble_of_equal_passes(pipeline: int, virtual: int, microbatches: int) -> None:
+    """(p - 1) / (v m + p - 1) of the time, to rounding."""
+    timeline = simulate(uniform, pipeline=pipeline, virtual=virtual, microbatches=microbatches)
+    expected = (pipeline - 1) / (virtual * microbatches + pipeline - 1)
+    assert timeline.bubble == pytest.approx(expected, rel=1e-9)
+    assert timeline.seconds == pytest.approx(3.0 * (virtual * microbatches + pipeline - 1), rel=1e-9)
+    assert len(timeline.events) == 2 * pipeline * virtual * microbatches
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "microbatches"), [(2, 2, 4), (4, 2, 8), (8, 8, 16), (4, 3, 4)]
+)
+def test_interleaved_order_is_megatron_cores(pipeline: int, virtual: int, microbatches: int) -> None:
+    """Its own functions give the warm-up and the table; a rank goes through the table and mirrors its
+    chunks."""
+    table = schedules.get_schedule_table(microbatches, virtual, pipeline)
+    for rank in range(pipeline):
+        communicator = SimpleNamespace(
+            pp_group=SimpleNamespace(size=lambda: pipeline, rank=lambda rank=rank: rank),
+            virtual_pipeline_model_parallel_size=virtual,
+        )
+        total, _, warmup, rest = schedules.get_pp_rank_microbatches(
+            microbatches, virtual, pipeline, p2p_communicator=communicator
+        )
+        order = rank_order(rank, pipeline=pipeline, virtual=virtual, microbatches=microbatches)
+        assert len(order) == 2 * total
+        assert [work.kind for work in order] == (
+            ["forward"] * warmup + ["forward", "backward"] * rest + ["backward"] * warmup
+        )
+        assert [(w.microbatch, w.chunk) for w in order if w.kind == "forward"] == table
+        assert [(w.microbatch, virtual - 1 - w.chunk) for w in order if w.kind == "backward"] == table
+
+
+def test_1f1b_by_hand() -> None:
+    """p = 2, m = 2, forward 1, backward 2. Rank 0: F0 F1 at 0-2, then B0 when rank 1 has finished its own at
+    4, B1 at 7: 9 in all. Rank 1: F0 1-2, B0 2-4, F1 4-5, B1 5-7."""
+    timeline = simulate(uniform, pipeline=2, virtual=1, microbatches=2)
+    spans = {(e.rank, e.work.kind[0], e.work.microbatch): (e.start, e.end) for e in timeline.events}
+    assert spans[1, "f", 0] == (1, 2) and spans[1, "b", 0] == (2, 4)
+    assert spans[1, "f", 1] == (4, 5) and spans[1, "b", 1] == (5, 7)
+    assert spans[0, "b", 0] == (4, 6) and spans[0, "b", 1] == (7, 9)
+
+
+def test_a_slow_last_stage_sets_the_pace() -> None:
+    """p = 2, m = 4, the last stage 1 second longer: it works without a gap from 1 to 1 + 4 x (1 + 2 + 1),
+    then rank 0's last backward pass of 2."""
+    timeline = simulate(
+        lambda rank, work: uniform(rank, work) + (rank == 1 and work.kind == "backward"),
+        pipeline=2,
+        virtual=1,
+        microbatches=4,
+    )
+    assert timeline.seconds == pytest.approx(1 + 16 + 2)
+
+
+def test_packs_of_unequal_cost() -> None:
+    """On one rank times just add up; on two the long pack delays what comes behind it."""
+    costs = [1.0, 3.0, 1.0, 1.0]
+    alone = simulate(lambda _, work: costs[work.microbatch], pipeline=1, virtual=1, microbatches=4)
+    assert alone.seconds == pytest.approx(12) and alone.bubble == pytest.approx(0)
+    two = simulate(lambda _, work: costs[work.microbatch], pipeline=2, virtual=1, microbatches=4)
+    equal = simulate(lambda _, work: 1.5, pipeline=2, virtual=1, microbatches=4)
+    assert two.busy(0) == pytest.approx(equal.busy(0)) and two.seconds > equal.seconds
+
+
+def test_transfers_delay_the_next_stage() -> None:
+    """One microbatch through two stages: forward 1, transfer, forward 1, backward 2, transfer, backward 2."""
+    timeline = simulate(uniform, pipeline=2, virtual=1, microbatches=1, transfer=0.5)
+    assert timeline.seconds == pytest.approx(7.0)
+
+
+def test_in_flight() -> None:
+    """1F1B holds p - r microbatches on rank r; the interleaved schedule 2 (p - r - 1) + (v - 1) p + 1
+    passes."""
+    for rank in range(4):
+        order = rank_order(rank, pipeline=4, virtual=1, microbatches=8)
+        assert most_in_flight(order) == 4 - rank
+        order = rank_order(rank, pipeline=4, virtual=2, microbatches=8)
+        assert most_in_flight(order) == 2 * (3 - rank) + 4 + 1
+    assert most_in_flight(rank_order(0, pipeline=8, virtual=1, microbatches=2)) == 2
+
+
+def test_peak_counts_what_a_pass_needs_besides() -> None:
+    """Two forward passes held (2 x 10), and 5 more while the backward pass runs on top of them."""
+    order = rank_order(0, pipeline=2, virtual=1, microbatches=4)
+    assert peak_in_flight(order, lambda _: 10.0, lambda w: 5.0 if w.kind == "backward" else 1.0) == 25.0
+
+
+def test_interleaving_needs_whole_groups() -> None:
+    with pytest.raises(ValueError, match=r"6 microbatches are not a multiple of parallel.pipeline=4"):
+        rank_order(0, pipeline=4, virtual=2, microbatches=6)
