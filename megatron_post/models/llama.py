@@ -4,10 +4,9 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
-
 from megatron_post_kernels.linear_logprob import linear_logprob
 from megatron_post_kernels.logprob import logprob
+from torch import Tensor
 
 
 class Llama(GPTModel):
