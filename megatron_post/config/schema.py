@@ -217,12 +217,28 @@ class Train(Section):
     )
     eval_packs: PositiveInt = Field(64, description="held-out packs an evaluation, at most")
     log_every: PositiveInt = 1
+    on_not_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a NaN or infinite loss or gradient. skip: pass over the step's packs; rollback: go back "
+        "to the newest checkpoint and pass over them",
+    )
+    max_skips: int = Field(10, ge=0, description="steps passed over before the run stops, over all restarts")
+    spike: PositiveFloat = Field(
+        8.0, description="robust standard deviations above the median at which a loss or norm is recorded"
+    )
+    step_deadline: float = Field(
+        1800.0, ge=0, description="seconds after which a step is a hang and the run ends; 0: never"
+    )
     export_hf: bool = Field(False, description="write a Hugging Face directory when training ends")
 
 
 class Checkpoint(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="keep steps that are a multiple of this as well; 0: none")
+    asynchronous: bool = Field(
+        True, description="train on while a checkpoint is written, from a copy in host memory"
+    )
 
 
 class Config(Section):

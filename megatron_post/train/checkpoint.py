@@ -1,28 +1,36 @@
 """Saving and resuming: model, optimizer, schedule, generators, data position and the resolved config."""
 
+import dataclasses
+import io
+import json
 import random
-import shutil
+import time
 from dataclasses import dataclass
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
+from megatron_post.train.async_save import Save, SaveFailed, Saver
 from megatron_post.train.converted import check_weights, start_from_weights
+from megatron_post.train.fence import Fence
+from megatron_post.train.shards import own_objects, own_shards
 
 # Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -43,9 +51,11 @@ class Position:
 class Checkpoints:
     """Checkpoints of one run, in `run_dir/checkpoints`."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self._config, self._topology = config, topology
+    def __init__(self, config: Config, topology: Topology, fence: Fence) -> None:
+        self._config, self._topology, self._fence = config, topology, fence
         self.root = Path(config.run_dir) / "checkpoints"
+        self._saver = Saver(topology.rank, topology.world_size, topology.device)
+        self._attempts = 0
 
     def save(
         self,
@@ -54,36 +64,77 @@ class Checkpoints:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
     ) -> None:
-        """Write a checkpoint beside the others and publish it once all of it is on the disk."""
-        step = position.step
-        partial = manifest.partial_directory(self.root, step)
-        if self._topology.rank == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for stale in self.root.glob(".partial-*"):
-                shutil.rmtree(stale)
-            partial.mkdir()
-        torch.distributed.barrier()
-        dist_checkpointing.save(
-            self._sharded_state(chunks, optimizer, is_loading=False),
-            str(partial),
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-            content_metadata=_METADATA,
-        )
-        rank = self._topology.rank
+        """Begin a checkpoint, which becomes visible once all of it is on the disk.
+
+        Before parameters change, `may_change` must be called. What goes wrong is told by `failed`.
+        """
+        began = time.perf_counter()
+        rank, step = self._topology.rank, position.step
+        self._attempts += 1
+        partial = manifest.partial_directory(self.root, step, epoch=self._fence.epoch, attempt=self._attempts)
+        models = [chunk.sharded_state_dict(metadata=_METADATA) for chunk in unwrap_model(chunks)]
+        model_state = {str(i): state for i, state in enumerate(models)}
+        small = {f"generators-{rank}.safetensors": save_bytes(_generator_states())}
+        publish = None
         if rank == 0:
-            (partial / "config.yaml").write_text(to_yaml(self._config))
-        save_file(_generator_states(), partial / f"generators-{rank}.safetensors")
-        torch.distributed.barrier()
-        files = self._checksum_all(partial)
-        if rank == 0:
+            small |= self._common_files(optimizer)
             state = {
                 "scheduler": scheduler.state_dict(),
                 "consumed_packs": position.consumed_packs,
                 "world_size": self._topology.world_size,
+                "incarnation": self._fence.incarnation,
                 **self._stream(),
             }
-            manifest.publish(self.root, step, files=files, state=state, keep=self._config.checkpoint.keep)
-        torch.distributed.barrier()
+            settings = self._config.checkpoint
+            publish = partial_function(
+                manifest.publish,
+                self.root,
+                step,
+                state=state,
+                keep=settings.keep,
+                keep_every=settings.keep_every,
+                partial=partial,
+                check=self._fence.check,
+            )
+        shards, objects = own_shards(model_state, optimizer), own_objects(model_state)
+        save = Save(partial, shards, objects, small, publish)
+        self._saver.stalled += time.perf_counter() - began
+        self._saver.start(save, asynchronous=self._config.checkpoint.asynchronous)
+
+    @property
+    def epoch(self) -> int:
+        """Number of this incarnation of the run."""
+        return self._fence.epoch
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank's part of a save has gone wrong."""
+        return self._saver.error is not None
+
+    @property
+    def stalled(self) -> float:
+        """Seconds for which saves have held up training so far."""
+        return self._saver.stalled
+
+    def may_change(self) -> None:
+        """Return once parameters and Adam's state may change."""
+        self._saver.may_change()
+
+    def wait(self) -> None:
+        """Return once all saves are published. All ranks call it, and call it too where any has `failed`.
+
+        Raises `SaveFailed` with every rank's reason.
+        """
+        if not self.failed:
+            self._saver.wait()
+        errors: list[Any] = [None] * self._topology.world_size
+        own = self._saver.error
+        torch.distributed.all_gather_object(errors, None if own is None else f"{type(own).__name__}: {own}")
+        lines = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+        if lines:
+            raise SaveFailed(
+                "a checkpoint could not be saved, earlier ones are as they were\n  " + "\n  ".join(lines)
+            )
 
     def resume(
         self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
@@ -93,6 +144,7 @@ class Checkpoints:
         Damaged checkpoints are named and passed over. Raises `ValueError` where the config would continue
         another stream of samples than the checkpoint's.
         """
+        self._saver.wait()  # what it copies is about to change
         directory = self._newest_intact()
         if directory is None:
             return Position()
@@ -105,7 +157,7 @@ class Checkpoints:
             return Position()
         self._check_stream(directory, stored["state"])
         loaded = dist_checkpointing.load(
-            self._sharded_state(chunks, optimizer, is_loading=True),
+            self._sharded_state(chunks, optimizer),
             str(directory),
             get_default_load_sharded_strategy(str(directory)),
         )
@@ -117,23 +169,27 @@ class Checkpoints:
             _restore_generators(load_file(directory / f"generators-{self._topology.rank}.safetensors"))
         return Position(stored["step"], stored["state"]["consumed_packs"])
 
-    def _sharded_state(
-        self, chunks: list[Any], optimizer: MegatronOptimizer, *, is_loading: bool
-    ) -> dict[str, Any]:
+    def _sharded_state(self, chunks: list[Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
+        """What megatron-core is to load."""
         state = {
             f"model{i}": chunk.sharded_state_dict(metadata=_METADATA)
             for i, chunk in enumerate(unwrap_model(chunks))
         }
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
         return state
 
-    def _checksum_all(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Each rank hashes every world_size-th file; all get the union."""
-        rank, world_size = self._topology.rank, self._topology.world_size
-        names = sorted(path.name for path in partial.iterdir())
-        parts: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(parts, manifest.checksums(partial, names[rank::world_size]))
-        return {name: entry for part in parts for name, entry in part.items()}
+    def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
+        """What is the same on all ranks, under the names where megatron-core looks for it."""
+        (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+        common = io.BytesIO()
+        sharding = _METADATA["distrib_optim_sharding_type"]
+        torch.save({"optimizer": part.state_dict() | {"param_state_sharding_type": sharding}}, common)
+        backends = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
+        return {
+            "config.yaml": to_yaml(self._config).encode(),
+            "common.pt": common.getvalue(),
+            "metadata.json": json.dumps(backends).encode(),
+        }
 
     def _newest_intact(self) -> Path | None:
         for step in reversed(manifest.published_steps(self.root)):

@@ -1,6 +1,5 @@
 """Gradient buffers, distributed optimizer and learning-rate schedule, from megatron-core."""
 
-import math
 from collections.abc import Sequence
 
 from megatron.core.distributed import (
@@ -100,14 +99,7 @@ def _one_or_list(functions: list) -> object:
     return functions[0] if len(functions) == 1 else functions
 
 
-def optimizer_step(optimizer: MegatronOptimizer) -> float:
-    """Clip, update, and return the gradient norm before clipping.
-
-    Raises `FloatingPointError` where it is not finite, before any parameter has moved.
-    """
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Of all ranks' gradients together, before clipping; the same on every rank. Nothing moves."""
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm}")
-    optimizer.step()
-    return norm
+    return float(optimizer.get_grad_norm())

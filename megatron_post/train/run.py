@@ -1,10 +1,11 @@
 """From a config to a finished run: checks first, then every part built once and handed to the trainer."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_post.config.layout import segment_multiple, store_layout, world_errors
 from megatron_post.config.load import ConfigError
@@ -13,7 +14,7 @@ from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
-from megatron_post.data.store import GroupName, PackStore, open_store
+from megatron_post.data.store import GroupName, Pack, PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.models.build import build_model
 from megatron_post.models.llama import Llama
@@ -26,11 +27,16 @@ from megatron_post.stages.dpo import DPO
 from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
 from megatron_post.train.checkpoint import Checkpoints, Position
+from megatron_post.train.fence import claim_together
+from megatron_post.train.guard import Guard
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_post.train.reference import attach_reference
+from megatron_post.train.signals import StopRequest
+from megatron_post.train.skips import RollBack
 from megatron_post.train.step import Stepper
 from megatron_post.train.trainer import Trainer
+from megatron_post.train.watchdog import Watchdog
 
 
 def train(config: Config) -> None:
@@ -40,9 +46,10 @@ def train(config: Config) -> None:
     """
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
-    with parallel_run(config.parallel, seed=config.seed) as topology:
+    with StopRequest() as stop, parallel_run(config.parallel, seed=config.seed) as topology:
         attach_reference(config, topology, [train_store, held_out])
-        trainer, start = build_trainer(config, topology)
+        sources = [source.name for source in train_store.sources]
+        trainer, start = build_trainer(config, topology, stop=stop, sources=sources)
         metrics = trainer.metrics
         metrics.console(f"{config.run_dir}: {describe(config, topology, train_store)}")
         if start.step:
@@ -56,13 +63,39 @@ def train(config: Config) -> None:
                 multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
             )
         )  # fmt: skip
-        with open_loader(config, train_store, topology, start) as loader:
-            trainer.fit(loader, packs, start=start)
+        watchdog = Watchdog(
+            Path(config.run_dir) / "watchdog" / f"epoch-{trainer.checkpoints.epoch}",
+            topology,
+            trainer.guard.pulse,
+            deadline=config.train.step_deadline,
+        )
+        with watchdog:
+            finish(trainer, train_store, packs, start=start)
         if config.train.export_hf:
             target = Path(config.run_dir) / "hf"
             export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
             metrics.console(f"exported to {target}")
         metrics.close()
+
+
+def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, start: Position) -> None:
+    """Train to the last step, going back to the newest checkpoint where the trainer asks for it.
+
+    Raises `ValueError` where there is no checkpoint to go back to.
+    """
+    while True:
+        with open_loader(trainer.config, store, trainer.topology, start) as loader:
+            try:
+                trainer.fit(loader, held_out, start=start)
+                return
+            except RollBack:
+                start = trainer.checkpoints.resume(trainer.chunks, trainer.optimizer, trainer.scheduler)
+        if not start.step:
+            raise ValueError(
+                "train.on_not_finite=rollback: this run has no checkpoint to go back to. The same command "
+                "again starts from the initial weights and passes over what was not finite"
+            )
+        trainer.metrics.console(f"rolled back to step {start.step}")
 
 
 def check_run(config: Config) -> Tokenizer:
@@ -132,8 +165,16 @@ def make_stage(config: Config, topology: Topology) -> Stage:
     return Reward(config.reward, sums) if config.stage == "reward" else DPO(config.dpo, sums)
 
 
-def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, Position]:
-    """A trainer at the newest intact checkpoint or at the initial weights, and how far that is."""
+def build_trainer(
+    config: Config, topology: Topology, *, stop: StopRequest | None = None, sources: Sequence[str] = ()
+) -> tuple[Trainer, Position]:
+    """A trainer at the newest intact checkpoint or at the initial weights, and how far that is.
+
+    The run belongs to this incarnation from then on. stop: what has been asked from outside; sources: names
+    of the store's sources, for messages. Raises `Superseded` where a newer incarnation has the run.
+    """
+    fence = claim_together(config.run_dir, topology)
+    guard = Guard(config, topology, stop or StopRequest(), sources)
     portable = uses_portable_layers(config)
     stage = make_stage(config, topology)
     models = load_model(config, topology)
@@ -143,7 +184,9 @@ def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, Position
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)
-    checkpoints = Checkpoints(config, topology)
+    core = get_model_config(chunks[0])
+    core.finalize_model_grads_func = guard.pulse.entering("reduce gradients", core.finalize_model_grads_func)
+    checkpoints = Checkpoints(config, topology, fence)
     start = checkpoints.resume(chunks, optimizer, scheduler)
     trainer = Trainer(
         config,
@@ -154,6 +197,7 @@ def build_trainer(config: Config, topology: Topology) -> tuple[Trainer, Position
         scheduler=scheduler,
         checkpoints=checkpoints,
         metrics=MetricsWriter(config.run_dir, active=topology.is_reporter),
+        guard=guard,
     )
     return trainer, start
 

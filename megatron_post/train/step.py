@@ -1,5 +1,6 @@
 """One optimizer step's worth of forward and backward through megatron-core's schedules."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_post.data.batch import PackedBatch
@@ -30,7 +32,8 @@ class Microbatch:
 class Stepper:
     """Runs packs forward, or forward and backward, through the model chunks of this rank.
 
-    reference: a frozen policy whose log-probabilities each batch gets before the loss is taken.
+    reference: a frozen policy whose log-probabilities each batch gets before the loss is taken. `losses` are
+    the mean losses of this rank's packs of the last call, on the last pipeline stage.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Stepper:
         self._chunks, self._stage, self._topology, self._portable = list(chunks), stage, topology, portable
         self._reference = None if reference is None else list(reference)
         self._run = get_forward_backward_func()
+        self.losses: list[float] = []
 
     def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
         """Sums over all ranks and packs, `name` and `name_count` for every metric of the stage.
@@ -66,6 +70,26 @@ class Stepper:
         microbatches = [self.prepare(pack) for pack in packs]
         outputs = self._forward_all(self._chunks, microbatches)
         return [(output, m.batch) for output, m in zip(outputs, microbatches, strict=False)]
+
+    def bad_gradients(self, packs: Sequence[Pack]) -> list[int]:
+        """The packs whose gradients on this rank are not finite, found by running each by itself.
+
+        Gradients are not reduced, so that another rank's do not hide where they come from, and are of no use
+        afterwards. With the interleaved schedule packs run in groups, and a group's first stands for it. All
+        ranks call it.
+        """
+        virtual = len(self._chunks) > 1
+        size = self._topology.groups.pp.size() if virtual else 1
+        bad = []
+        with _no_reduction(self._chunks):
+            for start in range(0, len(packs), size):
+                for chunk in self._chunks:
+                    chunk.zero_grad_buffer()
+                self(packs[start : start + size])
+                buffers = [buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers]
+                if not all(bool(gradient.isfinite().all()) for gradient in buffers):
+                    bad.append(start)
+        return bad
 
     def prepare(self, pack: Pack) -> Microbatch:
         """Collate a pack, take this context-parallel rank's tokens, move them to the device."""
@@ -125,18 +149,39 @@ class Stepper:
 
     def _reduce(self, outputs: list[Metrics]) -> dict[str, float]:
         if not outputs:
+            self.losses = []
             return {}
         names = list(outputs[0])
         pairs = [
             torch.stack([torch.stack([x.double() for x in output[name]]) for name in names])
             for output in outputs
         ]
-        totals = torch.stack(pairs).sum(0)
+        each = torch.stack(pairs)
+        self.losses = [value / max(count, 1) for value, count in each[:, names.index("loss")].tolist()]
+        totals = each.sum(0)
         torch.distributed.all_reduce(totals, group=self._topology.groups.dp_cp)
         sums: dict[str, float] = {}
         for name, (value, count) in zip(names, totals.tolist(), strict=True):
             sums |= {name: value, f"{name}_count": count}
         return sums
+
+
+@contextlib.contextmanager
+def _no_reduction(chunks: Sequence[Any]) -> Iterator[None]:
+    """Within this context a backward leaves gradients in this rank's buffers as they are."""
+    config = get_model_config(chunks[0])
+    hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
+    before = {name: getattr(config, name) for name in hooks}
+    with contextlib.ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(chunk.no_sync())
+        for name in hooks:
+            setattr(config, name, None)
+        try:
+            yield
+        finally:
+            for name, hook in before.items():
+                setattr(config, name, hook)
 
 
 def _take_output(output: Tensor, *, batch: PackedBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """The page: take packs, forward and backward, step the optimizer, report, maybe evaluate, maybe save."""
 
-import time
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +13,15 @@ from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.checkpoint import Checkpoints, Position
+from megatron_post.train.guard import Guard
+from megatron_post.train.health import NotFinite, name_places, not_finite
 from megatron_post.train.metrics import MetricsWriter, model_flops, peak_flops, train_line
-from megatron_post.train.optimizer import optimizer_step
+from megatron_post.train.optimizer import gradient_norm
+from megatron_post.train.signals import Requeue
 from megatron_post.train.step import Stepper
+
+# Times a step's deadline that a save may take.
+PATIENCE = 4.0
 
 
 class Trainer:
@@ -32,45 +38,104 @@ class Trainer:
         scheduler: OptimizerParamScheduler,
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
+        guard: Guard,
     ) -> None:
         self.config, self.topology, self.chunks, self.stepper = config, topology, chunks, stepper
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.checkpoints, self.metrics = checkpoints, metrics
+        self.checkpoints, self.metrics, self.guard = checkpoints, metrics, guard
 
     def fit(self, train: Iterator[list[Pack]], held_out: Sequence[Pack], *, start: Position) -> None:
         """Train from `start` to the last step of the config.
 
         train: this rank's packs, one list an optimizer step. held_out: this rank's evaluation packs, of equal
-        number on every data-parallel rank.
+        number on every data-parallel rank. Raises `Requeue` once it has saved because it was asked to leave,
+        `RollBack`, `NotFinite` and `SaveFailed` on all ranks alike.
         """
         steps, position = self.config.train.steps, start
         while position.step < steps:
+            self.guard.begin(position.step + 1, "data")
             packs = next(train)
-            started = time.perf_counter()
-            values = self.step(packs)
+            values = self.advance(position, packs)
             position = position.after(self.config.train.global_batch)
-            step = position.step
-            self.report(step, values, packs, seconds=time.perf_counter() - started)
-            if held_out and (step == steps or _due(step, self.config.train.eval_every)):
+            step, is_last = position.step, position.step == steps
+            if values is not None:
+                self.report(step, values, packs, seconds=self.guard.elapsed())
+            if held_out and (is_last or _due(step, self.config.train.eval_every)):
                 self.evaluate(step, held_out)
-            if step == steps or _due(step, self.config.checkpoint.every):
-                self.checkpoints.save(position, self.chunks, self.optimizer, self.scheduler)
+            if is_last or self.guard.leaving or _due(step, self.config.checkpoint.every):
+                self.save(position)
+            if self.guard.leaving and not is_last:
+                self.leave(step)
+        self.guard.begin(steps, "last checkpoint", patience=PATIENCE)
+        self.checkpoints.wait()
+        self.guard.end()
+
+    def advance(self, position: Position, packs: list[Pack]) -> dict[str, float] | None:
+        """One step of the run, or None where its packs are passed over: schedule and position go on alike."""
+        start = position.consumed_packs
+        end = start + self.config.train.global_batch
+        if not self.guard.skips.covers(start, end):
+            try:
+                return self.step(packs)
+            except NotFinite as found:
+                self.checkpoints.wait()
+                self.guard.skips.decide(start, end, position.step + 1, found)
+        self.scheduler.step(increment=1)
+        return None
 
     def step(self, packs: list[Pack]) -> dict[str, float]:
         """One optimizer step. Returns the stage's metrics (on the last pipeline stage), gradient norm and
-        rate."""
+        rate. Raises `NotFinite`, on all ranks and with nothing moved, where a loss or gradient is not."""
+        self.guard.enter("forward and backward")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self.stepper(packs)
-        rate = self.optimizer.param_groups[0]["lr"]
-        norm = optimizer_step(self.optimizer)
+        self.guard.enter("update")
+        norm, rate = gradient_norm(self.optimizer), self.optimizer.param_groups[0]["lr"]
+        self.check(norm, packs)
+        self.checkpoints.may_change()
+        self.optimizer.step()
         self.scheduler.step(increment=1)
         return {**_means(sums), "grad_norm": norm, "lr": rate}
+
+    def check(self, norm: float, packs: list[Pack]) -> None:
+        """Hear all ranks; see that losses and gradients are finite and that saves succeed.
+
+        Raises `NotFinite` or `SaveFailed` on all ranks.
+        """
+        bad = not_finite(self.stepper.losses)
+        words = self.guard.call_roll(bad_loss=bool(bad), save_failed=self.checkpoints.failed)
+        if any(word.save_failed for word in words):
+            self.checkpoints.wait()
+        kind = "loss"
+        if not any(word.bad_loss for word in words):
+            if math.isfinite(norm):
+                return
+            self.guard.begin(self.guard.step, "search for bad gradients", patience=PATIENCE)
+            kind, bad = "gradient", self.stepper.bad_gradients(packs)
+        places = name_places(kind, bad, packs, self.topology, self.guard.sources)
+        unseen = "no rank finds it when it runs its microbatches again: a passing fault, perhaps of hardware"
+        raise NotFinite(self.guard.step, norm, places or [unseen])
+
+    def save(self, position: Position) -> None:
+        """Begin a checkpoint; with `checkpoint.asynchronous` training goes on while it is written."""
+        self.guard.begin(position.step, "save", patience=PATIENCE)
+        self.checkpoints.save(position, self.chunks, self.optimizer, self.scheduler)
+
+    def leave(self, step: int) -> None:
+        """Wait for the checkpoint and ask for a requeue."""
+        self.guard.begin(step, "last checkpoint", patience=PATIENCE)
+        self.checkpoints.wait()
+        self.guard.end()
+        self.metrics.console(f"asked to stop ({self.guard.asked}): saved after step {step}, to be requeued")
+        raise Requeue
 
     @torch.no_grad()
     def evaluate(self, step: int, packs: Sequence[Pack]) -> None:
         """Mean metrics over the held-out packs."""
+        patience = len(packs) * self.topology.data_size / self.config.train.global_batch
+        self.guard.begin(step, "evaluation", patience=max(1.0, patience))
         for chunk in self.chunks:
             chunk.eval()
         sums = self.stepper(packs, forward_only=True)
@@ -87,6 +152,7 @@ class Trainer:
         tokens, squares = self._global_cost(packs)
         flops = model_flops(self.config.model, tokens=tokens, squared_lengths=squares) / seconds
         values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        values["saves_stalled_seconds"] = self.checkpoints.stalled
         if self.topology.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name())
             values["tflops_per_gpu"] = flops / self.topology.world_size / 1e12
@@ -94,6 +160,7 @@ class Trainer:
                 values["mfu"] = flops / self.topology.world_size / peak
         if "loss" not in values:
             return
+        values |= self.guard.look_for_spikes(step, values, list(packs), self.stepper.losses)
         self.metrics.write("train", step, values)
         if _due(step, self.config.train.log_every) or step == self.config.train.steps:
             self.metrics.console(train_line(step, self.config.train.steps, values))

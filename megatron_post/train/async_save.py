@@ -1,0 +1,245 @@
+"""Writing checkpoints while training goes on, without a collective: ranks meet in the partial directory.
+
+A save begins with copying the rank's shards to the host. Live state changes only when the optimizer moves, so
+the copy too runs beside the next forward and backward; `may_change` waits for what is left of it. Each rank
+then writes its shards to a file of its own and says so in a note; the first rank waits for all notes, writes
+the metadata that torch.distributed.checkpoint reads, and publishes, if the fence still stands.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_post.train.shards import Shard
+
+
+class SaveFailed(ValueError):
+    """A checkpoint that could not be written; earlier ones are as they were."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """What one rank contributes to a checkpoint.
+
+    objects: saved objects by key, into the rank's file; small: whole files by name; publish: on the first
+    rank, called with `files`, all files' entries, once everything is on the disk.
+    """
+
+    partial: Path
+    shards: Sequence[Shard]
+    objects: dict[str, bytes]
+    small: dict[str, bytes]
+    publish: Callable[..., object] | None = None
+
+
+@dataclass
+class Saver:
+    """One rank's writer: one save at a time, in a thread. Buffers on the host are kept from save to save.
+
+    stalled: seconds for which saves have held up training so far.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    stalled: float = 0.0
+    error: Exception | None = None
+    _buffers: list[Tensor] = field(default_factory=list)
+    _thread: threading.Thread | None = None
+    _copied: threading.Event = field(default_factory=threading.Event)
+
+    def start(self, save: Save, *, asynchronous: bool) -> None:
+        """Begin a save; the one before is waited for. Not asynchronous: do all of it before returning.
+
+        What goes wrong is kept in `error`.
+        """
+        self.wait()
+        began = time.perf_counter()
+        if asynchronous:
+            self._copied.clear()
+            ready = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+            # a daemon: a rank that fails for another reason must not wait for ranks that will never answer
+            self._thread = threading.Thread(target=self._copy_and_write, args=(save, ready), daemon=True)
+            self._thread.start()
+        else:
+            self._write(save, (shard.values.to("cpu", copy=True) for shard in save.shards))
+        self.stalled += time.perf_counter() - began
+
+    def may_change(self) -> None:
+        """Return once live state may change, which is when it has been copied."""
+        if self._thread is not None and not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self.stalled += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Return once this rank's part of the save is done, on the first rank once it is published."""
+        if self._thread is not None:
+            began = time.perf_counter()
+            self._thread.join()
+            self._thread = None
+            self.stalled += time.perf_counter() - began
+
+    def _copy_and_write(self, save: Save, ready: Any) -> None:
+        try:
+            self._copy(save.shards, ready)
+        except Exception as error:
+            self.error = error
+            return
+        finally:
+            self._copied.set()
+        self._write(save, self._buffers)
+
+    def _copy(self, shards: Sequence[Shard], ready: Any) -> None:
+        on_gpu = ready is not None
+        if not self._buffers:
+            self._buffers = [
+                torch.empty(shard.values.shape, dtype=shard.values.dtype, pin_memory=on_gpu)
+                for shard in shards
+            ]
+        if not on_gpu:
+            for buffer, shard in zip(self._buffers, shards, strict=True):
+                buffer.copy_(shard.values)
+            return
+        torch.cuda.set_device(self.device)
+        stream = torch.cuda.Stream()
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            for buffer, shard in zip(self._buffers, shards, strict=True):
+                buffer.copy_(shard.values, non_blocking=True)
+        stream.synchronize()
+
+    def _write(self, save: Save, values: Any) -> None:
+        """Write, tell the first rank, and on the first rank gather all notes and publish."""
+        try:
+            save.partial.mkdir(parents=True, exist_ok=True)
+            note = _write_files(save, values, name=f"__{self.rank}_0.distcp")
+            if save.publish is None:
+                _leave_note(save.partial, self.rank, note)
+                return
+            notes = [note, *(self._note_of(save.partial, rank) for rank in range(1, self.world_size))]
+            files = {name: entry for each in notes for name, entry in each["files"].items()}
+            metadata = pickle.dumps(_metadata(notes))
+            files[".metadata"] = _write_file(save.partial / ".metadata", metadata)
+            for path in save.partial.glob(".note-*"):
+                path.unlink()
+            save.publish(files=files)
+        except Exception as error:
+            self.error = error
+            if save.publish is not None:
+                shutil.rmtree(save.partial, ignore_errors=True)
+                return
+            with contextlib.suppress(OSError):
+                (save.partial / f".failed-{self.rank}").touch()
+
+    def _note_of(self, partial: Path, rank: int) -> dict[str, Any]:
+        """A rank's note, waited for."""
+        path = _note(partial, rank)
+        while not path.exists():
+            if (partial / f".failed-{rank}").exists():
+                raise SaveFailed(f"rank {rank} could not write its part")
+            time.sleep(0.02)
+        note: dict[str, Any] = json.loads(path.read_text())
+        return note
+
+
+def _note(partial: Path, rank: int) -> Path:
+    return partial / f".note-{rank}"
+
+
+def _leave_note(partial: Path, rank: int, content: dict[str, Any]) -> None:
+    path = partial / f".unfinished-{rank}"
+    path.write_text(json.dumps(content))
+    path.rename(_note(partial, rank))
+
+
+def _write_files(save: Save, values: Any, *, name: str) -> dict[str, Any]:
+    """A rank's tensors, objects and small files, on the disk. Returns where everything lies."""
+    tensors, objects = [], []
+    with (save.partial / name).open("wb", buffering=0) as file:
+        stream = _Hashed(file)
+        for shard, saved in zip(save.shards, values, strict=True):
+            begin = stream.position
+            torch.save(saved, cast(IO[bytes], stream))
+            place = [begin, stream.position - begin]
+            dtype = str(saved.dtype).removeprefix("torch.")
+            tensors.append([shard.key, dtype, shard.shape, shard.offsets, list(saved.shape), name, place])
+        for key, content in save.objects.items():
+            objects.append([key, name, [stream.position, len(content)]])
+            stream.write(content)
+        os.fsync(file.fileno())
+    files = {name: stream.entry}
+    for small, content in save.small.items():
+        files[small] = _write_file(save.partial / small, content)
+    return {"tensors": tensors, "objects": objects, "files": files}
+
+
+def _write_file(path: Path, content: bytes) -> dict[str, Any]:
+    with path.open("wb", buffering=0) as file:
+        stream = _Hashed(file)
+        stream.write(content)
+        os.fsync(file.fileno())
+    return stream.entry
+
+
+def _metadata(notes: Sequence[dict[str, Any]]) -> Metadata:
+    """What torch.distributed.checkpoint reads first: which rectangle of what lies where."""
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for note in notes:
+        for key, dtype, shape, offsets, sizes, name, place in note["tensors"]:
+            properties = TensorProperties(dtype=getattr(torch, dtype))
+            entry = entries.setdefault(key, TensorStorageMetadata(properties, torch.Size(shape), []))
+            index = MetadataIndex(key, torch.Size(offsets), len(entry.chunks))
+            entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            storage[index] = _StorageInfo(name, *place)
+        for key, name, place in note["objects"]:
+            entries[key] = BytesStorageMetadata()
+            storage[MetadataIndex(key)] = _StorageInfo(name, *place)
+    return Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
+
+
+class _Hashed:
+    """An unbuffered file for `torch.save` that counts and hashes what passes; nothing is read again."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._sha256, self.position = file, hashlib.sha256(), 0
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a manifest says of the file."""
+        return {"bytes": self.position, "sha256": self._sha256.hexdigest()}
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._sha256.update(view)
+        written = 0
+        while written < len(view):
+            written += self._file.write(view[written:])
+        self.position += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,120 @@
+"""The epoch fence: of all incarnations of a run, only the newest may publish a checkpoint.
+
+Every start of a run claims its directory with the next epoch number, in a file that only one process can
+create. An older incarnation that still runs, such as one that was stopped, cut off or outlived its node's
+daemon, finds a higher number before it publishes. Between that look and the rename it may be stopped once
+more; therefore a claim also takes away what older epochs were writing, and a rename of something that is gone
+fails.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_post.parallel.topology import Topology
+from megatron_post.train import manifest
+
+
+class Superseded(ValueError):
+    """A newer incarnation has claimed the run; this one may not publish any more."""
+
+
+@dataclass(frozen=True)
+class Fence:
+    """One incarnation's claim to a run. directory: where claims are; epoch: its number, from 1."""
+
+    directory: Path
+    epoch: int
+    incarnation: str
+
+    def check(self) -> None:
+        """Raises `Superseded` where another incarnation has claimed the run since."""
+        newest = max(_epochs(self.directory))
+        if newest != self.epoch:
+            owner = _read(self.directory, newest)
+            raise Superseded(
+                f"incarnation {self.incarnation} (epoch {self.epoch}) may not publish: the run belongs to "
+                f"incarnation {owner.get('incarnation')} on {owner.get('host')} (epoch {newest}) by now"
+            )
+
+
+def incarnation_from_environment() -> str:
+    """MEGATRON_POST_INCARNATION, which a launcher sets alike on all ranks; else one of this time and host."""
+    fresh = f"{socket.gethostname()}-{time.time_ns()}"
+    return os.environ.get("MEGATRON_POST_INCARNATION") or fresh
+
+
+def claim(run_dir: str | Path, incarnation: str) -> Fence:
+    """Take over a run: the next epoch, and what older epochs were writing removed. One rank calls it.
+
+    Raises `Superseded` for an incarnation that has been superseded already and is started again.
+    """
+    directory = Path(run_dir) / "incarnations"
+    directory.mkdir(parents=True, exist_ok=True)
+    epochs = _epochs(directory)
+    if any(_read(directory, epoch).get("incarnation") == incarnation for epoch in epochs[:-1]):
+        latest = _read(directory, epochs[-1]).get("incarnation")
+        if latest != incarnation:
+            raise Superseded(f"incarnation {incarnation} was superseded by {latest} and cannot start again")
+    epoch = _create_next(directory, incarnation)
+    for stale in manifest.partial_directories(Path(run_dir) / "checkpoints", before_epoch=epoch):
+        # gone under its name at once, so that nobody publishes it while it is being deleted
+        doomed = stale.with_name(f".stale-{epoch}-{stale.name.lstrip('.')}")
+        with contextlib.suppress(FileNotFoundError):
+            stale.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    return Fence(directory, epoch, incarnation)
+
+
+def claim_together(run_dir: str | Path, topology: Topology) -> Fence:
+    """All ranks of an incarnation take over a run. Raises `Superseded` on all of them."""
+    told: list[Any] = [None]
+    if topology.rank == 0:
+        try:
+            told = [claim(run_dir, incarnation_from_environment())]
+        except (Superseded, OSError) as error:
+            told = [error]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if isinstance(told[0], Exception):
+        raise told[0]
+    fence: Fence = told[0]
+    return fence
+
+
+def _create_next(directory: Path, incarnation: str) -> int:
+    content = {
+        "incarnation": incarnation,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
+    while True:
+        epoch = max(_epochs(directory), default=0) + 1
+        with contextlib.suppress(FileExistsError), (directory / f"{epoch:06d}").open("x") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            break
+    manifest.sync_directory(directory)
+    return epoch
+
+
+def _epochs(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _read(directory: Path, epoch: int) -> dict[str, Any]:
+    """Who claimed an epoch; nothing where its process died while it wrote that down."""
+    try:
+        content: dict[str, Any] = json.loads((directory / f"{epoch:06d}").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content

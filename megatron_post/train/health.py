@@ -1,0 +1,117 @@
+"""Losses and gradients that are not finite, named before the optimizer moves; and losses that jump."""
+
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_post.data.store import Pack
+from megatron_post.parallel.topology import Topology
+
+# Values that an outlier is judged by, and how many there must be.
+WINDOW, FEWEST = 100, 20
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient is NaN or infinite; nothing has moved. places: where, a line each."""
+
+    def __init__(self, step: int, norm: float, places: Sequence[str]) -> None:
+        self.places = list(places)
+        lines = [f"step {step}: not finite (gradient norm {norm}), the optimizer has not moved", *places]
+        super().__init__("\n  ".join(lines))
+
+
+class Outliers:
+    """How far a value is from the median of those before it, in robust standard deviations.
+
+    The median absolute deviation times 1.4826 is the standard deviation of normal noise, and an outlier in
+    the window does not move it.
+    """
+
+    def __init__(self) -> None:
+        self._window: deque[float] = deque(maxlen=WINDOW)
+
+    def score(self, value: float) -> float:
+        """Of a new value, above the median positive; 0 while there are too few to judge by."""
+        score = 0.0
+        if len(self._window) >= FEWEST:
+            middle = median(self._window)
+            spread = 1.4826 * median(abs(x - middle) for x in self._window)
+            # a constant loss has no spread: then only what rounding cannot explain is far
+            score = (value - middle) / max(spread, 1e-6 * abs(middle), 1e-12)
+        self._window.append(value)
+        return score
+
+
+class Spikes:
+    """Writes steps whose loss or gradient norm jumps to `run_dir/spikes.jsonl`, with their samples.
+
+    It lives on the last pipeline stage, once a data-parallel rank, where all see the same global values and
+    hence decide alike; the reporter writes.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, topology: Topology, sources: Sequence[str], *, threshold: float
+    ) -> None:
+        self._path, self._topology, self._sources = Path(run_dir) / "spikes.jsonl", topology, list(sources)
+        self._threshold = threshold
+        self._losses, self._norms = Outliers(), Outliers()
+
+    def look(
+        self, step: int, values: dict[str, float], packs: Sequence[Pack], losses: Sequence[float]
+    ) -> dict[str, float]:
+        """`loss_outlier` and `grad_norm_outlier` of a step. values: its metrics; losses: of each pack."""
+        scores = {
+            "loss_outlier": self._losses.score(values["loss"]),
+            "grad_norm_outlier": self._norms.score(values["grad_norm"]),
+        }
+        if max(scores.values()) > self._threshold:
+            own = [
+                {
+                    "data_rank": self._topology.data_rank,
+                    "microbatch": i,
+                    "loss": loss,
+                    "samples": samples_of(pack, self._sources),
+                }
+                for i, (pack, loss) in enumerate(zip(packs, losses, strict=True))
+            ]
+            parts: list[Any] = [None] * self._topology.data_size
+            torch.distributed.all_gather_object(parts, own, group=self._topology.groups.dp)
+            if self._topology.is_reporter:
+                by_loss = sorted((entry for part in parts for entry in part), key=lambda e: -e["loss"])
+                line = {"step": step, "loss": values["loss"], "grad_norm": values["grad_norm"], **scores}
+                with self._path.open("a") as file:
+                    file.write(json.dumps({**line, "packs": by_loss}) + "\n")
+        return scores
+
+
+def not_finite(losses: Sequence[float]) -> list[int]:
+    """The microbatches whose loss is NaN or infinite."""
+    return [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+
+
+def name_places(
+    kind: str, microbatches: Sequence[int], packs: Sequence[Pack], topology: Topology, sources: Sequence[str]
+) -> list[str]:
+    """Every rank's findings, a line each, on all ranks, which all call it."""
+    own = [
+        f"rank {topology.rank}, microbatch {i}: {kind}; samples {', '.join(samples_of(packs[i], sources))}"
+        for i in microbatches
+    ]
+    parts: list[Any] = [None] * topology.world_size
+    torch.distributed.all_gather_object(parts, own)
+    return [line for part in parts for line in part]
+
+
+def samples_of(pack: Pack, sources: Sequence[str]) -> list[str]:
+    """The samples in a pack as "source:row", each once, in their order."""
+    pairs = zip(pack.sources.tolist(), pack.sample_ids.tolist(), strict=True)
+    names = dict(enumerate(sources))
+    return list(
+        dict.fromkeys(f"{names.get(source, source)}:{sample}" for source, sample in pairs if source >= 0)
+    )

@@ -1,0 +1,95 @@
+"""Where a rank stands and how long its sections take; and which ranks are slow."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# A rank is called slow when its own work takes this many times the median rank's, over a window of steps.
+SLOW = 1.5
+WINDOW = 20
+
+
+@dataclass
+class Period:
+    """A stretch of work that has a deadline: a step, an evaluation, a save. since: `time.monotonic`."""
+
+    step: int
+    section: str
+    patience: float
+    since: float = field(default_factory=time.monotonic)
+
+
+class Pulse:
+    """A rank's current period and section, which the watchdog looks at, and the seconds of its sections."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.period: Period | None = None
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def begin(self, step: int, section: str, *, patience: float = 1.0) -> None:
+        """A new period begins, which may take `patience` times as long as a step."""
+        self.period = Period(step, section, patience)
+        self._marks = [(section, self._now())]
+
+    def enter(self, section: str) -> None:
+        """The period goes on with another section."""
+        if self.period is not None:
+            self.period.section = section
+            self._marks.append((section, self._now()))
+
+    def entering(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, entering a section when it is called."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.enter(section)
+            return function(*args, **kwargs)
+
+        return call
+
+    def end(self) -> None:
+        """Nothing has a deadline until the next `begin`."""
+        self.period = None
+
+    def seconds(self) -> dict[str, float]:
+        """Of each section of this period that is over, on the GPU where there is one.
+
+        To be called after something has waited for the GPU.
+        """
+        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
+        return {name: self._between(start, end) for (name, start), (_, end) in pairs}
+
+    def _now(self) -> Any:
+        return torch.cuda.current_stream().record_event(_event()) if self._on_gpu else time.perf_counter()
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+class Stragglers:
+    """Sums every rank's own seconds, without its waiting for others, over windows of `WINDOW` steps."""
+
+    def __init__(self, world_size: int) -> None:
+        self._sums, self._steps = [0.0] * world_size, 0
+
+    def add(self, seconds: Sequence[float]) -> str | None:
+        """Seconds of one step by rank. At the end of a window: a line that names the slow ranks, if any."""
+        self._sums = [total + own for total, own in zip(self._sums, seconds, strict=True)]
+        self._steps += 1
+        if self._steps < WINDOW:
+            return None
+        means = [total / WINDOW for total in self._sums]
+        self._sums, self._steps = [0.0] * len(means), 0
+        # of two ranks the faster one is the measure
+        middle = sorted(means)[(len(means) - 1) // 2]
+        slow = [f"rank {rank} {mean:.3f} s" for rank, mean in enumerate(means) if mean > SLOW * middle]
+        if not slow:
+            return None
+        return f"slow over {WINDOW} steps (own work a step; median rank {middle:.3f} s): {', '.join(slow)}"

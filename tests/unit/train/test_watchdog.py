@@ -1,0 +1,59 @@
+"""Who is named, and that a hang ends; real processes, since the watchdog ends its own."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_post.train.signals import HUNG
+from megatron_post.train.watchdog import verdict
+
+_HANG = """
+import sys, time
+from pathlib import Path
+import torch
+from megatron_post.config.schema import Parallel
+from megatron_post.parallel.topology import parallel_run
+from megatron_post.train.pulse import Pulse
+from megatron_post.train.watchdog import Watchdog
+
+def load_forever():
+    time.sleep(120)
+
+with parallel_run(Parallel(), seed=1) as topology:
+    pulse = Pulse(topology.device)
+    with Watchdog(Path(sys.argv[1]), topology, pulse, deadline=2.0):
+        for step in range(3):
+            pulse.begin(step, "data")
+            time.sleep(1.0)
+        print("steps in time", flush=True)
+        pulse.begin(3, "data")
+        load_forever()
+"""
+
+
+def test_a_hang_ends_with_its_stack(tmp_path: Path) -> None:
+    """Three steps of 1 s pass a deadline of 2 s; the fourth ends the process within deadline + 5 s."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HANG, str(tmp_path / "watch")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "steps in time\n", process.stderr.read()
+    began = time.monotonic()
+    assert process.wait(timeout=30) == HUNG
+    assert time.monotonic() - began < 2 + 5
+    assert "load_forever" in (tmp_path / "watch" / "rank-0.txt").read_text()
+    assert "rank 0 waiting in step 3, data" in process.stderr.read()
+
+
+def test_verdict_names_the_silent_and_those_behind() -> None:
+    waiting = {"step": 7, "section": "reduce gradients"}
+    notes = {rank: dict(waiting) for rank in range(6)} | {6: None, 7: {"step": 7, "section": "data"}}
+    assert verdict(notes) == [
+        "  rank 6 does not answer: stopped, dead or cut off",
+        "  rank 7 did not arrive: in step 7, data",
+        "  ranks 0-5 waiting in step 7, reduce gradients",
+    ]
