@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast slurm-test lint bench gpu-test gpu-bench
+.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ test-fast: install
 # launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
 slurm-test: install
 	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
+
+slurm-test-fast: install
+	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm -m "not slow"
 
 # launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
 slurm-test: install

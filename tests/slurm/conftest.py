@@ -1,5 +1,6 @@
 """One small cluster for all tests here. `make slurm-test` runs them; else, or without Slurm, they skip."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -71,10 +72,6 @@ class ClusterFiles:
         values = {"python": sys.executable, "exclusive": True, "node_check": False, **values}
         path = self.directory / f"{len(list(self.directory.iterdir()))}.yaml"
         lines = [f"base: {ROOT}/configs/clusters/local.yaml"]
-        lines += [f"{name}: {_yaml(value)}" for name, value in values.items()]
+        lines += [f"{name}: {json.dumps(value)}" for name, value in values.items()]
         path.write_text("\n".join(lines) + "\n")
         return str(path)
-
-
-def _yaml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -33,6 +33,7 @@ case $4 in
 done) exit 0 ;;
 crash) [[ $SLURM_PROCID == 1 ]] && exit 3; sleep 60 ;;
 loop) exit 75 ;;
+peer) until [[ -e $RUN/finish ]]; do [[ -e $RUN/lost ]] && exit 1; sleep 0.1; done ;;
 hang) [[ $SLURM_PROCID == 2 ]] && kill -STOP $$; exit 75 ;;
 wait) until [[ -e $RUN/finish ]]; do sleep 0.1; done ;;
 esac
@@ -60,6 +61,10 @@ def _submit(
 
 def _log(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
+
+
+def _nodes(lab: Lab, job: int) -> list[str]:
+    return lab("scontrol", "show", "hostnames", lab("squeue", "-h", "-j", str(job), "-o", "%N")).split()
 
 
 def _says(path: Path, text: str, times: int = 1, timeout: float = 60) -> None:
@@ -152,15 +157,31 @@ def test_preempted_with_grace(lab: Lab, clusters: ClusterFiles, tmp_path: Path, 
 
 
 def test_a_crash_is_not_requeued(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """One rank fails: the others are ended at once, and the job fails, since all nodes answer."""
+    """One rank fails: the others are ended at once, and the job fails, since all nodes are fit."""
     started = time.monotonic()
     job, log = _submit(tmp_path, clusters(python=str(rank)), "crash")
     assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
     assert time.monotonic() - started < 40
     assert "the ranks (rank 1 on" in _log(log) and "ended with status 3)" in _log(log)
-    assert "on nodes that answer, so the job is not requeued" in _log(log)
+    assert "on fit nodes, so the job is not requeued" in _log(log)
     assert lab.restarts(job) == 0
     assert "not requeued" in status_rows(tmp_path / "run")[0]["why"]
+
+
+def test_an_unfit_node_is_left_out(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A health check drains a node, and a rank fails: requeued, and that node is not given out again."""
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "peer")
+    _says(log, "rank 3 of 4")
+    unfit = _nodes(lab, job)[0]
+    lab("scontrol", "update", f"NodeName={unfit}", "State=DRAIN", "Reason=test")
+    (tmp_path / "run" / "lost").touch()
+    _says(log, f"unfit node ({unfit} drain")
+    (tmp_path / "run" / "lost").unlink()
+    _says(log, "rank 3 of 4", times=2)
+    assert unfit not in _nodes(lab, job)
+    (tmp_path / "run" / "finish").touch()
+    assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
+    lab("scontrol", "update", f"NodeName={unfit}", "State=RESUME")
 
 
 def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:

@@ -28,7 +28,7 @@ def test_preempted_requeued_and_a_node_lost(lab: Lab, data: Path, clusters: Clus
     run.restarted(3)
     assert run.weights() == whole.weights()
     assert len(re.findall(r"resumed after step \d+", run.log)) == 3, run.log
-    assert "Slurm sent USR1" in run.log and "node lost" in run.log
+    assert "Slurm sent USR1" in run.log and f"Node failure on {lost}" in run.log
     assert lost not in run.nodes
 
 
