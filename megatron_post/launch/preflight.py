@@ -17,16 +17,14 @@ from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
 
 
-def findings(config: Config, job: Job, cluster: Cluster, *, ask_slurm: bool = True) -> list[str]:
+def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:
     """Every reason why this run would fail on this cluster; empty if none is found."""
     found = layout_findings(config, cluster, nodes=job.nodes)
     found += data_findings(config, job.directory)
     found += disk_findings(config, job.directory)
     if cluster.container is not None:
         found += mount_findings(config, job.directory, cluster.container.mounts)
-    if ask_slurm:
-        found += slurm_findings(job, cluster)
-    return found
+    return found + slurm_findings(job, cluster)
 
 
 def raise_for(found: Sequence[str], origin: str) -> None:

@@ -9,7 +9,16 @@ from dataclasses import replace
 
 from megatron_post.config.schema import Parallel
 from megatron_post.launch import node_check
-from megatron_post.launch.node_check import Report, check_nodes, gpu_faults, judge, judge_clocks
+from megatron_post.launch.node_check import check_nodes
+from megatron_post.launch.node_findings import (
+    Arrival,
+    Finding,
+    Report,
+    gpu_faults,
+    judge,
+    judge_arrivals,
+    judge_clocks,
+)
 from megatron_post.launch.placement import Placement
 from tests.ranks import run_ranks
 
@@ -19,51 +28,54 @@ PLACEMENT = Placement(2, 1, 2, 1, ranks_per_node=2)
 
 def _reports(**changes: Callable[[Report], Report]) -> list[Report]:
     """Four healthy reports; `rank2=...` changes the one of rank 2."""
-    healthy = [
-        Report(
-            rank, f"n{rank // 2}", clock=100.0, gpus=2, gpu_faults=[], compute=0.010,
-            collectives={"TP": 0.002, "DP": 0.004},
-        )
-        for rank in range(4)
-    ]  # fmt: skip
+    collectives = {"TP": 0.002, "DP": 0.004}
+    healthy = [Report(r, f"n{r // 2}", clock=100.0, compute=0.010, collectives=collectives) for r in range(4)]
     return [changes.get(f"rank{r.rank}", lambda report: report)(r) for r in healthy]
 
 
-def _texts(reports: list[Report], *, is_fatal: bool) -> list[str]:
-    return [finding.text for finding in judge(reports, PLACEMENT) if finding.is_fatal == is_fatal]
+def _texts(findings: list[Finding], *, is_fatal: bool) -> list[str]:
+    return [finding.text for finding in findings if finding.is_fatal == is_fatal]
 
 
 def test_healthy() -> None:
     assert judge(_reports(), PLACEMENT) == []
+    arrivals = [Arrival(rank, f"n{rank // 2}", gpus=2) for rank in range(4)]
+    assert judge_arrivals(arrivals, PLACEMENT, waited=180) == []
 
 
-def test_missing_gpu_wrong_sum_and_memory_errors_are_fatal() -> None:
-    reports = _reports(
-        rank2=lambda r: replace(r, gpus=1, gpu_faults=["GPU 0 has 3 uncorrected memory errors"]),
-        rank1=lambda r: replace(r, wrong_sums=["the all-reduce of its DP group is wrong"]),
-    )
-    assert _texts(reports, is_fatal=True) == [
-        "node n0, rank 1: the all-reduce of its DP group is wrong",
+def test_absent_ranks_and_broken_gpus_are_fatal() -> None:
+    """Rank 1 is not there; n1 has one GPU for its two ranks, and that one has errors."""
+    faults = ["GPU 0 has 3 uncorrected memory errors"]
+    arrivals = [Arrival(0, "n0", 2), Arrival(2, "n1", 1, faults), Arrival(3, "n1", 1)]
+    assert _texts(judge_arrivals(arrivals, PLACEMENT, waited=180), is_fatal=True) == [
+        "ranks 1 did not arrive within 180 s (node number 0 of the job, from 0)",
         "node n1 has 1 GPUs for 2 ranks",
         "node n1: GPU 0 has 3 uncorrected memory errors",
     ]
 
 
 def test_without_gpus_none_is_missing() -> None:
-    reports = [replace(report, gpus=0) for report in _reports()]
-    assert judge(reports, PLACEMENT) == []
+    arrivals = [Arrival(rank, "n0", gpus=0) for rank in range(4)]
+    assert judge_arrivals(arrivals, PLACEMENT, waited=180) == []
+
+
+def test_a_wrong_sum_is_fatal() -> None:
+    reports = _reports(rank1=lambda r: replace(r, wrong_sums=["the all-reduce of its DP group is wrong"]))
+    assert _texts(judge(reports, PLACEMENT), is_fatal=True) == [
+        "node n0, rank 1: the all-reduce of its DP group is wrong"
+    ]
 
 
 def test_slow_node_and_slow_group_are_named() -> None:
     """n1 computes in 40 ms, the median of 10 and 40 is 25: 1.6 times. One TP group of four takes 40 ms, the
     others, and so the median, 2 ms."""
     reports = _reports(rank3=lambda r: replace(r, compute=0.040))
-    assert _texts(reports, is_fatal=False) == [
+    assert _texts(judge(reports, PLACEMENT), is_fatal=False) == [
         "slow node n1: a matrix product takes 1.6 times the median node's"
     ]
     wide = Placement(2, 1, 4, 1, ranks_per_node=2)
     reports = [
-        Report(rank, f"n{rank // 2}", 100.0, 0, [], 0.010, {"TP": 0.040 if rank in (4, 5) else 0.002})
+        Report(rank, f"n{rank // 2}", 100.0, 0.010, {"TP": 0.040 if rank in (4, 5) else 0.002})
         for rank in range(8)
     ]
     (finding,) = judge(reports, wide)
