@@ -15,6 +15,7 @@ _PRELOAD = [
     "megatron_post.train.step",
     "megatron_post.models.build",
     "megatron_post.train.optimizer",
+    "megatron_post.train.run",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)

@@ -1,0 +1,67 @@
+"""What goes wrong inside a rank; each is called there before the command."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_post.data.batch import PackedBatch
+from megatron_post.data.loader import PackLoader
+from megatron_post.stages.base import Metrics
+from megatron_post.stages.sft import SFT
+
+BAD_STEP, BAD_MICROBATCH = 5, 1
+_loss = SFT.loss
+_next = PackLoader.__next__
+
+
+def nan_loss() -> None:
+    """On rank 1: NaN as the loss of one microbatch of step 5, if that step is run."""
+    _spoil_loss(lambda value: value * float("nan"))
+
+
+def nan_gradient() -> None:
+    """On rank 1: a finite loss whose gradient is NaN, in one microbatch of step 5 and whenever that is run
+    again."""
+    _spoil_loss(_NaNGradient.apply)
+
+
+def write_samples(directory: Path) -> None:
+    """Each process writes the units of the packs that it takes into a file in `directory`, a line a step."""
+
+    def taking(self: PackLoader) -> Any:
+        packs = _next(self)
+        units = [str(unit) for pack in packs for unit in pack.unit_ids.tolist() if unit >= 0]
+        with (directory / f"{os.getpid()}").open("a") as file:
+            file.write(" ".join(units) + "\n")
+        return packs
+
+    PackLoader.__next__ = taking  # type: ignore[method-assign]
+
+
+class _NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+
+def _spoil_loss(spoil: Any) -> None:
+    if os.environ["RANK"] != "1":
+        return
+    seen: dict[bytes, int] = {}  # microbatches by content: a step that is run again has the same number
+
+    def loss(self: SFT, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
+        number = seen.setdefault(batch.tokens.numpy().tobytes(), len(seen))
+        value, count, metrics = _loss(self, output, batch)
+        if number == (BAD_STEP - 1) * 2 + BAD_MICROBATCH:
+            value = spoil(value)
+            metrics = {**metrics, "loss": (value.detach(), count)}
+        return value, count, metrics
+
+    SFT.loss = loss  # type: ignore[method-assign]
