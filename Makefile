@@ -32,10 +32,6 @@ slurm-test: install
 slurm-test-fast: install
 	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm -m "not slow"
 
-# launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
-slurm-test: install
-	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm
-
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
