@@ -1,0 +1,122 @@
+"""The arithmetic of averaging models, on float32 blocks of one tensor.
+
+A model's difference from the base is its delta (the papers' task vector).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Beyond this cosine the angle is too small to divide by its sine; the value that slerp is commonly used with.
+_PARALLEL = 0.9995
+# A magnitude is found in two rounds of counting: by the upper bits of its float32 pattern, then by the lower.
+_LOWER_BITS = 16
+
+
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i w_i x_i / sum_i w_i."""
+    total = math.fsum(weights)
+    result = torch.zeros_like(tensors[0])
+    for tensor, weight in zip(tensors, weights, strict=True):
+        result.add_(tensor, alpha=weight / total)
+    return result
+
+
+def slerp_coefficients(dot: float, squares: tuple[float, float], share: float) -> tuple[float, float] | None:
+    """What two tensors are multiplied with: K. Shoemake, "Animating rotation with quaternion curves" (1985).
+
+    dot: of the two; squares: of their lengths; share: how far the second is gone to, from 0 to 1. None where
+    they point the same way or opposite ways, or one is zero: there is no one arc between them.
+    """
+    length = math.sqrt(squares[0]) * math.sqrt(squares[1])
+    cosine = dot / length if length else 1.0
+    if abs(cosine) > _PARALLEL:
+        return None
+    angle = math.acos(cosine)
+    return math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle)
+
+
+class MagnitudeThreshold:
+    """The k-th largest absolute value of float32 numbers that pass by in blocks, twice: `count_upper` for all
+    of them, then `count_lower` for all of them. Exact, and the same however the numbers are cut."""
+
+    def __init__(self, kept: int) -> None:
+        """kept: k, from 1 to the number of values."""
+        self._left = kept
+        self._upper = torch.zeros(2 ** (31 - _LOWER_BITS), dtype=torch.int64)
+        self._lower = torch.zeros(2**_LOWER_BITS, dtype=torch.int64)
+        self._bin = -1
+
+    def count_upper(self, values: Tensor) -> None:
+        self._upper += torch.bincount(_pattern(values) >> _LOWER_BITS, minlength=len(self._upper))
+
+    def count_lower(self, values: Tensor) -> None:
+        if self._bin < 0:
+            self._bin, self._left = _descend(self._upper, self._left)
+        pattern = _pattern(values)
+        inside = pattern[pattern >> _LOWER_BITS == self._bin] & (2**_LOWER_BITS - 1)
+        self._lower += torch.bincount(inside, minlength=len(self._lower))
+
+    def value(self) -> float:
+        lower, _ = _descend(self._lower, self._left)
+        pattern = torch.tensor(self._bin << _LOWER_BITS | lower, dtype=torch.int32)
+        return float(pattern.view(torch.float32))
+
+
+def kept_count(density: float, size: int) -> int:
+    """How many of a tensor's values a density keeps; at least one."""
+    return max(1, int(density * size))
+
+
+def dare_mask(key: str, start: int, count: int, *, density: float) -> Tensor:
+    """bool [count]: which of a tensor's values from number `start` on DARE keeps.
+
+    Each is kept with probability `density`, by its own draw of a counter-based generator (Philox), keyed by
+    `key`: where a block begins and ends changes nothing.
+    """
+    words = np.frombuffer(hashlib.sha256(key.encode()).digest()[:16], dtype=np.uint64)
+    draws = np.random.Philox(key=words)
+    draws.advance(start // 4)  # one step of the counter makes four numbers
+    raw = draws.random_raw(start % 4 + count)[start % 4 :]
+    return torch.from_numpy(raw < np.uint64(min(int(density * 2.0**64), 2**64 - 1)))
+
+
+def elected_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(sum of w_i delta_i over the models that agree, sum of their weights), each value for itself.
+
+    A value's sign is elected by sign(sum_i w_i delta_i), a draw counting as positive; models agree whose
+    delta has that sign, so that one of zero never does. P. Yadav et al., "TIES-Merging" (2023), section 4.
+    """
+    votes = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        votes.add_(delta, alpha=weight)
+    elected = torch.where(votes >= 0, 1.0, -1.0)
+    total, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = (delta.sign() == elected).float() * weight
+        total += delta * agrees
+        agreeing += agrees
+    return total, agreeing
+
+
+def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """TIES: the weighted mean over the models that agree with the elected sign; 0 where none does."""
+    total, agreeing = elected_sum(deltas, weights)
+    return total / torch.where(agreeing == 0, 1.0, agreeing)
+
+
+def _pattern(values: Tensor) -> Tensor:
+    """int32 [n]: absolute values' bit patterns, which are ordered as the values are."""
+    return values.reshape(-1).abs().view(torch.int32)
+
+
+def _descend(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the rank-th largest, and its rank inside of that bin."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, rank))
+    before = int(from_top[place - 1]) if place else 0
+    return len(counts) - 1 - place, rank - before
