@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench
+.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ slurm-test: install
 
 slurm-test-fast: install
 	SLURM_TESTS=1 $(BIN)/python -m pytest tests/slurm -m "not slow"
+
+# kills, damage, poison, full disks, hangs: minutes; a full disk needs root. `make test` runs one of each
+fault-test: install
+	FAULT_TESTS=1 $(BIN)/python -m pytest -s tests/faults
 
 lint: install
 	$(BIN)/ruff check .
