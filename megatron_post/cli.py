@@ -141,7 +141,7 @@ def demo(
     run_dir: Annotated[
         str, typer.Option(help="Output directory; an earlier demo is replaced.")
     ] = "runs/demo",
-    train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 27000,
+    train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 20000,
     held_out_problems: Annotated[int, typer.Option(min=4, help="Problems to answer.")] = 300,
     preference_problems: Annotated[int, typer.Option(min=20, help="Problems to sample answers to.")] = 500,
 ) -> None:
