@@ -20,6 +20,7 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.torch_version import TorchVersion
 
 from megatron_post_kernels.implementation import Implementation, resolve
 from megatron_post_kernels.logprob import logprob_reference
@@ -127,9 +128,15 @@ def _chunk_tokens(tokens: int, weight: Tensor) -> int:
     return max(128, -(-tokens // (chunks * 128)) * 128)
 
 
+def _accumulates_wider(torch_version: str) -> bool:
+    """Whether addmm on CUDA adds a product of bf16 or fp16 to fp32. The overload is in 2.8 and 2.9 as well,
+    and refuses fp32 there (pytorch#167931 mended it)."""
+    return TorchVersion(torch_version) >= (2, 10)
+
+
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """out += left @ right, accumulated in the dtype of `out`, which may be wider than theirs."""
-    if out.is_cuda and out.dtype != left.dtype and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    if out.is_cuda and out.dtype != left.dtype and _accumulates_wider(torch.__version__):
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), out=out)

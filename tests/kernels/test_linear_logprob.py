@@ -125,6 +125,14 @@ def test_default_chunks() -> None:
     assert _chunk_tokens(131_072, torch.empty(10**8, 1, device="meta")) == 128
 
 
+def test_wide_accumulation_by_version() -> None:
+    """torch 2.8 and 2.9 have the overload of addmm, and raise where bf16 products are added to fp32."""
+    from megatron_post_kernels.linear_logprob import _accumulates_wider
+
+    versions = ["2.6.0", "2.8.0+cu128", "2.9.1", "2.10.0a0+git1234", "2.10.0+cu130", "2.11.0+cu130", "2.13.0"]
+    assert [_accumulates_wider(version) for version in versions] == [False] * 4 + [True] * 3
+
+
 def test_gradcheck() -> None:
     case = _case(5, 7, torch.float64, valid=6)
     case["weight"].nan_to_num_(0.0)
