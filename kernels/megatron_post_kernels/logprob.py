@@ -113,6 +113,10 @@ def logprob(
         raise ValueError(f"labels are {labels.dtype}: want int64")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"logits' strides are {logits.stride()}: a token's logits must lie side by side")
+    if abs(logits.stride(0)) < logits.shape[1] and len(logits) > 1:
+        raise ValueError(
+            f"logits' strides are {logits.stride()}: tokens share memory, pass logits.contiguous()"
+        )
     if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError("logits are a leaf, and their gradient would overwrite them: pass logits.clone()")
     rows = logits.shape[1]

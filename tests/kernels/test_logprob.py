@@ -263,5 +263,7 @@ def test_wrong_input_is_named() -> None:
         logprob(logits, labels, valid_rows=6)
     with pytest.raises(ValueError, match="strides"):
         logprob(torch.zeros(5, 3).T, labels)
+    with pytest.raises(ValueError, match="tokens share memory"):
+        logprob(torch.zeros(5).expand(3, 5), labels)
     with pytest.raises(ValueError, match="leaf"):
         logprob(logits.requires_grad_(), labels)
