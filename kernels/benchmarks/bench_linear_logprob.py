@@ -39,7 +39,8 @@ def losses(tiny: bool, main_grad: Tensor) -> dict[str, Loss]:
     if not tiny:
         torch.compiler.reset()  # a shape of its own each time, and no limit on recompilations
         found["torch.compile"] = torch.compile(eager, dynamic=False)
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+    # without options, which came later than the function, it holds all logits, as "torch eager" does
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["F.linear_cross_entropy"] = functools.partial(
             torch.nn.functional.linear_cross_entropy,
             reduction="sum",

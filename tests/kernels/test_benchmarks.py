@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
@@ -47,6 +48,15 @@ def test_without_a_gpu() -> None:
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert "no GPU here" in done.stderr
+
+
+def test_linear_cross_entropy_without_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that has the function alone leaves that contender out."""
+    monkeypatch.syspath_prepend(str(KERNELS / "benchmarks"))
+    bench = importlib.import_module("bench_linear_logprob")
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda: None, raising=False)
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    assert "F.linear_cross_entropy" not in bench.losses(True, torch.zeros(1))
 
 
 def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
