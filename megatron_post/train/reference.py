@@ -55,6 +55,10 @@ def reference_key(directory: str | Path, topology: Topology) -> str:
     names = (
         "hidden_size",
         "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
