@@ -1,0 +1,246 @@
+"""What a forward pass keeps for its backward pass, module by module, and what either needs while it runs.
+
+Two kinds of layers, for they keep different things:
+* "portable" (models/specs.py), read off its operations on a CPU and checked against them by
+  tests/unit/plan/test_memory.py. Its norms compute in fp32 and keep three tensors, its SwiGLU keeps five of
+  f.
+* "transformer_engine", from what its modules and megatron-core's fused SwiGLU and RoPE save in their source
+  (TE 2.x); **not measured**, for no GPU was at hand.
+
+t: tokens of this context-parallel rank, s: the share of them that it holds between tensor-parallel regions (t
+/ tp with sequence parallelism, else t), T: tokens of the whole pack; a, k, f: its heads', key-value heads'
+and ffn widths. All results are bytes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megatron_post.config.schema import Config
+from megatron_post.plan.shape import vocabulary_rows
+
+Layers = Literal["portable", "transformer_engine"]
+FP32, INT64 = 4, 8
+CHUNK_BYTES = 512 * 2**20  # of logits: megatron_post_kernels.linear_logprob
+CPU_BLOCK = 2**22  # logits that its torch implementation takes at a time
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of a pack that attend to each other, and how many tokens of earlier segments they see
+    besides."""
+
+    length: int
+    seen: int = 0
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one pack in this layout."""
+
+    config: Config
+    layers: Layers
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def _sizes(self) -> "_Sizes":
+        return _Sizes.of(self.config)
+
+    def norm(self) -> int:
+        """A norm: its input (the residual stream) and its output, which the next matrix keeps."""
+        z = self._sizes
+        recomputed = self._selective("layernorm")
+        if self.layers == "portable":
+            if recomputed:
+                return z.s * z.h * z.element
+            return z.s * (z.h * (2 * FP32 + z.element) + FP32)
+        output = 0 if recomputed else z.s * z.h * z.linear_input
+        return z.s * (z.h * z.element + FP32) + output
+
+    def attention(self) -> int:
+        """From the output of the QKV matrix to the input of the projection."""
+        return self._attention_inputs() + (0 if self._selective("core_attn") else self._core_attention())
+
+    def _attention_inputs(self) -> int:
+        z = self._sizes
+        mixed, rotated, projected = z.t * (z.a + 2 * z.k), z.t * (z.a + z.k), z.t * z.a
+        if self.layers == "transformer_engine":
+            return z.element * (mixed + rotated + projected)
+        angles = 4 * z.t * z.d  # cosine and sine, of queries and of keys
+        if z.context > 1 and not self._selective("core_attn"):
+            mixed, rotated = 0, z.t * z.a  # keys and values are kept gathered
+        return z.element * (mixed + angles + rotated + projected)
+
+    def _core_attention(self) -> int:
+        """What the attention kernel keeps besides its inputs."""
+        z = self._sizes
+        normalizers = FP32 * z.t * z.heads
+        if self.layers == "transformer_engine":
+            # its output is the projection's input; a context-parallel ring keeps no other rank's keys
+            return normalizers
+        gathered = 2 * z.T * z.k if z.context > 1 else 0
+        return normalizers + z.element * (z.t * z.a + gathered + self._blocks())
+
+    def _blocks(self) -> int:
+        """Elements of masks, of blocks that are no squares, and of keys and values that are put together from
+        several segments. Chunk r of a segment's 2 cp sees r + 1 of them."""
+        z = self._sizes
+        positions = (z.context_rank, 2 * z.context - 1 - z.context_rank) if z.context > 1 else (0,)
+        elements = 0
+        for segment in self.segments:
+            chunk = segment.length // len(positions) // z.context
+            for position in positions:
+                keys = segment.seen + (position + 1) * chunk
+                elements += (chunk * keys if keys > chunk else 0) + (2 * keys * z.k if segment.seen else 0)
+        return elements
+
+    def mlp(self) -> int:
+        """From the output of fc1 to the input of fc2."""
+        return 0 if self._selective("mlp") else self._mlp()
+
+    def _mlp(self) -> int:
+        z = self._sizes
+        if self.layers == "portable":
+            return 5 * z.t * z.f * z.element
+        return z.t * z.f * (2 * z.element + z.linear_input)
+
+    def layer(self) -> int:
+        """One layer between its forward and its backward pass."""
+        if self.config.recompute.mode == "full":
+            return self._sizes.s * self._sizes.h * self._sizes.element
+        return self.whole_layer()
+
+    def whole_layer(self) -> int:
+        """One layer, with selective recomputation or none."""
+        return 2 * self.norm() + self.attention() + self.mlp()
+
+    def embedding(self) -> int:
+        """Indices and mask of the vocabulary-parallel lookup."""
+        return 0 if self._sizes.tensor == 1 else self._sizes.t * 3 * INT64
+
+    def boundary(self, *, first: bool, last: bool) -> int:
+        """What the schedule itself holds: the received input of a chunk, and, where the CPU does not free
+        what it has sent, its output."""
+        z = self._sizes
+        one = z.s * z.h * z.element
+        if self.layers == "transformer_engine":
+            return 0  # the input is the first norm's, the output is freed
+        kept_anyhow = z.element == FP32 or self.config.recompute.mode == "full"
+        return one * ((not first and not kept_anyhow) + (not last))
+
+    def loss(self) -> dict[str, int]:
+        """Of the last chunk: the final norm and the head."""
+        z = self._sizes
+        if self.config.stage == "reward":
+            # the portable norm's output in fp32 is what the head reads
+            copy = 0 if z.element == FP32 else z.s * z.h * FP32
+            return {"norms": self.norm(), "loss": copy + 4 * z.t * FP32}
+        logits = z.t * z.rows if self.config.loss.impl == "unfused" else self.loss_chunk() * z.rows
+        return {"norms": self.norm(), "loss": logits * z.element + 8 * z.t * FP32}
+
+    def loss_chunk(self) -> int:
+        """Tokens whose logits exist at one time: megatron_post_kernels.linear_logprob's even chunks."""
+        z = self._sizes
+        most = max(128, CHUNK_BYTES // (z.rows * z.element) // 128 * 128)
+        count = max(1, -(-z.t // most))
+        return min(z.t, max(128, -(-z.t // (count * 128)) * 128))
+
+    def loss_backward(self) -> int:
+        """Needed beyond what is kept while the head's backward pass runs."""
+        z = self._sizes
+        if self.config.stage == "reward":
+            return 2 * z.s * z.h * FP32
+        hidden = z.t * z.h * z.element * (2 if z.sequence else 1)
+        if self.config.loss.impl == "unfused":
+            return max(self._softmax(z.t), hidden + z.rows * z.h * z.element)
+        weight = z.rows * z.h * (FP32 + (0 if z.element == FP32 else z.element))
+        if self.layers == "portable" and z.element != FP32:
+            weight += self.loss_chunk() * (z.rows + z.h) * FP32  # a CPU multiplies in fp32
+        return hidden + max(weight, self._softmax(self.loss_chunk()))
+
+    def _softmax(self, tokens: int) -> int:
+        """Working memory of the vocabulary's softmax: none in Triton, four fp32 blocks of logits in torch."""
+        z = self._sizes
+        if self.layers != "portable":
+            return 0
+        block = min(tokens * z.rows, CPU_BLOCK)
+        return block * (4 * FP32 + (0 if z.element == FP32 else z.element))
+
+    def layer_backward(self) -> int:
+        """Needed beyond what is kept while a layer's backward pass runs, what it recomputes included."""
+        z = self._sizes
+        stream = z.s * z.h * z.element
+        ffn = z.t * z.f * z.element
+        mlp = max(2 * ffn, ffn + z.f * z.h * z.element)
+        recomputed_mlp = self._mlp() if self._selective("mlp") else 0
+        core = self._core_attention() if self._selective("core_attn") else 0
+        working = 2 * stream + max(mlp + recomputed_mlp, core + 3 * z.t * z.a * z.element - self.mlp())
+        if self.config.recompute.mode == "full":
+            kept = stream if self.layers != "portable" or z.element == FP32 else 0
+            working += self.whole_layer() - kept + 2 * stream
+        return working
+
+    def gather_buffer(self) -> int:
+        """The gathered input of a matrix under sequence parallelism, one for all layers."""
+        z = self._sizes
+        return z.t * z.h * z.element if z.sequence else 0
+
+    def batch(self) -> int:
+        """A pack as tensors, which the portable layers describe token by token."""
+        z = self._sizes
+        mine = z.t * (4 * INT64 + 1) + (z.t * FP32 if self.config.stage == "dpo" else 0)
+        return mine + (z.t * INT64 + z.T * (2 * INT64 + 1) if self.layers == "portable" else 0)
+
+    def angles(self) -> int:
+        """Rotary angles that every recomputed layer of a chunk is given again."""
+        return self._sizes.t * self._sizes.d * FP32 if self.config.recompute.mode == "full" else 0
+
+    def _selective(self, module: str) -> bool:
+        r = self.config.recompute
+        return r.mode == "selective" and module in r.modules
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    t: int
+    s: int
+    T: int
+    h: int
+    a: int
+    k: int
+    f: int
+    d: int
+    heads: int
+    rows: int
+    element: int
+    linear_input: int
+    tensor: int
+    context: int
+    context_rank: int
+    sequence: bool
+
+    @staticmethod
+    def of(config: Config) -> "_Sizes":
+        m, p = config.model, config.parallel
+        t = config.data.pack_length // p.context
+        element = 2 if config.precision.dtype == "bf16" else FP32
+        heads = m.num_attention_heads // p.tensor
+        return _Sizes(
+            t=t,
+            s=t // p.tensor if p.sequence else t,
+            T=config.data.pack_length,
+            h=m.hidden_size,
+            a=heads * m.head_dim,
+            k=m.num_key_value_heads // p.tensor * m.head_dim,
+            f=m.ffn_hidden_size // p.tensor,
+            d=m.head_dim,
+            heads=heads,
+            rows=vocabulary_rows(config),
+            element=element,
+            # with FP8 a matrix keeps the transposed FP8 copy of its input for the weight's gradient
+            linear_input=1 if config.precision.fp8 else element,
+            tensor=p.tensor,
+            context=p.context,
+            context_rank=p.context - 1,
+            sequence=p.sequence,
+        )

@@ -1,0 +1,54 @@
+"""Standing in for one rank of thousands: process groups that exist on paper and collectives that do
+nothing."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_post.config.schema import Parallel
+from megatron_post.parallel.cpu import cpu_as_cuda
+from megatron_post.parallel.topology import Topology
+
+
+@contextlib.contextmanager
+def fake_rank(parallel: Parallel, *, rank: int, world_size: int) -> Iterator[Topology]:
+    """Be `rank` of `world_size` within this context. Received tensors hold whatever their memory held.
+
+    Raises `ValueError` where there is a GPU, which megatron-core would then use.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if torch.cuda.is_available():
+        raise ValueError("a dry run needs no GPU and must not see one: run it with CUDA_VISIBLE_DEVICES=''")
+    with cpu_as_cuda():
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                virtual_pipeline_model_parallel_size=(
+                    parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+                ),
+                context_parallel_size=parallel.context,
+                create_gloo_process_groups=False,
+            )
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            tensor_parallel.model_parallel_cuda_manual_seed(1)
+            yield Topology(
+                groups=groups,
+                rank=rank,
+                world_size=world_size,
+                tensor_rank=groups.tp.rank(),
+                pipeline_rank=groups.pp.rank(),
+                context_rank=groups.cp.rank(),
+                data_rank=groups.dp.rank(),
+                data_size=groups.dp.size(),
+                device=torch.device("cpu"),
+            )
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

@@ -1,0 +1,144 @@
+"""Memory of every pipeline rank by kind, at the peak of a training step.
+
+Static: parameters; gradients (fp32, DDP's buffers); the optimizer's shard over data x context ranks (fp32
+master, where the parameters are bf16, and Adam's two moments); FP8 copies of the matrices; a frozen
+reference. On top, what the schedule's passes hold: not a number of microbatches times a guess, but the
+largest sum over the order in which the rank runs its passes.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_post.config.schema import Config
+from megatron_post.plan.activations import FP32, Activations, Layers, Segment
+from megatron_post.plan.schedule import Pass, rank_order
+from megatron_post.plan.shape import Chunk, chunk_parameters, chunks, layer_matrices
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of a pipeline rank by kind. All its tensor-, context- and data-parallel ranks hold as much."""
+
+    pipeline_rank: int
+    parameters: int  # how many
+    kinds: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+
+def memory(
+    config: Config,
+    *,
+    data_size: int,
+    layers: Layers = "transformer_engine",
+    segments: Sequence[Segment] = (),
+    fp8_copies: int = 2,
+    reserve: int = 0,
+) -> list[RankMemory]:
+    """Peak of each pipeline rank.
+
+    data_size: data-parallel ranks. segments: of a pack; by default one fills it.
+    fp8_copies: bytes a parameter of cached FP8 weights: 2 where a transposed copy is needed (Hopper), else 1.
+    reserve: bytes of the runtime (CUDA context, NCCL, fragmentation), counted as a kind.
+    """
+    ledger = Activations(config, layers, tuple(segments) or (Segment(config.data.pack_length),))
+    microbatches = config.train.global_batch // data_size
+    p = config.parallel
+    result = []
+    for rank, parts in enumerate(chunks(config)):
+        order = rank_order(rank, pipeline=p.pipeline, virtual=p.virtual_pipeline, microbatches=microbatches)
+        kinds = static_kinds(config, parts, data_size=data_size, fp8_copies=fp8_copies)
+        kinds |= peak_kinds(ledger, parts, order)
+        kinds["batches"] = microbatches * ledger.batch()
+        kinds["communication"] = ledger.gather_buffer() + receive_buffers(config, rank)
+        kinds["runtime"] = reserve
+        count = sum(chunk_parameters(config, chunk) for chunk in parts)
+        result.append(RankMemory(rank, count, {name: size for name, size in kinds.items() if size}))
+    return result
+
+
+def static_kinds(
+    config: Config, parts: Sequence[Chunk], *, data_size: int, fp8_copies: int
+) -> dict[str, int]:
+    """What lives through the whole step."""
+    count = sum(chunk_parameters(config, chunk) for chunk in parts)
+    element = 2 if config.precision.dtype == "bf16" else FP32
+    moments = 2 * FP32 + (FP32 if element == 2 else 0)
+    kinds = {
+        "parameters": count * element,
+        "gradients": count * FP32,
+        "optimizer": -(-count // (data_size * config.parallel.context)) * moments,
+    }
+    matrices = sum(chunk.layers for chunk in parts) * sum(layer_matrices(config).values())
+    if config.precision.fp8:
+        kinds["fp8 weights"] = matrices * fp8_copies
+    if config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen":
+        kinds["reference"] = count * element + (matrices * fp8_copies if config.precision.fp8 else 0)
+    return kinds
+
+
+def held(ledger: Activations, chunk: Chunk) -> Counter[str]:
+    """What one forward pass of a chunk keeps until its backward pass, by module."""
+    kept: Counter[str] = Counter()
+    if ledger.config.recompute.mode == "full":
+        kept["layer inputs"] = chunk.layers * ledger.layer() + ledger.angles() * bool(chunk.layers)
+    else:
+        kept["norms"] = chunk.layers * 2 * ledger.norm()
+        kept["attention"] = chunk.layers * ledger.attention()
+        kept["mlp"] = chunk.layers * ledger.mlp()
+    kept["pipeline tensors"] = ledger.boundary(first=chunk.embedding, last=chunk.head)
+    if chunk.embedding:
+        kept["embedding"] = ledger.embedding()
+    if chunk.head:
+        kept.update(ledger.loss())
+    return kept
+
+
+def working(ledger: Activations, chunk: Chunk, work: Pass) -> int:
+    """Bytes that a pass needs while it runs, beyond what it keeps."""
+    if work.kind == "forward":
+        return 0
+    layer = ledger.layer_backward() if chunk.layers else 0
+    if not chunk.head:
+        return layer
+    # when the layers' turn comes, what the head kept is free again
+    return max(ledger.loss_backward(), layer - sum(ledger.loss().values()))
+
+
+def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass]) -> dict[str, int]:
+    """Activations by module and working memory at the moment when they are most together."""
+    kept = [held(ledger, chunk) for chunk in parts]
+    weights = [sum(item.values()) for item in kept]
+    in_flight: Counter[int] = Counter()
+    now = best = 0
+    peak: dict[str, int] = {}
+    for work in order:
+        if work.kind == "forward":
+            in_flight[work.chunk] += 1
+            now += weights[work.chunk]
+        extra = working(ledger, parts[work.chunk], work)
+        if now + extra > best:
+            best = now + extra
+            total: Counter[str] = Counter()
+            for number, passes in in_flight.items():
+                for name, size in kept[number].items():
+                    total[name] += passes * size
+            peak = {**total, "working": extra}
+        if work.kind == "backward":
+            in_flight[work.chunk] -= 1
+            now -= weights[work.chunk]
+    return peak
+
+
+def receive_buffers(config: Config, rank: int) -> int:
+    """Tensors between pipeline ranks that are on their way: an input and a gradient, of which the interleaved
+    schedule asks for the next while it computes."""
+    p = config.parallel
+    shard = config.data.pack_length // p.context // (p.tensor if p.sequence else 1)
+    one = shard * config.model.hidden_size * (2 if config.precision.dtype == "bf16" else FP32)
+    if p.virtual_pipeline > 1:
+        return 4 * one
+    return one * ((rank > 0) + (rank < p.pipeline - 1))

@@ -1,0 +1,100 @@
+"""What torch operations allocate and communicate, seen at the dispatcher on any device and on fake
+tensors."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# c10d operation -> the name in reports
+_COLLECTIVES = {
+    "_allgather_base_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+    "alltoall_base_": "all-to-all",
+    "barrier": "barrier",
+}
+
+
+class Tracker(TorchDispatchMode):
+    """While entered: bytes of living storages that operations returned, and the collectives they ran.
+
+    peak: the most bytes that lived at one time. collectives: (name, ranks of the group) -> [calls, bytes],
+    bytes of the largest tensor of each call. What an operation allocates and frees within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.collectives: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, int, str]] = {}
+        self._live = 0
+
+    @property
+    def live(self) -> int:
+        """Bytes that live now."""
+        dead = [key for key, known in self._known.items() if known[0].expired()]
+        for key in dead:
+            self._live -= self._known.pop(key)[1]
+        return self._live
+
+    def holders(self) -> Counter[str]:
+        """Living bytes by the operation that allocated them."""
+        _ = self.live
+        found: Counter[str] = Counter()
+        for _, size, name in self._known.values():
+            found[name] += size
+        return found
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self._communicate(function, args)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor, function)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _note(self, tensor: torch.Tensor, function: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._known.get(key)
+        if known is not None and known[0].expired():
+            self._live -= self._known.pop(key)[1]
+            known = None
+        if known is None:
+            name = f"{function.overloadpacket} {tuple(tensor.shape)} {tensor.dtype}"
+            self._known[key] = (StorageWeakRef(storage), storage.nbytes(), name)
+            self._live += storage.nbytes()
+
+    def _communicate(self, function: Any, args: Any) -> None:
+        name = _COLLECTIVES.get(function.overloadpacket.__name__)
+        if name is None:
+            return
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        size = max((x.numel() * x.element_size() for x in tensors), default=0)
+        groups = [x for x in tree_leaves(args) if isinstance(x, torch.ScriptObject)]
+        ranks = _ranks(groups)
+        entry = self.collectives.setdefault((name, ranks), [0, 0])
+        entry[0] += 1
+        entry[1] += size
+
+
+def _ranks(objects: list[Any]) -> tuple[int, ...]:
+    for item in objects:
+        try:
+            group = torch.distributed.ProcessGroup.unbox(item)
+        except (RuntimeError, TypeError):
+            continue
+        return tuple(torch.distributed.get_process_group_ranks(group))
+    return ()

@@ -1,0 +1,168 @@
+"""Predicted memory against the living bytes of the real trainer, in 23 layouts; and figures worked by
+hand."""
+
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+
+from megatron_post.config.schema import Config
+from megatron_post.plan.activations import Activations, Segment
+from megatron_post.plan.memory import memory
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config
+from tests.unit.plan.measured import packs_of, peak_of_fake_rank, peak_of_gloo_rank
+
+# Wide enough that activations, and not Python's small change, are what is measured.
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "ffn_hidden_size": 352,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 512,
+    "rope_scaling": None,
+}
+ALL = {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2}
+
+
+class Case(NamedTuple):
+    """A layout, and which of its ranks is measured."""
+
+    ranks: int
+    rank: int
+    parallel: dict[str, Any]
+    sections: dict[str, Any] = MappingProxyType({})  # type: ignore[assignment]
+    stage: str = "sft"
+    dtype: str = "fp32"
+
+
+CASES = {
+    "one rank": Case(1, 0, {}),
+    "bf16": Case(1, 0, {}, dtype="bf16"),
+    "TP2": Case(2, 0, {"tensor": 2}),
+    "TP2 + SP": Case(2, 0, {"tensor": 2, "sequence": True}),
+    "PP2, first": Case(2, 0, {"pipeline": 2}),
+    "PP2, last": Case(2, 1, {"pipeline": 2}),
+    "PP4, second": Case(4, 1, {"pipeline": 4}),
+    "PP2 x VPP2, first": Case(2, 0, {"pipeline": 2, "virtual_pipeline": 2}),
+    "PP2 x VPP2, last": Case(2, 1, {"pipeline": 2, "virtual_pipeline": 2}),
+    "CP2": Case(2, 1, {"context": 2}),
+    "CP4": Case(4, 3, {"context": 4}),
+    "DP2": Case(2, 1, {}),
+    "unfused loss": Case(1, 0, {}, {"loss": {"impl": "unfused"}}),
+    "full recompute": Case(1, 0, {}, {"recompute": {"mode": "full"}}),
+    "full recompute, PP2, bf16": Case(2, 0, {"pipeline": 2}, {"recompute": {"mode": "full"}}, dtype="bf16"),
+    "core attention recomputed": Case(1, 0, {}, {"recompute": {"mode": "selective"}}),
+    "MLP recomputed": Case(1, 0, {}, {"recompute": {"mode": "selective", "modules": ["mlp"]}}),
+    "TP2 x SP x CP2 x PP2, bf16, first": Case(8, 0, ALL, dtype="bf16"),
+    "TP2 x SP x CP2 x PP2, bf16, last": Case(8, 7, ALL, dtype="bf16"),
+    "DPO, reference in the store": Case(1, 0, {}, stage="dpo"),
+    "DPO, frozen reference": Case(2, 0, {"tensor": 2}, {"dpo": {"reference": "frozen"}}, stage="dpo"),
+    "reward, separate rows": Case(1, 0, {}, {"reward": {"layout": "separate"}}, stage="reward"),
+    "reward, isolated rows, TP2": Case(2, 0, {"tensor": 2}, stage="reward"),
+}
+
+
+def _config(case: Case) -> Config:
+    sections = {"precision": {"dtype": case.dtype}, "data": {"pack_length": 512}, **case.sections}
+    return tiny_config(stage=case.stage, model=MODEL, parallel=case.parallel, **sections)
+
+
+def _segments(case: Case) -> tuple[list[int], list[int], list[Segment]]:
+    """Lengths, ranks and what they see: a prompt and two responses in isolated rows, else segments alone."""
+    if case.stage == "reward" and "reward" not in case.sections:
+        return [256, 128, 128], [-1, 0, 1], [Segment(256), Segment(128, 256), Segment(128, 256)]
+    ranks = [-1, -1, -1] if case.stage == "sft" else [-1, 0, 1]
+    lengths = [256, 128, 128]
+    return lengths, ranks, [Segment(length) for length in lengths]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_is_within_3_percent_of_living_bytes(name: str) -> None:
+    case = CASES[name]
+    config = _config(case)
+    data_size = case.ranks // config.parallel.model_size
+    lengths, ranks, segments = _segments(case)
+    reference = case.stage == "dpo" and config.dpo.reference == "store"
+    packs = packs_of(lengths, ranks, count=4 // data_size, reference=reference)
+    measured = peak_of_fake_rank(config, packs, rank=case.rank, world_size=case.ranks)
+    pipeline_rank = case.rank * config.parallel.pipeline // case.ranks
+    found = memory(config, data_size=data_size, layers="portable", segments=segments)[pipeline_rank]
+    print(f"{name}: {measured / 1e6:.3f} MB measured, {found.total / 1e6:.3f} predicted")
+    assert found.total == pytest.approx(measured, rel=0.03), found.kinds
+
+
+def test_a_fake_rank_holds_what_a_real_one_holds() -> None:
+    """Of TP 2 x PP 2 on gloo, each rank's living bytes are those that the fake group shows. Real receives of
+    gloo wait a little longer or shorter: a pipeline tensor of 64 KiB more or less, of 19 MB."""
+    case = Case(4, 0, {"tensor": 2, "sequence": True, "pipeline": 2})
+    config, packs = _config(case), packs_of([256, 256], [-1, -1], count=4)
+    real = run_ranks(peak_of_gloo_rank, 4, config, packs)
+    fake = [peak_of_fake_rank(config, packs, rank=rank, world_size=4) for rank in range(4)]
+    assert fake == pytest.approx(real, rel=0.01)
+
+
+def test_static_memory_by_hand() -> None:
+    """One layer of the tiny model at TP 2, bf16, DP 4: see below; gradients 4 bytes, parameters 2, optimizer
+    12 / 4."""
+    config = tiny_config(
+        model={**MODEL, "num_layers": 1}, parallel={"tensor": 2}, precision={"dtype": "bf16"}
+    )
+    (found,) = memory(config, data_size=4)
+    # QKV 128 x (64 + 2 x 32), projection 64 x 128, fc1 128 x 352, fc2 176 x 128, two norms;
+    # embedding and head 256 x 128 each (512 rows over 2 ranks), the last norm
+    count = 128 * 128 + 64 * 128 + 128 * 352 + 176 * 128 + 2 * 128 + 2 * 256 * 128 + 128
+    assert found.parameters == count
+    assert found.kinds["parameters"] == 2 * count and found.kinds["gradients"] == 4 * count
+    assert found.kinds["optimizer"] == 12 * count // 4
+
+
+def test_fused_loss_chunk_is_512_mib() -> None:
+    """128,256 rows over 8 ranks are 16,128 with padding (1,024s): 512 MiB hold 16,640 of them in bf16, in
+    whole 128s, and 131,072 / 8 = 16,384 tokens are one chunk. On one rank with 128,256 rows: 2,048 tokens
+    fit."""
+    config = llama_config("llama3.1_405b", {"tensor": 8, "context": 8, "sequence": True}, pack_length=131072)
+    ledger = Activations(config, "transformer_engine", (Segment(131072),))
+    assert ledger.loss_chunk() == 16384
+    one = llama_config("llama3.1_8b", {}, pack_length=8192)
+    ledger = Activations(one, "transformer_engine", (Segment(8192),))
+    assert ledger.loss_chunk() == 2048
+    assert ledger.loss()["loss"] == 2048 * 128256 * 2 + 8 * 8192 * 4
+    unfused = one.model_copy(update={"loss": one.loss.model_copy(update={"impl": "unfused"})})
+    ledger = Activations(unfused, "transformer_engine", (Segment(8192),))
+    assert ledger.loss()["loss"] == 8192 * 128256 * 2 + 8 * 8192 * 4
+
+
+def test_reward_head_has_no_logits() -> None:
+    config = llama_config("llama3.1_8b", {}, pack_length=8192, stage="reward")
+    (found,) = memory(config, data_size=1)
+    assert found.parameters == 8_030_261_248 - 128256 * 4096 + 4096
+    assert found.kinds["loss"] < 2**30 / 4
+
+
+def test_frozen_reference_costs_the_parameters_again() -> None:
+    stored = llama_config("llama3.1_8b", {"tensor": 2}, stage="dpo")
+    frozen = llama_config("llama3.1_8b", {"tensor": 2}, stage="dpo", dpo={"reference": "frozen"})
+    (a,), (b,) = memory(stored, data_size=1), memory(frozen, data_size=1)
+    assert b.total - a.total == 2 * a.parameters
+
+
+def llama_config(
+    preset: str, parallel: dict[str, Any], *, pack_length: int = 8192, stage: str = "sft", **sections: Any
+) -> Config:
+    from megatron_post.config.load import validate
+
+    return validate(
+        {
+            "stage": stage,
+            "run_dir": "unused",
+            "model": {"preset": preset},
+            "tokenizer": {"path": "unused"},
+            "data": {"store": "unused", "pack_length": pack_length},
+            "parallel": parallel,
+            "train": {"steps": 1, "global_batch": 4},
+            **sections,
+        },
+        origin="test",
+    )
