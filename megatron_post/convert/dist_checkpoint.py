@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_post.convert.safetensors_file import Stored, raw_bytes, read_exactly
+from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, Kind
 from megatron_post.convert.torch_file import saved_tensors
 from megatron_post.train.manifest import DamagedCheckpoint, read_metadata
@@ -22,7 +22,11 @@ from megatron_post.train.manifest import DamagedCheckpoint, read_metadata
 
 @dataclass
 class _Chunk:
-    """A rectangle of a tensor: where it begins, its sizes, and the archive that holds it."""
+    """A rectangle of a tensor: where it begins, its sizes, and the archive that holds it.
+
+    Known once it has been read from: where its values are, their checksum (None: not kept, or found right),
+    and the checksum of the first `summed` bytes.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -30,6 +34,9 @@ class _Chunk:
     offset: int
     length: int
     stored: Stored | None = None
+    crc32: int | None = None
+    sum: int = 0
+    summed: int = 0
 
 
 @dataclass
@@ -43,7 +50,7 @@ class DistCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         """Raises `DamagedCheckpoint` where the metadata is not plain data or does not cover its tensors."""
-        self.directory = directory
+        self.directory, self._files = directory, OpenFiles()
         metadata = read_metadata(directory / ".metadata")
         self._tensors: dict[str, _Tensor] = {}
         self._by_layer: dict[tuple[str, int | None], list[_Chunk]] = {}
@@ -84,33 +91,43 @@ class DistCheckpoint:
 
     def _read_chunk(self, key: str, chunk: _Chunk, row: int, target: Tensor) -> None:
         if chunk.stored is None:
-            chunk.stored = self._checked(key, chunk)
-        stored = chunk.stored
+            self._describe(key, chunk)
+        assert chunk.stored is not None
         row_bytes = prod(target.shape[1:]) * target.itemsize
         block = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
-        with chunk.path.open("rb", buffering=0) as file:
-            place = stored.offset + row * row_bytes
-            read_exactly(file.fileno(), raw_bytes(block), place, path=chunk.path)
+        place, data = row * row_bytes, raw_bytes(block)
+        self._files.read(chunk.path, chunk.stored.offset + place, data)
+        if chunk.crc32 is not None:
+            self._check(key, chunk, place, data)
         if block is not target:
             target.copy_(block)
 
-    def _checked(self, key: str, chunk: _Chunk) -> Stored:
-        """Where the chunk's values are, after its whole content has been compared with its checksum."""
+    def _check(self, key: str, chunk: _Chunk, place: int, data: memoryview) -> None:
+        """Checksum a chunk in passing where it is read from its beginning to its end, or else all at once."""
+        assert chunk.stored is not None
+        if place != chunk.summed:
+            chunk.sum, chunk.summed = 0, 0
+            buffer = memoryview(bytearray(BLOCK_BYTES))
+            while chunk.summed < chunk.stored.nbytes:
+                data = buffer[: chunk.stored.nbytes - chunk.summed]
+                self._files.read(chunk.path, chunk.stored.offset + chunk.summed, data)
+                chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
+        else:
+            chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
+        if chunk.summed == chunk.stored.nbytes:
+            if chunk.sum != chunk.crc32:
+                raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
+            chunk.crc32 = None
+
+    def _describe(self, key: str, chunk: _Chunk) -> None:
+        """Find where the chunk's values are, and compare its description with the metadata's."""
         saved = saved_tensors(chunk.path, offset=chunk.offset, length=chunk.length).get("")
         kind = self._tensors[key].kind
         if saved is None or (saved.stored.dtype, saved.stored.shape) != (kind.dtype, chunk.sizes):
             raise DamagedCheckpoint(
                 f"{chunk.path}: the chunk of {key} at {chunk.offsets} is not {chunk.sizes} {kind.dtype}"
             )
-        crc, buffer = 0, memoryview(bytearray(min(BLOCK_BYTES, saved.stored.nbytes)))
-        with chunk.path.open("rb", buffering=0) as file:
-            for done in range(0, saved.stored.nbytes, BLOCK_BYTES):
-                block = buffer[: min(BLOCK_BYTES, saved.stored.nbytes - done)]
-                read_exactly(file.fileno(), block, saved.stored.offset + done, path=chunk.path)
-                crc = zlib.crc32(block, crc)
-        if saved.crc32 is not None and crc != saved.crc32:
-            raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
-        return saved.stored
+        chunk.stored, chunk.crc32 = saved.stored, saved.crc32
 
     def _tensor(
         self, key: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, object]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes
-from megatron_post.convert.safetensors_file import Stored, raw_bytes, read_exactly, read_header
+from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names
 from megatron_post.models.hf_config import from_hf_config
 
@@ -25,7 +25,7 @@ class HuggingFaceDirectory:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory, self._files = Path(directory), OpenFiles()
         self.model = from_hf_config(self.directory)
         self._places = self._locate()
         self.scalar_head = SCORE[0] in self._places
@@ -54,8 +54,7 @@ class HuggingFaceDirectory:
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
         path, stored = self._places[name]
-        with path.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), raw_bytes(out), stored.offset + row * stored.row_bytes, path=path)
+        self._files.read(path, stored.offset + row * stored.row_bytes, raw_bytes(out))
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
         """Rows or columns [start, end) along `dim`, or the whole tensor where dim is None."""
@@ -67,10 +66,9 @@ class HuggingFaceDirectory:
             return out
         out = torch.empty((stored.shape[0], end - start), dtype=stored.dtype)
         target, width = raw_bytes(out), (end - start) * stored.dtype.itemsize
-        with path.open("rb", buffering=0) as file:
-            for row in range(stored.shape[0]):
-                place = stored.offset + row * stored.row_bytes + start * stored.dtype.itemsize
-                read_exactly(file.fileno(), target[row * width : (row + 1) * width], place, path=path)
+        for row in range(stored.shape[0]):
+            place = stored.offset + row * stored.row_bytes + start * stored.dtype.itemsize
+            self._files.read(path, place, target[row * width : (row + 1) * width])
         return out
 
     def _locate(self) -> dict[str, tuple[Path, Stored]]:

@@ -15,7 +15,7 @@ from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.hf_reader import layer_offset
 from megatron_post.convert.mapping import Rule, hf_from_shards, hf_shapes, rule_for
-from megatron_post.convert.safetensors_file import header_of, raw_bytes, write_exactly
+from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
@@ -114,11 +114,12 @@ def _kinds(chunks: list[Llama], model: Model) -> dict[str, Kind]:
 
 def _write_shard(tensors: Iterator[tuple[str, Tensor]], kinds: dict[str, Kind], path: Path) -> None:
     header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb") as file:
         file.write(header)
         for name, tensor in tensors:
             file.seek(places[name].offset)
-            write_exactly(file.fileno(), raw_bytes(tensor.contiguous()))
+            file.write(raw_bytes(tensor.contiguous()))
+        file.flush()
         os.fsync(file.fileno())
 
 

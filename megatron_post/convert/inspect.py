@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
@@ -42,7 +42,7 @@ def tensor_table(kinds: dict[str, Kind]) -> Table:
     for name, kind in kinds.items():
         key = (_NUMBER.sub("*", name), kind)
         rows[key] = rows.get(key, 0) + 1
-    table = Table("tensor", "number", "shape", "dtype", "bytes", box=SIMPLE)
+    table = Table(Column("tensor", overflow="fold"), "number", "shape", "dtype", "bytes", box=SIMPLE)
     for (name, kind), count in rows.items():
         dtype = str(kind.dtype).removeprefix("torch.")
         shape = " x ".join(map(str, kind.shape))

@@ -12,7 +12,7 @@ from megatron_post.config.schema import Model
 from megatron_post.convert.configs import written_configs
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.mapping import META_NAMES, hf_shapes
-from megatron_post.convert.safetensors_file import Stored, raw_bytes, read_exactly
+from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import Kind, check_names
 from megatron_post.convert.torch_file import saved_tensors
 from megatron_post.data.tokenizer import load_tokenizer
@@ -30,7 +30,7 @@ class MetaDirectory:
     scalar_head = False
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory, self._open = Path(directory), OpenFiles()
         names = sorted(path.name for path in self.directory.glob("consolidated.*.pth"))
         if not names:
             raise ValueError(f"{self.directory} holds {PARAMS} and no consolidated.*.pth")
@@ -81,7 +81,7 @@ class MetaDirectory:
             begin = 0
             for path, piece in zip(self._files, self._pieces[name], strict=True):
                 block = torch.empty((out.shape[0], piece.shape[1]), dtype=out.dtype)
-                _pread(path, piece, row, block)
+                self._pread(path, piece, row, block)
                 out[:, begin : begin + piece.shape[1]] = block
                 begin += piece.shape[1]
             return
@@ -90,8 +90,11 @@ class MetaDirectory:
         for path, piece in pieces[:1] if dim is None else pieces:
             start, end = max(row, begin), min(row + out.shape[0], begin + piece.shape[0])
             if start < end:
-                _pread(path, piece, start - begin, out[start - row : end - row])
+                self._pread(path, piece, start - begin, out[start - row : end - row])
             begin += piece.shape[0]
+
+    def _pread(self, path: Path, piece: Stored, row: int, out: Tensor) -> None:
+        self._open.read(path, piece.offset + row * piece.row_bytes, raw_bytes(out))
 
     def _cut(self, name: str, shape: tuple[int, ...]) -> int | None:
         """The dimension along which the shards are joined; None where each has the whole tensor."""
@@ -116,11 +119,6 @@ class MetaDirectory:
         if missing:
             raise ValueError(f"{path}: missing {', '.join(missing)}")
         return params
-
-
-def _pread(path: Path, piece: Stored, row: int, out: Tensor) -> None:
-    with path.open("rb", buffering=0) as file:
-        read_exactly(file.fileno(), raw_bytes(out), piece.offset + row * piece.row_bytes, path=path)
 
 
 def _meta_name(name: str) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -103,21 +104,27 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy().data)
 
 
-def read_exactly(descriptor: int, target: memoryview, offset: int, *, path: Path) -> None:
-    """Fill `target` from a file. Raises `BadSafetensors` where the file ends before."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
-        if count == 0:
-            raise BadSafetensors(f"{path}: ends at byte {offset + done}, while it was read")
-        done += count
+class OpenFiles:
+    """Reads pieces of files; the last few of these stay open."""
 
+    def __init__(self) -> None:
+        self._files: dict[Path, FileIO] = {}
 
-def write_exactly(descriptor: int, data: memoryview | bytes) -> None:
-    """Write all of `data` at the file's position."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.write(descriptor, view[done:])
+    def read(self, path: Path, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `offset` on.
+
+        Raises `BadSafetensors` where the file ends before.
+        """
+        if path not in self._files:
+            if len(self._files) == 16:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[path] = path.open("rb", buffering=0)
+        descriptor, done = self._files[path].fileno(), 0
+        while done < len(target):
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+            if count == 0:
+                raise BadSafetensors(f"{path}: ends at byte {offset + done}, while it was read")
+            done += count
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from megatron_post.convert.configs import fingerprint_of, index_of
 from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_post.convert.safetensors_file import header_of, write_exactly
+from megatron_post.convert.part_file import PartFile
+from megatron_post.convert.safetensors_file import header_of
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import BLOCK_BYTES, ModelSource, row_blocks
 from megatron_post.convert.work import Part
@@ -52,18 +53,19 @@ class ToHuggingFace:
             for i, names in enumerate(self._shards)
         ]
 
-    def write_part(self, number: int, file: FileIO) -> dict[str, Any]:
+    def write_part(self, number: int, file: PartFile) -> dict[str, Any]:
         kinds = {name: self._source.tensors[name] for name in self._shards[number]}
         header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
-        write_exactly(file.fileno(), header)
-        buffer = bytearray(max(BLOCK_BYTES, max(kind.row_bytes for kind in kinds.values())))
+        file.write(header)
+        size = max(BLOCK_BYTES, max(kind.row_bytes for kind in kinds.values()))
+        buffers = cycle((bytearray(size), bytearray(size)))
         for name in places:
             kind = kinds[name]
             for start, end in row_blocks(kind):
-                view = memoryview(buffer)[: (end - start) * kind.row_bytes]
+                view = memoryview(next(buffers))[: (end - start) * kind.row_bytes]
                 block = torch.frombuffer(view, dtype=kind.dtype).view(end - start, *kind.shape[1:])
                 self._source.read_into(name, start, block)
-                write_exactly(file.fileno(), view)
+                file.write(view)
         return {}
 
     def publish(self, records: list[dict[str, Any]]) -> None:

@@ -3,13 +3,13 @@
 import io
 import json
 import pickle
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
+from itertools import cycle
+from math import prod
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.mapping import CoreTensor, core_tensors, row_runs
 from megatron_post.convert.open_source import open_weights_directory
-from megatron_post.convert.safetensors_file import write_exactly
-from megatron_post.convert.source import DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
+from megatron_post.convert.part_file import PartFile
+from megatron_post.convert.safetensors_file import raw_bytes
+from megatron_post.convert.source import BLOCK_BYTES, DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
+from megatron_post.convert.torch_archive import ArchiveFile
 from megatron_post.convert.work import ConversionError, Part
 from megatron_post.train import manifest
 
 PART_BYTES = 2 * 1024**3
-# Ranks read whole chunks and cut their slices out of them, so this bounds their memory as well as ours.
-CHUNK_BYTES = 32 * 1024**2
+# Ranks that load a checkpoint read whole chunks and cut their slices out of them.
+CHUNK_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,14 @@ class ToMegatron:
                 "which the run resumes; choose the `checkpoints` directory of a new run"
             )
 
-    def write_part(self, number: int, file: FileIO) -> dict[str, Any]:
-        stream, places = _Checksummed(file), []
-        buffer = bytearray(max(chunk.kind.nbytes for chunk in self._chunks[number]))
+    def write_part(self, number: int, file: PartFile) -> dict[str, Any]:
+        archives, places = ArchiveFile(file), []
         for chunk in self._chunks[number]:
-            begin = stream.position
-            torch.save(self._filled(chunk, buffer), cast(IO[bytes], stream))
+            begin = archives.position
+            archives.append(chunk.kind, self._blocks(chunk))
             offsets = chunk.core.at(chunk.start)
-            places.append([chunk.core.key, offsets, chunk.kind.shape, begin, stream.position - begin])
-        return {"chunks": places, "crc32": stream.crc32}
+            places.append([chunk.core.key, offsets, chunk.kind.shape, begin, archives.position - begin])
+        return {"chunks": places, "crc32": archives.crc32}
 
     def publish(self, records: list[dict[str, Any]]) -> None:
         files: dict[str, Any] = {
@@ -157,25 +158,24 @@ class ToMegatron:
             for start, end in row_blocks(Kind(dtype, core.shape), block_bytes=self.chunk_bytes):
                 yield _Chunk(core, start, end, Kind(dtype, (*stack, end - start, *core.shape[1:])))
 
-    def _filled(self, chunk: _Chunk, buffer: bytearray) -> Tensor:
-        """The chunk's values in `buffer`, with a storage of just their size, which is what gets saved."""
-        kind, view = chunk.kind, memoryview(buffer)[: chunk.kind.nbytes]
-        whole = torch.frombuffer(view, dtype=kind.dtype)
-        rows = whole.view(chunk.end - chunk.start, *chunk.core.shape[1:])
+    def _blocks(self, chunk: _Chunk) -> Iterator[memoryview]:
+        """The chunk's bytes in two buffers by turns."""
+        shape, dtype = chunk.core.shape[1:], chunk.kind.dtype
+        size = max(BLOCK_BYTES // dtype.itemsize, prod(shape))
+        buffers = cycle(torch.empty(2, size, dtype=dtype))
         for run in row_runs(chunk.core, self._source.model):
-            start, end = max(chunk.start, run.core_row), min(chunk.end, run.core_row + run.rows)
-            if start < end:
-                target = rows[start - chunk.start : end - chunk.start]
-                self._read(run.name, run.hf_row + start - run.core_row, target)
-        return whole.view(kind.shape)
+            first, last = max(chunk.start, run.core_row), min(chunk.end, run.core_row + run.rows)
+            rows = Kind(dtype, (max(0, last - first), *shape))
+            for start, end in row_blocks(rows):
+                block = next(buffers)[: (end - start) * prod(shape)].view(end - start, *shape)
+                self._read(run.name, run.hf_row + first - run.core_row + start, block)
+                yield raw_bytes(block)
 
-    def _read(self, name: str, row: int, target: Tensor) -> None:
-        kind = self._source.tensors[name]
-        if kind.dtype == target.dtype:
-            self._source.read_into(name, row, target)
-            return
-        for start, end in row_blocks(Kind(kind.dtype, tuple(target.shape))):
-            target[start:end] = read_rows(self._source, name, row + start, row + end)
+    def _read(self, name: str, row: int, block: Tensor) -> None:
+        if self._source.tensors[name].dtype == block.dtype:
+            self._source.read_into(name, row, block)
+        else:
+            block.copy_(read_rows(self._source, name, row, row + len(block)))
 
     def _metadata(self, records: list[dict[str, Any]]) -> Metadata:
         """What torch.distributed.checkpoint reads first: which chunk of what lies where."""
@@ -202,20 +202,3 @@ _BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-class _Checksummed:
-    """A file for `torch.save` that counts and checksums what passes."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._descriptor, self.position, self.crc32 = file.fileno(), 0, 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        write_exactly(self._descriptor, view)
-        self.crc32 = zlib.crc32(view, self.crc32)
-        self.position += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back."""

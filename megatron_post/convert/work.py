@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_post.convert.part_file import PartFile
 from megatron_post.parallel.environment import rank_from_environment
 
 Report = Callable[[str], None]
@@ -53,7 +53,7 @@ class Job(Protocol):
     @property
     def parts(self) -> Sequence[Part]: ...
 
-    def write_part(self, number: int, file: FileIO) -> dict[str, Any]:
+    def write_part(self, number: int, file: PartFile) -> dict[str, Any]:
         """Write a part; returns what `publish` must know of it, as plain values."""
 
     def publish(self, records: list[dict[str, Any]]) -> None:
@@ -186,9 +186,8 @@ def _write_part(job: Job, number: int) -> None:
         stale.unlink(missing_ok=True)
     growing = job.partial / f".{name}.{_own_suffix()}"
     try:
-        with growing.open("wb", buffering=0) as file:
+        with PartFile(growing) as file:
             record = job.write_part(number, file)
-            os.fsync(file.fileno())
         record["bytes"] = growing.stat().st_size
         growing.rename(job.partial / name)
     except BaseException:

@@ -1,0 +1,183 @@
+"""Conversion of synthetic models both ways beside `cp` of the same bytes: peak memory and disk speed."""
+
+import filecmp
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+
+from megatron_post.config.schema import Model
+from megatron_post.convert.configs import index_of, written_configs
+from megatron_post.convert.hf_directory import INDEX
+from megatron_post.convert.mapping import hf_shapes
+from megatron_post.convert.safetensors_file import header_of
+from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
+from megatron_post.convert.source import Kind
+from megatron_post.convert.to_hf import ToHuggingFace
+from megatron_post.convert.to_megatron import ToMegatron
+from megatron_post.convert.work import Job, convert
+
+# name -> preset, layers, vocabulary: about 1, 2 and 4 GB of the 8B's layers, and one layer of the 405B
+MODELS = {
+    "8B, 2 layers": ("llama3_8b", 2, 8192),
+    "8B, 4 layers": ("llama3_8b", 4, 8192),
+    "8B, 9 layers": ("llama3_8b", 9, 8192),
+    "405B, 1 layer": ("llama3.1_405b", 1, 512),
+}
+
+
+@dataclass(frozen=True)
+class ConversionFigures:
+    """One model. Speeds in MB/s, medians over rounds; peaks in MiB, the worst of the rounds, of a process.
+
+    copy, durable_copy: of `cp` alone, and with its bytes flushed to the disk as ours are. ratios: ours over
+    `durable_copy`, the median over rounds.
+    """
+
+    name: str
+    total_bytes: int
+    largest_bytes: int
+    copy: float
+    durable_copy: float
+    to_megatron: float
+    to_hf: float
+    to_megatron_ratio: float
+    to_hf_ratio: float
+    to_megatron_peak: float
+    to_hf_peak: float
+
+
+def measure_conversions(
+    directory: Path, *, names: tuple[str, ...] = tuple(MODELS), rounds: int = 3, workers: int = 1
+) -> list[ConversionFigures]:
+    """Convert each model both ways, in turn with `cp`, `rounds` times, and compare what comes back.
+
+    Takes the disk space of four copies of the largest model; everything is removed. Raises `ValueError` where
+    there is less.
+    """
+    return [_measure(directory, name, rounds=rounds, workers=workers) for name in names]
+
+
+def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table:
+    """One row a model."""
+    title = f"conversion, workers: {workers}; MB/s, and the share of cp's speed with its bytes on the disk"
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
+    for name in ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak MiB", "limit MiB"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "model" else "right")
+    for f in figures:
+        table.add_row(
+            f.name,
+            f"{f.total_bytes / 1e9:.2f}",
+            f"{f.copy:,.0f}",
+            f"{f.durable_copy:,.0f}",
+            f"{f.to_megatron:,.0f} ({f.to_megatron_ratio:.0%})",
+            f"{f.to_hf:,.0f} ({f.to_hf_ratio:.0%})",
+            f"{f.to_megatron_peak:,.0f}, {f.to_hf_peak:,.0f}",
+            f"{(2 * f.largest_bytes + 2**30) / 2**20:,.0f}",
+        )
+    return table
+
+
+def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> ConversionFigures:
+    preset, layers, vocabulary = MODELS[name]
+    model = Model(preset=preset, num_layers=layers, vocab_size=vocabulary)  # type: ignore[call-arg]
+    kinds = {n: Kind(torch.bfloat16, shape) for n, shape in hf_shapes(model).items()}
+    total = sum(kind.nbytes for kind in kinds.values())
+    if shutil.disk_usage(directory).free < 5 * total:
+        raise ValueError(f"{directory} has less than {5 * total:,} bytes free, which this benchmark takes")
+    source, copy, root, back = (directory / n for n in ("source", "copy", "checkpoints", "back"))
+    columns: list[tuple[float, ...]] = []
+    try:
+        _write_random(source, model, kinds)
+        for _ in range(rounds):
+            plain, durable = _copy(source, copy)
+            forth, forth_peak = _convert(ToMegatron(str(source), str(root)), workers)
+            back_seconds, back_peak = _convert(ToHuggingFace(str(root), str(back)), workers)
+            _, wrong, missing = filecmp.cmpfiles(
+                source, back, [file.name for file in source.iterdir()], shallow=False
+            )
+            assert not wrong and not missing, f"{wrong or missing} differ after conversion there and back"
+            columns.append((plain, durable, forth, back_seconds, forth_peak, back_peak))
+            for path in (copy, root, back):
+                shutil.rmtree(path)
+    finally:
+        for path in (source, copy, root, back):
+            shutil.rmtree(path, ignore_errors=True)
+    speeds = [median(total / 1e6 / row[i] for row in columns) for i in range(4)]
+    return ConversionFigures(
+        name=name,
+        total_bytes=total,
+        largest_bytes=max(kind.nbytes for kind in kinds.values()),
+        copy=speeds[0],
+        durable_copy=speeds[1],
+        to_megatron=speeds[2],
+        to_hf=speeds[3],
+        to_megatron_ratio=median(row[1] / row[2] for row in columns),
+        to_hf_ratio=median(row[1] / row[3] for row in columns),
+        to_megatron_peak=max(row[4] for row in columns),
+        to_hf_peak=max(row[5] for row in columns),
+    )
+
+
+def _write_random(directory: Path, model: Model, kinds: dict[str, Kind]) -> None:
+    """Files of random bytes: nothing here looks at values."""
+    directory.mkdir(parents=True)
+    shards = plan_shards(kinds, max_bytes=SHARD_BYTES)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file_name = shard_name(i, len(shards))
+        weight_map |= dict.fromkeys(names, file_name)
+        header, places = header_of({name: (kinds[name].dtype, kinds[name].shape) for name in names})
+        with (directory / file_name).open("wb") as file:
+            file.write(header)
+            for place in places.values():
+                for start in range(0, place.nbytes, 2**24):
+                    file.write(os.urandom(min(2**24, place.nbytes - start)))
+            os.fsync(file.fileno())
+    files = written_configs(model, None, dtype=torch.bfloat16, scalar_head=False)
+    if len(shards) > 1:
+        files[INDEX] = index_of(weight_map, total_bytes=sum(kind.nbytes for kind in kinds.values()))
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+def _copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds of `cp`, and until its bytes are on the disk."""
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    plain = time.perf_counter() - started
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return plain, time.perf_counter() - started
+
+
+def _convert(job: Job, workers: int) -> tuple[float, float]:
+    """Seconds of a conversion until it is on the disk and published, and the process's peak in MiB."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(job, workers, theirs))
+    process.start()
+    theirs.close()
+    result = ours.recv()
+    process.join()
+    assert isinstance(result, tuple)
+    return result
+
+
+def _serve(job: Job, workers: int, connection: Connection) -> None:
+    started = time.perf_counter()
+    convert(job, workers=workers, report=lambda line: None)
+    seconds = time.perf_counter() - started
+    who = resource.RUSAGE_SELF if workers == 1 else resource.RUSAGE_CHILDREN
+    connection.send((seconds, resource.getrusage(who).ru_maxrss / 1024))

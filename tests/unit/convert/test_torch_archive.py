@@ -1,0 +1,89 @@
+"""Archives are what torch itself reads, with the right checksums."""
+
+import io
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_post.convert.part_file import PartFile
+from megatron_post.convert.safetensors_file import raw_bytes
+from megatron_post.convert.source import Kind
+from megatron_post.convert.torch_archive import ArchiveFile, joined_crc32
+from megatron_post.convert.torch_file import BadTorchFile, saved_tensors
+
+
+@given(st.binary(max_size=50), st.binary(max_size=300))
+def test_joined_checksums(first: bytes, second: bytes) -> None:
+    joined = joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second))
+    assert joined == zlib.crc32(first + second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4, 6)])
+def test_torch_reads_it(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Two archives in one file, written in two blocks each; `torch.load` gives the tensors, and so do the
+    places that are found without loading."""
+    tensors = [torch.randn(shape).to(dtype) for _ in range(2)]
+    path, places = tmp_path / "file", []
+    with PartFile(path) as file:
+        archives = ArchiveFile(file)
+        for tensor in tensors:
+            begin, data = archives.position, raw_bytes(tensor)
+            archives.append(Kind(dtype, shape), [data[:6], data[6:]])
+            places.append((begin, archives.position - begin))
+    content = path.read_bytes()
+    assert len(content) == archives.position and zlib.crc32(content) == archives.crc32
+    for tensor, (offset, length) in zip(tensors, places, strict=True):
+        archive = io.BytesIO(content[offset : offset + length])
+        assert torch.equal(torch.load(archive, weights_only=True), tensor)
+        assert zipfile.ZipFile(archive).testzip() is None
+        saved = saved_tensors(path, offset=offset, length=length)[""]
+        assert (saved.stored.dtype, saved.stored.shape) == (dtype, shape)
+        assert saved.crc32 == zlib.crc32(raw_bytes(tensor))
+        begin = saved.stored.offset
+        assert content[begin : begin + tensor.nbytes] == bytes(raw_bytes(tensor))
+
+
+def test_refused(tmp_path: Path) -> None:
+    """What is no archive of plain tensors, with the file's name."""
+    path = tmp_path / "file"
+    for content, message in (
+        (b"", "not a file of plain tensors"),
+        (b"PK\x03\x04 and no more", "not a file of plain tensors"),
+        (zlib.compress(b"x"), "not a file of plain tensors"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(BadTorchFile, match=f"{path}: {message}"):
+            saved_tensors(path)
+    torch.save([torch.ones(2)], path)
+    with pytest.raises(BadTorchFile, match="holds a list"):
+        saved_tensors(path)
+    torch.save({"a": torch.ones(4, 4).t()[1:]}, path)
+    with pytest.raises(BadTorchFile, match="'a' is not a contiguous tensor"):
+        saved_tensors(path)
+    with pytest.raises(BadTorchFile, match="ends at byte"):
+        saved_tensors(path, offset=10, length=10**9)
+
+
+def test_errors_of_the_disk_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed flush and a failed write both reach the caller."""
+    import os
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output"), PartFile(tmp_path / "a") as file:
+        import time
+
+        time.sleep(0.2)
+        file.write(b"x")
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "write", lambda descriptor, data: fail(descriptor))
+    with pytest.raises(OSError, match="Input/output"), PartFile(tmp_path / "b") as file:
+        file.write(b"x")
