@@ -1,8 +1,10 @@
 """`megatron-post score`: a reward model's scores of responses, packed, in the order of their rows,
 resumable."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,7 @@ from megatron_post.data.units import round_up
 from megatron_post.parallel.topology import Topology
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
+from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
 
 _ROWS_AT_ONCE = 256  # a crash loses at most these
@@ -43,10 +46,11 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
 
     model: Hugging Face directory of a `LlamaForSequenceClassification`. Writes a JSON line a row, `{"row":
     number, "scores": [...]}` (a preference's responses best first), in the order of the rows; run again, it
-    goes on after the last complete line. Returns the rows scored by this call.
+    goes on after the last complete line. `OUTPUT.origin.json` says which model and rows the scores are of.
+    Returns the rows scored by this call.
 
-    Raises `ValueError` for a bad row, a response longer than `data.pack_length`, or an `output` of other
-    rows.
+    Raises `ValueError` for a bad row, a response longer than `data.pack_length`, or an `output` of another
+    model or other rows.
     """
     values = {
         "stage": "reward",
@@ -58,7 +62,12 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     source = Source(name=Path(rows).name, path=str(rows))
     with running_model(config) as (stepper, stage, topology):
         assert isinstance(stage, Reward)
-        done = _resume(Path(output)) if topology.is_reporter else 0
+        origin = {
+            "model": reference_key(model, topology),
+            "tokenizer": tokenizer.fingerprint,
+            "rows": _rows_key(Path(rows)),
+        }
+        done = _resume(Path(output), origin) if topology.is_reporter else 0
         done = _from_reporter(done, topology)
         remaining = islice(_rows(source, BadRows(config.data.max_bad_rows)), done, None)
         scored = 0
@@ -143,19 +152,37 @@ def _rows(source: Source, bad_rows: BadRows) -> Iterator[Row]:
             yield Row(number, (example,))
 
 
-def _resume(output: Path) -> int:
-    """Complete lines of an output; what a crash left of another is cut off."""
+def _resume(output: Path, origin: Mapping[str, str]) -> int:
+    """Complete lines of an output of this origin; what a crash left of another line is cut off."""
+    sidecar = output.with_name(f"{output.name}.origin.json")
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
+        sidecar.write_text(json.dumps(origin))
+        output.touch()
         return 0
-    content = output.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
-        output.write_bytes(complete)
     try:
-        return sum(1 for line in complete.splitlines() if json.loads(line)["scores"])
-    except (ValueError, KeyError, TypeError):
+        found = json.loads(sidecar.read_text())
+        content = output.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        done = sum(1 for line in content[:complete].splitlines() if json.loads(line)["scores"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{output} exists and holds no scores; give another --output") from None
+    other = [name for name in origin if found.get(name) != origin[name]]
+    if other:
+        raise ValueError(
+            f"{output} holds {done} scores of another {' and '.join(other)}; give another --output, or "
+            "remove it"
+        )
+    os.truncate(output, complete)
+    return done
+
+
+def _rows_key(rows: Path) -> str:
+    """SHA-256 of a file of rows; a directory or a name on the hub stands for itself."""
+    if not rows.is_file():
+        return str(rows)
+    with rows.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_reporter(value: int, topology: Topology) -> int:

@@ -1,0 +1,51 @@
+"""Scores go on where they ended, and only those of the same model and rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_post.rounds.score import _resume, _rows_key
+
+ORIGIN = {"model": "m", "tokenizer": "t", "rows": "r"}
+LINE = json.dumps({"row": 1, "scores": [0.5]}) + "\n"
+
+
+def test_a_line_that_a_crash_cut_is_scored_again(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "scores.jsonl"
+    assert _resume(output, ORIGIN) == 0
+    assert _resume(output, ORIGIN) == 0  # killed before the first line
+    output.write_text(LINE + LINE + LINE[:7])
+    assert _resume(output, ORIGIN) == 2
+    assert output.read_text() == LINE + LINE
+
+
+@pytest.mark.parametrize("name", ORIGIN)
+def test_another_origin_is_refused(tmp_path: Path, name: str) -> None:
+    """Its lines would count as done, and the output hold the scores of two."""
+    output = tmp_path / "scores.jsonl"
+    _resume(output, ORIGIN)
+    output.write_text(LINE + LINE[:7])
+    with pytest.raises(ValueError, match=f"holds 1 scores of another {name}; give another --output"):
+        _resume(output, {**ORIGIN, name: "other"})
+    assert output.read_text() == LINE + LINE[:7]
+
+
+@pytest.mark.parametrize("text", ["no json\n", '{"row": 1}\n', "[1]\n", LINE])
+def test_what_holds_no_scores_is_kept(tmp_path: Path, text: str) -> None:
+    """Lines of scores without an origin are nobody's."""
+    output = tmp_path / "precious.jsonl"
+    output.write_text(text)
+    if text != LINE:
+        (tmp_path / "precious.jsonl.origin.json").write_text(json.dumps(ORIGIN))
+    with pytest.raises(ValueError, match=r"precious.jsonl exists and holds no scores"):
+        _resume(output, ORIGIN)
+    assert output.read_text() == text
+
+
+def test_rows_are_known_by_their_content(tmp_path: Path) -> None:
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (_rows_key(tmp_path / name) for name in "abc")
+    assert a == b != c
+    assert _rows_key(Path("owner/name")) == "owner/name"
