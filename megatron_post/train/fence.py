@@ -10,7 +10,6 @@ fails.
 import contextlib
 import json
 import os
-import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -65,12 +64,10 @@ def claim(run_dir: str | Path, incarnation: str) -> Fence:
         if latest != incarnation:
             raise Superseded(f"incarnation {incarnation} was superseded by {latest} and cannot start again")
     epoch = _create_next(directory, incarnation)
-    for stale in manifest.partial_directories(Path(run_dir) / "checkpoints", before_epoch=epoch):
-        # gone under its name at once, so that nobody publishes it while it is being deleted
-        doomed = stale.with_name(f".stale-{epoch}-{stale.name.lstrip('.')}")
-        with contextlib.suppress(FileNotFoundError):
-            stale.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    root = Path(run_dir) / "checkpoints"
+    for partial in manifest.partial_directories(root, before_epoch=epoch):
+        manifest.remove(partial)
+    manifest.remove_leftovers(root)
     return Fence(directory, epoch, incarnation)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -131,8 +132,22 @@ def publish(
     past = [old for old in published_steps(root) if old <= step]
     for old in past[:-keep]:
         if not keep_every or old % keep_every:
-            shutil.rmtree(step_directory(root, old))
+            remove(step_directory(root, old))
     return final
+
+
+def remove(directory: Path) -> None:
+    """Make a directory of a run invisible at once, then delete it; nothing happens where it is gone."""
+    doomed = directory.with_name(f".stale-{directory.name.lstrip('.')}-{time.time_ns()}")
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete what was being removed or replaced when its process died."""
+    for path in [*root.glob(".stale-*"), *root.glob(".replaced-*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _put_into_place(partial: Path, final: Path) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_post.train import manifest
 
 
-def _publish(root: Path, step: int, *, keep: int = 2) -> Path:
+def _publish(root: Path, step: int, *, keep: int = 2, keep_every: int = 0) -> Path:
     partial = manifest.partial_directory(root, step)
     partial.mkdir(parents=True)
     (partial / "weights").write_bytes(bytes(range(64)))
@@ -18,7 +18,7 @@ def _publish(root: Path, step: int, *, keep: int = 2) -> Path:
     with (partial / ".metadata").open("wb") as file:
         pickle.dump(Metadata({}, storage_data={}), file)
     files = manifest.checksums(partial, sorted(p.name for p in partial.iterdir()))
-    return manifest.publish(root, step, files=files, state={"seed": 1}, keep=keep)
+    return manifest.publish(root, step, files=files, state={"seed": 1}, keep=keep, keep_every=keep_every)
 
 
 def test_published_is_complete_and_found(tmp_path: Path) -> None:
@@ -28,6 +28,32 @@ def test_published_is_complete_and_found(tmp_path: Path) -> None:
     assert manifest.published_steps(tmp_path) == [20, 30]
     assert (tmp_path / "latest").read_text() == "step-00000030\n"
     assert manifest.read_manifest(directory)["state"] == {"seed": 1}
+
+
+def test_what_is_dropped_is_invisible_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who dies while deleting an old checkpoint leaves no half of one, and the next start clears up."""
+
+    def die(path: Path, **_: object) -> None:
+        if path.name.startswith(".stale"):
+            raise KeyboardInterrupt
+
+    _publish(tmp_path, 10, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            _publish(tmp_path, 20, keep=1)
+    assert manifest.published_steps(tmp_path) == [20]
+    manifest.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000020"]
+
+
+def test_every_mth_is_kept_and_a_newer_one_does_not_count(tmp_path: Path) -> None:
+    """A newer step is damaged, or the run had gone on from it: it must not push out the one before."""
+    for step in (10, 20, 30, 40):
+        _publish(tmp_path, step, keep=1, keep_every=20)
+    assert manifest.published_steps(tmp_path) == [20, 40]
+    _publish(tmp_path, 30, keep=1)
+    assert manifest.published_steps(tmp_path) == [30, 40]
 
 
 def test_partial_is_invisible(tmp_path: Path) -> None:
