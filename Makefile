@@ -45,10 +45,14 @@ lint: install
 bench: install
 	$(BIN)/python -m megatron_post.bench
 
-# on a machine with an NVIDIA GPU: the kernels compiled and run there, instead of interpreted
-gpu-test: install
-	$(BIN)/python -m pytest tests/kernels
+# Kernels on a machine with an NVIDIA GPU, which may have no network: torch and Triton suffice, and pytest for the
+# tests. Where nothing was installed here they are PYTHON's.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON))
 
-# kernels beside torch and Liger-Kernel; one GPU, torch and triton suffice: see kernels/benchmarks
-gpu-bench: install
-	for script in kernels/benchmarks/bench_*.py; do $(BIN)/python $$script || exit; done
+# the kernels compiled and run, instead of interpreted
+gpu-test:
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest tests/kernels
+
+# beside torch and Liger-Kernel: see kernels/benchmarks
+gpu-bench:
+	for script in kernels/benchmarks/bench_*.py; do PYTHONPATH=kernels $(GPU_PYTHON) $$script || exit; done

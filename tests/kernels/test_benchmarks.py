@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_linear_cross_entropy_without_its_options(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda: None, raising=False)
     monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     assert "F.linear_cross_entropy" not in bench.losses(True, torch.zeros(1))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["gpu-test", "gpu-bench"])
+def test_nothing_is_installed_on_a_machine_without_a_network(target: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", target, f"VENV={tmp_path}", "PYTHON=its-own-python"],
+        cwd=KERNELS.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip" not in done.stdout and "kernels its-own-python " in done.stdout
 
 
 def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
