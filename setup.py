@@ -32,7 +32,7 @@ setup(
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.0"],
         "dali": ["nvidia-dali-cuda120"],
-        "generate": ["transformers>=4.45"],
+        "generate": ["transformers>=4.45", "vllm; sys_platform == 'linux'"],
         "bench": PEERS,
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", TRITON, *PEERS],
     },

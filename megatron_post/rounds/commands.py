@@ -24,5 +24,39 @@ def merge(
     write(load_merge(config, method), output, workers=workers, report=_say)
 
 
+@rounds_app.command("generate")
+def generate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML: model, prompts, sampling")],
+    output: Annotated[str, typer.Option(help="JSON lines to write")],
+) -> None:
+    """Draw K responses a prompt. The same command again goes on with an interrupted one."""
+    from rich.console import Console
+
+    from megatron_post.rounds.files import load_section
+    from megatron_post.rounds.generate import Generate
+    from megatron_post.rounds.generate import generate as write
+
+    write(load_section(Generate, config), output, console=Console())
+
+
+@rounds_app.command("select")
+def select(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML: samples, scores, verifier")],
+    output: Annotated[str, typer.Option(help="directory of the SFT and the preference set")],
+) -> None:
+    """Choose the best of K responses to train on, and the best and the worst to compare."""
+    from megatron_post.rounds.files import load_section
+    from megatron_post.rounds.select import Select
+    from megatron_post.rounds.select import select as choose
+
+    found = choose(load_section(Select, config), output)
+    print(
+        f"{output}: {found['responses']} responses to {found['prompts']} prompts, {found['sft_rows']} rows "
+        f"to train on, {found['preferences']} preferences ({found['edited']} edited), {found['ties']} ties"
+    )
+    for rule in found["cleaning"]:
+        print(f"  {rule['name']}: found in {rule['found']} of {rule['total']}, {rule['dropped']} dropped")
+
+
 def _say(text: str) -> None:
     print(text, flush=True)

@@ -1,0 +1,228 @@
+"""Who answers: plain `transformers`, vLLM's offline engine, or a server that speaks OpenAI's chat protocol.
+
+What a model says is text from outside: it is stored and compared, and never run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from megatron_post.config.schema import Section
+from megatron_post.data.dialog import Message
+from megatron_post.data.template import render_prompt
+from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, Tokenizer, load_tokenizer
+
+
+class Sampling(Section):
+    """How responses are drawn."""
+
+    samples: PositiveInt = Field(10, description="K, responses a prompt; the report drew 10 to 30")
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0: the most probable, always")
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: PositiveInt = 512
+    stop: tuple[str, ...] = Field((END_OF_TURN, END_OF_MESSAGE, END_OF_TEXT), min_length=1)
+    seed: int = Field(0, ge=0)
+
+
+class TransformersBackend(Section):
+    kind: Literal["transformers"] = "transformers"
+    batch: PositiveInt = Field(64, description="responses drawn at a time")
+
+
+class VllmBackend(Section):
+    kind: Literal["vllm"]
+    tensor_parallel: PositiveInt = 1
+    memory_share: float = Field(0.9, gt=0, le=1, description="of the GPU's memory")
+
+
+class ServerBackend(Section):
+    kind: Literal["server"]
+    url: str = Field(pattern="^https?://", description="up to and with /v1")
+    served_model: str = Field(description="the model's name there")
+    timeout: PositiveFloat = Field(120.0, description="seconds for one response")
+    retries: int = Field(4, ge=0)
+    parallel_requests: PositiveInt = 16
+    api_key_variable: str | None = Field(None, description="environment variable with the key")
+
+
+BackendSettings = Annotated[TransformersBackend | VllmBackend | ServerBackend, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted. seed: of this response alone."""
+
+    messages: tuple[dict[str, str], ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """tokens: its length, the stop token included. finish: "stop", or why it ended otherwise ("length")."""
+
+    text: str
+    tokens: int
+    finish: str
+
+
+class Backend(Protocol):
+    """Answers requests, in their order. Raises `ValueError` for what a user can mend."""
+
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]: ...
+
+
+def open_backend(settings: BackendSettings, model: str) -> Backend:
+    """model: Hugging Face directory. Raises `ValueError` where a package is missing."""
+    match settings:
+        case TransformersBackend():
+            return _Transformers(settings, model)
+        case VllmBackend():
+            return _Vllm(settings, model)
+        case ServerBackend():
+            from megatron_post.rounds.server import Server  # no torch-heavy import depends on it
+
+            return Server(settings)
+
+
+class _Transformers:
+    """A response depends on its own request alone, but for float rounding in batches of other widths."""
+
+    def __init__(self, settings: TransformersBackend, model: str) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self._batch, self._tokenizer = settings.batch, load_tokenizer(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        prompts = [_prompt_ids(request, self._tokenizer) for request in requests]
+        longest = max(map(len, prompts)) + sampling.max_tokens
+        if longest > (limit := self._model.config.max_position_embeddings):
+            raise ValueError(
+                f"a prompt and max_tokens={sampling.max_tokens} take {longest} positions, of the "
+                f"{limit} that the model has"
+            )
+        # batches of prompts of like length waste the least on padding
+        order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
+        responses: dict[int, Response] = {}
+        for start in range(0, len(order), self._batch):
+            members = order[start : start + self._batch]
+            rows = self._generate(
+                [prompts[i] for i in members], [requests[i].seed for i in members], sampling
+            )
+            responses |= zip(members, rows, strict=True)
+        return [responses[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+        width, pad = max(map(len, prompts)), self._tokenizer.pad_id
+        padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        stops = _stop_ids(self._tokenizer, sampling)
+        drawing = [_Draws(seeds, sampling)] if sampling.temperature else []
+        device = self._model.device
+        output = self._model.generate(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            logits_processor=drawing,
+            do_sample=False,  # what is most probable after the processor has added its noise
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=stops,
+            pad_token_id=pad,
+        )
+        return [_response(row, stops, self._tokenizer) for row in output[:, width:].tolist()]
+
+
+class _Draws:
+    """Samples by an exponential race: the token of the largest log p - log E, with E exponential, is one
+    drawn from p. Each row has a generator of its own."""
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._sampling = sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: [b, v] logits."""
+        logps = torch.log_softmax(scores.float() / self._sampling.temperature, dim=-1)
+        if self._sampling.top_p < 1:
+            logps = nucleus(logps, self._sampling.top_p)
+        noise = torch.empty(logps.shape)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return logps - noise.log().to(logps.device)
+
+
+def nucleus(logps: Tensor, top_p: float) -> Tensor:
+    """[b, v] log-probabilities, -inf but for the fewest most probable tokens that have `top_p` together."""
+    ordered, index = logps.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    return torch.full_like(logps, -torch.inf).scatter(
+        -1, index, ordered.masked_fill(before >= top_p, -torch.inf)
+    )
+
+
+class _Vllm:
+    """vLLM's offline engine; prompts are shared by their samples through its prefix cache."""
+
+    def __init__(self, settings: VllmBackend, model: str) -> None:
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise ValueError(
+                f'backend vllm: {error}; pip install "megatron-post[generate]" on a machine with a GPU, or '
+                "choose the backend transformers or server"
+            ) from None
+        self._parameters: Any = SamplingParams
+        self._tokenizer = load_tokenizer(model)
+        self._engine = LLM(
+            model=model,
+            tensor_parallel_size=settings.tensor_parallel,
+            gpu_memory_utilization=settings.memory_share,
+            enable_prefix_caching=True,
+        )
+
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        stops = _stop_ids(self._tokenizer, sampling)
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": _prompt_ids(request, self._tokenizer)} for request in requests],
+            [
+                self._parameters(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    seed=request.seed,
+                    stop_token_ids=stops,
+                )
+                for request in requests
+            ],
+            use_tqdm=False,
+        )
+        return [_response(list(output.outputs[0].token_ids), stops, self._tokenizer) for output in outputs]
+
+
+def _prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
+    messages = [Message(m["role"], m["content"]) for m in request.messages]  # type: ignore[arg-type]
+    return render_prompt(messages, tokenizer).tolist()
+
+
+def _stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
+    """Of the stop tokens that the tokenizer has. Raises `ValueError` where it has none of them."""
+    found = [i for i in tokenizer.stop_ids if tokenizer.decode([i]) in sampling.stop]
+    if not found:
+        raise ValueError(f"sampling.stop={list(sampling.stop)}: the tokenizer has none of these")
+    return found
+
+
+def _response(generated: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> Response:
+    """What was generated, up to and with its stop token; padding follows it."""
+    end = next((i + 1 for i, token in enumerate(generated) if token in stops), None)
+    text = tokenizer.decode(generated[:end], skip_special=True)
+    return Response(text, end or len(generated), "length" if end is None else "stop")

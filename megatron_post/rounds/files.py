@@ -1,0 +1,67 @@
+"""Small files that are there whole or not at all, JSON lines, and settings."""
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel
+
+from megatron_post.config.load import parse, read_tree
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class DiskFull(ValueError):
+    """No space, or no quota, left; the message says what is kept and what to do."""
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file beside its place, flush it to the disk and rename it. Raises `DiskFull`."""
+    growing = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with growing.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        growing.rename(path)
+    except OSError as error:
+        growing.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            f"{path}: {os.strerror(error.errno)}; all that was finished before is kept: free some space and "
+            "run the same command again"
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As `write_whole`."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """As `write_whole`, a row a line."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file that this package wrote. Raises `ValueError` naming the line that is no JSON object."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: not a JSON object")
+            yield row
+
+
+def load_section(model: type[Settings], path: str | Path) -> Settings:
+    """Settings from a YAML file. Raises `ConfigError` with every error at once."""
+    return parse(model, OmegaConf.to_container(read_tree(path), resolve=True), origin=str(path))

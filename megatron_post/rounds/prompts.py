@@ -1,0 +1,100 @@
+"""What models are asked: rows of a prompt, and what is known of its answer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_post.data.dialog import BadRow, Dialog, Message
+from megatron_post.data.rows import BadRows
+
+_KEYS = {"prompt", "capability", "answer", "solution"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """number: its line, from 1. messages: OpenAI's form, up to the last user message.
+
+    capability: chooses the system prompt. answer: what a verifier compares with. solution: a response that is
+    right, with which a wrong one can be mended.
+    """
+
+    number: int
+    messages: tuple[dict[str, str], ...]
+    capability: str = ""
+    answer: str | None = None
+    solution: str | None = None
+
+    def with_system(self, system: Mapping[str, str]) -> tuple[dict[str, str], ...]:
+        """The messages, opened by the capability's system prompt ("default": any other's), unless they have
+        one of their own."""
+        text = system.get(self.capability, system.get("default"))
+        if text is None or self.messages[0]["role"] == "system":
+            return self.messages
+        return ({"role": "system", "content": text}, *self.messages)
+
+
+def read_prompts(
+    path: str | Path, *, max_bad_rows: int = 0, skip: int = 0, limit: int | None = None
+) -> list[Prompt]:
+    """Good rows of a JSON Lines file: `{"prompt": text or messages, "capability", "answer", "solution"}`.
+
+    skip, limit: of the good rows. Raises `ValueError` (`TooManyBadRows`) with file, line and reason of the
+    bad ones where there are more than `max_bad_rows`, and where no row is left.
+    """
+    bad_rows, prompts = BadRows(max_bad_rows), []
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"prompts {file}: no such file")
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(_prompt(number, line))
+        except BadRow as error:
+            bad_rows.add(file.name, f"{file}:{number}", str(error))
+    chosen = prompts[skip:] if limit is None else prompts[skip : skip + limit]
+    if not chosen:
+        raise ValueError(f"prompts {file}: {len(prompts)} good rows, and none is left after skipping {skip}")
+    return chosen
+
+
+def _prompt(number: int, line: bytes) -> Prompt:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"not JSON in UTF-8: {error}") from None
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise BadRow("a row must be an object with `prompt`")
+    if unknown := sorted(row.keys() - _KEYS):
+        raise BadRow(f"unknown keys {unknown}; known are {sorted(_KEYS)}")
+    texts = {key: row.get(key) for key in ("capability", "solution")}
+    for key, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise BadRow(f"{key} is {type(value).__name__}, not text")
+    answer = row.get("answer")
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise BadRow(f"answer is {type(answer).__name__}, neither text nor number")
+    return Prompt(
+        number,
+        _messages(row["prompt"]),
+        texts["capability"] or "",
+        None if answer is None else str(answer),
+        texts["solution"],
+    )
+
+
+def _messages(raw: Any) -> tuple[dict[str, str], ...]:
+    """Messages that an answer may follow: what makes a dialog once one is added."""
+    found = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
+    if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
+        raise BadRow(f"a prompt is a text or a list of messages, not {raw!r:.80}")
+    if wrong := next((message for message in found if set(message) != {"role", "content"}), None):
+        raise BadRow(f"a message has role and content and no more, not {sorted(map(str, wrong))}")
+    if not found or found[-1]["role"] != "user":
+        raise BadRow("a prompt ends with a message of the user")
+    if not isinstance(found[-1]["content"], str) or not found[-1]["content"].strip():
+        raise BadRow("the last message is blank")
+    Dialog((*(Message(m["role"], m["content"]) for m in found), Message("assistant", "?")))
+    return tuple({"role": m["role"], "content": m["content"].strip()} for m in found)

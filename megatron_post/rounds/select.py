@@ -1,0 +1,259 @@
+"""`megatron-post select`: of K responses a prompt, the best to train on, and the best beside the worst."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import Field, model_validator
+
+from megatron_post.config.schema import Rating, Section
+from megatron_post.rounds.cleaning import Found, balance, load_rules
+from megatron_post.rounds.files import read_lines, write_json, write_lines
+from megatron_post.rounds.generate import read_samples
+from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.verifier import Verdict, VerifierSettings, verify
+
+SFT, PREFERENCES, SUMMARY = "sft.jsonl", "preferences.jsonl", "selection.json"
+
+
+class Samples(Section):
+    """One file that `generate` wrote, and what `score` wrote about it."""
+
+    responses: str
+    scores: str | None = None
+
+
+class Selection(Section):
+    """How responses are chosen."""
+
+    verifier: VerifierSettings | None = None
+    verifier_weight: float = Field(
+        10.0, ge=0, description="added to the reward score of what the verifier finds right"
+    )
+    tie: float = Field(0.0, ge=0, description="scores no further apart are equal")
+    only_correct: bool = Field(True, description="with a verifier: train SFT on right responses alone")
+    ratings: dict[Rating, float] = Field(
+        default={
+            "marginally_better": 0.0,
+            "slightly_better": 0.5,
+            "better": 1.0,
+            "significantly_better": 2.0,
+        },
+        description="least margin of each rating",
+    )
+    cleaning: str | None = Field(None, description="YAML file of rules for the SFT set")
+    seed: int = 0
+
+
+class Select(Selection):
+    """A selection file."""
+
+    prompts: str
+    samples: tuple[Samples, ...] = Field(min_length=1)
+    max_bad_rows: int = Field(0, ge=0, description="of the prompts, as in `generate`")
+
+    @model_validator(mode="after")
+    def _can_rank(self) -> "Select":
+        scored = [s.scores is not None for s in self.samples]
+        if not any(scored) and self.verifier is None:
+            raise ValueError("without scores and without a verifier there is nothing to select by")
+        if any(scored) != all(scored):
+            raise ValueError("either all samples have scores or none")
+        return self
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A response with what is known of it. reward: None without scores; score: what ranks it."""
+
+    row: dict[str, Any]
+    reward: float | None
+    verdict: Verdict | None
+    score: float
+
+    @property
+    def text(self) -> str:
+        return str(self.row["messages"][-1]["content"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Neither blank nor cut off at `max_tokens`: training on half a response teaches to stop anywhere."""
+        return bool(self.text) and self.row["finish"] == "stop"
+
+    def provenance(self) -> dict[str, Any]:
+        """Where it comes from."""
+        known = {key: self.row[key] for key in ("prompt", "sample", "checkpoint", "seed")}
+        correct = None if self.verdict is None else self.verdict.correct
+        return known | {"reward": self.reward, "correct": correct, "score": self.score}
+
+
+def select(settings: Select, directory: str | Path) -> dict[str, Any]:
+    """Write `sft.jsonl` (the best response of each prompt), `preferences.jsonl` (the best over the worst;
+    edited over both where all are wrong and the verifier knows better) and `selection.json`, whose content is
+    returned.
+
+    Every row has its provenance. Raises `ValueError` for files that do not belong together.
+    """
+    target = Path(directory)
+    by_prompt = candidates(settings)
+    chosen = [best_of(found, tie=settings.tie) for found in by_prompt.values()]
+    trained = [
+        (best, len(found), tied)
+        for (best, tied), found in zip(chosen, by_prompt.values(), strict=True)
+        if best is not None and (best.verdict is None or best.verdict.correct or not settings.only_correct)
+    ]
+    rules = () if settings.cleaning is None else load_rules(settings.cleaning)
+    kept, cleaned = balance([best.text for best, _, _ in trained], rules, seed=settings.seed)
+    sft = [
+        {"messages": best.row["messages"], "provenance": best.provenance() | {"of": of, "tied": tied}}
+        for best, of, tied in (trained[i] for i in kept)
+    ]
+    preferences = [
+        row
+        for (best, _), found in zip(chosen, by_prompt.values(), strict=True)
+        if (row := preference(best, found, settings)) is not None
+    ]
+    if not sft and not preferences:
+        raise ValueError(
+            f"of {len(by_prompt)} prompts none has a response to train on nor two to compare; look at "
+            f"{settings.samples[0].responses}: are they blank, cut off at max_tokens, or all wrong?"
+        )
+    write_lines(target / SFT, sft)
+    write_lines(target / PREFERENCES, preferences)
+    summary = _summary(by_prompt, chosen, sft, preferences, cleaned)
+    write_json(target / SUMMARY, summary)
+    return summary
+
+
+def candidates(settings: Select) -> dict[int, list[Candidate]]:
+    """By prompt: its responses, in the order of the files. Raises as `select` does."""
+    prompts = {p.number: p for p in read_prompts(settings.prompts, max_bad_rows=settings.max_bad_rows)}
+    rows: list[dict[str, Any]] = []
+    rewards: list[float | None] = []
+    for samples in settings.samples:
+        found = read_samples(Path(samples.responses))
+        rows += found
+        rewards += _rewards(samples, found)
+    if stray := next((row["prompt"] for row in rows if row["prompt"] not in prompts), None):
+        raise ValueError(f"{settings.prompts} has no prompt in line {stray}, to which there is a response")
+    verdicts: Sequence[Verdict | None] = [None] * len(rows)
+    if settings.verifier is not None:
+        asked = [(prompts[row["prompt"]], row["messages"][-1]["content"]) for row in rows]
+        verdicts = verify(settings.verifier, asked)
+    by_prompt: dict[int, list[Candidate]] = defaultdict(list)
+    for row, reward, verdict in zip(rows, rewards, verdicts, strict=True):
+        bonus = settings.verifier_weight if verdict is not None and verdict.correct else 0.0
+        by_prompt[row["prompt"]].append(Candidate(row, reward, verdict, (reward or 0.0) + bonus))
+    return dict(sorted(by_prompt.items()))
+
+
+def best_of(found: Sequence[Candidate], *, tie: float) -> tuple[Candidate | None, int]:
+    """(the best whole response or None, how many others tie with it). The first drawn of those that tie:
+    draws are alike, so the first is as good as any, and not the shortest or longest."""
+    whole = [candidate for candidate in found if candidate.is_whole]
+    if not whole:
+        return None, 0
+    top = max(candidate.score for candidate in whole)
+    tied = [candidate for candidate in whole if candidate.score >= top - tie]
+    return tied[0], len(tied) - 1
+
+
+def preference(best: Candidate | None, found: Sequence[Candidate], settings: Select) -> dict[str, Any] | None:
+    """The best over the worst, which comes from another checkpoint where one of those is worse; None where
+    there is nothing to prefer.
+
+    Where the best is wrong and the verifier knows a right response, that one is `edited`; where all tie, it
+    is `chosen` over the worst.
+    """
+    others = [c for c in found if c.text and best is not None and c.text != best.text]
+    if best is None or not others:
+        return None
+    elsewhere = [c for c in others if c.row["checkpoint"] != best.row["checkpoint"]]
+    worse = [c for c in elsewhere if best.score - c.score > settings.tie]
+    worst = min(worse or others, key=lambda c: c.score)
+    margin = best.score - worst.score
+    mended = None
+    if best.verdict is not None and not best.verdict.correct and best.verdict.edited not in (None, ""):
+        mended = best.verdict.edited
+    row: dict[str, Any] = {"prompt": best.row["messages"][:-1], "rejected": _said(worst.text)}
+    provenance: dict[str, Any] = {"rejected": worst.provenance(), "margin": margin}
+    if margin > settings.tie:
+        row |= {"chosen": _said(best.text), "rating": rating(margin, settings.ratings)}
+        provenance["chosen"] = best.provenance()
+        if mended is not None:
+            row["edited"] = _said(mended)
+    elif mended is not None:
+        row |= {"chosen": _said(mended), "rating": "significantly_better"}
+        provenance["chosen"] = {"prompt": best.row["prompt"], "by": "verifier"}
+    else:
+        return None
+    texts = [row[name][0]["content"] for name in ("chosen", "rejected", "edited") if name in row]
+    return row | {"provenance": provenance} if len(set(texts)) == len(texts) else None
+
+
+def rating(margin: float, ratings: dict[Rating, float]) -> Rating | None:
+    """The strongest rating whose least margin is reached; None below all of them."""
+    strongest_first = [name for name in get_args(Rating) if name in ratings]
+    return next((name for name in strongest_first if margin >= ratings[name]), None)
+
+
+def _rewards(samples: Samples, rows: Sequence[dict[str, Any]]) -> list[float | None]:
+    """A score for each row; blank responses, which `score` passes over, have none."""
+    if samples.scores is None:
+        return [None] * len(rows)
+    scores: dict[int, float] = {}
+    for row in read_lines(Path(samples.scores)):
+        try:
+            (scores[row["row"]],) = row["scores"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{samples.scores}: no score of one response: {str(row)[:100]}") from None
+    wanted = {i for i, row in enumerate(rows, start=1) if row["messages"][-1]["content"]}
+    if scores.keys() != wanted:
+        raise ValueError(
+            f"{samples.scores} scores {len(scores)} rows, {samples.responses} has {len(wanted)} responses "
+            "that are not blank: these are not the scores of that file"
+        )
+    return [scores.get(i) for i in range(1, len(rows) + 1)]
+
+
+def _summary(
+    by_prompt: dict[int, list[Candidate]],
+    chosen: Sequence[tuple[Candidate | None, int]],
+    sft: Sequence[dict[str, Any]],
+    preferences: Sequence[dict[str, Any]],
+    cleaned: Sequence[Found],
+) -> dict[str, Any]:
+    every = [candidate for found in by_prompt.values() for candidate in found]
+    best = [candidate for candidate, _ in chosen if candidate is not None]
+    known = [c.verdict.correct for c in every if c.verdict is not None]
+    known_best = [c.verdict.correct for c in best if c.verdict is not None]
+    return {
+        "prompts": len(by_prompt),
+        "responses": len(every),
+        "blank": sum(not c.text for c in every),
+        "cut_off": sum(c.row["finish"] != "stop" for c in every),
+        "without_a_whole_response": len(chosen) - len(best),
+        "ties": sum(tied > 0 for _, tied in chosen),
+        "correct": sum(known) if known else None,
+        "best_correct": sum(known_best) if known_best else None,
+        "sft_rows": len(sft),
+        "preferences": len(preferences),
+        "edited": sum("edited" in row for row in preferences),
+        "cleaning": [asdict(found) for found in cleaned],
+        "rewards": [c.reward for c in every if c.reward is not None],
+        "selected_lengths": [c.row["tokens"] for c in best],
+        "rejected_lengths": list(_other_lengths(by_prompt, best)),
+        "margins": [row["provenance"]["margin"] for row in preferences],
+    }
+
+
+def _other_lengths(by_prompt: dict[int, list[Candidate]], best: Sequence[Candidate]) -> Iterator[int]:
+    selected = {id(candidate) for candidate in best}
+    for found in by_prompt.values():
+        yield from (c.row["tokens"] for c in found if id(c) not in selected)
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]

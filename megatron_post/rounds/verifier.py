@@ -1,0 +1,102 @@
+"""Programs that know whether a response is right, beside the reward model's opinion."""
+
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, field_validator
+
+from megatron_post.config.schema import Section
+from megatron_post.rounds.prompts import Prompt
+
+
+class ExactMatch(Section):
+    """Right is a response whose match of `pattern` has the prompt's answer as its first group."""
+
+    kind: Literal["exact"] = "exact"
+    pattern: str = Field(description=r"regular expression with a group: 'The answer is (\d+)\.\Z'")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        if not groups:
+            raise ValueError(f"{pattern!r} has no group that the answer could be")
+        return pattern
+
+
+class Command(Section):
+    """A user's program. It reads a JSON line a response, `{"prompt", "response", "answer", "solution"}`, and
+    writes one each: `{"correct": true or false, "edited": a right response, where it can make one}`."""
+
+    kind: Literal["command"]
+    command: tuple[str, ...] = Field(min_length=1, description="program and arguments; no shell")
+    timeout: PositiveFloat = Field(600.0, description="seconds for all responses together")
+
+
+VerifierSettings = Annotated[ExactMatch | Command, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """edited: a right response to the same prompt, where the verifier knows one."""
+
+    correct: bool
+    edited: str | None = None
+
+
+def verify(settings: VerifierSettings, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+    """A verdict on each (prompt, response). Raises `ValueError` for prompts without an answer, and for a
+    program that fails, times out or writes something else."""
+    if isinstance(settings, Command):
+        return _by_command(settings, asked)
+    if nameless := [prompt.number for prompt, _ in asked if prompt.answer is None]:
+        raise ValueError(f"the prompt of line {nameless[0]} has no `answer` for the exact verifier")
+    verdicts = []
+    for prompt, text in asked:
+        match = re.search(settings.pattern, text.strip())
+        verdicts.append(Verdict(match is not None and match[1] == prompt.answer, prompt.solution))
+    return verdicts
+
+
+def _by_command(settings: Command, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+    lines = [
+        json.dumps({"prompt": p.messages, "response": text, "answer": p.answer, "solution": p.solution})
+        for p, text in asked
+    ]
+    name = " ".join(settings.command)
+    try:
+        done = subprocess.run(
+            settings.command,
+            input="".join(f"{line}\n" for line in lines),
+            capture_output=True,
+            text=True,
+            timeout=settings.timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"verifier {name}: no end within timeout={settings.timeout} s") from None
+    except OSError as error:
+        raise ValueError(f"verifier {name}: {error}") from None
+    if done.returncode:
+        raise ValueError(f"verifier {name} ended with status {done.returncode}: {done.stderr[-500:]}")
+    answers = done.stdout.splitlines()
+    if len(answers) != len(asked):
+        raise ValueError(f"verifier {name} wrote {len(answers)} lines for {len(asked)} responses")
+    return [_verdict(line, number, name) for number, line in enumerate(answers, start=1)]
+
+
+def _verdict(line: str, number: int, name: str) -> Verdict:
+    try:
+        values = json.loads(line)
+        correct, edited = values["correct"], values.get("edited")
+        if not isinstance(correct, bool) or not isinstance(edited, str | None):
+            raise TypeError("`correct` must be a boolean and `edited` a text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"verifier {name}, line {number}: no verdict ({error!r}): {line[:200]}") from None
+    return Verdict(correct, edited)

@@ -1,0 +1,59 @@
+"""Rules: what the shipped ones find, and the arithmetic of balancing."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_post.config.load import ConfigError
+from megatron_post.rounds.cleaning import Rule, balance, load_rules
+
+RULES = load_rules(Path(__file__).resolve().parents[3] / "configs" / "cleaning.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("I'm so sorry, but no.", ["apologetic opener"]),
+        ("  I sincerely apologize.", ["apologetic opener"]),
+        ("My apologies! Here it is!", ["apologetic opener", "exclamation marks"]),
+        ("Say that you are sorry.", []),
+        ("Great job 🎉", ["emojis"]),
+        ("☀ and ⭐", ["emojis"]),
+        ("Hello!", []),
+        ("Größe: 4 × 3 ≠ 13 → no", []),
+    ],
+)
+def test_shipped_rules(text: str, names: list[str]) -> None:
+    assert [rule.name for rule in RULES if rule.finds(text)] == names
+
+
+def test_balanced_to_a_share() -> None:
+    """30 of 100 are found; a share of 0.2 keeps floor(0.2 x 70 / 0.8) = 17: of 87 these are 0.195."""
+    texts = [f"wow! {i}" if i % 10 < 3 else f"plain {i}" for i in range(100)]
+    rule = Rule(name="wow", pattern="WOW", max_share=0.2)
+    kept, (found,) = balance(texts, [rule], seed=1)
+    assert (found.found, found.total, found.dropped) == (30, 100, 13)
+    assert len(kept) == 87 and kept == sorted(kept)
+    assert sum(rule.finds(texts[i]) for i in kept) == 17
+    assert balance(texts, [rule], seed=1)[0] == kept != balance(texts, [rule], seed=2)[0]
+    assert len(balance(texts, [Rule(name="w", pattern="wow", max_share=0)], seed=1)[0]) == 70
+    assert len(balance(texts, [Rule(name="w", pattern="wow", max_share=1)], seed=1)[0]) == 100
+
+
+def test_rules_are_applied_until_all_hold() -> None:
+    """10 b, 10 c, 20 plain. b to half of all: 10 of 40 pass. c to none: dropped. Then b is 10 of 30: passes.
+
+    With b to 0.3: 10 of 40 pass at first, 10 of 30 do not any more: floor(0.3 x 20 / 0.7) = 8 stay.
+    """
+    texts = [f"{kind} {i}" for kind, count in (("b", 10), ("c", 10), ("plain", 20)) for i in range(count)]
+    none_of_c = Rule(name="c", pattern="^c", max_share=0)
+    for share, expected in ((0.5, 30), (0.3, 28)):
+        kept, _ = balance(texts, [Rule(name="b", pattern="^b", max_share=share), none_of_c], seed=0)
+        assert len(kept) == expected
+
+
+def test_bad_rules(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("rules: [{name: a, pattern: '(', max_share: 2}]")
+    with pytest.raises(ConfigError, match=r"(?s)no regular expression.*max_share"):
+        load_rules(path)

@@ -1,0 +1,201 @@
+"""Selection by hand, and the files that it refuses."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_post.config.load import ConfigError, parse
+from megatron_post.config.schema import Source
+from megatron_post.data.dialog import Dialog, Preference
+from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.rounds.prompts import Prompt
+from megatron_post.rounds.select import Select, select
+from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, verify
+
+EXACT = {"kind": "exact", "pattern": r"is (\d+)\.\Z"}
+
+
+def _files(
+    directory: Path, responses: list[tuple[int, str, float | None]], *, checkpoint: str = "p", tag: str = ""
+) -> dict[str, str]:
+    """Two prompts, answers 4 and 9; (prompt, text, score) each. A text ending in ~ was cut off."""
+    prompts = [{"prompt": "2+2?", "answer": "4", "solution": "It is 4."}, {"prompt": "3*3?", "answer": "9"}]
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    rows, scores = [], []
+    for number, (prompt, text, score) in enumerate(responses, start=1):
+        messages = [prompts[prompt - 1]["prompt"], text.removesuffix("~")]
+        rows.append(
+            {
+                "prompt": prompt,
+                "sample": number,
+                "checkpoint": checkpoint,
+                "seed": number,
+                "tokens": len(text),
+                "finish": "length" if text.endswith("~") else "stop",
+                "messages": [
+                    {"role": r, "content": c} for r, c in zip(("user", "assistant"), messages, strict=True)
+                ],
+            }
+        )
+        if score is not None:
+            scores.append({"row": number, "scores": [score]})
+    files = {"responses": directory / f"responses{tag}.jsonl", "scores": directory / f"scores{tag}.jsonl"}
+    for path, lines in zip(files.values(), (rows, scores), strict=True):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {name: str(path) for name, path in files.items()}
+
+
+def _select(
+    directory: Path, *files: dict[str, str], **more: Any
+) -> tuple[dict[str, Any], list[Any], list[Any]]:
+    values = {"prompts": str(directory / "prompts.jsonl"), "samples": list(files), **more}
+    summary = select(parse(Select, values, origin="test"), directory / "out")
+    read = [(directory / "out" / f"{name}.jsonl").read_text().splitlines() for name in ("sft", "preferences")]
+    return summary, *([json.loads(line) for line in lines] for lines in read)  # type: ignore[return-value]
+
+
+def _text(messages: list[dict[str, str]]) -> str:
+    return messages[-1]["content"]
+
+
+def test_best_and_worst_by_reward(tmp_path: Path) -> None:
+    """Prompt 1: scores 1.0, 3.0 and 3.0 (a tie: the first drawn wins), the worst is 1.0, the margin 2.0.
+
+    Prompt 2: the highest was cut off and the blank has no score; best 0.2, worst -0.4, margin 0.6.
+    """
+    responses = [
+        (1, "low", 1.0), (1, "high", 3.0), (1, "as high", 3.0),
+        (2, "cut~", 9.0), (2, "", None), (2, "fine", 0.2), (2, "poor", -0.4),
+    ]  # fmt: skip
+    summary, sft, preferences = _select(tmp_path, _files(tmp_path, responses))
+    assert [_text(row["messages"]) for row in sft] == ["high", "fine"]
+    assert sft[0]["provenance"] == {
+        "prompt": 1, "sample": 2, "checkpoint": "p", "seed": 2, "reward": 3.0, "correct": None, "score": 3.0,
+        "of": 3, "tied": 1,
+    }  # fmt: skip
+    assert [(_text(r["chosen"]), _text(r["rejected"]), r["rating"]) for r in preferences] == [
+        ("high", "low", "significantly_better"),
+        ("fine", "poor", "slightly_better"),
+    ]
+    assert summary["ties"] == 1 and summary["blank"] == 1 and summary["cut_off"] == 1
+    assert summary["margins"] == pytest.approx([2.0, 0.6])
+    # within 2.5 all of prompt 1 tie: no preference, and the first drawn is as good as any
+    _, sft, preferences = _select(tmp_path, _files(tmp_path, responses), tie=2.5)
+    assert [_text(row["messages"]) for row in sft] == ["low", "fine"] and not preferences
+
+
+def test_the_verifier_outweighs_the_reward_and_mends(tmp_path: Path) -> None:
+    """Prompt 1: all wrong, so the solution is edited over both, and SFT has no row of it. Prompt 2: right at
+    -1 + 10 over wrong at 5: margin 4."""
+    responses = [(1, "It is 5.", 2.0), (1, "It is 6.", 1.0), (2, "It is 8.", 5.0), (2, "It is 9.", -1.0)]
+    summary, sft, preferences = _select(tmp_path, _files(tmp_path, responses), verifier=EXACT)
+    assert [_text(row["messages"]) for row in sft] == ["It is 9."]
+    assert [_text(preferences[0][k]) for k in ("edited", "chosen", "rejected")] == [
+        "It is 4.",
+        "It is 5.",
+        "It is 6.",
+    ]
+    assert preferences[1]["provenance"]["margin"] == 4.0 and "edited" not in preferences[1]
+    assert (summary["correct"], summary["best_correct"], summary["edited"]) == (1, 1, 1)
+    examples = [
+        e
+        for _, e in read_rows(
+            Source(name="p", path=str(tmp_path / "out/preferences.jsonl")), bad_rows=BadRows()
+        )
+    ]
+    assert all(isinstance(example, Preference) for example in examples) and len(examples) == 2
+    rows = read_rows(Source(name="s", path=str(tmp_path / "out/sft.jsonl")), bad_rows=BadRows())
+    assert all(isinstance(example, Dialog) for _, example in rows)
+    _, sft, _ = _select(tmp_path, _files(tmp_path, responses), verifier=EXACT, only_correct=False)
+    assert len(sft) == 2
+
+
+def test_without_rewards_the_verifier_alone(tmp_path: Path) -> None:
+    """Both wrong and nothing between them: the solution is chosen over the first of the worst."""
+    files = _files(tmp_path, [(1, "It is 5.", None), (1, "It is 6.", None), (2, "It is 9.", None)])
+    del files["scores"]
+    _, sft, preferences = _select(tmp_path, files, verifier=EXACT)
+    assert [_text(row["messages"]) for row in sft] == ["It is 9."]
+    assert [(_text(r["chosen"]), _text(r["rejected"])) for r in preferences] == [("It is 4.", "It is 6.")]
+
+
+def test_the_rejected_comes_from_another_model_where_one_is_worse(tmp_path: Path) -> None:
+    """The newest's best is 3, its own worst 0, the older model's 1: that one is rejected. For prompt 2 the
+    older model is as good as the best, and the newest's own worst is taken."""
+    newest = _files(
+        tmp_path, [(1, "a", 3.0), (1, "b", 0.0), (2, "c", 1.0), (2, "d", 0.0)], checkpoint="new", tag="1"
+    )
+    older = _files(tmp_path, [(1, "e", 1.0), (2, "f", 1.0)], checkpoint="old", tag="2")
+    _, _, preferences = _select(tmp_path, newest, older)
+    assert [_text(row["rejected"]) for row in preferences] == ["e", "d"]
+    assert preferences[0]["provenance"]["rejected"]["checkpoint"] == "old"
+
+
+def test_cleaning_is_counted(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("rules: [{name: shout, pattern: '!', max_share: 0.0}]")
+    files = _files(tmp_path, [(1, "yes!", 1.0), (2, "no", 1.0)])
+    summary, sft, _ = _select(tmp_path, files, cleaning=str(rules))
+    assert [_text(row["messages"]) for row in sft] == ["no"]
+    assert summary["cleaning"] == [{"name": "shout", "found": 1, "total": 2, "dropped": 1}]
+
+
+def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    files = _files(tmp_path, [(1, "a", 1.0), (2, "b", 1.0)])
+    Path(files["scores"]).write_text('{"row": 1, "scores": [1.0]}\n')
+    with pytest.raises(ValueError, match=r"scores 1 rows, .* has 2 responses"):
+        _select(tmp_path, files)
+    Path(files["scores"]).write_text('{"row": 1, "scores": [1.0, 2.0]}\n')
+    with pytest.raises(ValueError, match="no score of one response"):
+        _select(tmp_path, files)
+    files = _files(tmp_path, [(1, "a", 1.0)])
+    Path(files["responses"]).write_text("{}\n")
+    with pytest.raises(ValueError, match=r"responses.jsonl:1: no sample"):
+        _select(tmp_path, files)
+    files = _files(tmp_path, [(1, "", None), (2, "b~", 1.0)])
+    with pytest.raises(ValueError, match="none has a response to train on"):
+        _select(tmp_path, files)
+    files = _files(tmp_path, [(1, "a", 1.0)])
+    (tmp_path / "prompts.jsonl").write_text('\n{"prompt": "x"}\n')
+    with pytest.raises(ValueError, match="no prompt in line 1"):
+        _select(tmp_path, files)
+    with pytest.raises(ConfigError, match="nothing to select by"):
+        _select(tmp_path, {"responses": files["responses"]})
+
+
+def test_verifiers() -> None:
+    asked = [(Prompt(1, (), answer="4"), " It is 4.\n"), (Prompt(2, (), answer="4"), "It is 14.")]
+    assert [v.correct for v in verify(ExactMatch(pattern=r"is (\d+)\.\Z"), asked)] == [True, False]
+    with pytest.raises(ValueError, match="line 3 has no `answer`"):
+        verify(ExactMatch(pattern="(.)"), [(Prompt(3, ()), "x")])
+    with pytest.raises(ValueError, match="has no group"):
+        ExactMatch(pattern="x")
+    program = (
+        "import json, sys\nfor line in sys.stdin:\n row = json.loads(line)\n"
+        " print(json.dumps({'correct': row['answer'] in row['response'], 'edited': 'e'}))"
+    )
+    command = Command(kind="command", command=(sys.executable, "-c", program))
+    assert verify(command, asked) == [Verdict(True, "e"), Verdict(True, "e")]
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit('broken')", "ended with status 1: broken"),
+        ("print(1)", "wrote 1 lines for 2"),
+        ("print('yes\\nno')", "line 1: no verdict"),
+        ("import json; print(json.dumps({'correct': 1})); print()", "line 1: no verdict"),
+        ("import time; time.sleep(9)", "no end within timeout=0.5"),
+    ],
+)
+def test_bad_verifiers(program: str, message: str) -> None:
+    command = Command(
+        kind="command", command=(sys.executable, "-c", program), timeout=0.5 if "time" in program else 60
+    )
+    with pytest.raises(ValueError, match=message):
+        verify(command, [(Prompt(1, ()), "x"), (Prompt(2, ()), "y")])
+    with pytest.raises(ValueError, match="No such file"):
+        verify(Command(kind="command", command=("/no/program",)), [])
