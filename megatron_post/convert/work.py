@@ -4,6 +4,7 @@ Workers share nothing but the file system. Each owns every n-th part; a finished
 interrupted conversion goes on where it was; who finds all markers in place publishes, under a lock.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -14,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
             return True
         raise ConversionError(f"{job.target} exists already; choose another directory, or remove it")
     settings, count = job.settings, len(job.parts)  # checks the source, before anything is written
-    _claim(job, settings)
+    with _full_disk_explained(job):
+        _claim(job, settings)
     _check_space(job)
     started, before = time.perf_counter(), len(_done(job))
     if before:
@@ -90,7 +92,8 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
             moved = sum(task.result() for task in tasks)
     seconds = time.perf_counter() - started
     report(f"{moved / 1e6:,.0f} MB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s")
-    return _finish(job, report)
+    with _full_disk_explained(job):
+        return _finish(job, report)
 
 
 def worker_environment() -> tuple[int, int]:
@@ -137,8 +140,11 @@ def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
 
 
 def _check_space(job: Job) -> None:
-    done = _done(job)
-    needed = sum(part.nbytes for number, part in enumerate(job.parts) if number not in done)
+    written = 0
+    for file in os.scandir(job.partial):
+        with contextlib.suppress(FileNotFoundError):  # another worker has just renamed it
+            written += file.stat().st_size
+    needed = sum(part.nbytes for part in job.parts) - written
     free = shutil.disk_usage(job.partial).free
     if needed > free:
         raise ConversionError(
@@ -149,12 +155,15 @@ def _check_space(job: Job) -> None:
 
 def _done(job: Job) -> dict[int, dict[str, Any]]:
     """Records of the parts that are complete."""
-    records = {}
+    state, records = state_directory(job), {}
+    if not job.partial.is_dir():
+        return {}
+    # listing a directory asks a network file system's server; looking for a name may ask a stale cache
+    markers, files = set(os.listdir(state)), set(os.listdir(job.partial))
     for number, part in enumerate(job.parts):
-        marker, file = state_directory(job) / f"{part.name}.json", job.partial / part.name
-        if marker.is_file() and file.is_file():
-            record = json.loads(marker.read_text())
-            if file.stat().st_size == record["bytes"]:
+        if f"{part.name}.json" in markers and part.name in files:
+            record = json.loads((state / f"{part.name}.json").read_text())
+            if (job.partial / part.name).stat().st_size == record["bytes"]:
                 records[number] = record
     return records
 
@@ -163,20 +172,24 @@ def _work(job: Job, index: int, count: int) -> int:
     """Write every `count`-th part from `index` on that is not there yet. Returns tensor bytes written."""
     done, moved = _done(job), 0
     for number in range(index, len(job.parts), count):
-        if number in done:
-            continue
-        try:
-            _write_part(job, number)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise ConversionError(
-                f"{job.partial}: {os.strerror(error.errno)} while {job.parts[number].name} was written; the "
-                f"source is untouched and {len(_done(job))} of {len(job.parts)} parts are kept: free some "
-                "space and run the same command again"
-            ) from error
-        moved += job.parts[number].nbytes
+        if number not in done:
+            with _full_disk_explained(job):
+                _write_part(job, number)
+            moved += job.parts[number].nbytes
     return moved
+
+
+@contextlib.contextmanager
+def _full_disk_explained(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ConversionError(
+            f"{job.partial}: {os.strerror(error.errno)}; the source is untouched and {len(_done(job))} of "
+            f"{len(job.parts)} parts are kept: free some space and run the same command again"
+        ) from error
 
 
 def _write_part(job: Job, number: int) -> None:
@@ -201,13 +214,11 @@ def _write_part(job: Job, number: int) -> None:
 def _finish(job: Job, report: Report) -> bool:
     """Publish if all parts are there and nobody has."""
     state = state_directory(job)
-    left = len(job.parts) - len(_done(job))
-    if left and not job.target.exists():
-        report(
-            f"{left} of {len(job.parts)} parts are left to other workers; the last one publishes {job.target}"
-        )
-        return False
     try:
+        left = len(job.parts) - len(_done(job))
+        if left and not job.target.exists():
+            report(f"{left} of {len(job.parts)} parts are left to others; the last publishes {job.target}")
+            return False
         with (state / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not job.target.exists():
