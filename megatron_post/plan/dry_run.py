@@ -1,0 +1,237 @@
+"""A layout built without its machines: every distinct stage of real modules on fake tensors, and one pack
+traced.
+
+Fake tensors are meta tensors that remember their device, so that 405B takes no memory and no arithmetic;
+process groups are fake as well. What the trace records are the collectives that this trainer's portable
+layers really call; Transformer Engine's run at the same places, its context parallelism as a ring instead of
+a gather.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import random as core_random
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Config, Parallel
+from megatron_post.models.build import build_model
+from megatron_post.models.packing import AttentionBlock, PackedSegments
+from megatron_post.parallel.context import gathered_order, zigzag_indices
+from megatron_post.parallel.topology import Topology
+from megatron_post.plan.fake_ranks import fake_rank
+from megatron_post.plan.shape import chunks, model_parameters
+from megatron_post.plan.tracker import Tracker
+
+AXES = ("tensor", "context", "data", "pipeline")
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One pipeline rank's chunks, built and traced: parameters on each of its tensor-parallel ranks; of one
+    pack's forward and backward pass the collectives (name, group, calls, bytes), and the most bytes that one
+    chunk's took."""
+
+    pipeline_rank: int
+    rank: int
+    parameters: int
+    layers: tuple[int, ...]
+    collectives: tuple[tuple[str, str, int, int], ...]
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    world_size: int
+    data_size: int
+    model_parameters: int
+    groups: dict[str, tuple[int, int]]  # axis -> (groups, ranks of each)
+    stages: tuple[StageReport, ...]
+    seconds: float
+
+
+def dry_run(config: Config, *, world_size: int, per_node: int, ranks: Sequence[int] | None = None) -> DryRun:
+    """Build and trace the stages of `ranks` (by default one rank of every pipeline stage).
+
+    Raises `ConfigError` where ranks are not mapped once, tensor-parallel groups cross nodes, or the stages'
+    parameters do not add up to the model's.
+    """
+    began = time.perf_counter()
+    groups = check_groups(config.parallel, world_size=world_size, per_node=per_node)
+    stride = world_size // config.parallel.pipeline
+    every = [stage * stride for stage in range(config.parallel.pipeline)]
+    chosen = every if ranks is None else list(ranks)
+    outside = [rank for rank in chosen if not 0 <= rank < world_size]
+    if outside:
+        raise ConfigError(f"rank {outside[0]} is not one of {world_size}")
+    config = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": None})})
+    stages = tuple(_stages(config, chosen, world_size=world_size))
+    total = model_parameters(config)
+    if chosen == every:
+        built = _whole_model(config, stages)
+        if built != total:
+            raise ConfigError(f"the stages hold {built:,} parameters together, the model has {total:,}")
+    data_size = world_size // config.parallel.model_size
+    return DryRun(world_size, data_size, total, groups, stages, time.perf_counter() - began)
+
+
+def check_groups(parallel: Parallel, *, world_size: int, per_node: int) -> dict[str, tuple[int, int]]:
+    """megatron-core's groups along every axis: each rank in one of each, none twice, TP inside a node.
+
+    Raises `ConfigError` where that is not so.
+    """
+    from megatron.core.parallel_state import RankGenerator
+
+    if world_size % parallel.model_size:
+        raise ConfigError(
+            f"{world_size} ranks are not a multiple of tensor x pipeline x context = {parallel.model_size}"
+        )
+    generator = RankGenerator(
+        tp=parallel.tensor,
+        ep=1,
+        dp=world_size // parallel.model_size,
+        pp=parallel.pipeline,
+        cp=parallel.context,
+        order="tp-cp-ep-dp-pp",
+    )
+    found = {}
+    for axis, token in zip(AXES, ("tp", "cp", "dp", "pp"), strict=True):
+        groups = generator.get_ranks(token)
+        seen = sorted(rank for group in groups for rank in group)
+        if seen != list(range(world_size)):
+            raise ConfigError(f"the {axis} groups do not hold each of {world_size} ranks once")
+        if axis == "tensor" and any(group[0] // per_node != group[-1] // per_node for group in groups):
+            raise ConfigError(
+                f"parallel.tensor={parallel.tensor} does not divide the {per_node} GPUs of a node: groups "
+                "would cross nodes"
+            )
+        found[axis] = (len(groups), len(groups[0]))
+    return found
+
+
+def _stages(config: Config, ranks: Sequence[int], *, world_size: int) -> Iterator[StageReport]:
+    """Ranks whose chunks are alike are built once."""
+    parts, stride = chunks(config), world_size // config.parallel.pipeline
+    known: dict[tuple[tuple[int, bool, bool], ...], StageReport] = {}
+    for rank in ranks:
+        shape = tuple((chunk.layers, chunk.embedding, chunk.head) for chunk in parts[rank // stride])
+        if shape not in known:
+            known[shape] = _stage(config, shape, rank=rank, world_size=world_size)
+        yield dataclasses.replace(known[shape], pipeline_rank=rank // stride, rank=rank)
+
+
+def _stage(
+    config: Config, shape: tuple[tuple[int, bool, bool], ...], *, rank: int, world_size: int
+) -> StageReport:
+    """All chunks built, and of those that are alike one traced for all."""
+    with fake_rank(config.parallel, rank=rank, world_size=world_size) as topology:
+        packed = _packed(config, topology)
+        collectives: Counter[tuple[str, str, str]] = Counter()
+        peak = 0
+        with _fake_modules(), FakeTensorMode(allow_non_fake_inputs=True):
+            models = build_model(config, topology, portable=True)
+            parameters = sum(p.numel() for model in models for p in model.parameters())
+            for kind, times in Counter(shape).items():
+                with Tracker() as tracker:
+                    _trace(models[shape.index(kind)], config, topology, packed)
+                peak = max(peak, tracker.peak)
+                for name, axis, calls, size in _named(tracker, topology):
+                    collectives[name, axis, "calls"] += times * calls
+                    collectives[name, axis, "bytes"] += times * size
+        rows = sorted({(name, axis) for name, axis, _ in collectives})
+        return StageReport(
+            pipeline_rank=topology.pipeline_rank,
+            rank=rank,
+            parameters=parameters,
+            layers=tuple(len(model.decoder.layers) for model in models),
+            collectives=tuple((*row, collectives[*row, "calls"], collectives[*row, "bytes"]) for row in rows),
+            activation_bytes=peak,
+        )
+
+
+@contextlib.contextmanager
+def _fake_modules() -> Iterator[None]:
+    """Within this context megatron-core neither saves nor compares generator states, which fake tensors have
+    not, and modules stay on the device on which they were made."""
+    with (
+        mock.patch.object(torch.nn.Module, "to", lambda module, *_: module),
+        mock.patch.object(core_random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
+        mock.patch.multiple(
+            core_random,
+            _get_all_rng_states=tuple,
+            _set_all_rng_states=lambda *_: None,
+            _fork_rng=contextlib.nullcontext,
+        ),
+    ):
+        yield
+
+
+def _packed(config: Config, topology: Topology) -> PackedSeqParams:
+    """What the portable layers must know of a pack that is one segment."""
+    length, size = config.data.pack_length, topology.groups.cp.size()
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+    chunk = length // (2 * size)
+    places = (topology.context_rank, 2 * size - 1 - topology.context_rank)
+    whole = (AttentionBlock(length, ((0, length),)),)
+    blocks = tuple(AttentionBlock(chunk, ((0, (place + 1) * chunk),)) for place in places)
+    indices = zigzag_indices(cu_seqlens, rank=topology.context_rank, size=size)
+    return PackedSegments(
+        qkv_format="sbhd",
+        cp_group=None,
+        positions=indices,
+        indices=indices,
+        segments=torch.zeros(length, dtype=torch.long),
+        real=torch.ones(length, dtype=torch.bool),
+        gather_order=gathered_order(cu_seqlens, size=size) if size > 1 else None,
+        segment_lengths=(length,),
+        blocks=blocks if size > 1 else whole,
+    )
+
+
+def _trace(model: Any, config: Config, topology: Topology, packed: PackedSeqParams) -> None:
+    """One pack's part forward and backward through a chunk."""
+    t = config.data.pack_length // topology.groups.cp.size()
+    shard = t // topology.groups.tp.size() if config.parallel.sequence else t
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    tokens = torch.zeros(1, t, dtype=torch.long)
+    if not model.pre_process:
+        hidden = torch.empty(shard, 1, config.model.hidden_size, dtype=dtype, requires_grad=True)
+        model.set_input_tensor(hidden)
+    output = model(tokens, tokens, None, labels=tokens, packed_seq_params=packed)
+    torch.autograd.backward(output, torch.empty_like(output))
+    model.zero_grad(set_to_none=True)
+
+
+def _named(tracker: Tracker, topology: Topology) -> tuple[tuple[str, str, int, int], ...]:
+    groups = {"tensor": topology.groups.tp, "context": topology.groups.cp}
+    names = {tuple(torch.distributed.get_process_group_ranks(group)): axis for axis, group in groups.items()}
+    rows = [
+        (kind, names.get(ranks, f"{len(ranks)} ranks"), calls, size)
+        for (kind, ranks), (calls, size) in tracker.collectives.items()
+        if len(ranks) > 1
+    ]
+    return tuple(sorted(rows))
+
+
+def _whole_model(config: Config, stages: Sequence[StageReport]) -> int:
+    """Parameters of the model, from what the stages were built of: shards times TP, copies once, without the
+    padding of the vocabulary."""
+    m, p = config.model, config.parallel
+    layers = sum(sum(stage.layers) for stage in stages)
+    copied = layers * 2 * m.hidden_size + m.hidden_size + (m.hidden_size if config.stage == "reward" else 0)
+    sharded = (sum(stage.parameters for stage in stages) - copied) * p.tensor
+    tables = sum(chunk.embedding for rank in chunks(config) for chunk in rank)
+    tied_elsewhere = m.tie_word_embeddings and p.pipeline * p.virtual_pipeline > 1
+    tables += (not m.tie_word_embeddings or tied_elsewhere) and config.stage != "reward"
+    multiple = 128 * p.tensor if p.tensor > 1 else 1
+    padding = -m.vocab_size % multiple
+    extra = m.vocab_size * m.hidden_size * (tied_elsewhere and config.stage != "reward")
+    return sharded + copied - tables * padding * m.hidden_size - extra

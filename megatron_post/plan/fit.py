@@ -1,0 +1,79 @@
+"""The one fitted number: the share of a GPU's peak that matrix multiplications reach, from published
+steps."""
+
+import csv
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_post.config.load import validate
+from megatron_post.config.schema import Config
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.hardware import gpu
+from megatron_post.plan.timing import NEMO, Costs, step_time
+
+
+@dataclass(frozen=True)
+class Published:
+    """A measured step of another trainer on H100s, in a layout that this planner can express."""
+
+    name: str
+    config: Config
+    data_size: int
+    seconds: float
+    source: str
+
+
+def read_published(path: Path) -> list[Published]:
+    """Rows of published_step_times.csv: model, precision, layout, seconds, source."""
+    with path.open() as file:
+        return [_published(row) for row in csv.DictReader(file)]
+
+
+def _published(row: dict[str, str]) -> Published:
+    number = {key: int(row[key]) for key in ("gpus", "seq_len", "tp", "pp", "cp", "dp", "vp", "gbs")}
+    layers, chunks = int(row["layers"]), number["pp"] * number["vp"]
+    values: dict[str, Any] = {
+        "run_dir": "unused",
+        "model": {"preset": row["model"].replace("llama3.1-", "llama3.1_")},
+        "tokenizer": {"path": "unused"},
+        "data": {"store": "unused", "pack_length": number["seq_len"]},
+        "parallel": {
+            "tensor": number["tp"],
+            "sequence": number["tp"] > 1,
+            "pipeline": number["pp"],
+            "virtual_pipeline": number["vp"],
+            "context": number["cp"],
+            "embedding_and_loss_as_layers": layers % chunks != 0,
+        },
+        "precision": {"fp8": "delayed" if row["precision"] == "fp8" else None},
+        "optimizer": {"overlap": True},
+        "train": {"steps": 1, "global_batch": number["gbs"]},
+    }
+    name = f"{row['model']} {row['precision']} on {row['gpus']}"
+    return Published(name, validate(values, origin=name), number["dp"], float(row["step_s"]), row["source"])
+
+
+def predicted(point: Published, *, matrix_efficiency: float | None = None) -> float:
+    """Seconds of a published step by this planner's model."""
+    device = gpu("h100-80gb")
+    if matrix_efficiency is not None:
+        device = dataclasses.replace(device, matrix_efficiency=matrix_efficiency)
+    costs = Costs(point.config, device, point.data_size, NEMO)
+    pack = (Segment(point.config.data.pack_length),)
+    return step_time(costs, [pack] * (point.config.train.global_batch // point.data_size)).seconds
+
+
+def fit(points: list[Published]) -> float:
+    """The efficiency whose predictions have the least squared error of logarithms, to 0.001."""
+
+    def error(efficiency: float) -> float:
+        return sum(math.log(predicted(p, matrix_efficiency=efficiency) / p.seconds) ** 2 for p in points)
+
+    low, high = 0.5, 1.0
+    while high - low > 1e-3:  # convex: time falls as efficiency rises
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, right) if error(left) < error(right) else (left, high)
+    return round((low + high) / 2, 3)

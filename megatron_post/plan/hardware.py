@@ -1,0 +1,104 @@
+"""GPUs and the network between them: published rates with their sources, and the shares of them that are
+reached.
+
+`matrix_efficiency` is the one number that was fitted (plan/fit.py): the share of the best multiplication
+anybody measured that those of a training step reach. The other shares are the same for all GPUs and say where
+they are from. Only H100 steps were there to fit; what is said of H200 and B200 is extrapolated.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+# Fitted to two of the six published H100 steps; docs/planner.md has the fit and what was held out of it.
+MATRIX_EFFICIENCY = 0.809
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory: bytes that `nvidia-smi` shows; rates in FLOP/s and bytes/s, one direction for links.
+
+    bf16, fp8: dense peaks of the data sheet. bf16_measured, fp8_measured: the fastest multiplication
+    measured.
+    """
+
+    name: str
+    memory: int
+    bf16: float
+    fp8: float
+    bf16_measured: float
+    fp8_measured: float
+    memory_bandwidth: float
+    nvlink: float
+    network: float
+    transposed_fp8: bool  # FP8 multiplications need a transposed copy of the weights
+    source: str
+    per_node: int = 8
+    matrix_efficiency: float = MATRIX_EFFICIENCY
+    # of the bf16 peak: FlashAttention-3 at 8,192 tokens, pytorch/benchmark pull request 2391: 614 TFLOP/s on
+    # H100; backward is an assumption
+    attention_forward: float = 0.62
+    attention_backward: float = 0.50
+    # assumptions
+    bandwidth_efficiency: float = 0.85
+    link_efficiency: float = 0.80
+    latency: float = 15e-6  # seconds that a collective takes at least
+    reserve: int = 4 * GIB  # CUDA context, NCCL's and cuBLAS's buffers, fragmentation
+
+    @property
+    def usable(self) -> int:
+        """Bytes for tensors."""
+        return self.memory - self.reserve
+
+
+_MEASURED = "multiplications: stas00/ml-engineering, maximum achievable matmul FLOPS"
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU(
+            "h100-80gb",
+            memory=81559 * 2**20,
+            bf16=989.4e12,
+            fp8=1978.9e12,
+            bf16_measured=794.5e12,
+            fp8_measured=1402.6e12,
+            memory_bandwidth=3.35e12,
+            nvlink=450e9,
+            network=50e9,
+            transposed_fp8=True,
+            source=f"NVIDIA H100 SXM data sheet, one 400 Gb/s card a GPU (DGX H100); {_MEASURED}",
+        ),
+        GPU(
+            "h200-141gb",
+            memory=143771 * 2**20,
+            bf16=989.4e12,
+            fp8=1978.9e12,
+            bf16_measured=794.5e12,
+            fp8_measured=1402.6e12,
+            memory_bandwidth=4.8e12,
+            nvlink=450e9,
+            network=50e9,
+            transposed_fp8=True,
+            source="NVIDIA H200 SXM data sheet; network of DGX H200; multiplications as the H100's",
+        ),
+        GPU(
+            "b200-180gb",
+            memory=180 * 10**9,
+            bf16=2250e12,
+            fp8=4500e12,
+            bf16_measured=1745e12,
+            fp8_measured=1745e12 * 1402.6 / 794.5,  # assumed to gain as much as on the H100
+            memory_bandwidth=8.0e12,
+            nvlink=900e9,
+            network=50e9,
+            transposed_fp8=False,
+            source=f"NVIDIA DGX B200 data sheet (8 GPUs: 1,440 GB, 64 TB/s); {_MEASURED} (bf16)",
+        ),
+    )
+}
+
+
+def gpu(name: str) -> GPU:
+    """By name. Raises `ValueError` for one that is not in the table."""
+    if name not in GPUS:
+        raise ValueError(f"GPU {name!r} is not in the planner's table: choose one of {', '.join(GPUS)}")
+    return GPUS[name]

@@ -1,0 +1,339 @@
+"""Time of a training step: a roofline for every operation, collectives by size and place, the pipeline
+simulated.
+
+An operation takes max(FLOPs / reached FLOP/s, bytes / reached bytes/s). A ring collective of n ranks moves (n
+- 1) / n of its bytes over the slowest link that it crosses: NVLink within a node, one network card a GPU
+beyond. Those of tensor parallelism are waited for, but for the ones that run beside another multiplication of
+the backward pass; where userbuffers hide more (the published runs may use them), multiplications beside them
+run slower, and counting either as waiting is closer to what was published than counting neither. `OURS` is
+this trainer, `NEMO` the published runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_post.config.schema import Config
+from megatron_post.plan.activations import Activations, Segment
+from megatron_post.plan.hardware import GPU
+from megatron_post.plan.schedule import Pass, Timeline, simulate
+from megatron_post.plan.shape import Chunk, chunk_parameters, chunks, layer_matrices, vocabulary_rows
+
+
+@dataclass(frozen=True)
+class Software:
+    """fused_gradients: a weight's gradient is added to its buffer by the multiplication itself; chunked_loss:
+    logits of one chunk at a time, computed again in the backward pass."""
+
+    fused_gradients: bool
+    chunked_loss: bool
+
+
+OURS = Software(fused_gradients=False, chunked_loss=True)
+NEMO = Software(fused_gradients=True, chunked_loss=False)
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of a forward or backward pass by what it does; communication is what nothing hides."""
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    communication: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.matrices + self.attention + self.elementwise + self.communication
+
+    def __add__(self, other: "PassTime") -> "PassTime":
+        return PassTime(*(a + b for a, b in zip(self.parts, other.parts, strict=True)))
+
+    def __mul__(self, times: float) -> "PassTime":
+        return PassTime(*(times * part for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[float, float, float, float]:
+        return self.matrices, self.attention, self.elementwise, self.communication
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times of passes through the chunks of a layout, for packs of given segments."""
+
+    config: Config
+    gpu: GPU
+    data_size: int
+    software: Software = OURS
+
+    @cached_property
+    def _z(self) -> "_Local":
+        return _Local.of(self.config)
+
+    def layer(self, segments: Sequence[Segment], kind: str) -> PassTime:
+        """One layer, recomputation in its backward pass included."""
+        forward = self._layer(segments, backward=False)
+        if kind == "forward":
+            return forward
+        return self._layer(segments, backward=True) + self._recomputed(forward)
+
+    def _layer(self, segments: Sequence[Segment], *, backward: bool) -> PassTime:
+        times = [self._matrix(name, count, backward) for name, count in layer_matrices(self.config).items()]
+        matrices = sum(compute for compute, _ in times)
+        return PassTime(
+            matrices=matrices,
+            attention=self._attention(segments, backward=backward),
+            elementwise=self._bytes(self._traffic(backward=backward)),
+            communication=sum(exposed for _, exposed in times),
+        )
+
+    def _matrix(self, name: str, parameters: int, backward: bool) -> tuple[float, float]:
+        """Seconds of a layer's multiplication, and of its communication that is not hidden behind it."""
+        z = self._z
+        one = self._multiply(parameters, fp8=True)
+        if not backward:
+            return one, self._exposed(before=name in ("qkv", "fc1"))
+        gradient = max(one, self._bytes(8 * parameters))  # read and added to in fp32
+        if not self.software.fused_gradients:
+            gradient = one + self._bytes((2 + 2 + 8) * parameters)
+        gather = self._tensor_collective()
+        if name in ("qkv", "fc1"):
+            # the input is gathered again beside one multiplication, its gradient scattered beside the other
+            hidden = max(0.0, gather - one) * (2 if z.sequence else 1)
+            return one + gradient, hidden
+        return one + gradient, self._exposed(before=True) if z.sequence else 0.0
+
+    def _exposed(self, *, before: bool) -> float:
+        """Seconds of a gather before, or a scatter behind, a multiplication."""
+        z = self._z
+        if z.tensor == 1 or (before and not z.sequence):
+            return 0.0
+        return self._tensor_collective() * (1 if z.sequence else 2)
+
+    def _tensor_collective(self) -> float:
+        z = self._z
+        return self.collective(z.t * z.h * 2, z.tensor, spacing=1)
+
+    def collective(self, size: float, ranks: int, *, spacing: int) -> float:
+        """Seconds of a ring gather or scatter of `size` bytes over ranks that stand `spacing` apart."""
+        if ranks == 1:
+            return 0.0
+        link = self.gpu.nvlink if ranks * spacing <= self.gpu.per_node else self.gpu.network
+        return size * (ranks - 1) / ranks / (link * self.gpu.link_efficiency) + self.gpu.latency
+
+    def _attention(self, segments: Sequence[Segment], *, backward: bool) -> float:
+        """Causal: 2 L^2 a FLOPs of a segment forward, 2.5 times as many backward, which computes scores
+        again."""
+        z = self._z
+        squares = sum(s.length * s.length + 2 * s.length * s.seen for s in segments)
+        share = self.gpu.attention_backward if backward else self.gpu.attention_forward
+        seconds = 2 * squares * z.a / z.context * (2.5 if backward else 1.0) / (self.gpu.bf16 * share)
+        # the ring of context parallelism sends keys and values beside the attention of those before
+        ring = self.collective(
+            4 * z.t * z.context * z.k * (2 if backward else 1), z.context, spacing=z.tensor
+        )
+        return max(seconds, ring)
+
+    def _traffic(self, *, backward: bool) -> float:
+        """Bytes of a layer's operations that are no multiplications."""
+        z = self._z
+        stream, inner = z.s * z.h, z.t * (2 * z.a + 2 * z.k)
+        norms_and_sums = 2 * (2 + 3) * stream
+        swiglu = 3 * z.t * z.f
+        size = 2 * (norms_and_sums + inner + swiglu)
+        if backward:
+            size = 2 * (2 * norms_and_sums + inner + 5 * z.t * z.f)
+        if self.config.precision.fp8:
+            # casts: read bf16, write FP8 and, where needed, its transpose; forward the matrices' inputs
+            # (those of fc1 and QKV within the norm), backward the gradients of their outputs
+            written = 2 if self.gpu.transposed_fp8 else 1
+            if backward:
+                size += (2 + written) * (2 * stream + z.t * (z.a + 2 * z.k + 2 * z.f))
+            else:
+                size += written * 2 * stream + (2 + written) * z.t * (z.a + z.f)
+        return size
+
+    def _recomputed(self, forward: PassTime) -> PassTime:
+        r = self.config.recompute
+        if r.mode == "full":
+            return forward
+        if r.mode == "none":
+            return PassTime()
+        z = self._z
+        matrices = layer_matrices(self.config)
+        again = PassTime(
+            attention=forward.attention * ("core_attn" in r.modules),
+            elementwise=self._bytes(2 * 4 * z.s * z.h) * ("layernorm" in r.modules),
+        )
+        if "mlp" in r.modules:
+            names = ("fc1", "fc2")
+            times = [self._matrix(name, matrices[name], False) for name in names]
+            again += PassTime(
+                matrices=sum(a for a, _ in times),
+                elementwise=self._bytes(6 * z.t * z.f),
+                communication=sum(b for _, b in times),
+            )
+        return again
+
+    def head(self, kind: str) -> PassTime:
+        """The last norm, the output projection (never FP8) and the loss."""
+        z = self._z
+        if self.config.stage == "reward":
+            return PassTime(elementwise=self._bytes(4 * z.s * z.h))
+        one = self._multiply(z.rows * z.h, fp8=False)
+        logits = z.t * z.rows
+        if kind == "forward":
+            return PassTime(
+                matrices=one,
+                elementwise=self._bytes(logits * (4 if self.software.chunked_loss else 16)),
+                communication=self._exposed(before=True),
+            )
+        ledger = Activations(self.config, "transformer_engine", ())
+        fused = self.software.chunked_loss and self.config.loss.impl == "fused"
+        again = 1 - ledger.loss_chunk() / z.t if fused else 0.0
+        gather = self._tensor_collective() if z.tensor > 1 else 0.0
+        return PassTime(
+            matrices=(2 + again) * one,
+            elementwise=self._bytes(logits * (4 if self.software.chunked_loss else 12) + 8 * z.rows * z.h),
+            communication=2 * gather if self.software.chunked_loss else max(0.0, gather - one),
+        )
+
+    def embedding(self) -> PassTime:
+        """The lookup, or the sum of its gradient; and the scatter of the sequence."""
+        z = self._z
+        gather = self._tensor_collective() if z.tensor > 1 else 0.0
+        return PassTime(elementwise=self._bytes(4 * z.t * z.h), communication=gather)
+
+    def chunk(self, chunk: Chunk, segments: Sequence[Segment], kind: str) -> PassTime:
+        """One pass of a pack through a chunk."""
+        time = self.layer(segments, kind) * chunk.layers
+        if chunk.embedding:
+            time += self.embedding()
+        return time + self.head(kind) if chunk.head else time
+
+    def transfer(self) -> float:
+        """Seconds in which a pipeline rank's result reaches the next."""
+        z, p = self._z, self.config.parallel
+        if p.pipeline == 1:
+            return 0.0
+        inside = p.model_size * self.data_size <= self.gpu.per_node
+        link = self.gpu.nvlink if inside else self.gpu.network
+        return 2 * z.s * z.h / (link * self.gpu.link_efficiency) + self.gpu.latency
+
+    def _multiply(self, parameters: int, *, fp8: bool) -> float:
+        """All of this rank's tokens by one matrix: the longer of arithmetic and memory."""
+        z = self._z
+        peak = self.gpu.fp8_measured if fp8 and self.config.precision.fp8 else self.gpu.bf16_measured
+        return max(2 * z.t * parameters / (peak * self.gpu.matrix_efficiency), self._bytes(2 * parameters))
+
+    def _bytes(self, size: float) -> float:
+        return size / (self.gpu.memory_bandwidth * self.gpu.bandwidth_efficiency)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step. passes: of the pipeline, by what the busiest rank's time goes to."""
+
+    timeline: Timeline
+    busiest: int
+    passes: PassTime
+    reduce_gradients: float
+    gather_parameters: float
+    update: float
+    reference: float
+
+    @property
+    def seconds(self) -> float:
+        others = self.reduce_gradients + self.gather_parameters + self.update + self.reference
+        return self.timeline.seconds + others
+
+
+def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
+    """Of one data-parallel rank's packs of a step, all of `pack_length` tokens."""
+    config, p = costs.config, costs.config.parallel
+    parts = chunks(config)
+    shapes = {(c.layers, c.embedding, c.head) for rank in parts for c in rank}
+    kinds = {tuple(pack) for pack in packs}
+    table = {
+        (c.layers, c.embedding, c.head, pack, kind): costs.chunk(c, pack, kind)
+        for rank in parts
+        for c in rank
+        for pack in kinds
+        for kind in ("forward", "backward")
+        if (c.layers, c.embedding, c.head) in shapes
+    }
+
+    def time(rank: int, work: Pass) -> PassTime:
+        c = parts[rank][work.chunk]
+        return table[c.layers, c.embedding, c.head, tuple(packs[work.microbatch]), work.kind]
+
+    timeline = simulate(
+        lambda rank, work: time(rank, work).total,
+        pipeline=p.pipeline,
+        virtual=p.virtual_pipeline,
+        microbatches=len(packs),
+        transfer=costs.transfer(),
+    )
+    busy = [timeline.busy(rank) for rank in range(p.pipeline)]
+    busiest = busy.index(max(busy))
+    passes = sum((time(busiest, e.work) for e in timeline.events if e.rank == busiest), PassTime())
+    return StepTime(
+        timeline, busiest, passes, *_around_the_pipeline(costs, parts, timeline, passes, len(packs))
+    )
+
+
+def _around_the_pipeline(
+    costs: Costs, parts: list[list[Chunk]], timeline: Timeline, passes: PassTime, microbatches: int
+) -> tuple[float, float, float, float]:
+    """Reduce-scatter of gradients, all-gather of parameters, Adam, and a frozen reference's forward pass.
+
+    With `optimizer.overlap` the collectives run beside the last and the first microbatches (of the
+    interleaved schedule: groups of `pipeline`), a third of whose time is forward and two thirds backward.
+    """
+    config, p = costs.config, costs.config.parallel
+    largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
+    ranks = costs.data_size * p.context
+    reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
+    gather = costs.collective(2 * largest, ranks, spacing=p.tensor)
+    if config.optimizer.overlap:
+        group = min(1.0, (p.pipeline if p.virtual_pipeline > 1 else 1) / microbatches)
+        window = group * passes.total
+        reduce, gather = max(0.0, reduce - window * 2 / 3), max(0.0, gather - window / 3)
+    # Adam reads gradient, master and moments and writes master, moments and parameter; buffers are zeroed
+    update = (30 * largest / ranks + 4 * largest) / (
+        costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
+    )
+    frozen = config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen"
+    forward = sum(e.end - e.start for e in timeline.events if e.rank == 0 and e.work.kind == "forward")
+    return reduce, gather, update, forward if frozen else 0.0
+
+
+@dataclass(frozen=True)
+class _Local:
+    t: int
+    s: int
+    h: int
+    a: int
+    k: int
+    f: int
+    rows: int
+    tensor: int
+    context: int
+    sequence: bool
+
+    @staticmethod
+    def of(config: Config) -> "_Local":
+        m, p = config.model, config.parallel
+        t = config.data.pack_length // p.context
+        return _Local(
+            t=t,
+            s=t // p.tensor if p.sequence else t,
+            h=m.hidden_size,
+            a=m.num_attention_heads * m.head_dim // p.tensor,
+            k=m.num_key_value_heads * m.head_dim // p.tensor,
+            f=m.ffn_hidden_size // p.tensor,
+            rows=vocabulary_rows(config),
+            tensor=p.tensor,
+            context=p.context,
+            sequence=p.sequence,
+        )

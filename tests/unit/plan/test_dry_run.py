@@ -1,0 +1,74 @@
+"""Stages of real modules on fake tensors, and what the trace of a pack records."""
+
+import pytest
+
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Parallel
+from megatron_post.plan.dry_run import check_groups, dry_run
+from megatron_post.plan.shape import chunk_parameters, chunks
+from tests.tiny import tiny_config
+
+
+def test_groups_of_16384_ranks() -> None:
+    """405B at TP 8, CP 8, PP 8: 32 data-parallel ranks. 16,384 / 8 groups along TP, CP and PP; 512 along
+    DP."""
+    parallel = Parallel(tensor=8, sequence=True, context=8, pipeline=8)
+    groups = check_groups(parallel, world_size=16384, per_node=8)
+    assert groups == {"tensor": (2048, 8), "context": (2048, 8), "data": (512, 32), "pipeline": (2048, 8)}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "per_node", "message"),
+    [
+        (Parallel(tensor=8), 12, 8, "12 ranks are not a multiple"),
+        (Parallel(tensor=8), 16, 4, "would cross nodes"),
+        (Parallel(tensor=2), 6, 3, "would cross nodes"),
+    ],
+)
+def test_groups_that_cannot_be(parallel: Parallel, world_size: int, per_node: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_groups(parallel, world_size=world_size, per_node=per_node)
+
+
+def test_collectives_of_a_layer() -> None:
+    """TP 2 with sequence parallelism, CP 2, one layer beside the embedding, one before the head. t = 64 of
+    128 tokens, h = 64, fp32: a gather or scatter of the sequence is 64 x 64 x 4 bytes. A layer gathers twice
+    forward (QKV, fc1) and scatters twice (projection, fc2); backward twice gathers gradients, twice inputs,
+    twice scatters.
+    """
+    config = tiny_config(
+        parallel={"tensor": 2, "sequence": True, "context": 2, "pipeline": 2}, model={"num_layers": 2}
+    )
+    found = dry_run(config, world_size=8, per_node=8)
+    first, last = found.stages
+    rows = {(name, axis): (calls, size) for name, axis, calls, size in first.collectives}
+    one = 64 * 64 * 4
+    # the embedding scatters its output, and gathers its gradient
+    assert rows["all-gather", "tensor"] == (7, 7 * one)
+    assert rows["reduce-scatter", "tensor"] == (5, 5 * one)
+    # keys and values are gathered: 128 tokens x 16 (one of two groups, on two ranks) x 4 bytes
+    assert rows["all-gather", "context"] == (2, 2 * 128 * 16 * 4)
+    assert rows["reduce-scatter", "context"] == (2, 2 * 128 * 16 * 4)
+    # the head gathers its input in both directions and three statistics a token, and scatters a gradient
+    rows = {(name, axis): (calls, size) for name, axis, calls, size in last.collectives}
+    assert rows["all-gather", "tensor"] == (9, 8 * one + 2 * 3 * 64 * 4)
+    assert rows["reduce-scatter", "tensor"] == (5, 5 * one)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_stages_hold_the_model(stage: str, mode: str) -> None:
+    """dry_run itself compares their sum with the model's; each holds what the planner says."""
+    config = tiny_config(
+        stage=stage, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, recompute={"mode": mode}
+    )
+    found = dry_run(config, world_size=8, per_node=4)
+    assert found.data_size == 2 and found.groups["data"] == (4, 2)
+    expected = [sum(chunk_parameters(config, chunk) for chunk in rank) for rank in chunks(config)]
+    assert [report.parameters for report in found.stages] == expected
+    assert [report.rank for report in found.stages] == [0, 4]
+
+
+def test_a_rank_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match="rank 8 is not one of 8"):
+        dry_run(tiny_config(), world_size=8, per_node=8, ranks=[8])

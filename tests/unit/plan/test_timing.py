@@ -1,0 +1,121 @@
+"""Times of single operations, worked by hand."""
+
+import dataclasses
+
+import pytest
+
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.hardware import GPU
+from megatron_post.plan.timing import Costs, Software, step_time
+from tests.unit.plan.test_memory import llama_config
+
+# A machine of round numbers: 1 PFLOP/s for everything, 1 TB/s of memory, 100 GB/s within a node, 10 beyond.
+ROUND = GPU(
+    "round",
+    memory=80 * 10**9,
+    bf16=1e15,
+    fp8=2e15,
+    bf16_measured=1e15,
+    fp8_measured=2e15,
+    memory_bandwidth=1e12,
+    nvlink=100e9,
+    network=10e9,
+    transposed_fp8=True,
+    source="made up",
+    matrix_efficiency=1.0,
+    attention_forward=1.0,
+    attention_backward=1.0,
+    bandwidth_efficiency=1.0,
+    link_efficiency=1.0,
+    latency=0.0,
+)
+FUSED = Software(fused_gradients=True, chunked_loss=False)
+
+
+def test_matrices_of_a_layer() -> None:
+    """8B: 218,103,808 parameters a layer less two norms of 4,096; 2 FLOPs each a token, twice that
+    backward."""
+    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, FUSED)
+    matrices = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    pack = [Segment(8192)]
+    assert costs.layer(pack, "forward").matrices == pytest.approx(2 * 8192 * matrices / 1e15)
+    assert costs.layer(pack, "backward").matrices == pytest.approx(4 * 8192 * matrices / 1e15)
+
+
+def test_fp8_halves_the_layers_and_not_the_head() -> None:
+    bf16 = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, FUSED)
+    fp8 = Costs(llama_config("llama3.1_8b", {}, precision={"fp8": "tensorwise"}), ROUND, 1, FUSED)
+    pack = [Segment(8192)]
+    a, b = bf16.layer(pack, "forward"), fp8.layer(pack, "forward")
+    assert b.matrices == pytest.approx(a.matrices / 2) and b.attention == a.attention
+    assert b.elementwise > a.elementwise  # casts
+    assert fp8.head("forward") == bf16.head("forward")
+
+
+def test_attention_costs_what_its_segments_cost() -> None:
+    """2 L^2 h FLOPs causal: 8,192 tokens in one segment 2 x 8192^2 x 4096, in four a quarter of it; a
+    response of 1,024 behind a prompt of 1,024 that it sees costs three times one that stands alone."""
+    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, FUSED)
+    whole = costs.layer([Segment(8192)], "forward").attention
+    assert whole == pytest.approx(2 * 8192**2 * 4096 / 1e15)
+    assert costs.layer([Segment(2048)] * 4, "forward").attention == pytest.approx(whole / 4)
+    alone, behind = Segment(1024), Segment(1024, seen=1024)
+    ratio = costs.layer([behind], "forward").attention / costs.layer([alone], "forward").attention
+    assert ratio == pytest.approx(3)
+
+
+def test_collectives_by_size_and_place() -> None:
+    """800 bytes over 8 ranks move 700. Eight neighbours are one node; eight that stand 8 apart are eight
+    nodes."""
+    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1)
+    assert costs.collective(800e9, 8, spacing=1) == pytest.approx(7.0)
+    assert costs.collective(800e9, 8, spacing=8) == pytest.approx(70.0)
+    assert costs.collective(800e9, 1, spacing=1) == 0
+
+
+def test_tensor_parallel_layer_waits_four_times_forward() -> None:
+    """TP 8 with sequence parallelism: two gathers and two scatters of t h 2 bytes, 7/8 of which cross a
+    link."""
+    config = llama_config("llama3.1_70b", {"tensor": 8, "sequence": True})
+    costs = Costs(config, ROUND, 1)
+    expected = 4 * (8192 * 8192 * 2 * 7 / 8) / 100e9
+    assert costs.layer([Segment(8192)], "forward").communication == pytest.approx(expected)
+
+
+def test_recomputation_costs_a_forward_pass() -> None:
+    pack = [Segment(8192)]
+    none = Costs(llama_config("llama3.1_8b", {}), ROUND, 1)
+    full = Costs(llama_config("llama3.1_8b", {}, recompute={"mode": "full"}), ROUND, 1)
+    difference = full.layer(pack, "backward").total - none.layer(pack, "backward").total
+    assert difference == pytest.approx(none.layer(pack, "forward").total)
+
+
+def test_a_frozen_reference_costs_a_forward_pass_of_the_step() -> None:
+    packs = [[Segment(8192)]] * 4
+    stored = step_time(Costs(llama_config("llama3.1_8b", {}, stage="dpo"), ROUND, 1), packs)
+    config = llama_config("llama3.1_8b", {}, stage="dpo", dpo={"reference": "frozen"})
+    frozen = step_time(Costs(config, ROUND, 1), packs)
+    assert stored.reference == 0
+    forward = sum(e.end - e.start for e in stored.timeline.events if e.work.kind == "forward")
+    assert frozen.seconds - stored.seconds == pytest.approx(forward)
+
+
+def test_gradients_reduce_beside_the_backward_pass() -> None:
+    """Without overlap 4 bytes a parameter are waited for, and 2 gathered."""
+    plain = llama_config("llama3.1_8b", {})
+    overlapped = llama_config("llama3.1_8b", {}, optimizer={"overlap": True})
+    packs = [[Segment(8192)]] * 2
+    waits = step_time(Costs(plain, ROUND, 2), packs)
+    assert waits.reduce_gradients == pytest.approx(4 * 8_030_261_248 / 2 / 100e9)
+    assert waits.gather_parameters == pytest.approx(2 * 8_030_261_248 / 2 / 100e9)
+    assert step_time(Costs(overlapped, ROUND, 2), packs).reduce_gradients < waits.reduce_gradients
+
+
+def test_uneven_packs_take_longer_than_their_mean() -> None:
+    """Two data-parallel packs of one segment and two of 16: on a pipeline the long ones delay the others."""
+    config = llama_config("llama3.1_8b", {"pipeline": 4})
+    costs = Costs(config, dataclasses.replace(ROUND, attention_forward=0.1, attention_backward=0.1), 1)
+    long, short = [Segment(8192)], [Segment(512)] * 16
+    mixed = step_time(costs, [long, short, long, short]).timeline
+    mean = (step_time(costs, [long] * 4).seconds + step_time(costs, [short] * 4).seconds) / 2
+    assert mixed.seconds > mean
