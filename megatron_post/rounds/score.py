@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_post.config.layout import segment_multiple
+from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config, Source
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.loose_pack import loose_pack
@@ -49,8 +50,8 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     goes on after the last complete line. `OUTPUT.origin.json` says which model and rows the scores are of.
     Returns the rows scored by this call.
 
-    Raises `ValueError` for a bad row, a response longer than `data.pack_length`, or an `output` of another
-    model or other rows.
+    Raises `ValueError` for a bad row, a response longer than `data.pack_length`, an `output` of another model
+    or other rows, and an interleaved schedule.
     """
     values = {
         "stage": "reward",
@@ -58,6 +59,11 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         "data": {"store": "unused", "pack_length": 8192},
     }
     config = config_of_model(model, values, overrides)
+    if config.parallel.virtual_pipeline > 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: scores are taken pack by pack, "
+            "the interleaved schedule needs several at a time; leave it at 1"
+        )
     tokenizer = load_tokenizer(config.tokenizer.path)
     source = Source(name=Path(rows).name, path=str(rows))
     with running_model(config) as (stepper, stage, topology):

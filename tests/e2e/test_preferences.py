@@ -84,7 +84,7 @@ def test_reward_model_learns_exports_and_scores(tmp_path: Path) -> None:
     # a crash in the middle of a line: the rest is scored again, to the same values, in another layout
     complete = output.read_bytes()
     output.write_bytes(complete[: len(complete) // 2])
-    run_ranks(score_file, 2, export, rows, output, (*single, "parallel.context=2"))
+    run_ranks(score_file, 4, export, rows, output, (*single, "parallel.context=2"))  # DP 2 x CP 2
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["row"] for line in again] == list(range(1, 121))
     np.testing.assert_allclose(
@@ -187,6 +187,8 @@ def test_stored_and_frozen_reference_train_alike(tmp_path: Path) -> None:
     layout = ("parallel.tensor=2", "parallel.context=2", "parallel.sequence=true")
     run_ranks(write_reference, 4, one_rank.data.store, policy, (*fp32, *layout))
     np.testing.assert_allclose(_reference(one_rank), before, atol=2e-5)
+    run_ranks(write_reference, 2, one_rank.data.store, policy, fp32)  # DP 2
+    np.testing.assert_array_equal(_reference(one_rank), before)
     other = tmp_path / "run-dpo" / "hf"
     run_ranks(write_reference, 1, one_rank.data.store, other, fp32)
     stale = one_rank.model_copy(update={"run_dir": str(tmp_path / "stale")})
