@@ -1,12 +1,12 @@
-"""Signals as a wish to leave, and the exit statuses that a launcher reads."""
+"""Signals as a wish to leave, and the exit status that asks a launcher to start the run again."""
 
 import signal
 from types import FrameType
 from typing import Any, Self
 
-# What a launcher does with a rank's exit status: 0 is done, these two are requeued, others have failed.
-REQUEUE = 75  # sysexits' EX_TEMPFAIL: all is saved
-HUNG = 76  # ended by the watchdog; other ranks may be unable to end themselves
+# Of ranks that were asked to stop and have saved, and of ranks that the watchdog ends: sysexits' EX_TEMPFAIL.
+# 0 is done, other statuses are failures.
+REQUEUE = 75
 
 
 class Requeue(SystemExit):

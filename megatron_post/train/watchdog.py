@@ -1,8 +1,9 @@
 """Hangs: every rank watches its own steps, and tells where it stands once one takes too long.
 
 Nothing is written and nobody is asked while steps are in time. A rank whose step is half-way to the deadline
-leaves a note of where it is; at the deadline all ranks dump their stacks, the ranks without a note, or behind
-the others, are named, ranks of the same host that do not answer are killed, and every rank ends with `HUNG`.
+leaves a note of where it is; at the deadline all ranks dump their stacks, and the ranks without a note, or
+behind the others, are named. Then every rank ends with `REQUEUE`, and those of the same host that do not
+answer are killed.
 No collective takes part, for a collective is what hangs.
 """
 
@@ -10,9 +11,8 @@ import contextlib
 import faulthandler
 import json
 import os
-import shutil
-import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,8 +22,8 @@ from typing import Any, Self
 import torch
 
 from megatron_post.parallel.topology import Topology
-from megatron_post.train.pulse import Pulse
-from megatron_post.train.signals import HUNG
+from megatron_post.train.pulse import Period, Pulse
+from megatron_post.train.signals import REQUEUE
 
 TICK = 0.25  # seconds between looks at the own pulse
 # Seconds from the deadline to the end: for other ranks to notice and dump, before anybody is judged.
@@ -68,18 +68,17 @@ class Watchdog:
                 continue
             share = (now - period.since - suspended) / (self._deadline * period.patience)
             if share > 0.5:
-                self._leave_note()
+                self._leave_note(period)
             if share > 1 or (share > 0.5 and (self.directory / "hung").exists()):
                 self._end()
 
-    def _leave_note(self) -> None:
-        period = self._pulse.period
-        assert period is not None
+    def _leave_note(self, period: Period) -> None:
         content = {"step": period.step, "section": period.section, "time": time.time()}
-        self.directory.mkdir(parents=True, exist_ok=True)
         fresh = self.directory / f".note-{self._rank}"
-        fresh.write_text(json.dumps(content))
-        fresh.rename(self._note(self._rank))
+        with contextlib.suppress(OSError):  # a full disk must not end the watch
+            self.directory.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(content))
+            fresh.rename(self._note(self._rank))
 
     def _note(self, rank: int) -> Path:
         return self.directory / f"rank-{rank}.json"
@@ -99,12 +98,14 @@ class Watchdog:
                 print(text, file=sys.stderr, flush=True)
                 (self.directory / "report.txt").write_text(text + "\n")
             host = self._places[self._rank][0]
-            for rank in silent:
-                if self._places[rank][0] == host:  # a stopped process cannot end itself
-                    with contextlib.suppress(OSError):
-                        os.kill(self._places[rank][1], signal.SIGKILL)
+            stuck = [str(self._places[rank][1]) for rank in silent if self._places[rank][0] == host]
+            if stuck:
+                # a stopped process cannot end itself. Later than this one, whose status a launcher shall see
+                # first; by a shell, for this process will be gone
+                command = f"sleep 1; kill -KILL {' '.join(stuck)} 2>/dev/null"
+                subprocess.Popen(["sh", "-c", command], start_new_session=True)
         finally:
-            os._exit(HUNG)
+            os._exit(REQUEUE)
 
     def _read(self, rank: int) -> dict[str, Any] | None:
         """A rank's note, if it is one of the last seconds."""
@@ -130,13 +131,6 @@ def verdict(notes: dict[int, dict[str, Any] | None]) -> list[str]:
         what = "waiting" if ranks is crowd else "did not arrive:"
         lines.append(f"  {which} {what} in step {step}, {section}")
     return lines
-
-
-def clear(directory: Path) -> None:
-    """Remove what ended incarnations without a report have left."""
-    for path in directory.glob("epoch-*"):
-        if not (path / "report.txt").exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _runs(ranks: list[int]) -> str:

@@ -14,8 +14,9 @@ KILLS, EVERY, STEPS = 50, 2, 120
 
 
 def test_fifty_kills(whole_set: None, tmp_path: Path) -> None:
-    """Every third while a checkpoint is being written, the others at any moment from the start on. What is
-    published is intact each time, and the end is the uninterrupted run's."""
+    """Every third while a checkpoint is being written, every fifth at any moment from the start on, the
+    others at any moment of two seconds of training. What is published is intact each time, and the end is the
+    uninterrupted run's."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"moments drawn from seed {seed}")
     draw = random.Random(seed)
@@ -25,13 +26,16 @@ def test_fifty_kills(whole_set: None, tmp_path: Path) -> None:
     kills = 0
     while True:
         one = run.start()
-        if before:
+        while_starting = bool(before) and kills % 5 == 4
+        if before and not while_starting:
             one.until(lambda one=one: one.step or not one.alive)
             usual = time.monotonic() - one.began
             restarts.append(usual)
             lost.append(before - one.resumed)
             assert 0 <= lost[-1] <= 2 * EVERY, (seed, before, one.resumed)
-        if kills == KILLS or not _kill(one, run, draw, mid_save=kills % 3 == 0, latest=usual + 2):
+        latest = usual if while_starting else usual + 2
+        mid = kills % 3 == 0 and not while_starting
+        if kills == KILLS or not _kill(one, run, draw, mid_save=mid, latest=latest):
             assert one.wait() == [0, 0], one.output
             run.check_end()
             if kills == KILLS:
@@ -42,7 +46,7 @@ def test_fifty_kills(whole_set: None, tmp_path: Path) -> None:
         kills += 1
         mid_save += bool(list(run.root.glob(".partial-*")))
         early += not one.step
-        before = one.step or before
+        before = max(one.step, before) if while_starting else one.step or before
         for step in run.published:
             manifest.verify(manifest.step_directory(run.root, step))
     FIGURES.append(

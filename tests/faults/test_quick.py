@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megatron_post.train import manifest
-from megatron_post.train.signals import HUNG, REQUEUE
+from megatron_post.train.signals import REQUEUE
 from tests.faults.conftest import Run, weights
 from tests.faults.injections import nan_gradient, nan_loss
 
@@ -45,7 +45,7 @@ def test_a_stopped_rank_is_named_and_the_job_ends(run: Run) -> None:
     first.until(lambda: first.step >= 3)
     first.signal(signal.SIGSTOP, 1)
     began = time.monotonic()
-    assert first.wait(timeout=60) == [HUNG, -signal.SIGKILL], first.output
+    assert first.wait(timeout=60) == [REQUEUE, -signal.SIGKILL], first.output
     assert time.monotonic() - began < 4 + 5
     assert "rank 1 does not answer" in first.output
     (report,) = run.directory.glob("watchdog/epoch-*/report.txt")

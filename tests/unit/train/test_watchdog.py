@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_post.train.signals import HUNG
+from megatron_post.train.signals import REQUEUE
 from megatron_post.train.watchdog import verdict
 
 _HANG = """
@@ -43,7 +43,7 @@ def test_a_hang_ends_with_its_stack(tmp_path: Path) -> None:
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "steps in time\n", process.stderr.read()
     began = time.monotonic()
-    assert process.wait(timeout=30) == HUNG
+    assert process.wait(timeout=30) == REQUEUE
     assert time.monotonic() - began < 2 + 5
     assert "load_forever" in (tmp_path / "watch" / "rank-0.txt").read_text()
     assert "rank 0 waiting in step 3, data" in process.stderr.read()
