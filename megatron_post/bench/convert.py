@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.box import SIMPLE
@@ -27,12 +28,12 @@ from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.work import Job, convert
 
-# name -> preset, layers, vocabulary: about 1, 2 and 4 GB of the 8B's layers, and one layer of the 405B
-MODELS = {
-    "8B, 2 layers": ("llama3_8b", 2, 8192),
-    "8B, 4 layers": ("llama3_8b", 4, 8192),
-    "8B, 9 layers": ("llama3_8b", 9, 8192),
-    "405B, 1 layer": ("llama3.1_405b", 1, 512),
+# About 1, 2 and 4 GB of the 8B's layers, and one layer of the 405B
+MODELS: dict[str, dict[str, Any]] = {
+    "8B, 2 layers": {"preset": "llama3_8b", "num_layers": 2, "vocab_size": 8192},
+    "8B, 4 layers": {"preset": "llama3_8b", "num_layers": 4, "vocab_size": 8192},
+    "8B, 9 layers": {"preset": "llama3_8b", "num_layers": 9, "vocab_size": 8192},
+    "405B, 1 layer": {"preset": "llama3.1_405b", "num_layers": 1, "vocab_size": 512},
 }
 
 
@@ -40,6 +41,7 @@ MODELS = {
 class ConversionFigures:
     """One model. Speeds in MB/s, medians over rounds; peaks in MiB, the worst of the rounds, of a process.
 
+    load: processes that wanted to run, on average over the last minute, when it ended.
     copy, durable_copy: of `cp` alone, and with its bytes flushed to the disk as ours are. ratios: ours over
     `durable_copy`, the median over rounds.
     """
@@ -55,6 +57,7 @@ class ConversionFigures:
     to_hf_ratio: float
     to_megatron_peak: float
     to_hf_peak: float
+    load: float
 
 
 def measure_conversions(
@@ -72,7 +75,7 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
     """One row a model."""
     title = f"conversion, workers: {workers}; MB/s, and the share of cp's speed with its bytes on the disk"
     table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
-    for name in ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak MiB", "limit MiB"):
+    for name in ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak MiB", "limit MiB", "load"):
         table.add_column(name, no_wrap=True, justify="left" if name == "model" else "right")
     for f in figures:
         table.add_row(
@@ -84,13 +87,13 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
             f"{f.to_hf:,.0f} ({f.to_hf_ratio:.0%})",
             f"{f.to_megatron_peak:,.0f}, {f.to_hf_peak:,.0f}",
             f"{(2 * f.largest_bytes + 2**30) / 2**20:,.0f}",
+            f"{f.load:.1f}",
         )
     return table
 
 
 def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> ConversionFigures:
-    preset, layers, vocabulary = MODELS[name]
-    model = Model(preset=preset, num_layers=layers, vocab_size=vocabulary)  # type: ignore[call-arg]
+    model = Model(**MODELS[name])
     kinds = {n: Kind(torch.bfloat16, shape) for n, shape in hf_shapes(model).items()}
     total = sum(kind.nbytes for kind in kinds.values())
     if shutil.disk_usage(directory).free < 5 * total:
@@ -126,6 +129,7 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
         to_hf_ratio=median(row[1] / row[3] for row in columns),
         to_megatron_peak=max(row[4] for row in columns),
         to_hf_peak=max(row[5] for row in columns),
+        load=os.getloadavg()[0],
     )
 
 

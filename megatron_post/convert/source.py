@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_post.config.schema import Model
 
 # Rows are read, cast, checksummed and written this many bytes at a time: what a core's cache holds, which is
-# twice as fast as megabytes that go through memory at every step.
-BLOCK_BYTES = 512 * 1024
+# twice as fast as tens of megabytes that go through memory at every step.
+BLOCK_BYTES = 1024**2
 # Besides weights, what makes a directory usable by `transformers`. Only these names are ever copied.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
