@@ -182,7 +182,7 @@ def _write_files(save: Save, values: Any, *, name: str) -> dict[str, Any]:
         stream = _Hashed(file)
         for shard, saved in zip(save.shards, values, strict=True):
             begin = stream.position
-            torch.save(saved, cast(IO[bytes], stream))
+            stream.save(saved)
             place = [begin, stream.position - begin]
             dtype = str(saved.dtype).removeprefix("torch.")
             tensors.append([shard.key, dtype, shard.shape, shard.offsets, list(saved.shape), name, place])
@@ -226,18 +226,30 @@ class _Hashed:
 
     def __init__(self, file: Any) -> None:
         self._file, self._sha256, self.position = file, hashlib.sha256(), 0
+        self._error: OSError | None = None
 
     @property
     def entry(self) -> dict[str, Any]:
         """What a manifest says of the file."""
         return {"bytes": self.position, "sha256": self._sha256.hexdigest()}
 
+    def save(self, values: Tensor) -> None:
+        """As an archive of `torch.save`, which hides why it could not write behind an error of its own."""
+        try:
+            torch.save(values, cast(IO[bytes], self))
+        except RuntimeError as error:
+            raise self._error or error from error
+
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._sha256.update(view)
         written = 0
-        while written < len(view):
-            written += self._file.write(view[written:])
+        try:
+            while written < len(view):
+                written += self._file.write(view[written:])
+        except OSError as error:
+            self._error = self._error or error
+            raise
         self.position += len(view)
         return len(view)
 

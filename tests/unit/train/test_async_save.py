@@ -1,0 +1,71 @@
+"""What goes wrong while a checkpoint is written is named, and the writer's thread ends."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_post.train.async_save import Save, SaveFailed, Saver, _Hashed
+from megatron_post.train.shards import Shard
+
+
+class _Full:
+    """A file on a disk that has room for `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+
+    def write(self, data: Any) -> int:
+        count = min(len(data), self._room)
+        if not count:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._room -= count
+        return count
+
+
+def test_a_full_disk_is_named_wherever_it_strikes() -> None:
+    """torch's archive writer would say "unexpected pos" where the disk fills up in its last bytes."""
+    values = torch.arange(300.0)
+    whole = _Hashed(_Full(10**6))
+    whole.save(values)
+    for room in range(0, whole.position, 13):
+        with pytest.raises(OSError, match="No space left on device"):
+            _Hashed(_Full(room)).save(values)
+
+
+def _save(partial: Path, published: list[dict] | None) -> Save:
+    def publish(*, files: dict) -> None:
+        assert published is not None
+        published.append(files)
+
+    values = torch.ones(4)
+    return Save(partial, [Shard("w", (8,), (0,), values)], {}, {}, None if published is None else publish)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_first_rank_publishes_after_all_notes(tmp_path: Path, asynchronous: bool) -> None:
+    first, second = (Saver(rank, 2, torch.device("cpu")) for rank in range(2))
+    published: list[dict] = []
+    second.start(_save(tmp_path / "partial", None), asynchronous=asynchronous)
+    first.start(_save(tmp_path / "partial", published), asynchronous=asynchronous)
+    first.may_change()
+    first.wait()
+    assert first.error is None
+    (files,) = published
+    assert set(files) == {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    assert {path.name for path in (tmp_path / "partial").iterdir()} == set(files)
+
+
+def test_first_rank_gives_up_where_another_has_failed(tmp_path: Path) -> None:
+    first, second = (Saver(rank, 2, torch.device("cpu")) for rank in range(2))
+    (tmp_path / "partial" / "__1_0.distcp").mkdir(parents=True)  # cannot be opened as a file
+    published: list[dict] = []
+    second.start(_save(tmp_path / "partial", None), asynchronous=True)
+    second.wait()
+    assert isinstance(second.error, IsADirectoryError)
+    first.start(_save(tmp_path / "partial", published), asynchronous=True)
+    first.wait()
+    assert isinstance(first.error, SaveFailed) and "rank 1" in str(first.error)
+    assert not published and not (tmp_path / "partial").exists()
