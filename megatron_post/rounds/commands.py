@@ -58,5 +58,26 @@ def select(
         print(f"  {rule['name']}: found in {rule['found']} of {rule['total']}, {rule['dropped']} dropped")
 
 
+@rounds_app.command("round")
+def run_round(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML of the rounds")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    only: Annotated[str | None, typer.Option(help="Do this step alone: round-01/select.")] = None,
+    again_from: Annotated[str | None, typer.Option(help="Do this step and all behind it anew.")] = None,
+    chain: Annotated[str | None, typer.Option(help="Write a chain file for `launch round` instead.")] = None,
+) -> None:
+    """Run rounds of reward model, sampling, SFT, DPO and averaging. The same command again resumes."""
+    from rich.console import Console
+
+    from megatron_post.rounds.round import run_rounds, write_chain
+
+    console = Console()
+    if chain is not None:
+        count = write_chain(config, overrides or (), chain, console=console)
+        print(f"{chain}: {count} steps; queue them with `megatron-post launch round {chain} --cluster FILE`")
+        return
+    run_rounds(config, overrides or (), console=console, only=only, again_from=again_from)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)

@@ -150,14 +150,14 @@ def candidates(settings: Select) -> dict[int, list[Candidate]]:
 
 
 def best_of(found: Sequence[Candidate], *, tie: float) -> tuple[Candidate | None, int]:
-    """(the best whole response or None, how many others tie with it). The first drawn of those that tie:
-    draws are alike, so the first is as good as any, and not the shortest or longest."""
+    """(the best whole response or None, how many responses of other words tie with it). The first drawn of
+    those that tie: draws are alike, so the first is as good as any, and not the shortest or longest."""
     whole = [candidate for candidate in found if candidate.is_whole]
     if not whole:
         return None, 0
     top = max(candidate.score for candidate in whole)
     tied = [candidate for candidate in whole if candidate.score >= top - tie]
-    return tied[0], len(tied) - 1
+    return tied[0], sum(candidate.text != tied[0].text for candidate in tied)
 
 
 def preference(best: Candidate | None, found: Sequence[Candidate], settings: Select) -> dict[str, Any] | None:

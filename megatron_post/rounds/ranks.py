@@ -1,0 +1,46 @@
+"""A megatron-post command in processes of its own, under torchrun where it takes several ranks."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+_LOG_TAIL = 30
+
+
+def run_on_ranks(
+    command: Sequence[str], *, ranks: int, log: Path, console: Console, shown: tuple[str, ...]
+) -> None:
+    """Run what follows `megatron-post`. Lines that start with one of `shown` are printed, and all that the
+    ranks say is in `log`.
+
+    Raises `ValueError` with the end of the log where the command fails.
+    """
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            [*launcher, "-m", "megatron_post", *command],
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            if line.startswith(shown):
+                console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+    if process.returncode:
+        tail = "".join(log.read_text().splitlines(keepends=True)[-_LOG_TAIL:])
+        raise ValueError(
+            f"`megatron-post {' '.join(command)}` ended with status {process.returncode}; what was done "
+            f"before is kept. The end of {log}:\n{tail}"
+        )

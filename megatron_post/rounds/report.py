@@ -1,0 +1,125 @@
+"""What a round was like, as one HTML file that needs nothing else."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.charts import histogram, intervals, lines
+from megatron_post.rounds.files import read_lines, write_whole
+from megatron_post.rounds.select import PREFERENCES, SUMMARY
+from megatron_post.rounds.steps import Round, metrics_of
+
+_SAMPLES = 12
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
+figure { display: inline-block; width: 440px; margin: 0 12px 16px 0; vertical-align: top }
+svg { width: 100%; font-size: 11px } table { border-collapse: collapse; margin: 1em 0 }
+td, th { border: 1px solid #ccc; padding: 3px 9px; text-align: left; vertical-align: top }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 360px }
+"""
+
+
+def write_report(r: Round) -> Path:
+    """Write `report.html` in the round's directory, about it and the accuracies of those before it."""
+    selection = json.loads((r.directory / "selection" / SUMMARY).read_text())
+    rounds = [Round(r.settings, n, r.console) for n in range(1, r.number + 1)]
+    results = [json.loads((each.directory / "evaluation.json").read_text()) for each in rounds]
+    title = f"{r.settings.run_dir}, round {r.number} of {r.settings.rounds}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>Answers by <code>{escape(r.policy)}</code>; the best now is <code>{escape(r.best)}</code></p>",
+        "<h2>Held-out prompts</h2>",
+        _accuracies(results),
+        "<h2>Selection</h2>",
+        _selection(selection),
+        histogram("reward of all samples", {"samples": selection["rewards"]}),
+        histogram("margin of best over worst", {"pairs": selection["margins"]}),
+        histogram(
+            "tokens of responses",
+            {"selected": selection["selected_lengths"], "not selected": selection["rejected_lengths"]},
+        ),
+        "<h2>Training</h2>",
+        *_training(r),
+        "<h2>Samples</h2>",
+        _samples(r.directory / "selection" / PREFERENCES),
+    ]
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    target = r.directory / "report.html"
+    write_whole(target, f"{page}<style>{_STYLE}</style>{''.join(parts)}</html>\n")
+    return target
+
+
+def _accuracies(results: Sequence[dict[str, Any]]) -> str:
+    """Table and chart by round: greedy, one sample, best of K by the reward model."""
+    if "greedy" not in results[0]:
+        return "<p>There is no verifier: nothing tells right from wrong.</p>"
+    k = results[-1]["k"]
+    names = {"greedy": "greedy", "one_sample": "one sample (K=1)", "best_of_k": f"best of {k} by reward"}
+    rows = [["before", str(Accuracy(**results[0]["start"])), "", "", ""]]
+    series: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in names.values()}
+    start = Accuracy(**results[0]["start"])
+    series["greedy"].append((0, start.share, *start.interval))
+    for number, result in enumerate(results, start=1):
+        found = {key: Accuracy(**result[key]) for key in names}
+        rows.append([f"round {number}", *(str(found[key]) for key in names), result["stage"]])
+        for key, name in names.items():
+            series[name].append((number, found[key].share, *found[key].interval))
+    head = ["", *names.values(), "best checkpoint"]
+    note = (
+        "<p>95% intervals (Wilson). Those of one sample count the samples of a prompt as independent, which "
+        "makes them too narrow.</p>"
+    )
+    chart = intervals("exact match on held-out prompts, by round", dict(series))
+    return _table(head, rows) + note + chart
+
+
+def _selection(found: dict[str, Any]) -> str:
+    keys = {
+        "prompts": "prompts",
+        "responses": "responses",
+        "blank": "blank",
+        "cut_off": "cut off at max_tokens",
+        "correct": "right",
+        "best_correct": "selected and right",
+        "ties": "prompts whose best tie",
+        "sft_rows": "rows to train on",
+        "preferences": "preferences",
+        "edited": "edited by the verifier",
+    }
+    table = _table(
+        ["", "count"], [[label, str(found[key])] for key, label in keys.items() if found[key] is not None]
+    )
+    rules = [[str(r[key]) for key in ("name", "found", "total", "dropped")] for r in found["cleaning"]]
+    return table + (_table(["cleaning rule", "found", "of", "dropped"], rules) if rules else "")
+
+
+def _training(r: Round) -> list[str]:
+    """Losses of each stage, and what else its metrics tell of pairs."""
+    charts = []
+    for stage in ("reward", "sft", "dpo"):
+        metrics = metrics_of(r.directory / stage)
+        charts.append(lines(f"{stage}: loss by step", {"loss": [(m["step"], m["loss"]) for m in metrics]}))
+        pairs = {key: [(m["step"], m[key]) for m in metrics if key in m] for key in ("accuracy", "margin")}
+        charts.append(lines(f"{stage}: pairs by step", dict(pairs)))
+    return charts
+
+
+def _samples(preferences: Path) -> str:
+    rows = []
+    for row in list(read_lines(preferences))[:_SAMPLES]:
+        cells = [row["prompt"][-1]["content"], *(row[key][-1]["content"] for key in ("chosen", "rejected"))]
+        edited = row["edited"][-1]["content"] if "edited" in row else ""
+        rows.append([*cells, edited, f"{row['provenance']['margin']:.2f} {row['rating'] or ''}"])
+    return _table(["prompt", "chosen", "rejected", "edited", "margin"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Every text escaped: models wrote some of it."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        "<tr>" + "".join(f'<td class="text">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{top}</tr>{body}</table>"

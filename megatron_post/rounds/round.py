@@ -1,0 +1,177 @@
+"""`megatron-post round`: N rounds of reward model, rejection sampling, SFT, DPO and averaging.
+
+The steps stand in one list. `run_rounds` does those that are not done, one after the other; the same list is
+written as a chain file for `launch round`, a job a step.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from megatron_post.rounds.files import write_whole
+from megatron_post.rounds.ranks import run_on_ranks
+from megatron_post.rounds.settings import RoundSettings, StageName, load_round
+from megatron_post.rounds.state import State, alone
+from megatron_post.rounds.steps import Round, check_models
+
+# `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
+_ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a round: what this process does, or a command on ranks.
+
+    outputs: what is removed before the step is done anew on demand. run_dir: of a training run.
+    """
+
+    name: str
+    outputs: tuple[Path, ...]
+    action: Callable[[], None] | None = None
+    command: tuple[str, ...] = ()
+    ranks: int = 1
+    run_dir: Path | None = None
+
+
+def run_rounds(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console,
+    only: str | None = None,
+    again_from: str | None = None,
+) -> None:
+    """Run the rounds of a file; what is done already is passed over, so the same call resumes.
+
+    only: do this step alone, as the jobs of a chain do. again_from: forget this step and all behind it, and
+    remove what they made. Raises `ValueError` for what a user can mend; all finished steps are kept.
+    """
+    settings = load_round(path, overrides)
+    check_models(settings)
+    steps = all_steps(settings, console)
+    names = [step.name for step in steps]
+    for name in (only, again_from):
+        if name is not None and name not in names:
+            raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
+    with alone(Path(settings.run_dir)):
+        # more rounds may be asked for later
+        state = State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
+        if again_from is not None:
+            _forget(steps[names.index(again_from) :], state)
+        for step in steps:
+            if step.name != only if only is not None else step.name in state.done:
+                continue
+            _do(step, state, console)
+
+
+def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
+    """Every step of every round, in order."""
+    return [s for n in range(1, settings.rounds + 1) for s in _steps(Round(settings, n, console))]
+
+
+def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, *, console: Console) -> int:
+    """Write the steps as a chain file for `launch round`. Returns their number."""
+    settings = load_round(path, overrides)
+    check_models(settings)
+    steps = all_steps(settings, console)
+    values: list[dict[str, Any]] = []
+    for step in steps:
+        command = step.command or ("round", str(path), "--only", step.name, *overrides)
+        entry: dict[str, Any] = {"name": step.name, "command": list(command)}
+        per_node = min(step.ranks, settings.ranks_per_node)
+        entry |= {"ranks_per_node": per_node, "nodes": -(-step.ranks // per_node)}
+        entry |= {} if step.run_dir is None else {"run_dir": str(step.run_dir)}
+        values.append(entry | ({"after": [values[-1]["name"]]} if values else {}))
+    tree = OmegaConf.create({"run_dir": settings.run_dir, "steps": values})
+    write_whole(Path(target), OmegaConf.to_yaml(tree))
+    return len(steps)
+
+
+def _steps(r: Round) -> list[Step]:
+    d, steps = r.directory, []
+    settings = r.settings
+
+    def act(name: str, action: Callable[[], None], *outputs: str) -> None:
+        steps.append(Step(f"{r.name}/{name}", tuple(d / output for output in outputs), action))
+
+    def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
+        ranks = settings.ranks if trains and settings.ranks else r.stage(stage)[0].model_size
+        run_dir = d / output if trains else None
+        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, ranks, run_dir))
+
+    def train(stage: StageName) -> None:
+        command(f"{stage}-train", stage, ("train", str(d / stage / "config.yaml")), stage, trains=True)
+
+    def score(name: str, rows: str, output: str) -> None:
+        words = ("score", r.reward, str(d / rows), "--output", str(d / output), _ANY_BAD_ROWS)
+        command(name, "reward", (*words, *_layout(r, "reward")), output, trains=False)
+
+    if settings.start.reward is None:
+        if r.number == 1 and not settings.start.preferences:
+            act("collect", r.collect, "collected.jsonl", "collected")
+        act("reward-pack", r.pack_reward, "reward")
+        train("reward")
+    act("generate", r.generate, "samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
+    score("score", "samples.jsonl", "scores.jsonl")
+    act("select", r.select, "selection")
+    act("sft-pack", r.pack_sft, "sft")
+    train("sft")
+    act("dpo-pack", r.pack_dpo, "dpo")
+    if r.stores_reference:
+        words = ("reference", str(d / "dpo" / "store"), "--model", str(d / "sft" / "hf"))
+        command("reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log", trains=False)
+    train("dpo")
+    act("average", r.average, "average")
+    act("choose", r.choose, "held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl", "choice.json",
+        *(f"validation-{name}.jsonl" for name in ("sft", "dpo", "average")))  # fmt: skip
+    score("score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl")
+    act("evaluate", r.evaluate, "evaluation.json")
+    act("report", r.report, "report.html")
+    return steps
+
+
+def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
+    """A stage's layout and precision as overrides, so that scores and references are what training sees."""
+    parallel, precision, pack_length = r.stage(stage)
+    values = {f"parallel.{key}": value for key, value in parallel.model_dump(exclude_defaults=True).items()}
+    values |= {f"precision.{key}": v for key, v in precision.model_dump(exclude_defaults=True).items()}
+    values |= {"data.pack_length": pack_length} if stage == "reward" else {}
+    return tuple(f"{key}={str(value).lower()}" for key, value in values.items())
+
+
+def _do(step: Step, state: State, console: Console) -> None:
+    console.print(f"[bold]{step.name}[/bold]", highlight=False)
+    started = time.perf_counter()
+    if step.action is not None:
+        step.action()
+    else:
+        log = Path(step.outputs[0].parent, f"{Path(step.name).name}.log")
+        run_on_ranks(step.command, ranks=step.ranks, log=log, console=console, shown=("step ",))
+    state.finish(step.name, time.perf_counter() - started)
+
+
+def _forget(steps: Sequence[Step], state: State) -> None:
+    """Marks go first: a run killed in between does all of it again."""
+    state.forget([step.name for step in steps])
+    for step in steps:
+        if step.run_dir is not None:  # its config and store are the step before's
+            for name in ("checkpoints", "hf", "metrics.jsonl"):
+                _remove(step.run_dir / name)
+        else:
+            for output in step.outputs:
+                _remove(output)
+                _remove(output.with_name(f".partial-{output.name}"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+"""Which steps of a run of rounds are done: one small file, replaced as a whole."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_post.rounds.files import write_json
+
+
+class State:
+    """`state.json` in the run's directory."""
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any]) -> None:
+        """settings: what must be the same whenever the run goes on. Raises `ValueError` where they differ."""
+        self._path = run_dir / "state.json"
+        if not self._path.is_file():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self._path, {"settings": settings, "done": {}})
+        self._content = json.loads(self._path.read_text())
+        found = self._content["settings"]
+        changed = sorted(k for k in {*settings, *found} if settings.get(k) != found.get(k))
+        if changed:
+            raise ValueError(
+                f"{self._path} is of a run with other {', '.join(changed)}; undo the change, or choose "
+                "another run_dir"
+            )
+
+    @property
+    def done(self) -> dict[str, float]:
+        """Step -> seconds that it took, in the order in which they were done."""
+        return dict(self._content["done"])
+
+    def finish(self, step: str, seconds: float) -> None:
+        self._content["done"][step] = round(seconds, 1)
+        write_json(self._path, self._content)
+
+    def forget(self, steps: Sequence[str]) -> None:
+        """These steps are no longer done."""
+        for step in steps:
+            self._content["done"].pop(step, None)
+        write_json(self._path, self._content)
+
+
+@contextlib.contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock. Raises `ValueError` where another process has it; it ends with its process."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run_dir}: another process runs these rounds") from None
+        yield

@@ -1,0 +1,293 @@
+"""What each step of a round does. Every one can be run again: it goes on, or makes the same anew."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from megatron_post.config.load import parse, read_tree, to_yaml, validate
+from megatron_post.config.schema import DPO, Config, Parallel, Precision
+from megatron_post.data.build import build_store
+from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.models.hf_config import from_hf_config
+from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.files import read_lines, write_json, write_whole
+from megatron_post.rounds.generate import Generate, generate
+from megatron_post.rounds.merge import MethodMerge, merge
+from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.select import PREFERENCES, SFT, Samples, Select, best_of, candidates, select
+from megatron_post.rounds.settings import RoundSettings, StageName
+
+
+@dataclass(frozen=True)
+class Round:
+    """Round `number` (from 1) of a run: its files, and its steps. Nothing of it need exist yet."""
+
+    settings: RoundSettings
+    number: int
+    console: Console
+
+    @property
+    def name(self) -> str:
+        return f"round-{self.number:02d}"
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.run_dir) / self.name
+
+    @property
+    def before(self) -> "Round | None":
+        return Round(self.settings, self.number - 1, self.console) if self.number > 1 else None
+
+    @property
+    def policy(self) -> str:
+        """The best checkpoint of the round before. Raises `ValueError` where that round is not finished."""
+        return self.settings.start.policy if self.before is None else self.before.best
+
+    @property
+    def best(self) -> str:
+        path = self.directory / "choice.json"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: {self.name} has not chosen its best checkpoint yet")
+        return str(json.loads(path.read_text())["best"])
+
+    @property
+    def reward(self) -> str:
+        return self.settings.start.reward or str(self.directory / "reward" / "hf")
+
+    def stage(self, name: StageName) -> tuple[Parallel, Precision, int]:
+        """Layout, precision and pack length of a stage's config."""
+        tree = read_tree(getattr(self.settings.stages, name))
+        values: Any = OmegaConf.to_container(tree, resolve=False)
+        origin = str(getattr(self.settings.stages, name))
+        return (
+            parse(Parallel, values.get("parallel", {}), origin=origin),
+            parse(Precision, values.get("precision", {}), origin=origin),
+            int(values.get("data", {}).get("pack_length", 8192)),
+        )
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether DPO reads its reference's log-probabilities from the store."""
+        values: Any = OmegaConf.to_container(read_tree(self.settings.stages.dpo), resolve=False)
+        return parse(DPO, values.get("dpo", {}), origin=self.settings.stages.dpo).reference == "store"
+
+    def collect(self) -> None:
+        """Preferences for the first reward model: the verifier's, on the policy's own answers."""
+        responses = self.directory / "collected.jsonl"
+        count = self.settings.generate.collected_samples
+        self._generate(self.policy, self._prompts, responses, seed=1, samples=count)
+        self._select(Samples(responses=str(responses)), "collected")
+
+    def pack_reward(self) -> None:
+        """All batches so far; a number tells the newest."""
+        batches = [*self.settings.start.preferences]
+        if not batches and self.settings.start.reward is None:
+            batches = [str(Round(self.settings, 1, self.console).directory / "collected" / PREFERENCES)]
+        earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
+        batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
+        sources = [{"name": f"batch-{i}", "path": path, "batch": i} for i, path in enumerate(batches)]
+        self._pack("reward", self.settings.start.base or self.policy, sources)
+
+    def generate(self) -> None:
+        """The policy's samples, and behind them those of the policy before."""
+        parts = [self.directory / "samples-policy.jsonl"]
+        self._generate(self.policy, self._prompts, parts[0], seed=2)
+        count = self.settings.generate.previous_samples
+        if count and self.before is not None and self.before.policy != self.policy:
+            parts.append(self.directory / "samples-previous.jsonl")
+            self._generate(self.before.policy, self._prompts, parts[1], seed=3, samples=count)
+        write_whole(self.directory / "samples.jsonl", "".join(part.read_text() for part in parts))
+
+    def select(self) -> None:
+        samples = Samples(
+            responses=str(self.directory / "samples.jsonl"), scores=str(self.directory / "scores.jsonl")
+        )
+        found = self._select(samples, "selection")
+        self.console.print(
+            f"{found['sft_rows']} rows to train on, {found['preferences']} preferences, {found['ties']} ties",
+            highlight=False,
+        )
+
+    def pack_sft(self) -> None:
+        own = {"name": "selected", "path": str(self.directory / "selection" / SFT)}
+        sources = [own, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
+        self._pack("sft", self.settings.start.base or self.policy, sources)
+
+    def pack_dpo(self) -> None:
+        """The newest batch alone."""
+        path = str(self.directory / "selection" / PREFERENCES)
+        self._pack("dpo", str(self.directory / "sft" / "hf"), [{"name": "newest", "path": path}])
+
+    def average(self) -> None:
+        chosen = self.settings.average
+        paths = {"policy": self.policy} | {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
+        models = [
+            {"model": paths[n], "weight": w, "density": chosen.density} for n, w in chosen.weights.items()
+        ]
+        values: dict[str, Any] = {"models": models, "method": chosen.method, "seed": self.settings.seed}
+        if chosen.method in ("ties", "dare_ties"):
+            values["base_model"] = self.settings.start.base or self.policy
+        target = self.directory / "average"
+        if not target.exists():
+            merge(parse(MethodMerge, values, origin="average"), target, report=self._say)
+
+    def choose(self) -> None:
+        """The best of SFT, DPO and average on the validation prompts; the later one where two are equal.
+        Then its answers to the held-out prompts, of which `evaluate` tells."""
+        paths = {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
+        paths |= {"average": str(self.directory / "average")}
+        validation, shares = self.settings.data.validation, {}
+        if validation is not None:
+            for name, path in paths.items():
+                answers = self.directory / f"validation-{name}.jsonl"
+                self._generate(path, {"prompts": validation}, answers, seed=0, greedy=True)
+                shares[name] = self._accuracy(answers, validation).share
+        best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
+        held_out = {"prompts": self.settings.data.held_out}
+        if self.number == 1:
+            start = self.directory / "held_out-start.jsonl"
+            self._generate(self.policy, held_out, start, seed=0, greedy=True)
+        self._generate(paths[best], held_out, self.directory / "held_out.jsonl", seed=0, greedy=True)
+        self._generate(paths[best], held_out, self.directory / "held_out-samples.jsonl", seed=4)
+        write_json(self.directory / "choice.json", {"best": paths[best], "stage": best, "validation": shares})
+
+    def evaluate(self) -> None:
+        """Accuracy of the best checkpoint on held-out prompts: greedy, of one sample, and of the best of K by
+        the reward model alone. Nothing without a verifier."""
+        verifier, held_out = self.settings.select.verifier, self.settings.data.held_out
+        result: dict[str, Any] = json.loads((self.directory / "choice.json").read_text())
+        if verifier is not None:
+            files = {"greedy": "held_out.jsonl"} | (
+                {"start": "held_out-start.jsonl"} if self.number == 1 else {}
+            )
+            for name, file in files.items():
+                result[name] = vars(self._accuracy(self.directory / file, held_out))
+            samples = Samples(
+                responses=str(self.directory / "held_out-samples.jsonl"),
+                scores=str(self.directory / "held_out-scores.jsonl"),
+            )
+            # a weight of 0: the verifier is the judge here, not the chooser
+            options = {"verifier": json.loads(verifier.model_dump_json()), "verifier_weight": 0.0}
+            found = candidates(
+                parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
+            )
+            every = [c.verdict.correct for group in found.values() for c in group if c.verdict is not None]
+            best = [best_of(group, tie=0.0)[0] for group in found.values()]
+            right = sum(c is not None and c.verdict is not None and c.verdict.correct for c in best)
+            result["one_sample"] = vars(Accuracy(sum(every), len(every)))
+            result["best_of_k"] = vars(Accuracy(right, len(best)))
+            result["k"] = self.settings.generate.sampling.samples
+            self.console.print(
+                f"{self.name}: {result['stage']} is best; held-out accuracy {Accuracy(**result['greedy'])}",
+                highlight=False,
+            )
+        write_json(self.directory / "evaluation.json", result)
+
+    def report(self) -> None:
+        from megatron_post.rounds.report import write_report
+
+        write_report(self)
+
+    @property
+    def _prompts(self) -> dict[str, Any]:
+        """This round's prompts: the file, and which of its rows."""
+        data = self.settings.data
+        if data.prompts_per_round is None:
+            return {"prompts": data.prompts}
+        available = len(read_prompts(data.prompts, max_bad_rows=data.max_bad_rows))
+        turns = max(1, available // data.prompts_per_round)
+        skip = (self.number - 1) % turns * data.prompts_per_round
+        return {"prompts": data.prompts, "skip": skip, "max_prompts": data.prompts_per_round}
+
+    def _generate(
+        self,
+        model: str,
+        prompts: dict[str, Any],
+        output: Path,
+        *,
+        seed: int,
+        greedy: bool = False,
+        samples: int | None = None,
+    ) -> None:
+        """prompts: the file and the part of it. seed: of this use of a model in this round."""
+        if output.exists():
+            return
+        chosen, data = self.settings.generate, self.settings.data
+        changes: dict[str, Any] = {"seed": self.settings.seed * 1_000_003 + self.number * 101 + seed}
+        changes |= {"temperature": 0.0, "samples": 1} if greedy else {}
+        changes |= {} if samples is None else {"samples": samples}
+        generate(
+            Generate(
+                model=model,
+                **prompts,
+                max_bad_rows=data.max_bad_rows,
+                system=chosen.system,
+                sampling=chosen.sampling.model_copy(update=changes),
+                backend=chosen.backend,
+                part=chosen.part,
+            ),
+            output,
+            console=self.console,
+        )
+
+    def _select(self, samples: Samples, name: str) -> dict[str, Any]:
+        data = self.settings.data
+        values = self.settings.select.model_dump() | {"prompts": data.prompts, "samples": [samples]}
+        values["max_bad_rows"] = data.max_bad_rows
+        return select(parse(Select, values, origin="select"), self.directory / name)
+
+    def _accuracy(self, answers: Path, prompts: str) -> Accuracy:
+        """Of one response a prompt."""
+        values: dict[str, Any] = {"prompts": prompts, "samples": [Samples(responses=str(answers))]}
+        values["verifier"] = self.settings.select.verifier
+        values["max_bad_rows"] = self.settings.data.max_bad_rows
+        found = candidates(parse(Select, values, origin="evaluate"))
+        right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
+        return Accuracy(sum(right), len(right))
+
+    def _pack(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> None:
+        """Write a stage's config, and the store that it names."""
+        directory = self.directory / stage
+        path = getattr(self.settings.stages, stage)
+        values = {
+            "stage": stage,
+            "run_dir": str(directory),
+            "seed": self.settings.seed + self.number,
+            "model": from_hf_config(Path(model)).model_dump() | {"init_from": model},
+            "tokenizer": {"path": model},
+            "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
+            "train": {"export_hf": True},
+        }
+        merged = OmegaConf.merge(read_tree(path), OmegaConf.create(values))
+        config: Config = validate(merged, origin=path)
+        summaries = build_store(config, console=Console(quiet=True), overwrite=True)
+        write_whole(directory / "config.yaml", to_yaml(config))
+        packed = summaries["train"]
+        self.console.print(f"{packed.tokens:,} tokens in {packed.num_packs:,} packs", highlight=False)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def check_models(settings: RoundSettings) -> None:
+    """Raises `ValueError` unless all models that a run starts with share one tokenizer."""
+    start = settings.start
+    policy = load_tokenizer(start.policy).fingerprint
+    for key, path in (("base", start.base), ("reward", start.reward)):
+        if path is not None and load_tokenizer(path).fingerprint != policy:
+            raise ValueError(
+                f"start.{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "
+                "other words there: use models of one family"
+            )
+
+
+def metrics_of(run_dir: Path, kind: str = "train") -> list[dict[str, float]]:
+    """The metrics of each step of a training run, in order; of a step that was repeated, the last."""
+    path = run_dir / "metrics.jsonl"
+    rows = {row["step"]: row for row in read_lines(path) if row["kind"] == kind} if path.is_file() else {}
+    return [rows[step] for step in sorted(rows)]

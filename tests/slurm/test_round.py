@@ -1,0 +1,33 @@
+"""A round as a chain of real jobs ends with the same weights as one on this machine."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.launch.cluster import load_cluster
+from megatron_post.rounds.round import run_rounds, write_chain
+from tests.e2e.test_round import round_file
+from tests.slurm.conftest import ClusterFiles
+from tests.slurm.lab import Lab
+
+
+@pytest.mark.slow
+def test_round_as_a_chain(lab: Lab, tmp_path: Path, clusters: ClusterFiles) -> None:
+    """The same rows, scores and averaged weights; after the chain, the state leaves nothing to be chosen."""
+    console = Console(quiet=True)
+    config = round_file(tmp_path / "slurm")
+    write_chain(config, (), tmp_path / "chain.yaml", console=console)
+    jobs = submit_chain(load_chain(tmp_path / "chain.yaml"), load_cluster(clusters()), Path.cwd())
+    run_rounds(round_file(tmp_path / "local"), console=console)
+    state = lab.wait(jobs[-1].job_id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=1200)
+    logs = "".join(f"\n== {job.name}\n{job.log.read_text()[-2000:]}" for job in jobs if job.log.is_file())
+    assert state == "COMPLETED", logs
+    here, there = (tmp_path / name / "run" / "round-01" for name in ("local", "slurm"))
+    for name in ("scores.jsonl", "held_out-scores.jsonl"):
+        assert (here / name).read_text() == (there / name).read_text()
+    ours, theirs = (load_file(r / "average" / "model.safetensors") for r in (here, there))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
