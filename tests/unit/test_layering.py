@@ -27,7 +27,7 @@ ALLOWED = {
     "convert": {"config", "models", "parallel", "data.tokenizer", "train.manifest"},
     "stages": {"config", "losses", "models", "data.batch", "data.store", "data.template"},
     "train": {"config", "data", "parallel", "models", "losses", "stages", "convert"},
-    "bench": {"config", "data", "parallel", "models", "convert", "train"},
+    "bench": {"config", "data", "parallel", "models", "convert", "train", "rounds"},
     "demo": {"config", "data", "parallel", "models", "losses", "stages", "convert", "train", "rounds"},
     "plan": {"config", "models", "parallel"},
     "rounds": {"config", "data", "parallel", "models", "stages", "convert", "train", "plan"},

@@ -1,0 +1,141 @@
+"""Merging two synthetic models of some gigabytes beside `cp` of the same bytes: peak memory and speed.
+
+python -m megatron_post.bench.merge --directory /scratch
+"""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.config.load import parse
+from megatron_post.config.schema import Model
+from megatron_post.convert.configs import written_configs
+from megatron_post.convert.mapping import hf_shapes
+from megatron_post.convert.safetensors_file import header_of, raw_bytes
+from megatron_post.rounds.merge import MethodMerge, merge
+
+# layers of the 8B's shape with a vocabulary of 8,192: about 1, 2 and 4 GB in bf16
+LAYERS = {1: 2, 2: 4, 4: 9}
+METHODS = ("linear", "slerp", "ties", "dare_ties")
+
+
+@dataclass(frozen=True)
+class MergeFigures:
+    """One merge. copy, merged: MB/s of the output's bytes, flushed to the disk. peak: MiB of the process."""
+
+    method: str
+    total_bytes: int
+    copy: float
+    merged: float
+    peak: float
+
+
+def measure_merges(directory: Path, gigabytes: int) -> list[MergeFigures]:
+    """Each method once, each beside a `cp` of its own. Takes the space of five models in `directory`."""
+    model = Model(preset="llama3_8b", num_layers=LAYERS[gigabytes], vocab_size=8192)  # type: ignore[call-arg]
+    paths = [directory / name for name in ("base", "a", "b")]
+    copy, output = directory / "copy", directory / "merged"
+    figures = []
+    try:
+        total, *_ = [_write_random(path, model, seed=i) for i, path in enumerate(paths)]
+        for method in METHODS:
+            copied = _copy(paths[1], copy)
+            seconds, peak = _merge(_plan(method, paths), output)
+            figures.append(MergeFigures(method, total, total / 1e6 / copied, total / 1e6 / seconds, peak))
+            shutil.rmtree(copy)
+            shutil.rmtree(output)
+    finally:
+        for path in (*paths, copy, output):
+            shutil.rmtree(path, ignore_errors=True)
+    return figures
+
+
+def merge_table(figures: list[MergeFigures]) -> Table:
+    """One row a merge."""
+    table = Table("method", "GB", "cp+sync MB/s", "merge MB/s", "peak MiB", box=SIMPLE)
+    for f in figures:
+        sizes = (f"{f.total_bytes / 1e9:.2f}", f"{f.copy:,.0f}", f"{f.merged:,.0f}", f"{f.peak:,.0f}")
+        table.add_row(f.method, *sizes)
+    return table
+
+
+def _plan(method: str, paths: list[Path]) -> MethodMerge:
+    density = {"density": 0.5} if "ties" in method else {}
+    values: dict[str, Any] = {
+        "method": method,
+        "models": [{"model": str(path), **density} for path in paths[1:]],
+    }
+    values |= {"base_model": str(paths[0])} if density else {}
+    return parse(MethodMerge, values, origin="bench")
+
+
+def _write_random(directory: Path, model: Model, *, seed: int) -> int:
+    """A model of normal values in one file. Returns its tensors' bytes."""
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    kinds = {name: (torch.bfloat16, shape) for name, shape in hf_shapes(model).items()}
+    header, places = header_of(kinds)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(header)
+        for place in places.values():
+            values = torch.empty(place.shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+            file.write(raw_bytes(values))
+        os.fsync(file.fileno())
+    for name, content in written_configs(model, None, dtype=torch.bfloat16, scalar_head=False).items():
+        (directory / name).write_bytes(content)
+    return sum(place.nbytes for place in places.values())
+
+
+def _copy(source: Path, target: Path) -> float:
+    """Seconds of `cp` until its bytes are on the disk."""
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
+def _merge(plan: MethodMerge, output: Path) -> tuple[float, float]:
+    """Seconds and peak MiB of a merge, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(plan, str(output), theirs))
+    process.start()
+    theirs.close()
+    seconds, peak = ours.recv()
+    process.join()
+    return seconds, peak
+
+
+def _serve(plan: MethodMerge, output: str, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    merge(plan, output, report=lambda line: None)
+    seconds = time.perf_counter() - started
+    connection.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main(
+    directory: Annotated[Path, typer.Option(help="on the disk to be measured")],
+    gigabytes: Annotated[list[int], typer.Option(help="1, 2 or 4; may be given again")] = [1, 2, 4],  # noqa: B006
+) -> None:
+    """Print the table."""
+    Console().print(merge_table([f for size in gigabytes for f in measure_merges(directory, size)]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
