@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test
+.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test plan-check
 
 install: $(VENV)/.installed
 
@@ -56,3 +56,10 @@ gpu-test:
 # beside torch and Liger-Kernel: see kernels/benchmarks
 gpu-bench:
 	for script in kernels/benchmarks/bench_*.py; do PYTHONPATH=kernels $(GPU_PYTHON) $$script || exit; done
+
+# the planner's figures: memory beside living bytes, published steps, bubbles, and 405B on 16,384 ranks
+plan-check: install
+	$(BIN)/python -m pytest -s tests/unit/plan tests/e2e/test_plan.py
+	$(BIN)/python -m megatron_post plan configs/llama3_405b/sft.yaml --gpus 512
+	$(BIN)/python -m megatron_post plan search configs/llama3_405b/sft.yaml --gpus 512
+	$(BIN)/python -m megatron_post plan dry-run configs/llama3_405b/sft.yaml --gpus 16384 -- train.global_batch=64

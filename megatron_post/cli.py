@@ -9,6 +9,7 @@ import typer
 
 from megatron_post.convert.commands import convert_app
 from megatron_post.launch.commands import launch_app
+from megatron_post.plan.commands import plan_app
 from megatron_post.rounds.commands import rounds_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -19,6 +20,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(convert_app, name="convert")
 app.add_typer(launch_app, name="launch")
+app.add_typer(plan_app, name="plan")
 app.add_typer(rounds_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]

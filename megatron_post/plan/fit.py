@@ -12,7 +12,8 @@ from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.hardware import gpu
-from megatron_post.plan.timing import NEMO, Costs, step_time
+from megatron_post.plan.step import step_time
+from megatron_post.plan.timing import NEMO, Costs
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ free transfers the ideal time is m v (f + b) a rank, and the part of the whole t
 (p - 1) / (v m + p - 1), Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -136,27 +136,3 @@ def _ready(
         return ended.get(("forward", work.microbatch, stage))
     after = ended.get(("backward", work.microbatch, stage + 1))
     return None if after is None else after + transfer
-
-
-def peak_in_flight(
-    order: Sequence[Pass], held: Callable[[Pass], float], extra: Callable[[Pass], float]
-) -> float:
-    """The most that a rank holds over the schedule.
-
-    held(forward pass): what a pass keeps from its end until its backward pass has ended. extra(pass): what a
-    pass needs besides while it runs.
-    """
-    now = peak = 0.0
-    for work in order:
-        kept = held(work._replace(kind="forward"))
-        if work.kind == "forward":
-            now += kept
-        peak = max(peak, now + extra(work))
-        if work.kind == "backward":
-            now -= kept
-    return peak
-
-
-def most_in_flight(order: Sequence[Pass]) -> int:
-    """Forward passes (microbatch x chunk) whose backward pass is still to come, at most."""
-    return round(peak_in_flight(order, lambda _: 1.0, lambda _: 0.0))

@@ -6,7 +6,8 @@ import pytest
 
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.hardware import GPU
-from megatron_post.plan.timing import Costs, Software, step_time
+from megatron_post.plan.step import step_time
+from megatron_post.plan.timing import Costs, Software
 from tests.unit.plan.test_memory import llama_config
 
 # A machine of round numbers: 1 PFLOP/s for everything, 1 TB/s of memory, 100 GB/s within a node, 10 beyond.

@@ -1,0 +1,121 @@
+"""`megatron-post plan`: its options, and what it prints."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _PlanByDefault(TyperGroup):
+    """`plan CONFIG` means `plan show CONFIG`; a config named like a command is reached as ./NAME."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+plan_app = typer.Typer(
+    cls=_PlanByDefault,
+    no_args_is_help=True,
+    help="Say what a run takes before it queues: `plan CONFIG --gpus N [--gpu NAME] [-- KEY=VALUE...]`.",
+)
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[-- KEY=VALUE...]")]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs of the run.")]
+Gpu = Annotated[str, typer.Option(help="h100-80gb, h200-141gb or b200-180gb.")]
+SegmentLength = Annotated[
+    int | None, typer.Option(help="Tokens of the segments that fill a pack; by default one segment.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@plan_app.command("show")
+def show(
+    config: ConfigPath,
+    gpus: Gpus,
+    overrides: Overrides = None,
+    gpu: Gpu = "h100-80gb",
+    segment_length: SegmentLength = None,
+    as_json: AsJson = False,
+    html: Annotated[str | None, typer.Option(help="Also write a page with both drawn.")] = None,
+) -> None:
+    """Memory by rank and kind, and time; exit status 1 where it does not fit. The word `show` may be left
+    out."""
+    from rich.console import Console
+
+    from megatron_post.config.load import load_config
+    from megatron_post.plan import report
+    from megatron_post.plan.estimate import make_plan
+    from megatron_post.plan.hardware import gpu as gpu_of
+    from megatron_post.plan.page import page
+
+    plan = make_plan(
+        load_config(config, overrides or ()), gpus=gpus, gpu=gpu_of(gpu), segment_length=segment_length
+    )
+    if html is not None:
+        Path(html).write_text(page(plan))
+    if as_json:
+        print(json.dumps(report.plan_json(plan), indent=2))
+    else:
+        report.print_plan(plan, Console())
+    raise typer.Exit(0 if plan.shortfall <= 0 else 1)
+
+
+@plan_app.command("search")
+def search(
+    config: ConfigPath,
+    gpus: Gpus,
+    overrides: Overrides = None,
+    gpu: Gpu = "h100-80gb",
+    segment_length: SegmentLength = None,
+    as_json: AsJson = False,
+    output: Annotated[str | None, typer.Option(help="Write the winner's YAML here.")] = None,
+) -> None:
+    """Rank all layouts that fit, fastest first, and print the winner as YAML."""
+    from rich.console import Console
+
+    from megatron_post.config.load import load_config
+    from megatron_post.plan import report
+    from megatron_post.plan.hardware import gpu as gpu_of
+    from megatron_post.plan.search import override
+    from megatron_post.plan.search import search as find
+
+    found = find(
+        load_config(config, overrides or ()), gpus=gpus, gpu=gpu_of(gpu), segment_length=segment_length
+    )
+    if output is not None:
+        Path(output).write_text(override(found.plans[0]))
+    if as_json:
+        print(json.dumps(report.search_json(found), indent=2))
+    else:
+        report.print_search(found, Console())
+
+
+@plan_app.command("dry-run")
+def dry_run(
+    config: ConfigPath,
+    gpus: Gpus,
+    overrides: Overrides = None,
+    rank: Annotated[str, typer.Option(help="A rank, or `all` for one of every stage.")] = "all",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Tensor-parallel groups stay inside.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Build every distinct stage of real modules without memory, check all groups, trace one pack's
+    collectives."""
+    from rich.console import Console
+
+    from megatron_post.config.load import load_config
+    from megatron_post.plan import report
+    from megatron_post.plan.dry_run import dry_run as build
+
+    if rank != "all" and not rank.isdecimal():
+        raise ValueError(f"--rank {rank}: want a number or `all`")
+    ranks = None if rank == "all" else [int(rank)]
+    found = build(load_config(config, overrides or ()), world_size=gpus, per_node=gpus_per_node, ranks=ranks)
+    if as_json:
+        print(json.dumps(report.dry_run_json(found), indent=2))
+    else:
+        report.print_dry_run(found, Console())

@@ -1,0 +1,245 @@
+"""A config on so many GPUs: memory, time, and where it does not fit, which single change would make it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_post.config.layout import layout_errors, world_errors
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Config
+from megatron_post.plan.activations import Layers, Segment
+from megatron_post.plan.hardware import GIB, GPU
+from megatron_post.plan.memory import RankMemory, memory
+from megatron_post.plan.shape import layer_matrices
+from megatron_post.plan.step import StepTime, step_time
+from megatron_post.plan.timing import Costs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step of a config takes. pack: the segments of every pack."""
+
+    config: Config
+    gpus: int
+    gpu: GPU
+    pack: tuple[Segment, ...]
+
+    @property
+    def data_size(self) -> int:
+        return self.gpus // self.config.parallel.model_size
+
+    @property
+    def microbatches(self) -> int:
+        return self.config.train.global_batch // self.data_size
+
+    @cached_property
+    def memory(self) -> list[RankMemory]:
+        """Of each pipeline rank."""
+        return memory(
+            self.config,
+            data_size=self.data_size,
+            layers=layers_on_gpu(self.config),
+            segments=self.pack,
+            fp8_copies=2 if self.gpu.transposed_fp8 else 1,
+            reserve=self.gpu.reserve,
+        )
+
+    @cached_property
+    def time(self) -> StepTime:
+        return step_time(self.costs, [self.pack] * self.microbatches)
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.config, self.gpu, self.data_size)
+
+    @property
+    def fullest(self) -> RankMemory:
+        return max(self.memory, key=lambda rank: rank.total)
+
+    @property
+    def shortfall(self) -> int:
+        """Bytes by which the fullest rank does not fit; 0 or less where it does."""
+        return self.fullest.total - self.gpu.memory
+
+    @property
+    def tokens(self) -> int:
+        """Of an optimizer step."""
+        return self.config.train.global_batch * self.config.data.pack_length
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens / self.time.seconds / self.gpus
+
+    @property
+    def model_flops(self) -> float:
+        """Of a step, without recomputation: 6 for every parameter of a matrix and token, 6 a L^2 for causal
+        attention of a layer, as `megatron_post.train.metrics` counts them."""
+        m, tensor = self.config.model, self.config.parallel.tensor
+        matrices = m.num_layers * sum(layer_matrices(self.config).values()) * tensor
+        head = 0 if self.config.stage == "reward" else m.hidden_size * m.vocab_size
+        squares = sum(s.length * (s.length + 2 * s.seen) for s in self.pack)
+        attention = m.num_layers * m.num_attention_heads * m.head_dim * squares
+        return 6 * (matrices + head) * self.tokens + 6 * attention * self.config.train.global_batch
+
+    @property
+    def model_flops_utilization(self) -> float:
+        """Share of the GPUs' dense bf16 peak, from 0 to 1."""
+        return self.model_flops / self.time.seconds / self.gpus / self.gpu.bf16
+
+
+def make_plan(config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None) -> Plan:
+    """The plan of a config. Raises `ConfigError` with every reason why it cannot run on so many GPUs."""
+    errors = _errors(config, gpus, gpu)
+    if errors:
+        raise ConfigError(f"{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors))
+    return Plan(config, gpus, gpu, pack_segments(config, segment_length))
+
+
+def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:
+    errors = world_errors(config, world_size=gpus, has_gpu=True, has_transformer_engine=True)
+    if gpu.per_node % config.parallel.tensor:
+        errors.append(
+            f"parallel.tensor={config.parallel.tensor} does not divide the {gpu.per_node} GPUs of a node: "
+            "tensor-parallel groups would cross nodes"
+        )
+    return errors
+
+
+def layout_line(config: Config, data_size: int) -> str:
+    """TP 8 + SP x PP 8 x VPP 8 x CP 8 x DP 1, recompute full, FP8 tensorwise."""
+    p = config.parallel
+    sizes = {"TP": p.tensor, "PP": p.pipeline, "VPP": p.virtual_pipeline, "CP": p.context, "DP": data_size}
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    modules = f" ({', '.join(config.recompute.modules)})" if config.recompute.mode == "selective" else ""
+    precision = f"FP8 {config.precision.fp8}" if config.precision.fp8 else config.precision.dtype
+    return f"{text}{' + SP' if p.sequence else ''}, recompute {config.recompute.mode}{modules}, {precision}"
+
+
+def layers_on_gpu(config: Config) -> Layers:
+    """Transformer Engine's, but for rows in which responses share a prompt
+    (`train.run.uses_portable_layers`)."""
+    portable = config.stage == "reward" and config.reward.layout != "separate"
+    return "portable" if portable else "transformer_engine"
+
+
+def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
+    """Segments of `length` that fill a pack; by default one, whose attention costs most. Of rows that share a
+    prompt: half of it is the prompt, a quarter each response.
+
+    Raises `ValueError` for a length that the layout cannot cut.
+    """
+    total = config.data.pack_length
+    length = total if length is None else length
+    if not 1 <= length <= total:
+        raise ValueError(f"a segment of {length} tokens: want 1 to data.pack_length={total}")
+    count, rest = divmod(total, length)
+    lengths = [length] * count + [rest] * (rest > 0)
+    if layers_on_gpu(config) == "transformer_engine":
+        return tuple(Segment(size) for size in lengths)
+    result: list[Segment] = []
+    for size in lengths:
+        prompt, response = size // 2, size // 4
+        seen = prompt if config.reward.layout == "isolated" else prompt + response
+        result += [Segment(prompt), Segment(response, prompt), Segment(size - prompt - response, seen)]
+    return tuple(result)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config | None:
+    """The config with dotted keys replaced, or None where that cannot be."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    try:
+        updates = {
+            name: type(getattr(config, name)).model_validate({**getattr(config, name).model_dump(), **values})
+            for name, values in sections.items()
+        }
+    except ValidationError:
+        return None
+    result = config.model_copy(update=updates)
+    return None if layout_errors(result) else result
+
+
+def single_changes(plan: Plan) -> list[tuple[dict[str, Any], Plan]]:
+    """Changes of one setting that fit, of each setting the fastest: what to do about a plan that does not.
+    Those that need another store, or more GPUs, come last."""
+    best: dict[str, tuple[dict[str, Any], Plan]] = {}
+    for change, other in _variants(plan):
+        if other.shortfall > 0:
+            continue
+        setting = next(iter(change)).removesuffix("s")
+        if setting not in best or other.time.seconds < best[setting][1].time.seconds:
+            best[setting] = (change, other)
+    costly = ("data.pack_length", "--gpu")
+    rates = {name: -item[1].tokens_per_second_per_gpu for name, item in best.items()}
+    return [best[name] for name in sorted(best, key=lambda name: (name in costly, rates[name]))]
+
+
+def _variants(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
+    """Plans that differ in one setting and can run."""
+    for change in _candidates(plan.config):
+        config = changed(plan.config, change)
+        if config is None or _errors(config, plan.gpus, plan.gpu):
+            continue
+        pack = pack_segments(config, None) if "data.pack_length" in change else plan.pack
+        yield change, Plan(config, plan.gpus, plan.gpu, pack)
+    for gpus in (2 * plan.gpus, 4 * plan.gpus):
+        if not _errors(plan.config, gpus, plan.gpu):
+            yield {"--gpus": gpus}, Plan(plan.config, gpus, plan.gpu, plan.pack)
+
+
+def _candidates(config: Config) -> list[dict[str, Any]]:
+    p, r = config.parallel, config.recompute
+    found: list[dict[str, Any]] = []
+    if r.mode == "none":
+        found += [{"recompute.mode": "selective"}]
+    if r.mode != "full":
+        found += [{"recompute.mode": "selective", "recompute.modules": ["core_attn", "mlp"]}]
+        found += [{"recompute.mode": "full"}]
+    for size in (2, 4, 8):
+        found += [{"parallel.tensor": p.tensor * size, "parallel.sequence": True}]
+        found += [{"parallel.pipeline": p.pipeline * size}, {"parallel.context": p.context * size}]
+        if p.virtual_pipeline % size == 0:
+            found += [{"parallel.virtual_pipeline": p.virtual_pipeline // size}]
+        found += [{"data.pack_length": config.data.pack_length // size}]
+    if p.tensor > 1 and not p.sequence:
+        found += [{"parallel.sequence": True}]
+    if config.precision.fp8:
+        found += [{"precision.fp8": None}]
+    if config.stage == "dpo" and config.dpo.reference == "frozen":
+        found += [{"dpo.reference": "store"}]
+    if config.loss.impl == "unfused":
+        found += [{"loss.impl": "fused"}]
+    return found
+
+
+def verdict(plan: Plan) -> str:
+    """In a line or a few: fits, or by how much not, and what to change."""
+    fullest, device = plan.fullest, plan.gpu
+    where = f"pipeline rank {fullest.pipeline_rank} takes {fullest.total / GIB:.1f} GiB"
+    room = f"{device.name} has {device.memory / GIB:.1f} GiB"
+    if plan.shortfall <= 0:
+        return f"fits: {where}, {room}: {-plan.shortfall / GIB:.1f} GiB to spare"
+    lines = [f"does not fit: {where}, {room}: {plan.shortfall / GIB:.1f} GiB too much"]
+    fixes = single_changes(plan)
+    for change, other in fixes[:4]:
+        text = " ".join(f"{key}={_value(value)}" for key, value in change.items()).replace(
+            "--gpus=", "--gpus "
+        )
+        lines.append(
+            f"  {text} fits: {other.fullest.total / GIB:.1f} GiB, {other.time.seconds:.1f} s a step, "
+            f"{other.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+        )
+    if not fixes:
+        lines.append("  no single change fits; `megatron-post plan search` looks for a layout that does")
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

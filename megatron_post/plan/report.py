@@ -1,0 +1,166 @@
+"""A plan, a search or a dry run as terminal tables and as JSON."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.plan.estimate import Plan, layout_line, verdict
+from megatron_post.plan.hardware import GIB
+from megatron_post.plan.search import Found, override
+from megatron_post.plan.shape import model_parameters
+
+if TYPE_CHECKING:
+    from megatron_post.plan.dry_run import DryRun  # which imports torch and megatron-core
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """For tools. Bytes, seconds, and shares from 0 to 1."""
+    time = plan.time
+    return {
+        "stage": plan.config.stage,
+        "gpus": plan.gpus,
+        "gpu": plan.gpu.name,
+        "layout": {**plan.config.parallel.model_dump(), "data": plan.data_size},
+        "recompute": plan.config.recompute.model_dump(),
+        "precision": plan.config.precision.model_dump(),
+        "parameters": model_parameters(plan.config),
+        "segments": [segment.length for segment in plan.pack],
+        "microbatches": plan.microbatches,
+        "fits": plan.shortfall <= 0,
+        "verdict": verdict(plan),
+        "gpu_bytes": plan.gpu.memory,
+        "memory": [
+            {"pipeline_rank": r.pipeline_rank, "parameters": r.parameters, "bytes": r.total, "kinds": r.kinds}
+            for r in plan.memory
+        ],
+        "seconds": time.seconds,
+        "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
+        "model_flops_utilization": plan.model_flops_utilization,
+        "bubble": time.timeline.bubble,
+        "time": time_rows(plan),
+    }
+
+
+def time_rows(plan: Plan) -> dict[str, float]:
+    """Seconds of a step by what the busiest pipeline rank does; they add up to the step."""
+    time = plan.time
+    rows = {
+        "matrix multiplications": time.passes.matrices,
+        "attention": time.passes.attention,
+        "elementwise": time.passes.elementwise,
+        "tensor-parallel communication": time.passes.communication,
+        "pipeline bubble": time.timeline.seconds - time.passes.total,
+        "gradient reduction": time.reduce_gradients,
+        "parameter gathering": time.gather_parameters,
+        "optimizer": time.update,
+        "frozen reference": time.reference,
+    }
+    return {name: seconds for name, seconds in rows.items() if seconds > 1e-6}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Layout, memory by rank and kind, time, and the verdict."""
+    t = plan.time
+    console.print(
+        f"{plan.config.stage}, {model_parameters(plan.config):,} parameters, {plan.gpus} x {plan.gpu.name}: "
+        f"{layout_line(plan.config, plan.data_size)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{plan.microbatches} microbatches of {plan.config.data.pack_length:,} tokens a data-parallel rank, "
+        f"{_segments(plan)}",
+        highlight=False,
+    )
+    console.print(_memory_table(plan))
+    table = Table("a step", "seconds", "share", box=None)
+    for name, seconds in time_rows(plan).items():
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / t.seconds:.1%}")
+    console.print(table)
+    console.print(
+        f"{t.seconds:.2f} s a step, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU "
+        f"{plan.model_flops_utilization:.1%} of the bf16 peak, bubble {t.timeline.bubble:.1%}",
+        highlight=False,
+    )
+    console.print(verdict(plan), highlight=False, markup=False, soft_wrap=True)
+
+
+def _segments(plan: Plan) -> str:
+    lengths = [segment.length for segment in plan.pack]
+    if len(lengths) == 1:
+        return "one segment each"
+    return f"{len(lengths)} segments of up to {max(lengths):,} each"
+
+
+def _memory_table(plan: Plan) -> Table:
+    kinds = list(dict.fromkeys(kind for rank in plan.memory for kind in rank.kinds))
+    table = Table("GiB of pipeline rank", *(str(rank.pipeline_rank) for rank in plan.memory), box=None)
+    for kind in kinds:
+        values = [rank.kinds.get(kind, 0) / GIB for rank in plan.memory]
+        if max(values) >= 0.005:
+            table.add_row(kind, *(f"{value:.2f}" for value in values))
+    table.add_row("total", *(f"{rank.total / GIB:.2f}" for rank in plan.memory), style="bold")
+    return table
+
+
+def print_search(found: Found, console: Console) -> None:
+    """The best layouts, and the winner as YAML."""
+    console.print(f"{found.possible:,} layouts, of which {found.fitting:,} fit", highlight=False)
+    names = ("TP", "PP", "VPP", "CP", "DP", "recompute", "fp8", "GiB", "s a step", "tokens/s/GPU", "MFU")
+    table = Table(*names, box=None)
+    for plan in found.plans:
+        p, r = plan.config.parallel, plan.config.recompute
+        recompute = "+".join(r.modules) if r.mode == "selective" else r.mode
+        sizes = (p.tensor, p.pipeline, p.virtual_pipeline, p.context, plan.data_size)
+        table.add_row(
+            *map(str, sizes),
+            recompute,
+            plan.config.precision.fp8 or "no",
+            f"{plan.fullest.total / GIB:.1f}",
+            f"{plan.time.seconds:.2f}",
+            f"{plan.tokens_per_second_per_gpu:,.0f}",
+            f"{plan.model_flops_utilization:.1%}",
+        )
+    console.print(table)
+    console.print("# the fastest, to be put over the config")
+    console.print(override(found.plans[0]), highlight=False, markup=False, end="")
+
+
+def search_json(found: Found) -> dict[str, Any]:
+    """For tools: the plans, best first, and the winner's YAML."""
+    return {
+        "possible": found.possible,
+        "fitting": found.fitting,
+        "plans": [plan_json(plan) for plan in found.plans],
+        "override": override(found.plans[0]),
+    }
+
+
+def print_dry_run(found: "DryRun", console: Console) -> None:
+    """Groups, and what each stage holds and says to others."""
+    console.print(
+        f"{found.model_parameters:,} parameters; {found.world_size:,} ranks, each in one group of:",
+        highlight=False,
+    )
+    for axis, (count, size) in found.groups.items():
+        console.print(f"  {axis}: {count:,} groups of {size}", highlight=False)
+    table = Table(
+        "stage", "rank", "layers", "parameters", "collectives of one pack, forward and backward", box=None
+    )
+    for stage in found.stages:
+        calls = "\n".join(
+            f"{calls} x {name} ({axis}), {size / 1e9:.2f} GB" for name, axis, calls, size in stage.collectives
+        )
+        layers = "+".join(map(str, stage.layers))
+        table.add_row(
+            str(stage.pipeline_rank), str(stage.rank), layers, f"{stage.parameters:,}", calls or "none"
+        )
+    console.print(table)
+    console.print(f"built and traced in {found.seconds:.1f} s", highlight=False)
+
+
+def dry_run_json(found: "DryRun") -> dict[str, Any]:
+    """For tools."""
+    return dataclasses.asdict(found)

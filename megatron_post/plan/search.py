@@ -1,0 +1,131 @@
+"""Layouts of a config on so many GPUs, ranked: every one that is possible, most by a closed form, the best
+simulated.
+
+A microbatch is always one pack, so the microbatch's size is `data.pack_length` and not searched.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from megatron_post.config.layout import world_errors
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Config
+from megatron_post.plan.estimate import Plan, changed, layout_line, pack_segments, verdict
+from megatron_post.plan.hardware import GPU
+from megatron_post.plan.shape import chunks
+
+# (mode, modules), from what costs least time to what saves most memory
+RECOMPUTE = (("none", ["core_attn"]), ("selective", ["core_attn"]), ("selective", ["core_attn", "mlp"]),
+             ("full", ["core_attn"]))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """Plans that fit, best first; and of all possible layouts how many there were and how many fit."""
+
+    plans: list[Plan]
+    possible: int
+    fitting: int
+
+
+def search(
+    config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None, keep: int = 10
+) -> Found:
+    """The fastest layouts that fit. Raises `ConfigError` where there is none, with the one that misses by
+    least."""
+    fitting: list[tuple[float, Plan]] = []
+    closest: Plan | None = None
+    possible = 0
+    for layout in _layouts(config, gpus=gpus, per_node=gpu.per_node):
+        base = Plan(layout, gpus, gpu, pack_segments(layout, segment_length))
+        for mode, modules in RECOMPUTE:
+            for fp8 in dict.fromkeys((layout.precision.fp8, None)):
+                change = {"recompute.mode": mode, "recompute.modules": modules, "precision.fp8": fp8}
+                candidate = changed(layout, change)
+                if candidate is None:
+                    continue
+                possible += 1
+                plan = Plan(candidate, gpus, gpu, base.pack)
+                if plan.shortfall <= 0:
+                    fitting.append((bound(plan), plan))
+                elif closest is None or plan.shortfall < closest.shortfall:
+                    closest = plan
+    if not fitting:
+        raise ConfigError(_nothing(config, gpus, gpu, possible, closest))
+    fitting.sort(key=lambda item: item[0])
+    best = sorted((plan for _, plan in fitting[: 2 * keep]), key=lambda plan: plan.time.seconds)
+    return Found(best[:keep], possible, len(fitting))
+
+
+def bound(plan: Plan) -> float:
+    """Seconds of a step by the closed form: the busiest rank's passes, and p - 1 chunks of bubble."""
+    p, costs = plan.config.parallel, plan.costs
+    table = {
+        (chunk.layers, chunk.embedding, chunk.head): sum(
+            costs.chunk(chunk, plan.pack, kind).total for kind in ("forward", "backward")
+        )
+        for rank in chunks(plan.config)
+        for chunk in rank
+    }
+    each = [sum(table[c.layers, c.embedding, c.head] for c in rank) for rank in chunks(plan.config)]
+    mean = sum(each) / len(each)
+    return plan.microbatches * max(each) + (p.pipeline - 1) * mean / p.virtual_pipeline
+
+
+def _layouts(config: Config, *, gpus: int, per_node: int) -> Iterator[Config]:
+    """Every way to cut the model and its packs over the GPUs."""
+    for tensor in _divisors(per_node):
+        for pipeline in _divisors(gpus // tensor if gpus % tensor == 0 else 1):
+            for context in _divisors(gpus // tensor // pipeline):
+                for virtual in range(1, config.model.num_layers // pipeline + 2) if pipeline > 1 else (1,):
+                    layout = _layout(config, tensor, pipeline, virtual, context)
+                    if layout is not None and not world_errors(
+                        layout, world_size=gpus, has_gpu=True, has_transformer_engine=True
+                    ):
+                        yield layout
+
+
+def _layout(config: Config, tensor: int, pipeline: int, virtual: int, context: int) -> Config | None:
+    layers, parts = config.model.num_layers, pipeline * virtual
+    if layers % parts and (layers + 2) % parts:
+        return None
+    change: dict[str, Any] = {
+        "parallel.tensor": tensor,
+        "parallel.sequence": tensor > 1,
+        "parallel.pipeline": pipeline,
+        "parallel.virtual_pipeline": virtual,
+        "parallel.context": context,
+        "parallel.embedding_and_loss_as_layers": layers % parts != 0,
+    }
+    return changed(config, change)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def override(plan: Plan) -> str:
+    """The layout as YAML, to be put over the config that was searched for."""
+    c = plan.config
+    sections: dict[str, Any] = {
+        "parallel": c.parallel.model_dump(),
+        "precision": {"fp8": c.precision.fp8},
+        "recompute": {"mode": c.recompute.mode, "modules": list(c.recompute.modules)},
+    }
+    return yaml.safe_dump(sections, sort_keys=False)
+
+
+def _nothing(config: Config, gpus: int, gpu: GPU, possible: int, closest: Plan | None) -> str:
+    if closest is None:
+        return (
+            f"no layout of model.num_layers={config.model.num_layers}, train.global_batch="
+            f"{config.train.global_batch} and data.pack_length={config.data.pack_length} is possible on "
+            f"{gpus} GPUs: their number, or train.global_batch, must divide otherwise"
+        )
+    return (
+        f"none of {possible} layouts fits on {gpus} x {gpu.name}. The closest: "
+        f"{layout_line(closest.config, closest.data_size)}\n{verdict(closest)}"
+    )

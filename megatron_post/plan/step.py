@@ -1,0 +1,86 @@
+"""Time of an optimizer step: the pipeline simulated with the times of its passes, and what stands around
+it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.schedule import Pass, Timeline, simulate
+from megatron_post.plan.shape import Chunk, chunk_parameters, chunks
+from megatron_post.plan.timing import Costs, PassTime
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step. passes: of the pipeline, by what the busiest rank's time goes to."""
+
+    timeline: Timeline
+    busiest: int
+    passes: PassTime
+    reduce_gradients: float
+    gather_parameters: float
+    update: float
+    reference: float
+
+    @property
+    def seconds(self) -> float:
+        others = self.reduce_gradients + self.gather_parameters + self.update + self.reference
+        return self.timeline.seconds + others
+
+
+def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
+    """Of one data-parallel rank's packs of a step, all of `pack_length` tokens."""
+    config, p = costs.config, costs.config.parallel
+    parts = chunks(config)
+    kinds = {tuple(pack) for pack in packs}
+    table = {
+        (c.layers, c.embedding, c.head, pack, kind): costs.chunk(c, pack, kind)
+        for rank in parts
+        for c in rank
+        for pack in kinds
+        for kind in ("forward", "backward")
+    }
+
+    def time(rank: int, work: Pass) -> PassTime:
+        c = parts[rank][work.chunk]
+        return table[c.layers, c.embedding, c.head, tuple(packs[work.microbatch]), work.kind]
+
+    timeline = simulate(
+        lambda rank, work: time(rank, work).total,
+        pipeline=p.pipeline,
+        virtual=p.virtual_pipeline,
+        microbatches=len(packs),
+        transfer=costs.transfer(),
+    )
+    busy = [timeline.busy(rank) for rank in range(p.pipeline)]
+    busiest = busy.index(max(busy))
+    passes = sum((time(busiest, e.work) for e in timeline.events if e.rank == busiest), PassTime())
+    return StepTime(
+        timeline, busiest, passes, *_around_the_pipeline(costs, parts, timeline, passes, len(packs))
+    )
+
+
+def _around_the_pipeline(
+    costs: Costs, parts: list[list[Chunk]], timeline: Timeline, passes: PassTime, microbatches: int
+) -> tuple[float, float, float, float]:
+    """Reduce-scatter of gradients, all-gather of parameters, Adam, and a frozen reference's forward pass.
+
+    With `optimizer.overlap` the collectives run beside the last and the first microbatches (of the
+    interleaved schedule: groups of `pipeline`), a third of whose time is forward and two thirds backward.
+    """
+    config, p = costs.config, costs.config.parallel
+    largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
+    ranks = costs.data_size * p.context
+    reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
+    gather = costs.collective(2 * largest, ranks, spacing=p.tensor)
+    if config.optimizer.overlap:
+        group = min(1.0, (p.pipeline if p.virtual_pipeline > 1 else 1) / microbatches)
+        window = group * passes.total
+        reduce, gather = max(0.0, reduce - window * 2 / 3), max(0.0, gather - window / 3)
+    # Adam reads gradient, master and moments and writes master, moments and parameter; buffers are zeroed
+    update = (30 * largest / ranks + 4 * largest) / (
+        costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
+    )
+    frozen = config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen"
+    forward = sum(e.end - e.start for e in timeline.events if e.rank == 0 and e.work.kind == "forward")
+    return reduce, gather, update, forward if frozen else 0.0

@@ -1,0 +1,133 @@
+"""Verdicts that help, the search, and the page."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from megatron_post.config.load import ConfigError, to_yaml, validate
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.estimate import changed, make_plan, pack_segments, single_changes, verdict
+from megatron_post.plan.hardware import GIB, gpu
+from megatron_post.plan.page import page
+from megatron_post.plan.report import plan_json, time_rows
+from megatron_post.plan.search import bound, override, search
+from tests.unit.plan.test_memory import llama_config
+
+H100 = gpu("h100-80gb")
+BIG = {"tensor": 8, "sequence": True, "pipeline": 8, "context": 8, "virtual_pipeline": 8,
+       "embedding_and_loss_as_layers": True}  # fmt: skip
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
+    """405B in bf16 without recomputation at 128K does not fit; each change that is named does, and is one
+    setting."""
+    config = llama_config("llama3.1_405b", BIG, pack_length=131072, train={"steps": 1, "global_batch": 16})
+    plan = make_plan(config, gpus=512, gpu=H100)
+    assert plan.shortfall > 0
+    text = verdict(plan)
+    assert f"{plan.shortfall / GIB:.1f} GiB too much" in text and "recompute.mode=full fits" in text
+    for change, other in single_changes(plan):
+        assert other.shortfall <= 0
+        assert len({key.split(".")[0] for key in change}) == 1
+        if "--gpus" not in change:
+            assert changed(config, change) == other.config
+    fixed = changed(config, {"recompute.mode": "full"})
+    assert fixed is not None and "fits" in verdict(make_plan(fixed, gpus=512, gpu=H100))
+
+
+def test_nothing_fits() -> None:
+    """405B on one node: 812 GB of bf16 parameters alone are more than 8 x 80 GB."""
+    config = llama_config("llama3.1_405b", {"tensor": 8, "sequence": True})
+    assert "no single change fits" in verdict(make_plan(config, gpus=8, gpu=H100))
+    with pytest.raises(ConfigError, match=r"none of \d+ layouts fits on 8 x h100-80gb. The closest: TP"):
+        search(config, gpus=8, gpu=H100)
+
+
+def test_what_cannot_run_is_refused() -> None:
+    config = llama_config("llama3.1_8b", {"tensor": 2})
+    with pytest.raises(ConfigError, match="9 ranks are not a multiple"):
+        make_plan(config, gpus=9, gpu=H100)
+    with pytest.raises(ValueError, match="GPU 'h100' is not in the planner's table: choose one of h100-80gb"):
+        gpu("h100")
+    with pytest.raises(ValueError, match="a segment of 9000 tokens"):
+        make_plan(config, gpus=8, gpu=H100, segment_length=9000)
+
+
+def test_segments() -> None:
+    """8,192 in 3,000s leave 2,192; an isolated row is a prompt and two responses that see it."""
+    config = llama_config("llama3.1_8b", {})
+    assert [s.length for s in pack_segments(config, 3000)] == [3000, 3000, 2192]
+    reward = llama_config("llama3.1_8b", {}, stage="reward")
+    assert pack_segments(reward, None) == (Segment(4096), Segment(2048, 4096), Segment(2048, 4096))
+    together = llama_config("llama3.1_8b", {}, stage="reward", reward={"layout": "concatenated"})
+    assert pack_segments(together, None)[2] == Segment(2048, 6144)
+
+
+def test_model_flops_are_the_trainers() -> None:
+    from megatron_post.train.metrics import model_flops
+
+    plan = make_plan(llama_config("llama3.1_8b", {"tensor": 2}), gpus=8, gpu=H100, segment_length=2048)
+    expected = model_flops(plan.config.model, tokens=4 * 8192, squared_lengths=4 * 4 * 2048**2)
+    assert plan.model_flops == pytest.approx(expected)
+
+
+def test_time_adds_up() -> None:
+    plan = make_plan(
+        llama_config("llama3.1_70b", {"tensor": 8, "sequence": True, "pipeline": 4}), gpus=32, gpu=H100
+    )
+    assert sum(time_rows(plan).values()) == pytest.approx(plan.time.seconds)
+    assert plan.tokens_per_second_per_gpu * plan.time.seconds * 32 == pytest.approx(4 * 8192)
+
+
+def test_the_published_layout_fits() -> None:
+    """405B at 8,192 on 512 H100s ran without recomputation in TP 8, PP 8, CP 2, VPP 8, in bf16. This trainer
+    keeps gradients in fp32, 12 GiB more than bf16 ones would take."""
+    config = llama_config("llama3.1_405b", {**BIG, "context": 2}, train={"steps": 1, "global_batch": 256})
+    plan = make_plan(config, gpus=512, gpu=H100)
+    assert plan.fullest.total - plan.fullest.kinds["gradients"] / 2 < H100.memory
+
+
+def test_search_ranks_what_fits() -> None:
+    """The winner's YAML, put over the config, loads, and plans to what the search said. The closed form that
+    chooses what is simulated is within a tenth of the simulation."""
+    overlap, train = {"overlap": True}, {"steps": 1, "global_batch": 64}
+    config = llama_config("llama3.1_8b", {}, train=train, optimizer=overlap)
+    found = search(config, gpus=16, gpu=H100, keep=4)
+    assert 0 < found.fitting < found.possible
+    seconds = [plan.time.seconds for plan in found.plans]
+    assert seconds == sorted(seconds)
+    for plan in found.plans:
+        assert plan.shortfall <= 0
+        assert bound(plan) == pytest.approx(plan.time.seconds, rel=0.1)
+    best = found.plans[0]
+    merged = {**yaml.safe_load(to_yaml(config)), **yaml.safe_load(override(best))}
+    again = make_plan(validate(merged, origin="winner"), gpus=16, gpu=H100)
+    assert again.time.seconds == pytest.approx(seconds[0])
+
+
+def test_no_possible_layout() -> None:
+    config = llama_config("llama3.1_8b", {})
+    with pytest.raises(ConfigError, match=r"train.global_batch=4 .* possible on 7 GPUs"):
+        search(config, gpus=7, gpu=H100)
+
+
+def test_page_is_whole() -> None:
+    """One file without references to others; every rank, kind and chunk drawn; well-formed SVG."""
+    config = llama_config("llama3.1_405b", BIG, pack_length=131072, train={"steps": 1, "global_batch": 16})
+    plan = make_plan(config, gpus=512, gpu=H100)
+    text = page(plan)
+    assert not re.search(r"(src|href)=|url\(|<script", text)
+    drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    memory, _, timeline = drawings
+    assert len(memory.findall("rect")) == sum(len(rank.kinds) for rank in plan.memory)
+    assert len(timeline.findall("path")) == 8 * 8 * 2
+    assert "too much" in text and "405,853,388,800" in text
+
+
+def test_json_is_complete() -> None:
+    plan = make_plan(llama_config("llama3.1_8b", {"tensor": 2}), gpus=8, gpu=H100)
+    found = plan_json(plan)
+    assert found["fits"] is True and found["layout"]["data"] == 4
+    assert found["memory"][0]["bytes"] == sum(found["memory"][0]["kinds"].values())
