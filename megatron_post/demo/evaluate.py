@@ -1,6 +1,5 @@
 """What a model in a Hugging Face directory answers, by plain `transformers`, and how often it is right."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import torch
 
 from megatron_post.demo.task import Problem, check_answer
+from megatron_post.rounds.accuracy import Accuracy
 
 _BATCH = 400
-_NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -20,27 +19,6 @@ class Response:
     prompt_ids: list[int]
     response_ids: list[int]
     text: str
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Exact match: how many of `total` answers are right."""
-
-    correct: int
-    total: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% confidence, as shares: E. B. Wilson's score interval (1927), sound near 0 and 1 as well."""
-        n, z = self.total, _NORMAL_95
-        share = self.correct / n
-        centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.correct / self.total:.1f}%  ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def answer_with_transformers(

@@ -21,7 +21,7 @@ from rich.table import Table
 from megatron_post.config.load import load_config
 from megatron_post.data.build import build_store
 from megatron_post.data.permutation import permutation
-from megatron_post.demo.evaluate import Accuracy
+from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.score import score_file
 from megatron_post.train.run import train
 

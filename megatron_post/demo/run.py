@@ -12,11 +12,12 @@ from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.demo.align import SAMPLES, metric_of_run, working_share, write_preferences
-from megatron_post.demo.evaluate import Accuracy, accuracy, answer_with_transformers
+from megatron_post.demo.evaluate import accuracy, answer_with_transformers
 from megatron_post.demo.ours import export_initial_weights, says_the_same
-from megatron_post.demo.task import Problem, make_problems, write_dialogs
+from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
 from megatron_post.demo.telling import Story, print_accuracies, print_chat, print_samples
 from megatron_post.demo.training import pack, train
+from megatron_post.rounds.accuracy import Accuracy
 
 _MARKER = "made-by-megatron-post-demo"
 _HELD_OUT_PREFERENCES = 0.1  # of the problems that are answered for preferences
@@ -145,6 +146,11 @@ def _make_data(config: Config, train_problems: int, held_out: Sequence[Problem])
     (source,), (held_out_source,) = config.data.sources, config.data.eval_sources
     write_dialogs(problems, Path(source.path))
     write_dialogs(held_out, Path(held_out_source.path))
+    # what `round configs/tiny/round.yaml` goes on with
+    run_dir = Path(config.run_dir)
+    write_prompts(make_problems(1200, side="train", seed=config.seed + 3), run_dir / "prompts.jsonl")
+    write_prompts(make_problems(150, side="train", seed=config.seed + 4), run_dir / "validation.jsonl")
+    write_prompts(held_out, run_dir / "held_out_prompts.jsonl")
     texts = (f"{m['role']}\n\n{m['content']}" for problem in problems[:5000] for m in problem.dialog)
     train_small_tokenizer(texts, config.model.vocab_size).save(config.tokenizer.path)
 

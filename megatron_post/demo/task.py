@@ -156,6 +156,14 @@ def write_dialogs(problems: Iterable[Problem], path: Path) -> None:
         file.writelines(json.dumps({"messages": problem.dialog}) + "\n" for problem in problems)
 
 
+def write_prompts(problems: Iterable[Problem], path: Path) -> None:
+    """JSON lines of prompt, answer and solution, as `megatron-post generate` and `round` read them."""
+    with path.open("w", encoding="utf-8") as file:
+        for problem in problems:
+            row = {"prompt": problem.messages, "answer": problem.answer, "solution": problem.solution}
+            file.write(json.dumps(row) + "\n")
+
+
 def _make_problem(rng: random.Random, side: Side, difficulty: Difficulty) -> Problem | None:
     """A problem, or None where its first turns leave no numbers for the next one (as 2 - b does)."""
     follow_ups = rng.randint(0, difficulty.follow_ups)

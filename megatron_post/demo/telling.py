@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_post.demo.evaluate import Accuracy, Response
+from megatron_post.demo.evaluate import Response
 from megatron_post.demo.task import Problem, check_answer
+from megatron_post.rounds.accuracy import Accuracy
 
 _SAMPLES = 4
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from megatron_post.demo.evaluate import Accuracy, Response, accuracy
+from megatron_post.demo.evaluate import Response, accuracy
 from megatron_post.demo.task import make_problems
+from megatron_post.rounds.accuracy import Accuracy
 
 
 @pytest.mark.parametrize(

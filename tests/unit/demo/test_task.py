@@ -19,7 +19,9 @@ from megatron_post.demo.task import (
     parse_answer,
     shows_working,
     write_dialogs,
+    write_prompts,
 )
+from megatron_post.rounds.prompts import read_prompts
 
 # What each kind of question means, by hand and by its words alone: the numbers are those of the text, in
 # its order. The first pattern that is found counts. `before` is the answer of the turn before.
@@ -197,6 +199,14 @@ def test_rows_are_dialogs(tmp_path: Path, train: list[Problem]) -> None:
     assert [row["messages"] for row in rows] == [problem.dialog for problem in train[:100]]
     for row in rows:
         Dialog(tuple(Message(m["role"], m["content"]) for m in row["messages"]))
+
+
+def test_prompts_are_what_rounds_read(train: list[Problem], tmp_path: Path) -> None:
+    write_prompts(train[:100], tmp_path / "prompts.jsonl")
+    prompts = read_prompts(tmp_path / "prompts.jsonl")
+    assert [(p.messages, p.answer, p.solution) for p in prompts] == [
+        (p.messages, str(p.answer), p.solution) for p in train[:100]
+    ]
 
 
 @pytest.mark.parametrize("story", STORIES + FOLLOW_UPS, ids=lambda story: story.text[:40])
