@@ -145,7 +145,7 @@ def test_405b_is_the_report_s() -> None:
     assert world_errors(config, world_size=1024, has_gpu=True, has_transformer_engine=True) == []
 
 
-# clusters are another schema; a round and its stages' files are completed by the round (tests/e2e/test_round.py)
+# clusters are another schema; a round completes its stages' files itself (tests/e2e/test_round.py)
 RUNS = [
     path
     for path in sorted(CONFIGS.glob("*/[!b]*.yaml"))
