@@ -172,7 +172,8 @@ def single_changes(plan: Plan) -> list[tuple[dict[str, Any], Plan]]:
         if other.shortfall > 0:
             continue
         setting = next(iter(change)).removesuffix("s")
-        if setting not in best or other.time.seconds < best[setting][1].time.seconds:
+        rate = other.tokens_per_second_per_gpu
+        if setting not in best or rate > best[setting][1].tokens_per_second_per_gpu:
             best[setting] = (change, other)
     costly = ("data.pack_length", "--gpu")
     rates = {name: -item[1].tokens_per_second_per_gpu for name, item in best.items()}

@@ -57,7 +57,7 @@ def page(plan: Plan) -> str:
 <h2>Where the step goes, on the busiest rank</h2>
 {_time(plan)}
 <h2>The pipeline</h2>
-<p class="faint">Forward passes blue, backward passes ochre, darker for later chunks of the model; white is
+<p class="faint">Forward passes blue, backward passes ochre, darker for later chunks of the model; gaps are
 the bubble.</p> {_timeline(plan)}
 <p class="faint">Predicted by megatron-post's planner. docs/planner.md says what was measured and what is
 assumed.</p> </body></html>
@@ -67,6 +67,7 @@ assumed.</p> </body></html>
 def _memory(plan: Plan) -> str:
     kinds = list(dict.fromkeys(kind for rank in plan.memory for kind in rank.kinds))
     scale = (_WIDTH - _LABEL - 90) / max(plan.gpu.memory, plan.fullest.total)
+    edge = _LABEL + plan.gpu.memory * scale
     rows, bars = 26, []
     for number, rank in enumerate(plan.memory):
         x, y = float(_LABEL), number * rows
@@ -76,8 +77,8 @@ def _memory(plan: Plan) -> str:
             label = f"{kind}: {size / GIB:.2f} GiB"
             bars.append(_bar(x, y, size * scale, rows - 6, colour, label))
             x += size * scale
+        x = edge if edge - 65 < x < edge else x  # the label must not lie on the line
         bars.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{rank.total / GIB:.1f} GiB</text>')
-    edge = _LABEL + plan.gpu.memory * scale
     height = len(plan.memory) * rows
     bars.append(
         f'<path d="M{edge:.1f} 0V{height + 6}" stroke="#b3564d" stroke-width="2" stroke-dasharray="5 3"/>'
