@@ -28,7 +28,7 @@ class Start(Section):
         None, description="a reward model for all rounds; null: one a round is trained"
     )
     preferences: tuple[str, ...] = Field(
-        (), description="earlier batches of preferences; null: the verifier's, on the policy's answers"
+        (), description="earlier batches of preferences; none: the verifier's, on the policy's answers"
     )
 
 
