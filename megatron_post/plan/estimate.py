@@ -11,9 +11,9 @@ from megatron_post.config.layout import layout_errors, world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Layers, Segment
+from megatron_post.plan.flops import Load, step_flops
 from megatron_post.plan.hardware import GIB, GPU
 from megatron_post.plan.memory import RankMemory, memory
-from megatron_post.plan.shape import layer_matrices
 from megatron_post.plan.step import StepTime, step_time
 from megatron_post.plan.timing import Costs
 
@@ -75,14 +75,10 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """Of a step, without recomputation: 6 for every parameter of a matrix and token, 6 a L^2 for causal
-        attention of a layer, as `megatron_post.train.metrics` counts them."""
-        m, tensor = self.config.model, self.config.parallel.tensor
-        matrices = m.num_layers * sum(layer_matrices(self.config).values()) * tensor
-        head = 0 if self.config.stage == "reward" else m.hidden_size * m.vocab_size
-        squares = sum(s.length * (s.length + 2 * s.seen) for s in self.pack)
-        attention = m.num_layers * m.num_attention_heads * m.head_dim * squares
-        return 6 * (matrices + head) * self.tokens + 6 * attention * self.config.train.global_batch
+        """Of a step, without recomputation."""
+        pack = Load.of(self.pack)
+        packs = self.config.train.global_batch
+        return step_flops(self.config, Load(pack.tokens * packs, pack.squares * packs)).model
 
     @property
     def model_flops_utilization(self) -> float:

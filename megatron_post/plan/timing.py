@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_post.config.schema import Config
-from megatron_post.plan.activations import Activations, Segment
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.flops import ATTENTION_BACKWARD, attention_forward, loss_again
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import Chunk, layer_matrices, vocabulary_rows
 
@@ -126,7 +127,8 @@ class Costs:
         z = self._z
         squares = sum(s.length * s.length + 2 * s.length * s.seen for s in segments)
         share = self.gpu.attention_backward if backward else self.gpu.attention_forward
-        seconds = 2 * squares * z.a / z.context * (2.5 if backward else 1.0) / (self.gpu.bf16 * share)
+        flops = attention_forward(self.config, squares) * (ATTENTION_BACKWARD if backward else 1.0)
+        seconds = flops / (self.gpu.bf16 * share)
         # the ring of context parallelism sends keys and values beside the attention of those before
         ring = self.collective(
             4 * z.t * z.context * z.k * (2 if backward else 1), z.context, spacing=z.tensor
@@ -187,9 +189,7 @@ class Costs:
                 elementwise=self._bytes(logits * (4 if self.software.chunked_loss else 16)),
                 communication=self._exposed(before=True),
             )
-        ledger = Activations(self.config, "transformer_engine", ())
-        fused = self.software.chunked_loss and self.config.loss.impl == "fused"
-        again = 1 - ledger.loss_chunk() / z.t if fused else 0.0
+        again = loss_again(self.config) if self.software.chunked_loss else 0.0
         gather = self._tensor_collective() if z.tensor > 1 else 0.0
         return PassTime(
             matrices=(2 + again) * one,

@@ -1,0 +1,143 @@
+"""Floating-point operations of packs: what the model needs, and what is computed beyond that.
+
+A multiply-add is two operations. A matrix of P parameters takes 2 P t forward and twice that backward (its
+input's gradient and its own). Causal attention computes half of every segment's square: scores and weighted
+values take 2 a L^2 forward, with a = heads x head_dim, and 4 a L^2 backward; fused attention computes the
+scores once more in its backward pass, which is 5 a L^2. A segment that besides itself sees `seen` tokens
+before it has L^2 + 2 L seen in place of L^2. Norms, activations, rotary embedding, softmax and the
+optimizer are not counted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from megatron_post.config.schema import Config
+from megatron_post.plan.activations import Activations, Segment
+from megatron_post.plan.shape import Chunk, chunks, layer_matrices, vocabulary_rows
+
+# Of the forward pass: what fused attention computes in its backward pass, and what of it the model needs.
+ATTENTION_BACKWARD, ATTENTION_GRADIENTS = 2.5, 2.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What packs ask of a model: tokens, and the sum over their segments of L^2 + 2 L seen."""
+
+    tokens: float
+    squares: float
+
+    @staticmethod
+    def of(segments: Iterable[Segment]) -> "Load":
+        lengths = [(s.length, s.seen) for s in segments]
+        return Load(sum(n for n, _ in lengths), sum(n * (n + 2 * seen) for n, seen in lengths))
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(self.tokens + other.tokens, self.squares + other.squares)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of a forward and backward pass. matrices and attention are what the model needs, the others come on
+    top.
+
+    recomputed: activations under the recompute policy; scores: attention's scores in its backward pass;
+    loss: the head's products beyond three, of chunks whose logits were not kept or of padding rows;
+    reference: the forward pass of a frozen reference.
+    """
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    recomputed: float = 0.0
+    scores: float = 0.0
+    loss: float = 0.0
+    reference: float = 0.0
+
+    @property
+    def model(self) -> float:
+        """What the model's mathematics needs, however it is computed."""
+        return self.matrices + self.attention
+
+    @property
+    def executed(self) -> float:
+        """All of it: what the hardware did."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+def step_flops(config: Config, load: Load) -> Flops:
+    """Of all ranks that hold the model together. load: of the whole packs.
+
+    Given real tokens alone, `model` is what the step needs; given padded ones, `executed` is what it does.
+    """
+    tensor, context = config.parallel.tensor, config.parallel.context
+    parts = [chunk for rank in chunks(config) for chunk in rank]
+    return sum(
+        (chunk_flops(config, chunk, load, tensor_rank=r) * context for chunk in parts for r in range(tensor)),
+        Flops(),
+    )
+
+
+def chunk_flops(config: Config, chunk: Chunk, load: Load, *, tensor_rank: int = 0) -> Flops:
+    """Of one rank's share of packs through a chunk, forward and backward. load: of the whole packs.
+
+    The last tensor-parallel ranks hold padding rows of the vocabulary, which the fused loss does not
+    multiply.
+    """
+    tokens = load.tokens / config.parallel.context
+    matrices = {name: 2 * tokens * size * chunk.layers for name, size in layer_matrices(config).items()}
+    attention = attention_forward(config, load.squares) * chunk.layers
+    head, extra = _head(config, tokens, tensor_rank) if chunk.head else (0.0, 0.0)
+    forward = sum(matrices.values()) + head
+    frozen = config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen"
+    return Flops(
+        matrices=3 * forward,
+        attention=(1 + ATTENTION_GRADIENTS) * attention,
+        recomputed=_recomputed(config, matrices, attention),
+        scores=(ATTENTION_BACKWARD - ATTENTION_GRADIENTS) * attention,
+        loss=extra,
+        reference=frozen * (forward + attention),
+    )
+
+
+def attention_forward(config: Config, squares: float) -> float:
+    """Of a layer's attention on one rank. squares: of the whole packs."""
+    m, p = config.model, config.parallel
+    return 2 * squares * m.num_attention_heads * m.head_dim / p.tensor / p.context
+
+
+def loss_again(config: Config) -> float:
+    """Share of the fused loss' logits that its backward pass computes again: those of all chunks but the
+    last."""
+    if config.stage == "reward" or config.loss.impl != "fused":
+        return 0.0
+    tokens = config.data.pack_length // config.parallel.context
+    chunk = Activations(config, "transformer_engine", ()).loss_chunk()
+    return (tokens - 1) // chunk * chunk / tokens
+
+
+def _head(config: Config, tokens: float, tensor_rank: int) -> tuple[float, float]:
+    """Forward through the output projection of the real vocabulary, and what is computed beyond three times
+    that."""
+    h, rows = config.model.hidden_size, vocabulary_rows(config)
+    if config.stage == "reward":
+        return 2 * tokens * h / config.parallel.tensor, 0.0
+    real = min(max(config.model.vocab_size - tensor_rank * rows, 0), rows)
+    one = 2 * tokens * h
+    if config.loss.impl == "unfused":
+        return one * real, 3 * one * (rows - real)
+    return one * real, loss_again(config) * one * real
+
+
+def _recomputed(config: Config, matrices: dict[str, float], attention: float) -> float:
+    r = config.recompute
+    if r.mode == "full":
+        return sum(matrices.values()) + attention
+    if r.mode == "none":
+        return 0.0
+    mlp = matrices["fc1"] + matrices["fc2"]
+    return attention * ("core_attn" in r.modules) + mlp * ("mlp" in r.modules)

@@ -1,0 +1,177 @@
+"""Operations by hand, and beside those that torch counts while the real trainer's step runs."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron_post_kernels import linear_logprob
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_post.config.schema import Config
+from megatron_post.data.store import Pack
+from megatron_post.models.build import build_model
+from megatron_post.plan import activations
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.fake_ranks import fake_rank
+from megatron_post.plan.flops import Load, chunk_flops, loss_again, step_flops
+from megatron_post.plan.shape import chunks
+from megatron_post.train.metrics import model_flops
+from megatron_post.train.optimizer import wrap_data_parallel
+from megatron_post.train.run import make_stage
+from megatron_post.train.step import Stepper
+from tests.tiny import tiny_config
+from tests.unit.plan.measured import packs_of
+from tests.unit.plan.test_memory import llama_config
+
+# Unequal packs of 128: 100^2 + 28^2 = 10,784 and 64^2 + 40^2 + 24^2 = 6,272
+LENGTHS = ([100, 28], [64, 40, 24])
+LOAD = Load(256, 10_784 + 6_272)
+
+
+def test_by_hand() -> None:
+    """Tiny: h 64, ffn 96, 4 heads of 16, 2 key-value heads, 4 layers, 250 ids. A layer's matrices: QKV 64 x
+    128, out 64 x 64, fc1 64 x 192, fc2 96 x 64: 8,192 + 4,096 + 12,288 + 6,144 = 30,720; the head 16,000.
+    So 6 x 256 tokens x (4 x 30,720 + 16,000) = 213,319,680; attention 6 x 4 layers x 64 x 17,056 =
+    26,198,016."""
+    assert Load.of(Segment(n) for pack in LENGTHS for n in pack) == LOAD
+    found = step_flops(tiny_config(), LOAD)
+    assert (found.matrices, found.attention) == (213_319_680, 26_198_016)
+    # computing the scores again is a twelfth of six parts: half a forward pass's four
+    assert (found.scores, found.recomputed, found.loss, found.reference) == (26_198_016 / 6, 0, 0, 0)
+    assert found.model == 239_517_696 and found.executed == found.model + found.scores
+    assert found.model == model_flops(tiny_config().model, tokens=256, squared_lengths=17_056)
+
+
+def test_a_response_sees_its_prompt() -> None:
+    """20 tokens behind 10 that they see: 20 x 20 / 2 + 20 x 10 pairs, twice that is 800; and the prompt's
+    100."""
+    assert Load.of([Segment(10), Segment(20, seen=10)]) == Load(30, 900)
+
+
+def test_what_is_computed_besides() -> None:
+    """Full recomputation is the layers' forward pass once more, a third of theirs; a frozen reference is a
+    whole forward pass; and what selective recomputation names is computed again alone."""
+    plain = step_flops(tiny_config(), LOAD)
+    layers = 2 * 256 * 4 * 30_720
+    attention = plain.attention / 3
+    full = step_flops(tiny_config(recompute={"mode": "full"}), LOAD)
+    assert full.recomputed == layers + attention and full.model == plain.model
+    core = step_flops(tiny_config(recompute={"mode": "selective"}), LOAD)
+    assert core.recomputed == attention
+    both = step_flops(tiny_config(recompute={"mode": "selective", "modules": ["mlp", "layernorm"]}), LOAD)
+    assert both.recomputed == 2 * 256 * 4 * (12_288 + 6_144)
+    frozen = step_flops(tiny_config(stage="dpo", dpo={"reference": "frozen"}), LOAD)
+    assert frozen.reference == plain.model / 3 and frozen.model == plain.model
+
+
+def test_chunks_of_the_fused_loss() -> None:
+    """405B on TP 8: 16,128 rows of 2 bytes; 512 MiB hold 16,512 tokens, so 131,072 on CP 8 are one chunk,
+    and on CP 1 eight of 16,384, seven of which are computed again: (8 - 2/8) t v h in all."""
+    layout = {"tensor": 8, "sequence": True}
+    sizes = {context: llama_config("llama3.1_405b", layout | {"context": context}, pack_length=131072)
+             for context in (1, 8)}  # fmt: skip
+    assert loss_again(sizes[8]) == 0 and loss_again(sizes[1]) == 7 / 8
+    assert loss_again(tiny_config(loss={"impl": "unfused"})) == 0
+    head = 2.0 * 131072 * 128256 * 16384
+    assert step_flops(sizes[1], Load(131072, 0)).loss == head * 7 / 8
+
+
+def test_ranks_add_up_to_the_model() -> None:
+    """TP 2 pads 250 ids to 256: the last rank's 128 rows hold 122 real ones. All layouts do the same
+    together."""
+    whole = step_flops(tiny_config(), LOAD)
+    for parallel in (
+        {"tensor": 2, "sequence": True},
+        {"pipeline": 2},
+        {"context": 2},
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "context": 2},
+    ):
+        assert step_flops(tiny_config(parallel=parallel), LOAD) == whole, parallel
+    config = tiny_config(parallel={"tensor": 2})
+    (only,) = chunks(config)[0]
+    first, last = (chunk_flops(config, only, LOAD, tensor_rank=r) for r in (0, 1))
+    assert first.matrices - last.matrices == 6 * 256 * 64 * (128 - 122)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "full": {"recompute": {"mode": "full"}},
+    "core attention and MLP": {"recompute": {"mode": "selective", "modules": ["core_attn", "mlp"]}},
+    "unfused": {"loss": {"impl": "unfused"}},
+    "TP 2, SP": {"parallel": {"tensor": 2, "sequence": True}},
+    "PP 2": {"parallel": {"pipeline": 2}},
+    "frozen reference": {"dpo": {"reference": "frozen"}, "stage": "dpo"},
+}
+
+
+@pytest.mark.parametrize("sections", CASES.values(), ids=CASES.keys())
+def test_beside_torchs_counter(sections: dict[str, Any]) -> None:
+    """Every rank of the layout steps through both packs while torch counts its matrix products. Attention's
+    forward passes are counted at its own call; a backward pass, which torch cannot see into here, is five
+    halves of one."""
+    config = tiny_config(**sections)
+    size = config.parallel.model_size
+    for rank in range(size):
+        matrices, attended = _counted(config, rank, size, packs=[_pack(n, config.stage) for n in LENGTHS])
+        (part,) = chunks(config)[rank // config.parallel.tensor]
+        found = chunk_flops(config, part, LOAD, tensor_rank=rank % config.parallel.tensor)
+        assert matrices + attended + 2.5 * found.attention / 3 == found.executed
+        assert matrices >= found.matrices and attended >= found.attention / 3
+
+
+def test_beside_torchs_counter_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pack of 384 tokens with logits of 128 at a time: two of three chunks are computed again."""
+    monkeypatch.setattr(linear_logprob, "_CHUNK_BYTES", 128 * 250 * 4)
+    monkeypatch.setattr(activations, "CHUNK_BYTES", 128 * 250 * 4)
+    config = tiny_config(data={"pack_length": 384})
+    matrices, _ = _counted(config, 0, 1, packs=[_pack([200, 184], "sft")])
+    (part,) = chunks(config)[0]
+    found = chunk_flops(config, part, Load(384, 200**2 + 184**2))
+    assert found.loss == 2 * 256 * 250 * 64
+    assert matrices == found.matrices + found.loss
+
+
+def _counted(config: Config, rank: int, size: int, *, packs: list[Pack]) -> tuple[float, float]:
+    """(matrix products, attention's forward passes) that a rank of `size` computes in one step."""
+    with fake_rank(config.parallel, rank=rank, world_size=size) as topology:
+        models = build_model(config, topology, portable=True)
+        stage = make_stage(config, topology)
+        reference = build_model(config, topology, portable=True) if config.stage == "dpo" else None
+        for parameter in (p for model in (*models, *(reference or ())) for p in model.parameters()):
+            torch.nn.init.normal_(parameter, std=0.02)
+        chunks = wrap_data_parallel(models, config, topology)
+        stepper = Stepper(chunks, stage, topology, portable=True, reference=reference)
+        with _counting() as (counter, attended):
+            stepper(packs)
+    return counter.get_total_flops(), sum(attended)
+
+
+def _pack(lengths: list[int], stage: str) -> Pack:
+    """Of DPO the first two segments are a pair."""
+    ranks = [-1] * len(lengths)
+    ranks[:2] = [0, 1] if stage == "dpo" else [-1, -1]
+    (pack,) = packs_of(lengths, ranks, count=1)
+    return dataclasses.replace(pack, tokens=pack.tokens % 250)
+
+
+@contextmanager
+def _counting() -> Iterator[tuple[FlopCounterMode, list[float]]]:
+    """Torch's counter of matrix products, and half of 4 d q^2 for every head of each causal square that is
+    attended."""
+    attended: list[float] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Any, key: Any, *rest: Any, **settings: Any) -> Any:
+        assert settings["is_causal"]
+        attended.append(4 * query.shape[1] * query.shape[3] * query.shape[2] * key.shape[2] / 2)
+        return attend(query, key, *rest, **settings)
+
+    with (
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", noted),
+        FlopCounterMode(display=False) as counter,
+    ):
+        yield counter, attended
