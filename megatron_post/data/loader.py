@@ -1,11 +1,16 @@
-"""Batches by index: which packs a rank trains on follows from (seed, packs consumed, data rank) alone."""
+"""Batches by index: which packs a rank trains on follows from the store, the seed, the packs consumed and the
+ranks alone; no rank asks another."""
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from itertools import count, islice
 from typing import Self
 
+import numpy as np
+
+from megatron_post.data.balance import deal, squares
 from megatron_post.data.permutation import permutation
 from megatron_post.data.store import Pack, PackStore
 
@@ -15,8 +20,8 @@ class PackLoader:
 
     Each epoch visits every pack once, in an order drawn from (seed, epoch). Epochs follow each other without
     a gap: a global batch may hold the last packs of one and the first of the next. A step takes the next
-    `global_batch` packs of that sequence, whatever the number of ranks; rank d of D takes every D-th of them,
-    from the d-th.
+    `global_batch` packs of that sequence, whatever the number of ranks. They are dealt to the ranks by
+    `balance.deal`, equally many to each and so that all take about equally long.
 
     The position is `consumed_packs`, over all ranks: after k steps of `global_batch`, k * global_batch more
     than at the start. A loader made with that number goes on exactly where the other stopped, on any number
@@ -47,8 +52,12 @@ class PackLoader:
             )
         assert 0 <= data_rank < data_size
         self._store = store
-        self._indices = pack_indices(
-            len(store), seed=seed, start=consumed_packs + data_rank, stride=data_size
+        self._indices = dealt_indices(
+            store,
+            pack_indices(len(store), seed=seed, start=consumed_packs),
+            global_batch=global_batch,
+            data_rank=data_rank,
+            data_size=data_size,
         )
         self.packs_a_step = global_batch // data_size
         self._prefetch = prefetch
@@ -77,14 +86,21 @@ class PackLoader:
         return self._ahead.popleft().result()
 
 
-def pack_indices(num_packs: int, *, seed: int, start: int, stride: int) -> Iterator[int]:
-    """Pack numbers at positions start, start + stride, ... of the endless sequence of shuffled epochs."""
+def pack_indices(num_packs: int, *, seed: int, start: int) -> Iterator[int]:
+    """Pack numbers from position `start` on of the endless sequence of shuffled epochs."""
     order = lru_cache(maxsize=2)(lambda epoch: permutation(num_packs, seed, "epoch", epoch))
-    position = start
-    while True:
+    for position in count(start):
         epoch, index = divmod(position, num_packs)
         yield int(order(epoch)[index])
-        position += stride
+
+
+def dealt_indices(
+    store: PackStore, stream: Iterator[int], *, global_batch: int, data_rank: int, data_size: int
+) -> Iterator[int]:
+    """Of every next `global_batch` packs of an endless stream those that `balance.deal` gives to a rank."""
+    while True:
+        batch = np.fromiter(islice(stream, global_batch), dtype=np.int64, count=global_batch)
+        yield from batch[deal(squares(store, batch), ranks=data_size)[data_rank]].tolist()
 
 
 def eval_packs(

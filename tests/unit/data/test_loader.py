@@ -1,4 +1,4 @@
-"""Batches by index: the stream does not depend on the ranks, and starts anywhere."""
+"""Batches by index: what a step holds does not depend on the ranks, and the stream starts anywhere."""
 
 import gc
 import threading
@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_post.data.loader import PackLoader, eval_packs
+from megatron_post.data.balance import squares
+from megatron_post.data.loader import PackLoader, eval_packs, pack_indices
 from megatron_post.data.store import Pack, PackStore, StoreError
 from tests.unit.data.small_store import small_store
+from tests.unit.data.uneven_store import cut_packs, uneven_store
 
 NUM_PACKS = 10
 
@@ -73,6 +77,66 @@ def test_a_resumed_run_may_change_ranks_and_batch(store: PackStore) -> None:
     ]
     batches = [sorted(flat(rank[step] for rank in resumed)) for step in range(3)]
     assert batches == [sorted(stream[8 + 6 * step : 14 + 6 * step]) for step in range(3)]
+
+
+UNEVEN_PACKS = 23
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> PackStore:
+    return uneven_store(tmp_path_factory.mktemp("loader") / "u", cut_packs(UNEVEN_PACKS))
+
+
+def dealt(store: PackStore, count: int, *, batch: int, size: int, consumed: int = 0) -> list[list[list[int]]]:
+    """Packs by [step][rank], named by their first token."""
+    ranks = []
+    for rank in range(size):
+        with PackLoader(
+            store, seed=5, global_batch=batch, data_rank=rank, data_size=size, consumed_packs=consumed
+        ) as loader:
+            ranks.append([[int(pack.tokens[0]) for pack in packs] for packs in islice(loader, count)])
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+@given(
+    phases=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(1, 5), st.integers(1, 3)),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_ranks_that_come_and_go_see_what_one_sees(
+    uneven: PackStore, phases: list[tuple[int, int, int]]
+) -> None:
+    """A run of some (ranks, packs a rank, steps), one after another, each resumed at the last one's position.
+    Every step's packs are the next ones of the plain stream, and every rank has equally many."""
+    stream = list(islice(pack_indices(UNEVEN_PACKS, seed=5, start=0), 300))
+    consumed = 0
+    for size, places, count in phases:
+        batch = size * places
+        for step in dealt(uneven, count, batch=batch, size=size, consumed=consumed):
+            assert all(len(packs) == places for packs in step)
+            assert sorted(flat(step)) == sorted(stream[consumed : consumed + batch])
+            consumed += batch
+
+
+def test_ranks_have_nearly_equal_costs(uneven: PackStore) -> None:
+    """16 packs on 2 ranks, against every other pack to each rank: over 20 steps the fuller one is nearer to
+    the mean by a factor of ten."""
+    costs = squares(uneven, np.arange(UNEVEN_PACKS))
+    stream = np.array(list(islice(pack_indices(UNEVEN_PACKS, seed=5, start=0), 20 * 16))).reshape(20, 8, 2)
+    plain = costs[stream].sum(axis=1)
+    balanced = np.array([costs[step].sum(axis=1) for step in dealt(uneven, 20, batch=16, size=2)])
+    assert balanced.sum(axis=1).tolist() == plain.sum(axis=1).tolist()
+    excess = [np.mean(sums.max(axis=1) / sums.mean(axis=1)) - 1 for sums in (plain, balanced)]
+    assert excess[1] < excess[0] / 10
+
+
+def test_the_costliest_pack_comes_first(uneven: PackStore) -> None:
+    costs = squares(uneven, np.arange(UNEVEN_PACKS))
+    for step in dealt(uneven, 5, batch=8, size=2):
+        assert all((np.diff(costs[packs]) <= 0).all() for packs in step)
 
 
 def test_the_seed_decides(store: PackStore) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_post.data.packing import Packing, pack_units
+from megatron_post.data.packing import Packing, _place, pack_units
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -46,16 +46,34 @@ def test_loses_and_doubles_nothing_and_never_overfills(case: tuple[list[int], in
 
 
 @given(lengths_and_capacity)
-def test_as_full_as_the_textbook_form(case: tuple[list[int], int]) -> None:
+def test_no_more_packs_than_the_textbook_form(case: tuple[list[int], int]) -> None:
     lengths, capacity = case
     packing = pack_units(np.array(lengths, dtype=np.int64), capacity=capacity)
-    expected = best_fit_decreasing(lengths, capacity)
+    assert len(packing) <= len(best_fit_decreasing(lengths, capacity))
+
+
+@given(lengths_and_capacity)
+def test_best_fit_alone_is_the_textbook_form(case: tuple[list[int], int]) -> None:
+    lengths, capacity = case
+    packs, counts, num_packs = _place(np.array(lengths, dtype=np.int64), capacity, apart=0)
+    totals = np.zeros(num_packs, dtype=np.int64)
+    np.add.at(totals, np.repeat(packs, counts).astype(np.int64), np.sort(lengths)[::-1])
     # packs with equal room are interchangeable, so it is how full they are that must agree
-    assert sorted(map(sum, as_lists(packing, lengths))) == sorted(map(sum, expected))
+    assert sorted(totals.tolist()) == sorted(map(sum, best_fit_decreasing(lengths, capacity)))
+
+
+def test_the_longest_units_stand_apart() -> None:
+    """6, 4 and thirty 1s in packs of 10. Best-fit alone joins 6 and 4 (36 + 16 = 52 in squares) and fills
+    three packs with 1s. Forty tokens are four packs, so the two longest open one each, and 1s fill them."""
+    lengths = [1] * 30 + [6, 4]
+    assert best_fit_decreasing(lengths, 10)[0] == [6, 4]
+    packing = pack_units(np.array(lengths), capacity=10)
+    assert as_lists(packing, lengths) == [[6, 1, 1, 1, 1], [4, 1, 1, 1, 1, 1, 1], [1] * 10, [1] * 10]
 
 
 def test_by_hand() -> None:
-    # 7 opens pack 0 (room 3), 5 opens pack 1 (5), 5 fills pack 1, 3 fills pack 0, 2 opens pack 2, 1 joins it
+    # 23 tokens are two packs: one is opened by the longest, 7 (room 3), as it would be anyhow. 5 opens pack 1
+    # (5), 5 fills pack 1, 3 fills pack 0, 2 opens pack 2, 1 joins it
     lengths = [5, 1, 7, 3, 5, 2]
     packing = pack_units(np.array(lengths), capacity=10)
     assert [packing[pack].tolist() for pack in range(len(packing))] == [[2, 3], [0, 4], [5, 1]]
