@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_post.bench.commands import bench_app
 from megatron_post.convert.commands import convert_app
 from megatron_post.launch.commands import launch_app
 from megatron_post.plan.commands import plan_app
@@ -18,6 +19,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Pack data into a store, and l
 config_app = typer.Typer(no_args_is_help=True, help="Show and describe configs.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.add_typer(launch_app, name="launch")
 app.add_typer(plan_app, name="plan")

@@ -102,3 +102,8 @@ def gpu(name: str) -> GPU:
     if name not in GPUS:
         raise ValueError(f"GPU {name!r} is not in the planner's table: choose one of {', '.join(GPUS)}")
     return GPUS[name]
+
+
+def gpu_of_device(device: str) -> GPU | None:
+    """By the name that CUDA gives a device ("NVIDIA H100 80GB HBM3"); None where the table has none of it."""
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in device.upper()), None)

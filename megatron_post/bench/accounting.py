@@ -1,0 +1,58 @@
+"""Tokens of packs by what they are good for, and the load that their attention is."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_post.data.batch import PackedBatch
+from megatron_post.data.store import Pack
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.flops import Load
+from megatron_post.stages.base import Stage
+
+_NONE = Load(0, 0)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of packs. capacity: all tokens that are computed; real: those that are no padding; trained: labels
+    with loss, of a reward model the scored responses; examples: dialogs, or preferences.
+
+    useful: the load of real tokens alone; computed: that of everything, a tail of padding too.
+    """
+
+    capacity: int = 0
+    real: int = 0
+    trained: int = 0
+    examples: int = 0
+    useful: Load = _NONE
+    computed: Load = _NONE
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.capacity + other.capacity,
+            self.real + other.real,
+            self.trained + other.trained,
+            self.examples + other.examples,
+            self.useful + other.useful,
+            self.computed + other.computed,
+        )
+
+
+def count_packs(packs: Iterable[Pack], stage: Stage) -> Counts:
+    """What these packs hold, as the stage trains them."""
+    return sum((_count(pack, stage.collate(pack), scores=stage.head == "scalar") for pack in packs), Counts())
+
+
+def _count(pack: Pack, batch: PackedBatch, *, scores: bool) -> Counts:
+    lengths, padded = pack.lengths.tolist(), batch.cu_seqlens.diff().tolist()
+    spans = [(0, 0)] * len(lengths) if batch.seen is None else batch.seen.tolist()
+    seen = [sum(lengths[first:last]) for first, last in spans]
+    pairs = batch.comparisons
+    return Counts(
+        capacity=sum(padded),
+        real=sum(lengths),
+        trained=int((pack.ranks >= 0).sum()) if scores else int(batch.trained.sum()),
+        examples=sum(n > 0 for n in lengths) if pairs is None else int(pairs.examples),
+        useful=Load.of(map(Segment, lengths, seen)),
+        computed=Load.of(map(Segment, padded, seen)),
+    )

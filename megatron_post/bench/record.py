@@ -1,0 +1,144 @@
+"""What a benchmark found: figures with their samples, and what they were measured in; a JSON file a run."""
+
+import dataclasses
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT = "megatron-post-bench"
+VERSION = 1
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A quantity's samples, one a step or round; a single one where it was taken once."""
+
+    unit: str
+    samples: tuple[float, ...]
+    better: Better | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the median: between two order statistics, with at least 95% confidence whatever the
+        distribution.
+
+        The median lies between the k-th smallest and the k-th largest of n independent samples unless fewer
+        than k of them fall on one of its sides: with probability 1 - 2 P(Binomial(n, 1/2) < k). Under six
+        samples no k reaches 95%, and these are the smallest and the largest sample.
+        """
+        ordered, n = sorted(self.samples), len(self.samples)
+        tail, k = 0.0, 0
+        while k < n // 2 and tail + math.comb(n, k) / 2**n <= 0.025:
+            tail += math.comb(n, k) / 2**n
+            k += 1
+        k = max(k, 1)
+        return ordered[k - 1], ordered[n - k]
+
+    def quantile(self, share: float) -> float:
+        """Between the samples in order, interpolated."""
+        ordered, place = sorted(self.samples), share * (len(self.samples) - 1)
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of a benchmark. Runs of one benchmark and subject are compared; settings and environment may
+    differ.
+
+    notes: what a reader of the figures must know. text: what a program of its own printed.
+    """
+
+    benchmark: str
+    subject: str
+    settings: dict[str, str]
+    figures: dict[str, Figure]
+    environment: dict[str, str]
+    notes: tuple[str, ...] = ()
+    text: str = field(default="")
+
+    @property
+    def date(self) -> str:
+        return self.environment.get("date", "")
+
+
+def write_record(directory: str | Path, record: Record) -> Path:
+    """A new file in `directory`, whose name begins with the benchmark's and the date."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^\w.-]+", "-", f"{record.benchmark}-{record.date.replace(':', '')}")
+    content = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(record)}, indent=1)
+    for number in range(1, 1000):
+        path = directory / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        try:
+            with path.open("x") as file:
+                file.write(content + "\n")
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError(f"{directory} has a thousand records of one second: choose another --output")
+
+
+def read_records(directory: str | Path) -> list[Record]:
+    """All records in `directory`, oldest first.
+
+    Raises `ValueError` where there is none, and for a file that another version has written.
+    """
+    directory = Path(directory)
+    files = sorted(directory.glob("*.json")) if directory.is_dir() else []
+    found = [(path, _content(path)) for path in files]
+    records = [_record(path, content) for path, content in found if content.get("format") == FORMAT]
+    if not records:
+        there = "holds no records" if directory.is_dir() else "does not exist"
+        raise ValueError(
+            f"{directory} {there}: `megatron-post bench step|data|... --output {directory}` first"
+        )
+    return sorted(records, key=lambda record: record.date)
+
+
+def once(unit: str, value: float, better: Better | None = None) -> Figure:
+    """A figure that was taken once."""
+    return Figure(unit, (float(value),), better)
+
+
+def describe(values: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text; None and empty ones left out."""
+    return {name: str(value) for name, value in values.items() if value not in (None, "", ())}
+
+
+def changed(before: Figure, after: Figure) -> bool:
+    """Whether two figures' intervals do not overlap. Of figures taken once nothing can be said: False."""
+    if min(len(before.samples), len(after.samples)) < 2:
+        return False
+    (low, high), (other_low, other_high) = before.interval, after.interval
+    return high < other_low or other_high < low
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _record(path: Path, content: dict[str, Any]) -> Record:
+    if content["version"] != VERSION:
+        raise ValueError(f"{path} has version {content['version']}, this program reads {VERSION}: remove it")
+    names: Sequence[str] = [item.name for item in dataclasses.fields(Record)]
+    values = {name: content[name] for name in names}
+    values["figures"] = {
+        name: Figure(f["unit"], tuple(f["samples"]), f["better"]) for name, f in content["figures"].items()
+    }
+    return Record(**values | {"notes": tuple(content["notes"])})

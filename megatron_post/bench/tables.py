@@ -1,0 +1,42 @@
+"""A record as a table in the terminal."""
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.bench.record import Figure, Record
+
+
+def print_record(record: Record, console: Console) -> None:
+    """Settings, then each figure's median, tenth and ninetieth percentile, then what to know of them."""
+    console.print(f"bench {record.benchmark}: {record.subject}", style="bold", highlight=False, markup=False)
+    for name, value in record.settings.items():
+        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    table = Table("", box=SIMPLE)
+    for name in ("median", "p10", "p90", "n", "unit"):
+        table.add_column(name, justify="left" if name == "unit" else "right")
+    for name, figure in record.figures.items():
+        values = (figure.median, figure.quantile(0.1), figure.quantile(0.9))
+        alone = len(figure.samples) == 1
+        shown = [number(v) for v in values[: 1 if alone else 3]] + ["", ""] * alone
+        table.add_row(name, *shown, str(len(figure.samples)), figure.unit)
+    console.print(table)
+    if record.text:
+        console.print(record.text, highlight=False, markup=False, soft_wrap=True)
+    for note in record.notes:
+        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def number(value: float) -> str:
+    """Four significant digits, or all before the point."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def median_and_interval(figure: Figure) -> str:
+    """12.3 (12.1 to 12.6)."""
+    if len(figure.samples) == 1:
+        return number(figure.median)
+    low, high = figure.interval
+    return f"{number(figure.median)} ({number(low)} to {number(high)})"
