@@ -147,21 +147,21 @@ def demo(
     ] = "runs/demo",
     train_problems: Annotated[int, typer.Option(min=100, help="Dialogs to train on.")] = 20000,
     held_out_problems: Annotated[int, typer.Option(min=4, help="Problems to answer.")] = 300,
-    preference_problems: Annotated[int, typer.Option(min=20, help="Problems to sample answers to.")] = 500,
+    round_problems: Annotated[int, typer.Option(min=20, help="Problems to answer a round.")] = 800,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of alignment.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="Do all of it for so many seeds.")] = 1,
 ) -> None:
     """Make a small task, train and align a tiny Llama on the CPU, and show what it has learned."""
     from rich.console import Console
 
-    from megatron_post.demo.run import run_demo
+    from megatron_post.demo.run import Sizes, run_demo
+    from megatron_post.demo.seeds import run_seeds
 
-    run_demo(
-        config,
-        [f"run_dir={run_dir}", *(overrides or ())],
-        train_problems=train_problems,
-        held_out_problems=held_out_problems,
-        preference_problems=preference_problems,
-        console=Console(),
-    )
+    sizes = Sizes(train_problems, held_out_problems, round_problems, rounds)
+    if seeds == 1:
+        run_demo(config, [f"run_dir={run_dir}", *(overrides or ())], sizes=sizes, console=Console())
+    else:
+        run_seeds(config, overrides or (), run_dir=run_dir, seeds=seeds, sizes=sizes, console=Console())
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_post.demo.task import Problem, check_answer
+from megatron_post.demo.task import Problem, check_answer, shows_working
 from megatron_post.rounds.accuracy import Accuracy
 
-_BATCH = 400
+_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,10 @@ class Response:
     text: str
 
 
-def answer_with_transformers(
-    directory: Path, problems: Sequence[Problem], *, temperature: float = 0.0, seed: int = 0
-) -> list[Response]:
-    """Responses of the exported model, in batches padded on the left, through its own chat template.
+def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> list[Response]:
+    """Greedy responses of the exported model, in batches padded on the left, through its own chat template.
 
-    Greedy, or drawn with `seed` where the temperature is above 0. Generation ends at a stop token, or where
-    it is longer than every correct response.
+    Generation ends at a stop token, or where it is longer than every correct response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -38,15 +35,13 @@ def answer_with_transformers(
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     longest = max(len(tokenizer.encode(problem.solution, add_special_tokens=False)) for problem in problems)
     stops = set(model.generation_config.eos_token_id)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    torch.manual_seed(seed)
     responses: list[Response] = []
     for start in range(0, len(problems), _BATCH):
         chats = [list(problem.messages) for problem in problems[start : start + _BATCH]]
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, **sampling, max_new_tokens=longest + 8)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 8)
         width = inputs["input_ids"].shape[1]
         for ids, mask, generated in zip(
             inputs["input_ids"], inputs["attention_mask"], output[:, width:].tolist(), strict=True
@@ -61,3 +56,8 @@ def accuracy(problems: Sequence[Problem], responses: Sequence[Response]) -> Accu
     """Exact match of responses to their problems."""
     right = [check_answer(p, r.text) for p, r in zip(problems, responses, strict=True)]
     return Accuracy(sum(right), len(right))
+
+
+def working_share(responses: Sequence[Response]) -> float:
+    """Share of the responses that show their working."""
+    return sum(shows_working(response.text) for response in responses) / len(responses)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -11,31 +12,40 @@ from rich.console import Console
 from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config
 from megatron_post.data.tokenizer import train_small_tokenizer
-from megatron_post.demo.align import SAMPLES, metric_of_run, working_share, write_preferences
-from megatron_post.demo.evaluate import accuracy, answer_with_transformers
+from megatron_post.demo.evaluate import accuracy, answer_with_transformers, working_share
 from megatron_post.demo.ours import export_initial_weights, says_the_same
 from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
 from megatron_post.demo.telling import Story, print_accuracies, print_chat, print_samples
 from megatron_post.demo.training import pack, train
 from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.files import write_json
+from megatron_post.rounds.round import run_rounds
 
+ROUNDS, RESULTS = "rounds", "results.json"
 _MARKER = "made-by-megatron-post-demo"
-_HELD_OUT_PREFERENCES = 0.1  # of the problems that are answered for preferences
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Problems to train on, held out to judge by, and to answer in each round; and the number of rounds."""
+
+    train: int
+    held_out: int
+    round: int
+    rounds: int
 
 
 def run_demo(
     config_path: str,
     overrides: Sequence[str] = (),
     *,
-    train_problems: int,
-    held_out_problems: int,
-    preference_problems: int,
+    sizes: Sizes,
     console: Console,
-) -> dict[str, Accuracy]:
+) -> None:
     """Run the whole path in the config's `run_dir`, always afresh: an earlier demo there is replaced.
 
-    The reward model's and DPO's configs stand beside the demo's, named `_reward` and `_dpo`. Returns the
-    accuracy "before" training, after "sft" and after "dpo", and, as "same", how many responses ours and
+    The rounds' file stands beside the demo's and is named `round.yaml`. `results.json` has the accuracies
+    "before" training, after "sft" and of each round, and, as "same", how many responses ours and
     `transformers` share. Raises `ValueError` for a `run_dir` with other things in it, and where training
     fails.
     """
@@ -48,10 +58,10 @@ def run_demo(
 
     with story.step("Make arithmetic word problems"):
         # the recipe was tuned on the problems of the config's own seed
-        held_out = make_problems(held_out_problems, side="held_out", seed=config.seed + 1)
-        _make_data(config, train_problems, held_out)
+        held_out = make_problems(sizes.held_out, side="held_out", seed=config.seed + 1)
+        _make_data(config, sizes, held_out)
         console.print(
-            f"{train_problems:,} dialogs to train on and {held_out_problems:,} held out, with other numbers. "
+            f"{sizes.train:,} dialogs to train on and {sizes.held_out:,} held out, with other numbers. "
             "Half of the answers show their working:"
         )
         print_chat(max(held_out[:20], key=lambda problem: problem.turns).dialog, console)
@@ -78,58 +88,45 @@ def run_demo(
         same = says_the_same(config, run_dir / "hf", tuned)
         console.print(f"{sum(same)} of {len(same)} responses are the same, token for token.")
 
-    with story.step(f"Sample {SAMPLES} answers to each of {preference_problems} problems, and rank them"):
-        problems = make_problems(preference_problems, side="train", seed=config.seed + 2)
-        rows = write_preferences(
-            run_dir / "hf",
-            problems,
-            run_dir / "preferences",
-            held_out=_HELD_OUT_PREFERENCES,
-            seed=config.seed,
+    with story.step(f"{_count(sizes.rounds, 'round')} of alignment"):
+        console.print(
+            "In each, a reward model learns from preferences; the best model so far draws answers; of each\n"
+            "problem's answers the best goes to SFT, the best and the worst to DPO; both are averaged;\n"
+            "whichever of the three is best answers in the next round.",
+            style="dim",
         )
-        console.print(f"{rows:,} preferences: right answers over wrong ones, worked ones over brief ones.")
+        settings = _round_overrides(config, sizes)
+        run_rounds(Path(config_path).with_name("round.yaml"), settings, console=console)
 
-    with story.step("Train a reward model on them"):
-        reward = _stage_config(config_path, "reward", overrides, run_dir)
-        pack(reward, console)
-        train(reward, console)
-        first, _ = metric_of_run(run_dir / "reward", "accuracy", kind="train")
-        _, last = metric_of_run(run_dir / "reward", "accuracy", kind="eval")
-        console.print(f"Pairs ranked right: {first:.0%} in its first steps, {last:.0%} of those held out.")
-
-    with story.step("Direct preference optimisation, from the SFT model"):
-        dpo = _stage_config(config_path, "dpo", overrides, run_dir)
-        pack(dpo, console)
-        train(dpo, console)
-        first, last = metric_of_run(run_dir / "dpo", "margin", kind="train")
-        console.print(f"Margin of better answers: {first:.2f} in its first steps, {last:.2f} in its last.")
-
+    directories = [run_dir / ROUNDS / f"round-{number:02d}" for number in range(1, sizes.rounds + 1)]
+    evaluations = [json.loads((path / "evaluation.json").read_text()) for path in directories]
+    best = evaluations[-1]["best"]
     with story.step("Let the aligned model answer"):
-        aligned = answer_with_transformers(run_dir / "dpo" / "hf", held_out)
+        aligned = answer_with_transformers(Path(best), held_out)
         print_samples(held_out, tuned, aligned, console)
         console.print(
             f"{accuracy(held_out, aligned)} are right; {working_share(aligned):.0%} show their working."
         )
 
-    results = {
-        "before": accuracy(held_out, before),
-        "sft": accuracy(held_out, tuned),
-        "dpo": accuracy(held_out, aligned),
-        "same": Accuracy(sum(same), len(same)),
-    }
-    print_accuracies(
-        {"before training": results["before"], "after SFT": results["sft"], "after DPO": results["dpo"]},
-        console,
-    )
+    results = {"before training": accuracy(held_out, before), "after SFT": accuracy(held_out, tuned)}
+    print_accuracies(results, evaluations, console)
     console.print(
-        f"{story.seconds:.0f} s in all. The model is in {run_dir / 'dpo' / 'hf'}, its reward model in "
-        f"{run_dir / 'reward' / 'hf'}; any tool of the Llama world loads them."
+        f"{story.seconds:.0f} s in all. The model is in {best}; any tool of the Llama world loads it. "
+        f"{directories[-1] / 'report.html'} shows what happened.",
+        soft_wrap=True,
     )
-    numbers = {name: {"correct": value.correct, "total": value.total} for name, value in results.items()}
-    (run_dir / "results.json").write_text(
-        json.dumps({**numbers, "seconds": round(story.seconds, 1)}, indent=2) + "\n"
+    write_json(
+        run_dir / RESULTS,
+        {
+            "before": vars(results["before training"]),
+            "sft": vars(results["after SFT"]),
+            "rounds": [
+                {key: e[key] for key in ("greedy", "one_sample", "best_of_k", "k")} for e in evaluations
+            ],
+            "same": vars(Accuracy(sum(same), len(same))),
+            "seconds": round(story.seconds, 1),
+        },
     )
-    return results
 
 
 def _start_afresh(run_dir: Path) -> None:
@@ -141,24 +138,35 @@ def _start_afresh(run_dir: Path) -> None:
     marker.touch()
 
 
-def _make_data(config: Config, train_problems: int, held_out: Sequence[Problem]) -> None:
-    problems = make_problems(train_problems, side="train", seed=config.seed)
+def _make_data(config: Config, sizes: Sizes, held_out: Sequence[Problem]) -> None:
+    problems = make_problems(sizes.train, side="train", seed=config.seed)
     (source,), (held_out_source,) = config.data.sources, config.data.eval_sources
     write_dialogs(problems, Path(source.path))
     write_dialogs(held_out, Path(held_out_source.path))
-    # what `round configs/tiny/round.yaml` goes on with
+    # the rounds': what they answer, and what chooses among their models
     run_dir = Path(config.run_dir)
-    write_prompts(make_problems(1200, side="train", seed=config.seed + 3), run_dir / "prompts.jsonl")
-    write_prompts(make_problems(150, side="train", seed=config.seed + 4), run_dir / "validation.jsonl")
+    for name, count, seed in (
+        ("prompts", sizes.round * sizes.rounds, config.seed + 3),
+        ("validation", sizes.held_out, config.seed + 4),
+    ):
+        write_prompts(make_problems(count, side="train", seed=seed), run_dir / f"{name}.jsonl")
     write_prompts(held_out, run_dir / "held_out_prompts.jsonl")
     texts = (f"{m['role']}\n\n{m['content']}" for problem in problems[:5000] for m in problem.dialog)
     train_small_tokenizer(texts, config.model.vocab_size).save(config.tokenizer.path)
 
 
-def _stage_config(config_path: str, stage: str, overrides: Sequence[str], run_dir: Path) -> Config:
-    """The config of a later stage. Of the demo's overrides, those of the model and of the lengths hold."""
-    path = Path(config_path)
-    shared = [text for text in overrides if text.startswith(("model.", "train.", "data.pack_length"))]
-    return load_config(
-        path.with_name(f"{path.stem}_{stage}{path.suffix}"), [*shared, f"run_dir={run_dir / stage}"]
-    )
+def _round_overrides(config: Config, sizes: Sizes) -> list[str]:
+    run_dir = config.run_dir
+    names = {"prompts": "prompts", "validation": "validation", "held_out": "held_out_prompts"}
+    return [
+        f"run_dir={run_dir}/{ROUNDS}",
+        f"rounds={sizes.rounds}",
+        f"seed={config.seed}",
+        f"start.policy={run_dir}/hf",
+        f"data.prompts_per_round={sizes.round}",
+        *(f"data.{key}={run_dir}/{name}.jsonl" for key, name in names.items()),
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number > 1 else "")

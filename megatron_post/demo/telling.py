@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -63,12 +64,18 @@ def _shortened(text: str) -> str:
     return repr(text)[1:-1][:60] + "..."
 
 
-def print_accuracies(rows: dict[str, Accuracy], console: Console) -> None:
-    """A table of exact match, one row an accuracy, in order."""
-    total = next(iter(rows.values())).total
+def print_accuracies(
+    trained: dict[str, Accuracy], rounds: Sequence[dict[str, Any]], console: Console
+) -> None:
+    """A table of exact match with 95% intervals: `trained` by name, then each round's `evaluation.json`."""
+    total = next(iter(trained.values())).total
     table = Table(box=SIMPLE, title=f"{total} held-out problems, exact match")
     table.add_column("")
-    table.add_column("accuracy, 95% interval", justify="right")
-    for name, accuracy in rows.items():
+    for name in ("greedy", "one sample", f"best of {rounds[0]['k']} by reward"):
+        table.add_column(name, justify="right")
+    for name, accuracy in trained.items():
         table.add_row(name, str(accuracy))
+    for number, found in enumerate(rounds, start=1):
+        keys = ("greedy", "one_sample", "best_of_k")
+        table.add_row(f"round {number}", *(str(Accuracy(**found[key])) for key in keys))
     console.print(table)

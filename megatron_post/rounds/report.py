@@ -13,7 +13,7 @@ from megatron_post.rounds.select import PREFERENCES, SUMMARY
 from megatron_post.rounds.steps import Round, metrics_of
 
 _SAMPLES = 12
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }
 figure { display: inline-block; width: 440px; margin: 0 12px 16px 0; vertical-align: top }
 svg { width: 100%; font-size: 11px } table { border-collapse: collapse; margin: 1em 0 }
@@ -48,7 +48,7 @@ def write_report(r: Round) -> Path:
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
     target = r.directory / "report.html"
-    write_whole(target, f"{page}<style>{_STYLE}</style>{''.join(parts)}</html>\n")
+    write_whole(target, f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n")
     return target
 
 
@@ -73,7 +73,7 @@ def _accuracies(results: Sequence[dict[str, Any]]) -> str:
         "makes them too narrow.</p>"
     )
     chart = intervals("exact match on held-out prompts, by round", dict(series))
-    return _table(head, rows) + note + chart
+    return html_table(head, rows) + note + chart
 
 
 def _selection(found: dict[str, Any]) -> str:
@@ -86,14 +86,15 @@ def _selection(found: dict[str, Any]) -> str:
         "best_correct": "selected and right",
         "ties": "prompts whose best tie",
         "sft_rows": "rows to train on",
+        "sft_edited": "of these by the verifier",
         "preferences": "preferences",
         "edited": "edited by the verifier",
     }
-    table = _table(
+    table = html_table(
         ["", "count"], [[label, str(found[key])] for key, label in keys.items() if found[key] is not None]
     )
     rules = [[str(r[key]) for key in ("name", "found", "total", "dropped")] for r in found["cleaning"]]
-    return table + (_table(["cleaning rule", "found", "of", "dropped"], rules) if rules else "")
+    return table + (html_table(["cleaning rule", "found", "of", "dropped"], rules) if rules else "")
 
 
 def _training(r: Round) -> list[str]:
@@ -113,11 +114,11 @@ def _samples(preferences: Path) -> str:
         cells = [row["prompt"][-1]["content"], *(row[key][-1]["content"] for key in ("chosen", "rejected"))]
         edited = row["edited"][-1]["content"] if "edited" in row else ""
         rows.append([*cells, edited, f"{row['provenance']['margin']:.2f} {row['rating'] or ''}"])
-    return _table(["prompt", "chosen", "rejected", "edited", "margin"], rows)
+    return html_table(["prompt", "chosen", "rejected", "edited", "margin"], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Every text escaped: models wrote some of it."""
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as HTML. Every text is escaped: models wrote some of it."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(
         "<tr>" + "".join(f'<td class="text">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows

@@ -1,6 +1,6 @@
 """`megatron-post select`: of K responses a prompt, the best to train on, and the best beside the worst."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ class Selection(Section):
     )
     tie: float = Field(0.0, ge=0, description="scores no further apart are equal")
     only_correct: bool = Field(True, description="with a verifier: train SFT on right responses alone")
+    train_edited: bool = Field(
+        False, description="where no response is right: train SFT on what the verifier makes of it"
+    )
     ratings: dict[Rating, float] = Field(
         default={
             "marginally_better": 0.0,
@@ -99,17 +102,14 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
     target = Path(directory)
     by_prompt = candidates(settings)
     chosen = [best_of(found, tie=settings.tie) for found in by_prompt.values()]
-    trained = [
-        (best, len(found), tied)
+    rows = [
+        row
         for (best, tied), found in zip(chosen, by_prompt.values(), strict=True)
-        if best is not None and (best.verdict is None or best.verdict.correct or not settings.only_correct)
+        if best is not None and (row := _sft_row(best, len(found), tied, settings)) is not None
     ]
     rules = () if settings.cleaning is None else load_rules(settings.cleaning)
-    kept, cleaned = balance([best.text for best, _, _ in trained], rules, seed=settings.seed)
-    sft = [
-        {"messages": best.row["messages"], "provenance": best.provenance() | {"of": of, "tied": tied}}
-        for best, of, tied in (trained[i] for i in kept)
-    ]
+    kept, cleaned = balance([row["messages"][-1]["content"] for row in rows], rules, seed=settings.seed)
+    sft = [rows[i] for i in kept]
     preferences = [
         row
         for (best, _), found in zip(chosen, by_prompt.values(), strict=True)
@@ -150,14 +150,28 @@ def candidates(settings: Select) -> dict[int, list[Candidate]]:
 
 
 def best_of(found: Sequence[Candidate], *, tie: float) -> tuple[Candidate | None, int]:
-    """(the best whole response or None, how many responses of other words tie with it). The first drawn of
-    those that tie: draws are alike, so the first is as good as any, and not the shortest or longest."""
+    """(the best whole response or None, how many responses of other words tie with it). Of those that tie,
+    what was drawn most often, for the model is surest of it; then the first drawn, not the shortest."""
     whole = [candidate for candidate in found if candidate.is_whole]
     if not whole:
         return None, 0
     top = max(candidate.score for candidate in whole)
     tied = [candidate for candidate in whole if candidate.score >= top - tie]
-    return tied[0], sum(candidate.text != tied[0].text for candidate in tied)
+    times = Counter(candidate.text for candidate in tied)
+    best = max(tied, key=lambda candidate: times[candidate.text])
+    return best, len(tied) - times[best.text]
+
+
+def _sft_row(best: Candidate, of: int, tied: int, settings: Select) -> dict[str, Any] | None:
+    """The best of a prompt as a dialog to train on; the verifier's where that is wanted and the best is
+    wrong."""
+    verdict = best.verdict
+    if verdict is None or verdict.correct or not settings.only_correct:
+        return {"messages": best.row["messages"], "provenance": best.provenance() | {"of": of, "tied": tied}}
+    if settings.train_edited and verdict.edited:
+        messages = [*best.row["messages"][:-1], *_said(verdict.edited)]
+        return {"messages": messages, "provenance": {"prompt": best.row["prompt"], "by": "verifier"}}
+    return None
 
 
 def preference(best: Candidate | None, found: Sequence[Candidate], settings: Select) -> dict[str, Any] | None:
@@ -239,6 +253,7 @@ def _summary(
         "correct": sum(known) if known else None,
         "best_correct": sum(known_best) if known_best else None,
         "sft_rows": len(sft),
+        "sft_edited": sum("by" in row["provenance"] for row in sft),
         "preferences": len(preferences),
         "edited": sum("edited" in row for row in preferences),
         "cleaning": [asdict(found) for found in cleaned],

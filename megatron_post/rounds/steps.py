@@ -177,7 +177,7 @@ class Round:
                 parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
             )
             every = [c.verdict.correct for group in found.values() for c in group if c.verdict is not None]
-            best = [best_of(group, tie=0.0)[0] for group in found.values()]
+            best = [best_of(group, tie=self.settings.select.tie)[0] for group in found.values()]
             right = sum(c is not None and c.verdict is not None and c.verdict.correct for c in best)
             result["one_sample"] = vars(Accuracy(sum(every), len(every)))
             result["best_of_k"] = vars(Accuracy(right, len(best)))

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_post.demo.run import run_demo
+from megatron_post.demo.run import Sizes, run_demo
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "tiny" / "demo.yaml"
@@ -19,22 +21,13 @@ SMALL = ("train.steps=4", "train.log_every=1", "model.num_layers=1", "data.pack_
 pytest.importorskip("transformers")
 
 
-def test_demo_from_data_to_answers(tmp_path: Path) -> None:
+def test_demo_from_data_to_rounds(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_post",
-        "demo",
-        "--config",
-        str(CONFIG),
-        "--run-dir",
-        str(run_dir),
-    ]
-    command += ["--train-problems", "200", "--held-out-problems", "8", "--preference-problems", "20", *SMALL]
+    _shrunk_configs(tmp_path)
+    words = ["demo", "--run-dir", str(run_dir), "--train-problems", "200", "--held-out-problems", "8"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "megatron_post", *words, "--round-problems", "20", *SMALL],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -43,11 +36,24 @@ def test_demo_from_data_to_answers(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((run_dir / "results.json").read_text())
-    assert results["before"]["total"] == results["sft"]["total"] == results["dpo"]["total"] == 8
+    assert (
+        results["before"]["total"] == results["sft"]["total"] == results["rounds"][0]["greedy"]["total"] == 8
+    )
     assert results["same"] == {"correct": 8, "total": 8}  # ours and transformers', token for token
-    assert done.stdout.count("step 4/4") == 3  # SFT, reward model, DPO
+    assert done.stdout.count("step 4/4") == 4  # SFT; the round's reward model, SFT, DPO
     assert "8 held-out problems" in done.stdout
     assert "warn" not in done.stdout.lower() and not done.stderr.strip()
+    assert "Held-out prompts" in (run_dir / "rounds" / "round-01" / "report.html").read_text()
+
+
+def _shrunk_configs(directory: Path) -> None:
+    """The shipped files with four steps a stage: the model that they train has learned nothing."""
+    target = directory / "configs" / "tiny"
+    target.mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "cleaning.yaml", directory / "configs")
+    for path in (ROOT / "configs" / "tiny").glob("*.yaml"):
+        text = re.sub(r"(?m)^  steps: \d+$", "  steps: 4", path.read_text())
+        (target / path.name).write_text(text)
 
 
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
@@ -56,9 +62,7 @@ def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
         run_demo(
             str(CONFIG),
             [f"run_dir={tmp_path}"],
-            train_problems=200,
-            held_out_problems=8,
-            preference_problems=20,
+            sizes=Sizes(train=200, held_out=8, round=20, rounds=1),
             console=Console(file=io.StringIO()),
         )
     assert (tmp_path / "precious.txt").read_text() == "mine"

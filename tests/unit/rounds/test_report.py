@@ -7,7 +7,7 @@ import pytest
 
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.charts import histogram, intervals, lines
-from megatron_post.rounds.report import _table
+from megatron_post.rounds.report import html_table
 
 
 def test_lines_by_hand() -> None:
@@ -35,7 +35,7 @@ def test_intervals_by_hand() -> None:
 
 
 def test_what_models_write_is_text() -> None:
-    table = _table(["<x>"], [['<script>alert("1")</script> & more']])
+    table = html_table(["<x>"], [['<script>alert("1")</script> & more']])
     assert "<script" not in table and "&lt;script&gt;" in table
 
 

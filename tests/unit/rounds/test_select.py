@@ -87,6 +87,15 @@ def test_best_and_worst_by_reward(tmp_path: Path) -> None:
     assert [_text(row["messages"]) for row in sft] == ["low", "fine"] and not preferences
 
 
+def test_what_was_drawn_most_often_wins_a_tie(tmp_path: Path) -> None:
+    """Within 1.0 of the highest, 3.0, are twice "often" and once "rare"; "worse", three times, is not."""
+    responses = [(1, "rare", 3.0), *[(1, "worse", 1.9)] * 3, (1, "often", 2.5), (1, "often", 2.4)]
+    _, sft, preferences = _select(tmp_path, _files(tmp_path, responses), tie=1.0)
+    assert [_text(row["messages"]) for row in sft] == ["often"]
+    assert sft[0]["provenance"]["sample"] == 5 and sft[0]["provenance"]["tied"] == 1
+    assert not preferences  # "worse" is no further from "often" than 1.0
+
+
 def test_the_verifier_outweighs_the_reward_and_mends(tmp_path: Path) -> None:
     """Prompt 1: all wrong, so the solution is edited over both, and SFT has no row of it. Prompt 2: right at
     -1 + 10 over wrong at 5: margin 4."""
@@ -111,6 +120,9 @@ def test_the_verifier_outweighs_the_reward_and_mends(tmp_path: Path) -> None:
     assert all(isinstance(example, Dialog) for _, example in rows)
     _, sft, _ = _select(tmp_path, _files(tmp_path, responses), verifier=EXACT, only_correct=False)
     assert len(sft) == 2
+    summary, sft, _ = _select(tmp_path, _files(tmp_path, responses), verifier=EXACT, train_edited=True)
+    assert [_text(row["messages"]) for row in sft] == ["It is 4.", "It is 9."]
+    assert sft[0]["provenance"] == {"prompt": 1, "by": "verifier"} and summary["sft_edited"] == 1
 
 
 def test_without_rewards_the_verifier_alone(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""The demo with several seeds: what of its result is luck."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_post.demo.run import RESULTS, Sizes, run_demo
+from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.charts import intervals
+from megatron_post.rounds.files import write_whole
+from megatron_post.rounds.report import STYLE, html_table
+
+# Student's t, 97.5%, by degrees of freedom
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_COLUMNS = {"greedy": "greedy", "one_sample": "one sample", "best_of_k": "best of K by reward"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The same figure with several seeds, as shares."""
+
+    values: tuple[float, ...]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence of the mean, after Student."""
+        half = _T[len(self.values) - 2] * stdev(self.values) / math.sqrt(len(self.values))
+        return mean(self.values) - half, mean(self.values) + half
+
+    def __str__(self) -> str:
+        low, high = (100 * bound for bound in self.interval)
+        each = ", ".join(f"{100 * value:.1f}" for value in self.values)
+        return f"{100 * mean(self.values):.1f}  ({low:.1f} to {high:.1f}; {each})"
+
+    def __sub__(self, other: "Spread") -> "Spread":
+        """Seed by seed."""
+        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+
+
+def run_seeds(
+    config_path: str, overrides: Sequence[str], *, run_dir: str, seeds: int, sizes: Sizes, console: Console
+) -> None:
+    """The demo with seeds 0, 1, ... (data, weights and draws), each in a directory of its own, and their
+    comparison: a table, and `seeds.html` in `run_dir`. Raises as `run_demo` does."""
+    directories = [Path(run_dir, f"seed-{seed}") for seed in range(seeds)]
+    for seed, directory in enumerate(directories):
+        console.rule(f"seed {seed}")
+        run_demo(
+            config_path, [*overrides, f"run_dir={directory}", f"seed={seed}"], sizes=sizes, console=console
+        )
+    compare([json.loads((path / RESULTS).read_text()) for path in directories], Path(run_dir), console)
+
+
+def compare(results: Sequence[dict[str, Any]], directory: Path, console: Console) -> None:
+    """Print what `results.json` of several seeds say together, and write `seeds.html`."""
+    steps = {"before training": [r["before"] for r in results], "after SFT": [r["sft"] for r in results]}
+    greedy = {name: _spread(found) for name, found in steps.items()}
+    rows: list[tuple[str, ...]] = [(name, str(spread), "", "") for name, spread in greedy.items()]
+    gains = []
+    series: dict[str, list[tuple[float, float, float, float]]] = {label: [] for label in _COLUMNS.values()}
+    series["greedy"].append(_point(0, greedy["after SFT"]))
+    before = greedy["after SFT"]
+    for number in range(1, len(results[0]["rounds"]) + 1):
+        found = {key: _spread([r["rounds"][number - 1][key] for r in results]) for key in _COLUMNS}
+        rows.append((f"round {number}", *(str(found[key]) for key in _COLUMNS)))
+        for key, label in _COLUMNS.items():
+            series[label].append(_point(number, found[key]))
+        gains.append((f"round {number} over what it began with, greedy", str(found["greedy"] - before)))
+        gain = found["best_of_k"] - found["one_sample"]
+        gains.append((f"round {number}: best of K over one sample", str(gain)))
+        before = found["greedy"]
+    title = f"exact match in %, mean of {len(results)} seeds (95% after Student; each seed)"
+    console.print(_terminal_table(title, ("", *_COLUMNS.values()), rows))
+    console.print(_terminal_table("gains, paired by seed", ("", "points"), gains))
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+        f"<h1>The demo with {len(results)} seeds</h1><p>{title}</p>"
+        + html_table(("", *_COLUMNS.values()), rows)
+        + html_table(("gains, paired by seed", "points"), gains)
+        + intervals("exact match on held-out problems, by round; 0: after SFT", dict(series))
+        + "</html>\n"
+    )
+    write_whole(directory / "seeds.html", page)
+    console.print(f"{directory / 'seeds.html'} shows it.", soft_wrap=True)
+
+
+def _spread(found: Sequence[dict[str, int]]) -> Spread:
+    return Spread(tuple(Accuracy(**values).share for values in found))
+
+
+def _point(x: float, spread: Spread) -> tuple[float, float, float, float]:
+    low, high = spread.interval
+    return x, mean(spread.values), max(0.0, low), min(1.0, high)
+
+
+def _terminal_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=SIMPLE, title=title)
+    for name in head:
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
