@@ -1,5 +1,6 @@
 """`megatron-post bench`: its options, and what it prints."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,22 @@ def step(
     measured = measure_steps(load_config(config, overrides or ()), steps=steps, warmup=warmup)
     if measured is not None:
         _finish(step_record(measured, warmup=warmup, origin=config, overrides=overrides or ()), output)
+
+
+@bench_app.command("report")
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="directory of records")] = OUTPUT,
+    html: Annotated[str, typer.Option(help="Page to write; by default report.html in DIR.")] = "",
+) -> None:
+    """Compare the runs in a directory on one HTML page, and say which changed."""
+    from megatron_post.bench.compare import summary
+    from megatron_post.bench.page import page
+    from megatron_post.bench.record import read_records
+
+    records = read_records(directory)
+    target = Path(html) if html else Path(directory) / "report.html"
+    target.write_text(page(records))
+    print("\n".join([*summary(records), f"{len(records)} records on {target}"]))
 
 
 def _finish(record: "Record", output: str) -> None:

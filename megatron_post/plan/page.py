@@ -9,12 +9,12 @@ from megatron_post.plan.report import time_rows
 from megatron_post.plan.schedule import Event
 from megatron_post.plan.shape import model_parameters
 
-_COLOURS = [
+COLOURS = [
     "#3b6ea8", "#6fa1d6", "#9db8d2", "#5b4a8a", "#8d7bbf", "#c08a3e", "#d9ad6a", "#4f8f6b",
     "#86bd9c", "#b3564d", "#d58d84", "#7d7d7d", "#a5a5a5", "#4a5a66", "#c9c9c9",
 ]  # fmt: skip
-_WIDTH, _LABEL = 1000, 70
-_STYLE = """
+WIDTH, _LABEL = 1000, 70
+STYLE = """
 :root { --ink: #1b1f24; --paper: #ffffff; --faint: #6a737d; --line: #d0d7de; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --paper: #15191e; --faint: #9aa4ae; --line:
 #39414a; } } body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -47,7 +47,7 @@ def page(plan: Plan) -> str:
     pack = f"{plan.microbatches} microbatches of {plan.config.data.pack_length:,} tokens a data-parallel rank"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="faint">{html.escape(layout_line(plan.config, plan.data_size))}; {pack}</p>
 <div class="verdict{fits}">{html.escape(verdict(plan))}</div>
@@ -66,16 +66,16 @@ assumed.</p> </body></html>
 
 def _memory(plan: Plan) -> str:
     kinds = list(dict.fromkeys(kind for rank in plan.memory for kind in rank.kinds))
-    scale = (_WIDTH - _LABEL - 90) / max(plan.gpu.memory, plan.fullest.total)
+    scale = (WIDTH - _LABEL - 90) / max(plan.gpu.memory, plan.fullest.total)
     edge = _LABEL + plan.gpu.memory * scale
     rows, bars = 26, []
     for number, rank in enumerate(plan.memory):
         x, y = float(_LABEL), number * rows
         bars.append(f'<text x="0" y="{y + 15}">rank {rank.pipeline_rank}</text>')
         for kind, size in rank.kinds.items():
-            colour = _COLOURS[kinds.index(kind) % len(_COLOURS)]
+            colour = COLOURS[kinds.index(kind) % len(COLOURS)]
             label = f"{kind}: {size / GIB:.2f} GiB"
-            bars.append(_bar(x, y, size * scale, rows - 6, colour, label))
+            bars.append(bar(x, y, size * scale, rows - 6, colour, label))
             x += size * scale
         x = edge if edge - 65 < x < edge else x  # the label must not lie on the line
         bars.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{rank.total / GIB:.1f} GiB</text>')
@@ -85,22 +85,22 @@ def _memory(plan: Plan) -> str:
     )
     capacity = f"{plan.gpu.memory / GIB:.1f} GiB of a GPU"
     bars.append(f'<text x="{edge:.1f}" y="{height + 20}" text-anchor="end">{capacity}</text>')
-    return _svg(bars, height + 26) + _key({kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)})
+    return svg(bars, height + 26) + key({kind: COLOURS[i % len(COLOURS)] for i, kind in enumerate(kinds)})
 
 
 def _time(plan: Plan) -> str:
     rows, x, bars, colours = time_rows(plan), 0.0, [], {}
     for number, (name, seconds) in enumerate(rows.items()):
-        width = seconds / plan.time.seconds * _WIDTH
-        colours[f"{name} {seconds:.2f} s"] = _COLOURS[number]
-        bars.append(_bar(x, 0, width, 24, _COLOURS[number], f"{name}: {seconds:.2f} s"))
+        width = seconds / plan.time.seconds * WIDTH
+        colours[f"{name} {seconds:.2f} s"] = COLOURS[number]
+        bars.append(bar(x, 0, width, 24, COLOURS[number], f"{name}: {seconds:.2f} s"))
         x += width
-    return _svg(bars, 26) + _key(colours)
+    return svg(bars, 26) + key(colours)
 
 
 def _timeline(plan: Plan) -> str:
     timeline, virtual = plan.time.timeline, plan.config.parallel.virtual_pipeline
-    scale, row = (_WIDTH - _LABEL) / timeline.seconds, 22
+    scale, row = (WIDTH - _LABEL) / timeline.seconds, 22
     groups: dict[tuple[int, str, int], list[Event]] = {}
     for event in timeline.events:
         groups.setdefault((event.rank, event.work.kind, event.work.chunk), []).append(event)
@@ -118,22 +118,25 @@ def _timeline(plan: Plan) -> str:
         )
     bottom = timeline.pipeline * row
     for part in range(5):
-        x = _LABEL + (_WIDTH - _LABEL) * part / 4
+        x = _LABEL + (WIDTH - _LABEL) * part / 4
         anchor = "end" if part == 4 else "middle"
         label = f"{timeline.seconds * part / 4:.1f} s"
         shapes.append(f'<text x="{x:.0f}" y="{bottom + 16}" text-anchor="{anchor}">{label}</text>')
-    return _svg(shapes, bottom + 22)
+    return svg(shapes, bottom + 22)
 
 
-def _svg(shapes: list[str], height: float) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img">{"".join(shapes)}</svg>'
+def svg(shapes: list[str], height: float) -> str:
+    """A drawing as wide as the page."""
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img">{"".join(shapes)}</svg>'
 
 
-def _bar(x: float, y: float, width: float, height: float, colour: str, title: str) -> str:
+def bar(x: float, y: float, width: float, height: float, colour: str, title: str) -> str:
+    """A filled box that tells its title when pointed at."""
     box = f'x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" fill="{colour}"'
     return f"<rect {box}><title>{html.escape(title)}</title></rect>"
 
 
-def _key(colours: dict[str, str]) -> str:
+def key(colours: dict[str, str]) -> str:
+    """Names beside their colours."""
     entries = (f'<li><i style="background:{c}"></i>{html.escape(name)}</li>' for name, c in colours.items())
     return f'<ul class="key">{"".join(entries)}</ul>'

@@ -1,0 +1,79 @@
+"""Runs of one benchmark side by side: which figures changed, and what else was different."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_post.bench.record import Figure, Record, changed
+
+# Different in every run by nature.
+_ALWAYS = ("date", "load")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A figure beside an earlier run's. ratio: of the medians, the later over the earlier."""
+
+    ratio: float
+    kind: Literal["better", "worse", "changed", "no change seen", "taken once"]
+
+    def __str__(self) -> str:
+        return f"{self.ratio - 1:+.1%}: {self.kind}"
+
+
+def groups(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of one benchmark and subject together, oldest first."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.benchmark, record.subject), []).append(record)
+    return list(found.values())
+
+
+def compare(before: Record, after: Record) -> dict[str, Verdict]:
+    """By figure, of those that both have. A change is called so only where the intervals of the medians do
+    not overlap: that the runs differ by more than their own samples do. It does not say why; see
+    `differences`."""
+    return {
+        name: _verdict(before.figures[name], figure)
+        for name, figure in after.figures.items()
+        if name in before.figures and before.figures[name].median
+    }
+
+
+def differences(before: Record, after: Record) -> list[str]:
+    """Settings and environment that are not the same: "torch: 2.12 -> 2.13"."""
+    lines = []
+    for one, other in ((before.settings, after.settings), (before.environment, after.environment)):
+        for name in {**one, **other}:
+            values = one.get(name, "-"), other.get(name, "-")
+            if name not in _ALWAYS and values[0] != values[1]:
+                lines.append(f"{name}: {values[0]} -> {values[1]}")
+    return lines
+
+
+def summary(records: Sequence[Record]) -> list[str]:
+    """A line for each benchmark that was run more than once: what changed between its first run and its
+    last."""
+    lines = []
+    for runs in groups(records):
+        if len(runs) < 2:
+            continue
+        told = [
+            f"{name} {verdict}"
+            for name, verdict in compare(runs[0], runs[-1]).items()
+            if verdict.kind in ("better", "worse", "changed")
+        ]
+        text = "; ".join(told) or "no change seen"
+        lines.append(f"{runs[0].benchmark} ({runs[0].subject}), {len(runs)} runs: {text}")
+    return lines
+
+
+def _verdict(before: Figure, after: Figure) -> Verdict:
+    ratio = after.median / before.median
+    if min(len(before.samples), len(after.samples)) < 2:
+        return Verdict(ratio, "taken once")
+    if not changed(before, after):
+        return Verdict(ratio, "no change seen")
+    if after.better is None:
+        return Verdict(ratio, "changed")
+    return Verdict(ratio, "better" if (ratio < 1) == (after.better == "lower") else "worse")
