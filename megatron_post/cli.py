@@ -9,7 +9,7 @@ import typer
 
 from megatron_post.bench.commands import bench_app
 from megatron_post.convert.commands import convert_app
-from megatron_post.launch.commands import launch_app
+from megatron_post.launch.commands import ClusterPath, DryRun, launch_app
 from megatron_post.plan.commands import plan_app
 from megatron_post.rounds.commands import rounds_app
 
@@ -69,6 +69,28 @@ def score(
     from megatron_post.rounds.score import score_file
 
     print(f"{score_file(model, file, output, overrides or ())} rows scored into {output}")
+
+
+@launch_app.command("round")
+def launch_round(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML of a round, or of a chain of steps")],
+    cluster: ClusterPath,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[-- KEY=VALUE...]")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Queue a round, or another chain of jobs, each to start once those before it have succeeded."""
+    from rich.console import Console
+
+    from megatron_post.launch.chain import is_chain, load_chain, parse_chain
+    from megatron_post.launch.launch import launch_chain
+    from megatron_post.rounds.round import chain_of
+
+    if is_chain(file):
+        chain = load_chain(file, overrides or ())
+    else:
+        values = chain_of(file, overrides or (), console=Console(), needs_models=not dry_run)
+        chain = parse_chain(values, origin=file)
+    launch_chain(chain, cluster, origin=file, dry_run=dry_run)
 
 
 @data_app.command("pack")

@@ -1,14 +1,18 @@
 """A chain of jobs: named steps, each a megatron-post command that starts when those before it succeeded."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_post.config.load import parse, read_tree
+from megatron_post.config.load import ConfigError, load_config, parse, read_tree
 from megatron_post.config.schema import Section
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster, Line
+from megatron_post.launch.preflight import layout_findings
 from megatron_post.launch.record import Submitted, remember
 from megatron_post.launch.script import Job, launch_folder
 
@@ -79,9 +83,64 @@ class Chain(Section):
         }
 
 
-def load_chain(path: str | Path) -> Chain:
+def is_chain(path: str | Path) -> bool:
+    """Whether a file is a chain's, which has steps, and not a round's."""
+    return "steps" in read_tree(path)
+
+
+def load_chain(path: str | Path, overrides: Sequence[str] = ()) -> Chain:
     """Read a chain file. Raises `ConfigError` with every error at once."""
-    return parse(Chain, OmegaConf.to_container(read_tree(path), resolve=True), origin=str(path))
+    if overrides:
+        raise ConfigError(f"{path} is a chain of commands with overrides of their own: {' '.join(overrides)}")
+    return parse_chain(OmegaConf.to_container(read_tree(path), resolve=True), origin=str(path))
+
+
+def parse_chain(values: Any, *, origin: str) -> Chain:
+    """A chain of plain values; `origin` names them in the `ConfigError`."""
+    return parse(Chain, values, origin=origin)
+
+
+def chain_findings(chain: Chain, cluster: Cluster, directory: Path) -> list[str]:
+    """Steps with more ranks than a node has, and layouts that do not fit, of training steps whose config is
+    there already."""
+    found = []
+    for step in chain.ordered():
+        ranks = step.ranks_per_node or cluster.ranks
+        if ranks > cluster.ranks:
+            own = [f"ranks_per_node={ranks} is more than the cluster's {cluster.ranks}"]
+        else:
+            nodes_of_step = cluster.model_copy(update={"ranks_per_node": ranks})
+            own = _train_findings(step, nodes_of_step, directory)
+        found += [f"step {step.name!r}: {text}" for text in own]
+    return found
+
+
+def _train_findings(step: Step, cluster: Cluster, directory: Path) -> list[str]:
+    command, *arguments = step.command
+    if command != "train" or not arguments or not (directory / arguments[0]).is_file():
+        return []
+    try:
+        config = load_config(directory / arguments[0], arguments[1:])
+    except ConfigError as error:
+        return [str(error)]
+    return layout_findings(config, cluster, nodes=step.nodes)
+
+
+def describe(chain: Chain, cluster: Cluster) -> list[str]:
+    """Lines for a reader: the jobs in order, their nodes x ranks, what each waits for, and its command."""
+    rows = [("job", "nodes x ranks", "after", "command")]
+    rows += [
+        (
+            step.name,
+            f"{step.nodes} x {step.ranks_per_node or cluster.ranks}",
+            ", ".join(step.after) or "-",
+            shlex.join(step.command),
+        )
+        for step in chain.ordered()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
+    return [f"{len(chain.steps)} jobs; each starts once those that it comes after have ended with 0", *lines]
 
 
 def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submitted]:
@@ -94,7 +153,8 @@ def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submit
         for name, job in jobs.items():
             before = tuple(ids[other] for other in after[name])
             ids[name] = slurm.submit(job, cluster, after=before)
-            submitted.append(remember(launch_folder(directory / chain.run_dir), job, ids[name], after=before))
+            folders = {launch_folder(directory / chain.run_dir), job.folder}
+            submitted.append(remember(folders, job, ids[name], after=before))
     except slurm.SlurmError:
         slurm.cancel(list(ids.values()))
         raise

@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from megatron_post.config.load import ConfigError, parse, read_tree
 from megatron_post.config.schema import Section
@@ -22,7 +22,14 @@ def one_line(text: str) -> str:
     return text
 
 
-Line = Annotated[str, AfterValidator(one_line), Field(min_length=1)]
+def _is_text(value: Any) -> Any:
+    """YAML reads 24:00:00 as 86400 and yes as true: what was meant is not to be guessed."""
+    if isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no text: put the value in quotes in the file")
+    return value
+
+
+Line = Annotated[str, BeforeValidator(_is_text), AfterValidator(one_line), Field(min_length=1)]
 
 
 class Container(Section):

@@ -45,18 +45,6 @@ def submit(
     launch_run(config, cluster, overrides or (), nodes=nodes, name=name, dry_run=dry_run)
 
 
-@launch_app.command("round")
-def launch_round(
-    chain: Annotated[str, typer.Argument(metavar="CHAIN", help="YAML file of steps and their order")],
-    cluster: ClusterPath,
-    dry_run: DryRun = False,
-) -> None:
-    """Queue a chain of jobs, each to start once those before it have succeeded."""
-    from megatron_post.launch.launch import launch_chain
-
-    launch_chain(chain, cluster, dry_run=dry_run)
-
-
 @launch_app.command("status")
 def status(run: RunDir) -> None:
     """Show the jobs of a run: state, restarts, newest checkpoint, and why the last one ended."""

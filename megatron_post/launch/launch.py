@@ -6,11 +6,11 @@ from pathlib import Path
 from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.schema import Config
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.launch.chain import Chain, chain_findings, describe, submit_chain
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.placement import fewest_nodes, place
 from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
-from megatron_post.launch.record import remember
+from megatron_post.launch.record import active_findings, remember
 from megatron_post.launch.script import Job, render
 
 
@@ -34,9 +34,9 @@ def launch_run(
         placement = place(config.parallel, nodes=job.nodes, ranks_per_node=cluster.ranks)
         print("\n".join(f"# {line}" for line in placement.describe()))
         return
-    raise_for(findings(config, job, cluster), config_path)
+    raise_for([*findings(config, job, cluster), *active_findings([config.run_dir])], config_path)
     job_id = slurm.submit(job, cluster)
-    submitted = remember(job.folder, job, job_id)
+    submitted = remember([job.folder], job, job_id)
     print(f"job {job_id} queued: {job.nodes} nodes x {cluster.ranks} ranks; log {submitted.log}")
 
 
@@ -70,18 +70,24 @@ def planned_run(
     return config, cluster, job
 
 
-def launch_chain(chain_path: str, cluster_path: str, *, dry_run: bool = False) -> None:
-    """Check and queue a chain of jobs. Its steps' data do not exist yet: only Slurm is asked about them."""
-    chain, cluster = load_chain(chain_path), load_cluster(cluster_path)
+def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool = False) -> None:
+    """Check and queue a chain of jobs; `origin` names it in errors. Its steps' data do not exist yet: its
+    layouts are looked at, and Slurm is asked.
+
+    dry_run: print the jobs and their order, and the script of the first; Slurm is not asked.
+    """
+    cluster = load_cluster(cluster_path)
     jobs = chain.jobs(Path.cwd())
+    found = chain_findings(chain, cluster, Path.cwd())
     if dry_run:
-        for job in jobs.values():
-            _show(job, cluster)
+        print("\n".join(f"# {line}" for line in describe(chain, cluster)))
+        print("# The first one's script; the others have other settings.")
+        _show(next(iter(jobs.values())), cluster)
+        raise_for(found, origin)
         return
-    raise_for(
-        [f"step {name!r}: {text}" for name, job in jobs.items() for text in slurm_findings(job, cluster)],
-        chain_path,
-    )
+    found += active_findings({chain.run_dir, *(job.run_dir for job in jobs.values())})
+    found += [f"step {name!r}: {text}" for name, job in jobs.items() for text in slurm_findings(job, cluster)]
+    raise_for(found, origin)
     for submitted in submit_chain(chain, cluster, Path.cwd()):
         after = f", after {', '.join(map(str, submitted.after))}" if submitted.after else ""
         print(f"job {submitted.job_id} queued: {submitted.name}{after}; log {submitted.log}")

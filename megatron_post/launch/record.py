@@ -1,8 +1,11 @@
 """What was submitted for a run, and how it stands: `jobs.jsonl`, Slurm's word, the checkpoints."""
 
+import contextlib
 import json
 import re
+import shlex
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +25,8 @@ class Submitted:
     after: tuple[int, ...] = ()
 
 
-def remember(folder: Path, job: Job, job_id: int, *, after: tuple[int, ...] = ()) -> Submitted:
-    """Add a job to the record in `folder`."""
+def remember(folders: Iterable[Path], job: Job, job_id: int, *, after: tuple[int, ...] = ()) -> Submitted:
+    """Add a job to the records in `folders`."""
     submitted = Submitted(
         job_id,
         job.name,
@@ -40,9 +43,10 @@ def remember(folder: Path, job: Job, job_id: int, *, after: tuple[int, ...] = ()
         "command": job.command,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
     return submitted
 
 
@@ -97,12 +101,29 @@ def tail(log: Path, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
+def active_jobs(run_dir: str | Path) -> list[int]:
+    """Jobs of a run that have not ended, last of a chain first."""
+    states = {job.job_id: slurm.job_state(job.job_id) for job in reversed(submitted_jobs(run_dir))}
+    return [job for job, state in states.items() if not state.is_final and state.state != "UNKNOWN"]
+
+
+def active_findings(run_dirs: Iterable[str]) -> list[str]:
+    """Runs that a job which was launched before still has, or waits for: a second one would supersede it."""
+    found = []
+    for run_dir in sorted(run_dirs):
+        if not (launch_folder(Path(run_dir)) / "jobs.jsonl").is_file():
+            continue
+        with contextlib.suppress(slurm.SlurmError):  # who cannot be asked is a finding of its own
+            if jobs := active_jobs(run_dir):
+                found.append(
+                    f"run_dir={run_dir}: job {', '.join(map(str, jobs))} is queued or running for it; choose "
+                    f"another, or first: megatron-post launch cancel {shlex.quote(run_dir)}"
+                )
+    return found
+
+
 def cancel_run(run_dir: str | Path) -> list[int]:
     """Cancel every job of a run that has not ended. Returns their ids, last of a chain first."""
-    active = [
-        job.job_id
-        for job in reversed(submitted_jobs(run_dir))
-        if not (state := slurm.job_state(job.job_id)).is_final and state.state != "UNKNOWN"
-    ]
+    active = active_jobs(run_dir)
     slurm.cancel(active)
     return active

@@ -78,20 +78,36 @@ def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
 
 def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, *, console: Console) -> int:
     """Write the steps as a chain file for `launch round`. Returns their number."""
+    tree = chain_of(path, overrides, console=console)
+    write_whole(Path(target), OmegaConf.to_yaml(OmegaConf.create(tree)))
+    return len(tree["steps"])
+
+
+def chain_of(
+    path: str | Path, overrides: Sequence[str], *, console: Console, needs_models: bool = True
+) -> dict[str, Any]:
+    """The steps as a chain of jobs, each after the one before, in the terms of a chain file.
+
+    needs_models: look at the models that the first round starts with, too. Raises `ValueError` for what a
+    user can mend.
+    """
     settings = load_round(path, overrides)
-    check_models(settings)
-    steps = all_steps(settings, console)
+    if needs_models:
+        check_models(settings)
     values: list[dict[str, Any]] = []
-    for step in steps:
+    for step in all_steps(settings, console):
         command = step.command or ("round", str(path), "--only", step.name, *overrides)
-        entry: dict[str, Any] = {"name": step.name, "command": list(command)}
         per_node = min(step.ranks, settings.ranks_per_node)
-        entry |= {"ranks_per_node": per_node, "nodes": -(-step.ranks // per_node)}
+        if step.ranks % per_node:
+            raise ValueError(
+                f"{path}: {step.name} takes {step.ranks} ranks, which do not fill nodes of "
+                f"ranks_per_node={per_node}"
+            )
+        entry: dict[str, Any] = {"name": step.name, "command": list(command)}
+        entry |= {"ranks_per_node": per_node, "nodes": step.ranks // per_node}
         entry |= {} if step.run_dir is None else {"run_dir": str(step.run_dir)}
         values.append(entry | ({"after": [values[-1]["name"]]} if values else {}))
-    tree = OmegaConf.create({"run_dir": settings.run_dir, "steps": values})
-    write_whole(Path(target), OmegaConf.to_yaml(tree))
-    return len(steps)
+    return {"run_dir": settings.run_dir, "steps": values}
 
 
 def _steps(r: Round) -> list[Step]:

@@ -129,7 +129,8 @@ class Lab:
         done = subprocess.run(
             command, env={**self.env, **env}, capture_output=True, text=True, timeout=60, cwd=self.base
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        said = f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, said
         return (done.stdout + done.stderr).strip()
 
     def state(self, job: int) -> str:
@@ -142,6 +143,13 @@ class Lab:
         """Poll until a job is in one of the states."""
         wait_until(lambda: self.state(job) in states, timeout, lambda: f"job {job} is {self.state(job)}")
         return self.state(job)
+
+    def restarted(self, job: int, times: int, describe: Callable[[], str]) -> None:
+        """Wait until a job has been requeued for the `times`-th time; it need not be held back as long as a
+        credential lives."""
+        wait_until(lambda: self.restarts(job) >= times, 90, describe)
+        assert self.restarts(job) == times
+        self("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def kill_node(self, name: str) -> None:
         """Power off: slurmd, its step daemons and all ranks of a node, at once."""
@@ -188,7 +196,8 @@ class Lab:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environ = process.environ()
-                if environ.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in environ:
+                is_job = "SLURM_JOB_ID" in environ or process.name().startswith("slurmstepd")
+                if is_job and environ.get("SLURM_CONF") == str(self.conf):
                     yield process
 
     def _start_controller(self, port: int, nodes: list[str], topology: list[str]) -> None:

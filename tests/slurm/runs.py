@@ -44,7 +44,7 @@ class Run:
 
     def restarted(self, times: int) -> None:
         """Wait until Slurm has requeued it for the `times`-th time."""
-        wait_until(lambda: self.lab.restarts(self.number) == times, 90, lambda: self.log[-3000:])
+        self.lab.restarted(self.number, times, lambda: self.log[-3000:])
 
     def weights(self, timeout: float = 600) -> dict[str, bytes]:
         """The exported weights, once the job has succeeded."""

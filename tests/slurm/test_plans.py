@@ -1,20 +1,30 @@
 """Every shipped script and launch plan is one that Slurm accepts, on a planned cluster of 2,048 x 8 H100s."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from megatron_post.config.load import read_tree
 from megatron_post.launch import slurm
+from megatron_post.launch.chain import chain_findings, parse_chain
+from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.launch import planned_run
 from megatron_post.launch.preflight import layout_findings
+from megatron_post.launch.script import Job
+from megatron_post.rounds.round import chain_of
 from tests.e2e.runs import ROOT
 from tests.slurm.lab import PATH, Lab
 
 H100 = str(ROOT / "configs" / "clusters" / "h100.yaml")
-CONFIGS = sorted((ROOT / "configs").glob("llama3_*/[!b]*.yaml"))
+SHIPPED = {path: read_tree(path) for path in sorted((ROOT / "configs").glob("llama3_*/*.yaml"))}
+RUNS = [path for path, tree in SHIPPED.items() if "stage" in tree and "run_dir" in tree]
+ROUNDS = [path for path, tree in SHIPPED.items() if "stages" in tree]
 SCRIPTS = sorted((ROOT / "launchers" / "slurm").glob("*.sbatch"))
+TRIES = 10
 BATCH_OF_ALL_NODES = ["train.global_batch=16384"]
 
 
@@ -31,34 +41,67 @@ def planned(_slurm_is_here: None) -> Iterator[Lab]:
             cluster.stop()
 
 
+def _name(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
+def _at_once(submit: Callable[[], str]) -> str:
+    """The answer to `submit`, which takes less than a second; on a busy machine not at every try."""
+    for _ in range(TRIES):
+        started = time.perf_counter()
+        answer = submit()
+        seconds = time.perf_counter() - started
+        if seconds < 1:
+            return answer
+    raise AssertionError(f"{seconds:.2f} s at the last of {TRIES} tries")
+
+
+def _accepted(job: Job, cluster: Cluster) -> None:
+    """At once, on whole nodes, which have 192 cores there."""
+    answer = _at_once(lambda: slurm.test_only(job, cluster))
+    assert f"using {192 * job.nodes} processors on nodes h100-" in answer
+
+
+def test_nothing_shipped_is_left_out() -> None:
+    """A file is launched here, or is a part of one that is."""
+    parts = {path for path in SHIPPED if path not in RUNS and path not in ROUNDS}
+    texts = {path: path.read_text() for path in SHIPPED}
+    assert len(RUNS) >= 3
+    assert not [path for path in parts if not any(path.name in texts[other] for other in {*SHIPPED} - {path})]
+
+
 @pytest.mark.parametrize("nodes", [None, 256, 2048])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("config", RUNS, ids=_name)
 def test_launch_plans(planned: Lab, config: Path, nodes: int | None) -> None:
     """On the fewest nodes, on 256 and on all 2,048."""
     resolved, cluster, job = planned_run(str(config), H100, BATCH_OF_ALL_NODES, nodes=nodes)
     assert layout_findings(resolved, cluster, nodes=job.nodes) == []
-    started = time.perf_counter()
-    answer = slurm.test_only(job, cluster)
-    seconds = time.perf_counter() - started
-    # whole nodes, of 192 cores there
-    assert f"using {192 * job.nodes} processors on nodes h100-" in answer
-    assert seconds < 1, f"{seconds:.2f} s"
+    _accepted(job, cluster)
+
+
+@pytest.mark.parametrize("file", ROUNDS, ids=_name)
+def test_rounds(planned: Lab, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every job of a round, on its own nodes."""
+    monkeypatch.chdir(ROOT)  # its files name each other from there on
+    values = chain_of(file, (), console=Console(quiet=True), needs_models=False)
+    chain, cluster = parse_chain(values, origin=str(file)), load_cluster(H100)
+    assert chain_findings(chain, cluster, ROOT) == []
+    for job in chain.jobs(ROOT).values():
+        _accepted(job, cluster)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_by_hand(planned: Lab, script: Path) -> None:
-    for nodes in (1, 2048):
-        started = time.perf_counter()
-        answer = planned("sbatch", "--test-only", f"--nodes={nodes}", str(script), "config.yaml")
-        assert "to start at " in answer
-        assert time.perf_counter() - started < 1
+    for nodes in ("1", "2048"):
+        command = ("sbatch", "--test-only", f"--nodes={nodes}", str(script), "config.yaml")
+        assert "to start at " in _at_once(partial(planned, *command))
 
 
 def test_one_node_too_many_is_refused(planned: Lab) -> None:
     """The planned cluster does refuse what does not fit."""
-    _, cluster, job = planned_run(str(CONFIGS[-1]), H100, BATCH_OF_ALL_NODES, nodes=2049)
+    _, cluster, job = planned_run(str(RUNS[-1]), H100, BATCH_OF_ALL_NODES, nodes=2049)
     with pytest.raises(slurm.SlurmError, match=r"Node count specification invalid"):
         slurm.test_only(job, cluster)
-    _, cluster, job = planned_run(str(CONFIGS[-1]), H100, BATCH_OF_ALL_NODES, nodes=1)
+    _, cluster, job = planned_run(str(RUNS[-1]), H100, BATCH_OF_ALL_NODES, nodes=1)
     with pytest.raises(slurm.SlurmError, match=r"Requested node configuration is not available"):
         slurm.test_only(job, cluster.model_copy(update={"gpu_type": "a100"}))

@@ -55,7 +55,7 @@ def _submit(
     """Job id and log of ranks that do `what`. Rank scripts see `-m megatron_post train WHAT`."""
     cluster = load_cluster(cluster_file)
     job = Job(name, ("train", what), "run", directory, nodes=nodes)
-    submitted = remember(job.folder, job, slurm.submit(job, cluster))
+    submitted = remember([job.folder], job, slurm.submit(job, cluster))
     return submitted.job_id, submitted.log
 
 
@@ -118,7 +118,7 @@ def test_told_to_leave(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: P
     job, log = _submit(tmp_path, clusters(python=str(rank)), "wait")
     _says(log, "rank 3 of 4")
     lab("scancel", "--batch", "--signal=USR1", str(job))
-    wait_until(lambda: lab.restarts(job) == 1, 60, lambda: _log(log))
+    lab.restarted(job, 1, lambda: _log(log))
     _says(log, "rank 3 of 4", times=2)
     assert status_rows(tmp_path / "run")[0]["checkpoint"] == "1"
     (tmp_path / "run" / "finish").touch()
@@ -149,6 +149,7 @@ def test_preempted_with_grace(lab: Lab, clusters: ClusterFiles, tmp_path: Path, 
         "/dev/null",
         str(tmp_path / "urgent.sh"),
     )
+    lab.restarted(job, 1, lambda: _log(log))
     _says(log, "rank 3 of 4", times=2)
     assert "requeued after checkpoint 1" in _log(log)
     (tmp_path / "run" / "finish").touch()
@@ -177,6 +178,7 @@ def test_an_unfit_node_is_left_out(lab: Lab, clusters: ClusterFiles, tmp_path: P
     (tmp_path / "run" / "lost").touch()
     _says(log, f"unfit node ({unfit} drain")
     (tmp_path / "run" / "lost").unlink()
+    lab.restarted(job, 1, lambda: _log(log))
     _says(log, "rank 3 of 4", times=2)
     assert unfit not in _nodes(lab, job)
     (tmp_path / "run" / "finish").touch()
@@ -187,6 +189,8 @@ def test_an_unfit_node_is_left_out(lab: Lab, clusters: ClusterFiles, tmp_path: P
 def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
     """Ranks that always ask for a requeue: after 2 restarts without a new checkpoint there is no other."""
     job, log = _submit(tmp_path, clusters(python=str(rank), max_stalled_restarts=1), "loop", nodes=1)
+    for restart in (1, 2):
+        lab.restarted(job, restart, lambda: _log(log))
     assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
     assert lab.restarts(job) == 2
     assert _log(log).count("rank 0 of 2") == 2
@@ -198,7 +202,7 @@ def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_pat
 def test_a_hanging_rank_is_left_behind(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
     """A watchdog ends the ranks with 75, but one is stopped dead: killed after 5 s, and the job requeued."""
     job, log = _submit(tmp_path, clusters(python=str(rank)), "hang")
-    wait_until(lambda: lab.restarts(job) == 1, 30, lambda: _log(log))
+    lab.restarted(job, 1, lambda: _log(log))
     assert "the ranks asked for it: requeued after checkpoint 0" in _log(log)
     lab("scancel", str(job))
     lab.wait(job, "CANCELLED")
@@ -235,6 +239,7 @@ steps:
     _says(right.log, "rank 1 of 2")
     # requeued in the middle of the chain: those behind go on waiting
     lab("scontrol", "requeue", str(right.job_id))
+    lab.restarted(right.job_id, 1, lambda: _log(right.log))
     _says(right.log, "rank 1 of 2", times=2)
     assert lab.state(last.job_id) == "PENDING"
     (tmp_path / "run" / "finish").touch()
@@ -273,7 +278,7 @@ steps:
 def test_time_limit(lab: Lab, limited: tuple[int, Path, Path]) -> None:
     """Told by Slurm ahead of the limit, the ranks save, and the job goes on."""
     job, log, directory = limited
-    wait_until(lambda: lab.restarts(job) >= 1, 90, lambda: _log(log))
+    lab.restarted(job, 1, lambda: _log(log))
     (directory / "run" / "finish").touch()
     assert lab.wait(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", _log(log)
     assert "the ranks asked for it after USR1: requeued after checkpoint 1" in _log(log)

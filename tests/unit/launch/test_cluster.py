@@ -48,6 +48,18 @@ container: {image: x.sqsh, mounts: ["/data"]}
     assert "mounts must read /host:/container[:flags]" in message
 
 
+def test_what_yaml_takes_for_numbers(tmp_path: Path) -> None:
+    """24:00:00 is 86400 in YAML, and `yes` is true; neither is passed on as something that nobody wrote."""
+    path = _write(
+        tmp_path, "cpus_per_node: 96\ntime_limit: 24:00:00\nenvironment: {THREADS: 8, VERBOSE: yes}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_cluster(path)
+    found = {"time_limit": "86400", "environment.THREADS": "8", "environment.VERBOSE": "True"}
+    for key, value in found.items():
+        assert f"{key}: {value} is no text: put the value in quotes in the file" in str(error.value)
+
+
 def test_numbers_must_add_up(tmp_path: Path) -> None:
     path = _write(tmp_path, 'ranks_per_node: 9\ncpus_per_node: 4\ntime_limit: "5:00"\nwarning_seconds: 301\n')
     with pytest.raises(ConfigError) as error:
