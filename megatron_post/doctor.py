@@ -122,7 +122,7 @@ def _engine(found: bool, has_gpu: bool) -> Part:
     cost = (
         "the portable layers run instead: unfused norms, activations and rotary embedding, FlexAttention "
         "(compiled when a run starts), keys and values gathered over context-parallel ranks; precision.fp8 "
-        "is refused. pip install -e '.[cuda]'"
+        "and recompute.modules with layernorm are refused. pip install -e '.[cuda]'"
     )
     return _part(
         "Transformer Engine",

@@ -118,4 +118,10 @@ def world_errors(
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
         missing = "a GPU" if not has_gpu else "Transformer Engine (pip install megatron-post[cuda])"
         errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
+    r = config.recompute
+    if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:
+        # megatron-core 0.16 asks Transformer Engine for the state of FP8 there, whether FP8 is on or not
+        others = ",".join(module for module in r.modules if module != "layernorm")
+        remedy = f"recompute.modules=[{others}]" if others else "recompute.mode=none"
+        errors.append(f"recompute.modules with layernorm needs Transformer Engine on a GPU; set {remedy}")
     return errors

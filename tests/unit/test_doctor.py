@@ -79,7 +79,7 @@ def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> No
     for has_gpu, state in ((True, "missing"), (False, "not needed")):
         engine, adam, triton = doctor.fused_parts(has_gpu=has_gpu)
         assert {engine.state, adam.state, triton.state} == {state}
-        assert "fp8 is refused" in engine.meaning
+        assert "precision.fp8 and recompute.modules with layernorm are refused" in engine.meaning
         assert "cannot resume" in adam.meaning
         assert "FlexAttention" in triton.meaning
 

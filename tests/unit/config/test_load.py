@@ -121,6 +121,20 @@ def test_world() -> None:
     assert "3 microbatches a data-parallel rank are not a multiple of parallel.pipeline=2" in error
 
 
+def test_recomputed_norms_need_transformer_engine() -> None:
+    """megatron-core fails in the first forward pass without it. Where nothing is selected, nothing is wrong."""
+    for modules, remedy in (
+        (["layernorm"], "set recompute.mode=none"),
+        (["core_attn", "layernorm", "mlp"], r"set recompute.modules=[core_attn,mlp]"),
+    ):
+        config = tiny_config(recompute={"mode": "selective", "modules": modules})
+        (error,) = world_errors(config, world_size=4, has_gpu=False, has_transformer_engine=False)
+        assert error.endswith(remedy) and "needs Transformer Engine" in error
+        assert world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=True) == []
+    config = tiny_config(recompute={"mode": "full", "modules": ["layernorm"]})
+    assert world_errors(config, world_size=4, has_gpu=False, has_transformer_engine=False) == []
+
+
 def test_multiples() -> None:
     """CP 4, TP 2 with SP, FP8 delayed: segments of 2 x 4; packs of lcm(8, 4 x 2 x 16) = 128."""
     config = tiny_config(
