@@ -52,7 +52,7 @@ def intervals(title: str, series: dict[str, Sequence[tuple[float, float, float, 
     if not every:
         return ""
     xs = [x for x, *_ in every]
-    frame = _Frame([min(xs) - 0.5, max(xs) + 0.5], [0.0, 1.0])
+    frame = _Frame([min(xs) - 0.5, max(xs) + 0.5], [0.0, 1.0], marks=sorted(set(xs)))
     drawn = []
     for number, (colour, points) in enumerate(zip(_COLOURS, series.values(), strict=False)):
         for x, value, low, high in points:
@@ -68,8 +68,10 @@ def intervals(title: str, series: dict[str, Sequence[tuple[float, float, float, 
 class _Frame:
     """Axes over the ranges of some values."""
 
-    def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+    def __init__(self, xs: Sequence[float], ys: Sequence[float], *, marks: Sequence[float] = ()) -> None:
+        """marks: the values that are written below the axis; none: its ends."""
         self._x, self._y = _range(xs), _range(ys)
+        self._marks = marks or self._x
 
     def x(self, value: float) -> float:
         low, high = self._x
@@ -84,7 +86,8 @@ class _Frame:
         base, right = _HEIGHT - _BOTTOM, _WIDTH - 10
         axes = f'<path d="M{_LEFT} 10V{base}H{right}" fill="none" stroke="#888"/>'
         labels = "".join(
-            f'<text x="{self.x(v):.0f}" y="{base + 16}" text-anchor="middle">{v:.4g}</text>' for v in self._x
+            f'<text x="{self.x(v):.0f}" y="{base + 16}" text-anchor="middle">{v:.4g}</text>'
+            for v in self._marks
         ) + "".join(
             f'<text x="{_LEFT - 5}" y="{self.y(v) + 4:.0f}" text-anchor="end">{v:.4g}</text>' for v in self._y
         )
