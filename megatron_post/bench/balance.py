@@ -1,0 +1,214 @@
+"""How evenly a step's packs are spread: data-parallel ranks in plain order and balanced, and microbatches,
+beside what no assignment and no packing can go below."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from megatron_post.bench.synthetic import long_tailed_lengths
+from megatron_post.config.load import validate
+from megatron_post.config.schema import Config
+from megatron_post.data.balance import deal
+from megatron_post.data.packing import pack_units
+from megatron_post.data.permutation import permutation
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.flops import Load, step_flops
+from megatron_post.plan.hardware import gpu
+from megatron_post.plan.step import step_time
+from megatron_post.plan.timing import Costs
+
+BATCHES = 20  # global batches a row, or as many as there are packs for
+SIMULATED_RANKS, SIMULATED_BATCHES = 8, 3
+
+# Mean tokens, tables 7 and 6 of "The Llama 3 Herd of Models": a dialog of general English; of a preference
+# what stands before the response, and the response. Lengths are log-normal with sigma 1.
+CHAT_MEAN, CONTEXT_MEAN, RESPONSE_MEAN = 974.0, 1041.6 - 284.0, 284.0
+
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "llama3.1_8b": {"parallel": {"tensor": 2, "sequence": True, "context": 1}},
+    "llama3.1_405b": {
+        "parallel": {
+            "tensor": 8,
+            "sequence": True,
+            "pipeline": 8,
+            "virtual_pipeline": 8,
+            "embedding_and_loss_as_layers": True,
+            "context": 8,
+        },
+        "precision": {"fp8": "tensorwise"},
+        "recompute": {"mode": "full"},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Units of `segments` (int64 [units, segments of each], tokens) in packs of `pack_length`."""
+
+    name: str
+    preset: str
+    pack_length: int
+    segments: np.ndarray
+
+    @cached_property
+    def unit_squares(self) -> np.ndarray:
+        """int64 [units], sums of length^2."""
+        return (self.segments**2).sum(axis=1)
+
+    @cached_property
+    def packs(self) -> list[np.ndarray]:
+        """Units of each pack, in an order drawn from the seed, as `data pack` leaves them."""
+        packing = pack_units(self.segments.sum(axis=1), capacity=self.pack_length)
+        return [packing[pack] for pack in permutation(len(packing), 0, "balance")]
+
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """Of each pack, padding at its end included, int64 [packs]."""
+        room = [self.pack_length - int(self.segments[units].sum()) for units in self.packs]
+        return np.array([self.unit_squares[units].sum() for units in self.packs]) + np.array(room) ** 2
+
+    @cached_property
+    def costliest_units(self) -> np.ndarray:
+        """Squares of each pack's costliest unit, int64 [packs]."""
+        return np.array([self.unit_squares[units].max() for units in self.packs])
+
+    def config(self, global_batch: int) -> Config:
+        """A run on these packs."""
+        return validate(
+            {
+                "run_dir": "unused",
+                "model": {"preset": self.preset},
+                "tokenizer": {"path": "unused"},
+                "data": {"store": "unused", "pack_length": self.pack_length},
+                "train": {"steps": 1, "global_batch": global_batch},
+                **_LAYOUTS[self.preset],
+            },
+            origin=self.name,
+        )
+
+
+@dataclass(frozen=True)
+class Evenness:
+    """Largest cost over the mean, in each of some global batches, float64 [batches].
+
+    plain, balanced: of data-parallel ranks. rank_floor: whoever has the costliest pack has as many others as
+    everybody, and these cost no less than the cheapest of the batch. microbatches: of packs.
+    microbatch_floor: the pack with the costliest unit has that unit and all a pack's tokens, however the rest
+    is packed.
+    """
+
+    ranks: int
+    places: int
+    plain: np.ndarray
+    balanced: np.ndarray
+    rank_floor: np.ndarray
+    microbatches: np.ndarray
+    microbatch_floor: np.ndarray
+
+
+def examples(count: int = 200_000) -> list[Examples]:
+    """The three distributions, the long one for two models: dialogs, dialogs up to 128K, pairs. What is
+    longer than a pack of 8,192 is dropped. count: units; five times as many of the long one, whose packs
+    hold more."""
+    draw = np.random.default_rng(0)
+    chat = _log_normal(draw, CHAT_MEAN, count)[:, None]
+    context = _log_normal(draw, CONTEXT_MEAN, count)
+    pairs = np.stack([context + _log_normal(draw, RESPONSE_MEAN, count) for _ in range(2)], axis=1)
+    long = long_tailed_lengths(5 * count, capacity=131072)[:, None]
+    return [
+        Examples("short chat, 8B at 8K", "llama3.1_8b", 8192, chat[chat[:, 0] <= 8192]),
+        Examples("DPO pairs, 8B at 8K", "llama3.1_8b", 8192, pairs[pairs.sum(axis=1) <= 8192]),
+        Examples("long-tailed, 8B at 128K", "llama3.1_8b", 131072, long),
+        Examples("long-tailed, 405B at 128K", "llama3.1_405b", 131072, long),
+    ]
+
+
+def evenness(found: Examples, *, ranks: int, places: int) -> Evenness:
+    """Of global batches of ranks x places packs. A pack costs the FLOPs of its tokens and of its squares."""
+    config = found.config(ranks * places)
+    tokens = step_flops(config, Load(found.pack_length, 0)).model
+    square = step_flops(config, Load(0, 1)).model
+    rows = []
+    for batch in _batches(found, ranks * places):
+        costs = tokens + square * found.squares[batch]
+        mean, ascending = costs.mean(), np.sort(costs)
+        balanced = costs[deal(found.squares[batch], ranks=ranks)].sum(axis=1)
+        least = ascending[-1] + ascending[: places - 1].sum()
+        costliest_unit = tokens + square * found.costliest_units[batch].max()
+        rows.append(
+            (
+                costs.reshape(places, ranks).sum(axis=0).max() / places / mean,
+                balanced.max() / places / mean,
+                max(1.0, least / places / mean),
+                costs.max() / mean,
+                max(1.0, costliest_unit / mean),
+            )
+        )
+    return Evenness(ranks, places, *np.array(rows).T)
+
+
+def step_seconds(found: Examples, *, ranks: int, places: int) -> tuple[float, float]:
+    """Seconds of a step on H100s by the planner, in plain order and balanced: the slowest rank's pipeline,
+    simulated pack by pack, mean over a few global batches."""
+    config = found.config(ranks * places)
+    costs = Costs(config, gpu("h100-80gb"), ranks)
+
+    def slowest(dealt: np.ndarray) -> float:
+        return max(step_time(costs, [_segments(found, pack) for pack in packs]).seconds for packs in dealt)
+
+    batches = _batches(found, ranks * places)[:SIMULATED_BATCHES]
+    plain = [slowest(batch.reshape(places, ranks).T) for batch in batches]
+    balanced = [slowest(batch[deal(found.squares[batch], ranks=ranks)]) for batch in batches]
+    return float(np.mean(plain)), float(np.mean(balanced))
+
+
+def balance_table(
+    *, sizes: Sequence[tuple[int, int]] = ((2, 8), (2, 32), (8, 8), (8, 32), (64, 8), (64, 32))
+) -> Table:
+    """Largest cost over the mean, over data-parallel ranks and over microbatches, means over global batches;
+    and a step's simulated seconds. sizes: (ranks, packs a rank)."""
+    table = Table(
+        *("packs", "DP x packs", "ranks: plain", "balanced", "floor", "over floor"),
+        *("packs: largest", "floor", "over floor", "s a step: plain", "balanced"),
+        title="largest cost / mean",
+    )
+    for found in examples():
+        for ranks, places in sizes:
+            even = evenness(found, ranks=ranks, places=places)
+            figures = (
+                even.plain,
+                even.balanced,
+                even.rank_floor,
+                even.balanced / even.rank_floor,
+                even.microbatches,
+                even.microbatch_floor,
+                even.microbatches / even.microbatch_floor,
+            )
+            seconds = step_seconds(found, ranks=ranks, places=places) if ranks <= SIMULATED_RANKS else ()
+            table.add_row(
+                found.name,
+                f"{ranks} x {places}",
+                *(f"{values.mean():.3f}" for values in figures),
+                *(f"{value:.2f}" for value in seconds),
+            )
+    return table
+
+
+def _log_normal(draw: np.random.Generator, mean: float, count: int) -> np.ndarray:
+    return np.maximum(draw.lognormal(np.log(mean) - 0.5, 1.0, count), 8).astype(np.int64)
+
+
+def _batches(found: Examples, size: int) -> list[np.ndarray]:
+    """The first global batches, indices of packs: int64 [size] each."""
+    number = min(BATCHES, len(found.packs) // size)
+    return list(np.arange(number * size).reshape(number, size))
+
+
+def _segments(found: Examples, pack: int) -> tuple[Segment, ...]:
+    lengths = found.segments[found.packs[pack]].ravel().tolist()
+    tail = found.pack_length - sum(lengths)
+    return tuple(Segment(length) for length in (*lengths, *([tail] if tail else [])))
