@@ -90,8 +90,8 @@ def run_demo(
 
     with story.step(f"{_count(sizes.rounds, 'round')} of alignment"):
         console.print(
-            "In each, a reward model learns from preferences; the best model so far draws answers; of each\n"
-            "problem's answers the best goes to SFT, the best and the worst to DPO; both are averaged;\n"
+            "In each, a reward model learns from preferences; the best model so far draws answers; of each "
+            "problem's answers the best goes to SFT, the best and the worst to DPO; both are averaged; "
             "whichever of the three is best answers in the next round.",
             style="dim",
         )
