@@ -7,6 +7,7 @@ consists and in which file, at which offset, each of them lies as a `torch.save`
 import os
 import zlib
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import prod
 from pathlib import Path
 
@@ -37,6 +38,10 @@ class _Chunk:
     crc32: int | None = None
     sum: int = 0
     summed: int = 0
+
+    @property
+    def place(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.offsets, self.sizes
 
 
 @dataclass
@@ -83,10 +88,23 @@ class DistCheckpoint:
         if filled != out.numel():
             raise DamagedCheckpoint(f"{self.directory}: the chunks of {key} do not cover it")
 
+    def check_begun(self) -> None:
+        """Read chunks of which only the first rows were wanted to their end, so that these are checked too.
+
+        Raises `DamagedCheckpoint` where one is damaged.
+        """
+        for (key, _), chunks in self._by_layer.items():
+            for chunk in chunks:
+                if chunk.crc32 is not None and chunk.summed:
+                    self._check_rest(key, chunk)
+
     def _chunks(self, key: str, layer: int | None) -> list[_Chunk]:
         if (key, layer) not in self._by_layer:
-            chunks = self._tensors[key].chunks
-            self._by_layer[key, layer] = [c for c in chunks if layer is None or c.offsets[0] == layer]
+            chunks = [c for c in self._tensors[key].chunks if layer is None or c.offsets[0] == layer]
+            for a, b in combinations(chunks, 2):
+                if all(max(i, j) < min(i + m, j + n) for i, m, j, n in zip(*a.place, *b.place, strict=True)):
+                    raise DamagedCheckpoint(f"{self.directory}: .metadata: chunks of {key} overlap")
+            self._by_layer[key, layer] = chunks
         return self._by_layer[key, layer]
 
     def _read_chunk(self, key: str, chunk: _Chunk, row: int, target: Tensor) -> None:
@@ -107,17 +125,23 @@ class DistCheckpoint:
         assert chunk.stored is not None
         if place != chunk.summed:
             chunk.sum, chunk.summed = 0, 0
-            buffer = memoryview(bytearray(BLOCK_BYTES))
-            while chunk.summed < chunk.stored.nbytes:
-                data = buffer[: chunk.stored.nbytes - chunk.summed]
-                self._files.read(chunk.path, chunk.stored.offset + chunk.summed, data)
-                chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
-        else:
-            chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
+            self._check_rest(key, chunk)
+            return
+        chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
         if chunk.summed == chunk.stored.nbytes:
-            if chunk.sum != chunk.crc32:
-                raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
-            chunk.crc32 = None
+            self._check_rest(key, chunk)
+
+    def _check_rest(self, key: str, chunk: _Chunk) -> None:
+        """Sum what is left of a chunk and compare."""
+        assert chunk.stored is not None
+        buffer = memoryview(bytearray(min(BLOCK_BYTES, chunk.stored.nbytes - chunk.summed)))
+        while chunk.summed < chunk.stored.nbytes:
+            data = buffer[: chunk.stored.nbytes - chunk.summed]
+            self._files.read(chunk.path, chunk.stored.offset + chunk.summed, data)
+            chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
+        if chunk.sum != chunk.crc32:
+            raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
+        chunk.crc32 = None
 
     def _describe(self, key: str, chunk: _Chunk) -> None:
         """Find where the chunk's values are, and compare its description with the metadata's."""

@@ -13,9 +13,9 @@ from megatron_post.convert.configs import fingerprint_of, index_of
 from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.part_file import PartFile
-from megatron_post.convert.safetensors_file import header_of
+from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
-from megatron_post.convert.source import BLOCK_BYTES, ModelSource, row_blocks
+from megatron_post.convert.source import BLOCK_BYTES, row_blocks
 from megatron_post.convert.work import Part
 from megatron_post.train import manifest
 
@@ -58,14 +58,14 @@ class ToHuggingFace:
         header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
         file.write(header)
         size = max(BLOCK_BYTES, max(kind.row_bytes for kind in kinds.values()))
-        buffers = cycle((bytearray(size), bytearray(size)))
+        buffers = cycle(torch.empty(2, size, dtype=torch.uint8))  # aligned, which bytearrays are not
         for name in places:
             kind = kinds[name]
             for start, end in row_blocks(kind):
-                view = memoryview(next(buffers))[: (end - start) * kind.row_bytes]
-                block = torch.frombuffer(view, dtype=kind.dtype).view(end - start, *kind.shape[1:])
-                self._source.read_into(name, start, block)
-                file.write(view)
+                data = next(buffers)[: (end - start) * kind.row_bytes]
+                self._source.read_into(name, start, data.view(kind.dtype).view(end - start, *kind.shape[1:]))
+                file.write(raw_bytes(data))
+        self._source.checkpoint.check_begun()
         return {}
 
     def publish(self, records: list[dict[str, Any]]) -> None:
@@ -86,7 +86,7 @@ class ToHuggingFace:
         manifest.sync_directory(self.target.parent)
 
     @cached_property
-    def _source(self) -> ModelSource:
+    def _source(self) -> MegatronCheckpoint:
         return MegatronCheckpoint(self.source, step=self.step)
 
     @cached_property

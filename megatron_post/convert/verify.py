@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.open_source import open_model
 from megatron_post.convert.source import Kind, ModelSource, read_rows, row_blocks
 from megatron_post.convert.work import Report
@@ -42,6 +43,9 @@ def _differences(a: ModelSource, b: ModelSource) -> Iterator[str]:
             yield f"{name}: {_text(a.tensors[name])} and {_text(b.tensors[name])}"
         else:
             yield from _compare(a, b, name)
+    for source in (a, b):
+        if isinstance(source, MegatronCheckpoint):
+            source.checkpoint.check_begun()
 
 
 def _compare(a: ModelSource, b: ModelSource, name: str) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """Directories that must not be converted: named, nothing run, nothing written."""
 
 import json
+import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from safetensors.torch import save_file
 
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
+from megatron_post.convert.torch_file import saved_tensors
+from megatron_post.convert.verify import verify
 from megatron_post.convert.work import convert
 from megatron_post.train import manifest
-from tests.unit.convert.models import shaped_like, to_megatron, weights_of, write_hf
+from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 MODEL = shaped_like("8b")
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -179,18 +183,62 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     root = to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
     step = root / "step-00000000"
     file = step / "__1_0.distcp"
-    good = file.read_bytes()
     info = manifest.read_metadata(step / ".metadata").storage_data
     last = max((i for i in info.values() if i.relative_path == file.name), key=lambda i: i.length)
-    place = last.offset + last.length // 2
-    file.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+    _flip(file, last.offset + last.length // 2)
     job = ToHuggingFace(str(root), str(tmp_path / "back"))
     with pytest.raises(ValueError, match=rf"{file}: the chunk of \S+ at \S+, .*is damaged"):
         convert(job, workers=1, report=print)
     assert not (tmp_path / "back").exists()
-    file.write_bytes(good[:-1])
+    os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(ValueError, match=f"{file}: .* bytes, .* in the manifest"):
         convert(ToHuggingFace(str(root), str(tmp_path / "other")), workers=1, report=print)
     file.unlink()
     with pytest.raises(ValueError, match=f"{file}: missing"):
         convert(ToHuggingFace(str(root), str(tmp_path / "other")), workers=1, report=print)
+
+
+@pytest.mark.parametrize("row", [240, 255])
+def test_damage_beside_padding(tmp_path: Path, row: int) -> None:
+    """Of the last chunk, rows 234 to 255, the 3 padding ones are not wanted; a flipped bit in it is found
+    all the same, by both commands that read."""
+    model = MODEL.model_copy(update={"vocab_size": 256})
+    root = to_megatron(write_hf(tmp_path / "hf", model, weights_of(model)), tmp_path / "checkpoints")
+    step = root / "step-00000000"
+    config = (step / "config.json").read_text().replace('"vocab_size": 256', '"vocab_size": 253')
+    _resign(step, "config.json", config.encode())
+    to_hf(root, tmp_path / "good")
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        copy = tmp_path / key
+        shutil.copytree(step, copy)
+        storage = manifest.read_metadata(copy / ".metadata").storage_data
+        place = next(p for i, p in storage.items() if (i.fqn, tuple(i.offset)) == (key, (234, 0)))
+        saved = saved_tensors(copy / place.relative_path, offset=place.offset, length=place.length)[""].stored
+        _flip(copy / place.relative_path, saved.offset + (row - 234) * saved.row_bytes)
+        message = rf"{copy / place.relative_path}: the chunk of {key} at \(234, 0\) is damaged"
+        with pytest.raises(ValueError, match=message):
+            convert(ToHuggingFace(str(copy), str(tmp_path / "back")), workers=1, report=print)
+        with pytest.raises(ValueError, match=message):
+            verify(str(copy), str(copy), report=print)
+    assert not (tmp_path / "back").exists()
+
+
+def test_chunks_that_overlap(tmp_path: Path) -> None:
+    """Two chunks of the same rows take as many bytes as the whole: what neither holds would be garbage."""
+    root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
+    step = root / "step-00000000"
+    metadata = manifest.read_metadata(step / ".metadata")
+    chunks = metadata.state_dict_metadata["embedding.word_embeddings.weight"].chunks
+    assert chunks[0].sizes == chunks[1].sizes
+    chunks[1] = chunks[0]
+    _resign(step, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"metadata: chunks of \S+weight overlap"):
+        convert(ToHuggingFace(str(root), str(tmp_path / "back")), workers=1, report=print)
+
+
+def _flip(file: Path, place: int) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 4]))
