@@ -43,9 +43,20 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# packing, loader, training steps and DPO beside TRL
+# every figure there is, each by a command of its own, and a page that compares them with earlier ones: an hour on
+# two cores. What needs a GPU says so without one
+BENCH := $(BIN)/python -m megatron_post bench
 bench: install
-	$(BIN)/python -m megatron_post.bench
+	$(BENCH) data
+	$(BENCH) balance
+	$(BENCH) trl
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_post bench step configs/tiny/demo.yaml
+	OMP_NUM_THREADS=1 $(BENCH) step configs/tiny/dpo.yaml
+	$(BENCH) checkpoint
+	$(BENCH) convert
+	$(BENCH) merge
+	$(BENCH) kernels
+	$(BENCH) report
 
 # Kernels on a machine with an NVIDIA GPU, which may have no network: torch and Triton suffice, and pytest for the
 # tests. Where nothing was installed here they are PYTHON's.

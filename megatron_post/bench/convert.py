@@ -17,6 +17,8 @@ import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
+from megatron_post.bench.environment import environment
+from megatron_post.bench.record import Figure, Record, once
 from megatron_post.config.schema import Model
 from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
@@ -35,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "8B, 9 layers": {"preset": "llama3_8b", "num_layers": 9, "vocab_size": 8192},
     "405B, 1 layer": {"preset": "llama3.1_405b", "num_layers": 1, "vocab_size": 512},
 }
+SMALL = ("8B, 2 layers", "8B, 4 layers")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ConversionFigures:
 
     load: processes that wanted to run, on average over the last minute, when it ended.
     copy, durable_copy: of `cp` alone, and with its bytes flushed to the disk as ours are. ratios: ours over
-    `durable_copy`, the median over rounds.
+    `durable_copy`, the median over rounds. rounds: MB/s of the four, of each round.
     """
 
     name: str
@@ -58,6 +61,7 @@ class ConversionFigures:
     to_megatron_peak: float
     to_hf_peak: float
     load: float
+    rounds: tuple[tuple[float, ...], ...]
 
 
 def measure_conversions(
@@ -66,8 +70,13 @@ def measure_conversions(
     """Convert each model both ways, in turn with `cp`, `rounds` times, and compare what comes back.
 
     Takes the disk space of four copies of the largest model; everything is removed. Raises `ValueError` where
-    there is less.
+    there is less, for names that are not in `MODELS` and for no rounds.
     """
+    unknown = [name for name in names if name not in MODELS]
+    if unknown or rounds < 1:
+        raise ValueError(
+            f"--model {unknown} --rounds {rounds}: choose of {', '.join(map(repr, MODELS))}, 1 round or more"
+        )
     return [_measure(directory, name, rounds=rounds, workers=workers) for name in names]
 
 
@@ -90,6 +99,22 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
             f"{f.load:.1f}",
         )
     return table
+
+
+def conversion_record(figures: list[ConversionFigures], *, workers: int) -> Record:
+    """Speeds of every round, and peaks."""
+    found = {}
+    for f in figures:
+        for i, name in enumerate(("cp", "cp + flush", "to Megatron", "to Hugging Face")):
+            found[f"{f.name}: {name}"] = Figure("MB/s", tuple(row[i] for row in f.rounds), "higher")
+        found[f"{f.name}: peak"] = once("MiB", max(f.to_megatron_peak, f.to_hf_peak), "lower")
+    return Record(
+        benchmark="convert",
+        subject="synthetic models beside cp",
+        settings={"workers": str(workers), "models": ", ".join(f.name for f in figures)},
+        figures=found,
+        environment=environment(),
+    )
 
 
 def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> ConversionFigures:
@@ -130,6 +155,7 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
         to_megatron_peak=max(row[4] for row in columns),
         to_hf_peak=max(row[5] for row in columns),
         load=os.getloadavg()[0],
+        rounds=tuple(tuple(total / 1e6 / seconds for seconds in row[:4]) for row in columns),
     )
 
 

@@ -2,18 +2,25 @@
 
 import contextlib
 import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from megatron_post.bench.environment import environment
+from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.synthetic import MEAN_LENGTH, long_tailed_lengths, write_random_store
 from megatron_post.data.loader import PackLoader
 from megatron_post.data.packing import pack_units
 from megatron_post.data.store import PackStore, StoreSettings
+
+CAPACITY = 131072
+LENGTHS = 1_000_000
+LOADED = {8192: 2**25, CAPACITY: 2**25}  # pack length -> tokens of the store
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,52 @@ class Packed:
     packs: int
     seconds: float
     fill: float
+
+
+def measure_data(*, rounds: int) -> Record:
+    """Packing and loading, `rounds` times in turn. Raises `ValueError` for no rounds."""
+    if rounds < 1:
+        raise ValueError(f"--rounds {rounds}: want at least 1")
+    lengths = long_tailed_lengths(LENGTHS, capacity=CAPACITY)
+    packed, loaded = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        for number in range(rounds):
+            packed.append(time_packing(lengths, capacity=CAPACITY))
+            loaded.append(
+                {
+                    length: time_loader(
+                        Path(directory, f"{length}-{number}"), pack_length=length, tokens=tokens
+                    )
+                    for length, tokens in LOADED.items()
+                }
+            )
+    return Record(
+        benchmark="data",
+        subject="packing and loading",
+        settings={"cores": "1", "rounds": str(rounds)},
+        figures=data_figures(packed, loaded),
+        environment=environment(),
+        notes=(
+            "lengths as in Llama 3's SFT mix",
+            "the loader's store has just been written: the page cache holds it",
+        ),
+    )
+
+
+def data_figures(packed: Sequence[Packed], loaded: Sequence[dict[int, float]]) -> dict[str, Figure]:
+    """loaded: pack length -> tokens/s, of each round."""
+    one = packed[0]
+    loaders = {
+        f"loader, packs of {length:,}": Figure(
+            "tokens/s", tuple(round_[length] for round_ in loaded), "higher"
+        )
+        for length in loaded[0]
+    }
+    return {
+        f"packing {one.units:,} lengths": Figure("s", tuple(p.seconds for p in packed), "lower"),
+        f"fill of the {one.packs:,} packs": once("%", 100 * one.fill, "higher"),
+        **loaders,
+    }
 
 
 def time_packing(lengths: np.ndarray, *, capacity: int) -> Packed:

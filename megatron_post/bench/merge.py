@@ -1,7 +1,4 @@
-"""Merging two synthetic models of some gigabytes beside `cp` of the same bytes: peak memory and speed.
-
-python -m megatron_post.bench.merge --directory /scratch
-"""
+"""Merging two synthetic models of some gigabytes beside `cp` of the same bytes: peak memory and speed."""
 
 import multiprocessing
 import os
@@ -12,14 +9,14 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from megatron_post.bench.environment import environment
+from megatron_post.bench.record import Record, once
 from megatron_post.config.load import parse
 from megatron_post.config.schema import Model
 from megatron_post.convert.configs import written_configs
@@ -44,7 +41,12 @@ class MergeFigures:
 
 
 def measure_merges(directory: Path, gigabytes: int) -> list[MergeFigures]:
-    """Each method once, each beside a `cp` of its own. Takes the space of five models in `directory`."""
+    """Each method once, each beside a `cp` of its own. Takes the space of five models in `directory`.
+
+    Raises `ValueError` for a size that is not in `LAYERS`.
+    """
+    if gigabytes not in LAYERS:
+        raise ValueError(f"--gigabytes {gigabytes}: choose of {', '.join(map(str, LAYERS))}")
     model = Model(preset="llama3_8b", num_layers=LAYERS[gigabytes], vocab_size=8192)  # type: ignore[call-arg]
     paths = [directory / name for name in ("base", "a", "b")]
     copy, output = directory / "copy", directory / "merged"
@@ -70,6 +72,17 @@ def merge_table(figures: list[MergeFigures]) -> Table:
         sizes = (f"{f.total_bytes / 1e9:.2f}", f"{f.copy:,.0f}", f"{f.merged:,.0f}", f"{f.peak:,.0f}")
         table.add_row(f.method, *sizes)
     return table
+
+
+def merge_record(figures: list[MergeFigures]) -> Record:
+    """Speeds and peaks, each taken once."""
+    found = {}
+    for f in figures:
+        name = f"{f.method}, {f.total_bytes / 1e9:.2f} GB"
+        found[f"{name}: cp + flush"] = once("MB/s", f.copy, "higher")
+        found[f"{name}: merge"] = once("MB/s", f.merged, "higher")
+        found[f"{name}: peak"] = once("MiB", f.peak, "lower")
+    return Record("merge", "synthetic models beside cp", {}, found, environment())
 
 
 def _plan(method: str, paths: list[Path]) -> MethodMerge:
@@ -127,15 +140,3 @@ def _serve(plan: MethodMerge, output: str, connection: Connection) -> None:
     merge(plan, output, report=lambda line: None)
     seconds = time.perf_counter() - started
     connection.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-
-
-def main(
-    directory: Annotated[Path, typer.Option(help="on the disk to be measured")],
-    gigabytes: Annotated[list[int], typer.Option(help="1, 2 or 4; may be given again")] = [1, 2, 4],  # noqa: B006
-) -> None:
-    """Print the table."""
-    Console().print(merge_table([f for size in gigabytes for f in measure_merges(directory, size)]))
-
-
-if __name__ == "__main__":
-    typer.run(main)

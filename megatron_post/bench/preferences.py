@@ -26,9 +26,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from megatron_post.bench.beside_trl import OURS, StepFigures, summarise
 from megatron_post.bench.contender import Contender, Gate, Input, interleave
 from megatron_post.bench.peer import real_tokens
-from megatron_post.bench.train_step import OURS, StepFigures, summarise
 from megatron_post.bench.workload import GSM8K, Workload, open_train_store
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config

@@ -126,7 +126,7 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
     tokenizer = check_run(config) if Path(config.data.store).exists() else None
     if tokenizer is None:
         _check_ranks(config)
-    with parallel_run(config.parallel, seed=config.seed) as topology, _scratch(topology) as directory:
+    with parallel_run(config.parallel, seed=config.seed) as topology, scratch(topology) as directory:
         train = config.train.model_copy(update={"log_every": 10**9})
         run = config.model_copy(update={"run_dir": str(directory / "run"), "train": train})
         notes = []
@@ -188,9 +188,14 @@ def _without_held_out(config: Config) -> Config:
 
 
 @contextlib.contextmanager
-def _scratch(topology: Topology) -> Iterator[Path]:
-    """A directory of one name on all ranks, for as long as this context lasts."""
-    name: list[Any] = [tempfile.mkdtemp(prefix="megatron-post-bench-") if topology.rank == 0 else None]
+def scratch(topology: Topology, parent: str | Path | None = None) -> Iterator[Path]:
+    """A directory of one name on all ranks, in `parent` or where temporary files go, for as long as this
+    context lasts."""
+    name: list[Any] = [None]
+    if topology.rank == 0:
+        if parent is not None:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        name = [tempfile.mkdtemp(prefix="megatron-post-bench-", dir=parent)]
     torch.distributed.broadcast_object_list(name, src=0)
     directory = Path(name[0])
     directory.mkdir(exist_ok=True)

@@ -24,6 +24,8 @@ def test_memory_is_flat_in_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     console = Console(record=True, width=120)
     console.print(convert.conversion_table([small, large], workers=1))
     assert "limit MiB" in console.export_text()
+    figures = convert.conversion_record([small, large], workers=1).figures
+    assert figures["2: to Megatron"].median == small.to_megatron and figures["8: peak"].unit == "MiB"
 
 
 def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +33,8 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="has less than 5,0"):
         convert.measure_conversions(tmp_path, names=("8B, 2 layers",))
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model \['9B'\] --rounds 3: choose of '8B, 2 layers'"):
+        convert.measure_conversions(tmp_path, names=("9B",))

@@ -4,8 +4,18 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from megatron_post.bench.data import long_tailed_lengths, one_core, time_loader, time_packing
+from megatron_post.bench import data
+from megatron_post.bench.data import (
+    Packed,
+    data_figures,
+    long_tailed_lengths,
+    measure_data,
+    one_core,
+    time_loader,
+    time_packing,
+)
 
 
 def test_lengths_follow_the_mix() -> None:
@@ -42,3 +52,22 @@ def test_one_core_is_undone() -> None:
     with one_core():
         assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == before
+
+
+def test_figures_of_rounds() -> None:
+    """Two rounds of each; the fill is the same in all of them."""
+    found = data_figures([Packed(1000, 7, s, 0.75) for s in (0.5, 0.25)], [{8192: 9.0}, {8192: 11.0}])
+    assert {name: figure.samples for name, figure in found.items()} == {
+        "packing 1,000 lengths": (0.5, 0.25),
+        "fill of the 7 packs": (75.0,),
+        "loader, packs of 8,192": (9.0, 11.0),
+    }
+
+
+def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "LENGTHS", 1000)
+    monkeypatch.setattr(data, "LOADED", {1024: 20_000})
+    record = measure_data(rounds=2)
+    assert all(len(f.samples) == 2 for name, f in record.figures.items() if "fill" not in name)
+    with pytest.raises(ValueError, match="--rounds 0: want at least 1"):
+        measure_data(rounds=0)

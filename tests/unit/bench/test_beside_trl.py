@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from megatron_post.bench.beside_trl import OURS, contenders, measure, side_record, step_table, summarise
 from megatron_post.bench.contender import Gate, Input, Round, interleave
-from megatron_post.bench.report import data_table, step_table
-from megatron_post.bench.train_step import OURS, contenders, measure, summarise
 from megatron_post.bench.workload import Workload, count_tokens, make_workload, open_train_store, segments
 
 
@@ -57,6 +56,24 @@ def test_medians_and_ratios() -> None:
     figures = summarise("TRL", Input(0.5, 9.0), theirs, ours=ours)
     assert figures.speed == 2.0
     assert (figures.tokens_per_second, figures.trained_per_second, figures.loss) == (200.0, 50.0, 1.7)
+    assert figures.ratios == (2.0, 1.0, 5.0) and figures.rates == (50.0, 50.0, 5.0)
+
+
+def test_a_record_of_both_sides(workload: Workload) -> None:
+    """Rates of either side, and ours over theirs; never ours over ours."""
+    ours, theirs = [Round(1.0, 200, 100, 2.0)], [Round(2.0, 400, 100, 2.1)]
+    sides = [
+        summarise(name, Input(0.5, 9.0), rounds, ours=ours)
+        for name, rounds in ((OURS, ours), ("TRL", theirs))
+    ]
+    figures = side_record("trl", workload, sides, unit="trained tokens/s").figures
+    assert {name: f.samples for name, f in figures.items()} == {
+        f"{OURS}: trained tokens/s": (100.0,),
+        f"{OURS}: fill": (50.0,),
+        "TRL: trained tokens/s": (50.0,),
+        "ours / TRL": (2.0,),
+        "TRL: fill": (50.0,),
+    }
 
 
 def test_both_sides_get_the_same_tokens(workload: Workload) -> None:
@@ -86,12 +103,3 @@ def test_a_round_beside_trl(workload: Workload) -> None:
     console.print(step_table(workload, figures, rounds=1))
     text = console.export_text()
     assert all(side.name in text for side in figures)
-
-
-def test_data_table_shows_every_figure() -> None:
-    from megatron_post.bench.data import Packed
-
-    console = Console(record=True, width=90)
-    console.print(data_table(Packed(1000, 7, 0.25, 0.9957), capacity=8192, loaders={8192: 25e6}))
-    text = console.export_text()
-    assert all(part in text for part in ("1,000", "0.25 s", "99.57%", "8,192", "25M tokens/s"))

@@ -1,0 +1,142 @@
+"""Training steps beside TRL's, from interleaved rounds."""
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from megatron_post.bench.contender import Contender, Input, Round, interleave
+from megatron_post.bench.environment import environment
+from megatron_post.bench.ours import train_ours
+from megatron_post.bench.peer import trl_packed, trl_padded
+from megatron_post.bench.record import Figure, Record, once
+from megatron_post.bench.workload import Workload, make_workload
+
+OURS = "Megatron-Post"
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One side: medians over its rounds.
+
+    speed: median over rounds of our trained tokens/s divided by this side's in the same round. rates and
+    ratios: trained tokens/s and that quotient, of each round.
+    """
+
+    name: str
+    fill: float
+    collated_per_second: float
+    tokens_per_second: float
+    trained_per_second: float
+    loss: float
+    speed: float
+    rates: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+
+def contenders() -> dict[str, Contender]:
+    """Who runs. Raises `ValueError` where TRL is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise ValueError(
+            "trl is not installed, and there is nothing to measure beside: pip install -e '.[bench]'"
+        )
+    return {OURS: train_ours, "TRL, packing": trl_packed(), "TRL, padding": trl_padded()}
+
+
+def measure_beside_trl(
+    *, threads: int, rounds: int, steps: int, pair_rounds: int
+) -> Iterator[tuple[Table, Record]]:
+    """SFT, then DPO: a table and a record each, as soon as it is measured.
+
+    Raises `ValueError` where TRL is not installed, and for counts that make no measurement.
+    """
+    from megatron_post.bench.preferences import measure_pairs, pair_table, pair_workload
+
+    if min(threads, rounds, steps, pair_rounds) < 1:
+        raise ValueError("--threads, --rounds, --steps, --pair-rounds: want at least 1 of each")
+    sides = contenders()
+    with tempfile.TemporaryDirectory() as directory:
+        workload = make_workload(Path(directory), threads=threads, steps_per_round=steps)
+        figures = measure(workload, sides, rounds=rounds)
+        record = side_record("steps beside TRL", workload, figures, unit="trained tokens/s")
+        yield step_table(workload, figures, rounds=rounds), record
+        preferences = pair_workload(workload, Path(directory, "pairs"))
+        figures = measure_pairs(preferences, rounds=pair_rounds)
+        record = side_record("DPO beside TRL", preferences, figures, unit="pairs/s")
+        yield pair_table(preferences, figures, rounds=pair_rounds), record
+
+
+def measure(workload: Workload, sides: dict[str, Contender], *, rounds: int) -> list[StepFigures]:
+    """Every side's figures, ours first."""
+    inputs, results = interleave(sides, workload, rounds=rounds)
+    return [summarise(name, inputs[name], results[name], ours=results[OURS]) for name in sides]
+
+
+def summarise(name: str, prepared: Input, rounds: Sequence[Round], *, ours: Sequence[Round]) -> StepFigures:
+    """Medians of one side; `ours` are our rounds, played in the same order."""
+    speeds = [
+        (own.trained / own.seconds) / (other.trained / other.seconds)
+        for own, other in zip(ours, rounds, strict=True)
+    ]
+    return StepFigures(
+        name=name,
+        fill=prepared.fill,
+        collated_per_second=prepared.collated_per_second,
+        tokens_per_second=median(r.tokens / r.seconds for r in rounds),
+        trained_per_second=median(r.trained / r.seconds for r in rounds),
+        loss=rounds[-1].loss,
+        speed=median(speeds),
+        rates=tuple(r.trained / r.seconds for r in rounds),
+        ratios=tuple(speeds),
+    )
+
+
+def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: int) -> Table:
+    """One row a side. "ours / theirs" compares trained tokens/s round by round."""
+    config = workload.config
+    title = (
+        f"training steps: {config.model.preset} on {workload.data_name}, {config.precision.dtype}, threads: "
+        f"{workload.threads}\n{config.train.global_batch} x {config.data.pack_length} tokens a step; medians "
+        f"of {rounds} interleaved rounds of {workload.steps_per_round} steps"
+    )
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
+    for name in ("", "tokens/s", "trained/s", "ours/theirs", "fill", "collated/s", "loss"):
+        table.add_column(name, no_wrap=True, justify="right" if name else "left")
+    for side in figures:
+        table.add_row(
+            side.name,
+            f"{side.tokens_per_second:,.0f}",
+            f"{side.trained_per_second:,.0f}",
+            f"{side.speed:.2f}",
+            f"{side.fill:.1%}",
+            f"{side.collated_per_second / 1e6:.2f}M",
+            f"{side.loss:.2f}",
+        )
+    return table
+
+
+def side_record(benchmark: str, workload: Workload, sides: Sequence[StepFigures], *, unit: str) -> Record:
+    """Of each side its rounds. unit: what a round trains in a second, "trained tokens/s" or "pairs/s"."""
+    config, figures = workload.config, {}
+    for side in sides:
+        figures[f"{side.name}: {unit}"] = Figure("1/s", side.rates, "higher")
+        if side.ratios != (1.0,) * len(side.ratios):
+            figures[f"ours / {side.name}"] = Figure("x", side.ratios, "higher")
+        figures[f"{side.name}: fill"] = once("%", 100 * side.fill, "higher")
+    return Record(
+        benchmark=benchmark,
+        subject=f"{config.model.preset} on {workload.data_name}",
+        settings={
+            "batch": f"{config.train.global_batch} packs of {config.data.pack_length:,} tokens",
+            "dtype": config.precision.dtype,
+            "threads": str(workload.threads),
+            "rounds": f"{len(sides[0].rates)} of {workload.steps_per_round} steps, sides in turn",
+        },
+        figures=figures,
+        environment=environment(),
+    )
