@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import regex
 
 from megatron_post.config.load import ConfigError
 from megatron_post.rounds.cleaning import Rule, balance, load_rules
@@ -16,15 +17,35 @@ RULES = load_rules(Path(__file__).resolve().parents[3] / "configs" / "cleaning.y
         ("I'm so sorry, but no.", ["apologetic opener"]),
         ("  I sincerely apologize.", ["apologetic opener"]),
         ("My apologies! Here it is!", ["apologetic opener", "exclamation marks"]),
+        ("I’m really very sorry", ["apologetic opener"]),
+        ("Sorry, I cannot.", ["apologetic opener"]),
+        ("**I do apologise** for that", ["apologetic opener"]),
+        ("Please accept my sincerest apologies.", ["apologetic opener"]),
+        ("Sorrow is no apology. I apologized.", []),
         ("Say that you are sorry.", []),
         ("Great job 🎉", ["emojis"]),
         ("☀ and ⭐", ["emojis"]),
+        ("🇩🇪 or 1️⃣ or ⏰ or ❤", ["emojis"]),
+        ("✓ yes ✗ no → next ★★★ ♯ ♠ ☐ № ™ © ½ 中文 \u200d", []),
+        ("Wow! Great!!", ["exclamation marks"]),
+        ("太好了！真的！", ["exclamation marks"]),
+        ("#!/bin/sh\nif (a != b) { !x } 5! = 120, vec![1] println!(x)", []),
         ("Hello!", []),
         ("Größe: 4 × 3 ≠ 13 → no", []),
     ],
 )
 def test_shipped_rules(text: str, names: list[str]) -> None:
     assert [rule.name for rule in RULES if rule.finds(text)] == names
+
+
+def test_every_emoji_of_unicode_is_found() -> None:
+    """Against Unicode's own property, and none of what is letter, digit, mark of writing or sign of maths."""
+    (rule,) = (rule for rule in RULES if rule.name == "emojis")
+    shown, text = regex.compile(r"\p{Emoji_Presentation}"), regex.compile(r"[\p{L}\p{N}\p{P}\p{Sm}\p{Sc}]")
+    # the sheets of squared words are shown as emojis although they are symbols of writing
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    assert not [c for c in characters if shown.match(c) and not rule.finds(c)]
+    assert not [c for c in characters if text.match(c) and not shown.match(c) and rule.finds(c)]
 
 
 def test_balanced_to_a_share() -> None:
