@@ -3,11 +3,12 @@
 import http.client
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from megatron_post.rounds.backends import Request, Response, Sampling, ServerBackend
 
@@ -34,15 +35,19 @@ class Server:
             key = os.environ.get(settings.api_key_variable)
             if not key:
                 raise ValueError(f"api_key_variable: the environment has no {settings.api_key_variable}")
-            self._headers["Authorization"] = f"Bearer {key}"
+            self._headers["Authorization"] = f"Bearer {key.strip()}"
+        self._given_up = threading.Event()
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         """Raises `BadServer` where one request fails for good."""
         with ThreadPoolExecutor(self._settings.parallel_requests) as pool:
             tasks = [pool.submit(self._respond, request, sampling) for request in requests]
             try:
+                for task in as_completed(tasks):
+                    task.result()  # the first failure ends the others' waiting
                 return [task.result() for task in tasks]
             except BaseException:
+                self._given_up.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -58,8 +63,8 @@ class Server:
         }
         said = ""
         for attempt in range(self._settings.retries + 1):
-            if attempt:
-                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+            if attempt and self._given_up.wait(_FIRST_WAIT * 2 ** (attempt - 1)):
+                break
             try:
                 return parse_answer(self._post(json.dumps(body).encode()))
             except _TryAgain as error:
@@ -73,7 +78,7 @@ class Server:
         request = urllib.request.Request(self._url, data=body, headers=self._headers)
         try:
             with urllib.request.urlopen(request, timeout=self._settings.timeout) as answer:
-                content: bytes = answer.read(_LARGEST_ANSWER + 1)
+                content = self._read(answer)
         except urllib.error.HTTPError as error:
             text = f"HTTP status {error.code}: {error.read(300).decode(errors='replace')}"
             if error.code in (408, 429) or error.code >= 500:
@@ -83,9 +88,20 @@ class Server:
             raise _TryAgain(f"no answer within timeout={self._settings.timeout} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise _TryAgain(f"{type(error).__name__}: {error}") from error
-        if len(content) > _LARGEST_ANSWER:
-            raise _TryAgain(f"an answer of more than {_LARGEST_ANSWER:,} bytes")
         return content
+
+    def _read(self, answer: http.client.HTTPResponse) -> bytes:
+        """All of an answer within `timeout`, which `urlopen` applies to each packet alone."""
+        deadline, content = time.monotonic() + self._settings.timeout, bytearray()
+        while block := answer.read1(2**16):
+            content += block
+            if len(content) > _LARGEST_ANSWER:
+                raise _TryAgain(f"an answer of more than {_LARGEST_ANSWER:,} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        if answer.length:
+            raise http.client.IncompleteRead(bytes(content[:200]), answer.length)
+        return bytes(content)
 
 
 def parse_answer(content: bytes) -> Response:
@@ -95,7 +111,7 @@ def parse_answer(content: bytes) -> Response:
         answer = json.loads(content)
         choice = answer["choices"][0]
         text, finish = choice["message"]["content"], choice["finish_reason"]
-        tokens = answer.get("usage", {}).get("completion_tokens", 0)
+        tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _TryAgain(f"an answer that is no chat completion ({error!r}): {shown}") from None
     if not isinstance(text, str) or not isinstance(finish, str) or type(tokens) is not int:

@@ -1,16 +1,20 @@
 """A server that answers, is slow, talks nonsense, or refuses."""
 
+import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megatron_post.rounds import server as module
 from megatron_post.rounds.backends import Request, Response, Sampling, ServerBackend
+from megatron_post.rounds.generate import Generate, generate, read_samples
 from megatron_post.rounds.server import BadServer, Server
 
 Answer = Callable[[int, dict[str, Any]], tuple[int, bytes]]
@@ -20,6 +24,9 @@ class _Server(ThreadingHTTPServer):
     answer: Answer
     bodies: list[dict[str, Any]]
     keys: list[str | None]
+    drip = 0.0  # seconds between bytes
+    hangs_up: bool = False
+    hangs_up_after: int | None = None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -30,9 +37,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         self.server.keys.append(self.headers["Authorization"])
         status, content = self.server.answer(len(self.server.bodies), body)
+        if self.server.hangs_up_after is None and self.server.hangs_up:
+            return
         self.send_response(status if self.path == "/v1/chat/completions" else 404)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        for byte in content[: self.server.hangs_up_after] if self.server.hangs_up else content:
+            self.wfile.write(bytes([byte]))
+            time.sleep(self.server.drip)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -62,7 +74,7 @@ def _ask(served: _Server, count: int = 1, **settings: Any) -> list[Response]:
 
 
 def test_answers_in_the_order_of_requests(served: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_KEY", "secret")
+    monkeypatch.setenv("A_KEY", "secret\n")  # as `$(cat FILE)` does not, but a mounted secret does
     served.answer = lambda n, body: (200, _completion(f"to {body['messages'][0]['content']}"))
     found = _ask(served, 20, api_key_variable="A_KEY")
     assert found == [Response(f"to {i}", 5, "stop") for i in range(20)]
@@ -76,6 +88,9 @@ def test_answers_in_the_order_of_requests(served: _Server, monkeypatch: pytest.M
 def test_what_passes_is_tried_again(served: _Server) -> None:
     served.answer = lambda n, body: (503, b"busy") if n < 3 else (200, _completion("\ud800!", "length"))
     assert _ask(served) == [Response("?!", 5, "length")]
+    uncounted = json.dumps(json.loads(_completion("fine")) | {"usage": None}).encode()
+    served.answer = lambda n, body: (200, uncounted)
+    assert _ask(served) == [Response("fine", 0, "stop")]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +103,9 @@ def test_what_passes_is_tried_again(served: _Server) -> None:
         (_completion(None), "without text"),
         (_completion("x", None), "without text"),
         (b"[" * 100_000, "no chat completion"),
+        (_completion("cut")[:-9], "no chat completion"),
+        (b"", "no chat completion"),
+        (b'{"error": {"message": "CUDA out of memory"}}', "no chat completion .*CUDA out of memory"),
     ],
 )
 def test_nonsense_is_refused(served: _Server, content: bytes, message: str) -> None:
@@ -105,6 +123,72 @@ def test_a_slow_server(served: _Server) -> None:
     served.answer = slow
     with pytest.raises(BadServer, match=r"2 tries failed, the last with: no answer within timeout=0.1 s"):
         _ask(served, timeout=0.1, retries=1)
+
+
+def test_a_server_that_drips(served: _Server) -> None:
+    """Each byte comes in time, the answer does not."""
+    served.answer = lambda n, body: (200, _completion("slow"))
+    served.drip = 0.05
+    with pytest.raises(BadServer, match=r"1 tries failed, the last with: no answer within timeout=0.3 s"):
+        _ask(served, timeout=0.3, retries=0)
+
+
+def test_a_server_that_hangs_up(served: _Server) -> None:
+    """Before its answer, or in the middle of it."""
+    served.answer = lambda n, body: (200, _completion("lost"))
+    for sent, message in ((None, "RemoteDisconnected|Connection reset"), (20, "IncompleteRead")):
+        served.hangs_up, served.hangs_up_after = True, sent
+        with pytest.raises(BadServer, match=f"3 tries failed, the last with: .*({message})"):
+            _ask(served)
+
+
+def test_a_server_that_always_fails(served: _Server) -> None:
+    served.answer = lambda n, body: (500, b"<html>Internal Server Error</html>")
+    with pytest.raises(BadServer, match=r"3 tries failed, .*HTTP status 500: <html>Internal.*same command"):
+        _ask(served)
+
+
+def test_another_model_is_refused_at_once(served: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's words for it. Requests that wait for another try give up with it."""
+    monkeypatch.setattr(module, "_FIRST_WAIT", 60.0)
+    served.answer = lambda n, body: (503, b"") if n < 3 else (404, b"The model `m` does not exist.")
+    began = time.monotonic()
+    with pytest.raises(BadServer, match=r"HTTP status 404: The model `m` does not exist"):
+        _ask(served, 3)
+    assert time.monotonic() - began < 30
+
+
+def test_what_is_done_is_kept_while_the_server_is_mended(served: _Server, tmp_path: Path) -> None:
+    """Three parts of two prompts; the server fails for good in the second part, and is mended: the rows are
+    those of a server that never failed."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(6)))
+    url = f"http://127.0.0.1:{served.server_address[1]}/v1"
+    settings = Generate(
+        model="theirs",
+        prompts=str(prompts),
+        part=2,
+        sampling=Sampling(samples=2),
+        backend=ServerBackend(kind="server", url=url, served_model="m", retries=1),
+    )
+
+    def answer(n: int, body: dict[str, Any]) -> tuple[int, bytes]:
+        return 200, _completion(f"{body['messages'][0]['content']}: {body['seed']}")
+
+    console, output = Console(file=io.StringIO()), tmp_path / "out.jsonl"
+    served.answer = lambda n, body: answer(n, body) if n <= 4 else (500, b"")
+    with pytest.raises(BadServer, match="responses that were finished before are kept"):
+        generate(settings, output, console=console)
+    assert not output.exists()
+    asked = len(served.bodies)
+    served.answer = answer
+    assert generate(settings, output, console=console) == 8
+    assert len(served.bodies) == asked + 8
+    generate(settings, tmp_path / "whole.jsonl", console=console)
+    assert output.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert [(row["prompt"], row["sample"]) for row in read_samples(output)] == [
+        (prompt, sample) for prompt in range(1, 7) for sample in range(2)
+    ]
 
 
 def test_a_refusal_is_final(served: _Server) -> None:
