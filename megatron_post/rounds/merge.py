@@ -48,7 +48,7 @@ class LayerSetting(Section):
     """Another weight or density for the tensors that a pattern names."""
 
     tensors: str = Field(description="pattern of Hugging Face names: `model.layers.1?.mlp.*`")
-    weight: float | None = Field(None, ge=0)
+    weight: float | None = Field(None, ge=0, allow_inf_nan=False)
     density: float | None = Field(None, gt=0, le=1)
 
 
@@ -60,13 +60,15 @@ class Ingredient(Section):
     density: float = Field(1.0, gt=0, le=1, description="ties, dare_ties: share of the deltas that is kept")
     layers: tuple[LayerSetting, ...] = Field((), description="the first pattern that fits a tensor decides")
 
+    def layer_of(self, tensor: str) -> LayerSetting | None:
+        """The first pattern that fits a tensor."""
+        return next((layer for layer in self.layers if fnmatchcase(tensor, layer.tensors)), None)
+
     def setting(self, tensor: str) -> tuple[float, float]:
         """(weight, density) for a tensor."""
-        for layer in self.layers:
-            if fnmatchcase(tensor, layer.tensors):
-                weight = self.weight if layer.weight is None else layer.weight
-                return weight, self.density if layer.density is None else layer.density
-        return self.weight, self.density
+        layer = self.layer_of(tensor) or LayerSetting(tensors=tensor)
+        weight = self.weight if layer.weight is None else layer.weight
+        return weight, self.density if layer.density is None else layer.density
 
 
 class Merge(Section):
@@ -76,7 +78,9 @@ class Merge(Section):
     base_model: str | None = Field(
         None, description="ties, dare_ties: the model that all the others come from"
     )
-    scale: PositiveFloat = Field(1.0, description="ties, dare_ties: the merged delta is multiplied with this")
+    scale: PositiveFloat = Field(
+        1.0, allow_inf_nan=False, description="ties, dare_ties: the merged delta is multiplied with this"
+    )
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="null: the first model's")
     seed: int = Field(0, description="dare_ties")
 
@@ -256,11 +260,17 @@ class MergedModel:
 
     def _check_settings(self) -> None:
         for ingredient in self._plan.models:
+            deciding = [ingredient.layer_of(name) for name in self.tensors]
             for layer in ingredient.layers:
                 if not any(fnmatchcase(name, layer.tensors) for name in self.tensors):
                     raise ValueError(
                         f"{ingredient.model}: no tensor fits the pattern {layer.tensors!r}; names are like "
                         f"{list(self.tensors)[1]} (`megatron-post convert inspect` lists them)"
+                    )
+                if not any(found is layer for found in deciding):
+                    raise ValueError(
+                        f"{ingredient.model}: every tensor that fits the pattern {layer.tensors!r} fits one "
+                        "before it, and the first decides; put the narrower pattern first"
                     )
         for name in self.tensors:
             if not math.fsum(m.setting(name)[0] for m in self._plan.models):

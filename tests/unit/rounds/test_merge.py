@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,13 @@ def test_what_is_refused(models: Path, tmp_path: Path) -> None:
     for name, text in (("one", "hello hello hello"), ("two", "other words, other words")):
         _with_tokenizer(_write(tmp_path / name, 5), text)
     a = str(models / "a")
+    wide = MODEL.model_copy(update={"vocab_size": MODEL.vocab_size + 64})
+    write_hf(tmp_path / "wide", wide, weights_of(wide))
+    shadowed = [{"tensors": "model.layers.*", "weight": 0.5}, {"tensors": QUERY, "weight": 1.0}]
     cases: list[tuple[str, dict[str, Any], str]] = [
+        ("linear", {"models": [{"model": a}, {"model": str(tmp_path / "wide")}]}, "vocab_size"),
+        ("linear", {"models": [{"model": a, "layers": shadowed}, {"model": a}]}, "narrower pattern first"),
+        ("linear", {"models": [{"model": a, "weight": math.inf}, {"model": a}]}, "finite number"),
         ("linear", {"models": [{"model": a}, {"model": str(tmp_path / "tied")}]}, "tie_word_embeddings"),
         ("linear", {"models": [{"model": a}, {"model": str(tmp_path / "score")}]}, "one is a reward model"),
         (
