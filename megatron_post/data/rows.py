@@ -38,8 +38,9 @@ class BadRows:
 
     NUM_EXAMPLES = 10
 
-    def __init__(self, limit: int = 0) -> None:
-        self.limit = limit
+    def __init__(self, limit: int = 0, *, key: str = "data.max_bad_rows") -> None:
+        """key: the setting that the limit is from."""
+        self.limit, self._key = limit, key
         self.count = 0
         self.examples: list[str] = []
         self.by_source: Counter[str] = Counter()
@@ -52,7 +53,7 @@ class BadRows:
             self.examples.append(f"{where}: {reason}")
         if self.count > self.limit:
             raise TooManyBadRows(
-                f"{self.summary()}\nMend the data, or allow more with data.max_bad_rows (now {self.limit})."
+                f"{self.summary()}\nMend the data, or allow more with {self._key} (now {self.limit})."
             )
 
     def summary(self) -> str:

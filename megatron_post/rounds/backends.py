@@ -62,7 +62,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """tokens: its length, the stop token included. finish: "stop", or why it ended otherwise ("length")."""
+    """tokens: its length, the stop token included.
+
+    finish: "stop", or why it ended otherwise, in the words of OpenAI's protocol: "length", "tool_calls".
+    """
 
     text: str
     tokens: int
@@ -92,7 +95,7 @@ class _Transformers:
     """A response depends on its own request alone, but for float rounding in batches of other widths."""
 
     def __init__(self, settings: TransformersBackend, model: str) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -101,6 +104,8 @@ class _Transformers:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+        # what a model's own file says (beams, penalties, least lengths) would join in silently
+        self._model.generation_config = GenerationConfig()
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         prompts = [_prompt_ids(request, self._tokenizer) for request in requests]
@@ -170,7 +175,10 @@ def nucleus(logps: Tensor, top_p: float) -> Tensor:
 
 
 class _Vllm:
-    """vLLM's offline engine; prompts are shared by their samples through its prefix cache."""
+    """vLLM's offline engine; prompts are shared by their samples through its prefix cache.
+
+    Written against the interface of vLLM's version 1 engine (from 0.11 on), and never run here.
+    """
 
     def __init__(self, settings: VllmBackend, model: str) -> None:
         try:
@@ -200,6 +208,8 @@ class _Vllm:
                     max_tokens=sampling.max_tokens,
                     seed=request.seed,
                     stop_token_ids=stops,
+                    ignore_eos=True,  # the stop tokens are those of `stop`, and not the model's besides
+                    detokenize=False,
                 )
                 for request in requests
             ],
@@ -222,7 +232,13 @@ def _stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
 
 
 def _response(generated: list[int], stops: Sequence[int], tokenizer: Tokenizer) -> Response:
-    """What was generated, up to and with its stop token; padding follows it."""
-    end = next((i + 1 for i, token in enumerate(generated) if token in stops), None)
+    """What was generated, up to and with its stop token; padding follows it.
+
+    A message that ends with <|eom_id|> calls a tool and waits for its output: it is no whole answer.
+    """
+    end = next((i for i, token in enumerate(generated) if token in stops), None)
     text = tokenizer.decode(generated[:end], skip_special=True)
-    return Response(text, end or len(generated), "length" if end is None else "stop")
+    if end is None:
+        return Response(text, len(generated), "length")
+    calls = tokenizer.decode([generated[end]]) == END_OF_MESSAGE
+    return Response(text, end + 1, "tool_calls" if calls else "stop")

@@ -1,6 +1,8 @@
 """Small files that are there whole or not at all, JSON lines, and settings."""
 
+import contextlib
 import errno
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,18 +21,12 @@ class DiskFull(ValueError):
     """No space, or no quota, left; the message says what is kept and what to do."""
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a file beside its place, flush it to the disk and rename it. Raises `DiskFull`."""
-    growing = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Raises `DiskFull` for a disk that gets full while `path` is written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with growing.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        growing.rename(path)
+        yield
     except OSError as error:
-        growing.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFull(
@@ -39,14 +35,37 @@ def write_whole(path: Path, content: str) -> None:
         ) from error
 
 
+def write_pieces(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file beside its place, flush it to the disk and rename it. Raises `DiskFull`."""
+    with full_disk_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            left_by_a_kill.unlink(missing_ok=True)
+        growing = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with growing.open("w", encoding="utf-8") as file:
+                file.writelines(pieces)
+                file.flush()
+                os.fsync(file.fileno())
+            growing.rename(path)
+        except BaseException:
+            growing.unlink(missing_ok=True)
+            raise
+
+
+def write_whole(path: Path, content: str) -> None:
+    """As `write_pieces`."""
+    write_pieces(path, [content])
+
+
 def write_json(path: Path, content: Any) -> None:
-    """As `write_whole`."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    """As `write_pieces`."""
+    write_pieces(path, [json.dumps(content, indent=2) + "\n"])
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """As `write_whole`, a row a line."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """As `write_pieces`, a row a line."""
+    write_pieces(path, (json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

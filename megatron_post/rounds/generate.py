@@ -24,10 +24,12 @@ from megatron_post.rounds.backends import (
     TransformersBackend,
     open_backend,
 )
-from megatron_post.rounds.files import read_lines, write_json, write_lines, write_whole
+from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.rounds.prompts import Prompt, read_prompts
+from megatron_post.rounds.state import alone
 
 OpenBackend = Callable[[BackendSettings, str], Backend]
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 class Generate(Section):
@@ -58,31 +60,34 @@ def generate(
     settings, a bad server and a full disk; finished parts are kept then.
     """
     target = Path(output)
+    parts = parts_of(target)
     if target.exists():
-        raise ValueError(f"{target} exists already; choose another --output, or remove it")
+        if not parts.exists():
+            raise ValueError(f"{target} exists already; choose another --output, or remove it")
+        shutil.rmtree(parts)  # killed between its last two acts
+        return 0
     prompts = read_prompts(
         settings.prompts, max_bad_rows=settings.max_bad_rows, skip=settings.skip, limit=settings.max_prompts
     )
-    parts = target.with_name(f".partial-{target.name}")
-    _claim(parts, settings)
     pieces = [prompts[i : i + settings.part] for i in range(0, len(prompts), settings.part)]
-    names = [parts / f"part-{i:06d}.jsonl" for i in range(len(pieces))]
-    missing = [i for i, name in enumerate(names) if not name.is_file()]
-    written = tokens = 0
-    started = time.perf_counter()
-    backend = open_backend(settings.backend, settings.model) if missing else None
-    with _progress(console) as progress:
-        task = progress.add_task("generating", total=len(prompts), rate="")
-        progress.update(task, completed=sum(len(p) for i, p in enumerate(pieces) if i not in missing))
-        for i in missing:
-            assert backend is not None
-            rows = _rows(pieces[i], backend, settings)
-            write_lines(names[i], rows)
-            written, tokens = written + len(rows), tokens + sum(row["tokens"] for row in rows)
-            rate = f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
-            progress.update(task, advance=len(pieces[i]), rate=rate)
-    write_whole(target, "".join(name.read_text(encoding="utf-8") for name in names))
-    shutil.rmtree(parts)
+    with alone(parts):
+        _claim(parts, settings)
+        names = [parts / f"part-{i:06d}.jsonl" for i in range(len(pieces))]
+        missing = [i for i, name in enumerate(names) if not name.is_file()]
+        written = tokens = 0
+        started = time.perf_counter()
+        backend = open_backend(settings.backend, settings.model) if missing else None
+        done = sum(len(piece) for i, piece in enumerate(pieces) if i not in missing)
+        with _Progress(console, done, len(prompts)) as progress:
+            for i in missing:
+                assert backend is not None
+                rows = _rows(pieces[i], backend, settings)
+                write_lines(names[i], rows)
+                written, tokens = written + len(rows), tokens + sum(row["tokens"] for row in rows)
+                rate = f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
+                progress.advance(len(pieces[i]), rate)
+        write_pieces(target, (name.read_text(encoding="utf-8") for name in names))
+        shutil.rmtree(parts)
     seconds = time.perf_counter() - started
     console.print(
         f"{target}: {written:,} responses, {tokens:,} tokens in {seconds:.1f} s, "
@@ -91,6 +96,11 @@ def generate(
         soft_wrap=True,
     )
     return written
+
+
+def parts_of(output: Path) -> Path:
+    """Where the parts of an unfinished output are."""
+    return output.with_name(f".partial-{output.name}")
 
 
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
@@ -140,9 +150,7 @@ def _claim(parts: Path, settings: Generate) -> None:
     wanted = {
         "settings": json.loads(settings.model_dump_json()),
         "prompts": hashlib.sha256(Path(settings.prompts).read_bytes()).hexdigest(),
-        "model": None
-        if isinstance(settings.backend, ServerBackend)
-        else open_weights_directory(Path(settings.model)).fingerprint,
+        "model": None if isinstance(settings.backend, ServerBackend) else _weights(settings.model),
     }
     if not record.is_file():
         write_json(record, wanted)
@@ -155,12 +163,40 @@ def _claim(parts: Path, settings: Generate) -> None:
         )
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts, {task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=Console(quiet=True) if not console.is_terminal else console,
-    )
+def _weights(model: str) -> str:
+    """A language model's fingerprint. Raises `ValueError` where there is none."""
+    source = open_weights_directory(Path(model))
+    if source.scalar_head:
+        raise ValueError(f"{model} is a reward model, which scores responses and writes none")
+    return source.fingerprint
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere, in the log of a job, a line a minute."""
+
+    def __init__(self, console: Console, done: int, total: int) -> None:
+        self._console, self._done, self._total = console, done, total
+        self._said = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("prompts, {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console if console.is_terminal else Console(quiet=True),
+        )
+        self._task = self._bar.add_task("generating", completed=done, total=total, rate="")
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, prompts: int, rate: str) -> None:
+        self._done += prompts
+        self._bar.update(self._task, advance=prompts, rate=rate)
+        if not self._console.is_terminal and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._console.print(f"{self._done:,} of {self._total:,} prompts, {rate}", highlight=False)

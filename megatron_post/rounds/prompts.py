@@ -40,10 +40,12 @@ def read_prompts(
 ) -> list[Prompt]:
     """Good rows of a JSON Lines file: `{"prompt": text or messages, "capability", "answer", "solution"}`.
 
-    skip, limit: of the good rows. Raises `ValueError` (`TooManyBadRows`) with file, line and reason of the
-    bad ones where there are more than `max_bad_rows`, and where no row is left.
+    skip, limit: of the good rows. A prompt that an earlier row has asked is a bad row: it would count twice.
+    Raises `ValueError` (`TooManyBadRows`) with file, line and reason of the bad ones where there are more
+    than `max_bad_rows`, and where no row is left.
     """
-    bad_rows, prompts = BadRows(max_bad_rows), []
+    bad_rows, prompts = BadRows(max_bad_rows, key="max_bad_rows"), []
+    lines: dict[str, int] = {}  # by what they ask
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"prompts {file}: no such file")
@@ -51,12 +53,17 @@ def read_prompts(
         if not line.strip():
             continue
         try:
-            prompts.append(_prompt(number, line))
+            prompt = _prompt(number, line)
+            if (first := lines.setdefault(repr((prompt.capability, prompt.messages)), number)) != number:
+                raise BadRow(f"asks what line {first} asks")
+            prompts.append(prompt)
         except BadRow as error:
             bad_rows.add(file.name, f"{file}:{number}", str(error))
+    if not prompts:
+        raise ValueError(f'prompts {file}: no prompt in it; a line is {{"prompt": "..."}}')
     chosen = prompts[skip:] if limit is None else prompts[skip : skip + limit]
     if not chosen:
-        raise ValueError(f"prompts {file}: {len(prompts)} good rows, and none is left after skipping {skip}")
+        raise ValueError(f"prompts {file}: skip={skip} leaves none of its {len(prompts)} good rows")
     return chosen
 
 
@@ -74,7 +81,7 @@ def _prompt(number: int, line: bytes) -> Prompt:
         if value is not None and not isinstance(value, str):
             raise BadRow(f"{key} is {type(value).__name__}, not text")
     answer = row.get("answer")
-    if answer is not None and not isinstance(answer, str | int | float):
+    if answer is not None and (not isinstance(answer, str | int | float) or isinstance(answer, bool)):
         raise BadRow(f"answer is {type(answer).__name__}, neither text nor number")
     return Prompt(
         number,

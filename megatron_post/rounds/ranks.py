@@ -12,10 +12,16 @@ _LOG_TAIL = 30
 
 
 def run_on_ranks(
-    command: Sequence[str], *, ranks: int, log: Path, console: Console, shown: tuple[str, ...]
+    command: Sequence[str],
+    *,
+    ranks: int,
+    log: Path,
+    console: Console,
+    shown: tuple[str, ...],
+    inherited: Sequence[int] = (),
 ) -> None:
     """Run what follows `megatron-post`. Lines that start with one of `shown` are printed, and all that the
-    ranks say is in `log`.
+    ranks say is in `log`. inherited: file descriptors that stay open in the process.
 
     Raises `ValueError` with the end of the log where the command fails.
     """
@@ -24,13 +30,15 @@ def run_on_ranks(
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
-        log.open("w") as file,
+        log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
             [*launcher, "-m", "megatron_post", *command],
             env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
+            pass_fds=inherited,
         ) as process,
     ):
         assert process.stdout is not None

@@ -15,11 +15,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from megatron_post.rounds.checks import check_files, check_models
 from megatron_post.rounds.files import write_whole
 from megatron_post.rounds.ranks import run_on_ranks
 from megatron_post.rounds.settings import RoundSettings, StageName, load_round
 from megatron_post.rounds.state import State, alone
-from megatron_post.rounds.steps import Round, check_models
+from megatron_post.rounds.steps import Round
 
 # `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
 _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
@@ -55,12 +56,13 @@ def run_rounds(
     """
     settings = load_round(path, overrides)
     check_models(settings)
+    check_files(settings)
     steps = all_steps(settings, console)
     names = [step.name for step in steps]
     for name in (only, again_from):
         if name is not None and name not in names:
             raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
-    with alone(Path(settings.run_dir)):
+    with alone(Path(settings.run_dir)) as lock:
         # more rounds may be asked for later
         state = State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
         if again_from is not None:
@@ -68,7 +70,7 @@ def run_rounds(
         for step in steps:
             if step.name != only if only is not None else step.name in state.done:
                 continue
-            _do(step, state, console)
+            _do(step, state, console, lock)
 
 
 def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
@@ -162,14 +164,17 @@ def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
     return tuple(f"{key}={str(value).lower()}" for key, value in values.items())
 
 
-def _do(step: Step, state: State, console: Console) -> None:
+def _do(step: Step, state: State, console: Console, lock: int) -> None:
+    """lock: its ranks hold it too, so that no other process begins beside ranks that outlive this one."""
     console.print(f"[bold]{step.name}[/bold]", highlight=False)
     started = time.perf_counter()
     if step.action is not None:
         step.action()
     else:
         log = Path(step.outputs[0].parent, f"{Path(step.name).name}.log")
-        run_on_ranks(step.command, ranks=step.ranks, log=log, console=console, shown=("step ",))
+        run_on_ranks(
+            step.command, ranks=step.ranks, log=log, console=console, shown=("step ",), inherited=(lock,)
+        )
     state.finish(step.name, time.perf_counter() - started)
 
 
@@ -182,8 +187,9 @@ def _forget(steps: Sequence[Step], state: State) -> None:
                 _remove(step.run_dir / name)
         else:
             for output in step.outputs:
+                for unfinished in (".partial", ".converting"):
+                    _remove(output.with_name(f"{unfinished}-{output.name}"))
                 _remove(output)
-                _remove(output.with_name(f".partial-{output.name}"))
 
 
 def _remove(path: Path) -> None:

@@ -26,6 +26,7 @@ from megatron_post.data.template import Rendered, render
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.data.units import round_up
 from megatron_post.parallel.topology import Topology
+from megatron_post.rounds.files import full_disk_explained, write_json
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
 from megatron_post.train.reference import reference_key
@@ -82,7 +83,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
             while batch := list(islice(remaining, _ROWS_AT_ONCE)):
                 scores = _score(batch, stepper, stage, topology, config, tokenizer)
                 if topology.is_reporter:
-                    with Path(output).open("a") as file:
+                    with full_disk_explained(Path(output)), Path(output).open("a") as file:
                         for row, values_of_row in zip(batch, scores, strict=True):
                             file.write(json.dumps({"row": row.number, "scores": values_of_row}) + "\n")
                 scored += len(batch)
@@ -162,9 +163,9 @@ def _resume(output: Path, origin: Mapping[str, str]) -> int:
     """Complete lines of an output of this origin; what a crash left of another line is cut off."""
     sidecar = output.with_name(f"{output.name}.origin.json")
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sidecar.write_text(json.dumps(origin))
-        output.touch()
+        write_json(sidecar, origin)
+        with full_disk_explained(output):
+            output.touch()
         return 0
     try:
         found = json.loads(sidecar.read_text())

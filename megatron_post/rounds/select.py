@@ -1,8 +1,9 @@
 """`megatron-post select`: of K responses a prompt, the best to train on, and the best beside the worst."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,7 @@ from megatron_post.config.schema import Rating, Section
 from megatron_post.rounds.cleaning import Found, balance, load_rules
 from megatron_post.rounds.files import read_lines, write_json, write_lines
 from megatron_post.rounds.generate import read_samples
-from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.verifier import Verdict, VerifierSettings, verify
 
 SFT, PREFERENCES, SUMMARY = "sft.jsonl", "preferences.jsonl", "selection.json"
@@ -82,7 +83,8 @@ class Candidate:
 
     @property
     def is_whole(self) -> bool:
-        """Neither blank nor cut off at `max_tokens`: training on half a response teaches to stop anywhere."""
+        """Neither blank, nor cut off at `max_tokens`, nor a call that waits for a tool: training on half a
+        response teaches to stop anywhere."""
         return bool(self.text) and self.row["finish"] == "stop"
 
     def provenance(self) -> dict[str, Any]:
@@ -136,8 +138,7 @@ def candidates(settings: Select) -> dict[int, list[Candidate]]:
         found = read_samples(Path(samples.responses))
         rows += found
         rewards += _rewards(samples, found)
-    if stray := next((row["prompt"] for row in rows if row["prompt"] not in prompts), None):
-        raise ValueError(f"{settings.prompts} has no prompt in line {stray}, to which there is a response")
+    _check_rows(rows, prompts, settings)
     verdicts: Sequence[Verdict | None] = [None] * len(rows)
     if settings.verifier is not None:
         asked = [(prompts[row["prompt"]], row["messages"][-1]["content"]) for row in rows]
@@ -213,6 +214,26 @@ def rating(margin: float, ratings: dict[Rating, float]) -> Rating | None:
     return next((name for name in strongest_first if margin >= ratings[name]), None)
 
 
+def _check_rows(rows: Sequence[dict[str, Any]], prompts: Mapping[int, Prompt], settings: Select) -> None:
+    """Raises `ValueError` for responses to other prompts than the file's, and for one that is there twice."""
+    seen = set()
+    for row in rows:
+        prompt = prompts.get(row["prompt"])
+        asked = [message for message in row["messages"][:-1] if message["role"] != "system"]
+        if prompt is None or asked != [m for m in prompt.messages if m["role"] != "system"]:
+            raise ValueError(
+                f"{settings.prompts} has no prompt in line {row['prompt']} to which there is a response, or "
+                "another one; select with the file that was generated from"
+            )
+        draw = (row["checkpoint"], row["prompt"], row["sample"], row["seed"])
+        if draw in seen:
+            raise ValueError(
+                f"sample {row['sample']} of prompt {row['prompt']} by {row['checkpoint']} is there twice; "
+                "name each file of responses once"
+            )
+        seen.add(draw)
+
+
 def _rewards(samples: Samples, rows: Sequence[dict[str, Any]]) -> list[float | None]:
     """A score for each row; blank responses, which `score` passes over, have none."""
     if samples.scores is None:
@@ -220,9 +241,12 @@ def _rewards(samples: Samples, rows: Sequence[dict[str, Any]]) -> list[float | N
     scores: dict[int, float] = {}
     for row in read_lines(Path(samples.scores)):
         try:
-            (scores[row["row"]],) = row["scores"]
+            number, (score,) = row["row"], row["scores"]
+            if not isfinite(score):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{samples.scores}: no score of one response: {str(row)[:100]}") from None
+        scores[number] = score
     wanted = {i for i, row in enumerate(rows, start=1) if row["messages"][-1]["content"]}
     if scores.keys() != wanted:
         raise ValueError(
@@ -247,7 +271,8 @@ def _summary(
         "prompts": len(by_prompt),
         "responses": len(every),
         "blank": sum(not c.text for c in every),
-        "cut_off": sum(c.row["finish"] != "stop" for c in every),
+        "cut_off": sum(c.row["finish"] not in ("stop", "tool_calls") for c in every),
+        "tool_calls": sum(c.row["finish"] == "tool_calls" for c in every),
         "without_a_whole_response": len(chosen) - len(best),
         "ties": sum(tied > 0 for _, tied in chosen),
         "correct": sum(known) if known else None,

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from megatron_post.config.load import parse, read_tree
 from megatron_post.config.schema import Section, Source
-from megatron_post.rounds.backends import BackendSettings, Sampling, TransformersBackend
+from megatron_post.rounds.backends import BackendSettings, Sampling, ServerBackend, TransformersBackend
 from megatron_post.rounds.merge import Method
 from megatron_post.rounds.select import Selection
 
@@ -94,6 +94,11 @@ class RoundSettings(Section):
     @model_validator(mode="after")
     def _can_begin(self) -> "RoundSettings":
         errors = []
+        if isinstance(self.generate.backend, ServerBackend):
+            errors.append(
+                "generate.backend: a server answers with one model, and a round asks several; choose "
+                "transformers or vllm, or run `megatron-post generate` with the server"
+            )
         if self.select.verifier is None:
             if not self.start.preferences and self.start.reward is None:
                 errors.append(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_post.rounds.files import write_json
+from megatron_post.rounds.files import full_disk_explained, write_json
 
 
 class State:
@@ -19,8 +19,11 @@ class State:
         if not self._path.is_file():
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self._path, {"settings": settings, "done": {}})
-        self._content = json.loads(self._path.read_text())
-        found = self._content["settings"]
+        try:
+            self._content = json.loads(self._path.read_text())
+            found, _ = self._content["settings"], self._content["done"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self._path} is no record of rounds; choose another run_dir") from None
         changed = sorted(k for k in {*settings, *found} if settings.get(k) != found.get(k))
         if changed:
             raise ValueError(
@@ -45,12 +48,21 @@ class State:
 
 
 @contextlib.contextmanager
-def alone(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock. Raises `ValueError` where another process has it; it ends with its process."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+def alone(run_dir: Path) -> Iterator[int]:
+    """Hold the lock of a run, or of what a command writes; gives the lock's file descriptor.
+
+    It ends with this process, and with those that inherit the descriptor. Raises `ValueError` where another
+    process has it.
+    """
+    with full_disk_explained(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{run_dir}: another process runs these rounds") from None
-        yield
+            raise ValueError(
+                f"{run_dir}: another process works here, or a step of one that was killed still does; "
+                "wait for it, or end it"
+            ) from None
+        yield file.fileno()

@@ -1,5 +1,6 @@
 """What each step of a round does. Every one can be run again: it goes on, or makes the same anew."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,11 +13,10 @@ from rich.console import Console
 from megatron_post.config.load import parse, read_tree, to_yaml, validate
 from megatron_post.config.schema import DPO, Config, Parallel, Precision
 from megatron_post.data.build import build_store
-from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.models.hf_config import from_hf_config
 from megatron_post.rounds.accuracy import Accuracy
-from megatron_post.rounds.files import read_lines, write_json, write_whole
-from megatron_post.rounds.generate import Generate, generate
+from megatron_post.rounds.files import write_json, write_pieces, write_whole
+from megatron_post.rounds.generate import Generate, generate, parts_of
 from megatron_post.rounds.merge import MethodMerge, merge
 from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.select import PREFERENCES, SFT, Samples, Select, best_of, candidates, select
@@ -101,7 +101,7 @@ class Round:
         if count and self.before is not None and self.before.policy != self.policy:
             parts.append(self.directory / "samples-previous.jsonl")
             self._generate(self.before.policy, self._prompts, parts[1], seed=3, samples=count)
-        write_whole(self.directory / "samples.jsonl", "".join(part.read_text() for part in parts))
+        write_pieces(self.directory / "samples.jsonl", (part.read_text(encoding="utf-8") for part in parts))
 
     def select(self) -> None:
         samples = Samples(
@@ -172,7 +172,8 @@ class Round:
                 scores=str(self.directory / "held_out-scores.jsonl"),
             )
             # a weight of 0: the verifier is the judge here, not the chooser
-            options = {"verifier": json.loads(verifier.model_dump_json()), "verifier_weight": 0.0}
+            options: dict[str, Any] = {"verifier": verifier, "verifier_weight": 0.0}
+            options["max_bad_rows"] = self.settings.data.max_bad_rows
             found = candidates(
                 parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
             )
@@ -215,7 +216,7 @@ class Round:
         samples: int | None = None,
     ) -> None:
         """prompts: the file and the part of it. seed: of this use of a model in this round."""
-        if output.exists():
+        if output.exists() and not parts_of(output).exists():
             return
         chosen, data = self.settings.generate, self.settings.data
         changes: dict[str, Any] = {"seed": self.settings.seed * 1_000_003 + self.number * 101 + seed}
@@ -250,8 +251,8 @@ class Round:
         right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
         return Accuracy(sum(right), len(right))
 
-    def _pack(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> None:
-        """Write a stage's config, and the store that it names."""
+    def config(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> Config:
+        """A stage's file, completed by what the round decides. Raises `ConfigError` with every error."""
         directory = self.directory / stage
         path = getattr(self.settings.stages, stage)
         values = {
@@ -263,10 +264,13 @@ class Round:
             "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
             "train": {"export_hf": True},
         }
-        merged = OmegaConf.merge(read_tree(path), OmegaConf.create(values))
-        config: Config = validate(merged, origin=path)
+        return validate(OmegaConf.merge(read_tree(path), OmegaConf.create(values)), origin=path)
+
+    def _pack(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> None:
+        """Write a stage's config, and the store that it names."""
+        config = self.config(stage, model, sources)
         summaries = build_store(config, console=Console(quiet=True), overwrite=True)
-        write_whole(directory / "config.yaml", to_yaml(config))
+        write_whole(self.directory / stage / "config.yaml", to_yaml(config))
         packed = summaries["train"]
         self.console.print(f"{packed.tokens:,} tokens in {packed.num_packs:,} packs", highlight=False)
 
@@ -274,20 +278,13 @@ class Round:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def check_models(settings: RoundSettings) -> None:
-    """Raises `ValueError` unless all models that a run starts with share one tokenizer."""
-    start = settings.start
-    policy = load_tokenizer(start.policy).fingerprint
-    for key, path in (("base", start.base), ("reward", start.reward)):
-        if path is not None and load_tokenizer(path).fingerprint != policy:
-            raise ValueError(
-                f"start.{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "
-                "other words there: use models of one family"
-            )
-
-
 def metrics_of(run_dir: Path, kind: str = "train") -> list[dict[str, float]]:
     """The metrics of each step of a training run, in order; of a step that was repeated, the last."""
     path = run_dir / "metrics.jsonl"
-    rows = {row["step"]: row for row in read_lines(path) if row["kind"] == kind} if path.is_file() else {}
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):  # a line that a kill or a full disk has cut
+            row = json.loads(line)
+            if row["kind"] == kind:
+                rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]

@@ -76,7 +76,8 @@ def _by_command(settings: Command, asked: Sequence[tuple[Prompt, str]]) -> list[
             settings.command,
             input="".join(f"{line}\n" for line in lines),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=settings.timeout,
         )
     except subprocess.TimeoutExpired:
@@ -85,7 +86,7 @@ def _by_command(settings: Command, asked: Sequence[tuple[Prompt, str]]) -> list[
         raise ValueError(f"verifier {name}: {error}") from None
     if done.returncode:
         raise ValueError(f"verifier {name} ended with status {done.returncode}: {done.stderr[-500:]}")
-    answers = done.stdout.splitlines()
+    answers = done.stdout.removesuffix("\n").split("\n")  # a text may hold other characters that end lines
     if len(answers) != len(asked):
         raise ValueError(f"verifier {name} wrote {len(answers)} lines for {len(asked)} responses")
     return [_verdict(line, number, name) for number, line in enumerate(answers, start=1)]

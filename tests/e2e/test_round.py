@@ -1,9 +1,9 @@
-"""Rounds as a user runs them: two in a row, killed at any moment, done anew from a step, and as a chain."""
+"""Rounds as a user runs them: whole, done anew from a step, as a chain, and what is refused.
+
+Kills are in tests/faults/test_round_kills.py.
+"""
 
 import json
-import os
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from megatron_post.launch.chain import load_chain
 from megatron_post.rounds.files import read_lines
 from megatron_post.rounds.round import all_steps, run_rounds
 from megatron_post.rounds.settings import load_round
-from tests.e2e.runs import kill_9, start
+from megatron_post.rounds.state import State
+from tests.e2e.runs import start
 from tests.unit.rounds.models import tiny_policy
-
-KILLS = int(os.environ.get("ROUND_KILLS", "2"))  # the issue's 20 take half an hour
 
 
 def _policy(directory: Path) -> Path:
@@ -122,19 +121,6 @@ def test_a_round_makes_what_it_promises(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(whole: Path, tmp_path: Path) -> None:
-    """SIGKILL to all processes, again and again: no row doubled or lost, and the same weights."""
-    config, log, rng = round_file(tmp_path / "killed"), tmp_path / "log", random.Random(8)
-    for _ in range(KILLS):
-        process = start(["round", str(config)], ranks=1, log=log)
-        time.sleep(rng.uniform(5, 40))
-        kill_9(process)
-    process = start(["round", str(config)], ranks=1, log=log)
-    assert process.wait(600) == 0, log.read_text()[-5000:]
-    _assert_same(_kept(whole), _kept(tmp_path / "killed"))
-
-
-@pytest.mark.slow
 def test_done_anew_from_a_step(whole: Path) -> None:
     """Averaging and all behind it are done again, with the same result; what was before is not touched."""
     before = _kept(whole)
@@ -178,15 +164,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (["select.verifier=null"], "the first reward model has no data"),
         (["start.policy=/nowhere"], "/nowhere"),
         (["round=3"], "round: unknown key"),
+        (["select.cleaning=/no/rules"], "config file /no/rules does not exist"),
+        (["generate.backend={kind: server, url: 'http://x/v1', served_model: m}"], "answers with one model"),
+        ([f"data.held_out={tmp_path / 'unanswered'}"], "data.held_out=.*line 1 has no `answer`"),
+        ([f"data.validation={tmp_path / 'empty'}"], "no prompt in it"),
+        ([f"stages.dpo={tmp_path / 'dpo.yaml'}"], "optimizer.lr: .*greater than 0"),
     ]
+    (tmp_path / "unanswered").write_text('{"prompt": "Why?"}\n')
+    (tmp_path / "empty").touch()
+    (tmp_path / "dpo.yaml").write_text("optimizer: {lr: -1}")
     for overrides, message in cases:
         with pytest.raises(ValueError, match=message):
             run_rounds(config, overrides, console=console)
     assert not (tmp_path / "round" / "run").exists()
-    with pytest.raises(ValueError, match="no step 'round-01/rest'"):
+    with pytest.raises(ValueError, match="no step 'round-01/rest'; steps are round-01/collect, "):
         run_rounds(config, console=console, only="round-01/rest")
-    (tmp_path / "round" / "prompts.jsonl").write_text('{"prompt": "fine", "answer": "1"}\n{broken\n')
+    prompts = tmp_path / "round" / "prompts.jsonl"
+    good = prompts.read_text()
+    prompts.write_text('{"prompt": "fine", "answer": "1"}\n{broken\n')
     with pytest.raises(ValueError, match=r"prompts.jsonl:2: not JSON"):
         run_rounds(config, console=console)
+    assert not (tmp_path / "round" / "run").exists()
+    prompts.write_text(good)
+    settings = load_round(config)
+    State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
     with pytest.raises(ValueError, match="of a run with other seed"):
         run_rounds(config, ["seed=5"], console=console)

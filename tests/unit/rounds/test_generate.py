@@ -4,8 +4,10 @@ import errno
 import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +15,21 @@ import torch
 from rich.console import Console
 
 from megatron_post.config.load import ConfigError, parse
-from megatron_post.rounds.backends import Request, Response, Sampling, TransformersBackend, nucleus
+from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, load_tokenizer
+from megatron_post.rounds import generate as module
+from megatron_post.rounds.backends import (
+    Request,
+    Response,
+    Sampling,
+    TransformersBackend,
+    VllmBackend,
+    nucleus,
+)
 from megatron_post.rounds.backends import _Draws as Draws
+from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
-from megatron_post.rounds.generate import Generate, generate, read_samples, sample_seed
-from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed
+from megatron_post.rounds.state import alone
 from tests.unit.rounds.models import tiny_policy
 
 CONSOLE = Console(file=io.StringIO())
@@ -95,7 +107,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"part-000001.jsonl: No space left.*is kept.*same command"):
         generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend)
     assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob("*.jsonl")] == ["part-000000.jsonl"]
-    assert not list((tmp_path / ".partial-out.jsonl").glob(".*"))
+    assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob(".*")] == [".lock"]
     assert generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend) == 18
 
 
@@ -163,37 +175,128 @@ def test_other_tokenizers_stop_tokens(tmp_path: Path) -> None:
         generate(settings, tmp_path / "out", console=CONSOLE)
 
 
-def test_broken_prompts_are_named(tmp_path: Path) -> None:
-    lines = [
-        b'{"prompt": "fine"}',
-        b"{broken",
-        b'{"prompt": "\xff"}',
-        b'{"question": "?"}',
-        b'{"prompt": "x", "anwser": "1"}',
-        b'{"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-        b'{"prompt": " "}',
-        b'{"prompt": "x", "answer": [1]}',
-        b'{"prompt": "lone \\ud800"}',
-        b"",
-        b'{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " x "}], "answer": 7}',
-    ]
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match=r"1 bad row.*\n.*prompts.jsonl:2: not JSON"):
-        read_prompts(path)
-    prompts = read_prompts(path, max_bad_rows=8)
-    assert [(p.number, p.messages[-1]["content"], p.answer) for p in prompts] == [
-        (1, "fine", None),
-        (11, "x", "7"),
-    ]
-    assert prompts[1].with_system({"default": "other"}) == prompts[1].messages
-    with pytest.raises(ValueError, match="none is left after skipping 2"):
-        read_prompts(path, max_bad_rows=8, skip=2)
-    with pytest.raises(ValueError, match="no such file"):
-        read_prompts(tmp_path / "none")
-
-
 def test_models_come_from_directories(tmp_path: Path) -> None:
     settings = _settings(tmp_path, model=str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nowhere is no directory"):
         generate(settings, tmp_path / "out", console=CONSOLE)
+    tiny_policy(tmp_path / "reward", scalar_head=True)
+    settings = _settings(tmp_path, model=str(tmp_path / "reward"))
+    with pytest.raises(ValueError, match="reward is a reward model"):
+        generate(settings, tmp_path / "out", console=CONSOLE)
+
+
+def test_other_parts_the_same_responses(tmp_path: Path) -> None:
+    """Prompts of one length: the model sees the same widths, however many prompts a part has."""
+    settings = _settings(tmp_path, sampling={"samples": 2, "max_tokens": 6})
+    written = []
+    for part in (1, 3, 10):
+        output = tmp_path / f"{part}.jsonl"
+        assert generate(settings.model_copy(update={"part": part}), output, console=CONSOLE) == 20
+        written.append(output.read_bytes())
+    assert written[0] == written[1] == written[2]
+    assert len({row["messages"][-1]["content"] for row in read_samples(output)}) > 10
+
+
+def test_killed_after_the_last_write(tmp_path: Path) -> None:
+    """The output is whole and its parts are still there: the same call clears them away and is content."""
+    settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
+    generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot())
+    parts_of(output).mkdir()
+    (parts_of(output) / "part-000000.jsonl").touch()
+    assert generate(settings, output, console=CONSOLE) == 0
+    assert not parts_of(output).exists()
+
+
+def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with alone(parts_of(output)), pytest.raises(ValueError, match="another process works here"):
+        generate(_settings(tmp_path), output, console=CONSOLE, open_backend=lambda *_: Parrot())
+
+
+def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no terminal for a bar: 4, 8 and 10 prompts of 10, if a line is due each time."""
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    said = io.StringIO()
+    generate(
+        _settings(tmp_path),
+        tmp_path / "out.jsonl",
+        console=Console(file=said, width=200),
+        open_backend=lambda *_: Parrot(),
+    )
+    lines = said.getvalue().splitlines()
+    assert [line.split(" prompts, ")[0] for line in lines[:3]] == ["4 of 10", "8 of 10", "10 of 10"]
+    assert all("tokens/s" in line for line in lines) and "30 responses, 90 tokens" in lines[3]
+
+
+def test_the_models_own_generation_file_changes_nothing(tmp_path: Path) -> None:
+    """Beams and penalties of generation_config.json are no part of the settings, which decide alone."""
+    tiny_policy(tmp_path)
+    requests = [Request(({"role": "user", "content": "ab"},), seed=seed) for seed in range(4)]
+    drawn = []
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature=temperature, max_tokens=8)
+        (tmp_path / "generation_config.json").write_text("{}")
+        plain = open_real(TransformersBackend(), str(tmp_path)).respond(requests, sampling)
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps({"repetition_penalty": 9.0, "num_beams": 3, "top_k": 1, "min_length": 90})
+        )
+        drawn.append((plain, open_real(TransformersBackend(), str(tmp_path)).respond(requests, sampling)))
+    assert all(plain == own for plain, own in drawn)
+
+
+@pytest.mark.parametrize(
+    ("ending", "text", "tokens", "finish"),
+    [
+        ([END_OF_TURN, "pad"], "ab", 3, "stop"),
+        ([END_OF_MESSAGE], "ab", 3, "tool_calls"),
+        ([END_OF_TEXT, END_OF_TURN], "ab", 3, "stop"),
+        ([], "ab", 2, "length"),
+    ],
+)
+def test_where_a_response_ends(
+    tmp_path: Path, ending: list[str], text: str, tokens: int, finish: str
+) -> None:
+    """At the first stop token, which counts and is not said; what asks for a tool is no whole response."""
+    tiny_policy(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = [*tokenizer.encode("a"), *tokenizer.encode("b")]
+    ids += [tokenizer.pad_id if name == "pad" else tokenizer.special(name) for name in ending]
+    assert respond_with(ids, tokenizer.stop_ids, tokenizer) == Response(text, tokens, finish)
+
+
+def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names of vLLM 0.11's own signatures; the engine itself has not been run here."""
+    asked: dict[str, Any] = {}
+
+    class SamplingParams:
+        def __init__(
+            self, *, temperature: float, top_p: float, max_tokens: int, seed: int, stop_token_ids: list[int],
+            ignore_eos: bool, detokenize: bool,
+        ) -> None:  # fmt: skip
+            assert ignore_eos and not detokenize
+            self.values = (temperature, top_p, max_tokens, seed, tuple(stop_token_ids))
+
+    class LLM:
+        def __init__(
+            self, model: str, *, tensor_parallel_size: int, gpu_memory_utilization: float,
+            enable_prefix_caching: bool,
+        ) -> None:  # fmt: skip
+            asked["engine"] = (model, tensor_parallel_size, gpu_memory_utilization, enable_prefix_caching)
+
+        def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
+            asked["prompts"], asked["sampling"] = prompts, [p.values for p in sampling_params]
+            ids = [*tokenizer.encode("a"), tokenizer.special(END_OF_TURN)]
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for _ in prompts]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+    tiny_policy(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    backend = open_real(VllmBackend(kind="vllm", tensor_parallel=2), str(tmp_path))
+    requests = [Request(({"role": "user", "content": "?"},), seed=seed) for seed in (5, 2**62)]
+    found = backend.respond(requests, Sampling(temperature=0.5, top_p=0.9, max_tokens=7))
+    assert found == [Response("a", 2, "stop")] * 2
+    assert asked["engine"] == (str(tmp_path), 2, 0.9, True)
+    assert [values[:4] for values in asked["sampling"]] == [(0.5, 0.9, 7, 5), (0.5, 0.9, 7, 2**62)]
+    assert set(asked["sampling"][0][4]) == set(tokenizer.stop_ids)
+    shown = tokenizer.decode(asked["prompts"][0]["prompt_token_ids"])
+    assert shown.startswith("<|begin_of_text|>") and shown.endswith("assistant<|end_header_id|>\n\n")

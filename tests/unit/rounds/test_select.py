@@ -12,7 +12,7 @@ from megatron_post.config.schema import Source
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.rounds.prompts import Prompt
-from megatron_post.rounds.select import Select, select
+from megatron_post.rounds.select import Select, rating, select
 from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, verify
 
 EXACT = {"kind": "exact", "pattern": r"is (\d+)\.\Z"}
@@ -125,6 +125,33 @@ def test_the_verifier_outweighs_the_reward_and_mends(tmp_path: Path) -> None:
     assert sft[0]["provenance"] == {"prompt": 1, "by": "verifier"} and summary["sft_edited"] == 1
 
 
+def test_ties_margins_and_ratings_by_hand(tmp_path: Path) -> None:
+    """Scores 2.0, 1.5, 1.9, 0.9, tie 0.25: 2.0 and 1.9 are equal and the first of them is best, over 0.9 by
+    1.1. Prompt 2: 0.4 and 0.2 are equal, so there is a row to train on and none to compare. A margin of 1.0
+    is `better` at a least margin of 1.0 and nothing where every rating asks for more."""
+    scores = [(1, "a", 2.0), (1, "b", 1.5), (1, "c", 1.9), (1, "d", 0.9), (2, "e", 0.4), (2, "f", 0.2)]
+    summary, sft, preferences = _select(tmp_path, _files(tmp_path, scores), tie=0.25)
+    assert [(_text(row["messages"]), row["provenance"]["tied"]) for row in sft] == [("a", 1), ("e", 1)]
+    assert [(_text(r["chosen"]), _text(r["rejected"])) for r in preferences] == [("a", "d")]
+    provenance = preferences[0]["provenance"]
+    assert provenance["margin"] == pytest.approx(1.1) and preferences[0]["rating"] == "better"
+    assert [provenance[name]["sample"] for name in ("chosen", "rejected")] == [1, 4]
+    assert summary["ties"] == 2 and summary["preferences"] == 1
+    assert rating(1.0, {"better": 1.0, "slightly_better": 0.5}) == "better"
+    assert rating(0.99, {"better": 1.0, "slightly_better": 0.5}) == "slightly_better"
+    assert rating(0.4, {"better": 1.0, "slightly_better": 0.5}) is None
+
+
+def test_calls_of_tools_are_no_answers(tmp_path: Path) -> None:
+    """What ends with <|eom_id|> waits for a tool: never the best, and not counted as cut off."""
+    files = _files(tmp_path, [(1, "search(x)", 9.0), (1, "fine", 1.0), (2, "cut~", 3.0), (2, "fine", 0.0)])
+    path = Path(files["responses"])
+    path.write_text(path.read_text().replace('"finish": "stop"', '"finish": "tool_calls"', 1))
+    summary, sft, _ = _select(tmp_path, files)
+    assert [_text(row["messages"]) for row in sft] == ["fine", "fine"]
+    assert (summary["tool_calls"], summary["cut_off"]) == (1, 1)
+
+
 def test_without_rewards_the_verifier_alone(tmp_path: Path) -> None:
     """Both wrong and nothing between them: the solution is chosen over the first of the worst."""
     files = _files(tmp_path, [(1, "It is 5.", None), (1, "It is 6.", None), (2, "It is 9.", None)])
@@ -172,8 +199,18 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         _select(tmp_path, files)
     files = _files(tmp_path, [(1, "a", 1.0)])
     (tmp_path / "prompts.jsonl").write_text('\n{"prompt": "x"}\n')
-    with pytest.raises(ValueError, match="no prompt in line 1"):
+    with pytest.raises(ValueError, match="no prompt in line 1 to which there is a response, or another one"):
         _select(tmp_path, files)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2 + 2?"}\n')  # mended after `generate`
+    with pytest.raises(ValueError, match="or another one; select with the file that was generated from"):
+        _select(tmp_path, files)
+    files = _files(tmp_path, [(1, "a", 1.0), (2, "b", 1.0)])
+    with pytest.raises(ValueError, match=r"sample 1 of prompt 1 by p is there twice"):
+        _select(tmp_path, files, files)
+    for score in ("NaN", "Infinity", '"high"', "null"):
+        Path(files["scores"]).write_text(f'{{"row": 1, "scores": [{score}]}}\n')
+        with pytest.raises(ValueError, match="no score of one response"):
+            _select(tmp_path, files)
     with pytest.raises(ConfigError, match="nothing to select by"):
         _select(tmp_path, {"responses": files["responses"]})
 
@@ -191,6 +228,10 @@ def test_verifiers() -> None:
     )
     command = Command(kind="command", command=(sys.executable, "-c", program))
     assert verify(command, asked) == [Verdict(True, "e"), Verdict(True, "e")]
+    program = program.replace("'e'}", "'e\u2028e'}, ensure_ascii=False").replace("import", "import io,", 1)
+    program = program.replace("\nfor", "\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, 'utf-8')\nfor", 1)
+    command = Command(kind="command", command=(sys.executable, "-c", program))
+    assert verify(command, asked) == [Verdict(True, "e\u2028e")] * 2  # a line separator, but no line's end
 
 
 @pytest.mark.parametrize(

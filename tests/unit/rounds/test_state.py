@@ -1,5 +1,7 @@
 """What is done stays done; and two processes never run the same rounds."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +25,38 @@ def test_state_survives_and_forgets(tmp_path: Path) -> None:
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with (
         alone(tmp_path),
-        pytest.raises(ValueError, match="another process runs these rounds"),
+        pytest.raises(ValueError, match="another process works here"),
         alone(tmp_path),
     ):
         pass
     with alone(tmp_path):
         pass
+
+
+def test_ranks_that_outlive_the_round_keep_its_lock(tmp_path: Path) -> None:
+    """The kernel may end the round alone, for want of memory: its ranks still write, and a second round
+    beside them would double rows."""
+    with alone(tmp_path) as lock:
+        rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    with pytest.raises(ValueError, match="a step of one that was killed still does"), alone(tmp_path):
+        pass
+    rank.communicate()
+    with alone(tmp_path):
+        pass
+
+
+def test_what_a_kill_left_growing_is_removed(tmp_path: Path) -> None:
+    for stray in (".rows.jsonl.123", ".rows.jsonl.lock.9", ".rows.json.123"):
+        (tmp_path / stray).touch()
+    write_lines(tmp_path / "rows.jsonl", [{"a": 1}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".rows.json.123", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"done": {}}'])
+def test_another_state_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"state.json is no record of rounds"):
+        State(tmp_path, {})
 
 
 def test_lines_are_named_where_they_are_broken(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""What can be known to be wrong before a round's first step."""
+
+from typing import Any, get_args
+
+from rich.console import Console
+
+from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.rounds.cleaning import load_rules
+from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.settings import RoundSettings, StageName
+from megatron_post.rounds.steps import Round
+from megatron_post.rounds.verifier import ExactMatch
+
+
+def check_models(settings: RoundSettings) -> None:
+    """Raises `ValueError` unless all models that a run starts with share one tokenizer."""
+    start = settings.start
+    policy = load_tokenizer(start.policy).fingerprint
+    for key, path in (("base", start.base), ("reward", start.reward)):
+        if path is not None and load_tokenizer(path).fingerprint != policy:
+            raise ValueError(
+                f"start.{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "
+                "other words there: use models of one family"
+            )
+
+
+def check_files(settings: RoundSettings) -> None:
+    """Raises `ValueError` for files of prompts, rules and stages that a later step could not use."""
+    data, verifier = settings.data, settings.select.verifier
+    for key in ("prompts", "validation", "held_out"):
+        path = getattr(data, key)
+        if path is None:
+            continue
+        prompts = read_prompts(path, max_bad_rows=data.max_bad_rows)
+        unanswered = next((p.number for p in prompts if p.answer is None), None)
+        if isinstance(verifier, ExactMatch) and unanswered is not None:
+            raise ValueError(f"data.{key}={path}: line {unanswered} has no `answer` for the exact verifier")
+    if settings.select.cleaning is not None:
+        load_rules(settings.select.cleaning)
+    first = Round(settings, 1, Console(quiet=True))
+    any_source: dict[str, Any] = {"name": "any", "path": "any"}
+    for stage in get_args(StageName):
+        first.config(stage, settings.start.base or settings.start.policy, [any_source])

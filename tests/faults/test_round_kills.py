@@ -1,0 +1,170 @@
+"""SIGKILL of a round and all its ranks at random moments; the figures are what `make fault-test` prints.
+
+Processes fork from a server that has everything imported, as `Incarnation`'s do, and a step's ranks fork from
+the round: so a round takes seconds, of which few are imports, and most kills fall into work.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import tests.ranks  # noqa: F401  what the server imports
+from megatron_post.rounds import round as module
+from megatron_post.rounds.files import read_lines
+from tests.e2e.test_round import round_file
+from tests.faults.conftest import FIGURES
+
+KILLS = int(os.environ.get("ROUND_KILLS", 20 if os.environ.get("FAULT_TESTS") else 2))
+# what tells of the course of a run, not of its result
+_COURSE = re.compile(r"\.log$|/(metrics\.jsonl|tensorboard/.*|incarnations/.*|checkpoints/.*)$")
+_context = multiprocessing.get_context("forkserver")
+
+
+class RoundProcess:
+    """`megatron-post round CONFIG`, in a process group of its own. Output goes to `log`."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        log.write_text("")
+        self.log, self.began = log, time.monotonic()
+        self._process = _context.Process(target=_main, args=(str(config), str(log)))
+        self._process.start()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait. Raises `AssertionError` where it ended badly."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            return False
+        assert self._process.exitcode == 0, self.log.read_text()[-5000:]
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL to the round and all that it has started, at once."""
+        assert self._process.pid is not None
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its group yet
+            self._process.kill()
+        self._process.join()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def step(self) -> str:
+        """The step that it has printed last."""
+        return (re.findall(r"^round-01/(\S+)$", self.log.read_text(), re.M) or ["start"])[-1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Every kill at any moment of a whole round's time after a start. A round that comes to its end, whatever
+    happened to it, has the files of the undisturbed one and no other, byte for byte."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"moments drawn from seed {seed}")
+    draw = random.Random(seed)
+    config, run, log = round_file(tmp_path / "round"), tmp_path / "round" / "run", tmp_path / "log"
+    whole = RoundProcess(config, log)
+    assert whole.ends_within(1200)
+    usual, expected = whole.seconds, _contents(run)
+    _check_rows(run)
+    places: Counter[str] = Counter()
+    lost: list[float] = []
+    rounds = 0
+    while sum(places.values()) < KILLS:
+        rounds += 1
+        shutil.rmtree(run)
+        while True:
+            one = RoundProcess(config, log)
+            left = KILLS - sum(places.values())
+            ended = one.ends_within(draw.uniform(0, usual) if left else 1200)
+            if ended:
+                break
+            places[one.step] += 1
+            lost.append(min(one.seconds, _since(run / "state.json")))
+            one.kill()
+        found = _contents(run)
+        assert sorted(found) == sorted(expected), seed
+        assert [name for name in expected if found[name] != expected[name]] == [], seed
+    FIGURES.append(
+        f"SIGKILL of a round and its ranks: {KILLS} tried, {KILLS} resumed, in {rounds} rounds of "
+        f"{usual:.0f} s; seconds since the last finished step, the most that a kill can lose: mean "
+        f"{mean(lost):.1f}, most {max(lost):.1f}\n"
+        f"  killed in: {', '.join(f'{step} {count}' for step, count in places.most_common())}"
+    )
+
+
+def _since(file: Path) -> float:
+    """Seconds since a file was written."""
+    return time.time() - file.stat().st_mtime if file.exists() else float("inf")
+
+
+def _contents(run: Path) -> dict[str, Any]:
+    """All that a round has made: rows, scores, stores, weights, its report, and the steps that are done."""
+    files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
+    state = json.loads(files.pop("state.json").read_text())
+    found = {name: path.read_bytes() for name, path in files.items() if not _COURSE.search(name)}
+    return found | {"done": list(state["done"])}
+
+
+def _check_rows(run: Path) -> None:
+    """Each prompt's samples once, and a score of each."""
+    for responses, scores, prompts in (("samples", "scores", 6), ("held_out-samples", "held_out-scores", 12)):
+        rows = list(read_lines(run / "round-01" / f"{responses}.jsonl"))
+        assert [(r["prompt"], r["sample"]) for r in rows] == [
+            (p + 1, k) for p in range(prompts) for k in range(4)
+        ]
+        said = [i for i, row in enumerate(rows, start=1) if row["messages"][-1]["content"]]
+        assert [row["row"] for row in read_lines(run / "round-01" / f"{scores}.jsonl")] == said
+
+
+def _main(config: str, log: str) -> None:
+    os.setpgid(0, 0)
+    _print_to(Path(log))
+    module.run_on_ranks = _on_forked_rank
+    module.run_rounds(config, console=Console(force_terminal=False, width=300))
+
+
+def _on_forked_rank(command: Sequence[str], *, log: Path, **_: Any) -> None:
+    """As `run_on_ranks` for one rank, without another interpreter's start."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, log.read_text()[-3000:]
+        return
+    from megatron_post import cli
+
+    status: Any = 1
+    try:
+        _print_to(log)
+        sys.argv = ["megatron-post", *command]
+        cli.main()
+        status = 0
+    except SystemExit as exit:
+        status = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _print_to(log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
