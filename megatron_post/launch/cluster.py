@@ -72,7 +72,9 @@ class Cluster(Section):
         3, ge=0, description="restarts in a row without a new checkpoint before the job stops"
     )
     node_check: bool = Field(True, description="check nodes and links before the ranks start")
-    python: Line = Field("python3", description="interpreter of the ranks, in the container if there is one")
+    python: Line | None = Field(
+        None, description="interpreter of the ranks; null: the one that launches, in a container python3"
+    )
     container: Container | None = None
     environment: dict[str, Line] = Field(default_factory=dict, description="variables of the ranks")
     setup: tuple[Line, ...] = Field((), description="lines of bash before anything runs: module load ...")

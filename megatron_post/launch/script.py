@@ -5,6 +5,7 @@ So a name like `$(rm -rf ~)` is a name.
 """
 
 import shlex
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -107,7 +108,7 @@ def _settings(job: Job, cluster: Cluster) -> list[str]:
             container.append(f"--container-mounts={','.join(cluster.container.mounts)}")
     setup = cluster.setup or (":",)
     return [
-        f"PYTHON={shlex.quote(cluster.python)}",
+        f"PYTHON={shlex.quote(cluster.python or ('python3' if cluster.container else sys.executable))}",
         f"RUN_DIR={shlex.quote(job.run_dir)}",
         f"MAX_STALLED_RESTARTS={cluster.max_stalled_restarts}",
         f"NODE_CHECK={int(cluster.node_check)}",

@@ -11,7 +11,7 @@ from megatron_post.config.load import ConfigError
 from megatron_post.launch import slurm
 from megatron_post.launch.chain import load_chain, submit_chain
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.launch.record import cancel_run, remember, status_rows
+from megatron_post.launch.record import active_findings, cancel_run, remember, status_rows
 from megatron_post.launch.script import Job
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab, wait_until
@@ -191,11 +191,12 @@ def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_pat
     job, log = _submit(tmp_path, clusters(python=str(rank), max_stalled_restarts=1), "loop", nodes=1)
     for restart in (1, 2):
         lab.restarted(job, restart, lambda: _log(log))
+    _says(log, "stopped: ")
     assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
     assert lab.restarts(job) == 2
     assert _log(log).count("rank 0 of 2") == 2
     (row,) = status_rows(tmp_path / "run")
-    assert row["why"].startswith("stopped: 2 restarts in a row without a checkpoint newer than 0")
+    assert row["why"].startswith("stopped: 2 restarts in a row without progress since checkpoint 0")
     assert "for this reason: the ranks asked for it" in row["why"]
 
 
@@ -212,11 +213,13 @@ def test_cancelled_stays_cancelled(lab: Lab, clusters: ClusterFiles, tmp_path: P
     """`launch cancel` is no requeue, although the ranks save and end with 75."""
     job, log = _submit(tmp_path, clusters(python=str(rank)), "wait")
     _says(log, "rank 3 of 4")
+    (found,) = active_findings([str(tmp_path / "run"), str(tmp_path / "other")])
+    assert f"job {job} is queued or running for it" in found
     assert cancel_run(tmp_path / "run") == [job]
     assert lab.wait(job, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
     time.sleep(2)
     assert (slurm.job_state(job).state, lab.restarts(job)) == ("CANCELLED", 0)
-    assert cancel_run(tmp_path / "run") == []
+    assert cancel_run(tmp_path / "run") == active_findings([str(tmp_path / "run")]) == []
 
 
 def test_chain(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:

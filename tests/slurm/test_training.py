@@ -13,29 +13,26 @@ from tests.slurm.lab import Lab, wait_until
 from tests.slurm.runs import Run, launch, preempt
 
 
-def test_preempted_requeued_and_a_node_lost(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
-    """One run, one after the other: preempted by a more urgent job, requeued by hand, a node powered off."""
+def test_preempted_and_a_node_lost(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
+    """One run, one after the other: preempted by a more urgent job, and a node powered off."""
     run = launch(lab, data, "moved", clusters(partition="spot"))
     run.reaches(4)
     preempt(lab, run)
     run.restarted(1)
-    run.reaches(8)
-    lab("scontrol", "requeue", str(run.number))
-    run.restarted(2)
-    run.reaches(14)
+    run.reaches(10)
     lost = run.nodes[-1]
     lab.kill_node(lost)
-    run.restarted(3)
+    run.restarted(2)
     assert run.weights() == whole.weights()
-    assert len(re.findall(r"resumed after step \d+", run.log)) == 3, run.log
+    assert len(re.findall(r"resumed after step \d+", run.log)) == 2, run.log
     assert "Slurm sent USR1" in run.log and f"Node failure on {lost}" in run.log
     assert lost not in run.nodes
 
 
 @pytest.mark.slow
-def test_time_limit(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
+def test_time_limit_and_requeued_by_hand(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
     """The limit comes nearer while the ranks stand still, since Slurm looks at it only twice a minute. Told
-    ahead of it, they leave; with a longer limit the run goes on."""
+    ahead of it, they leave; with a longer limit the run goes on. Then an operator requeues it."""
     run = launch(lab, data, "limited", clusters(warning_seconds=60))
     run.reaches(4)
     ranks = lab.freeze(run.number)
@@ -47,8 +44,12 @@ def test_time_limit(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) ->
         process.resume()
     run.restarted(1)
     lab("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
+    run.reaches(10)
+    lab("scontrol", "requeue", str(run.number))
+    run.restarted(2)
     assert run.weights() == whole.weights()
-    assert "requeued after checkpoint" in run.log and "resumed after step" in run.log
+    assert "requeued after checkpoint" in run.log
+    assert len(re.findall(r"resumed after step \d+", run.log)) == 2, run.log
 
 
 def test_uninterrupted(lab: Lab, whole: Run) -> None:

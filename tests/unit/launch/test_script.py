@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def test_values_are_values(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_ranks_run_what_launches(tmp_path: Path) -> None:
+    """An environment need not be active where it is called by its path; a container has its own Python."""
+    assert f"PYTHON={shlex.quote(sys.executable)}\n" in render(_job(tmp_path), _cluster())
+    assert "PYTHON=python3\n" in render(_job(tmp_path), _cluster(container={"image": "x.sqsh"}))
+
+
 @pytest.mark.parametrize("field", ["name", "run_dir"])
 def test_a_newline_is_refused(tmp_path: Path, field: str) -> None:
     with pytest.raises(ValueError, match="holds a newline"):
@@ -82,26 +89,38 @@ def test_setup_lines_run_and_the_rest_is_the_template(tmp_path: Path) -> None:
     assert "#SBATCH" in template and "#SBATCH" not in script
 
 
-def _newest_checkpoint(run_dir: Path) -> str:
-    function = (
-        "newest_checkpoint() {" + TEMPLATE.read_text().split("newest_checkpoint() {")[1].split("\n}\n")[0]
-    )
-    command = f"RUN_DIR={shlex.quote(str(run_dir))}\n{function}\n}}\nnewest_checkpoint"
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+def _progress(run_dir: Path, command: str = "train") -> str:
+    functions = TEMPLATE.read_text().split("newest_checkpoint() {")[1].split("# Only a running job")[0]
+    script = f"RUN_DIR={shlex.quote(str(run_dir))} command=({command} x)\nnewest_checkpoint() {{{functions}"
+    script += 'kept "$(progress)"'
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_progress_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     """Steps are decimal although zeros lead; one without a manifest, or a partial one, is no progress."""
     run_dir = tmp_path / "a run"
-    assert _newest_checkpoint(run_dir) == "0"
+    assert _progress(run_dir) == "checkpoint 0"
     for name in ("step-00000008", "step-00000090", "step-00000100"):
         (run_dir / "checkpoints" / name).mkdir(parents=True)
     (run_dir / "checkpoints" / ".partial-step-00000200").mkdir()
-    assert _newest_checkpoint(run_dir) == "0"
+    assert _progress(run_dir) == "checkpoint 0"
     (run_dir / "checkpoints" / "step-00000008" / "manifest.json").touch()
-    assert _newest_checkpoint(run_dir) == "8"
+    assert _progress(run_dir) == "checkpoint 8"
     (run_dir / "checkpoints" / "step-00000090" / "manifest.json").touch()
-    assert _newest_checkpoint(run_dir) == "90"
+    assert _progress(run_dir) == "checkpoint 90"
+
+
+def test_progress_of_what_does_not_train_is_what_it_has_written(tmp_path: Path) -> None:
+    """A generation that is requeued at every time limit is no crash loop: its rows grow. Logs are no work."""
+    run_dir = tmp_path / "-a 'run'"
+    (run_dir / "slurm").mkdir(parents=True)
+    empty = _progress(run_dir, "generate")
+    (run_dir / "slurm" / "generate-1.log").write_text("restart 1\n" * 100)
+    assert _progress(run_dir, "generate") == empty
+    (run_dir / "samples.jsonl").write_text("{}\n" * 5)
+    before, after = int(empty.split()[0]), int(_progress(run_dir, "generate").split()[0])
+    assert after == before + 15
+    assert empty.endswith(f" bytes in {run_dir}")
 
 
 def test_executable_by_hand(tmp_path: Path) -> None:
