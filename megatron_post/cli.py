@@ -88,7 +88,7 @@ def launch_round(
     if is_chain(file):
         chain = load_chain(file, overrides or ())
     else:
-        values = chain_of(file, overrides or (), console=Console(), needs_models=not dry_run)
+        values = chain_of(file, overrides or (), console=Console(), needs_inputs=not dry_run)
         chain = parse_chain(values, origin=file)
     launch_chain(chain, cluster, origin=file, dry_run=dry_run)
 

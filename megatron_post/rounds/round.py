@@ -86,16 +86,17 @@ def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, 
 
 
 def chain_of(
-    path: str | Path, overrides: Sequence[str], *, console: Console, needs_models: bool = True
+    path: str | Path, overrides: Sequence[str], *, console: Console, needs_inputs: bool = True
 ) -> dict[str, Any]:
     """The steps as a chain of jobs, each after the one before, in the terms of a chain file.
 
-    needs_models: look at the models that the first round starts with, too. Raises `ValueError` for what a
-    user can mend.
+    needs_inputs: look at the models and files that the first round starts with, too. Raises `ValueError` for
+    what a user can mend.
     """
     settings = load_round(path, overrides)
-    if needs_models:
+    if needs_inputs:
         check_models(settings)
+        check_files(settings)
     values: list[dict[str, Any]] = []
     for step in all_steps(settings, console):
         command = step.command or ("round", str(path), "--only", step.name, *overrides)

@@ -83,7 +83,7 @@ def test_launch_plans(planned: Lab, config: Path, nodes: int | None) -> None:
 def test_rounds(planned: Lab, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job of a round, on its own nodes."""
     monkeypatch.chdir(ROOT)  # its files name each other from there on
-    values = chain_of(file, (), console=Console(quiet=True), needs_models=False)
+    values = chain_of(file, (), console=Console(quiet=True), needs_inputs=False)
     chain, cluster = parse_chain(values, origin=str(file)), load_cluster(H100)
     assert chain_findings(chain, cluster, ROOT) == []
     for job in chain.jobs(ROOT).values():
