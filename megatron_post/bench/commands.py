@@ -27,14 +27,42 @@ def step(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="Steps that are measured.")] = 20,
     warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    proxy_rank: Annotated[
+        int | None, typer.Option(help="Stand in, alone, for this rank of --world: compute only.")
+    ] = None,
+    world: Annotated[int | None, typer.Option(help="Ranks of its layout; by default the fewest.")] = None,
+    proxy_layers: Annotated[
+        int | None, typer.Option(help="Layers of each pipeline rank, in place of the model's.")
+    ] = None,
     output: Output = OUTPUT,
 ) -> None:
     """Time real training steps; under torchrun on many ranks."""
-    from megatron_post.bench.step import measure_steps
-    from megatron_post.bench.step_figures import step_record
     from megatron_post.config.load import load_config
 
-    measured = measure_steps(load_config(config, overrides or ()), steps=steps, warmup=warmup)
+    loaded = load_config(config, overrides or ())
+    if proxy_rank is not None:
+        from megatron_post.bench.proxy import LOUD, measure_proxy
+
+        print(LOUD)
+        record = measure_proxy(
+            loaded,
+            origin=config,
+            rank=proxy_rank,
+            world_size=world or loaded.parallel.model_size,
+            layers=proxy_layers,
+            steps=steps,
+            warmup=warmup,
+        )
+        _show(record, output)
+        return
+    if world is not None or proxy_layers is not None:
+        raise ValueError(
+            "--world and --proxy-layers describe a proxy: give --proxy-rank as well, or none of them"
+        )
+    from megatron_post.bench.step import measure_steps
+    from megatron_post.bench.step_figures import step_record
+
+    measured = measure_steps(loaded, steps=steps, warmup=warmup)
     if measured is not None:
         _show(step_record(measured, warmup=warmup, origin=config, overrides=overrides or ()), output)
 

@@ -125,7 +125,7 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
     differs from the real run. Raises `ConfigError` for what cannot run."""
     tokenizer = check_run(config) if Path(config.data.store).exists() else None
     if tokenizer is None:
-        _check_ranks(config)
+        check_ranks(config, world_size=rank_from_environment()[1])
     with parallel_run(config.parallel, seed=config.seed) as topology, scratch(topology) as directory:
         train = config.train.model_copy(update={"log_every": 10**9})
         run = config.model_copy(update={"run_dir": str(directory / "run"), "train": train})
@@ -156,9 +156,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _check_ranks(config: Config) -> None:
+def check_ranks(config: Config, *, world_size: int) -> None:
     """What `train.run.check_run` asks, but for the tokenizer. Raises `ConfigError` with all of it."""
-    _, world_size, _ = rank_from_environment()
     errors = world_errors(
         config,
         world_size=world_size,

@@ -15,16 +15,20 @@ from megatron_post.parallel.topology import Topology
 
 
 @contextlib.contextmanager
-def fake_rank(parallel: Parallel, *, rank: int, world_size: int) -> Iterator[Topology]:
-    """Be `rank` of `world_size` within this context. Received tensors hold whatever their memory held.
+def fake_rank(
+    parallel: Parallel, *, rank: int, world_size: int, gpu: torch.device | None = None
+) -> Iterator[Topology]:
+    """Be `rank` of `world_size` within this context. What is received from another rank holds whatever its
+    memory held; gathered parts are copies of this rank's.
 
-    Raises `ValueError` where there is a GPU, which megatron-core would then use.
+    gpu: where modules live, by default on the CPU. Raises `ValueError` where there is a GPU that was not
+    asked for, which megatron-core would then use.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if torch.cuda.is_available():
+    if gpu is None and torch.cuda.is_available():
         raise ValueError("a dry run needs no GPU and must not see one: run it with CUDA_VISIBLE_DEVICES=''")
-    with cpu_as_cuda():
+    with cpu_as_cuda() if gpu is None else torch.cuda.device(gpu):
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         try:
             parallel_state.initialize_model_parallel(
@@ -47,7 +51,7 @@ def fake_rank(parallel: Parallel, *, rank: int, world_size: int) -> Iterator[Top
                 context_rank=groups.cp.rank(),
                 data_rank=groups.dp.rank(),
                 data_size=groups.dp.size(),
-                device=torch.device("cpu"),
+                device=gpu or torch.device("cpu"),
             )
         finally:
             parallel_state.destroy_model_parallel()

@@ -1,0 +1,248 @@
+"""One process as one rank of a large layout: its shard of the modules and of real packs, forward and
+backward.
+
+Compute only. Process groups are fake: nothing is sent, what is gathered are copies, what would be received
+is random. There is no bubble, no optimizer, no gradient reduction, and of the loss only the
+log-probabilities or scores. It says what a GPU reaches on the
+rank's own arithmetic.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+
+from megatron_post.bench.accounting import Counts, count_packs
+from megatron_post.bench.environment import environment
+from megatron_post.bench.record import Figure, Record, once
+from megatron_post.bench.step import check_ranks, peak_memory
+from megatron_post.bench.step_figures import FORMULA, model_settings
+from megatron_post.bench.synthetic import write_synthetic
+from megatron_post.config.load import parse
+from megatron_post.config.schema import Config
+from megatron_post.data.store import Pack
+from megatron_post.models.build import build_model
+from megatron_post.parallel.topology import Topology
+from megatron_post.plan.activations import Segment
+from megatron_post.plan.estimate import layout_line
+from megatron_post.plan.fake_ranks import fake_rank
+from megatron_post.plan.flops import Flops, Load, chunk_flops
+from megatron_post.plan.hardware import GIB, gpu_of_device
+from megatron_post.plan.shape import Chunk, chunk_parameters, chunks
+from megatron_post.plan.timing import Costs
+from megatron_post.train.optimizer import wrap_data_parallel
+from megatron_post.train.run import make_stage, uses_portable_layers
+from megatron_post.train.step import Microbatch, Stepper
+
+LOUD = (
+    "PROXY, COMPUTE ONLY: one process stands in for one rank. No communication, no pipeline bubble, no "
+    "optimizer, no data loading: a step of the whole layout takes longer"
+)
+_PACKS = 4  # different ones, taken in turn
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A pack through the rank's chunks: seconds forward and backward, and what the pack held."""
+
+    forward: float
+    backward: float
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the model a rank has. chunks: by the planner; parameters: of the modules that were
+    built."""
+
+    config: Config
+    rank: int
+    world_size: int
+    tensor_rank: int
+    data_size: int
+    chunks: tuple[Chunk, ...]
+    parameters: int
+
+    @property
+    def planned_parameters(self) -> int:
+        return sum(chunk_parameters(self.config, chunk) for chunk in self.chunks)
+
+    def flops(self, load: Load) -> Flops:
+        """Of packs through this rank's share. load: of the whole packs."""
+        parts = (chunk_flops(self.config, c, load, tensor_rank=self.tensor_rank) for c in self.chunks)
+        return dataclasses.replace(sum(parts, Flops()), reference=0.0)  # no frozen reference runs here
+
+
+def measure_proxy(
+    config: Config, *, origin: str, rank: int, world_size: int, layers: int | None, steps: int, warmup: int
+) -> Record:
+    """`steps` packs forward and backward, after `warmup`. layers: of each pipeline rank, in place of the
+    model's.
+
+    Raises `ValueError` for a rank outside the layout and counts that make no measurement, `ConfigError` for
+    a layout that cannot run.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"--proxy-rank {rank} is not one of --world {world_size}: want 0 to {world_size - 1}"
+        )
+    if steps < 1 or warmup < 0 or (layers is not None and layers < 1):
+        raise ValueError(
+            f"--steps {steps} --warmup {warmup} --proxy-layers {layers}: want at least 1, 0 and 1"
+        )
+    check_ranks(config, world_size=world_size)
+    cut = {}
+    if layers is not None:
+        cut = {
+            "cut": f"{layers} layers a pipeline rank, in one chunk; the model has {config.model.num_layers}"
+        }
+        config = with_layers(config, layers)
+    gpu = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    with fake_rank(config.parallel, rank=rank, world_size=world_size, gpu=gpu) as topology:
+        share, taken = _run(config, topology, steps=steps, warmup=warmup)
+        memory = peak_memory(topology.device)
+    return Record(
+        benchmark="proxy",
+        subject=f"{config.stage}, {origin}, rank {rank} of {world_size}",
+        settings={
+            **model_settings(config),
+            "layout": layout_line(config, share.data_size),
+            **cut,
+            "share": _describe(share),
+            "pack": f"{config.data.pack_length:,} random tokens",
+            "packs": f"{steps}, after {warmup} to warm up",
+        },
+        figures=proxy_figures(share, taken, memory=memory),
+        environment=environment(),
+        notes=(LOUD, FORMULA),
+    )
+
+
+def with_layers(config: Config, layers: int) -> Config:
+    """The config with `layers` layers on each pipeline rank, in one chunk."""
+    values = config.model_dump()
+    values["model"]["num_layers"] = layers * config.parallel.pipeline
+    values["parallel"] |= {"virtual_pipeline": 1, "embedding_and_loss_as_layers": False}
+    return parse(Config, values, origin="--proxy-layers")
+
+
+def proxy_figures(share: Share, taken: Sequence[Passes], *, memory: int) -> dict[str, Figure]:
+    """Rates of this rank's arithmetic; beside them, on a GPU of the table, what the planner expects of it."""
+    seconds = [passes.forward + passes.backward for passes in taken]
+    pairs = list(zip(taken, seconds, strict=True))
+    model = tuple(share.flops(p.counts.useful).model / s / 1e12 for p, s in pairs)
+    executed = tuple(share.flops(p.counts.computed).executed / s / 1e12 for p, s in pairs)
+    figures = {
+        "pack, compute only": Figure("s", tuple(seconds), "lower"),
+        "phase: forward": Figure("s", tuple(p.forward for p in taken), "lower"),
+        "phase: backward": Figure("s", tuple(p.backward for p in taken), "lower"),
+        "model TFLOP/s": Figure("TFLOP/s", model, "higher"),
+        "executed TFLOP/s": Figure("TFLOP/s", executed, "higher"),
+        "packing efficiency": Figure("%", tuple(100 * p.counts.real / p.counts.capacity for p in taken)),
+        "parameters": once("", share.parameters),
+        "parameters by the planner": once("", share.planned_parameters),
+        "memory": once("GiB", memory / GIB, "lower"),
+    }
+    device = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if device is None:
+        return figures
+    costs = Costs(share.config, device, share.data_size)
+    segment = (Segment(share.config.data.pack_length),)
+    for kind in ("forward", "backward"):
+        times = [costs.chunk(chunk, segment, kind) for chunk in share.chunks]
+        planned = sum(time.total - time.communication for time in times)
+        figures[f"{kind} by the planner, one segment"] = once("s", planned)
+    return figures | {
+        "MFU, compute only": Figure("%", tuple(100e12 * x / device.bf16 for x in model), "higher")
+    }
+
+
+def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tuple[Share, list[Passes]]:
+    models = build_model(config, topology, portable=uses_portable_layers(config))
+    for parameter in (p for model in models for p in model.parameters()):
+        torch.nn.init.normal_(parameter, std=config.model.initializer_range)
+    share = Share(
+        config,
+        topology.rank,
+        topology.world_size,
+        topology.tensor_rank,
+        topology.data_size,
+        tuple(chunks(config)[topology.pipeline_rank]),
+        sum(p.numel() for model in models for p in model.parameters()),
+    )
+    stage = make_stage(config, topology)
+    wrapped = wrap_data_parallel(models, config, topology)
+    stepper = Stepper(wrapped, stage, topology, portable=uses_portable_layers(config))
+    packs = _packs(config, count=min(_PACKS, steps + warmup))
+    batches = [(stepper.prepare(pack), count_packs([pack], stage)) for pack in packs]
+    taken = []
+    for number in range(warmup + steps):
+        if number == warmup and topology.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        microbatch, counts = batches[number % len(batches)]
+        forward, backward = _pass(wrapped, microbatch, config, topology)
+        if number >= warmup:
+            taken.append(Passes(forward, backward, counts))
+    return share, taken
+
+
+def _pass(
+    wrapped: Sequence[Any], microbatch: Microbatch, config: Config, topology: Topology
+) -> tuple[float, float]:
+    """A pack through every chunk of this rank, each forward and at once backward; gradients gather in the
+    buffers.
+
+    What comes from other chunks, and the gradient of what leaves, are random: a context-parallel rank's own
+    part of a loss over pairs may be zero, and arithmetic on zeros is cheaper for a GPU.
+    """
+    batch, spent = microbatch.batch, [0.0, 0.0]
+    tokens = len(batch.tokens) // (config.parallel.tensor if config.parallel.sequence else 1)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    for chunk in wrapped:
+        model = unwrap_model(chunk)
+        if not model.pre_process:
+            shape = (tokens, 1, config.model.hidden_size)
+            hidden = torch.randn(shape, dtype=dtype, device=topology.device)
+            model.set_input_tensor([hidden.requires_grad_()])
+        with chunk.no_sync():
+            began = _now(topology)
+            output = chunk(
+                batch.tokens[None],
+                batch.positions[None],
+                None,
+                labels=batch.labels[None],
+                packed_seq_params=microbatch.packed,
+            )
+            spent[0] += _now(topology) - began
+            gradient = torch.randn_like(output)
+            began = _now(topology)
+            torch.autograd.backward(output, gradient)
+            spent[1] += _now(topology) - began
+    return spent[0], spent[1]
+
+
+def _now(topology: Topology) -> float:
+    if topology.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _packs(config: Config, *, count: int) -> list[Pack]:
+    with tempfile.TemporaryDirectory() as directory:
+        store = write_synthetic(Path(directory, "store"), config, packs=count)
+        return [store.read(i) for i in range(min(count, len(store)))]
+
+
+def _describe(share: Share) -> str:
+    parts = ", ".join(
+        f"{c.layers} layers" + " with the embedding" * c.embedding + " with the head" * c.head
+        for c in share.chunks
+    )
+    tensor = share.config.parallel.tensor
+    return f"tensor-parallel shard {share.tensor_rank} of {tensor}; {parts}; {share.parameters:,} parameters"
