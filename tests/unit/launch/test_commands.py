@@ -34,7 +34,7 @@ def test_dry_run() -> None:
 
 def test_the_fewest_nodes_by_default() -> None:
     text = _launch(str(ROOT / "configs/llama3_70b/sft.yaml"), "--cluster", H100, "--dry-run")
-    assert "--nodes=4 " in text
+    assert "--nodes=8 " in text
 
 
 def test_errors_of_both_files_at_once(tmp_path: Path) -> None:
