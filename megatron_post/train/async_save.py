@@ -106,7 +106,7 @@ class Saver:
         try:
             self._copy(save.shards, ready)
         except Exception as error:
-            self.error = error
+            self._fail(save, error)
             return
         finally:
             self._copied.set()
@@ -147,12 +147,17 @@ class Saver:
                 path.unlink()
             save.publish(files=files)
         except Exception as error:
-            self.error = error
-            if save.publish is not None:
-                shutil.rmtree(save.partial, ignore_errors=True)
-                return
-            with contextlib.suppress(OSError):
-                (save.partial / f".failed-{self.rank}").touch()
+            self._fail(save, error)
+
+    def _fail(self, save: Save, error: Exception) -> None:
+        """Keep the reason; tell the first rank, which waits for this one, or remove what all have written."""
+        self.error = error
+        if save.publish is not None:
+            shutil.rmtree(save.partial, ignore_errors=True)
+            return
+        with contextlib.suppress(OSError):
+            save.partial.mkdir(parents=True, exist_ok=True)
+            (save.partial / f".failed-{self.rank}").touch()
 
     def _note_of(self, partial: Path, rank: int) -> dict[str, Any]:
         """A rank's note, waited for."""
@@ -160,6 +165,8 @@ class Saver:
         while not path.exists():
             if (partial / f".failed-{rank}").exists():
                 raise SaveFailed(f"rank {rank} could not write its part")
+            if not partial.exists():
+                raise SaveFailed(f"{partial} was removed while rank {rank} was awaited there")
             time.sleep(0.02)
         note: dict[str, Any] = json.loads(path.read_text())
         return note

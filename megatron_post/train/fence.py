@@ -36,7 +36,13 @@ class Fence:
 
     def check(self) -> None:
         """Raises `Superseded` where another incarnation has claimed the run since."""
-        newest = max(_epochs(self.directory))
+        epochs = _epochs(self.directory) if self.directory.is_dir() else []
+        if self.epoch not in epochs:
+            raise Superseded(
+                f"incarnation {self.incarnation} may not publish: its claim "
+                f"{self.directory}/{self.epoch:06d} was removed"
+            )
+        newest = epochs[-1]
         if newest != self.epoch:
             owner = _read(self.directory, newest)
             raise Superseded(

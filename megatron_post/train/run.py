@@ -32,7 +32,7 @@ from megatron_post.train.guard import Guard
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_post.train.reference import attach_reference
-from megatron_post.train.signals import StopRequest
+from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
 from megatron_post.train.step import Stepper
 from megatron_post.train.trainer import Trainer
@@ -81,7 +81,7 @@ def train(config: Config) -> None:
 def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, start: Position) -> None:
     """Train to the last step, going back to the newest checkpoint where the trainer asks for it.
 
-    Raises `ValueError` where there is no checkpoint to go back to.
+    Raises `Requeue` where there is none to go back to: the next start is from the initial weights.
     """
     while True:
         with open_loader(trainer.config, store, trainer.topology, start) as loader:
@@ -91,10 +91,11 @@ def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, star
             except RollBack:
                 start = trainer.checkpoints.resume(trainer.chunks, trainer.optimizer, trainer.scheduler)
         if not start.step:
-            raise ValueError(
-                "train.on_not_finite=rollback: this run has no checkpoint to go back to. The same command "
+            trainer.metrics.console(
+                "train.on_not_finite=rollback: no checkpoint to go back to, to be requeued. The same command "
                 "again starts from the initial weights and passes over what was not finite"
             )
+            raise Requeue
         trainer.metrics.console(f"rolled back to step {start.step}")
 
 

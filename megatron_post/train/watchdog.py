@@ -73,7 +73,7 @@ class Watchdog:
                 self._end()
 
     def _leave_note(self, period: Period) -> None:
-        content = {"step": period.step, "section": period.section, "time": time.time()}
+        content = {"step": period.step, "section": period.section}
         fresh = self.directory / f".note-{self._rank}"
         with contextlib.suppress(OSError):  # a full disk must not end the watch
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -85,9 +85,12 @@ class Watchdog:
 
     def _end(self) -> None:
         try:
-            (self.directory / "hung").touch()
-            with (self.directory / f"rank-{self._rank}.txt").open("w") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+            try:
+                (self.directory / "hung").touch()
+                with (self.directory / f"rank-{self._rank}.txt").open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+            except OSError:  # a full disk
+                faulthandler.dump_traceback(all_threads=True)
             time.sleep(NOTICE)
             notes = {rank: self._read(rank) for rank in range(len(self._places))}
             silent = [rank for rank, note in notes.items() if note is None and rank != self._rank]
@@ -96,7 +99,8 @@ class Watchdog:
                 text = f"hang: step not done within {self._deadline:g} s\n" + "\n".join(verdict(notes))
                 text += f"\nstacks of all ranks that answer: {self.directory}/rank-*.txt"
                 print(text, file=sys.stderr, flush=True)
-                (self.directory / "report.txt").write_text(text + "\n")
+                with contextlib.suppress(OSError):
+                    (self.directory / "report.txt").write_text(text + "\n")
             host = self._places[self._rank][0]
             stuck = [str(self._places[rank][1]) for rank in silent if self._places[rank][0] == host]
             if stuck:
@@ -108,12 +112,14 @@ class Watchdog:
             os._exit(REQUEUE)
 
     def _read(self, rank: int) -> dict[str, Any] | None:
-        """A rank's note, if it is one of the last seconds."""
+        """A rank's note, if it is not seconds older than this rank's own, by the file system's clock: those
+        of hosts differ and jump."""
         try:
             note: dict[str, Any] = json.loads(self._note(rank).read_text())
+            behind = self._note(self._rank).stat().st_mtime - self._note(rank).stat().st_mtime
         except (OSError, ValueError):
             return None
-        return note if time.time() - note["time"] < 2 * NOTICE else None
+        return note if behind < NOTICE else None
 
 
 def verdict(notes: dict[int, dict[str, Any] | None]) -> list[str]:
@@ -130,6 +136,8 @@ def verdict(notes: dict[int, dict[str, Any] | None]) -> list[str]:
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_runs(ranks)}"
         what = "waiting" if ranks is crowd else "did not arrive:"
         lines.append(f"  {which} {what} in step {step}, {section}")
+    if not silent and len(places) == 1:
+        lines.append("  no rank is missing: a link or a device hangs, or train.step_deadline is too short")
     return lines
 
 

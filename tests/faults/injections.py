@@ -1,6 +1,8 @@
 """What goes wrong inside a rank; each is called there before the command."""
 
+import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ def nan_gradient() -> None:
     """On rank 1: a finite loss whose gradient is NaN, in one microbatch of step 5 and whenever that is run
     again."""
     _spoil_loss(_NaNGradient.apply)
+
+
+def slow_steps() -> None:
+    """From the third step on data take 5 s."""
+    taken = itertools.count(1)
+
+    def taking(self: PackLoader) -> Any:
+        if next(taken) >= 3:
+            time.sleep(5)
+        return _next(self)
+
+    PackLoader.__next__ = taking  # type: ignore[method-assign]
 
 
 def write_samples(directory: Path) -> None:

@@ -1,6 +1,8 @@
 """What goes wrong while a checkpoint is written is named, and the writer's thread ends."""
 
 import errno
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,39 @@ def test_first_rank_gives_up_where_another_has_failed(tmp_path: Path) -> None:
     first.wait()
     assert isinstance(first.error, SaveFailed) and "rank 1" in str(first.error)
     assert not published and not (tmp_path / "partial").exists()
+
+
+def test_first_rank_gives_up_where_another_cannot_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory left on the host for the copy."""
+
+    def no_memory(*_: object) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    first, second = (Saver(rank, 2, torch.device("cpu")) for rank in range(2))
+    monkeypatch.setattr(second, "_copy", no_memory)
+    published: list[dict] = []
+    first.start(_save(tmp_path / "partial", published), asynchronous=True)
+    second.start(_save(tmp_path / "partial", None), asynchronous=True)
+    second.may_change()
+    for saver in (first, second):
+        saver.wait()
+    assert isinstance(first.error, SaveFailed) and "rank 1" in str(first.error)
+    assert str(second.error) == "can't allocate memory"
+    assert not published
+
+
+def test_a_directory_that_is_removed_meanwhile_ends_the_wait(tmp_path: Path) -> None:
+    """`rm -r RUN/checkpoints`, or another incarnation's claim: rank 1's note will never come."""
+    first = Saver(0, 2, torch.device("cpu"))
+    published: list[dict] = []
+    first.start(_save(tmp_path / "partial", published), asynchronous=True)
+    while not list(tmp_path.glob("partial/__0_0.distcp")):
+        time.sleep(0.01)
+    shutil.rmtree(tmp_path / "partial", ignore_errors=True)
+    first.wait()
+    assert "partial was removed while rank 1 was awaited" in str(first.error) or isinstance(
+        first.error, FileNotFoundError
+    )
+    assert not published

@@ -44,6 +44,17 @@ def test_same_incarnation_may_start_again_until_it_is_superseded(tmp_path: Path)
         claim(tmp_path, "1.0")
 
 
+def test_a_claim_that_was_removed_is_none(tmp_path: Path) -> None:
+    """Whoever empties a run's directory under a live run does not get half of its checkpoints back."""
+    fence = claim(tmp_path, "1.0")
+    (tmp_path / "incarnations" / "000001").unlink()
+    with pytest.raises(Superseded, match=r"its claim .*/incarnations/000001 was removed"):
+        fence.check()
+    (tmp_path / "incarnations").rmdir()
+    with pytest.raises(Superseded, match="was removed"):
+        fence.check()
+
+
 def test_old_one_cannot_publish_what_it_began_after_the_claim(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     old = claim(tmp_path, "old")

@@ -1,12 +1,16 @@
 """Who is named, and that a hang ends; real processes, since the watchdog ends its own."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from megatron_post.config.schema import Parallel
+from megatron_post.parallel.topology import parallel_run
+from megatron_post.train.pulse import Pulse
 from megatron_post.train.signals import REQUEUE
-from megatron_post.train.watchdog import verdict
+from megatron_post.train.watchdog import Watchdog, verdict
 
 _HANG = """
 import sys, time
@@ -57,3 +61,21 @@ def test_verdict_names_the_silent_and_those_behind() -> None:
         "  rank 7 did not arrive: in step 7, data",
         "  ranks 0-5 waiting in step 7, reduce gradients",
     ]
+
+
+def test_verdict_of_a_step_that_is_merely_slow() -> None:
+    notes = {rank: {"step": 7, "section": "forward and backward"} for rank in range(2)}
+    assert verdict(notes) == [
+        "  ranks 0-1 waiting in step 7, forward and backward",
+        "  no rank is missing: a link or a device hangs, or train.step_deadline is too short",
+    ]
+
+
+def test_a_note_is_judged_by_the_clock_of_the_file_system(tmp_path: Path) -> None:
+    """Two ranks on hosts whose clocks are an hour apart: what counts is how far a note is behind another."""
+    with parallel_run(Parallel(), seed=1) as topology:
+        watchdog = Watchdog(tmp_path, topology, Pulse(topology.device), deadline=4)
+    for rank, written in ((0, 5000.0), (1, 4999.0), (2, 4997.0)):
+        (tmp_path / f"rank-{rank}.json").write_text('{"step": 7, "section": "data"}')
+        os.utime(tmp_path / f"rank-{rank}.json", (written, written))
+    assert [watchdog._read(rank) is not None for rank in range(4)] == [True, True, False, False]
