@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from megatron_post.config.schema import Parallel
 from megatron_post.launch import node_check
 from megatron_post.launch.node_check import check_nodes
@@ -136,3 +138,10 @@ def test_an_absent_rank_is_named() -> None:
     results = run_ranks(_checked, 4, "absent", Parallel(), 0.0)
     assert [may_start for may_start, _ in results] == [False] * 4
     assert "FAULT: ranks 3 did not arrive within 3 s (node number 1 of the job" in results[0][1]
+
+
+def test_a_layout_that_does_not_fit_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks of TP 2, by `sbatch --ntasks-per-node=3`: no groups to check, and no rank waits."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert check_nodes(Parallel(tensor=2))
