@@ -48,8 +48,10 @@ def memory(
     microbatches = config.train.global_batch // data_size
     p = config.parallel
     result = []
+    # warm-up, and one group of microbatches through all chunks: from there on the schedule repeats itself
+    enough = min(microbatches, 3 * p.pipeline)
     for rank, parts in enumerate(chunks(config)):
-        order = rank_order(rank, pipeline=p.pipeline, virtual=p.virtual_pipeline, microbatches=microbatches)
+        order = rank_order(rank, pipeline=p.pipeline, virtual=p.virtual_pipeline, microbatches=enough)
         kinds = static_kinds(config, parts, data_size=data_size, fp8_copies=fp8_copies)
         kinds |= peak_kinds(ledger, parts, order)
         kinds["batches"] = microbatches * ledger.batch()
@@ -97,9 +99,9 @@ def held(ledger: Activations, chunk: Chunk) -> Counter[str]:
     return kept
 
 
-def working(ledger: Activations, chunk: Chunk, work: Pass) -> int:
+def working(ledger: Activations, chunk: Chunk, kind: str) -> int:
     """Bytes that a pass needs while it runs, beyond what it keeps."""
-    if work.kind == "forward":
+    if kind == "forward":
         return 0
     layer = ledger.layer_backward() if chunk.layers else 0
     if not chunk.head:
@@ -112,25 +114,29 @@ def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass
     """Activations by module and working memory at the moment when they are most together."""
     kept = [held(ledger, chunk) for chunk in parts]
     weights = [sum(item.values()) for item in kept]
-    in_flight: Counter[int] = Counter()
-    now = best = 0
-    peak: dict[str, int] = {}
+    extras = {
+        (kind, number): working(ledger, chunk, kind)
+        for number, chunk in enumerate(parts)
+        for kind in ("forward", "backward")
+    }
+    in_flight = [0] * len(parts)
+    now = most = extra_then = 0
+    then = tuple(in_flight)
     for work in order:
         if work.kind == "forward":
             in_flight[work.chunk] += 1
             now += weights[work.chunk]
-        extra = working(ledger, parts[work.chunk], work)
-        if now + extra > best:
-            best = now + extra
-            total: Counter[str] = Counter()
-            for number, passes in in_flight.items():
-                for name, size in kept[number].items():
-                    total[name] += passes * size
-            peak = {**total, "working": extra}
+        extra = extras[work.kind, work.chunk]
+        if now + extra > most:
+            most, extra_then, then = now + extra, extra, tuple(in_flight)
         if work.kind == "backward":
             in_flight[work.chunk] -= 1
             now -= weights[work.chunk]
-    return peak
+    total: Counter[str] = Counter()
+    for passes, modules in zip(then, kept, strict=True):
+        for name, size in modules.items():
+            total[name] += passes * size
+    return {**total, "working": extra_then}
 
 
 def receive_buffers(config: Config, rank: int) -> int:
