@@ -1,6 +1,7 @@
 """A checkpoint of the trainer to a Hugging Face directory."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -15,7 +16,7 @@ from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
-from megatron_post.convert.source import BLOCK_BYTES, row_blocks
+from megatron_post.convert.source import BLOCK_BYTES, ModelSource, row_blocks
 from megatron_post.convert.work import Part
 from megatron_post.train import manifest
 
@@ -65,7 +66,9 @@ class ToHuggingFace:
                 data = next(buffers)[: (end - start) * kind.row_bytes]
                 self._source.read_into(name, start, data.view(kind.dtype).view(end - start, *kind.shape[1:]))
                 file.write(raw_bytes(data))
-        self._source.checkpoint.check_begun()
+        for source in self._read_from:
+            if isinstance(source, MegatronCheckpoint):
+                source.checkpoint.check_begun()
         return {}
 
     def publish(self, records: list[dict[str, Any]]) -> None:
@@ -86,8 +89,13 @@ class ToHuggingFace:
         manifest.sync_directory(self.target.parent)
 
     @cached_property
-    def _source(self) -> MegatronCheckpoint:
+    def _source(self) -> ModelSource:
         return MegatronCheckpoint(self.source, step=self.step)
+
+    @property
+    def _read_from(self) -> Sequence[ModelSource]:
+        """The models on disk whose tensors are read."""
+        return [self._source]
 
     @cached_property
     def _companions(self) -> dict[str, bytes]:

@@ -135,8 +135,12 @@ class MergeJob(ToHuggingFace):
     max_shard_bytes: int = SHARD_BYTES
 
     @cached_property
-    def _source(self) -> ModelSource:
+    def _source(self) -> "MergedModel":
         return MergedModel(MethodMerge.model_validate_json(self.source))
+
+    @property
+    def _read_from(self) -> Sequence[ModelSource]:
+        return self._source.sources
 
 
 class MergedModel:
@@ -168,14 +172,14 @@ class MergedModel:
             for name, kind in first.tensors.items()
         }
         self._check_settings()
-        self._sources = sources
+        self.sources: Sequence[ModelSource] = sources
         self._prepared: tuple[str, list[float] | tuple[float, float] | None] = ("", None)
 
     @property
     def fingerprint(self) -> str:
         """Of all models and of everything that the plan says."""
         return fingerprint_of(
-            {str(i): source.fingerprint.encode() for i, source in enumerate(self._sources)}
+            {str(i): source.fingerprint.encode() for i, source in enumerate(self.sources)}
             | {"plan": self._plan.model_dump_json().encode()}
         )
 
