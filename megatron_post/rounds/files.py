@@ -69,7 +69,10 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that this package wrote. Raises `ValueError` naming the line that is no JSON object."""
+    """Rows of a file that this package wrote. Raises `ValueError` where there is no such file, and naming the
+    line that is no JSON object."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
