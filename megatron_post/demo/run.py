@@ -163,6 +163,7 @@ def _round_overrides(config: Config, sizes: Sizes) -> list[str]:
         f"rounds={sizes.rounds}",
         f"seed={config.seed}",
         f"start.policy={run_dir}/hf",
+        f"start.base={run_dir}/hf",
         f"data.prompts_per_round={sizes.round}",
         *(f"data.{key}={run_dir}/{name}.jsonl" for key, name in names.items()),
     ]

@@ -22,7 +22,9 @@ class Start(Section):
 
     policy: str = Field(description="answers the first round's prompts")
     base: str | None = Field(
-        None, description="reward model and SFT of every round start from it; null: from the round's policy"
+        None,
+        description="reward model and SFT of every round start from it, SFT on what all rounds selected; "
+        "null: from the round's policy, SFT on this round's",
     )
     reward: str | None = Field(
         None, description="a reward model for all rounds; null: one a round is trained"

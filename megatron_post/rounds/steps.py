@@ -114,8 +114,12 @@ class Round:
         )
 
     def pack_sft(self) -> None:
-        own = {"name": "selected", "path": str(self.directory / "selection" / SFT)}
-        sources = [own, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
+        """What was selected: in this round, where SFT goes on from the policy; in all so far, where it starts
+        from `start.base`, which has seen none of it."""
+        first = 1 if self.settings.start.base else self.number
+        rounds = [Round(self.settings, n, self.console) for n in range(first, self.number + 1)]
+        selected = [{"name": r.name, "path": str(r.directory / "selection" / SFT)} for r in rounds]
+        sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
         self._pack("sft", self.settings.start.base or self.policy, sources)
 
     def pack_dpo(self) -> None:

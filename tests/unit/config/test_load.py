@@ -122,7 +122,7 @@ def test_world() -> None:
 
 
 def test_recomputed_norms_need_transformer_engine() -> None:
-    """megatron-core fails in the first forward pass without it. Where nothing is selected, nothing is wrong."""
+    """megatron-core fails in the first forward pass without it. With nothing selected nothing is wrong."""
     for modules, remedy in (
         (["layernorm"], "set recompute.mode=none"),
         (["core_attn", "layernorm", "mlp"], r"set recompute.modules=[core_attn,mlp]"),
