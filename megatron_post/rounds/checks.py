@@ -1,5 +1,6 @@
 """What can be known to be wrong before a round's first step."""
 
+from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
@@ -15,6 +16,9 @@ from megatron_post.rounds.verifier import ExactMatch
 def check_models(settings: RoundSettings) -> None:
     """Raises `ValueError` unless all models that a run starts with share one tokenizer."""
     start = settings.start
+    for key, path in (("policy", start.policy), ("base", start.base), ("reward", start.reward)):
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"start.{key}={path}: no such directory; the first round begins with that model")
     policy = load_tokenizer(start.policy).fingerprint
     for key, path in (("base", start.base), ("reward", start.reward)):
         if path is not None and load_tokenizer(path).fingerprint != policy:

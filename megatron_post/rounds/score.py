@@ -17,6 +17,7 @@ from rich.progress import Progress
 from megatron_post.config.layout import segment_multiple
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config, Source
+from megatron_post.convert.open_source import open_weights_directory
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.loose_pack import loose_pack
 from megatron_post.data.packing import pack_units
@@ -51,9 +52,13 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     goes on after the last complete line. `OUTPUT.origin.json` says which model and rows the scores are of.
     Returns the rows scored by this call.
 
-    Raises `ValueError` for a bad row, a response longer than `data.pack_length`, an `output` of another model
-    or other rows, and an interleaved schedule.
+    Raises `ValueError` for a model without a reward head, a bad row, a response longer than
+    `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
     """
+    if not open_weights_directory(Path(model)).scalar_head:
+        raise ValueError(
+            f"{model} is a language model: it has no reward head, and a new one scores at random"
+        )
     values = {
         "stage": "reward",
         "reward": {"layout": "separate"},
@@ -175,7 +180,9 @@ def _resume(output: Path, origin: Mapping[str, str]) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{output} exists and holds no scores; give another --output") from None
     other = [name for name in origin if found.get(name) != origin[name]]
-    if other:
+    if other and not done:
+        write_json(sidecar, origin)  # another call failed before its first score
+    elif other:
         raise ValueError(
             f"{output} holds {done} scores of another {' and '.join(other)}; give another --output, or "
             "remove it"

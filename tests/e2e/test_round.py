@@ -162,7 +162,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (["generate.sampling.samples=0"], "generate.sampling.samples: .*greater than 0"),
         ([f"start.reward={tmp_path / 'other'}"], "start.reward=.*another tokenizer"),
         (["select.verifier=null"], "the first reward model has no data"),
-        (["start.policy=/nowhere"], "/nowhere"),
+        (["start.policy=/nowhere"], "start.policy=/nowhere: no such directory"),
         (["round=3"], "round: unknown key"),
         (["select.cleaning=/no/rules"], "config file /no/rules does not exist"),
         (["generate.backend={kind: server, url: 'http://x/v1', served_model: m}"], "answers with one model"),

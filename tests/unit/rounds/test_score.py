@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.rounds.score import _resume, _rows_key
+from megatron_post.rounds.score import _resume, _rows_key, score_file
+from tests.unit.rounds.models import tiny_policy
 
 ORIGIN = {"model": "m", "tokenizer": "t", "rows": "r"}
 LINE = json.dumps({"row": 1, "scores": [0.5]}) + "\n"
@@ -29,6 +30,21 @@ def test_another_origin_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"holds 1 scores of another {name}; give another --output"):
         _resume(output, {**ORIGIN, name: "other"})
     assert output.read_text() == LINE + LINE[:7]
+
+
+def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
+    """A name of rows that was mistyped: no score was written, so the output is anybody's."""
+    output = tmp_path / "scores.jsonl"
+    _resume(output, ORIGIN)
+    assert _resume(output, {**ORIGIN, "rows": "other"}) == 0
+    output.write_text(LINE)
+    assert _resume(output, {**ORIGIN, "rows": "other"}) == 1
+
+
+def test_a_language_model_scores_nothing(tmp_path: Path) -> None:
+    """Training gives it a new reward head, which says nothing yet."""
+    with pytest.raises(ValueError, match="model is a language model: it has no reward head"):
+        score_file(tiny_policy(tmp_path / "model"), tmp_path / "rows", tmp_path / "scores")
 
 
 @pytest.mark.parametrize("text", ["no json\n", '{"row": 1}\n', "[1]\n", LINE])
