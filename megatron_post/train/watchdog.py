@@ -38,7 +38,7 @@ class Watchdog:
 
     def __init__(self, directory: Path, topology: Topology, pulse: Pulse, *, deadline: float) -> None:
         self.directory, self._pulse, self._deadline = directory, pulse, deadline
-        self._rank, self._over = topology.rank, threading.Event()
+        self._rank, self._over, self._ends = topology.rank, threading.Event(), threading.Lock()
         self._places: list[Any] = [None] * topology.world_size  # (host, process id) of every rank
         torch.distributed.all_gather_object(self._places, (socket.gethostname(), os.getpid()))
 
@@ -47,7 +47,10 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None and (self.directory / "hung").exists():
+            # other ranks end, and what that cuts off here is no failure of its own
+            self._end()
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
         self._note(self._rank).unlink(missing_ok=True)
@@ -84,6 +87,7 @@ class Watchdog:
         return self.directory / f"rank-{rank}.json"
 
     def _end(self) -> None:
+        self._ends.acquire()  # for ever: who comes second ends with the first
         try:
             try:
                 (self.directory / "hung").touch()

@@ -53,6 +53,17 @@ def test_a_hang_ends_with_its_stack(tmp_path: Path) -> None:
     assert "rank 0 waiting in step 3, data" in process.stderr.read()
 
 
+def test_what_breaks_because_others_end_is_a_hang_too(tmp_path: Path) -> None:
+    """Rank 0's watchdog has ended it, and a collective here fails, before this rank has noticed anything."""
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "hung").touch()
+    script = _HANG.replace(
+        "for step in range(3):", "raise RuntimeError('connection reset')\n        for _ in ():"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "watch")], capture_output=True)
+    assert done.returncode == REQUEUE, done.stderr
+
+
 def test_verdict_names_the_silent_and_those_behind() -> None:
     waiting = {"step": 7, "section": "reduce gradients"}
     notes = {rank: dict(waiting) for rank in range(6)} | {6: None, 7: {"step": 7, "section": "data"}}
