@@ -1,16 +1,69 @@
 """The files beside the weights in a Hugging Face directory."""
 
+import contextlib
 import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_post.config.schema import Model
+from megatron_post.convert.contained import contained_file
 from megatron_post.data.tokenizer import Tokenizer
-from megatron_post.models.hf_config import to_hf_config
+from megatron_post.models.hf_config import from_hf_config, to_hf_config
+
+CONFIG = "config.json"
+# A name for every tensor of a model is made before its tensors are looked at; none has an eighth of that.
+_MOST_LAYERS = 1000
+
+
+def read_model(directory: Path) -> Model:
+    """The Llama that a directory's `config.json` describes, trusted in nothing.
+
+    Raises `ValueError`, naming the file, for a link that leads out of the directory, for what is no config of
+    a Llama that can be built here, and for sizes that do not fit each other.
+    """
+    path = directory / CONFIG
+    if os.path.lexists(path):
+        contained_file(directory, CONFIG, named_by=directory)
+    with malformed_explained(path, "the config of a Llama"):
+        model = from_hf_config(directory)
+        values = json.loads(path.read_text())
+    check_sizes(model, origin=path)
+    for key, only in (("hidden_act", "silu"), ("head_dim", model.head_dim)):
+        if values.get(key) not in (None, only):
+            raise ValueError(f"{path}: {key}={values[key]!r}; for this model only {only!r} is supported")
+    return model
+
+
+@contextlib.contextmanager
+def malformed_explained(path: Path, expected: str) -> Iterator[None]:
+    """Raises a `ValueError` that names the file for whatever its values lead to. expected: what they should
+    be."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        reason = f"not {expected}: {type(error).__name__}: {error}"
+        if isinstance(error, ValueError) and hasattr(error, "errors"):  # pydantic's, one for each key
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path}: {reason}") from error
+
+
+def check_sizes(model: Model, *, origin: Path) -> None:
+    """Raises `ValueError` for sizes that no Llama has. origin: the file that they are from."""
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if model.hidden_size % heads or heads % groups:
+        raise ValueError(
+            f"{origin}: {heads} attention heads of {groups} query groups do not divide {model.hidden_size}"
+        )
+    if model.num_layers > _MOST_LAYERS:
+        raise ValueError(f"{origin}: {model.num_layers} layers; at most {_MOST_LAYERS} are supported")
 
 
 def written_configs(

@@ -16,7 +16,11 @@ def contained_file(directory: Path, name: str, *, named_by: Path) -> Path:
         raise ValueError(f"{named_by}: file name {name!r} points outside the directory")
     root = directory.resolve()
     homes = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    if not any(path.resolve().is_relative_to(home) for home in homes):
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to each other
+        raise ValueError(f"{path}: {error}") from error
+    if not any(real.is_relative_to(home) for home in homes):
         raise ValueError(f"{named_by}: {name!r} is a link that points outside the directory")
     if not path.is_file():
         raise ValueError(f"{path}: missing, or no plain file")

@@ -161,7 +161,7 @@ class DistCheckpoint:
         for piece in entry.chunks:
             offsets, sizes = tuple(piece.offsets), tuple(piece.sizes)
             inside = len(offsets) == len(sizes) == len(kind.shape) and all(
-                o >= 0 and n >= 0 and o + n <= whole
+                0 <= int(o) <= int(o) + int(n) <= whole
                 for o, n, whole in zip(offsets, sizes, kind.shape, strict=True)
             )
             info = storage.get(MetadataIndex(key, piece.offsets))
@@ -170,7 +170,7 @@ class DistCheckpoint:
                     f"{self.directory}: .metadata: {key} has a chunk at {offsets} {sizes}"
                 )
             path = self.directory / info.relative_path  # type: ignore[attr-defined]
-            place = (info.offset, info.length)  # type: ignore[attr-defined]
+            place = (int(info.offset), int(info.length))  # type: ignore[attr-defined]
             tensor.chunks.append(_Chunk(offsets, sizes, path, *place))
         if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(kind.shape):
             raise DamagedCheckpoint(f"{self.directory}: .metadata: the chunks of {key} do not cover it")

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_post.convert.configs import read_model
 from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names
-from megatron_post.models.hf_config import from_hf_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -26,7 +26,7 @@ class HuggingFaceDirectory:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory, self._files = Path(directory), OpenFiles()
-        self.model = from_hf_config(self.directory)
+        self.model = read_model(self.directory)
         self._places = self._locate()
         self.scalar_head = SCORE[0] in self._places
         expected = hf_shapes(self.model, scalar_head=self.scalar_head)
@@ -80,6 +80,8 @@ class HuggingFaceDirectory:
         places: dict[str, tuple[Path, Stored]] = {}
         names = sorted(set(weight_map.values()))
         paths = {name: contained_file(self.directory, name, named_by=index) for name in names}
+        if os.path.lexists(self.directory / SINGLE) and SINGLE not in names:
+            raise ValueError(f"{self.directory} holds {INDEX} and {SINGLE} besides; remove one of them")
         for file_name, path in paths.items():
             header = read_header(path)
             named = {name for name, file in weight_map.items() if file == file_name}
@@ -97,12 +99,14 @@ def read_index(directory: Path) -> dict[str, str] | None:
     Raises `ValueError` where it holds neither, and for an index that is not one.
     """
     index = directory / INDEX
-    if index.is_file():
+    if os.path.lexists(index):
         path = contained_file(directory, INDEX, named_by=directory)
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
-            if not all(isinstance(name, str) for pair in weight_map.items() for name in pair):
-                raise TypeError("names are strings")
+            if not all(
+                isinstance(name, str) and name.isprintable() for pair in weight_map.items() for name in pair
+            ):
+                raise TypeError("names are printable strings")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index}: not an index with a weight_map: {error}") from error
         return dict(weight_map)

@@ -9,9 +9,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_post.config.schema import Model
+from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.mapping import SCORE, hf_shapes, rule_for, shard_from_hf
-from megatron_post.models.hf_config import differences, from_hf_config
+from megatron_post.models.hf_config import differences
 from megatron_post.models.llama import Llama
 
 
@@ -54,8 +55,7 @@ class SafetensorsDirectory:
 
         Raises `ValueError` where the directory is not this model: names, shapes and config are compared.
         """
-        mismatches = differences(model, from_hf_config(Path(directory)))
-        if mismatches:
+        if mismatches := differences(model, read_model(Path(directory))):
             raise ValueError(f"{directory} is another model:\n  " + "\n  ".join(mismatches))
         self._directory, self._head = HuggingFaceDirectory(directory), head
         if self._directory.scalar_head and head is None:

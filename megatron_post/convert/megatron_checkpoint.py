@@ -10,12 +10,11 @@ from torch import Tensor
 
 from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config, Model
-from megatron_post.convert.configs import written_configs
+from megatron_post.convert.configs import malformed_explained, read_model, written_configs
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import CoreTensor, Run, core_tensors, hf_shapes, row_runs
 from megatron_post.convert.source import COMPANIONS, Kind
 from megatron_post.data.tokenizer import load_tokenizer
-from megatron_post.models.hf_config import from_hf_config
 from megatron_post.train import manifest
 
 
@@ -28,17 +27,18 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: str | Path, *, step: int | None = None) -> None:
         """directory: of all steps of a run (`step`, by default the newest, is taken), or of one step."""
-        self.directory = step_of(Path(directory), step)
-        self._manifest = manifest.read_manifest(self.directory)
-        self._check_files()
-        self.step: int = self._manifest["step"]
-        self.weights_only: bool = self._manifest["state"].get("weights_only", False)
-        if self.weights_only:
-            self.model: Model = from_hf_config(self.directory)
-            self.scalar_head: bool = self._manifest["state"]["scalar_head"]
-        else:
-            self.model, self.scalar_head = self._config.model, self._config.stage == "reward"
-        self.checkpoint = DistCheckpoint(self.directory)
+        with malformed_explained(Path(directory), "a checkpoint of the trainer"):
+            self.directory = step_of(Path(directory), step)
+            self._manifest = manifest.read_manifest(self.directory)
+            self._check_files()
+            self.step: int = self._manifest["step"]
+            self.weights_only: bool = self._manifest["state"].get("weights_only", False)
+            if self.weights_only:
+                self.model: Model = read_model(self.directory)
+                self.scalar_head: bool = self._manifest["state"]["scalar_head"]
+            else:
+                self.model, self.scalar_head = self._config.model, self._config.stage == "reward"
+            self.checkpoint = DistCheckpoint(self.directory)
         self._runs: dict[str, list[tuple[CoreTensor, Run]]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for core in core_tensors(self.model, scalar_head=self.scalar_head):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_post.config.schema import Model
-from megatron_post.convert.configs import written_configs
+from megatron_post.convert.configs import check_sizes, malformed_explained, written_configs
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.mapping import META_NAMES, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
@@ -39,7 +39,8 @@ class MetaDirectory:
         for shard in shards:
             shard.pop("rope.freqs", None)  # derived from the config, in older releases
         self._params = self._read_params()
-        self.model = _model(self._params, shards, self._files[0])
+        with malformed_explained(self.directory / PARAMS, "parameters of a Llama"):
+            self.model = _model(self._params, shards, self._files[0])
         expected = hf_shapes(self.model)
         self._meta = {name: _meta_name(name) for name in expected}
         for path, shard in zip(self._files, shards, strict=True):
@@ -114,7 +115,8 @@ class MetaDirectory:
 
     def _read_params(self) -> dict[str, Any]:
         path = contained_file(self.directory, PARAMS, named_by=self.directory)
-        params = json.loads(path.read_text())
+        with malformed_explained(path, "parameters of a Llama"):
+            params = dict(json.loads(path.read_text()))
         missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
         if missing:
             raise ValueError(f"{path}: missing {', '.join(missing)}")
@@ -144,7 +146,7 @@ def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) 
             f"{path.parent / PARAMS}: Llama 3.2 scales RoPE by another factor than 3.1, which this file does "
             'not tell; add "rope_scaling_factor"'
         )
-    return Model(
+    model = Model(
         num_layers=params["n_layers"],
         hidden_size=hidden,
         ffn_hidden_size=feed_forward,
@@ -158,3 +160,5 @@ def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) 
         rms_norm_eps=params["norm_eps"],
         tie_word_embeddings=tied,
     )
+    check_sizes(model, origin=path.parent / PARAMS)
+    return model

@@ -16,11 +16,20 @@ def open_weights_directory(directory: Path) -> ModelSource:
         raise ValueError(f"{directory} is no directory")
     if os.path.lexists(directory / PARAMS) and not os.path.lexists(directory / "config.json"):
         return MetaDirectory(directory)
+    if not os.path.lexists(directory / "config.json"):
+        inner = [path.name for path in (directory / "checkpoints", directory / "hf") if path.is_dir()]
+        raise ValueError(
+            f"{directory} holds no config.json of Hugging Face and no {PARAMS} of Meta"
+            + (f"; did you mean its {' or '.join(inner)}?" if inner else "")
+        )
     return HuggingFaceDirectory(directory)
 
 
 def open_model(directory: Path) -> ModelSource:
     """A model of any kind: weights of Hugging Face or Meta, or a checkpoint (the newest step of a run)."""
-    if (directory / manifest.MANIFEST).is_file() or manifest.published_steps(directory):
-        return MegatronCheckpoint(directory)
-    return open_weights_directory(directory)
+    try:
+        if (directory / manifest.MANIFEST).is_file() or manifest.published_steps(directory):
+            return MegatronCheckpoint(directory)
+        return open_weights_directory(directory)
+    except OSError as error:
+        raise ValueError(f"{error.filename or directory}: {error.strerror or error}") from error

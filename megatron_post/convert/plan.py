@@ -9,12 +9,12 @@ from rich.table import Table
 
 from megatron_post.config.presets import PRESETS
 from megatron_post.config.schema import Model
+from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_directory import read_index
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.shards import plan_shards
 from megatron_post.convert.source import DTYPE_NAMES, Kind, check_names
 from megatron_post.convert.to_megatron import PART_BYTES
-from megatron_post.models.hf_config import from_hf_config
 
 # Resident memory of a worker, measured at about 330 MiB whatever the model: Python, torch, headers, buffers.
 BASE_BYTES = 400 * 1024**2
@@ -73,7 +73,7 @@ def _model(source: str) -> Model:
     directory = Path(source)
     if not directory.is_dir():
         raise ValueError(f"{source} is neither a directory nor one of {', '.join(PRESETS)}")
-    model = from_hf_config(directory)
+    model = read_model(directory)
     try:
         weight_map = read_index(directory)
     except ValueError as error:

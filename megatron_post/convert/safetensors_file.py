@@ -61,7 +61,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):
                 raise BadSafetensors(_no_header(path, start, length, size))
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise BadSafetensors(f"{path}: not a readable safetensors file: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -138,6 +138,8 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, *, data: int) -> Stored:
     """A header entry, its offset now the file's. Python's integers do not overflow: absurd sizes just
     differ."""
+    if not name.isprintable():
+        raise BadSafetensors(f"{path}: malformed tensor name {name[:80]!r}")
     try:
         code, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, start, end]

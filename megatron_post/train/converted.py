@@ -8,7 +8,8 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_post.config.schema import Config
-from megatron_post.models.hf_config import differences, from_hf_config
+from megatron_post.convert.configs import read_model
+from megatron_post.models.hf_config import differences
 from megatron_post.models.llama import Llama
 
 
@@ -17,7 +18,7 @@ def check_weights(directory: Path, stored: dict[str, Any], config: Config) -> No
 
     stored: the manifest's `state`.
     """
-    wrong = differences(config.model, from_hf_config(directory))
+    wrong = differences(config.model, read_model(directory))
     if stored["scalar_head"] != (config.stage == "reward"):
         kind = "a reward model's" if stored["scalar_head"] else "a language model's"
         wrong.append(f"stage={config.stage}, and the weights are {kind}")

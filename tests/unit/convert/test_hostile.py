@@ -6,10 +6,12 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
@@ -51,6 +53,11 @@ def _link(directory: Path, name: str) -> None:
 
 def _first(directory: Path) -> Path:
     return directory / "model-00001-of-00003.safetensors"
+
+
+def _configure(directory: Path, **values: object) -> None:
+    config = json.loads((directory / "config.json").read_text()) | values
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def _rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -97,6 +104,32 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: [p.rename(p.with_suffix(".bin")) for p in d.glob("*.s*") if p.name != "x"]
         and (d / INDEX).unlink(missing_ok=True),
         "pickled .bin weights.*safe_serialization",
+    ),
+    "config: not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json: not the config"),
+    "config: a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: not the config"),
+    "config: nested": (
+        lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: not the config of .*Recursion"
+    ),
+    "config: words": (lambda d: _configure(d, vocab_size="x"), "config.json: vocab_size: Input should be"),
+    "config: layers": (lambda d: _configure(d, num_hidden_layers=10**9), "config.json: 1000000000 layers"),
+    "config: heads": (lambda d: _configure(d, num_attention_heads=7), "config.json: 7 attention heads"),
+    "config: head_dim": (lambda d: _configure(d, head_dim=4), "config.json: head_dim=4; .* only 2 is supp"),
+    "config: activation": (lambda d: _configure(d, hidden_act="gelu"), "config.json: hidden_act='gelu'"),
+    "config: another shape": (
+        lambda d: _configure(d, intermediate_size=225),
+        r"gate_proj.weight has shape \(224, 64\), expected \(225"
+    ),
+    "index: terminal codes": (lambda d: _point_at(d, "\x1b[31m"), "names are printable strings"),
+    "index: link to itself": (
+        lambda d: (_first(d).unlink(), _first(d).symlink_to(_first(d).name)),
+        "00003.safetensors: Symlink loop"
+    ),
+    "index beside a single file": (
+        lambda d: shutil.copy(_first(d), d / "model.safetensors"), "model.safetensors besides; remove one"
+    ),
+    "names with terminal codes": (
+        lambda d: _rewrite(d, lambda t: t.update({"\x1b[31m": torch.ones(2)})),
+        r"00003.safetensors: malformed tensor name '\\x1b",
     ),
     "huge model": (
         lambda d: (d / "config.json").write_text(
@@ -196,6 +229,42 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=f"{file}: missing"):
         convert(ToHuggingFace(str(root), str(tmp_path / "other")), workers=1, report=print)
+
+
+MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no files": (lambda m: m.pop("files"), "KeyError: 'files'"),
+    "files in a list": (lambda m: m.update(files=[1]), "AttributeError: 'list'"),
+    "no state": (lambda m: m.pop("state"), "KeyError: 'state'"),
+    "a file that is a number": (lambda m: m["files"].update({".metadata": 3}), "TypeError: 'int'"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_manifests(tmp_path: Path, name: str) -> None:
+    """Vouched for by their own checksum: refused as any other, and not by a traceback."""
+    root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
+    step, (change, message) = root / "step-00000000", MALFORMED[name]
+    found = manifest.read_manifest(step)
+    change(found)
+    (step / manifest.MANIFEST).write_text(json.dumps({"sha256": manifest._digest(found), **found}))
+    _refused(
+        tmp_path, ToHuggingFace(str(step), str(tmp_path / "back")), f"{step}: not a checkpoint .*{message}"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Metadata({}, storage_data={1: 5})),
+        b"\x80\x04\x8e" + b"\xff" * 4 + b"\0\0\0\x10",
+        b"(" * 10**6,
+    ],
+    ids=["numbers", "claims 2^60 bytes", "nested"],
+)
+def test_malformed_metadata(tmp_path: Path, content: bytes) -> None:
+    root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
+    _resign(root / "step-00000000", ".metadata", content)
+    _refused(tmp_path, ToHuggingFace(str(root), str(tmp_path / "back")), f"{root}")
 
 
 @pytest.mark.parametrize("row", [240, 255])

@@ -70,8 +70,8 @@ def test_405b_has_its_parameters_and_tensors() -> None:
         (lambda d: _truncate(d / "model.safetensors"), "model.norm.weight: ends at byte .*: truncated"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64), "not a readable safetensors file"),
         (
-            lambda d: _edit(d / "config.json", '"hidden_size": 64', '"hidden_size": 32'),
-            "model.hidden_size: 64 in the",
+            lambda d: _edit(d / "config.json", '"vocab_size": 250', '"vocab_size": 251'),
+            "model.vocab_size: 250 in the",
         ),
         (
             lambda d: _edit(d / "config.json", '"rope_type": "llama3"', '"rope_type": "yarn"'),

@@ -113,6 +113,19 @@ def test_bad_directories(tmp_path: Path) -> None:
     refused(tensors | {name: torch.ones(15, 64)}, f"00.pth: {name}: 1 shard.*of .15, 64. do not make .16, 64")
     even = {n: t[:252] if t.shape[0] == 253 else t for n, t in tensors.items()}
     refused(even | {name: torch.ones(32, 64)}, f"{name}: 2 shard.*of .16, 64. do not make .16, 64", ranks=2)
+    for values, message in (
+        ("[", "not parameters of a Llama: JSONDecodeError"),
+        ("null", "not parameters of a Llama: TypeError"),
+        (
+            '{"dim": null, "n_layers": 3, "n_heads": 32, "norm_eps": 1e-5}',
+            "hidden_size: Input should be a valid",
+        ),
+        ('{"dim": 64, "n_layers": 1e9, "n_heads": 32, "norm_eps": 1e-5}', "1000000000 layers; at most"),
+    ):
+        directory = _write(tmp_path / str(len(list(tmp_path.iterdir()))), tensors, ranks=1)
+        (directory / "params.json").write_text(values)
+        with pytest.raises(ValueError, match=f"{directory}/params.json: {message}"):
+            MetaDirectory(directory)
     witness = tmp_path / "witness"
 
     class Bomb:

@@ -60,6 +60,8 @@ def _one(**changes: Any) -> dict[str, Any]:
         ([1, 2], "not an object"),
         (b"{", "bad header"),
         (b"[" * 100_000, "bad header"),
+        (json.dumps(_one()).encode("utf-16"), "bad header"),
+        ({"w\x1b[31m": _one()["w"]}, "malformed tensor name"),
         (b'{"w": ' + b"9" * 5000 + b"}", "bad header"),
         (
             {**_one(data_offsets=[0, 64]), "v": {"dtype": "U8", "shape": [8], "data_offsets": [32, 40]}},
