@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from megatron_post.convert.part_file import PartFile
 from megatron_post.parallel.environment import rank_from_environment
@@ -70,15 +72,15 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
     if workers < 1:
         raise ConversionError(f"--workers {workers}: at least one is needed")
     node, nodes = worker_environment()
-    if job.target.exists():
-        if nodes > 1:
-            report(f"{job.target} is complete")
-            return True
-        raise ConversionError(f"{job.target} exists already; choose another directory, or remove it")
-    settings, count = job.settings, len(job.parts)  # checks the source, before anything is written
-    with _full_disk_explained(job):
+    with _disk_errors_explained(job):
+        if job.target.exists():
+            if nodes > 1:
+                report(f"{job.target} is complete")
+                return True
+            raise ConversionError(f"{job.target} exists already; choose another directory, or remove it")
+        settings, count = job.settings, len(job.parts)  # checks the source, before anything is written
         _claim(job, settings)
-    _check_space(job)
+        _check_space(job)
     started, before = time.perf_counter(), len(_done(job))
     if before:
         report(f"going on with {job.partial}: {before} of {count} parts are there")
@@ -87,12 +89,19 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
         moved = _work(job, indices[0], nodes)
     else:
         # a fresh interpreter a worker: forking one in which torch has run threads can hang
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
             tasks = [pool.submit(_work, dataclasses.replace(job), i, nodes * workers) for i in indices]  # type: ignore[type-var]
-            moved = sum(task.result() for task in tasks)
+            try:
+                moved = sum(task.result() for task in tasks)
+            except BrokenProcessPool as error:
+                raise ConversionError(
+                    f"{job.partial}: a worker was killed, perhaps for want of memory; finished parts are "
+                    "kept: run the same command again, with fewer --workers if need be"
+                ) from error
     seconds = time.perf_counter() - started
     report(f"{moved / 1e6:,.0f} MB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s")
-    with _full_disk_explained(job):
+    with _disk_errors_explained(job):
         return _finish(job, report)
 
 
@@ -173,66 +182,105 @@ def _work(job: Job, index: int, count: int) -> int:
     done, moved = _done(job), 0
     for number in range(index, len(job.parts), count):
         if number not in done:
-            with _full_disk_explained(job):
-                _write_part(job, number)
-            moved += job.parts[number].nbytes
+            with _disk_errors_explained(job), _unless_published(job):
+                moved += _write_part(job, number)
     return moved
 
 
 @contextlib.contextmanager
-def _full_disk_explained(job: Job) -> Iterator[None]:
+def _unless_published(job: Job) -> Iterator[None]:
+    """Files that vanish because another process has finished are no error."""
+    try:
+        yield
+    except FileNotFoundError:
+        if not job.target.exists():
+            raise
+
+
+@contextlib.contextmanager
+def _disk_errors_explained(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+            raise ConversionError(
+                f"{error.filename or job.partial}: {error.strerror or error}; the source is untouched"
+            ) from error
         raise ConversionError(
             f"{job.partial}: {os.strerror(error.errno)}; the source is untouched and {len(_done(job))} of "
             f"{len(job.parts)} parts are kept: free some space and run the same command again"
         ) from error
 
 
-def _write_part(job: Job, number: int) -> None:
+def _write_part(job: Job, number: int) -> int:
+    """Returns its tensor bytes, or 0 where another process that runs the same command has it."""
     name, state = job.parts[number].name, state_directory(job)
-    # a name of one's own: a worker that outlived its killed parent must not write into another's file
-    for stale in job.partial.glob(f".{name}.*"):
-        stale.unlink(missing_ok=True)
-    growing = job.partial / f".{name}.{_own_suffix()}"
+    with (state / f"{name}.lock").open("w") as lock:
+        if not _locked(lock, wait=False):
+            return 0
+        if (state / f"{name}.json").exists() and number in _done(job):
+            return 0
+        # a name of one's own: a worker that outlived its killed parent must not write into another's file
+        for stale in job.partial.glob(f".{name}.*"):
+            stale.unlink(missing_ok=True)
+        growing = job.partial / f".{name}.{_own_suffix()}"
+        try:
+            with PartFile(growing) as file:
+                record = job.write_part(number, file)
+            record["bytes"] = growing.stat().st_size
+            growing.rename(job.partial / name)
+        except BaseException:
+            growing.unlink(missing_ok=True)
+            raise
+        marker = state / f".{name}.{_own_suffix()}"
+        marker.write_text(json.dumps(record))
+        marker.rename(state / f"{name}.json")
+    return job.parts[number].nbytes
+
+
+def _locked(file: IO[str], *, wait: bool) -> bool:
+    """Whether a lock was obtained, or is not to be had on this file system, where nobody has it."""
     try:
-        with PartFile(growing) as file:
-            record = job.write_part(number, file)
-        record["bytes"] = growing.stat().st_size
-        growing.rename(job.partial / name)
-    except BaseException:
-        growing.unlink(missing_ok=True)
-        raise
-    marker = state / f".{name}.{_own_suffix()}"
-    marker.write_text(json.dumps(record))
-    marker.rename(state / f"{name}.json")
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def _finish(job: Job, report: Report) -> bool:
     """Publish if all parts are there and nobody has."""
     state = state_directory(job)
-    try:
+    with _unless_published(job):
         left = len(job.parts) - len(_done(job))
         if left and not job.target.exists():
             report(f"{left} of {len(job.parts)} parts are left to others; the last publishes {job.target}")
             return False
         with (state / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _locked(lock, wait=True)
             if not job.target.exists():
                 records = _done(job)
                 for stray in job.partial.glob(".*"):
                     if stray.is_file() and any(stray.name.startswith(f".{p.name}.") for p in job.parts):
                         stray.unlink(missing_ok=True)
                 job.publish([records[number] for number in range(len(job.parts))])
-    except FileNotFoundError:
-        if not job.target.exists():
-            raise
     shutil.rmtree(state, ignore_errors=True)
     report(f"{job.target} is complete")
     return True
+
+
+def _end_with_parent() -> None:
+    """In a worker: it would wait for work for ever after its parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _own_suffix() -> str:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.verify import verify
@@ -124,6 +126,44 @@ def test_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
     assert {file: file.read_bytes() for file in source.iterdir()} == before
     assert not (root / "step-00000000").exists()
     assert convert(_job(source, root), workers=1, report=print)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOTDIR])
+def test_other_errors_of_the_disk(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """One line with the file, as for anything that a user can mend."""
+
+    def refuse(self: Path, *args: object, **settings: object) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        ConversionError, match=rf"c/.converting-step-00000000: {os.strerror(code)}; the source"
+    ):
+        convert(_job(source, tmp_path / "c"), workers=1, report=print)
+
+
+def test_two_at_once_share(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again while the first writes its third part: it skips that one and writes the others;
+    the first finds them there, and publishes."""
+    root, said, original, first = tmp_path / "checkpoints", [], ToMegatron.write_part, []
+
+    def write_part(self: ToMegatron, number: int, file: PartFile) -> dict[str, Any]:
+        first.append(number)
+        if len(first) == 3:
+            monkeypatch.setattr(ToMegatron, "write_part", original)
+            assert not convert(_job(source, root), workers=1, report=said.append)
+        return original(self, number, file)
+
+    monkeypatch.setattr(ToMegatron, "write_part", write_part)
+    assert convert(_job(source, root), workers=1, report=print)
+    assert first == [0, 1, 2]
+    assert any(
+        line.startswith(f"1 of {len(_job(source, root).parts)} parts are left to others") for line in said
+    )
+    verify(str(source), str(root), report=print)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000000"]
 
 
 def test_space_is_asked_for_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
