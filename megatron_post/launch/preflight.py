@@ -1,7 +1,9 @@
 """Everything that can be found wrong with a launch before it queues, all of it at once."""
 
+import dataclasses
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +17,15 @@ from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
+from megatron_post.plan.estimate import make_plan, verdict
+from megatron_post.plan.hardware import gpu_of_device
 
 
 def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:
     """Every reason why this run would fail on this cluster; empty if none is found."""
     found = layout_findings(config, cluster, nodes=job.nodes)
+    if not found:
+        found += memory_findings(config, cluster, nodes=job.nodes)
     found += data_findings(config, job.directory)
     found += disk_findings(config, job.directory)
     if cluster.container is not None:
@@ -45,6 +51,22 @@ def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
     if nodes * cluster.ranks % config.parallel.model_size == 0:
         found += place(config.parallel, nodes=nodes, ranks_per_node=cluster.ranks).errors()
     return found
+
+
+def memory_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str]:
+    """By how much the planner says that a possible layout does not fit, and which single changes would.
+
+    Nothing on a cluster without GPUs, or of some that the planner does not know; `gpu_type: null` is an H100.
+    """
+    device = gpu_of_device(cluster.gpu_type or "h100")
+    if not cluster.gpus_per_node or device is None:
+        return []
+    device = dataclasses.replace(device, per_node=cluster.ranks)
+    plan = make_plan(config, gpus=nodes * cluster.ranks, gpu=device)
+    if plan.shortfall <= 0:
+        return []
+    text = re.sub(r"--gpus (\d+)", lambda found: f"--nodes {int(found[1]) // cluster.ranks}", verdict(plan))
+    return [f"memory, by `megatron-post plan`: {text}"]
 
 
 def data_findings(config: Config, directory: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Findings that need no Slurm; those that do are in tests/slurm."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
-from megatron_post.config.load import ConfigError
+from megatron_post.config.load import ConfigError, load_config
 from megatron_post.data.build import build_store
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.launch.cluster import Cluster
@@ -16,6 +17,7 @@ from megatron_post.launch.preflight import (
     data_findings,
     disk_findings,
     layout_findings,
+    memory_findings,
     mount_findings,
     raise_for,
 )
@@ -38,6 +40,32 @@ def test_tensor_parallel_across_nodes_is_refused() -> None:
     config = tiny_config(parallel={"tensor": 2}, train={"global_batch": 3})
     (found,) = layout_findings(config, cluster, nodes=2)
     assert "tensor-parallel groups would cross nodes" in found
+
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+H100 = Cluster(gpus_per_node=8, cpus_per_node=96)
+
+
+def test_memory_that_does_not_fit() -> None:
+    """70B without context parallelism: 81.5 GiB on the first pipeline rank. Remedies are in launch's terms.
+    A larger GPU, one that the planner does not know, and none have nothing against it."""
+    config = load_config(CONFIGS / "llama3_70b" / "sft.yaml", ["parallel.context=1"])
+    (found,) = memory_findings(config, H100, nodes=8)
+    first, *remedies = found.splitlines()
+    assert re.search(r"rank 0 takes 8\d\.\d GiB, h100-80gb has 79\.6 GiB: 1\.\d GiB too much$", first)
+    assert any(line.startswith("  parallel.context=2 fits: ") for line in remedies)
+    assert not any("--gpus" in line for line in remedies)
+    assert memory_findings(config, H100.model_copy(update={"gpu_type": "h200"}), nodes=8) == []
+    assert memory_findings(config, H100.model_copy(update={"gpu_type": "mi300x"}), nodes=8) == []
+    assert memory_findings(tiny_config(), CLUSTER, nodes=2) == []
+
+
+def test_more_nodes_as_a_remedy() -> None:
+    """405B's DPO on 64 GPUs: the optimizer's shards want four times as many."""
+    config = load_config(CONFIGS / "llama3_405b" / "dpo.yaml")
+    (found,) = memory_findings(config, H100, nodes=8)
+    assert "  --nodes 32 fits: " in found
+    assert memory_findings(config, H100, nodes=32) == []
 
 
 def test_data(tmp_path: Path) -> None:
