@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +274,8 @@ class Round:
     def _pack(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> None:
         """Write a stage's config, and the store that it names."""
         config = self.config(stage, model, sources)
+        for left_by_a_kill in (self.directory / stage).glob(".store.*.partial"):
+            shutil.rmtree(left_by_a_kill)
         summaries = build_store(config, console=Console(quiet=True), overwrite=True)
         write_whole(self.directory / stage / "config.yaml", to_yaml(config))
         packed = summaries["train"]

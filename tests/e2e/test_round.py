@@ -19,6 +19,7 @@ from megatron_post.rounds.files import read_lines
 from megatron_post.rounds.round import all_steps, run_rounds
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
+from megatron_post.rounds.steps import Round
 from tests.e2e.runs import start
 from tests.unit.rounds.models import tiny_policy
 
@@ -133,6 +134,14 @@ def test_done_anew_from_a_step(whole: Path) -> None:
     assert "round-01/average" in log.read_text() and "round-01/select" not in log.read_text()
     _assert_same(before, _kept(whole))
     assert (whole / "run" / "round-01" / "selection" / "sft.jsonl").stat().st_mtime_ns == selected
+
+
+@pytest.mark.slow
+def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
+    stage = whole / "run" / "round-01" / "sft"
+    (stage / ".store.1.partial" / "train").mkdir(parents=True)
+    Round(load_round(whole / "round.yaml"), 1, Console(quiet=True)).pack_sft()
+    assert not list(stage.glob(".store.*"))
 
 
 def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
