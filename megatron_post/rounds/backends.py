@@ -177,7 +177,7 @@ def nucleus(logps: Tensor, top_p: float) -> Tensor:
 class _Vllm:
     """vLLM's offline engine; prompts are shared by their samples through its prefix cache.
 
-    Written against the interface of vLLM's version 1 engine (from 0.11 on), and never run here.
+    Written by the documentation of vLLM 0.8.3 and later sources, and never run here.
     """
 
     def __init__(self, settings: VllmBackend, model: str) -> None:

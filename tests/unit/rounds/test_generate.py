@@ -265,7 +265,8 @@ def test_where_a_response_ends(
 
 
 def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the names of vLLM 0.11's own signatures; the engine itself has not been run here."""
+    """By the names in the documentation of vLLM 0.8.3, which later sources keep; the engine has never run
+    here."""
     asked: dict[str, Any] = {}
 
     class SamplingParams:
