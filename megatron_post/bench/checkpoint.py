@@ -90,7 +90,7 @@ def measure_checkpoints(
             settings={
                 **model_settings(config),
                 "layout": layout,
-                "saves": f"{saves} of each kind a round, {every} steps apart, {rounds} rounds in turn",
+                "saves": f"{saves} of each kind in turn, {every} steps apart, {rounds} time(s)",
                 "directory": directory,
             },
             figures=figures(ranks, size=size),

@@ -139,8 +139,8 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
         else:
             run = _with_random_weights(run)
             notes.append(
-                f"synthetic: {config.data.store} does not exist. Random weights and tokens; lengths are "
-                "log-normal about the means of Llama 3's SFT mix"
+                f"synthetic: data.store={config.data.store} does not exist, so random tokens and weights; "
+                "lengths are log-normal about the means of Llama 3's SFT mix"
             )
             store = _synthetic_store(directory / "store", run, topology, packs=packs)
         yield run, topology, store, tuple(notes)
