@@ -176,7 +176,7 @@ def _write_random(directory: Path, model: Model, kinds: dict[str, Kind]) -> None
             os.fsync(file.fileno())
     files = written_configs(model, None, dtype=torch.bfloat16, scalar_head=False)
     if len(shards) > 1:
-        files[INDEX] = index_of(weight_map, total_bytes=sum(kind.nbytes for kind in kinds.values()))
+        files[INDEX] = index_of(weight_map, kinds)
     for name, content in files.items():
         (directory / name).write_bytes(content)
 

@@ -6,7 +6,7 @@ import typer
 
 convert_app = typer.Typer(no_args_is_help=True, help="Convert weights, streaming, between files alone.")
 
-Workers = Annotated[int, typer.Option(help="Processes on this node; under srun or in an array, on each.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes, on each node under srun or in an array.")]
 MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file: 5GB, 500MB, 4GiB.")]
 
 
@@ -59,11 +59,13 @@ def verify(
 @convert_app.command("inspect")
 def inspect(directory: Annotated[str, typer.Argument(metavar="DIR")]) -> None:
     """Print what is in a directory: tensors, shapes, dtypes, bytes, step, config."""
+    import sys
+
     from rich.console import Console
 
     from megatron_post.convert.inspect import inspect as show
 
-    show(directory, console=Console())
+    show(directory, console=Console(width=None if sys.stdout.isatty() else 140))
 
 
 @convert_app.command("plan")

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from megatron_post.config.schema import Model
 from megatron_post.convert.contained import contained_file
+from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.models.hf_config import from_hf_config, to_hf_config
 
@@ -103,9 +105,13 @@ def fingerprint_of(companions: dict[str, bytes]) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def index_of(weight_map: dict[str, str], *, total_bytes: int) -> bytes:
-    """`model.safetensors.index.json`."""
-    return _json({"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+def index_of(weight_map: dict[str, str], kinds: Mapping[str, Kind]) -> bytes:
+    """`model.safetensors.index.json`, as `save_pretrained` of transformers 5 writes it."""
+    metadata = {
+        "total_parameters": sum(prod(kind.shape) for kind in kinds.values()),
+        "total_size": sum(kind.nbytes for kind in kinds.values()),
+    }
+    return _json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

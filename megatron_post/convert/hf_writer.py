@@ -144,6 +144,6 @@ def _finish(
     (dtype,) = {kind.dtype for kind in kinds.values()}
     companions = written_configs(model, tokenizer, dtype=dtype, scalar_head=scalar_head)
     if len(files) > 1:
-        companions[INDEX] = index_of(weight_map, total_bytes=sum(kind.nbytes for kind in kinds.values()))
+        companions[INDEX] = index_of(weight_map, kinds)
     for name, content in companions.items():
         (directory / name).write_bytes(content)

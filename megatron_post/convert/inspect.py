@@ -9,8 +9,9 @@ from rich.table import Column, Table
 
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_post.convert.meta_source import MetaDirectory
 from megatron_post.convert.open_source import open_model
-from megatron_post.convert.source import Kind
+from megatron_post.convert.source import Kind, ModelSource
 
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
@@ -21,17 +22,20 @@ def inspect(directory: str, *, console: Console) -> None:
     source = open_model(Path(directory))
     console.print(f"{directory}: {describe(source)}", highlight=False, soft_wrap=True)
     config = source.model.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
-    console.print("  ".join(f"{key} {value}" for key, value in config.items()), highlight=False)
+    console.print(
+        "  ".join(f"{key} {value}" for key, value in config.items()), highlight=False, soft_wrap=True
+    )
     kinds = dict(source.tensors)
     if isinstance(source, MegatronCheckpoint):
         kinds = DistCheckpoint(source.directory).kinds
     console.print(tensor_table(kinds))
 
 
-def describe(source: object) -> str:
+def describe(source: ModelSource) -> str:
     """The kind of a source, in a line."""
     if not isinstance(source, MegatronCheckpoint):
-        return f"{type(source).__name__}{', a reward model' if source.scalar_head else ''}"  # type: ignore[attr-defined]
+        kind = "Meta's files" if isinstance(source, MetaDirectory) else "Hugging Face directory"
+        return kind + (", a reward model" if source.scalar_head else "")
     content = "weights alone" if source.weights_only else "weights and optimizer"
     return f"megatron-core checkpoint, step {source.step}, {content}"
 

@@ -18,11 +18,14 @@ from megatron_post.convert.to_megatron import PART_BYTES
 
 # Resident memory of a worker, measured at about 330 MiB whatever the model: Python, torch, headers, buffers.
 BASE_BYTES = 400 * 1024**2
+# Of a worker with a core to itself, the slower way; measured at about 800 to 950 (docs/benchmarks.md).
+WORKER_MEGABYTES_PER_SECOND = 800.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a conversion. peak_bytes: of all workers of a node together."""
+    """Figures of a conversion. peak_bytes: of all processes of a node together. workers_decide: whether more
+    of them, and not a faster disk, would make it shorter."""
 
     tensors: int
     total_bytes: int
@@ -31,6 +34,7 @@ class Plan:
     parts: int
     peak_bytes: int
     seconds: float
+    workers_decide: bool
 
 
 def plan(source: str, *, dtype: str, max_shard_bytes: int, workers: int, megabytes_per_second: float) -> Plan:
@@ -41,14 +45,16 @@ def plan(source: str, *, dtype: str, max_shard_bytes: int, workers: int, megabyt
     """
     kinds = {name: Kind(DTYPE_NAMES[dtype], shape) for name, shape in hf_shapes(_model(source)).items()}
     total = sum(kind.nbytes for kind in kinds.values())
+    workers_speed = workers * WORKER_MEGABYTES_PER_SECOND
     return Plan(
         tensors=len(kinds),
         total_bytes=total,
         largest_bytes=max(kind.nbytes for kind in kinds.values()),
         shards=len(plan_shards(kinds, max_bytes=max_shard_bytes)),
         parts=-(-total // PART_BYTES),
-        peak_bytes=workers * BASE_BYTES,
-        seconds=total / (megabytes_per_second * 1e6),
+        peak_bytes=(workers + (workers > 1)) * BASE_BYTES,  # several have a parent that waits for them
+        seconds=total / (min(megabytes_per_second, workers_speed) * 1e6),
+        workers_decide=workers_speed < megabytes_per_second,
     )
 
 
@@ -61,9 +67,8 @@ def print_plan(source: str, result: Plan, *, console: Console) -> None:
     table.add_row("largest tensor", f"{result.largest_bytes:,}")
     table.add_row("files of safetensors; of a checkpoint", f"{result.shards:,}; {result.parts:,}")
     table.add_row("expected peak memory", f"{result.peak_bytes / 2**30:.1f} GiB")
-    table.add_row(
-        "expected time", f"{hours} h {minutes} min" if result.seconds > 120 else f"{result.seconds:.0f} s"
-    )
+    time = f"{hours} h {minutes} min" if result.seconds > 120 else f"{result.seconds:.0f} s"
+    table.add_row("expected time", time + ("; more workers would help" if result.workers_decide else ""))
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 
 from megatron_post.convert.source import Kind
 
@@ -42,7 +43,7 @@ def parse_size(text: str) -> int:
     Raises `ValueError` for anything else.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text.strip(), re.IGNORECASE)
-    size = 0 if match is None else int(float(match[1]) * (_UNITS[match[2].upper()] if match[2] else 1))
+    size = 0 if match is None else int(Fraction(match[1]) * (_UNITS[match[2].upper()] if match[2] else 1))
     if size < 1:
         raise ValueError(f"size {text!r} is not understood; write 5GB, 500MB or 4GiB")
     return size

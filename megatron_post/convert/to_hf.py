@@ -79,7 +79,7 @@ class ToHuggingFace:
                 for part, names in zip(self.parts, self._shards, strict=True)
                 for name in names
             }
-            files[INDEX] = index_of(weight_map, total_bytes=sum(part.nbytes for part in self.parts))
+            files[INDEX] = index_of(weight_map, self._source.tensors)
         for name, content in files.items():
             with (self.partial / name).open("wb") as file:
                 file.write(content)

@@ -51,7 +51,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5 apples", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "0GB", "-1GB", "5 apples", "1e9", "9" * 400 + " apples"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="not understood"):
         parse_size(text)
@@ -59,7 +59,8 @@ def test_bad_sizes(text: str) -> None:
 
 def test_plan_of_405b_without_weights(tmp_path: Path) -> None:
     """Config and index as published: 1,137 tensors in 191 files; 2 bytes for each of 405,853,388,800
-    parameters; at 1,000 MB/s 812 s, 13 min 32 s; far below 2 x 4.2 GB + 1 GiB of memory."""
+    parameters; at 1,000 MB/s 812 s, 13 min 32 s, and 1,015 s at the 800 that one worker manages; far below
+    2 x 4.2 GB + 1 GiB of memory."""
     model = Model(preset="llama3.1_405b")  # type: ignore[call-arg]
     values = to_hf_config(model, dtype="bfloat16", bos_id=128000, eos_ids=[128001], pad_id=None)
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -73,7 +74,9 @@ def test_plan_of_405b_without_weights(tmp_path: Path) -> None:
     assert (result.tensors, result.total_bytes, result.shards) == (1137, 811_706_777_600, 191)
     assert result.largest_bytes == 128256 * 16384 * 2
     assert result.seconds == pytest.approx(811.7, abs=0.1)
-    assert result.peak_bytes < 2 * result.largest_bytes + 2**30
+    assert result.peak_bytes < 2 * result.largest_bytes + 2**30 and not result.workers_decide
+    one = plan(str(tmp_path), dtype="bf16", max_shard_bytes=10**10, workers=1, megabytes_per_second=2000)
+    assert one.seconds == pytest.approx(1014.6, abs=0.1) and one.workers_decide
     out = io.StringIO()
     print_plan("405B", result, console=Console(file=out, width=80))
     assert "1,137" in out.getvalue() and "0 h 14 min" in out.getvalue()

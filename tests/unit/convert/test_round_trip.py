@@ -1,5 +1,6 @@
 """There and back: the same bytes, whatever the shape, the head, the sharding and the number of workers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,11 @@ def test_shards_and_workers(tmp_path: Path) -> None:
     assert len(files) > 4 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     back = {name: value for file in files for name, value in load_file(file).items()}
     assert back.keys() == tensors.keys() and all(torch.equal(back[n], tensors[n]) for n in back)
+    weight_map = {name: file.name for file in files for name in load_file(file)}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    metadata = {"total_parameters": numbers, "total_size": 4 * numbers}
+    index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    assert (tmp_path / "back" / "model.safetensors.index.json").read_text() == index
     verify(str(tmp_path / "checkpoints"), str(tmp_path / "back"), report=print)
     assert not list(tmp_path.glob(".*")) and not list((tmp_path / "checkpoints").glob(".[!l]*"))
 
