@@ -43,8 +43,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# every figure there is, each by a command of its own, and a page that compares them with earlier ones: an hour on
-# two cores. What needs a GPU says so without one
+# every figure there is, each by a command of its own, and a page that compares them with earlier ones. What needs
+# a GPU says so without one
 BENCH := $(BIN)/python -m megatron_post bench
 bench: install
 	$(BENCH) data

@@ -7,20 +7,19 @@ log-probabilities or scores. It says what a GPU reaches on the
 rank's own arithmetic.
 """
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_post.bench.accounting import Counts, count_packs
+from megatron_post.bench.accounting import count_packs
 from megatron_post.bench.environment import environment
-from megatron_post.bench.record import Figure, Record, once
+from megatron_post.bench.proxy_figures import Passes, Share, describe, proxy_figures
+from megatron_post.bench.record import Record
 from megatron_post.bench.step import check_ranks, peak_memory
 from megatron_post.bench.step_figures import FORMULA, model_settings
 from megatron_post.bench.synthetic import write_synthetic
@@ -29,13 +28,9 @@ from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
 from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import Topology
-from megatron_post.plan.activations import Segment
 from megatron_post.plan.estimate import layout_line
 from megatron_post.plan.fake_ranks import fake_rank
-from megatron_post.plan.flops import Flops, Load, chunk_flops
-from megatron_post.plan.hardware import GIB, gpu_of_device
-from megatron_post.plan.shape import Chunk, chunk_parameters, chunks
-from megatron_post.plan.timing import Costs
+from megatron_post.plan.shape import chunks
 from megatron_post.train.optimizer import wrap_data_parallel
 from megatron_post.train.run import make_stage, uses_portable_layers
 from megatron_post.train.step import Microbatch, Stepper
@@ -45,38 +40,6 @@ LOUD = (
     "optimizer, no data loading: a step of the whole layout takes longer"
 )
 _PACKS = 4  # different ones, taken in turn
-
-
-@dataclass(frozen=True)
-class Passes:
-    """A pack through the rank's chunks: seconds forward and backward, and what the pack held."""
-
-    forward: float
-    backward: float
-    counts: Counts
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of the model a rank has. chunks: by the planner; parameters: of the modules that were
-    built."""
-
-    config: Config
-    rank: int
-    world_size: int
-    tensor_rank: int
-    data_size: int
-    chunks: tuple[Chunk, ...]
-    parameters: int
-
-    @property
-    def planned_parameters(self) -> int:
-        return sum(chunk_parameters(self.config, chunk) for chunk in self.chunks)
-
-    def flops(self, load: Load) -> Flops:
-        """Of packs through this rank's share. load: of the whole packs."""
-        parts = (chunk_flops(self.config, c, load, tensor_rank=self.tensor_rank) for c in self.chunks)
-        return dataclasses.replace(sum(parts, Flops()), reference=0.0)  # no frozen reference runs here
 
 
 def measure_proxy(
@@ -114,7 +77,7 @@ def measure_proxy(
             **model_settings(config),
             "layout": layout_line(config, share.data_size),
             **cut,
-            "share": _describe(share),
+            "share": describe(share),
             "pack": f"{config.data.pack_length:,} random tokens",
             "packs": f"{steps}, after {warmup} to warm up",
         },
@@ -130,37 +93,6 @@ def with_layers(config: Config, layers: int) -> Config:
     values["model"]["num_layers"] = layers * config.parallel.pipeline
     values["parallel"] |= {"virtual_pipeline": 1, "embedding_and_loss_as_layers": False}
     return parse(Config, values, origin="--proxy-layers")
-
-
-def proxy_figures(share: Share, taken: Sequence[Passes], *, memory: int) -> dict[str, Figure]:
-    """Rates of this rank's arithmetic; beside them, on a GPU of the table, what the planner expects of it."""
-    seconds = [passes.forward + passes.backward for passes in taken]
-    pairs = list(zip(taken, seconds, strict=True))
-    model = tuple(share.flops(p.counts.useful).model / s / 1e12 for p, s in pairs)
-    executed = tuple(share.flops(p.counts.computed).executed / s / 1e12 for p, s in pairs)
-    figures = {
-        "pack, compute only": Figure("s", tuple(seconds), "lower"),
-        "phase: forward": Figure("s", tuple(p.forward for p in taken), "lower"),
-        "phase: backward": Figure("s", tuple(p.backward for p in taken), "lower"),
-        "model TFLOP/s": Figure("TFLOP/s", model, "higher"),
-        "executed TFLOP/s": Figure("TFLOP/s", executed, "higher"),
-        "packing efficiency": Figure("%", tuple(100 * p.counts.real / p.counts.capacity for p in taken)),
-        "parameters": once("", share.parameters),
-        "parameters by the planner": once("", share.planned_parameters),
-        "memory": once("GiB", memory / GIB, "lower"),
-    }
-    device = gpu_of_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    if device is None:
-        return figures
-    costs = Costs(share.config, device, share.data_size)
-    segment = (Segment(share.config.data.pack_length),)
-    for kind in ("forward", "backward"):
-        times = [costs.chunk(chunk, segment, kind) for chunk in share.chunks]
-        planned = sum(time.total - time.communication for time in times)
-        figures[f"{kind} by the planner, one segment"] = once("s", planned)
-    return figures | {
-        "MFU, compute only": Figure("%", tuple(100e12 * x / device.bf16 for x in model), "higher")
-    }
 
 
 def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tuple[Share, list[Passes]]:
@@ -237,12 +169,3 @@ def _packs(config: Config, *, count: int) -> list[Pack]:
     with tempfile.TemporaryDirectory() as directory:
         store = write_synthetic(Path(directory, "store"), config, packs=count)
         return [store.read(i) for i in range(min(count, len(store)))]
-
-
-def _describe(share: Share) -> str:
-    parts = ", ".join(
-        f"{c.layers} layers" + " with the embedding" * c.embedding + " with the head" * c.head
-        for c in share.chunks
-    )
-    tensor = share.config.parallel.tensor
-    return f"tensor-parallel shard {share.tensor_rank} of {tensor}; {parts}; {share.parameters:,} parameters"

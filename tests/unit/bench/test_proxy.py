@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_post.bench import proxy
 from megatron_post.bench.accounting import Counts
-from megatron_post.bench.proxy import LOUD, Passes, Share, measure_proxy, proxy_figures, with_layers
+from megatron_post.bench.proxy import LOUD, measure_proxy, with_layers
+from megatron_post.bench.proxy_figures import Passes, Share, proxy_figures
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from megatron_post.plan.flops import Load
