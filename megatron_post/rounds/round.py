@@ -22,6 +22,7 @@ from megatron_post.rounds.settings import RoundSettings, StageName, load_round
 from megatron_post.rounds.state import State, alone
 from megatron_post.rounds.steps import Round
 
+_NOT_OF_TRAINING = ("config.yaml", "store", "incarnations")  # the step before's, and the fence's numbers
 # `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
 _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
 
@@ -183,9 +184,10 @@ def _forget(steps: Sequence[Step], state: State) -> None:
     """Marks go first: a run killed in between does all of it again."""
     state.forget([step.name for step in steps])
     for step in steps:
-        if step.run_dir is not None:  # its config and store are the step before's
-            for name in ("checkpoints", "hf", "metrics.jsonl"):
-                _remove(step.run_dir / name)
+        if step.run_dir is not None:
+            for entry in step.run_dir.iterdir() if step.run_dir.is_dir() else ():
+                if entry.name not in _NOT_OF_TRAINING:
+                    _remove(entry)
         else:
             for output in step.outputs:
                 for unfinished in (".partial", ".converting"):
