@@ -4,13 +4,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.runs import ROOT, small_run
 from tests.slurm.lab import PATH, Lab, installed
-from tests.slurm.runs import Run, launch
+from tests.slurm.runs import MovedRun, Run, launch, preempted_and_a_node_lost
 
 NODES = 10
 
@@ -60,6 +61,14 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> "ClusterFiles":
 def whole(lab: Lab, data: Path, clusters: "ClusterFiles") -> Run:
     """The uninterrupted run. It trains while other tests wait."""
     return launch(lab, data, "whole", clusters(node_check=True))
+
+
+@pytest.fixture(scope="session")
+def moved(lab: Lab, data: Path, clusters: "ClusterFiles", whole: Run) -> Iterator["Future[MovedRun]"]:
+    """The same run, interrupted, by a thread, while other tests wait."""
+    pool = ThreadPoolExecutor(1)
+    yield pool.submit(preempted_and_a_node_lost, lab, data, clusters(partition="spot"))
+    pool.shutdown(wait=False)
 
 
 class ClusterFiles:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_post.launch.launch import launch_run
 from megatron_post.launch.record import Submitted, submitted_jobs
@@ -62,9 +63,28 @@ def launch(lab: Lab, data: Path, name: str, cluster: str, *overrides: str) -> Ru
     return Run(lab, directory, submitted_jobs(directory)[-1])
 
 
-def preempt(lab: Lab, run: Run) -> None:
-    """A more urgent job takes the run's nodes for a second."""
-    script = lab.base / "urgent.sh"
-    script.write_text("#!/bin/bash\nsleep 1\n")
-    nodes = ",".join(run.nodes)
-    lab("sbatch", "-p", "urgent", "--exclusive", "-N2", "-w", nodes, "-o", "/dev/null", str(script))
+def preempt(lab: Lab, job: int) -> None:
+    """A more urgent job takes a job's nodes for a second."""
+    nodes = lab("squeue", "-h", "-j", str(job), "-o", "%N")
+    options = ["-p", "urgent", "--exclusive", "-N2", "-w", nodes, "-o", "/dev/null"]
+    lab("sbatch", *options, "--wrap", "sleep 1")
+
+
+class MovedRun(NamedTuple):
+    """A run that was preempted by a more urgent job and then lost a node."""
+
+    run: Run
+    lost_node: str
+
+
+def preempted_and_a_node_lost(lab: Lab, data: Path, cluster: str) -> MovedRun:
+    """A run that goes through both, and is on its way to its end."""
+    run = launch(lab, data, "moved", cluster)
+    run.reaches(4)
+    preempt(lab, run.number)
+    run.restarted(1)
+    run.reaches(10)
+    lost = run.nodes[-1]
+    lab.kill_node(lost)
+    run.restarted(2)
+    return MovedRun(run, lost)

@@ -15,9 +15,10 @@ from megatron_post.launch.record import active_findings, cancel_run, remember, s
 from megatron_post.launch.script import Job
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab, wait_until
+from tests.slurm.runs import preempt
 
-# a real run trains while these tests mostly wait
-pytestmark = pytest.mark.usefixtures("whole")
+# real runs train while these tests mostly wait
+pytestmark = pytest.mark.usefixtures("whole", "moved")
 
 # $4 is what the rank shall do; every rank runs it, rank 0 alone writes checkpoints
 RANK = r"""#!/bin/bash
@@ -135,20 +136,7 @@ def test_preempted_with_grace(lab: Lab, clusters: ClusterFiles, tmp_path: Path, 
     """A more urgent job takes the nodes: the ranks save within the grace time; the job waits and goes on."""
     job, log = _submit(tmp_path, clusters(python=str(rank), partition="spot"), "wait")
     _says(log, "rank 3 of 4")
-    nodes = lab("squeue", "-h", "-j", str(job), "-o", "%N")
-    (tmp_path / "urgent.sh").write_text("#!/bin/bash\nsleep 1\n")
-    lab(
-        "sbatch",
-        "-p",
-        "urgent",
-        "--exclusive",
-        "-N2",
-        "-w",
-        nodes,
-        "-o",
-        "/dev/null",
-        str(tmp_path / "urgent.sh"),
-    )
+    preempt(lab, job)
     lab.restarted(job, 1, lambda: _log(log))
     _says(log, "rank 3 of 4", times=2)
     assert "requeued after checkpoint 1" in _log(log)

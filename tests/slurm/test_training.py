@@ -4,25 +4,19 @@ The trainer is disturbed here, train.sbatch's own decisions are tested in test_s
 """
 
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab, wait_until
-from tests.slurm.runs import Run, launch, preempt
+from tests.slurm.runs import MovedRun, Run, launch
 
 
-def test_preempted_and_a_node_lost(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
+def test_preempted_and_a_node_lost(moved: Future[MovedRun], whole: Run) -> None:
     """One run, one after the other: preempted by a more urgent job, and a node powered off."""
-    run = launch(lab, data, "moved", clusters(partition="spot"))
-    run.reaches(4)
-    preempt(lab, run)
-    run.restarted(1)
-    run.reaches(10)
-    lost = run.nodes[-1]
-    lab.kill_node(lost)
-    run.restarted(2)
+    run, lost = moved.result()
     assert run.weights() == whole.weights()
     assert len(re.findall(r"resumed after step \d+", run.log)) == 2, run.log
     assert "Slurm sent USR1" in run.log and f"Node failure on {lost}" in run.log
