@@ -38,6 +38,13 @@ class Plan:
     @cached_property
     def memory(self) -> list[RankMemory]:
         """Of each pipeline rank."""
+        return self._memory(extremes=False)
+
+    @cached_property
+    def fullest(self) -> RankMemory:
+        return max(self._memory(extremes=True), key=lambda rank: rank.total)
+
+    def _memory(self, *, extremes: bool) -> list[RankMemory]:
         return memory(
             self.config,
             data_size=self.data_size,
@@ -45,6 +52,7 @@ class Plan:
             segments=self.pack,
             fp8_copies=2 if self.gpu.transposed_fp8 else 1,
             reserve=self.gpu.reserve,
+            extremes=extremes,
         )
 
     @cached_property
@@ -54,10 +62,6 @@ class Plan:
     @property
     def costs(self) -> Costs:
         return Costs(self.config, self.gpu, self.data_size)
-
-    @property
-    def fullest(self) -> RankMemory:
-        return max(self.memory, key=lambda rank: rank.total)
 
     @property
     def shortfall(self) -> int:
@@ -200,9 +204,12 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
     for size in (2, 4, 8):
         found += [{"parallel.tensor": p.tensor * size, "parallel.sequence": True}]
         found += [{"parallel.pipeline": p.pipeline * size}, {"parallel.context": p.context * size}]
-        if p.virtual_pipeline % size == 0:
-            found += [{"parallel.virtual_pipeline": p.virtual_pipeline // size}]
         found += [{"data.pack_length": config.data.pack_length // size}]
+    if p.pipeline > 1:
+        most = config.model.num_layers // p.pipeline
+        found += [
+            {"parallel.virtual_pipeline": size} for size in range(1, most + 1) if size != p.virtual_pipeline
+        ]
     if p.tensor > 1 and not p.sequence:
         found += [{"parallel.sequence": True}]
     if config.precision.fp8:

@@ -37,12 +37,15 @@ def memory(
     segments: Sequence[Segment] = (),
     fp8_copies: int = 2,
     reserve: int = 0,
+    extremes: bool = False,
 ) -> list[RankMemory]:
     """Peak of each pipeline rank.
 
     data_size: data-parallel ranks. segments: of a pack; by default one fills it.
     fp8_copies: bytes a parameter of cached FP8 weights: 2 where a transposed copy is needed (Hopper), else 1.
     reserve: bytes of the runtime (CUDA context, NCCL, fragmentation), counted as a kind.
+    extremes: only of the ranks of which one is the fullest: the first, the second and the last. Those between
+    are cut like the second and hold fewer passes.
     """
     ledger = Activations(config, layers, tuple(segments) or (Segment(config.data.pack_length),))
     microbatches = config.train.global_batch // data_size
@@ -51,6 +54,8 @@ def memory(
     # warm-up, and one group of microbatches through all chunks: from there on the schedule repeats itself
     enough = min(microbatches, 3 * p.pipeline)
     for rank, parts in enumerate(chunks(config)):
+        if extremes and 1 < rank < p.pipeline - 1:
+            continue
         order = rank_order(rank, pipeline=p.pipeline, virtual=p.virtual_pipeline, microbatches=enough)
         kinds = static_kinds(config, parts, data_size=data_size, fp8_copies=fp8_copies)
         kinds |= peak_kinds(ledger, parts, order)

@@ -11,6 +11,7 @@ free transfers the ideal time is m v (f + b) a rank, and the part of the whole t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward"]
@@ -47,7 +48,14 @@ class Timeline:
 
     def busy(self, rank: int) -> float:
         """Seconds in which a rank computes."""
-        return sum(event.end - event.start for event in self.events if event.rank == rank)
+        return self._busy[rank]
+
+    @cached_property
+    def _busy(self) -> list[float]:
+        seconds = [0.0] * self.pipeline
+        for event in self.events:
+            seconds[event.rank] += event.end - event.start
+        return seconds
 
     @property
     def bubble(self) -> float:

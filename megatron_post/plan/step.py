@@ -1,11 +1,12 @@
 """Time of an optimizer step: the pipeline simulated with the times of its passes, and what stands around
 it."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_post.plan.activations import Segment
-from megatron_post.plan.schedule import Pass, Timeline, simulate
+from megatron_post.plan.schedule import Timeline, simulate
 from megatron_post.plan.shape import Chunk, chunk_parameters, chunks
 from megatron_post.plan.timing import Costs, PassTime
 
@@ -32,32 +33,44 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
     """Of one data-parallel rank's packs of a step, all of `pack_length` tokens."""
     config, p = costs.config, costs.config.parallel
     parts = chunks(config)
-    kinds = {tuple(pack) for pack in packs}
+    distinct = {pack: number for number, pack in enumerate(dict.fromkeys(map(tuple, packs)))}
+    numbers = [distinct[tuple(pack)] for pack in packs]
     table = {
-        (c.layers, c.embedding, c.head, pack, kind): costs.chunk(c, pack, kind)
-        for rank in parts
-        for c in rank
-        for pack in kinds
+        (c, pack, kind): costs.chunk(c, segments, kind)
+        for c in {_like(c) for rank in parts for c in rank}
+        for segments, pack in distinct.items()
         for kind in ("forward", "backward")
     }
-
-    def time(rank: int, work: Pass) -> PassTime:
-        c = parts[rank][work.chunk]
-        return table[c.layers, c.embedding, c.head, tuple(packs[work.microbatch]), work.kind]
-
+    times = {
+        (c.rank, c.number, pack, kind): table[_like(c), pack, kind]
+        for rank in parts
+        for c in rank
+        for pack in distinct.values()
+        for kind in ("forward", "backward")
+    }
+    seconds = {key: time.total for key, time in times.items()}
     timeline = simulate(
-        lambda rank, work: time(rank, work).total,
+        lambda rank, work: seconds[rank, work.chunk, numbers[work.microbatch], work.kind],
         pipeline=p.pipeline,
         virtual=p.virtual_pipeline,
         microbatches=len(packs),
         transfer=costs.transfer(),
     )
-    busy = [timeline.busy(rank) for rank in range(p.pipeline)]
-    busiest = busy.index(max(busy))
-    passes = sum((time(busiest, e.work) for e in timeline.events if e.rank == busiest), PassTime())
+    busiest = max(range(p.pipeline), key=timeline.busy)
+    counts = Counter(
+        (busiest, e.work.chunk, numbers[e.work.microbatch], e.work.kind)
+        for e in timeline.events
+        if e.rank == busiest
+    )
+    passes = sum((times[key] * count for key, count in counts.items()), PassTime())
     return StepTime(
         timeline, busiest, passes, *_around_the_pipeline(costs, parts, timeline, passes, len(packs))
     )
+
+
+def _like(chunk: Chunk) -> Chunk:
+    """The same for all chunks whose passes take equally long."""
+    return replace(chunk, rank=0, number=0)
 
 
 def _around_the_pipeline(

@@ -1,6 +1,7 @@
 """Verdicts that help, the search, and the page."""
 
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -35,6 +36,30 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
             assert changed(config, change) == other.config
     fixed = changed(config, {"recompute.mode": "full"})
     assert fixed is not None and "fits" in verdict(make_plan(fixed, gpus=512, gpu=H100))
+
+
+def test_any_number_of_chunks_a_rank_is_tried() -> None:
+    """70B with 5 chunks of 4 layers a rank is 1.8 GiB too big. More of fewer layers keep less and fit,
+    as does one of 20, slower: of these the fastest is told."""
+    parallel = {"tensor": 8, "sequence": True, "pipeline": 4, "virtual_pipeline": 5}
+    config = llama_config("llama3.1_70b", parallel, pack_length=16384, train={"steps": 1, "global_batch": 64})
+    fits = {next(iter(change)): change for change, _ in single_changes(make_plan(config, gpus=64, gpu=H100))}
+    assert fits["parallel.virtual_pipeline"]["parallel.virtual_pipeline"] in (10, 20)
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 4}, BIG, {**BIG, "pipeline": 16, "virtual_pipeline": 2}])
+def test_the_fullest_rank_is_the_first_the_second_or_the_last(parallel: dict[str, Any]) -> None:
+    """Of plans that look at those alone, against all ranks."""
+    for mode in ("none", "full"):
+        config = llama_config(
+            "llama3.1_405b",
+            {"embedding_and_loss_as_layers": True, **parallel},
+            pack_length=16384,
+            train={"steps": 1, "global_batch": 2048},
+            recompute={"mode": mode},
+        )
+        plan = make_plan(config, gpus=1024, gpu=H100)
+        assert plan.fullest == max(plan.memory, key=lambda rank: rank.total)
 
 
 def test_nothing_fits() -> None:
