@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_post.convert.source import Kind
+
 # The limit that the `safetensors` library sets.
 LARGEST_HEADER = 100_000_000
 # In the order in which the library writes tensors of different types.
@@ -32,21 +34,10 @@ class BadSafetensors(ValueError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class Stored(Kind):
     """A tensor in a file: its bytes are [offset, offset + nbytes) of the file, in C order."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row along the first dimension."""
-        return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -37,6 +37,7 @@ class Kind:
 
     @property
     def row_bytes(self) -> int:
+        """Of one row along the first dimension."""
         return prod(self.shape[1:]) * self.dtype.itemsize
 
 
