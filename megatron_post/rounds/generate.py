@@ -152,7 +152,7 @@ def _claim(parts: Path, settings: Generate) -> None:
         "prompts": hashlib.sha256(Path(settings.prompts).read_bytes()).hexdigest(),
         "model": None if isinstance(settings.backend, ServerBackend) else _weights(settings.model),
     }
-    if not record.is_file():
+    if not any(parts.glob("part-*.jsonl")):  # nothing is lost where another call failed before its first part
         write_json(record, wanted)
     found = json.loads(record.read_text())
     if found != wanted:

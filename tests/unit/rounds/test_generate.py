@@ -207,6 +207,15 @@ def test_killed_after_the_last_write(tmp_path: Path) -> None:
     assert not parts_of(output).exists()
 
 
+def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
+    """Before the first part is there, settings may be mended."""
+    settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=1))
+    mended = settings.model_copy(update={"sampling": Sampling(samples=1)})
+    assert generate(mended, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 10
+
+
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with alone(parts_of(output)), pytest.raises(ValueError, match="another process works here"):
