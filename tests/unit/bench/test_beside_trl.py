@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_post.bench.beside_trl import OURS, contenders, measure, side_record, step_table, summarise
+from megatron_post.bench import beside_trl, preferences
+from megatron_post.bench.beside_trl import (
+    OURS,
+    contenders,
+    measure,
+    measure_beside_trl,
+    side_record,
+    step_table,
+    summarise,
+)
 from megatron_post.bench.contender import Gate, Input, Round, interleave
 from megatron_post.bench.workload import Workload, count_tokens, make_workload, open_train_store, segments
 
@@ -87,6 +96,25 @@ def test_both_sides_get_the_same_tokens(workload: Workload) -> None:
     for tokens, labels in dialogs:
         assert labels[0] == -100 and labels[-1] == tokens[-1]  # a header opens, the terminator is trained
         np.testing.assert_array_equal(labels[labels != -100], tokens[labels != -100])
+
+
+def test_sft_then_dpo(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table and a record of each, with what each counts. (The sides themselves run in the slow tests.)"""
+    rounds = [Round(1.0, 200, 100, 2.0)]
+    sides = [summarise(OURS, Input(0.5, 9.0), rounds, ours=rounds)]
+    monkeypatch.setattr(beside_trl, "contenders", dict)
+    monkeypatch.setattr(beside_trl, "make_workload", lambda *_, **__: workload)
+    monkeypatch.setattr(beside_trl, "measure", lambda *_, **__: sides)
+    monkeypatch.setattr(preferences, "pair_workload", lambda base, _: base)
+    monkeypatch.setattr(preferences, "measure_pairs", lambda *_, **__: sides)
+    found = list(measure_beside_trl(threads=1, rounds=1, steps=1, pair_rounds=1))
+    assert [record.benchmark for _, record in found] == ["steps beside TRL", "DPO beside TRL"]
+    assert [next(iter(record.figures)) for _, record in found] == [
+        f"{OURS}: trained tokens/s",
+        f"{OURS}: pairs/s",
+    ]
+    with pytest.raises(ValueError, match="want at least 1 of each"):
+        next(measure_beside_trl(threads=1, rounds=0, steps=1, pair_rounds=1))
 
 
 @pytest.mark.slow
