@@ -120,10 +120,10 @@ def examples(count: int = 200_000) -> list[Examples]:
     pairs = np.stack([context + _log_normal(draw, RESPONSE_MEAN, count) for _ in range(2)], axis=1)
     long = long_tailed_lengths(5 * count, capacity=131072)[:, None]
     return [
-        Examples("short chat, 8B at 8K", "llama3.1_8b", 8192, chat[chat[:, 0] <= 8192]),
-        Examples("DPO pairs, 8B at 8K", "llama3.1_8b", 8192, pairs[pairs.sum(axis=1) <= 8192]),
-        Examples("long-tailed, 8B at 128K", "llama3.1_8b", 131072, long),
-        Examples("long-tailed, 405B at 128K", "llama3.1_405b", 131072, long),
+        Examples("short chat, 8B, 8K", "llama3.1_8b", 8192, chat[chat[:, 0] <= 8192]),
+        Examples("DPO pairs, 8B, 8K", "llama3.1_8b", 8192, pairs[pairs.sum(axis=1) <= 8192]),
+        Examples("long tail, 8B, 128K", "llama3.1_8b", 131072, long),
+        Examples("long tail, 405B, 128K", "llama3.1_405b", 131072, long),
     ]
 
 
@@ -172,26 +172,27 @@ def balance_table(
     """Largest cost over the mean, over data-parallel ranks and over microbatches, means over global batches;
     and a step's simulated seconds. sizes: (ranks, packs a rank)."""
     table = Table(
-        *("packs", "DP x packs", "ranks: plain", "balanced", "floor", "over floor"),
-        *("packs: largest", "floor", "over floor", "s a step: plain", "balanced"),
-        title="largest cost / mean",
+        title="largest cost / mean, of DP ranks: plain order, balanced, and what nothing can go below; of "
+        "packs: largest and floor; seconds of a step",
+        box=None,
     )
+    table.add_column("DP ranks x packs", no_wrap=True)
+    for heading in ("plain", "balanced", "floor", "pack", "floor", "plain s", "bal. s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for found in examples():
+        table.add_row(found.name, style="bold")
         for ranks, places in sizes:
             even = evenness(found, ranks=ranks, places=places)
             figures = (
                 even.plain,
                 even.balanced,
                 even.rank_floor,
-                even.balanced / even.rank_floor,
                 even.microbatches,
                 even.microbatch_floor,
-                even.microbatches / even.microbatch_floor,
             )
             seconds = step_seconds(found, ranks=ranks, places=places) if ranks <= SIMULATED_RANKS else ()
             table.add_row(
-                found.name,
-                f"{ranks} x {places}",
+                f"  {ranks} x {places}",
                 *(f"{values.mean():.3f}" for values in figures),
                 *(f"{value:.2f}" for value in seconds),
             )
