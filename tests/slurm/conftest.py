@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, _slurm_is_here: None) -> Path
     small_run(
         directory,
         parallel={"tensor": 2},
-        train={"steps": 24, "global_batch": 4},
+        train={"steps": 40, "global_batch": 4},
         checkpoint={"every": 2, "keep": 2},
     )
     return directory

@@ -43,6 +43,11 @@ class Run:
 
         wait_until(reached, timeout, lambda: self.log[-3000:])
 
+    def resumed(self, times: int) -> None:
+        """Wait until its ranks have gone on from a checkpoint for the `times`-th time."""
+        is_there = "resumed after step"
+        wait_until(lambda: self.log.count(is_there) >= times, 400, lambda: self.log[-3000:])
+
     def restarted(self, times: int) -> None:
         """Wait until Slurm has requeued it for the `times`-th time."""
         self.lab.restarted(self.number, times, lambda: self.log[-3000:])
@@ -83,7 +88,7 @@ def preempted_and_a_node_lost(lab: Lab, data: Path, cluster: str) -> MovedRun:
     run.reaches(4)
     preempt(lab, run.number)
     run.restarted(1)
-    run.reaches(10)
+    run.resumed(1)
     lost = run.nodes[-1]
     lab.kill_node(lost)
     run.restarted(2)

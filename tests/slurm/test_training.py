@@ -38,7 +38,7 @@ def test_time_limit_and_requeued_by_hand(lab: Lab, data: Path, clusters: Cluster
         process.resume()
     run.restarted(1)
     lab("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
-    run.reaches(10)
+    run.resumed(1)
     lab("scontrol", "requeue", str(run.number))
     run.restarted(2)
     assert run.weights() == whole.weights()
