@@ -74,5 +74,5 @@ gpu-bench:
 plan-check: install
 	$(BIN)/python -m pytest -s tests/unit/plan tests/e2e/test_plan.py
 	$(BIN)/python -m megatron_post plan configs/llama3_405b/sft.yaml --gpus 512
-	$(BIN)/python -m megatron_post plan search configs/llama3_405b/sft.yaml --gpus 512
-	$(BIN)/python -m megatron_post plan dry-run configs/llama3_405b/sft.yaml --gpus 16384 -- train.global_batch=64
+	$(BIN)/python -m megatron_post plan search configs/llama3_405b/dpo.yaml --gpus 512
+	$(BIN)/python -m megatron_post plan dry-run configs/llama3_405b/dpo.yaml --gpus 16384 --rank all

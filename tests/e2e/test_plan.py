@@ -1,15 +1,16 @@
 """The commands as a user runs them, on the configs of this repository."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT_405B = "configs/llama3_405b/sft.yaml"
+DPO_405B = "configs/llama3_405b/dpo.yaml"
 
 
 def _plan(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
@@ -60,35 +61,38 @@ def test_refusals(arguments: tuple[str, ...], message: str) -> None:
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def _processor_seconds() -> float:
+    """Of all children so far: a loaded machine does not change it much."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 def test_search_of_512_gpus(tmp_path: Path) -> None:
-    """The winner, put over the config as YAML, is what the search said it is."""
-    winner = tmp_path / "winner.yaml"
-    done = _plan("search", SFT_405B, "--gpus", "512", "--json", "--output", str(winner))
+    """Within 60 seconds of processor time. The winner, put over the config as YAML, is what was said."""
+    winner, began = tmp_path / "winner.yaml", _processor_seconds()
+    done = _plan("search", DPO_405B, "--gpus", "512", "--json", "--output", str(winner), timeout=900)
     assert done.returncode == 0, done.stderr
+    seconds = _processor_seconds() - began
+    print(f"search: {seconds:.1f} s of processor")
+    assert seconds < 60
     best = json.loads(done.stdout)["plans"][0]
-    config = tmp_path / "sft.yaml"
-    config.write_text(f"base: {ROOT / SFT_405B}\n{winner.read_text()}")
+    config = tmp_path / "dpo.yaml"
+    config.write_text(f"base: {ROOT / DPO_405B}\n{winner.read_text()}")
     again = json.loads(_plan(str(config), "--gpus", "512", "--json").stdout)
     assert again["fits"] and again["seconds"] == pytest.approx(best["seconds"])
 
 
 @pytest.mark.slow
 def test_dry_run_of_16384_ranks() -> None:
-    """Every stage of 405B; within 60 seconds of processor time, which a loaded machine does not change, and 4
-    GB."""
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.perf_counter()
-    done = _plan("dry-run", SFT_405B, "--gpus", "16384", "--json", "--", "train.global_batch=64")
+    """Every stage of 405B; within 60 seconds of processor time and 4 GB."""
+    began = _processor_seconds()
+    done = _plan("dry-run", DPO_405B, "--gpus", "16384", "--rank", "all", "--json", timeout=900)
     assert done.returncode == 0, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(
-        f"{time.perf_counter() - began:.1f} s, {seconds:.1f} s of processor, {after.ru_maxrss / 1e6:.2f} GB"
-    )
-    assert seconds < 60 and after.ru_maxrss < 4e6
+    seconds = _processor_seconds() - began
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(f"dry run: {seconds:.1f} s of processor, {most / 1e6:.2f} GB")
+    assert seconds < 60 and most < 4e6
     found = json.loads(done.stdout)
     assert found["model_parameters"] == 405_853_388_800 and len(found["stages"]) == 8
-    assert found["groups"]["data"] == [512, 32]
+    assert found["groups"]["data"] == [64, 256]
