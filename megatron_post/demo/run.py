@@ -108,7 +108,7 @@ def run_demo(
             f"{accuracy(held_out, aligned)} are right; {working_share(aligned):.0%} show their working."
         )
 
-    results = {"before training": accuracy(held_out, before), "after SFT": accuracy(held_out, tuned)}
+    results = {"untrained": accuracy(held_out, before), "after SFT": accuracy(held_out, tuned)}
     print_accuracies(results, evaluations, console)
     console.print(
         f"{story.seconds:.0f} s in all. The model is in {best}; any tool of the Llama world loads it. "
@@ -118,7 +118,7 @@ def run_demo(
     write_json(
         run_dir / RESULTS,
         {
-            "before": vars(results["before training"]),
+            "before": vars(results["untrained"]),
             "sft": vars(results["after SFT"]),
             "rounds": [
                 {key: e[key] for key in ("greedy", "one_sample", "best_of_k", "k")} for e in evaluations

@@ -20,7 +20,7 @@ from megatron_post.rounds.report import STYLE, html_table
 
 # Student's t, 97.5%, by degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-_COLUMNS = {"greedy": "greedy", "one_sample": "one sample", "best_of_k": "best of K by reward"}
+_MEASURES = {"greedy": "greedy", "one_sample": "one sample", "best_of_k": "best of K"}
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,29 @@ def run_seeds(
 
 def compare(results: Sequence[dict[str, Any]], directory: Path, console: Console) -> None:
     """Print what `results.json` of several seeds say together, and write `seeds.html`."""
-    steps = {"before training": [r["before"] for r in results], "after SFT": [r["sft"] for r in results]}
+    steps = {"untrained": [r["before"] for r in results], "after SFT": [r["sft"] for r in results]}
     greedy = {name: _spread(found) for name, found in steps.items()}
-    rows: list[tuple[str, ...]] = [(name, str(spread), "", "") for name, spread in greedy.items()]
+    rows = [(f"{name}, greedy", str(spread)) for name, spread in greedy.items()]
     gains = []
-    series: dict[str, list[tuple[float, float, float, float]]] = {label: [] for label in _COLUMNS.values()}
+    series: dict[str, list[tuple[float, float, float, float]]] = {label: [] for label in _MEASURES.values()}
     series["greedy"].append(_point(0, greedy["after SFT"]))
     before = greedy["after SFT"]
     for number in range(1, len(results[0]["rounds"]) + 1):
-        found = {key: _spread([r["rounds"][number - 1][key] for r in results]) for key in _COLUMNS}
-        rows.append((f"round {number}", *(str(found[key]) for key in _COLUMNS)))
-        for key, label in _COLUMNS.items():
+        found = {key: _spread([r["rounds"][number - 1][key] for r in results]) for key in _MEASURES}
+        for key, label in _MEASURES.items():
+            rows.append((f"round {number}, {label}", str(found[key])))
             series[label].append(_point(number, found[key]))
-        gains.append((f"round {number} over what it began with, greedy", str(found["greedy"] - before)))
+        gains.append((f"round {number} over the one before, greedy", str(found["greedy"] - before)))
         gain = found["best_of_k"] - found["one_sample"]
         gains.append((f"round {number}: best of K over one sample", str(gain)))
         before = found["greedy"]
-    title = f"exact match in %, mean of {len(results)} seeds (95% after Student; each seed)"
-    console.print(_terminal_table(title, ("", *_COLUMNS.values()), rows))
+    title = f"exact match, mean of {len(results)} seeds (95% after Student; each seed)"
+    console.print(_terminal_table(title, ("", "%"), rows))
     console.print(_terminal_table("gains, paired by seed", ("", "points"), gains))
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<h1>The demo with {len(results)} seeds</h1><p>{title}</p>"
-        + html_table(("", *_COLUMNS.values()), rows)
+        + html_table(("", "%"), rows)
         + html_table(("gains, paired by seed", "points"), gains)
         + intervals("exact match on held-out problems, by round; 0: after SFT", dict(series))
         + "</html>\n"
@@ -102,9 +102,9 @@ def _point(x: float, spread: Spread) -> tuple[float, float, float, float]:
 
 
 def _terminal_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=SIMPLE, title=title)
+    table = Table(box=SIMPLE, pad_edge=False, title=title)
     for name in head:
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table

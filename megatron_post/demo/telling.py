@@ -69,10 +69,11 @@ def print_accuracies(
 ) -> None:
     """A table of exact match with 95% intervals: `trained` by name, then each round's `evaluation.json`."""
     total = next(iter(trained.values())).total
-    table = Table(box=SIMPLE, title=f"{total} held-out problems, exact match")
+    title = f"{total} held-out problems, exact match (95% interval)"
+    table = Table(box=SIMPLE, pad_edge=False, title=title)
     table.add_column("")
     for name in ("greedy", "one sample", f"best of {rounds[0]['k']} by reward"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, accuracy in trained.items():
         table.add_row(name, str(accuracy))
     for number, found in enumerate(rounds, start=1):
