@@ -1,5 +1,6 @@
 """A converted model trains in any layout, and what is saved there converts back; the command line does it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ LAYOUTS = {
     "TP2": (2, ("parallel.tensor=2",)),
     "PP2": (2, ("parallel.pipeline=2",)),
     "TP2 x PP2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "DP2": (2, ()),
+    "PP2 x VPP2": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
 }
 
 
@@ -43,32 +46,45 @@ def _run(directory: Path, command: list[str], *, ranks: int = 1, status: int = 0
 def test_resumes_in_any_layout_and_comes_back(tmp_path: Path) -> None:
     """HF -> Megatron -> one step at a rate that changes nothing in fp32 -> Megatron -> HF: the same bytes.
 
-    The vocabulary of 511 is padded to 512 over two tensor-parallel ranks. The loss is that of the weights, so
-    they have arrived: the same in every layout, and far from another seed's.
+    The vocabulary of 511 is padded to 512 over two tensor-parallel ranks. Loss and gradient norm are those of
+    one rank that starts from the directory itself; after a real step, so is the next loss. Sums of fp32 in
+    another order differ by some 1e-6.
     """
     config = small_run(tmp_path, model={"vocab_size": 511}, train={"steps": 1})
     tensors = weights_of(config.model)
     hf = write_hf(tmp_path / "hf", config.model, tensors, shards=3)
-    losses = set()
+    command = ["train", str(tmp_path / "config.yaml")]
+    two_steps = ["train.steps=2", "train.export_hf=false"]
+    _run(tmp_path, [*command, f"run_dir={tmp_path / 'one'}", f"model.init_from={hf}", *two_steps])
+    expected = _metrics(tmp_path / "one")
     for name, (ranks, overrides) in LAYOUTS.items():
         run = tmp_path / name.replace(" ", "")
         to_megatron(hf, run / "checkpoints")
-        command = ["train", str(tmp_path / "config.yaml"), f"run_dir={run}", "optimizer.lr=1e-30", *overrides]
-        log = _run(tmp_path, command, ranks=ranks)
+        log = _run(tmp_path, [*command, f"run_dir={run}", "optimizer.lr=1e-30", *overrides], ranks=ranks)
         assert f"starting from the weights in {run}/checkpoints/step-00000000" in log
-        losses.add(log.split("loss ")[1].split()[0])
+        np.testing.assert_allclose(_metrics(run), expected[:1], rtol=1e-4, err_msg=name)
         to_hf(run / "checkpoints", run / "back")
         after = load_file(run / "back" / "model.safetensors")
         assert after.keys() == tensors.keys()
         assert all(torch.equal(after[n], tensors[n]) for n in tensors), name
         exported = {n: t for f in (run / "hf").glob("*.safetensors") for n, t in load_file(f).items()}
         assert all(torch.equal(exported[n], tensors[n]) for n in tensors), name
-    assert len(losses) == 1
+    run = tmp_path / "two"
+    to_megatron(hf, run / "checkpoints")
+    _run(tmp_path, [*command, f"run_dir={run}", *two_steps, "parallel.tensor=2"], ranks=2)
+    np.testing.assert_allclose(_metrics(run), expected, rtol=1e-4)
+    assert abs(expected[0][0] - expected[1][0]) > 1e-3 * expected[0][0]
     text = _run(tmp_path, ["convert", "inspect", str(tmp_path / "PP2" / "checkpoints")])
     assert "step 1, weights and optimizer" in text and "optimizer.state.exp_avg" in text
     # a directory that the trainer exported converts as well, and byte for byte under one pipeline stage
     back = (tmp_path / "TP2" / "back" / "model.safetensors").read_bytes()
     assert (tmp_path / "TP2" / "hf" / "model.safetensors").read_bytes() == back
+
+
+def _metrics(run: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines if "grad_norm" in line]
 
 
 def test_command_line(tmp_path: Path) -> None:
