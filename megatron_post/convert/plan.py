@@ -18,7 +18,7 @@ from megatron_post.convert.to_megatron import PART_BYTES
 
 # Resident memory of a worker, measured at about 330 MiB whatever the model: Python, torch, headers, buffers.
 BASE_BYTES = 400 * 1024**2
-# Of a worker with a core to itself, the slower way; measured at about 800 to 950 (docs/benchmarks.md).
+# Of a worker with two cores to itself: from 560 to 1,080 were measured (docs/benchmarks.md).
 WORKER_MEGABYTES_PER_SECOND = 800.0
 
 
