@@ -29,7 +29,7 @@ from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
 from megatron_post.train.converted import check_weights, start_from_weights
-from megatron_post.train.fence import Fence
+from megatron_post.train.fence import Fence, Superseded
 from megatron_post.train.shards import own_objects, own_shards
 
 # Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
@@ -128,13 +128,23 @@ class Checkpoints:
         if not self.failed:
             self._saver.wait()
         errors: list[Any] = [None] * self._topology.world_size
-        own = self._saver.error
+        own = self._own_failure()
         torch.distributed.all_gather_object(errors, None if own is None else f"{type(own).__name__}: {own}")
         lines = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
         if lines:
             raise SaveFailed(
                 "a checkpoint could not be saved, earlier ones are as they were\n  " + "\n  ".join(lines)
             )
+
+    def _own_failure(self) -> Exception | None:
+        """Why this rank's part of a save failed. A newer incarnation removes what older ones were writing:
+        then that is why, and whatever was found missing a sign of it."""
+        if self._saver.error is not None:
+            try:
+                self._fence.check()
+            except Superseded as superseded:
+                return superseded
+        return self._saver.error
 
     def resume(
         self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler

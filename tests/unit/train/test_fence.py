@@ -1,10 +1,17 @@
 """Only the newest incarnation publishes, at whatever moment the older one is stopped."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
+from megatron_post.config.schema import Config
+from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
+from megatron_post.train.async_save import SaveFailed
+from megatron_post.train.checkpoint import Checkpoints
 from megatron_post.train.fence import Fence, Superseded, claim
 
 
@@ -90,3 +97,20 @@ def test_a_claim_leaves_a_conversion_alone(tmp_path: Path) -> None:
     partial.mkdir(parents=True)
     claim(tmp_path, "new")
     assert partial.is_dir()
+
+
+def test_a_save_whose_files_a_newer_incarnation_removed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older rank wakes in the middle of writing: what it misses was taken away, and that is the reason."""
+    old = claim(tmp_path, "1.0")
+    config = SimpleNamespace(run_dir=str(tmp_path))
+    topology = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    checkpoints = Checkpoints(cast(Config, config), cast(Topology, topology), old)
+    checkpoints._saver.error = FileNotFoundError("generators-0.safetensors")
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda out, own: out.__setitem__(0, own))
+    with pytest.raises(SaveFailed, match="rank 0: FileNotFoundError: generators-0"):
+        checkpoints.wait()
+    claim(tmp_path, "1.1")
+    with pytest.raises(SaveFailed, match=r"rank 0: Superseded: incarnation 1\.0 \(epoch 1\) may not publish"):
+        checkpoints.wait()
