@@ -55,10 +55,6 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     Raises `ValueError` for a model without a reward head, a bad row, a response longer than
     `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
     """
-    if not open_weights_directory(Path(model)).scalar_head:
-        raise ValueError(
-            f"{model} is a language model: it has no reward head, and a new one scores at random"
-        )
     values = {
         "stage": "reward",
         "reward": {"layout": "separate"},
@@ -69,6 +65,10 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         raise ConfigError(
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: scores are taken pack by pack, "
             "the interleaved schedule needs several at a time; leave it at 1"
+        )
+    if not open_weights_directory(Path(model)).scalar_head:
+        raise ValueError(
+            f"{model} is a language model: it has no reward head, and a new one scores at random"
         )
     tokenizer = load_tokenizer(config.tokenizer.path)
     source = Source(name=Path(rows).name, path=str(rows))
