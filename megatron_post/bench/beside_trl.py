@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_post.bench.contender import Contender, Input, Round, interleave
@@ -15,6 +14,7 @@ from megatron_post.bench.environment import environment
 from megatron_post.bench.ours import train_ours
 from megatron_post.bench.peer import trl_packed, trl_padded
 from megatron_post.bench.record import Figure, Record, once
+from megatron_post.bench.tables import titled
 from megatron_post.bench.workload import Workload, make_workload
 
 OURS = "Megatron-Post"
@@ -104,9 +104,7 @@ def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
         f"{workload.threads}\n{config.train.global_batch} x {config.data.pack_length} tokens a step; medians "
         f"of {rounds} interleaved rounds of {workload.steps_per_round} steps"
     )
-    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
-    for name in ("", "tokens/s", "trained/s", "ours/theirs", "fill", "collated/s", "loss"):
-        table.add_column(name, no_wrap=True, justify="right" if name else "left")
+    table = titled(title, ("", "tokens/s", "trained/s", "ours/theirs", "fill", "collated/s", "loss"))
     for side in figures:
         table.add_row(
             side.name,

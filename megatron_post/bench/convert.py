@@ -14,11 +14,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
+from megatron_post.bench.tables import titled
 from megatron_post.config.schema import Model
 from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
@@ -82,10 +82,12 @@ def measure_conversions(
 
 def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table:
     """One row a model."""
-    title = f"conversion, workers: {workers}; MB/s, and the share of cp's speed with its bytes on the disk"
-    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
-    for name in ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak MiB", "limit MiB", "load"):
-        table.add_column(name, no_wrap=True, justify="left" if name == "model" else "right")
+    title = (
+        f"conversion, workers: {workers}; MB/s, and the share of cp's speed with its bytes on the disk; "
+        "peak memory and its limit in MiB"
+    )
+    columns = ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak", "limit", "load")
+    table = titled(title, columns)
     for f in figures:
         table.add_row(
             f.name,
@@ -94,7 +96,7 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
             f"{f.durable_copy:,.0f}",
             f"{f.to_megatron:,.0f} ({f.to_megatron_ratio:.0%})",
             f"{f.to_hf:,.0f} ({f.to_hf_ratio:.0%})",
-            f"{f.to_megatron_peak:,.0f}, {f.to_hf_peak:,.0f}",
+            f"{max(f.to_megatron_peak, f.to_hf_peak):,.0f}",
             f"{(2 * f.largest_bytes + 2**30) / 2**20:,.0f}",
             f"{f.load:.1f}",
         )

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from megatron_post.bench.beside_trl import OURS, StepFigures, summarise
 from megatron_post.bench.contender import Contender, Gate, Input, interleave
 from megatron_post.bench.peer import real_tokens
+from megatron_post.bench.tables import titled
 from megatron_post.bench.workload import GSM8K, Workload, open_train_store
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
@@ -103,9 +103,7 @@ def pair_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
         f"medians of {rounds} interleaved rounds\nTRL x n: n pairs a microbatch; "
         "frozen: the reference runs at every step; store: it ran once"
     )
-    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
-    for name in ("", "pairs/s", "ours/theirs", "tokens/s", "fill", "loss"):
-        table.add_column(name, no_wrap=True, justify="right" if name else "left")
+    table = titled(title, ("", "pairs/s", "ours/theirs", "tokens/s", "fill", "loss"))
     for side in figures:
         table.add_row(
             side.name,

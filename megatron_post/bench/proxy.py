@@ -133,8 +133,8 @@ def _pass(
     What comes from other chunks, and the gradient of what leaves, are random: a context-parallel rank's own
     part of a loss over pairs may be zero, and arithmetic on zeros is cheaper for a GPU.
     """
-    batch, spent = microbatch.batch, [0.0, 0.0]
-    tokens = len(batch.tokens) // (config.parallel.tensor if config.parallel.sequence else 1)
+    spent = [0.0, 0.0]
+    tokens = len(microbatch.batch.tokens) // (config.parallel.tensor if config.parallel.sequence else 1)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     for chunk in wrapped:
         model = unwrap_model(chunk)
@@ -144,13 +144,7 @@ def _pass(
             model.set_input_tensor([hidden.requires_grad_()])
         with chunk.no_sync():
             began = _now(topology)
-            output = chunk(
-                batch.tokens[None],
-                batch.positions[None],
-                None,
-                labels=batch.labels[None],
-                packed_seq_params=microbatch.packed,
-            )
+            output = microbatch.through(chunk)
             spent[0] += _now(topology) - began
             gradient = torch.randn_like(output)
             began = _now(topology)

@@ -1,5 +1,7 @@
 """A record as a table in the terminal."""
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,14 @@ def print_record(record: Record, console: Console) -> None:
         console.print(record.text, highlight=False, markup=False, soft_wrap=True)
     for note in record.notes:
         console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def titled(title: str, columns: Sequence[str]) -> Table:
+    """An empty table of numbers; the first column names them."""
+    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
+    for i, name in enumerate(columns):
+        table.add_column(name, no_wrap=True, justify="right" if i else "left")
+    return table
 
 
 def number(value: float) -> str:

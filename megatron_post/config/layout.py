@@ -77,6 +77,11 @@ def layout_errors(config: "Config") -> list[str]:
             config.precision.fp8 is None or config.precision.dtype == "bf16",
             f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, not {config.precision.dtype}",
         ),
+        (
+            config.precision.fp8 is None or not config.shares_prompts,
+            f"precision.fp8={config.precision.fp8} needs Transformer Engine's layers, which cannot run "
+            f"reward.layout={config.reward.layout}; set reward.layout=separate or precision.fp8=null",
+        ),
     ]
     return [message for ok, message in checks if not ok] + _pipeline_errors(config)
 

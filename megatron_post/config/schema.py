@@ -260,6 +260,11 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint()
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether several responses see one prompt, which is beyond Transformer Engine's packed attention."""
+        return self.stage == "reward" and self.reward.layout != "separate"
+
     @model_validator(mode="after")
     def _layout_works(self) -> "Config":
         errors = layout_errors(self)

@@ -107,8 +107,10 @@ def _memory_table(plan: Plan) -> Table:
 
 def print_search(found: Found, console: Console) -> None:
     """The best layouts, and the winner as YAML."""
-    console.print(f"{found.possible:,} layouts, of which {found.fitting:,} fit", highlight=False)
-    names = ("TP", "PP", "VPP", "CP", "DP", "recompute", "fp8", "GiB", "s a step", "tokens/s/GPU", "MFU")
+    console.print(
+        f"{found.possible:,} layouts, of which {found.fitting:,} fit; tokens/s: of a GPU", highlight=False
+    )
+    names = ("TP", "PP", "VPP", "CP", "DP", "recompute", "fp8", "GiB", "s a step", "tokens/s", "MFU")
     table = Table(*names, box=None)
     for plan in found.plans:
         p, r = plan.config.parallel, plan.config.recompute

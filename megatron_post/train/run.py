@@ -212,8 +212,8 @@ def load_model(config: Config, topology: Topology) -> list[Llama]:
 
 
 def uses_portable_layers(config: Config) -> bool:
-    """Transformer Engine's packed attention cannot show one prompt to several responses."""
-    return not has_transformer_engine() or (config.stage == "reward" and config.reward.layout != "separate")
+    """Instead of Transformer Engine's: where it is not there, or cannot do what the config asks for."""
+    return not has_transformer_engine() or config.shares_prompts
 
 
 def describe(config: Config, topology: Topology, store: PackStore) -> str:

@@ -28,6 +28,15 @@ class Microbatch:
     batch: PackedBatch
     packed: PackedSeqParams
 
+    def through(self, chunk: Any) -> Tensor:
+        """What a model chunk makes of it: hidden states, or on the last pipeline stage the head's output."""
+        batch = self.batch
+        labels, positions = batch.labels[None], batch.positions[None]
+        output: Tensor = chunk(
+            batch.tokens[None], positions, None, labels=labels, packed_seq_params=self.packed
+        )
+        return output
+
 
 class Stepper:
     """Runs packs forward, or forward and backward, through the model chunks of this rank.
@@ -123,15 +132,7 @@ class Stepper:
 
         def forward(iterator: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
             microbatch = next(iterator)
-            batch = microbatch.batch
-            output = chunk(
-                batch.tokens[None],
-                batch.positions[None],
-                None,
-                labels=batch.labels[None],
-                packed_seq_params=microbatch.packed,
-            )
-            return output, partial(take, batch=batch)
+            return microbatch.through(chunk), partial(take, batch=microbatch.batch)
 
         context_size = self._topology.groups.cp.size()
         return self._run(

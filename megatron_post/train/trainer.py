@@ -12,10 +12,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
 from megatron_post.parallel.topology import Topology
+from megatron_post.plan.flops import Load, step_flops
+from megatron_post.plan.hardware import gpu_of_device
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.guard import Guard
 from megatron_post.train.health import NotFinite, name_places, not_finite
-from megatron_post.train.metrics import MetricsWriter, model_flops, peak_flops, train_line
+from megatron_post.train.metrics import MetricsWriter, train_line
 from megatron_post.train.optimizer import gradient_norm
 from megatron_post.train.signals import Requeue
 from megatron_post.train.step import Stepper
@@ -150,14 +152,14 @@ class Trainer:
     def report(self, step: int, values: dict[str, float], packs: Iterable[Pack], *, seconds: float) -> None:
         """Throughput counts real tokens, never padding; FLOPs count the squares of the segments."""
         tokens, squares = self._global_cost(packs)
-        flops = model_flops(self.config.model, tokens=tokens, squared_lengths=squares) / seconds
+        flops = step_flops(self.config, Load(tokens, squares)).model / seconds
         values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         values["saves_stalled_seconds"] = self.checkpoints.stalled
         if self.topology.device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name())
+            gpu = gpu_of_device(torch.cuda.get_device_name())
             values["tflops_per_gpu"] = flops / self.topology.world_size / 1e12
-            if peak:
-                values["mfu"] = flops / self.topology.world_size / peak
+            if gpu is not None:
+                values["mfu"] = flops / self.topology.world_size / gpu.bf16
         if "loss" not in values:
             return
         values |= self.guard.look_for_spikes(step, values, list(packs), self.stepper.losses)

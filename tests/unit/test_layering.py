@@ -26,7 +26,17 @@ ALLOWED = {
     "models": {"config", "parallel", "data.batch"},
     "convert": {"config", "models", "parallel", "data.tokenizer", "train.manifest"},
     "stages": {"config", "losses", "models", "data.batch", "data.store", "data.template"},
-    "train": {"config", "data", "parallel", "models", "losses", "stages", "convert"},
+    "train": {
+        "config",
+        "data",
+        "parallel",
+        "models",
+        "losses",
+        "stages",
+        "convert",
+        "plan.flops",
+        "plan.hardware",
+    },
     "bench": {
         "config",
         "data",

@@ -23,7 +23,7 @@ def test_memory_is_flat_in_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(tmp_path.iterdir())
     console = Console(record=True, width=120)
     console.print(convert.conversion_table([small, large], workers=1))
-    assert "limit MiB" in console.export_text()
+    assert "limit in MiB" in console.export_text()
     figures = convert.conversion_record([small, large], workers=1).figures
     assert figures["2: to Megatron"].median == small.to_megatron and figures["8: peak"].unit == "MiB"
 

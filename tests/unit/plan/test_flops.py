@@ -19,7 +19,6 @@ from megatron_post.plan.activations import Segment
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.flops import Load, chunk_flops, loss_again, step_flops
 from megatron_post.plan.shape import chunks
-from megatron_post.train.metrics import model_flops
 from megatron_post.train.optimizer import wrap_data_parallel
 from megatron_post.train.run import make_stage
 from megatron_post.train.step import Stepper
@@ -43,7 +42,32 @@ def test_by_hand() -> None:
     # computing the scores again is a twelfth of six parts: half a forward pass's four
     assert (found.scores, found.recomputed, found.loss, found.reference) == (26_198_016 / 6, 0, 0, 0)
     assert found.model == 239_517_696 and found.executed == found.model + found.scores
-    assert found.model == model_flops(tiny_config().model, tokens=256, squared_lengths=17_056)
+
+
+def test_grouped_queries_by_hand() -> None:
+    """h 8, 2 heads of 4, 1 group, ffn 16, vocabulary 10, 1 layer. Matrices: q and o 64 + 64, k and v 32 + 32,
+    MLP 3 x 128 = 384, output 80: 656. Two segments of 3 and 4 tokens: 7 tokens, squares 25. 6 x 656 x 7 =
+    27552, and attention: forward 2 matmuls x 2 FLOPs x 8 x L^2 / 2 = 16 L^2, x 3 with backward = 48 x 25 =
+    1200."""
+    model = {
+        "num_layers": 1,
+        "hidden_size": 8,
+        "ffn_hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 10,
+    }
+    assert step_flops(tiny_config(model=model), Load(7, 25)).model == 27552 + 1200
+
+
+def test_405b_is_six_p() -> None:
+    """Without attention a token of 405B costs 6 FLOPs a parameter but for the embedding's 128256 x 16384 and
+    the norms; a reward model's head is one row of 16384 in place of 128256."""
+    norms = (2 * 126 + 1) * 16384
+    expected = 6 * (405_853_388_800 - 128256 * 16384 - norms)
+    assert step_flops(llama_config("llama3.1_405b", {}), Load(1, 0)).model == expected
+    reward = llama_config("llama3.1_405b", {}, stage="reward")
+    assert step_flops(reward, Load(1, 0)).model == expected - 6 * 128255 * 16384
 
 
 def test_a_response_sees_its_prompt() -> None:
