@@ -14,11 +14,11 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	touch $@
 
-# two ranks, one thread each: the demo is meant for two cores. SEEDS=3: the whole demo three times, and their spread
+# two ranks: the demo is meant for two cores. SEEDS=3: the whole demo three times, and their spread
 ROUNDS ?= 1
 SEEDS ?= 1
 demo: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m megatron_post demo --run-dir runs/demo --rounds $(ROUNDS) --seeds $(SEEDS)
+	$(BIN)/python -m megatron_post demo --run-dir runs/demo --rounds $(ROUNDS) --seeds $(SEEDS)
 
 # everything that runs without a GPU
 test: install

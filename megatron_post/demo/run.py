@@ -16,7 +16,7 @@ from megatron_post.demo.evaluate import accuracy, answer_with_transformers, work
 from megatron_post.demo.ours import export_initial_weights, says_the_same
 from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
 from megatron_post.demo.telling import Story, print_accuracies, print_chat, print_samples
-from megatron_post.demo.training import pack, train
+from megatron_post.demo.training import RANKS, pack, train
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.files import write_json
 from megatron_post.rounds.round import run_rounds
@@ -74,7 +74,7 @@ def run_demo(
         before = answer_with_transformers(run_dir / "initial", held_out)
         console.print(f"{accuracy(held_out, before)} of the answers are right.")
 
-    with story.step(f"Supervised fine-tuning with {config.parallel.model_size} ranks"):
+    with story.step(f"Supervised fine-tuning with {RANKS} ranks"):
         train(config, console)
 
     with story.step("Let it answer, by plain transformers"):

@@ -71,7 +71,7 @@ def print_accuracies(
     total = next(iter(trained.values())).total
     title = f"{total} held-out problems, exact match (95% interval)"
     table = Table(box=SIMPLE, pad_edge=False, title=title)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("greedy", "one sample", f"best of {rounds[0]['k']} by reward"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, accuracy in trained.items():

@@ -9,6 +9,8 @@ from megatron_post.config.schema import Config
 from megatron_post.data.build import build_store
 from megatron_post.rounds.ranks import run_on_ranks
 
+RANKS = 2  # the demo is meant for two cores
+
 
 def pack(config: Config, console: Console) -> None:
     """Write the run's `config.yaml`, and the store that it names, and say how much was packed."""
@@ -26,9 +28,9 @@ def train(config: Config, console: Console) -> None:
 
     Raises `ValueError` with the end of the log where training fails.
     """
-    run_dir, ranks = Path(config.run_dir), config.parallel.model_size
+    run_dir = Path(config.run_dir)
     command = ("train", str(run_dir / "config.yaml"))
-    console.print(f"torchrun --nproc-per-node {ranks} -m megatron_post {' '.join(command)}", style="dim")
+    console.print(f"torchrun --nproc-per-node {RANKS} -m megatron_post {' '.join(command)}", style="dim")
     run_on_ranks(
-        command, ranks=ranks, log=run_dir / "train.log", console=console, shown=("step ", str(run_dir))
+        command, ranks=RANKS, log=run_dir / "train.log", console=console, shown=("step ", str(run_dir))
     )

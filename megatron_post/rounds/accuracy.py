@@ -27,4 +27,4 @@ class Accuracy:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{100 * self.share:.1f}%  ({100 * low:.1f} to {100 * high:.1f})"
+        return f"{100 * self.share:.1f}% ({100 * low:.1f} to {100 * high:.1f})"

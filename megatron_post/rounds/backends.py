@@ -128,22 +128,41 @@ class _Transformers:
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+        """Rows leave the batch as they end: its longest response takes several times the mean's steps."""
+        from transformers import DynamicCache
+
         width, pad = max(map(len, prompts)), self._tokenizer.pad_id
-        padded = [[pad] * (width - len(ids)) + ids for ids in prompts]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
-        stops = _stop_ids(self._tokenizer, sampling)
-        drawing = [_Draws(seeds, sampling)] if sampling.temperature else []
         device = self._model.device
-        output = self._model.generate(
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            logits_processor=drawing,
-            do_sample=False,  # what is most probable after the processor has added its noise
-            max_new_tokens=sampling.max_tokens,
-            eos_token_id=stops,
-            pad_token_id=pad,
-        )
-        return [_response(row, stops, self._tokenizer) for row in output[:, width:].tolist()]
+        tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        stops, cache = _stop_ids(self._tokenizer, sampling), DynamicCache()
+        draws = _Draws(seeds, sampling) if sampling.temperature else None
+        generated: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))
+        for _ in range(sampling.max_tokens):
+            output = self._model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+            scores = output.logits[:, -1]
+            chosen = (scores if draws is None else draws(rows, scores)).argmax(-1)
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                generated[row].append(token)
+            going = [i for i, row in enumerate(rows) if generated[row][-1] not in stops]
+            if not going:
+                break
+            if len(going) < len(rows):
+                kept = torch.tensor(going, device=device)
+                cache.batch_select_indices(kept)
+                chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
+                rows = [rows[i] for i in going]
+            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        return [_response(ids, stops, self._tokenizer) for ids in generated]
 
 
 class _Draws:
@@ -154,14 +173,14 @@ class _Draws:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._sampling = sampling
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: [b, v] logits."""
+    def __call__(self, rows: Sequence[int], scores: Tensor) -> Tensor:
+        """scores: [b, v] logits; rows: which seed each of them has."""
         logps = torch.log_softmax(scores.float() / self._sampling.temperature, dim=-1)
         if self._sampling.top_p < 1:
             logps = nucleus(logps, self._sampling.top_p)
         noise = torch.empty(logps.shape)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
+        for i, row in enumerate(rows):
+            noise[i].exponential_(generator=self._generators[row])
         return logps - noise.log().to(logps.device)
 
 

@@ -1,6 +1,5 @@
 """A megatron-post command in processes of its own, under torchrun where it takes several ranks."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,6 @@ def run_on_ranks(
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
             [*launcher, "-m", "megatron_post", *command],
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -68,6 +68,11 @@ class Stages(Section):
     reward: str
     sft: str
     dpo: str
+    sft_steps_a_round: bool = Field(
+        False,
+        description="the SFT file's steps are for one round's rows: where SFT reads those of n rounds, from "
+        "start.base, it takes n times as many",
+    )
 
 
 class Average(Section):

@@ -121,7 +121,12 @@ class Round:
         rounds = [Round(self.settings, n, self.console) for n in range(first, self.number + 1)]
         selected = [{"name": r.name, "path": str(r.directory / "selection" / SFT)} for r in rounds]
         sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
-        self._pack("sft", self.settings.start.base or self.policy, sources)
+        self._pack(
+            "sft",
+            self.settings.start.base or self.policy,
+            sources,
+            times=len(rounds) if self.settings.stages.sft_steps_a_round else 1,
+        )
 
     def pack_dpo(self) -> None:
         """The newest batch alone."""
@@ -256,8 +261,11 @@ class Round:
         right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
         return Accuracy(sum(right), len(right))
 
-    def config(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> Config:
-        """A stage's file, completed by what the round decides. Raises `ConfigError` with every error."""
+    def config(
+        self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
+    ) -> Config:
+        """A stage's file, completed by what the round decides; `times` its steps. Raises `ConfigError` with
+        every error."""
         directory = self.directory / stage
         path = getattr(self.settings.stages, stage)
         values = {
@@ -269,11 +277,15 @@ class Round:
             "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
             "train": {"export_hf": True},
         }
-        return validate(OmegaConf.merge(read_tree(path), OmegaConf.create(values)), origin=path)
+        config = validate(OmegaConf.merge(read_tree(path), OmegaConf.create(values)), origin=path)
+        train = config.train.model_copy(update={"steps": times * config.train.steps})
+        return config.model_copy(update={"train": train})
 
-    def _pack(self, stage: StageName, model: str, sources: Iterable[dict[str, Any]]) -> None:
+    def _pack(
+        self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
+    ) -> None:
         """Write a stage's config, and the store that it names."""
-        config = self.config(stage, model, sources)
+        config = self.config(stage, model, sources, times=times)
         for left_by_a_kill in (self.directory / stage).glob(".store.*.partial"):
             shutil.rmtree(left_by_a_kill)
         summaries = build_store(config, console=Console(quiet=True), overwrite=True)

@@ -30,4 +30,4 @@ def test_accuracy_counts_right_answers_in_the_right_form() -> None:
 
 
 def test_accuracy_reads_as_percent() -> None:
-    assert str(Accuracy(81, 263)) == "30.8%  (25.5 to 36.6)"
+    assert str(Accuracy(81, 263)) == "30.8% (25.5 to 36.6)"

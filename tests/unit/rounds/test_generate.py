@@ -26,6 +26,7 @@ from megatron_post.rounds.backends import (
     nucleus,
 )
 from megatron_post.rounds.backends import _Draws as Draws
+from megatron_post.rounds.backends import _prompt_ids as prompt_ids
 from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
 from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed
@@ -130,6 +131,34 @@ def test_transformers_draws_by_seed_alone(tmp_path: Path) -> None:
         open_real(TransformersBackend(), str(tmp_path)).respond(requests, Sampling(max_tokens=300))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_transformers_own_loop_says_the_same(tmp_path: Path, temperature: float) -> None:
+    """Rows that leave a batch as they end, beside `generate` on each prompt alone, token for token."""
+    from transformers import AutoModelForCausalLM
+
+    tiny_policy(tmp_path)
+    sampling = Sampling(temperature=temperature, max_tokens=24)
+    requests = [Request(({"role": "user", "content": "x" * (1 + 3 * i)},), seed=i) for i in range(16)]
+    found = open_real(TransformersBackend(batch=8), str(tmp_path)).respond(requests, sampling)
+    tokenizer = load_tokenizer(str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    stops = list(tokenizer.stop_ids)
+    for request, response in zip(requests, found, strict=True):
+        prompt = torch.tensor([prompt_ids(request, tokenizer)])
+        draws = Draws([request.seed], sampling)
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            logits_processor=[lambda ids, scores, draws=draws: draws([0], scores)] if temperature else [],
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_id,
+        )
+        assert response == respond_with(output[0, prompt.shape[1] :].tolist(), stops, tokenizer)
+    assert len({response.tokens for response in found}) > 1 or not temperature
+
+
 def test_draws_follow_the_probabilities() -> None:
     """p = (0.1, 0.2, 0.7) at temperature 1: of 4,000 draws 400, 800, 2,800 +- 4 sqrt(n p (1 - p)).
 
@@ -138,7 +167,7 @@ def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(4000, 3)
     for temperature, expected in ((1.0, (0.1, 0.2, 0.7)), (0.5, (0.0185, 0.0741, 0.9074))):
         draws = Draws(range(4000), Sampling(temperature=temperature))
-        counts = draws(torch.zeros(0), logits).argmax(-1).bincount(minlength=3)
+        counts = draws(range(4000), logits).argmax(-1).bincount(minlength=3)
         for count, p in zip(counts.tolist(), expected, strict=True):
             assert abs(count - 4000 * p) < 4 * (4000 * p * (1 - p)) ** 0.5
 

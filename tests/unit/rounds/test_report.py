@@ -43,4 +43,4 @@ def test_accuracy_by_hand() -> None:
     """8 of 10 (Wilson): centre (0.8 + 3.8415 / 20) / 1.38415 = 0.7167, half width 0.2267."""
     low, high = Accuracy(8, 10).interval
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=2e-4)
-    assert str(Accuracy(8, 10)) == "80.0%  (49.0 to 94.3)"
+    assert str(Accuracy(8, 10)) == "80.0% (49.0 to 94.3)"
