@@ -36,11 +36,13 @@ from megatron_post.rounds.merge_methods import (
     elected_sum,
     kept_count,
     slerp_coefficients,
+    trim,
     weighted_mean,
 )
 
 Method = Literal["linear", "ties", "slerp", "dare_ties"]
 _WITH_BASE = ("ties", "dare_ties")
+_CACHED_BYTES = 2**20  # of one source: some ten tensors of that size are in use at a time
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -189,30 +191,32 @@ class MergedModel:
         return with_dtype(companions, dtypes.pop()) if len(dtypes) == 1 else companions
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
+        for first, values in self._pieces(name, row, row + len(out)):
+            out[first - row :][: len(values[0])].copy_(self._merged(name, first, values))
+
+    def _merged(self, name: str, row: int, values: list[Tensor]) -> Tensor:
+        """values: rows from `row` on of all sources, which are used up."""
         settings = [m.setting(name) for m in self._plan.models]
         weights = [weight for weight, _ in settings]
-        values = [_rows(model, name, row, row + len(out)) for model in self._models]
         match self._plan.method:
             case "linear":
-                merged = weighted_mean(values, weights)
+                return weighted_mean(values, weights)
             case "slerp":
-                merged = self._slerp(name, values, weights)
+                return self._slerp(name, values, weights)
             case "ties":
-                base, deltas = self._deltas(name, row, values)
+                base, deltas = _deltas(values)
                 thresholds = self._of_tensor(name)
                 assert isinstance(thresholds, list)
-                for delta, threshold in zip(deltas, thresholds, strict=True):
-                    delta.masked_fill_(delta.abs() < threshold, 0.0)
-                merged = base.add_(disjoint_mean(deltas, weights), alpha=self._plan.scale)
+                trimmed = [trim(delta, least) for delta, least in zip(deltas, thresholds, strict=True)]
+                return base.add_(disjoint_mean(trimmed, weights), alpha=self._plan.scale)
             case "dare_ties":
-                base, deltas = self._deltas(name, row, values)
+                base, deltas = _deltas(values)
                 for number, (delta, (_, density)) in enumerate(zip(deltas, settings, strict=True)):
                     key = f"{self._plan.seed}/{number}/{name}"
                     kept = dare_mask(key, row * delta[0].numel(), delta.numel(), density=density)
                     delta.mul_(kept.view_as(delta)).div_(density)
                 total, _ = elected_sum(deltas, weights)
-                merged = base.add_(total, alpha=self._plan.scale / math.fsum(weights))
-        out.copy_(merged)
+                return base.add_(total, alpha=self._plan.scale / math.fsum(weights))
 
     def _slerp(self, name: str, values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         share, (first, second) = weights[1] / math.fsum(weights), values
@@ -220,11 +224,6 @@ class MergedModel:
         if coefficients is None:
             return first + share * (second - first)  # in this form, equal models stay what they are
         return coefficients[0] * first + coefficients[1] * second
-
-    def _deltas(self, name: str, row: int, values: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        assert self._base is not None
-        base = _rows(self._base, name, row, row + len(values[0]))
-        return base, [value.sub_(base) for value in values]
 
     def _of_tensor(self, name: str) -> list[float] | tuple[float, float] | None:
         """What depends on a whole tensor: trimming thresholds, or slerp's coefficients; kept until the next
@@ -240,8 +239,8 @@ class MergedModel:
         searches = [MagnitudeThreshold(kept_count(density, size)) for density in densities]
         trimmed = [density < 1 for density in densities]
         for count in (MagnitudeThreshold.count_upper, MagnitudeThreshold.count_lower):
-            for row, values in self._blocks(name) if any(trimmed) else ():
-                _, deltas = self._deltas(name, row, values)
+            for _, values in self._pieces(name, 0, self.tensors[name].shape[0]) if any(trimmed) else ():
+                _, deltas = _deltas(values)
                 for search, delta, trims in zip(searches, deltas, trimmed, strict=True):
                     if trims:
                         count(search, delta)
@@ -249,7 +248,7 @@ class MergedModel:
 
     def _coefficients(self, name: str) -> tuple[float, float] | None:
         dot, squares = 0.0, [0.0, 0.0]
-        for _, (first, second) in self._blocks(name):
+        for _, (first, second) in self._pieces(name, 0, self.tensors[name].shape[0]):
             a, b = first.double().reshape(-1), second.double().reshape(-1)
             dot += float(a @ b)
             squares[0] += float(a @ a)
@@ -257,10 +256,15 @@ class MergedModel:
         weights = [m.setting(name)[0] for m in self._plan.models]
         return slerp_coefficients(dot, (squares[0], squares[1]), weights[1] / math.fsum(weights))
 
-    def _blocks(self, name: str) -> Iterator[tuple[int, list[Tensor]]]:
-        """A tensor of all models, in blocks that its shape alone decides: sums over them are reproducible."""
-        for start, end in row_blocks(Kind(torch.float32, self.tensors[name].shape)):
-            yield start, [_rows(model, name, start, end) for model in self._models]
+    def _pieces(self, name: str, start: int, end: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Rows [start, end) of all sources in float32, memory of their own, and the first row's number: read
+        in blocks, cut to pieces that a core's cache holds. Sums over a whole tensor's are reproducible."""
+        row = self.tensors[name].shape[1:]
+        for low, high in row_blocks(Kind(torch.float32, (end - start, *row))):
+            blocks = [read_rows(source, name, start + low, start + high) for source in self.sources]
+            inside = Kind(torch.float32, (high - low, *row))
+            for first, last in row_blocks(inside, block_bytes=_CACHED_BYTES):
+                yield start + low + first, [block[first:last].float() for block in blocks]
 
     def _check_settings(self) -> None:
         for ingredient in self._plan.models:
@@ -281,9 +285,10 @@ class MergedModel:
                 raise ValueError(f"the models' weights for {name} sum to 0; give one of them a weight")
 
 
-def _rows(model: ModelSource, name: str, start: int, end: int) -> Tensor:
-    """Rows in float32, memory of one's own."""
-    return read_rows(model, name, start, end).float()
+def _deltas(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The last of all sources is the base."""
+    *models, base = values
+    return base, [model.sub_(base) for model in models]
 
 
 def _check_alike(paths: Sequence[str], sources: Sequence[ModelSource]) -> None:

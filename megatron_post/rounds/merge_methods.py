@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Beyond this cosine the angle is too small to divide by its sine; the value that slerp is commonly used with.
@@ -67,6 +68,14 @@ class MagnitudeThreshold:
         return float(pattern.view(torch.float32))
 
 
+def trim(delta: Tensor, threshold: float) -> Tensor:
+    """delta, with 0 for what is smaller than the threshold; equal values stay."""
+    if threshold == 0:
+        return delta
+    below = np.nextafter(np.float32(threshold), np.float32(0))  # hardshrink drops what equals its bound
+    return F.hardshrink(delta, float(below))
+
+
 def kept_count(density: float, size: int) -> int:
     """How many of a tensor's values a density keeps; at least one."""
     return max(1, int(density * size))
@@ -97,10 +106,10 @@ def elected_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[Ten
     elected = torch.where(votes >= 0, 1.0, -1.0)
     total, agreeing = torch.zeros_like(votes), torch.zeros_like(votes)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = (delta.sign() == elected).float() * weight
-        total += delta * agrees
-        agreeing += agrees
-    return total, agreeing
+        along = delta * elected
+        total.add_(along.clamp(min=0.0), alpha=weight)
+        agreeing.add_(along > 0, alpha=weight)
+    return total.mul_(elected), agreeing
 
 
 def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

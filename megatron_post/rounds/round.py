@@ -64,14 +64,18 @@ def run_rounds(
         if name is not None and name not in names:
             raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
     with alone(Path(settings.run_dir)) as lock:
-        # more rounds may be asked for later
-        state = State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
+        state = _state(settings)
         if again_from is not None:
             _forget(steps[names.index(again_from) :], state)
+        chosen = state.left(names) if only is None else (only,)
         for step in steps:
-            if step.name != only if only is not None else step.name in state.done:
-                continue
-            _do(step, state, console, lock)
+            if step.name in chosen:
+                _do(step, state, console, lock)
+
+
+def _state(settings: RoundSettings) -> State:
+    """More rounds may be asked for later."""
+    return State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
 
 
 def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
@@ -89,17 +93,24 @@ def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, 
 def chain_of(
     path: str | Path, overrides: Sequence[str], *, console: Console, needs_inputs: bool = True
 ) -> dict[str, Any]:
-    """The steps as a chain of jobs, each after the one before, in the terms of a chain file.
+    """The steps that are left as a chain of jobs, each after the one before, in the terms of a chain file.
 
     needs_inputs: look at the models and files that the first round starts with, too. Raises `ValueError` for
-    what a user can mend.
+    what a user can mend, and where no step is left.
     """
     settings = load_round(path, overrides)
     if needs_inputs:
         check_models(settings)
         check_files(settings)
-    values: list[dict[str, Any]] = []
-    for step in all_steps(settings, console):
+    steps, values = all_steps(settings, console), list[dict[str, Any]]()
+    if Path(settings.run_dir, "state.json").is_file():
+        left = _state(settings).left([step.name for step in steps])
+        steps = [step for step in steps if step.name in left]
+    if not steps:
+        raise ValueError(
+            f"{settings.run_dir}: every step is done; --again-from STEP does one and those behind anew"
+        )
+    for step in steps:
         command = step.command or ("round", str(path), "--only", step.name, *overrides)
         per_node = min(step.ranks, settings.ranks_per_node)
         if step.ranks % per_node:

@@ -36,6 +36,12 @@ class State:
         """Step -> seconds that it took, in the order in which they were done."""
         return dict(self._content["done"])
 
+    def left(self, steps: Sequence[str]) -> Sequence[str]:
+        """Of all steps those behind the last that is done: a chain's jobs on ranks leave no mark of their
+        own, and each began when all before it were done."""
+        done = [number for number, step in enumerate(steps, start=1) if step in self.done]
+        return steps[max(done, default=0) :]
+
     def finish(self, step: str, seconds: float) -> None:
         self._content["done"][step] = round(seconds, 1)
         write_json(self._path, self._content)

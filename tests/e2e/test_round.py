@@ -164,6 +164,26 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
     assert all(step.after == ((names[i - 1],) if i else ()) for i, step in enumerate(chain.ordered()))
 
 
+def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
+    """Jobs on ranks leave no mark in the state, those between them do."""
+    from megatron_post.rounds.round import _state, chain_of
+
+    config, console = round_file(tmp_path / "round"), Console(quiet=True)
+    names = [step["name"] for step in chain_of(config, (), console=console)["steps"]]
+    assert not (tmp_path / "round" / "run").exists()
+    state = _state(load_round(config))
+    for name in ("round-01/collect", "round-01/select"):
+        state.finish(name, 1.0)
+    rest = chain_of(config, (), console=console)["steps"]
+    assert [step["name"] for step in rest] == names[names.index("round-01/sft-pack") :]
+    assert "after" not in rest[0] and rest[1]["after"] == ["round-01/sft-pack"]
+    state.finish("round-01/report", 1.0)
+    with pytest.raises(ValueError, match="every step is done"):
+        chain_of(config, (), console=console)
+    more = chain_of(config, ["rounds=2"], console=console)["steps"]
+    assert more[0]["name"] == "round-02/reward-pack"
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     tiny_policy(tmp_path / "other", scalar_head=True, text="x y z q w e r t")
