@@ -68,7 +68,7 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
     store = write_random_store(
         directory, settings, lengths.astype(np.int64), vocab_size=config.model.vocab_size
     )
-    if config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "store":
+    if config.stores_reference:
         writer = ReferenceWriter(store)
         writer.create(REFERENCE_KEY)
         row = np.full(settings.pack_length, -np.log(config.model.vocab_size), np.float32)
@@ -81,7 +81,7 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
 def open_synthetic(directory: Path, config: Config) -> PackStore:
     """What `write_synthetic` has written for this config."""
     store = open_store(directory, "train")
-    if config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "store":
+    if config.stores_reference:
         store.read_reference(REFERENCE_KEY)
     return store
 

@@ -265,6 +265,16 @@ class Config(Section):
         """Whether several responses see one prompt, which is beyond Transformer Engine's packed attention."""
         return self.stage == "reward" and self.reward.layout != "separate"
 
+    @property
+    def stores_reference(self) -> bool:
+        """Whether the reference's log-probabilities are in the store."""
+        return self.stage == "dpo" and self.dpo.needs_reference and self.dpo.reference == "store"
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a frozen copy of the first weights runs at every step."""
+        return self.stage == "dpo" and self.dpo.needs_reference and self.dpo.reference == "frozen"
+
     @model_validator(mode="after")
     def _layout_works(self) -> "Config":
         errors = layout_errors(self)

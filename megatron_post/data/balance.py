@@ -24,21 +24,27 @@ def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
     ends = np.cumsum(counts)
     segments = np.repeat(starts - ends + counts, counts) + np.arange(ends[-1])
     padded = store.column("padded")[segments].astype(np.int64)
-    attended = padded * (padded + 2 * _seen(store, padded, segments))
+    each = attended(padded, store.column("rank")[segments], store.settings.layout)
     tails = store.settings.pack_length - _sums(padded, ends, counts)
-    return _sums(attended, ends, counts) + tails * tails
+    return _sums(each, ends, counts) + tails * tails
 
 
-def _seen(store: PackStore, padded: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """Tokens of earlier segments that each segment sees besides itself, int64 [segments]."""
-    if store.settings.layout in ("dialogs", "separate"):
-        return np.zeros_like(padded)
-    number = np.arange(len(segments))
-    prompts = np.maximum.accumulate(np.where(store.column("rank")[segments] < 0, number, 0))
-    if store.settings.layout == "isolated":
-        return np.where(prompts < number, padded[prompts], 0)
-    before = np.cumsum(padded) - padded
-    return before - before[prompts]
+def attended(lengths: np.ndarray, ranks: np.ndarray, layout: str) -> np.ndarray:
+    """length^2 + 2 length s of each segment, int64 [segments]: it sees s tokens of earlier ones.
+
+    lengths, ranks: of the segments of whole packs, in their order; layout: of the store.
+    """
+    lengths = lengths.astype(np.int64)
+    if layout in ("dialogs", "separate"):
+        return lengths**2
+    number = np.arange(len(lengths))
+    prompts = np.maximum.accumulate(np.where(ranks < 0, number, 0))
+    if layout == "isolated":
+        seen = np.where(prompts < number, lengths[prompts], 0)
+    else:
+        before = np.cumsum(lengths) - lengths
+        seen = before - before[prompts]
+    return lengths * (lengths + 2 * seen)
 
 
 def _sums(values: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -59,6 +59,9 @@ class Cluster(Section):
     memory: Line | None = Field(None, description="memory of a node, as sbatch --mem; 0: all of it")
     gpus_per_node: int = Field(8, ge=0)
     gpu_type: Line | None = Field(None, description="type in Slurm's GRES, where it has one: h100")
+    gpu: Line | None = Field(
+        "h100-80gb", description="the planner's name of the GPU, by which memory is checked; null: it is not"
+    )
     cpus_per_node: PositiveInt
     ranks_per_node: PositiveInt | None = Field(None, description="null: one for each GPU")
     time_limit: Line = Field("24:00:00", description="[days-]hours:minutes:seconds")

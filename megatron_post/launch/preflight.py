@@ -18,7 +18,7 @@ from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
 from megatron_post.plan.estimate import make_plan, verdict
-from megatron_post.plan.hardware import gpu_of_device
+from megatron_post.plan.hardware import gpu
 
 
 def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:
@@ -56,12 +56,12 @@ def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
 def memory_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str]:
     """By how much the planner says that a possible layout does not fit, and which single changes would.
 
-    Nothing on a cluster without GPUs, or of some that the planner does not know; `gpu_type: null` is an H100.
+    Nothing on a cluster without GPUs, or where its file names none. Raises `ValueError` for one that the
+    planner does not know.
     """
-    device = gpu_of_device(cluster.gpu_type or "h100")
-    if not cluster.gpus_per_node or device is None:
+    if not cluster.gpus_per_node or cluster.gpu is None:
         return []
-    device = dataclasses.replace(device, per_node=cluster.ranks)
+    device = dataclasses.replace(gpu(cluster.gpu), per_node=cluster.ranks)
     plan = make_plan(config, gpus=nodes * cluster.ranks, gpu=device)
     if plan.shortfall <= 0:
         return []

@@ -121,8 +121,7 @@ def layout_line(config: Config, data_size: int) -> str:
 def layers_on_gpu(config: Config) -> Layers:
     """Transformer Engine's, but for rows in which responses share a prompt
     (`train.run.uses_portable_layers`)."""
-    portable = config.stage == "reward" and config.reward.layout != "separate"
-    return "portable" if portable else "transformer_engine"
+    return "portable" if config.shares_prompts else "transformer_engine"
 
 
 def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:

@@ -93,14 +93,13 @@ def chunk_flops(config: Config, chunk: Chunk, load: Load, *, tensor_rank: int = 
     attention = attention_forward(config, load.squares) * chunk.layers
     head, extra = _head(config, tokens, tensor_rank) if chunk.head else (0.0, 0.0)
     forward = sum(matrices.values()) + head
-    frozen = config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen"
     return Flops(
         matrices=3 * forward,
         attention=(1 + ATTENTION_GRADIENTS) * attention,
         recomputed=_recomputed(config, matrices, attention),
         scores=(ATTENTION_BACKWARD - ATTENTION_GRADIENTS) * attention,
         loss=extra,
-        reference=frozen * (forward + attention),
+        reference=config.runs_reference * (forward + attention),
     )
 
 

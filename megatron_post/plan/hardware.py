@@ -44,11 +44,6 @@ class GPU:
     latency: float = 15e-6  # seconds that a collective takes at least
     reserve: int = 4 * GIB  # CUDA context, NCCL's and cuBLAS's buffers, fragmentation
 
-    @property
-    def usable(self) -> int:
-        """Bytes for tensors."""
-        return self.memory - self.reserve
-
 
 _MEASURED = "multiplications: stas00/ml-engineering, maximum achievable matmul FLOPS"
 GPUS = {

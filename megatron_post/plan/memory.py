@@ -82,7 +82,7 @@ def static_kinds(
     matrices = sum(chunk.layers for chunk in parts) * sum(layer_matrices(config).values())
     if config.precision.fp8:
         kinds["fp8 weights"] = matrices * fp8_copies
-    if config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen":
+    if config.runs_reference:
         kinds["reference"] = count * element + (matrices * fp8_copies if config.precision.fp8 else 0)
     return kinds
 

@@ -94,6 +94,6 @@ def _around_the_pipeline(
     update = (30 * largest / ranks + 4 * largest) / (
         costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
     )
-    frozen = config.stage == "dpo" and config.dpo.needs_reference and config.dpo.reference == "frozen"
+    frozen = config.runs_reference
     forward = sum(e.end - e.start for e in timeline.events if e.rank == 0 and e.work.kind == "forward")
     return reduce, gather, update, forward if frozen else 0.0

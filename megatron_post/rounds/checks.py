@@ -5,6 +5,10 @@ from typing import Any, get_args
 
 from rich.console import Console
 
+from megatron_post.config.layout import world_errors
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Source
+from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.prompts import read_prompts
@@ -29,7 +33,8 @@ def check_models(settings: RoundSettings) -> None:
 
 
 def check_files(settings: RoundSettings) -> None:
-    """Raises `ValueError` for files of prompts, rules and stages that a later step could not use."""
+    """Raises `ValueError` for files of prompts, rows, rules and stages that a later step could not use, for
+    stages that cannot run on their ranks, and for models that cannot be averaged so."""
     data, verifier = settings.data, settings.select.verifier
     for key in ("prompts", "validation", "held_out"):
         path = getattr(data, key)
@@ -44,4 +49,12 @@ def check_files(settings: RoundSettings) -> None:
     first = Round(settings, 1, Console(quiet=True))
     any_source: dict[str, Any] = {"name": "any", "path": "any"}
     for stage in get_args(StageName):
-        first.config(stage, settings.start.base or settings.start.policy, [any_source])
+        config = first.config(stage, settings.start.base or settings.start.policy, [any_source])
+        ranks = settings.ranks or config.parallel.model_size
+        # a login node may have neither GPU nor Transformer Engine
+        errors = world_errors(config, world_size=ranks, has_gpu=True, has_transformer_engine=True)
+        if errors:
+            raise ConfigError(f"stages.{stage} on ranks={ranks}: " + "; ".join(errors))
+    first.merge_plan  # noqa: B018 - it is parsed
+    for source in (*data.sft, *(Source(name=path, path=path) for path in settings.start.preferences)):
+        next(read_rows(source, bad_rows=BadRows(data.max_bad_rows)), None)

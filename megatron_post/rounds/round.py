@@ -22,7 +22,8 @@ from megatron_post.rounds.settings import RoundSettings, StageName, load_round
 from megatron_post.rounds.state import State, alone
 from megatron_post.rounds.steps import Round
 
-_NOT_OF_TRAINING = ("config.yaml", "store", "incarnations")  # the step before's, and the fence's numbers
+# the step before's, the fence's numbers, and what the launcher knows of a run
+_NOT_OF_TRAINING = ("config.yaml", "store", "incarnations", "slurm")
 # `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
 _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
 
@@ -64,7 +65,7 @@ def run_rounds(
         if name is not None and name not in names:
             raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
     with alone(Path(settings.run_dir)) as lock:
-        state = _state(settings)
+        state = state_of(settings)
         if again_from is not None:
             _forget(steps[names.index(again_from) :], state)
         chosen = state.left(names) if only is None else (only,)
@@ -73,9 +74,10 @@ def run_rounds(
                 _do(step, state, console, lock)
 
 
-def _state(settings: RoundSettings) -> State:
-    """More rounds may be asked for later."""
-    return State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
+def state_of(settings: RoundSettings) -> State:
+    """The record of a run: more rounds may be asked for later, and other ranks."""
+    values = settings.model_dump_json(exclude={"rounds", "ranks", "ranks_per_node"})
+    return State(Path(settings.run_dir), json.loads(values))
 
 
 def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
@@ -104,11 +106,12 @@ def chain_of(
         check_files(settings)
     steps, values = all_steps(settings, console), list[dict[str, Any]]()
     if Path(settings.run_dir, "state.json").is_file():
-        left = _state(settings).left([step.name for step in steps])
+        left = state_of(settings).left([step.name for step in steps])
         steps = [step for step in steps if step.name in left]
     if not steps:
         raise ValueError(
-            f"{settings.run_dir}: every step is done; --again-from STEP does one and those behind anew"
+            f"{settings.run_dir}: every step is done; `megatron-post round {path} --again-from STEP` does "
+            "one and those behind it anew"
         )
     for step in steps:
         command = step.command or ("round", str(path), "--only", step.name, *overrides)
@@ -147,14 +150,14 @@ def _steps(r: Round) -> list[Step]:
     if settings.start.reward is None:
         if r.number == 1 and not settings.start.preferences:
             act("collect", r.collect, "collected.jsonl", "collected")
-        act("reward-pack", r.pack_reward, "reward")
+        act("reward-pack", r.pack_reward, "reward/store", "reward/config.yaml")
         train("reward")
     act("generate", r.generate, "samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
     score("score", "samples.jsonl", "scores.jsonl")
     act("select", r.select, "selection")
-    act("sft-pack", r.pack_sft, "sft")
+    act("sft-pack", r.pack_sft, "sft/store", "sft/config.yaml")
     train("sft")
-    act("dpo-pack", r.pack_dpo, "dpo")
+    act("dpo-pack", r.pack_dpo, "dpo/store", "dpo/config.yaml")
     if r.stores_reference:
         words = ("reference", str(d / "dpo" / "store"), "--model", str(d / "sft" / "hf"))
         command("reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log", trains=False)
@@ -171,6 +174,8 @@ def _steps(r: Round) -> list[Step]:
 def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
     """A stage's layout and precision as overrides, so that scores and references are what training sees."""
     parallel, precision, pack_length = r.stage(stage)
+    if stage == "reward":  # scores are taken pack by pack, which the interleaved schedule cannot
+        parallel = parallel.model_copy(update={"virtual_pipeline": 1})
     values = {f"parallel.{key}": value for key, value in parallel.model_dump(exclude_defaults=True).items()}
     values |= {f"precision.{key}": v for key, v in precision.model_dump(exclude_defaults=True).items()}
     values |= {"data.pack_length": pack_length} if stage == "reward" else {}

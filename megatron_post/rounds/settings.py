@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_post.config.load import parse, read_tree
 from megatron_post.config.schema import Section, Source
@@ -14,7 +14,6 @@ from megatron_post.rounds.merge import Method
 from megatron_post.rounds.select import Selection
 
 StageName = Literal["reward", "sft", "dpo"]
-AVERAGED = ("policy", "sft", "dpo")
 
 
 class Start(Section):
@@ -79,7 +78,7 @@ class Average(Section):
     """What becomes of the models of a round: policy (the one that answered), sft, dpo."""
 
     method: Method = "linear"
-    weights: dict[Literal["policy", "sft", "dpo"], float] = Field(min_length=2)
+    weights: dict[Literal["policy", "sft", "dpo"], PositiveFloat] = Field(min_length=2)
     density: float = Field(1.0, gt=0, le=1)
 
 
@@ -106,6 +105,8 @@ class RoundSettings(Section):
                 "generate.backend: a server answers with one model, and a round asks several; choose "
                 "transformers or vllm, or run `megatron-post generate` with the server"
             )
+        if "seed" in self.generate.sampling.model_fields_set:
+            errors.append("generate.sampling.seed: a round draws by its own `seed`; set that")
         if self.select.verifier is None:
             if not self.start.preferences and self.start.reward is None:
                 errors.append(

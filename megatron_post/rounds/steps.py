@@ -13,8 +13,8 @@ from rich.console import Console
 
 from megatron_post.config.load import parse, read_tree, to_yaml, validate
 from megatron_post.config.schema import DPO, Config, Parallel, Precision
+from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
-from megatron_post.models.hf_config import from_hf_config
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.files import write_json, write_pieces, write_whole
 from megatron_post.rounds.generate import Generate, generate, parts_of
@@ -75,7 +75,8 @@ class Round:
     def stores_reference(self) -> bool:
         """Whether DPO reads its reference's log-probabilities from the store."""
         values: Any = OmegaConf.to_container(read_tree(self.settings.stages.dpo), resolve=False)
-        return parse(DPO, values.get("dpo", {}), origin=self.settings.stages.dpo).reference == "store"
+        dpo = parse(DPO, values.get("dpo", {}), origin=self.settings.stages.dpo)
+        return dpo.needs_reference and dpo.reference == "store"
 
     def collect(self) -> None:
         """Preferences for the first reward model: the verifier's, on the policy's own answers."""
@@ -87,7 +88,7 @@ class Round:
     def pack_reward(self) -> None:
         """All batches so far; a number tells the newest."""
         batches = [*self.settings.start.preferences]
-        if not batches and self.settings.start.reward is None:
+        if not batches:
             batches = [str(Round(self.settings, 1, self.console).directory / "collected" / PREFERENCES)]
         earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
         batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
@@ -134,6 +135,13 @@ class Round:
         self._pack("dpo", str(self.directory / "sft" / "hf"), [{"name": "newest", "path": path}])
 
     def average(self) -> None:
+        target = self.directory / "average"
+        if not target.exists():
+            merge(self.merge_plan, target, report=self._say)
+
+    @property
+    def merge_plan(self) -> MethodMerge:
+        """What is averaged. Raises `ConfigError` for what its method cannot do."""
         chosen = self.settings.average
         paths = {"policy": self.policy} | {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
         models = [
@@ -142,9 +150,7 @@ class Round:
         values: dict[str, Any] = {"models": models, "method": chosen.method, "seed": self.settings.seed}
         if chosen.method in ("ties", "dare_ties"):
             values["base_model"] = self.settings.start.base or self.policy
-        target = self.directory / "average"
-        if not target.exists():
-            merge(parse(MethodMerge, values, origin="average"), target, report=self._say)
+        return parse(MethodMerge, values, origin="average")
 
     def choose(self) -> None:
         """The best of SFT, DPO and average on the validation prompts; the later one where two are equal.
@@ -272,7 +278,7 @@ class Round:
             "stage": stage,
             "run_dir": str(directory),
             "seed": self.settings.seed + self.number,
-            "model": from_hf_config(Path(model)).model_dump() | {"init_from": model},
+            "model": read_model(Path(model)).model_dump() | {"init_from": model},
             "tokenizer": {"path": model},
             "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
             "train": {"export_hf": True},
@@ -297,13 +303,13 @@ class Round:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def metrics_of(run_dir: Path, kind: str = "train") -> list[dict[str, float]]:
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """The metrics of each step of a training run, in order; of a step that was repeated, the last."""
     path = run_dir / "metrics.jsonl"
     rows: dict[int, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):  # a line that a kill or a full disk has cut
             row = json.loads(line)
-            if row["kind"] == kind:
+            if row["kind"] == "train":
                 rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]

@@ -9,7 +9,7 @@ import torch
 
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
-from megatron_post.models.hf_config import from_hf_config
+from megatron_post.convert.configs import read_model
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.stages.base import Stage
@@ -19,7 +19,7 @@ from megatron_post.train.step import Stepper
 
 def config_of_model(directory: str | Path, values: dict[str, Any], overrides: Sequence[str]) -> Config:
     """A config for a model in a Hugging Face directory. `values`: the sections that its use needs."""
-    model = from_hf_config(Path(directory)).model_dump() | {"init_from": str(directory)}
+    model = read_model(Path(directory)).model_dump() | {"init_from": str(directory)}
     # nothing is trained: as many packs as ranks are a batch for any number of data-parallel ones among them
     _, world_size, _ = rank_from_environment()
     base = {

@@ -25,7 +25,7 @@ def attach_reference(config: Config, topology: Topology, stores: Sequence[PackSt
     The reference is the model that training starts from. Raises `ValueError` where there is none, and
     `StoreError` where the store has none or another's.
     """
-    if config.stage != "dpo" or config.dpo.reference != "store" or not config.dpo.needs_reference:
+    if not config.stores_reference:
         return
     if config.model.init_from is None:
         raise ValueError(

@@ -180,7 +180,7 @@ def build_trainer(
     stage = make_stage(config, topology)
     models = load_model(config, topology)
     reference = None
-    if stage.needs_reference and config.dpo.reference == "frozen":
+    if config.runs_reference:
         reference = load_model(config, topology)
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)

@@ -1,15 +1,16 @@
 """The page: take packs, forward and backward, step the optimizer, report, maybe evaluate, maybe save."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_post.config.layout import store_layout
 from megatron_post.config.schema import Config
+from megatron_post.data.balance import attended
 from megatron_post.data.store import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.flops import Load, step_flops
@@ -149,8 +150,8 @@ class Trainer:
             f"step {step}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
         )
 
-    def report(self, step: int, values: dict[str, float], packs: Iterable[Pack], *, seconds: float) -> None:
-        """Throughput counts real tokens, never padding; FLOPs count the squares of the segments."""
+    def report(self, step: int, values: dict[str, float], packs: Sequence[Pack], *, seconds: float) -> None:
+        """Throughput counts real tokens, never padding; FLOPs count what each segment attends to."""
         tokens, squares = self._global_cost(packs)
         flops = step_flops(self.config, Load(tokens, squares)).model / seconds
         values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -167,9 +168,11 @@ class Trainer:
         if _due(step, self.config.train.log_every) or step == self.config.train.steps:
             self.metrics.console(train_line(step, self.config.train.steps, values))
 
-    def _global_cost(self, packs: Iterable[Pack]) -> tuple[float, float]:
-        lengths = np.concatenate([pack.lengths for pack in packs]).astype(np.float64)
-        totals = torch.tensor([lengths.sum(), (lengths**2).sum()], device=self.topology.device)
+    def _global_cost(self, packs: Sequence[Pack]) -> tuple[float, float]:
+        layout = store_layout(self.config)
+        squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
+        tokens = sum(pack.lengths.sum() for pack in packs)
+        totals = torch.tensor([tokens, squares], dtype=torch.float64, device=self.topology.device)
         torch.distributed.all_reduce(totals, group=self.topology.groups.dp)
         return totals[0].item(), totals[1].item()
 

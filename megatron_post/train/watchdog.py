@@ -99,7 +99,8 @@ class Watchdog:
             notes = {rank: self._read(rank) for rank in range(len(self._places))}
             silent = [rank for rank, note in notes.items() if note is None and rank != self._rank]
             answering = [rank for rank in notes if rank not in silent]
-            if self._rank == min(answering):
+            # a rank that wakes later finds only its own kind silent: the first verdict stands
+            if self._rank == min(answering) and not (self.directory / "report.txt").exists():
                 text = f"hang: step not done within {self._deadline:g} s\n" + "\n".join(verdict(notes))
                 text += f"\nstacks of all ranks that answer: {self.directory}/rank-*.txt"
                 print(text, file=sys.stderr, flush=True)
@@ -107,7 +108,7 @@ class Watchdog:
                     (self.directory / "report.txt").write_text(text + "\n")
             host = self._places[self._rank][0]
             stuck = [str(self._places[rank][1]) for rank in silent if self._places[rank][0] == host]
-            if stuck:
+            if stuck and self._note(self._rank).exists():
                 # a stopped process cannot end itself. Later than this one, whose status a launcher shall see
                 # first; by a shell, for this process will be gone
                 command = f"sleep 1; kill -KILL {' '.join(stuck)} 2>/dev/null"

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.launch.chain import load_chain
 from megatron_post.rounds.files import read_lines
-from megatron_post.rounds.round import all_steps, run_rounds
+from megatron_post.rounds.round import all_steps, run_rounds, state_of
 from megatron_post.rounds.settings import load_round
-from megatron_post.rounds.state import State
 from megatron_post.rounds.steps import Round
 from tests.e2e.runs import start
 from tests.unit.rounds.models import tiny_policy
@@ -166,12 +165,12 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
 
 def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
     """Jobs on ranks leave no mark in the state, those between them do."""
-    from megatron_post.rounds.round import _state, chain_of
+    from megatron_post.rounds.round import chain_of
 
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     names = [step["name"] for step in chain_of(config, (), console=console)["steps"]]
     assert not (tmp_path / "round" / "run").exists()
-    state = _state(load_round(config))
+    state = state_of(load_round(config))
     for name in ("round-01/collect", "round-01/select"):
         state.finish(name, 1.0)
     rest = chain_of(config, (), console=console)["steps"]
@@ -193,6 +192,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (["select.verifier=null"], "the first reward model has no data"),
         (["start.policy=/nowhere"], "start.policy=/nowhere: no such directory"),
         (["round=3"], "round: unknown key"),
+        (["ranks=3"], r"stages.reward on ranks=3: .*global_batch=1"),
+        (["average.method=slerp", "average.weights.policy=1"], "slerp merges two models, not 3"),
+        (["average.weights.sft=0"], r"average.weights.sft: .*greater than 0"),
+        (["generate.sampling.seed=3"], "a round draws by its own `seed`"),
+        ([f"start.preferences=[{tmp_path / 'none.jsonl'}]"], "none.jsonl"),
         (["select.cleaning=/no/rules"], "config file /no/rules does not exist"),
         (["generate.backend={kind: server, url: 'http://x/v1', served_model: m}"], "answers with one model"),
         ([f"data.held_out={tmp_path / 'unanswered'}"], "data.held_out=.*line 1 has no `answer`"),
@@ -216,6 +220,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "round" / "run").exists()
     prompts.write_text(good)
     settings = load_round(config)
-    State(Path(settings.run_dir), json.loads(settings.model_dump_json(exclude={"rounds"})))
+    state_of(settings)
+    state_of(settings.model_copy(update={"rounds": 3, "ranks": 2}))  # may change
     with pytest.raises(ValueError, match="of a run with other seed"):
         run_rounds(config, ["seed=5"], console=console)

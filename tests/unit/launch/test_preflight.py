@@ -48,16 +48,18 @@ H100 = Cluster(gpus_per_node=8, cpus_per_node=96)
 
 def test_memory_that_does_not_fit() -> None:
     """70B without context parallelism: 81.5 GiB on the first pipeline rank. Remedies are in launch's terms.
-    A larger GPU, one that the planner does not know, and none have nothing against it."""
+    A larger GPU, one that is not named, and none have nothing against it."""
     config = load_config(CONFIGS / "llama3_70b" / "sft.yaml", ["parallel.context=1"])
     (found,) = memory_findings(config, H100, nodes=8)
     first, *remedies = found.splitlines()
     assert re.search(r"rank 0 takes 8\d\.\d GiB, h100-80gb has 79\.6 GiB: 1\.\d GiB too much$", first)
     assert any(line.startswith("  parallel.context=2 fits: ") for line in remedies)
     assert not any("--gpus" in line for line in remedies)
-    assert memory_findings(config, H100.model_copy(update={"gpu_type": "h200"}), nodes=8) == []
-    assert memory_findings(config, H100.model_copy(update={"gpu_type": "mi300x"}), nodes=8) == []
+    assert memory_findings(config, H100.model_copy(update={"gpu": "h200-141gb"}), nodes=8) == []
+    assert memory_findings(config, H100.model_copy(update={"gpu": None}), nodes=8) == []
     assert memory_findings(tiny_config(), CLUSTER, nodes=2) == []
+    with pytest.raises(ValueError, match="'mi300x' is not in the planner's table: choose one of h100-80gb"):
+        memory_findings(config, H100.model_copy(update={"gpu": "mi300x"}), nodes=8)
 
 
 def test_more_nodes_as_a_remedy() -> None:
