@@ -1,14 +1,9 @@
 """Conversion of synthetic models both ways beside `cp` of the same bytes: peak memory and disk speed."""
 
 import filecmp
-import multiprocessing
 import os
-import resource
 import shutil
-import subprocess
-import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from megatron_post.bench import beside_cp
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.tables import titled
@@ -130,9 +126,11 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
     try:
         _write_random(source, model, kinds)
         for _ in range(rounds):
-            plain, durable = _copy(source, copy)
-            forth, forth_peak = _convert(ToMegatron(str(source), str(root)), workers)
-            back_seconds, back_peak = _convert(ToHuggingFace(str(root), str(back)), workers)
+            plain, durable = beside_cp.copy(source, copy)
+            there = ToMegatron(str(source), str(root))
+            forth, forth_peak = beside_cp.in_own_process(_convert, there, workers, workers=workers)
+            home = ToHuggingFace(str(root), str(back))
+            back_seconds, back_peak = beside_cp.in_own_process(_convert, home, workers, workers=workers)
             _, wrong, missing = filecmp.cmpfiles(
                 source, back, [file.name for file in source.iterdir()], shallow=False
             )
@@ -183,33 +181,5 @@ def _write_random(directory: Path, model: Model, kinds: dict[str, Kind]) -> None
         (directory / name).write_bytes(content)
 
 
-def _copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of `cp`, and until its bytes are on the disk."""
-    started = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    plain = time.perf_counter() - started
-    for path in target.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    return plain, time.perf_counter() - started
-
-
-def _convert(job: Job, workers: int) -> tuple[float, float]:
-    """Seconds of a conversion until it is on the disk and published, and the process's peak in MiB."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(job, workers, theirs))
-    process.start()
-    theirs.close()
-    result = ours.recv()
-    process.join()
-    assert isinstance(result, tuple)
-    return result
-
-
-def _serve(job: Job, workers: int, connection: Connection) -> None:
-    started = time.perf_counter()
+def _convert(job: Job, workers: int) -> None:
     convert(job, workers=workers, report=lambda line: None)
-    seconds = time.perf_counter() - started
-    who = resource.RUSAGE_SELF if workers == 1 else resource.RUSAGE_CHILDREN
-    connection.send((seconds, resource.getrusage(who).ru_maxrss / 1024))

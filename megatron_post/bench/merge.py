@@ -1,13 +1,8 @@
 """Merging two synthetic models of some gigabytes beside `cp` of the same bytes: peak memory and speed."""
 
-import multiprocessing
 import os
-import resource
 import shutil
-import subprocess
-import time
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
+from megatron_post.bench import beside_cp
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Record, once
 from megatron_post.config.load import parse
@@ -54,8 +50,8 @@ def measure_merges(directory: Path, gigabytes: int) -> list[MergeFigures]:
     try:
         total, *_ = [_write_random(path, model, seed=i) for i, path in enumerate(paths)]
         for method in METHODS:
-            copied = _copy(paths[1], copy)
-            seconds, peak = _merge(_plan(method, paths), output)
+            _, copied = beside_cp.copy(paths[1], copy)
+            seconds, peak = beside_cp.in_own_process(_merge, _plan(method, paths), output)
             figures.append(MergeFigures(method, total, total / 1e6 / copied, total / 1e6 / seconds, peak))
             shutil.rmtree(copy)
             shutil.rmtree(output)
@@ -112,31 +108,6 @@ def _write_random(directory: Path, model: Model, *, seed: int) -> int:
     return sum(place.nbytes for place in places.values())
 
 
-def _copy(source: Path, target: Path) -> float:
-    """Seconds of `cp` until its bytes are on the disk."""
-    started = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for path in target.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    return time.perf_counter() - started
-
-
-def _merge(plan: MethodMerge, output: Path) -> tuple[float, float]:
-    """Seconds and peak MiB of a merge, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(plan, str(output), theirs))
-    process.start()
-    theirs.close()
-    seconds, peak = ours.recv()
-    process.join()
-    return seconds, peak
-
-
-def _serve(plan: MethodMerge, output: str, connection: Connection) -> None:
+def _merge(plan: MethodMerge, output: Path) -> None:
     torch.set_num_threads(1)
-    started = time.perf_counter()
     merge(plan, output, report=lambda line: None)
-    seconds = time.perf_counter() - started
-    connection.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))

@@ -20,10 +20,10 @@ from megatron_post.bench.accounting import count_packs
 from megatron_post.bench.environment import environment
 from megatron_post.bench.proxy_figures import Passes, Share, describe, proxy_figures
 from megatron_post.bench.record import Record
-from megatron_post.bench.step import check_ranks, peak_memory
+from megatron_post.bench.step import peak_memory
 from megatron_post.bench.step_figures import FORMULA, model_settings
 from megatron_post.bench.synthetic import write_synthetic
-from megatron_post.config.load import parse
+from megatron_post.config.load import parse, raise_for
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
 from megatron_post.models.build import build_model
@@ -32,7 +32,7 @@ from megatron_post.plan.estimate import layout_line
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.shape import chunks
 from megatron_post.train.optimizer import wrap_data_parallel
-from megatron_post.train.run import make_stage, uses_portable_layers
+from megatron_post.train.run import make_stage, rank_errors, uses_portable_layers
 from megatron_post.train.step import Microbatch, Stepper
 
 LOUD = (
@@ -59,7 +59,7 @@ def measure_proxy(
         raise ValueError(
             f"--steps {steps} --warmup {warmup} --proxy-layers {layers}: want at least 1, 0 and 1"
         )
-    check_ranks(config, world_size=world_size)
+    raise_for(rank_errors(config, world_size=world_size))
     cut = {}
     if layers is not None:
         cut = {

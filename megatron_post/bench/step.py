@@ -14,16 +14,21 @@ import torch
 
 from megatron_post.bench.accounting import Counts, count_packs
 from megatron_post.bench.synthetic import open_synthetic, write_synthetic
-from megatron_post.config.layout import world_errors
-from megatron_post.config.load import ConfigError
+from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack, PackStore
-from megatron_post.models.specs import has_transformer_engine
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.reference import attach_reference
-from megatron_post.train.run import build_trainer, check_run, make_stage, open_loader, open_stores
+from megatron_post.train.run import (
+    build_trainer,
+    check_run,
+    make_stage,
+    open_loader,
+    open_stores,
+    rank_errors,
+)
 from megatron_post.train.trainer import Trainer
 
 # Random tokens that a synthetic store holds at most; it is gone through again after that.
@@ -125,7 +130,7 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
     differs from the real run. Raises `ConfigError` for what cannot run."""
     tokenizer = check_run(config) if Path(config.data.store).exists() else None
     if tokenizer is None:
-        check_ranks(config, world_size=rank_from_environment()[1])
+        raise_for(rank_errors(config, world_size=rank_from_environment()[1]))
     with parallel_run(config.parallel, seed=config.seed) as topology, scratch(topology) as directory:
         train = config.train.model_copy(update={"log_every": 10**9})
         run = config.model_copy(update={"run_dir": str(directory / "run"), "train": train})
@@ -154,18 +159,6 @@ def peak_memory(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def check_ranks(config: Config, *, world_size: int) -> None:
-    """What `train.run.check_run` asks, but for the tokenizer. Raises `ConfigError` with all of it."""
-    errors = world_errors(
-        config,
-        world_size=world_size,
-        has_gpu=torch.cuda.is_available(),
-        has_transformer_engine=has_transformer_engine(),
-    )
-    if errors:
-        raise ConfigError(f"{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors))
 
 
 def _synthetic_store(directory: Path, config: Config, topology: Topology, *, packs: int) -> PackStore:

@@ -52,9 +52,19 @@ def parse(model: type[Model], values: Any, *, origin: str) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [line for item in error.errors() for line in _describe(item)]
-        raise ConfigError(
-            f"{origin}: {len(lines)} error(s)\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from None
+        text = _listed(lines, origin)
+    raise ConfigError(text)
+
+
+def raise_for(errors: Sequence[str], origin: str = "") -> None:
+    """Raises `ConfigError` with all of these, if there are any."""
+    if errors:
+        raise ConfigError(_listed(errors, origin))
+
+
+def _listed(errors: Sequence[str], origin: str) -> str:
+    head = f"{origin}: " if origin else ""
+    return f"{head}{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors)
 
 
 def to_yaml(config: Config) -> str:

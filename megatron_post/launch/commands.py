@@ -2,23 +2,14 @@
 
 import subprocess
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-
-class _SubmitByDefault(TyperGroup):
-    """`launch CONFIG` means `launch submit CONFIG`; a config named like a command is reached as ./NAME."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
-            args = ["submit", *args]
-        return super().parse_args(ctx, args)
-
+from megatron_post.plan.commands import with_default
 
 launch_app = typer.Typer(
-    cls=_SubmitByDefault,
+    cls=with_default("submit"),
     no_args_is_help=True,
     help="Run on Slurm: `launch CONFIG --cluster FILE [--dry-run] [-- KEY=VALUE...]`.",
 )

@@ -8,17 +8,21 @@ import typer
 from typer.core import TyperGroup
 
 
-class _PlanByDefault(TyperGroup):
-    """`plan CONFIG` means `plan show CONFIG`; a config named like a command is reached as ./NAME."""
+def with_default(name: str) -> type[TyperGroup]:
+    """A group in which a first word that is no command goes to the command `name`: `plan CONFIG` means `plan
+    show CONFIG`. A config named like a command is reached as ./NAME."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
-            args = ["show", *args]
-        return super().parse_args(ctx, args)
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+                args = [name, *args]
+            return super().parse_args(ctx, args)
+
+    return Group
 
 
 plan_app = typer.Typer(
-    cls=_PlanByDefault,
+    cls=with_default("show"),
     no_args_is_help=True,
     help="Say what a run takes before it queues: `plan CONFIG --gpus N [--gpu NAME] [-- KEY=VALUE...]`.",
 )

@@ -1,14 +1,14 @@
 """A config on so many GPUs: memory, time, and where it does not fit, which single change would make it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_post.config.layout import layout_errors, world_errors
-from megatron_post.config.load import ConfigError
+from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Layers, Segment
 from megatron_post.plan.flops import Load, step_flops
@@ -20,12 +20,18 @@ from megatron_post.plan.timing import Costs
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step of a config takes. pack: the segments of every pack."""
+    """What a step of a config takes. segment_length: tokens of the segments that fill a pack; by default
+    one."""
 
     config: Config
     gpus: int
     gpu: GPU
-    pack: tuple[Segment, ...]
+    segment_length: int | None = None
+
+    @cached_property
+    def pack(self) -> tuple[Segment, ...]:
+        """The segments of every pack. Raises `ValueError` for a length that no pack has."""
+        return pack_segments(self.config, self.segment_length)
 
     @property
     def data_size(self) -> int:
@@ -93,9 +99,8 @@ class Plan:
 def make_plan(config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None) -> Plan:
     """The plan of a config. Raises `ConfigError` with every reason why it cannot run on so many GPUs."""
     errors = _errors(config, gpus, gpu)
-    if errors:
-        raise ConfigError(f"{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors))
-    return Plan(config, gpus, gpu, pack_segments(config, segment_length))
+    raise_for(errors)
+    return Plan(config, gpus, gpu, segment_length)
 
 
 def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:
@@ -128,7 +133,7 @@ def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
     """Segments of `length` that fill a pack; by default one, whose attention costs most. Of rows that share a
     prompt: half of it is the prompt, a quarter each response.
 
-    Raises `ValueError` for a length that the layout cannot cut.
+    Raises `ValueError` for a length that no pack has.
     """
     total = config.data.pack_length
     length = total if length is None else length
@@ -170,11 +175,11 @@ def single_changes(plan: Plan) -> list[tuple[dict[str, Any], Plan]]:
     for change, other in _variants(plan):
         if other.shortfall > 0:
             continue
-        setting = next(iter(change)).removesuffix("s")
+        setting = next(iter(change))
         rate = other.tokens_per_second_per_gpu
         if setting not in best or rate > best[setting][1].tokens_per_second_per_gpu:
             best[setting] = (change, other)
-    costly = ("data.pack_length", "--gpu")
+    costly = ("data.pack_length", "--gpus")
     rates = {name: -item[1].tokens_per_second_per_gpu for name, item in best.items()}
     return [best[name] for name in sorted(best, key=lambda name: (name in costly, rates[name]))]
 
@@ -185,11 +190,11 @@ def _variants(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
         config = changed(plan.config, change)
         if config is None or _errors(config, plan.gpus, plan.gpu):
             continue
-        pack = pack_segments(config, None) if "data.pack_length" in change else plan.pack
-        yield change, Plan(config, plan.gpus, plan.gpu, pack)
+        length = None if plan.segment_length is None else min(plan.segment_length, config.data.pack_length)
+        yield change, Plan(config, plan.gpus, plan.gpu, length)
     for gpus in (2 * plan.gpus, 4 * plan.gpus):
         if not _errors(plan.config, gpus, plan.gpu):
-            yield {"--gpus": gpus}, Plan(plan.config, gpus, plan.gpu, plan.pack)
+            yield {"--gpus": gpus}, replace(plan, gpus=gpus)
 
 
 def _candidates(config: Config) -> list[dict[str, Any]]:

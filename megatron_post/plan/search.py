@@ -13,7 +13,7 @@ import yaml
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
-from megatron_post.plan.estimate import Plan, changed, layout_line, pack_segments, verdict
+from megatron_post.plan.estimate import Plan, changed, layout_line, verdict
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import chunks
 
@@ -40,7 +40,6 @@ def search(
     closest: Plan | None = None
     possible = 0
     for layout in _layouts(config, gpus=gpus, per_node=gpu.per_node):
-        base = Plan(layout, gpus, gpu, pack_segments(layout, segment_length))
         for mode, modules in RECOMPUTE:
             for fp8 in dict.fromkeys((layout.precision.fp8, None)):
                 change = {"recompute.mode": mode, "recompute.modules": modules, "precision.fp8": fp8}
@@ -48,7 +47,7 @@ def search(
                 if candidate is None:
                     continue
                 possible += 1
-                plan = Plan(candidate, gpus, gpu, base.pack)
+                plan = Plan(candidate, gpus, gpu, segment_length)
                 if plan.shortfall <= 0:
                     fitting.append((bound(plan), plan))
                 elif closest is None or plan.shortfall < closest.shortfall:

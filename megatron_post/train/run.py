@@ -8,7 +8,7 @@ import torch
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_post.config.layout import segment_multiple, store_layout, world_errors
-from megatron_post.config.load import ConfigError
+from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
@@ -101,22 +101,25 @@ def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, star
 
 def check_run(config: Config) -> Tokenizer:
     """Everything that can be wrong with this config on these ranks. Raises `ConfigError` with all of it."""
-    _, world_size, _ = rank_from_environment()
-    errors = world_errors(
-        config,
-        world_size=world_size,
-        has_gpu=torch.cuda.is_available(),
-        has_transformer_engine=has_transformer_engine(),
-    )
+    errors = rank_errors(config, world_size=rank_from_environment()[1])
     tokenizer = load_tokenizer(config.tokenizer.path)
     if tokenizer.vocab_size > config.model.vocab_size:
         errors.append(
             f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} ids, "
             f"more than model.vocab_size={config.model.vocab_size}"
         )
-    if errors:
-        raise ConfigError(f"{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors))
+    raise_for(errors)
     return tokenizer
+
+
+def rank_errors(config: Config, *, world_size: int) -> list[str]:
+    """Why this config cannot run on so many ranks of this machine's kind; empty if it can."""
+    return world_errors(
+        config,
+        world_size=world_size,
+        has_gpu=torch.cuda.is_available(),
+        has_transformer_engine=has_transformer_engine(),
+    )
 
 
 def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackStore | None]:

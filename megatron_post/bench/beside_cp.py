@@ -1,0 +1,43 @@
+"""What benchmarks of whole models on a disk share: `cp` to compare with, and a process to measure."""
+
+import multiprocessing
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds of `cp`, and until its bytes are on the disk."""
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    plain = time.perf_counter() - started
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return plain, time.perf_counter() - started
+
+
+def in_own_process(function: Callable[..., Any], *args: Any, workers: int = 1) -> tuple[float, float]:
+    """Seconds of `function(*args)` in a new process, and the peak in MiB of that process, or, with several
+    workers, of the largest of these."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, workers, function, *args))
+    process.start()
+    theirs.close()
+    result: tuple[float, float] = ours.recv()
+    process.join()
+    return result
+
+
+def _serve(connection: Connection, workers: int, function: Callable[..., Any], *args: Any) -> None:
+    started = time.perf_counter()
+    function(*args)
+    seconds = time.perf_counter() - started
+    who = resource.RUSAGE_SELF if workers == 1 else resource.RUSAGE_CHILDREN
+    connection.send((seconds, resource.getrusage(who).ru_maxrss / 1024))
