@@ -97,10 +97,13 @@ class Plan:
 
 
 def make_plan(config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None) -> Plan:
-    """The plan of a config. Raises `ConfigError` with every reason why it cannot run on so many GPUs."""
+    """The plan of a config. Raises `ConfigError` with every reason why it cannot run on so many GPUs, and
+    `ValueError` for a length that no pack has."""
     errors = _errors(config, gpus, gpu)
     raise_for(errors)
-    return Plan(config, gpus, gpu, segment_length)
+    plan = Plan(config, gpus, gpu, segment_length)
+    assert plan.pack  # where a length is refused
+    return plan
 
 
 def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:
