@@ -4,9 +4,43 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron_post_kernels.linear_logprob import linear_logprob
 from megatron_post_kernels.logprob import logprob
 from torch import Tensor
+
+
+class OutputLayer(ColumnParallelLinear):
+    """megatron-core's output layer, which may also be asked for log-probabilities.
+
+    They are computed in `forward` because data parallelism waits for a weight's all-gather there
+    (`optimizer.overlap`), just before the module that holds it is called.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        weight: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        valid_rows: int = 0,
+    ) -> Tensor:
+        """hidden_states: [t (/ tp with SP), 1, h]; weight: of tied embeddings; labels: int64 [t].
+
+        Returns logps fp32 [t] of the labels, without ever holding the logits of all tokens; without labels
+        the logits [t, 1, v/tp].
+        """
+        if labels is None:
+            logits: Tensor = super().forward(hidden_states, weight)[0]
+            return logits
+        return linear_logprob(
+            hidden_states.squeeze(1),
+            self.weight if weight is None else weight,
+            labels,
+            group=self.tp_group,
+            valid_rows=valid_rows,
+            sequence_parallel=self.config.sequence_parallel,
+        )
 
 
 class Llama(GPTModel):
@@ -16,6 +50,12 @@ class Llama(GPTModel):
     real_vocab_size: int
     scalar_head: bool = False
     loss_impl: Literal["fused", "unfused"] = "fused"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # GPTModel offers no choice of the layer's class, and ours holds nothing more
+            self.output_layer.__class__ = OutputLayer
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
         """hidden_states: [t (/ tp with SP), 1, h]; labels: int64 [1, t] or None.
@@ -28,26 +68,14 @@ class Llama(GPTModel):
             return hidden_states
         if self.scalar_head:
             return self.output_layer(hidden_states)
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        rows = self._real_rows
         if labels is not None and self.loss_impl == "fused":
-            return linear_logprob(
-                hidden_states.squeeze(1),
-                weight,
-                labels.flatten(),
-                group=self.pg_collection.tp,
-                valid_rows=self._real_rows,
-                sequence_parallel=self.config.sequence_parallel,
-            )
-        logits, _ = self.output_layer(hidden_states, weight=weight)
+            return self.output_layer(hidden_states, tied, labels=labels.flatten(), valid_rows=rows)
+        logits = self.output_layer(hidden_states, tied)
         if labels is not None:
-            return logprob(
-                logits.squeeze(1), labels.flatten(), group=self.pg_collection.tp, valid_rows=self._real_rows
-            )
-        padded = torch.arange(logits.shape[-1], device=logits.device) >= self._real_rows
+            return logprob(logits.squeeze(1), labels.flatten(), group=self.pg_collection.tp, valid_rows=rows)
+        padded = torch.arange(logits.shape[-1], device=logits.device) >= rows
         return logits.masked_fill(padded, torch.finfo(logits.dtype).min)
 
     @property

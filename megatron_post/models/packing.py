@@ -68,10 +68,11 @@ def portable_segments(batch: PackedBatch, *, context_rank: int, context_size: in
     )
 
 
-def transformer_engine_segments(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Packed parameters for Transformer Engine's attention, which splits `cu_seqlens` (int32, whole pack)
-    itself."""
+def transformer_engine_segments(cu_seqlens: Tensor, *, device: torch.device) -> PackedSeqParams:
+    """Packed parameters on `device` for Transformer Engine's attention, which splits `cu_seqlens` (int32,
+    whole pack, on the host, so that nothing waits for the GPU) itself."""
     longest = int(cu_seqlens.diff().max())
+    cu_seqlens = cu_seqlens.to(device)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

@@ -73,8 +73,15 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
     if o.overlap:
         core.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
         core.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in chunks])
-        core.param_sync_func = _one_or_list([chunk.start_param_sync for chunk in chunks])
     return optimizer
+
+
+def gather_weights(chunks: Sequence[DistributedDataParallel], config: Config) -> None:
+    """Give every rank all weights as the optimizer left them. With `optimizer.overlap` the next forward pass
+    does that, and until then a rank has the others' of the step before. All ranks call it."""
+    if config.optimizer.overlap:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

@@ -30,7 +30,12 @@ from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.fence import claim_together
 from megatron_post.train.guard import Guard
 from megatron_post.train.metrics import MetricsWriter
-from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_post.train.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gather_weights,
+    wrap_data_parallel,
+)
 from megatron_post.train.reference import attach_reference
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
@@ -73,6 +78,7 @@ def train(config: Config) -> None:
             finish(trainer, train_store, packs, start=start)
         if config.train.export_hf:
             target = Path(config.run_dir) / "hf"
+            gather_weights(trainer.chunks, config)
             export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
             metrics.console(f"exported to {target}")
         metrics.close()
@@ -185,6 +191,8 @@ def build_trainer(
     reference = None
     if config.runs_reference:
         reference = load_model(config, topology)
+        for model in reference:
+            model.eval()  # nothing is kept for a backward pass, so nothing is to be recomputed
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)

@@ -90,14 +90,14 @@ class Stepper:
         virtual = len(self._chunks) > 1
         size = self._topology.groups.pp.size() if virtual else 1
         bad = []
-        with _no_reduction(self._chunks):
-            for start in range(0, len(packs), size):
-                for chunk in self._chunks:
-                    chunk.zero_grad_buffer()
+        for start in range(0, len(packs), size):
+            for chunk in self._chunks:
+                chunk.zero_grad_buffer()  # which also makes the chunk reduce again
+            with _no_reduction(self._chunks):
                 self(packs[start : start + size])
-                buffers = [buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers]
-                if not all(bool(gradient.isfinite().all()) for gradient in buffers):
-                    bad.append(start)
+            buffers = [buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers]
+            if not all(bool(gradient.isfinite().all()) for gradient in buffers):
+                bad.append(start)
         return bad
 
     def prepare(self, pack: Pack) -> Microbatch:
@@ -107,7 +107,7 @@ class Stepper:
         indices = zigzag_indices(whole.cu_seqlens, rank=groups.cp.rank(), size=groups.cp.size())
         batch = whole.part(indices).to(device)
         if not self._portable:
-            return Microbatch(batch, transformer_engine_segments(batch.cu_seqlens))
+            return Microbatch(batch, transformer_engine_segments(whole.cu_seqlens, device=device))
         packed = portable_segments(batch, context_rank=groups.cp.rank(), context_size=groups.cp.size())
         return Microbatch(batch, packed)
 
@@ -171,7 +171,7 @@ class Stepper:
 def _no_reduction(chunks: Sequence[Any]) -> Iterator[None]:
     """Within this context a backward leaves gradients in this rank's buffers as they are."""
     config = get_model_config(chunks[0])
-    hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
+    hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     before = {name: getattr(config, name) for name in hooks}
     with contextlib.ExitStack() as stack:
         for chunk in chunks:

@@ -1,0 +1,96 @@
+"""`optimizer.overlap` over several steps, with a bucket for each parameter: what it gathers and reduces while
+other things are computed is what is gathered and reduced without it."""
+
+import functools
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+import megatron_post.train.optimizer as optimizer_module
+from megatron_post.convert.hf_reader import load_weights, open_weights
+from megatron_post.convert.hf_writer import gathered_tensors
+from megatron_post.data.batch import PackedBatch
+from megatron_post.models.build import build_model
+from megatron_post.parallel.topology import parallel_run
+from megatron_post.stages.base import Metrics
+from megatron_post.stages.sft import SFT
+from megatron_post.train.optimizer import build_optimizer, gather_weights, wrap_data_parallel
+from megatron_post.train.step import Stepper
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config, tiny_packs
+
+LAYOUTS = {
+    "DP2": (2, {}, {}),
+    "DP2, tied": (2, {}, {"model": {"tie_word_embeddings": True}}),
+    "DP2, unfused loss": (2, {}, {"loss": {"impl": "unfused"}}),
+    "PP2 x DP2, tied": (4, {"pipeline": 2}, {"model": {"tie_word_embeddings": True}}),
+    "PP2 x VPP2 x DP2": (4, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+}
+
+
+class _Poisoned(SFT):
+    """SFT whose first loss after `poisoned` was set has no finite gradient."""
+
+    poisoned = False
+
+    def loss(self, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
+        if self.poisoned:
+            self.poisoned, output = False, output * torch.inf
+        return super().loss(output, batch)
+
+
+def _train(
+    parallel: dict[str, Any], sections: dict[str, Any], overlap: bool
+) -> tuple[int, list[int], dict[str, Any]]:
+    """Four steps, the second with a bad pack and passed over, held-out packs behind the first and third.
+
+    Returns this rank's place among the data-parallel ones, the packs that it calls bad, where the first pack
+    of the second data-parallel rank is, and its weights as it would export them.
+    """
+    config = tiny_config(parallel=parallel, optimizer={"overlap": overlap, "clip_grad": 0.0}, **sections)
+    bucket_each = functools.partial(optimizer_module.DistributedDataParallelConfig, bucket_size=1)
+    with parallel_run(config.parallel, seed=1) as topology:
+        models = build_model(config, topology)
+        load_weights(models, open_weights(config.model, seed=3), config.model)
+        with mock.patch.object(optimizer_module, "DistributedDataParallelConfig", bucket_each):
+            chunks = wrap_data_parallel(models, config, topology)
+        assert len(chunks[0].bucket_groups) > 3 or not overlap or topology.pipeline_rank
+        optimizer = build_optimizer(chunks, config)
+        stage = _Poisoned(config.loss.trained_roles)
+        stepper = Stepper(chunks, stage, topology, portable=True)
+        packs = tiny_packs()[topology.data_rank :: topology.data_size]
+        bad: list[int] = []
+        for step in range(4):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            stepper(packs)
+            if step == 1:
+                stage.poisoned = topology.data_rank == 1
+                bad = stepper.bad_gradients(packs)
+                continue
+            optimizer.step()
+            if step != 3:
+                stepper(packs, forward_only=True)
+        gather_weights(chunks, config)
+        weights = dict(gathered_tensors(unwrap_model(chunks), config.model))
+        return topology.data_rank, bad, {name: value.clone().numpy() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_and_search_as_without_overlap(name: str) -> None:
+    """Two ranks' gradients are added in either order alike, Adam is by element, nothing is clipped: equal to
+    the last bit. Every stage of the rank with the bad pack finds it, and no other rank."""
+    world_size, parallel, sections = LAYOUTS[name]
+    expected = run_ranks(_train, world_size, parallel, sections, False)
+    found = run_ranks(_train, world_size, parallel, sections, True)
+    for (data_rank, bad, weights), (_, plain_bad, plain_weights) in zip(found, expected, strict=True):
+        assert bad == plain_bad == ([0] if data_rank == 1 else [])
+        assert weights.keys() == plain_weights.keys() != set()
+        for key, value in weights.items():
+            np.testing.assert_array_equal(value, plain_weights[key], err_msg=key)
