@@ -112,14 +112,16 @@ def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
 
     indices, segments, real, seen = packed.indices, packed.segments, packed.real, packed.seen
     assert indices is not None and segments is not None and real is not None
+    # of each token, not of each segment: shapes that differ from pack to pack would be compiled for each
+    low, high = (None, None) if seen is None else seen[segments].unbind(1)
 
     def allowed(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         position = indices[query_index]
-        own, other = segments[position], segments[key_index]
-        inside = (own == other) & (key_index <= position)
-        if seen is None:
+        other = segments[key_index]
+        inside = (segments[position] == other) & (key_index <= position)
+        if low is None or high is None:
             return inside
-        return inside | (real[key_index] & (seen[own, 0] <= other) & (other < seen[own, 1]))
+        return inside | (real[key_index] & (low[position] <= other) & (other < high[position]))
 
     mask = create_block_mask(
         allowed, None, None, indices.numel(), segments.numel(), device=segments.device, _compile=compiled

@@ -31,7 +31,7 @@ class PositionRotary(RotaryEmbedding):
     """megatron-core's rotary module that, given `PackedSegments`, gathers by the tokens' own positions.
 
     GPTModel asks `get_rotary_seq_len` and hands the answer to `forward`: with the portable layers that answer
-    is the tensor of positions, with Transformer Engine's it is the longest segment as megatron-core intends.
+    is the tensor of positions, with Transformer Engine's it is a length as megatron-core intends.
     """
 
     def __init__(self, model: Model, *, device: torch.device, context_group: Any) -> None:
@@ -45,11 +45,14 @@ class PositionRotary(RotaryEmbedding):
         self.inv_freq = inverse_frequencies(model).to(device)
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
-        """Positions int64 [t / cp] of the portable layers' tokens, else the longest segment."""
+        """Positions int64 [t / cp] of the portable layers' tokens, else the longest segment, rounded up to a
+        power of two: megatron-core keeps the angles of the last 32 lengths that it was asked for, 64 MiB for
+        128K."""
         packed = args[4] if len(args) > 4 else kwargs.get("packed_seq_params")
         if isinstance(packed, PackedSegments):
             return packed.positions
-        return super().get_rotary_seq_len(*args, **kwargs)
+        longest: int = super().get_rotary_seq_len(*args, **kwargs)
+        return 1 << (longest - 1).bit_length()
 
     def forward(self, positions_or_length: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Angles fp32 [t / cp, 1, 1, head_dim], or [length, 1, 1, head_dim] for Transformer Engine."""

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from megatron_post.data.batch import PackedBatch, segment_numbers
+from megatron_post.models import attention
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import PackedSegments, portable_segments
 from megatron_post.parallel.context import zigzag_indices
@@ -17,18 +19,25 @@ SEEN = torch.tensor([[0, 0], [0, 0], [1, 2], [1, 2]])
 LENGTHS = torch.tensor([4, 17, 6, 32], dtype=torch.int32)
 
 
-def _packed(rank: int, size: int, *, shared_prompt: bool) -> PackedSegments:
-    indices = zigzag_indices(CU_SEQLENS, rank=rank, size=size)
-    nothing, segments = torch.zeros(64, dtype=torch.long), segment_numbers(CU_SEQLENS)
+def _packed(rank: int, size: int, *, shared_prompt: bool, more: int = 0) -> PackedSegments:
+    """more: responses of 4 tokens each, cut from the last one."""
+    cuts = torch.arange(64 - 4 * more, 64, 4, dtype=torch.int32)
+    cu_seqlens = torch.cat([CU_SEQLENS[:-1], cuts, CU_SEQLENS[-1:]])
+    lengths, seen = (
+        torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]]),
+        torch.cat([SEEN, SEEN[-1:].expand(more, 2)]),
+    )
+    indices = zigzag_indices(cu_seqlens, rank=rank, size=size)
+    nothing, segments = torch.zeros(64, dtype=torch.long), segment_numbers(cu_seqlens)
     batch = PackedBatch(
         tokens=nothing,
         labels=nothing,
         trained=nothing.bool(),
-        positions=torch.arange(64) - CU_SEQLENS[segments],
+        positions=torch.arange(64) - cu_seqlens[segments],
         segments=segments,
-        cu_seqlens=CU_SEQLENS,
-        lengths=LENGTHS,
-        seen=SEEN if shared_prompt else None,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        seen=seen if shared_prompt else None,
     ).part(indices)
     return portable_segments(batch, context_rank=rank, context_size=size)
 
@@ -85,3 +94,17 @@ def test_flex_equals_blocks(size: int, shared_prompt: bool) -> None:
         torch.testing.assert_close(
             flex_attention(local, k, v, packed, scale=0.3), expected, rtol=0, atol=1e-5
         )
+
+
+def test_flex_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of one length and 4 to 10 segments: a mask whose shapes changed with them would be compiled anew
+    for each, and after 8 of them FlexAttention would hold all scores of the pack."""
+    kernel, counter = attention._flex_kernel(False), CompileCounter()
+    compiled = torch.compile(kernel, dynamic=False, backend=counter)
+    monkeypatch.setattr(attention, "_flex_kernel", lambda compiled_for_gpu: compiled)
+    q, k, v = (x.detach() for x in _tensors(torch.float32))
+    for more in range(7):
+        packed = _packed(0, 1, shared_prompt=True, more=more)
+        expected = block_attention(q, k, v, packed, scale=0.3)
+        torch.testing.assert_close(flex_attention(q, k, v, packed, scale=0.3), expected, rtol=0, atol=1e-5)
+    assert counter.frame_count == 1

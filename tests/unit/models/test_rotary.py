@@ -5,7 +5,8 @@ import torch
 
 from megatron_post.config.schema import Model
 from megatron_post.models.hf_config import differences, from_hf_config, to_hf_config
-from megatron_post.models.rotary import inverse_frequencies
+from megatron_post.models.packing import transformer_engine_segments
+from megatron_post.models.rotary import PositionRotary, inverse_frequencies
 
 transformers = pytest.importorskip("transformers")
 
@@ -18,6 +19,15 @@ def test_frequencies_equal_transformers(preset: str) -> None:
     values = to_hf_config(model, dtype="float32", bos_id=1, eos_ids=[2], pad_id=None)
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**values)).inv_freq
     torch.testing.assert_close(inverse_frequencies(model), theirs, rtol=1e-6, atol=0)
+
+
+def test_lengths_for_transformer_engine() -> None:
+    """megatron-core keeps the angles of 32 lengths: packs of any longest segment ask for few of them."""
+    rotary = PositionRotary(Model(preset="tiny"), device=torch.device("cpu"), context_group=None)  # type: ignore[call-arg]
+    for longest, asked in ((1, 1), (1000, 1024), (1024, 1024), (1025, 2048)):
+        packed = transformer_engine_segments(torch.tensor([0, 1, longest + 1]), device=torch.device("cpu"))
+        assert packed.max_seqlen_q == longest
+        assert rotary.get_rotary_seq_len(None, None, None, None, packed) == asked
 
 
 def test_scaling_by_hand() -> None:
