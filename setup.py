@@ -30,7 +30,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "cuda": ["transformer-engine[pytorch]>=2.0"],
+        "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120"],
         "generate": ["transformers>=4.45", "vllm; sys_platform == 'linux'"],
         "bench": PEERS,

@@ -25,6 +25,8 @@ PACKAGES = (
     "psutil",
 )  # fmt: skip
 
+ENGINE_VERSIONS = ((2, 9), (2, 12))  # megatron-core 0.16's range, the second not in it
+
 T = TypeVar("T")
 ApexKind = Literal["absent", "nvidia", "nvidia without CUDA extensions", "unrelated"]
 
@@ -113,9 +115,20 @@ def find_problems() -> Iterable[str]:
         )
     if not _found("psutil"):
         yield "psutil is missing, without which megatron-core's checkpoint writer hangs; pip install psutil"
+    if _found("transformer_engine") and not _or(True, _engine_fits):
+        yield (
+            f"transformer-engine {installed_version('transformer-engine')} is not one of those that "
+            "megatron-core 0.16 is made for: older ones lack FP8 recipes, newer ones refuse to read FP8's "
+            "scales from a checkpoint; pip install -e '.[cuda]'"
+        )
     for name in ("torch", "megatron.core"):
         if not _found(name):
             yield f"{name} cannot be found: nothing can be trained; pip install -e ."
+
+
+def _engine_fits() -> bool:
+    major, minor = installed_version("transformer-engine").split(".")[:2]
+    return ENGINE_VERSIONS[0] <= (int(major), int(minor)) < ENGINE_VERSIONS[1]
 
 
 def _engine(found: bool, has_gpu: bool) -> Part:

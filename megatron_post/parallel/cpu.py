@@ -7,11 +7,13 @@ GPU present it is never touched. Three things are replaced:
 * `torch.cuda` bookkeeping (streams, events, memory counters) and the generator state that megatron-core's RNG
   tracker keeps,
 * megatron-core's fallback Adam. Its distributed optimizer loads checkpoints correctly only for an Adam with
-Apex's
-  interface (`step` in the parameter group), which `ApexStyleAdam` has.
+  Apex's interface (`step` in the parameter group), which `ApexStyleAdam` has.
+
+Its advice on the order of CUDA kernels is not shown: there are none.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -191,4 +193,6 @@ def cpu_as_cuda() -> Iterator[None]:
             )
         )
         stack.enter_context(_CudaCallsToCpu())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
         yield

@@ -55,7 +55,6 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
-            device_id=device if has_gpu else None,
             # a single process needs no rendezvous, and hence no port
             store=dist.HashStore() if world_size == 1 else None,
             rank=rank,

@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -28,12 +26,10 @@ from megatron_post.config.schema import Config
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
-from megatron_post.train.converted import check_weights, start_from_weights
+from megatron_post.train.converted import check_weights
 from megatron_post.train.fence import Fence, Superseded
+from megatron_post.train.loading import METADATA, load_models
 from megatron_post.train.shards import own_objects, own_shards
-
-# Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Checkpoints:
         rank, step = self._topology.rank, position.step
         self._attempts += 1
         partial = manifest.partial_directory(self.root, step, epoch=self._fence.epoch, attempt=self._attempts)
-        models = [chunk.sharded_state_dict(metadata=_METADATA) for chunk in unwrap_model(chunks)]
+        models = [chunk.sharded_state_dict(metadata=METADATA) for chunk in unwrap_model(chunks)]
         model_state = {str(i): state for i, state in enumerate(models)}
         small = {f"generators-{rank}.safetensors": save_bytes(_generator_states())}
         publish = None
@@ -161,38 +157,23 @@ class Checkpoints:
         stored = manifest.read_manifest(directory)
         if stored["state"].get("weights_only", False):
             check_weights(directory, stored["state"], self._config)
-            start_from_weights(directory, unwrap_model(chunks), optimizer, metadata=_METADATA)
+            load_models(directory, unwrap_model(chunks))
+            optimizer.reload_model_params()  # which begins afresh from them
             if self._topology.rank == 0:
                 print(f"starting from the weights in {directory}", flush=True)
             return Position()
         self._check_stream(directory, stored["state"])
-        loaded = dist_checkpointing.load(
-            self._sharded_state(chunks, optimizer),
-            str(directory),
-            get_default_load_sharded_strategy(str(directory)),
-        )
-        for i, chunk in enumerate(unwrap_model(chunks)):
-            chunk.load_state_dict(loaded[f"model{i}"], strict=True)
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_models(directory, unwrap_model(chunks), optimizer=optimizer)
         scheduler.load_state_dict(stored["state"]["scheduler"])
         if stored["state"]["world_size"] == self._topology.world_size:
             _restore_generators(load_file(directory / f"generators-{self._topology.rank}.safetensors"))
         return Position(stored["step"], stored["state"]["consumed_packs"])
 
-    def _sharded_state(self, chunks: list[Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
-        """What megatron-core is to load."""
-        state = {
-            f"model{i}": chunk.sharded_state_dict(metadata=_METADATA)
-            for i, chunk in enumerate(unwrap_model(chunks))
-        }
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
-        return state
-
     def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
         """What is the same on all ranks, under the names where megatron-core looks for it."""
         (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
         common = io.BytesIO()
-        sharding = _METADATA["distrib_optim_sharding_type"]
+        sharding = METADATA["distrib_optim_sharding_type"]
         torch.save({"optimizer": part.state_dict() | {"param_state_sharding_type": sharding}}, common)
         backends = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
         return {

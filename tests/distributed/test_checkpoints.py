@@ -1,13 +1,17 @@
 """What ranks save is the same in every layout: weights and Adam's state, bit for bit."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_post.config.schema import Config
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
+from megatron_post.models import specs
+from megatron_post.models.specs import RMSNorm
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train import manifest
 from megatron_post.train.run import build_trainer
@@ -67,3 +71,36 @@ def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> Non
             assert torch.equal(whole[key], value), (key, parallel)
     if stage == "sft":  # the packs hold no pairs to learn from
         assert all(bool(value.any()) for key, value in saved.items() if ".exp_avg." in key)
+
+
+class _WithScales(RMSNorm):
+    """A norm that keeps something beside its tensors, as Transformer Engine's layers do."""
+
+    scales: Tensor | None = None
+
+    def get_extra_state(self) -> Tensor | None:
+        return self.scales
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        self.scales = state
+
+
+def _scales_after_resume(config: Config, scales: float | None) -> tuple[int, float | None]:
+    """Where training stands after it resumed with layers that keep scales, and these; then a checkpoint one
+    step later, with `scales`."""
+    with mock.patch.object(specs, "RMSNorm", _WithScales), parallel_run(config.parallel, seed=1) as topology:
+        trainer, position = build_trainer(config, topology)
+        norm = unwrap_model(trainer.chunks[0]).decoder.final_layernorm
+        found = None if norm.scales is None else float(norm.scales)
+        norm.scales = None if scales is None else torch.tensor(scales)
+        trainer.save(position.after(4))
+        trainer.checkpoints.wait()
+        return position.step, found
+
+
+def test_scales_that_the_checkpoint_lacks_begin_afresh(tmp_path: Path) -> None:
+    """The portable layers save none; whoever saves some gets them back."""
+    config = tiny_config(tmp_path / "run", checkpoint={"keep": 5})
+    run_ranks(_train_or_resume_and_save, 1, config)
+    assert run_ranks(_scales_after_resume, 1, config, 2.5) == [(1, None)]
+    assert run_ranks(_scales_after_resume, 1, config, None) == [(2, 2.5)]

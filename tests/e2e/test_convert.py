@@ -17,7 +17,8 @@ from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT
 from megatron_post.train import manifest
-from megatron_post.train.converted import check_weights, start_from_weights
+from megatron_post.train.converted import check_weights
+from megatron_post.train.loading import load_models
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_post.train.step import Stepper
 from tests.e2e.runs import small_run, start
@@ -25,7 +26,6 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_packs
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 LAYOUTS = {
     "TP2": (2, ("parallel.tensor=2",)),
     "PP2": (2, ("parallel.pipeline=2",)),
@@ -109,7 +109,8 @@ def _logits(configs: list[Config], tokens: np.ndarray) -> list[np.ndarray]:
             chunks = wrap_data_parallel(models, config, topology)
             optimizer = build_optimizer(chunks, config)
             step = manifest.step_directory(Path(config.run_dir) / "checkpoints", 0)
-            start_from_weights(step, unwrap_model(chunks), optimizer, metadata=_METADATA)
+            load_models(step, unwrap_model(chunks))
+            optimizer.reload_model_params()
             stepper = Stepper(chunks, SFT(["body"]), topology, portable=True)
             pack = tiny_packs(1)[0]
             from dataclasses import replace

@@ -84,6 +84,21 @@ def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> No
         assert "FlexAttention" in triton.meaning
 
 
+@pytest.mark.parametrize(
+    ("version", "told"), [("2.8.0", 1), ("2.9.0.post1", 0), ("2.11.0+c1", 0), ("2.12", 1)]
+)
+def test_transformer_engines_version(monkeypatch: pytest.MonkeyPatch, version: str, told: int) -> None:
+    """megatron-core 0.16 takes 2.9 up to, and without, 2.12."""
+    found, installed = doctor._found, doctor.installed_version
+    monkeypatch.setattr(doctor, "_found", lambda name: name == "transformer_engine" or found(name))
+    versions = {"transformer-engine": version}
+    monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name) or installed(name))
+    lines = [
+        line for line in doctor.find_problems() if line.startswith(f"transformer-engine {version} is not")
+    ]
+    assert len(lines) == told
+
+
 def test_missing_psutil_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor.importlib.util.find_spec
     monkeypatch.setattr(
