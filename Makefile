@@ -72,7 +72,7 @@ gpu-bench:
 
 # the planner's figures: memory beside living bytes, published steps, bubbles, and 405B on 16,384 ranks
 plan-check: install
-	$(BIN)/python -m pytest -s tests/unit/plan tests/e2e/test_plan.py
+	$(BIN)/python -m pytest -s --disable-warnings tests/unit/plan tests/e2e/test_plan.py
 	$(BIN)/python -m megatron_post plan configs/llama3_405b/sft.yaml --gpus 512
 	$(BIN)/python -m megatron_post plan search configs/llama3_405b/dpo.yaml --gpus 512
 	$(BIN)/python -m megatron_post plan dry-run configs/llama3_405b/dpo.yaml --gpus 16384 --rank all

@@ -40,7 +40,6 @@ SMALL = ("8B, 2 layers", "8B, 4 layers")
 class ConversionFigures:
     """One model. Speeds in MB/s, medians over rounds; peaks in MiB, the worst of the rounds, of a process.
 
-    load: processes that wanted to run, on average over the last minute, when it ended.
     copy, durable_copy: of `cp` alone, and with its bytes flushed to the disk as ours are. ratios: ours over
     `durable_copy`, the median over rounds. rounds: MB/s of the four, of each round.
     """
@@ -56,7 +55,6 @@ class ConversionFigures:
     to_hf_ratio: float
     to_megatron_peak: float
     to_hf_peak: float
-    load: float
     rounds: tuple[tuple[float, ...], ...]
 
 
@@ -82,7 +80,7 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
         f"conversion, workers: {workers}; MB/s, and the share of cp's speed with its bytes on the disk; "
         "peak memory and its limit in MiB"
     )
-    columns = ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak", "limit", "load")
+    columns = ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak", "limit")
     table = titled(title, columns)
     for f in figures:
         table.add_row(
@@ -94,7 +92,6 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
             f"{f.to_hf:,.0f} ({f.to_hf_ratio:.0%})",
             f"{max(f.to_megatron_peak, f.to_hf_peak):,.0f}",
             f"{(2 * f.largest_bytes + 2**30) / 2**20:,.0f}",
-            f"{f.load:.1f}",
         )
     return table
 
@@ -154,7 +151,6 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
         to_hf_ratio=median(row[1] / row[3] for row in columns),
         to_megatron_peak=max(row[4] for row in columns),
         to_hf_peak=max(row[5] for row in columns),
-        load=os.getloadavg()[0],
         rounds=tuple(tuple(total / 1e6 / seconds for seconds in row[:4]) for row in columns),
     )
 

@@ -31,7 +31,9 @@ def print_record(record: Record, console: Console) -> None:
 
 def titled(title: str, columns: Sequence[str]) -> Table:
     """An empty table of numbers; the first column names them."""
-    table = Table(box=SIMPLE, pad_edge=False, title=title, title_justify="left", title_style="")
+    table = Table(
+        box=SIMPLE, pad_edge=False, collapse_padding=True, title=title, title_justify="left", title_style=""
+    )
     for i, name in enumerate(columns):
         table.add_column(name, no_wrap=True, justify="right" if i else "left")
     return table

@@ -85,8 +85,11 @@ class _Frame:
         """A figure with caption and legend."""
         base, right = _HEIGHT - _BOTTOM, _WIDTH - 10
         axes = f'<path d="M{_LEFT} 10V{base}H{right}" fill="none" stroke="#888"/>'
+        # the number at the right end would leave the picture if it were centred
+        anchors = {self._x[1]: "end"}
         labels = "".join(
-            f'<text x="{self.x(v):.0f}" y="{base + 16}" text-anchor="middle">{v:.4g}</text>'
+            f'<text x="{self.x(v):.0f}" y="{base + 16}" '
+            f'text-anchor="{anchors.get(v, "middle")}">{v:.4g}</text>'
             for v in self._marks
         ) + "".join(
             f'<text x="{_LEFT - 5}" y="{self.y(v) + 4:.0f}" text-anchor="end">{v:.4g}</text>' for v in self._y
