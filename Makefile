@@ -20,12 +20,13 @@ SEEDS ?= 1
 demo: install
 	$(BIN)/python -m megatron_post demo --run-dir runs/demo --rounds $(ROUNDS) --seeds $(SEEDS)
 
-# everything that runs without a GPU
+# everything that runs without a GPU, a file of tests to a worker: most tests wait for ranks more than they compute
+WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 # launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
 slurm-test: install

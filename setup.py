@@ -1,6 +1,6 @@
 from setuptools import find_packages, setup
 
-PEERS = ["transformers>=4.45", "trl>=1.16"]  # what tests and benchmarks compare with
+PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare with
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
@@ -32,9 +32,9 @@ setup(
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120"],
-        "generate": ["transformers>=4.45", "vllm; sys_platform == 'linux'"],
+        "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
         "bench": PEERS,
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", TRITON, *PEERS],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", TRITON, *PEERS],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )

@@ -216,7 +216,7 @@ def _write_part(job: Job, number: int) -> int:
     """Returns its tensor bytes, or 0 where another process that runs the same command has it."""
     name, state = job.parts[number].name, state_directory(job)
     with (state / f"{name}.lock").open("w") as lock:
-        if not _locked(lock, wait=False):
+        if not locked(lock, wait=False):
             return 0
         if (state / f"{name}.json").exists() and number in _done(job):
             return 0
@@ -238,7 +238,7 @@ def _write_part(job: Job, number: int) -> int:
     return job.parts[number].nbytes
 
 
-def _locked(file: IO[str], *, wait: bool) -> bool:
+def locked(file: IO[str], *, wait: bool) -> bool:
     """Whether a lock was obtained, or is not to be had on this file system, where nobody has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -259,7 +259,7 @@ def _finish(job: Job, report: Report) -> bool:
             report(f"{left} of {len(job.parts)} parts are left to others; the last publishes {job.target}")
             return False
         with (state / "lock").open("w") as lock:
-            _locked(lock, wait=True)
+            locked(lock, wait=True)
             if not job.target.exists():
                 records = _done(job)
                 for stray in job.partial.glob(".*"):

@@ -12,7 +12,7 @@ from megatron_post.config.load import ConfigError, load_config, parse, read_tree
 from megatron_post.config.schema import Section
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster, Line
-from megatron_post.launch.preflight import layout_findings
+from megatron_post.launch.preflight import disk_findings, layout_findings, memory_findings
 from megatron_post.launch.record import Submitted, remember
 from megatron_post.launch.script import Job, launch_folder
 
@@ -23,6 +23,10 @@ class Step(Section):
     name: Line
     command: tuple[Line, ...] = Field(min_length=1, description="what follows `megatron-post`")
     run_dir: Line | None = Field(None, description="of a training step: where its checkpoints are looked for")
+    like: tuple[Line, ...] = Field(
+        (),
+        description="of a training step whose config is still to be made: `train`'s arguments for one alike",
+    )
     nodes: PositiveInt = 1
     ranks_per_node: PositiveInt | None = Field(None, description="null: the cluster's; 1: a single process")
     after: tuple[str, ...] = Field((), description="steps that must have ended with 0")
@@ -100,9 +104,9 @@ def parse_chain(values: Any, *, origin: str) -> Chain:
     return parse(Chain, values, origin=origin)
 
 
-def chain_findings(chain: Chain, cluster: Cluster, directory: Path) -> list[str]:
-    """Steps with more ranks than a node has, and layouts that do not fit, of training steps whose config is
-    there already."""
+def chain_findings(chain: Chain, cluster: Cluster, directory: Path, *, disks: bool = True) -> list[str]:
+    """Steps with more ranks than a node has; of training steps layouts that cannot run, memory that does not
+    suffice and, with `disks`, disks that do not."""
     found = []
     for step in chain.ordered():
         ranks = step.ranks_per_node or cluster.ranks
@@ -110,20 +114,29 @@ def chain_findings(chain: Chain, cluster: Cluster, directory: Path) -> list[str]
             own = [f"ranks_per_node={ranks} is more than the cluster's {cluster.ranks}"]
         else:
             nodes_of_step = cluster.model_copy(update={"ranks_per_node": ranks})
-            own = _train_findings(step, nodes_of_step, directory)
+            own = _train_findings(step, nodes_of_step, directory, disks=disks)
         found += [f"step {step.name!r}: {text}" for text in own]
     return found
 
 
-def _train_findings(step: Step, cluster: Cluster, directory: Path) -> list[str]:
+def _train_findings(step: Step, cluster: Cluster, directory: Path, *, disks: bool) -> list[str]:
     command, *arguments = step.command
-    if command != "train" or not arguments or not (directory / arguments[0]).is_file():
+    if command != "train" or not arguments:
         return []
+    if not (directory / arguments[0]).is_file():
+        if not step.like:
+            return []
+        arguments = list(step.like)
     try:
         config = load_config(directory / arguments[0], arguments[1:])
     except ConfigError as error:
         return [str(error)]
-    return layout_findings(config, cluster, nodes=step.nodes)
+    found = layout_findings(config, cluster, nodes=step.nodes)
+    found = found or memory_findings(config, cluster, nodes=step.nodes)
+    if disks:
+        run_dir = step.run_dir or config.run_dir
+        found += disk_findings(config.model_copy(update={"run_dir": run_dir}), directory)
+    return found
 
 
 def describe(chain: Chain, cluster: Cluster) -> list[str]:

@@ -72,13 +72,13 @@ def planned_run(
 
 def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool = False) -> None:
     """Check and queue a chain of jobs; `origin` names it in errors. Its steps' data do not exist yet: its
-    layouts are looked at, and Slurm is asked.
+    layouts, their memory and the disks are looked at, and Slurm is asked.
 
     dry_run: print the jobs and their order, and the script of the first; Slurm is not asked.
     """
     cluster = load_cluster(cluster_path)
     jobs = chain.jobs(Path.cwd())
-    found = chain_findings(chain, cluster, Path.cwd())
+    found = chain_findings(chain, cluster, Path.cwd(), disks=not dry_run)
     if dry_run:
         print("\n".join(f"# {line}" for line in describe(chain, cluster)))
         print("# The first one's script; the others have other settings.")

@@ -36,6 +36,10 @@ class TransformersBackend(Section):
 class VllmBackend(Section):
     kind: Literal["vllm"]
     tensor_parallel: PositiveInt = 1
+    quantization: str | None = Field(
+        None,
+        description="vLLM's name, such as fp8_per_tensor, of how it holds weights; null: as they are",
+    )
     memory_share: float = Field(0.9, gt=0, le=1, description="of the GPU's memory")
 
 
@@ -44,7 +48,7 @@ class ServerBackend(Section):
     url: str = Field(pattern="^https?://", description="up to and with /v1")
     served_model: str = Field(description="the model's name there")
     timeout: PositiveFloat = Field(120.0, description="seconds for one response")
-    retries: int = Field(4, ge=0)
+    retries: int = Field(7, ge=0, description="after 0.5, 1, 2, ... s; by default within a minute")
     parallel_requests: PositiveInt = 16
     api_key_variable: str | None = Field(None, description="environment variable with the key")
 
@@ -108,7 +112,7 @@ class _Transformers:
         self._model.generation_config = GenerationConfig()
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        prompts = [_prompt_ids(request, self._tokenizer) for request in requests]
+        prompts = [prompt_ids(request, self._tokenizer) for request in requests]
         longest = max(map(len, prompts)) + sampling.max_tokens
         if longest > (limit := self._model.config.max_position_embeddings):
             raise ValueError(
@@ -196,7 +200,7 @@ def nucleus(logps: Tensor, top_p: float) -> Tensor:
 class _Vllm:
     """vLLM's offline engine; prompts are shared by their samples through its prefix cache.
 
-    Written by the documentation of vLLM 0.8.3 and later sources, and never run here.
+    Written by the documentation of vLLM 0.8.3 and the sources of 0.33, and never run here.
     """
 
     def __init__(self, settings: VllmBackend, model: str) -> None:
@@ -212,6 +216,7 @@ class _Vllm:
         self._engine = LLM(
             model=model,
             tensor_parallel_size=settings.tensor_parallel,
+            quantization=settings.quantization,
             gpu_memory_utilization=settings.memory_share,
             enable_prefix_caching=True,
         )
@@ -219,7 +224,7 @@ class _Vllm:
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         stops = _stop_ids(self._tokenizer, sampling)
         outputs = self._engine.generate(
-            [{"prompt_token_ids": _prompt_ids(request, self._tokenizer)} for request in requests],
+            [{"prompt_token_ids": prompt_ids(request, self._tokenizer)} for request in requests],
             [
                 self._parameters(
                     temperature=sampling.temperature,
@@ -237,7 +242,8 @@ class _Vllm:
         return [_response(list(output.outputs[0].token_ids), stops, self._tokenizer) for output in outputs]
 
 
-def _prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
+    """The conversation and the header of the answer."""
     messages = [Message(m["role"], m["content"]) for m in request.messages]  # type: ignore[arg-type]
     return render_prompt(messages, tokenizer).tolist()
 

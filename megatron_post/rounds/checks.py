@@ -1,5 +1,7 @@
 """What can be known to be wrong before a round's first step."""
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,11 +12,14 @@ from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Source
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.rounds.backends import Request, VllmBackend, prompt_ids
 from megatron_post.rounds.cleaning import load_rules
-from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.settings import RoundSettings, StageName
 from megatron_post.rounds.steps import Round
 from megatron_post.rounds.verifier import ExactMatch
+
+_HEADER = 16  # tokens of a message around its text, at most
 
 
 def check_models(settings: RoundSettings) -> None:
@@ -32,6 +37,15 @@ def check_models(settings: RoundSettings) -> None:
             )
 
 
+def check_backend(settings: RoundSettings) -> None:
+    """Raises `ValueError` where what draws the samples is not installed. To be asked where they are drawn."""
+    if isinstance(settings.generate.backend, VllmBackend) and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            'generate.backend: vllm is not installed; pip install "megatron-post[generate]" on a machine '
+            "with a GPU, or choose the backend transformers"
+        )
+
+
 def check_files(settings: RoundSettings) -> None:
     """Raises `ValueError` for files of prompts, rows, rules and stages that a later step could not use, for
     stages that cannot run on their ranks, and for models that cannot be averaged so."""
@@ -44,6 +58,7 @@ def check_files(settings: RoundSettings) -> None:
         unanswered = next((p.number for p in prompts if p.answer is None), None)
         if isinstance(verifier, ExactMatch) and unanswered is not None:
             raise ValueError(f"data.{key}={path}: line {unanswered} has no `answer` for the exact verifier")
+        _check_lengths(settings, key, prompts)
     if settings.select.cleaning is not None:
         load_rules(settings.select.cleaning)
     first = Round(settings, 1, Console(quiet=True))
@@ -58,3 +73,22 @@ def check_files(settings: RoundSettings) -> None:
     first.merge_plan  # noqa: B018 - it is parsed
     for source in (*data.sft, *(Source(name=path, path=path) for path in settings.start.preferences)):
         next(read_rows(source, bad_rows=BadRows(data.max_bad_rows)), None)
+
+
+def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt]) -> None:
+    """Raises `ValueError` for a prompt which, with a response of `max_tokens`, the reward model cannot score:
+    that would be found out once all responses are drawn."""
+    _, _, pack_length = Round(settings, 1, Console(quiet=True)).stage("reward")
+    capacity = pack_length - settings.generate.sampling.max_tokens
+    tokenizer = load_tokenizer(settings.start.policy)
+    for prompt in prompts:
+        messages = prompt.with_system(settings.generate.system)
+        if sum(len(m["content"].encode()) + _HEADER for m in messages) <= capacity:
+            continue  # a token is a byte at least
+        tokens = len(prompt_ids(Request(messages, seed=0), tokenizer))
+        if tokens > capacity:
+            raise ValueError(
+                f"data.{key}: the prompt in line {prompt.number} takes {tokens} tokens; with "
+                f"generate.sampling.max_tokens={settings.generate.sampling.max_tokens} that is more than "
+                f"data.pack_length={pack_length} of {settings.stages.reward}, in which responses are scored"
+            )

@@ -15,7 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from megatron_post.rounds.checks import check_files, check_models
+from megatron_post.convert.configs import read_model
+from megatron_post.rounds.checks import check_backend, check_files, check_models
 from megatron_post.rounds.files import write_whole
 from megatron_post.rounds.ranks import run_on_ranks
 from megatron_post.rounds.settings import RoundSettings, StageName, load_round
@@ -32,7 +33,7 @@ _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
 class Step:
     """A step of a round: what this process does, or a command on ranks.
 
-    outputs: what is removed before the step is done anew on demand. run_dir: of a training run.
+    outputs: what is removed before the step is done anew on demand. run_dir, stage: of a training run.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Step:
     command: tuple[str, ...] = ()
     ranks: int = 1
     run_dir: Path | None = None
+    stage: StageName | None = None
 
 
 def run_rounds(
@@ -59,6 +61,7 @@ def run_rounds(
     settings = load_round(path, overrides)
     check_models(settings)
     check_files(settings)
+    check_backend(settings)
     steps = all_steps(settings, console)
     names = [step.name for step in steps]
     for name in (only, again_from):
@@ -123,9 +126,19 @@ def chain_of(
             )
         entry: dict[str, Any] = {"name": step.name, "command": list(command)}
         entry |= {"ranks_per_node": per_node, "nodes": step.ranks // per_node}
-        entry |= {} if step.run_dir is None else {"run_dir": str(step.run_dir)}
+        if step.stage is not None:
+            entry |= {"run_dir": str(step.run_dir)}
+            entry |= {"like": _like(settings, step.stage)} if needs_inputs else {}
         values.append(entry | ({"after": [values[-1]["name"]]} if values else {}))
     return {"run_dir": settings.run_dir, "steps": values}
+
+
+def _like(settings: RoundSettings, stage: StageName) -> list[str]:
+    """A config of a stage's layout and model, as arguments of `train`."""
+    start = settings.start.base or settings.start.policy
+    model = read_model(Path(start)).model_dump_json()
+    of_the_round = ("run_dir=any", f"model={model}", f"tokenizer.path={start}", "data.store=any")
+    return [getattr(settings.stages, stage), f"stage={stage}", *of_the_round]
 
 
 def _steps(r: Round) -> list[Step]:
@@ -137,8 +150,8 @@ def _steps(r: Round) -> list[Step]:
 
     def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
         ranks = settings.ranks if trains and settings.ranks else r.stage(stage)[0].model_size
-        run_dir = d / output if trains else None
-        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, ranks, run_dir))
+        trained = (d / output, stage) if trains else ()
+        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, ranks, *trained))
 
     def train(stage: StageName) -> None:
         command(f"{stage}-train", stage, ("train", str(d / stage / "config.yaml")), stage, trains=True)

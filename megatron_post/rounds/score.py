@@ -33,7 +33,7 @@ from megatron_post.stages.reward import Reward
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
 
-_ROWS_AT_ONCE = 256  # a crash loses at most these
+_ROWS_AT_ONCE = 256  # for each pipeline stage of each data-parallel rank; a crash loses at most these
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         done = _resume(Path(output), origin) if topology.is_reporter else 0
         done = _from_reporter(done, topology)
         remaining = islice(_rows(source, BadRows(config.data.max_bad_rows)), done, None)
-        scored = 0
+        scored, rows_at_once = 0, _ROWS_AT_ONCE * config.parallel.pipeline * topology.data_size
         with Progress(console=Console(quiet=not topology.is_reporter)) as progress:
             task = progress.add_task(f"scoring {source.name}", total=None)
-            while batch := list(islice(remaining, _ROWS_AT_ONCE)):
+            while batch := list(islice(remaining, rows_at_once)):
                 scores = _score(batch, stepper, stage, topology, config, tokenizer)
                 if topology.is_reporter:
                     with full_disk_explained(Path(output)), Path(output).open("a") as file:
@@ -107,13 +107,13 @@ def _score(
     rendered = [[render(dialog, tokenizer) for dialog in row.dialogs] for row in batch]
     flat = [segment for segments in rendered for segment in segments]
     found = np.zeros(len(flat))
-    for members, pack in _packs(flat, batch, config, tokenizer, share=topology.data_size):
-        # every data-parallel rank has a pack of its own; ranks without one run an empty pack beside the
-        # others
-        own = pack[topology.data_rank]
-        for output, part in stepper.outputs([own]):
+    own = slice(topology.data_rank, None, topology.data_size)
+    # twice as many as stages, so that a stage is idle for at most a third of the time
+    at_once = 2 * config.parallel.pipeline
+    for members, packs in _packs(flat, batch, config, tokenizer, share=at_once * topology.data_size):
+        # every data-parallel rank has packs of its own; where they run out, empty ones beside the others'
+        for index, (output, part) in zip(members[own], stepper.outputs(packs[own]), strict=False):
             values = stage.scores(output, part).tolist()
-            index = members[topology.data_rank]
             found[index] = values[: len(index)]
     total = torch.from_numpy(found).to(topology.device)
     # found is filled on the last pipeline stage, alike on its tensor- and context-parallel ranks

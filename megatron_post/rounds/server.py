@@ -10,10 +10,12 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+from megatron_post.data.tokenizer import END_OF_MESSAGE
 from megatron_post.rounds.backends import Request, Response, Sampling, ServerBackend
 
 _LARGEST_ANSWER = 16 * 1024**2
 _FIRST_WAIT = 0.5  # seconds; doubled after each try
+_CALLS = (END_OF_MESSAGE, 128008)  # its id in Llama 3's tokenizer
 
 
 class BadServer(ValueError):
@@ -112,6 +114,8 @@ def parse_answer(content: bytes) -> Response:
         choice = answer["choices"][0]
         text, finish = choice["message"]["content"], choice["finish_reason"]
         tokens = (answer.get("usage") or {}).get("completion_tokens", 0)
+        # vLLM says "stop" and here which token: this one ends a message that calls a tool
+        finish = "tool_calls" if choice.get("stop_reason") in _CALLS else finish
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _TryAgain(f"an answer that is no chat completion ({error!r}): {shown}") from None
     if not isinstance(text, str) or not isinstance(finish, str) or type(tokens) is not int:

@@ -1,12 +1,12 @@
 """Which steps of a run of rounds are done: one small file, replaced as a whole."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_post.convert.work import locked
 from megatron_post.rounds.files import full_disk_explained, write_json
 
 
@@ -57,18 +57,16 @@ class State:
 def alone(run_dir: Path) -> Iterator[int]:
     """Hold the lock of a run, or of what a command writes; gives the lock's file descriptor.
 
-    It ends with this process, and with those that inherit the descriptor. Raises `ValueError` where another
-    process has it.
+    It ends with this process, and with those that inherit the descriptor. A file system without locks gives
+    it to everybody. Raises `ValueError` where another process has it.
     """
     with full_disk_explained(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(file, wait=False):
             raise ValueError(
                 f"{run_dir}: another process works here, or a step of one that was killed still does; "
                 "wait for it, or end it"
-            ) from None
+            )
         yield file.fileno()

@@ -297,7 +297,11 @@ class Round:
         summaries = build_store(config, console=Console(quiet=True), overwrite=True)
         write_whole(self.directory / stage / "config.yaml", to_yaml(config))
         packed = summaries["train"]
-        self.console.print(f"{packed.tokens:,} tokens in {packed.num_packs:,} packs", highlight=False)
+        steps, batch = config.train.steps, config.train.global_batch
+        self._say(
+            f"{packed.tokens:,} tokens in {packed.num_packs:,} packs; {steps:,} steps of {batch} packs are "
+            f"{steps * batch / packed.num_packs:.1f} epochs"
+        )
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

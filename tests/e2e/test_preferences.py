@@ -84,7 +84,8 @@ def test_reward_model_learns_exports_and_scores(tmp_path: Path) -> None:
     # a crash in the middle of a line: the rest is scored again, to the same values, in another layout
     complete = output.read_bytes()
     output.write_bytes(complete[: len(complete) // 2])
-    run_ranks(score_file, 4, export, rows, output, (*single, "parallel.context=2"))  # DP 2 x CP 2
+    layout = ("parallel.context=2", "parallel.pipeline=2")
+    run_ranks(score_file, 8, export, rows, output, (*single, *layout))  # and DP 2
     again = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["row"] for line in again] == list(range(1, 121))
     np.testing.assert_allclose(

@@ -13,6 +13,8 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from megatron_post.config.load import load_config
+from megatron_post.convert.configs import read_model
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.launch.chain import load_chain
 from megatron_post.rounds.files import read_lines
@@ -157,6 +159,8 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
     train = by_name["round-02/dpo-train"]
     assert train.command == ("train", str(tmp_path / "round/run/round-02/dpo/config.yaml"))
     assert train.run_dir == str(tmp_path / "round/run/round-02/dpo")
+    alike = load_config(train.like[0], train.like[1:])
+    assert (alike.stage, alike.model) == ("dpo", read_model(Path(load_round(config).start.policy)))
     assert by_name["round-02/select"].command == (
         "round", str(config), "--only", "round-02/select", "rounds=2",
     )  # fmt: skip
@@ -202,6 +206,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ([f"data.held_out={tmp_path / 'unanswered'}"], "data.held_out=.*line 1 has no `answer`"),
         ([f"data.validation={tmp_path / 'empty'}"], "no prompt in it"),
         ([f"stages.dpo={tmp_path / 'dpo.yaml'}"], "optimizer.lr: .*greater than 0"),
+        (
+            ["generate.sampling.max_tokens=9000"],
+            r"data.prompts: the prompt in line 1 takes \d+ tokens;",
+        ),
+        (["generate.backend={kind: vllm}"], "generate.backend: vllm is not installed"),
     ]
     (tmp_path / "unanswered").write_text('{"prompt": "Why?"}\n')
     (tmp_path / "empty").touch()

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.config.load import ConfigError
-from megatron_post.launch.chain import load_chain
+from megatron_post.config.load import ConfigError, load_config, to_yaml
+from megatron_post.launch.chain import chain_findings, load_chain
+from megatron_post.launch.cluster import Cluster
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def _write(directory: Path, steps: str) -> Path:
@@ -45,6 +48,20 @@ def test_every_error_at_once(tmp_path: Path) -> None:
     message = str(error.value)
     assert "steps.0.command: " in message and "steps.0.nods: unknown key" in message
     assert "steps.1.name: 'b\\n' holds a newline" in message
+
+
+def test_a_step_whose_config_is_still_to_be_made(tmp_path: Path) -> None:
+    """It is checked by another's layout and model: 70B without context parallelism is 1.9 GiB too much on 8
+    nodes, and three checkpoints of 70,553,706,496 x 14 bytes are too much for any disk here."""
+    large = load_config(CONFIGS / "llama3_70b" / "sft.yaml", ["parallel.context=1"])
+    (tmp_path / "stage.yaml").write_text(to_yaml(large))
+    step = "  - {name: sft, command: [train, made.yaml], nodes: 8, run_dir: run"
+    cluster = Cluster(gpus_per_node=8, cpus_per_node=96)
+    chain = load_chain(_write(tmp_path, f"{step}, like: [stage.yaml, optimizer.lr=1e-6]}}\n"))
+    memory, disk = chain_findings(chain, cluster, tmp_path)
+    assert memory.startswith("step 'sft': memory, by `megatron-post plan`: does not fit: pipeline rank 0")
+    assert disk.startswith("step 'sft': run_dir=run: 3 checkpoints")
+    assert chain_findings(load_chain(_write(tmp_path, f"{step}}}\n")), cluster, tmp_path) == []
 
 
 def test_a_circle(tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from megatron_post.rounds.backends import (
     TransformersBackend,
     VllmBackend,
     nucleus,
+    prompt_ids,
 )
 from megatron_post.rounds.backends import _Draws as Draws
-from megatron_post.rounds.backends import _prompt_ids as prompt_ids
 from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
 from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed
@@ -303,7 +303,7 @@ def test_where_a_response_ends(
 
 
 def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the names in the documentation of vLLM 0.8.3, which later sources keep; the engine has never run
+    """By the names in the documentation of vLLM 0.8.3, which 0.33's sources keep; the engine has never run
     here."""
     asked: dict[str, Any] = {}
 
@@ -317,10 +317,11 @@ def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     class LLM:
         def __init__(
-            self, model: str, *, tensor_parallel_size: int, gpu_memory_utilization: float,
-            enable_prefix_caching: bool,
+            self, model: str, *, tensor_parallel_size: int, quantization: str | None,
+            gpu_memory_utilization: float, enable_prefix_caching: bool,
         ) -> None:  # fmt: skip
-            asked["engine"] = (model, tensor_parallel_size, gpu_memory_utilization, enable_prefix_caching)
+            asked["engine"] = (model, tensor_parallel_size, quantization, gpu_memory_utilization)
+            assert enable_prefix_caching
 
         def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
             asked["prompts"], asked["sampling"] = prompts, [p.values for p in sampling_params]
@@ -330,11 +331,11 @@ def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
     tiny_policy(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    backend = open_real(VllmBackend(kind="vllm", tensor_parallel=2), str(tmp_path))
+    backend = open_real(VllmBackend(kind="vllm", tensor_parallel=2, quantization="mxfp8"), str(tmp_path))
     requests = [Request(({"role": "user", "content": "?"},), seed=seed) for seed in (5, 2**62)]
     found = backend.respond(requests, Sampling(temperature=0.5, top_p=0.9, max_tokens=7))
     assert found == [Response("a", 2, "stop")] * 2
-    assert asked["engine"] == (str(tmp_path), 2, 0.9, True)
+    assert asked["engine"] == (str(tmp_path), 2, "mxfp8", 0.9)
     assert [values[:4] for values in asked["sampling"]] == [(0.5, 0.9, 7, 5), (0.5, 0.9, 7, 2**62)]
     assert set(asked["sampling"][0][4]) == set(tokenizer.stop_ids)
     shown = tokenizer.decode(asked["prompts"][0]["prompt_token_ids"])

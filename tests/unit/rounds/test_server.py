@@ -42,8 +42,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status if self.path == "/v1/chat/completions" else 404)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        for byte in content[: self.server.hangs_up_after] if self.server.hangs_up else content:
-            self.wfile.write(bytes([byte]))
+        content = content[: self.server.hangs_up_after] if self.server.hangs_up else content
+        size = 1 if self.server.drip else max(1, len(content))
+        for start in range(0, len(content), size):
+            self.wfile.write(content[start : start + size])
             time.sleep(self.server.drip)
 
     def log_message(self, *_: Any) -> None:
@@ -113,6 +115,17 @@ def test_nonsense_is_refused(served: _Server, content: bytes, message: str) -> N
     with pytest.raises(BadServer, match=f"3 tries failed, the last with: .*{message}"):
         _ask(served)
     assert len(served.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "finish"),
+    [(None, "stop"), (128009, "stop"), (128008, "tool_calls"), ("<|eom_id|>", "tool_calls")],
+)
+def test_calls_of_tools(reason: int | str | None, finish: str) -> None:
+    """vLLM says "stop" of every token that it was told to stop at, and which one it was beside it."""
+    choice = {"message": {"content": "call"}, "finish_reason": "stop", "stop_reason": reason}
+    answer = json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}})
+    assert module.parse_answer(answer.encode()) == Response("call", 3, finish)
 
 
 def test_a_slow_server(served: _Server) -> None:
