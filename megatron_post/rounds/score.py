@@ -108,8 +108,8 @@ def _score(
     flat = [segment for segments in rendered for segment in segments]
     found = np.zeros(len(flat))
     own = slice(topology.data_rank, None, topology.data_size)
-    # twice as many as stages, so that a stage is idle for at most a third of the time
-    at_once = 2 * config.parallel.pipeline
+    # twice as many as stages: a stage is idle for at most a third of the time
+    at_once = 2 * config.parallel.pipeline if config.parallel.pipeline > 1 else 1
     for members, packs in _packs(flat, batch, config, tokenizer, share=at_once * topology.data_size):
         # every data-parallel rank has packs of its own; where they run out, empty ones beside the others'
         for index, (output, part) in zip(members[own], stepper.outputs(packs[own]), strict=False):
