@@ -53,15 +53,21 @@ class _Tensor:
 class DistCheckpoint:
     """The tensors of one checkpoint directory. Nothing is read before it is asked for."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises `DamagedCheckpoint` where the metadata is not plain data or does not cover its tensors."""
-        self.directory, self._files = directory, OpenFiles()
+    def __init__(self, directory: Path, *, is_verified: bool = False) -> None:
+        """is_verified: its files' checksums have just been compared, so that its chunks' need not be.
+
+        Raises `DamagedCheckpoint` where the metadata is not plain data or does not cover its tensors.
+        """
+        self.directory, self._is_verified, self._files = directory, is_verified, OpenFiles()
         metadata = read_metadata(directory / ".metadata")
         self._tensors: dict[str, _Tensor] = {}
         self._by_layer: dict[tuple[str, int | None], list[_Chunk]] = {}
+        self.objects: set[str] = set()  # what is saved beside tensors, by its unique key
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self._tensors[key] = self._tensor(key, entry, metadata.storage_data)
+            else:
+                self.objects.add(key)
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -73,20 +79,29 @@ class DistCheckpoint:
 
         Raises `DamagedCheckpoint` where a chunk's archive is not what the metadata says.
         """
+        if self.read_rectangle(key, layer, (row, *(0 for _ in out.shape[1:])), out) != out.numel():
+            raise DamagedCheckpoint(f"{self.directory}: the chunks of {key} do not cover it")
+
+    def read_rectangle(self, key: str, layer: int | None, offsets: tuple[int, ...], out: Tensor) -> int:
+        """Fill `out`, of any dtype on any device, with the rectangle that begins at `offsets` of a tensor, or
+        of one layer of a stacked one. What lies outside of the tensor is left as it is.
+
+        Returns the number of values that were filled. Raises `DamagedCheckpoint` as `read_into` does.
+        """
         filled = 0
         for chunk in self._chunks(key, layer):
             first = chunk.offsets if layer is None else chunk.offsets[1:]
             sizes = chunk.sizes if layer is None else chunk.sizes[1:]
-            start, end = max(row, first[0]), min(row + out.shape[0], first[0] + sizes[0])
-            if start >= end:
+            low = [max(a, b) for a, b in zip(offsets, first, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, out.shape, first, sizes, strict=True)]
+            if any(start >= end for start, end in zip(low, high, strict=True)):
                 continue
-            target = out[start - row : end - row]
-            for dim in range(1, out.dim()):
-                target = target.narrow(dim, first[dim], sizes[dim])
-            self._read_chunk(key, chunk, start - first[0], target)
+            target, inside = out, [(a - b, c - a) for a, b, c in zip(low, first, high, strict=True)]
+            for dim, (a, b, c) in enumerate(zip(low, offsets, high, strict=True)):
+                target = target.narrow(dim, a - b, c - a)
+            self._read_chunk(key, chunk, sizes, inside, target)
             filled += target.numel()
-        if filled != out.numel():
-            raise DamagedCheckpoint(f"{self.directory}: the chunks of {key} do not cover it")
+        return filled
 
     def check_begun(self) -> None:
         """Read chunks of which only the first rows were wanted to their end, so that these are checked too.
@@ -107,17 +122,29 @@ class DistCheckpoint:
             self._by_layer[key, layer] = chunks
         return self._by_layer[key, layer]
 
-    def _read_chunk(self, key: str, chunk: _Chunk, row: int, target: Tensor) -> None:
+    def _read_chunk(
+        self,
+        key: str,
+        chunk: _Chunk,
+        sizes: tuple[int, ...],
+        inside: list[tuple[int, int]],
+        target: Tensor,
+    ) -> None:
+        """sizes: of the chunk. inside: where `target` begins in it, and how far it goes, by dimension."""
         if chunk.stored is None:
             self._describe(key, chunk)
         assert chunk.stored is not None
-        row_bytes = prod(target.shape[1:]) * target.itemsize
-        block = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
-        place, data = row * row_bytes, raw_bytes(block)
+        dtype, (row, rows) = self._tensors[key].kind.dtype, inside[0]
+        whole = (rows, *sizes[1:])
+        as_stored = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+        block = target if as_stored and target.shape == whole else torch.empty(whole, dtype=dtype)
+        place, data = row * prod(sizes[1:]) * dtype.itemsize, raw_bytes(block)
         self._files.read(chunk.path, chunk.stored.offset + place, data)
         if chunk.crc32 is not None:
             self._check(key, chunk, place, data)
         if block is not target:
+            for dim, (start, size) in enumerate(inside[1:], start=1):
+                block = block.narrow(dim, start, size)
             target.copy_(block)
 
     def _check(self, key: str, chunk: _Chunk, place: int, data: memoryview) -> None:
@@ -151,7 +178,7 @@ class DistCheckpoint:
             raise DamagedCheckpoint(
                 f"{chunk.path}: the chunk of {key} at {chunk.offsets} is not {chunk.sizes} {kind.dtype}"
             )
-        chunk.stored, chunk.crc32 = saved.stored, saved.crc32
+        chunk.stored, chunk.crc32 = saved.stored, None if self._is_verified else saved.crc32
 
     def _tensor(
         self, key: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, object]

@@ -28,8 +28,8 @@ from megatron_post.train import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
 from megatron_post.train.converted import check_weights
 from megatron_post.train.fence import Fence, Superseded
-from megatron_post.train.loading import METADATA, load_models
-from megatron_post.train.shards import own_objects, own_shards
+from megatron_post.train.loading import METADATA, load_checkpoint
+from megatron_post.train.shards import optimizer_parts, own_objects, own_shards
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Checkpoints:
                 partial=partial,
                 check=self._fence.check,
             )
-        shards, objects = own_shards(model_state, optimizer), own_objects(model_state)
+        shards, objects = list(own_shards(model_state, optimizer)), own_objects(model_state)
         save = Save(partial, shards, objects, small, publish)
         self._saver.stalled += time.perf_counter() - began
         self._saver.start(save, asynchronous=self._config.checkpoint.asynchronous)
@@ -157,13 +157,12 @@ class Checkpoints:
         stored = manifest.read_manifest(directory)
         if stored["state"].get("weights_only", False):
             check_weights(directory, stored["state"], self._config)
-            load_models(directory, unwrap_model(chunks))
-            optimizer.reload_model_params()  # which begins afresh from them
+            load_checkpoint(directory, chunks, optimizer, weights_only=True)
             if self._topology.rank == 0:
                 print(f"starting from the weights in {directory}", flush=True)
             return Position()
         self._check_stream(directory, stored["state"])
-        load_models(directory, unwrap_model(chunks), optimizer=optimizer)
+        load_checkpoint(directory, chunks, optimizer, weights_only=False)
         scheduler.load_state_dict(stored["state"]["scheduler"])
         if stored["state"]["world_size"] == self._topology.world_size:
             _restore_generators(load_file(directory / f"generators-{self._topology.rank}.safetensors"))
@@ -171,7 +170,7 @@ class Checkpoints:
 
     def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
         """What is the same on all ranks, under the names where megatron-core looks for it."""
-        (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+        (part,) = optimizer_parts(optimizer)
         common = io.BytesIO()
         sharding = METADATA["distrib_optim_sharding_type"]
         torch.save({"optimizer": part.state_dict() | {"param_state_sharding_type": sharding}}, common)

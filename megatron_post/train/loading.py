@@ -4,39 +4,84 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
 
+from megatron_post.convert.dist_checkpoint import DistCheckpoint
+from megatron_post.convert.source import Kind
 from megatron_post.models.llama import Llama
-from megatron_post.train.manifest import read_metadata
+from megatron_post.train.manifest import DamagedCheckpoint
+from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
 
 # Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def load_models(
-    directory: Path, models: Sequence[Llama], *, optimizer: MegatronOptimizer | None = None
+def load_checkpoint(
+    directory: Path,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    *,
+    weights_only: bool,
 ) -> None:
-    """Load the models' weights and, if it is given, the optimizer's state. All ranks call it.
+    """Load weights and the optimizer's state; with `weights_only` the optimizer begins afresh from them. All
+    ranks call it, once the checkpoint is verified.
 
-    What modules keep beside tensors, such as FP8's scales, begins afresh where the checkpoint has none: it
-    was converted, or the portable layers wrote it.
+    Each rank reads what its optimizer updates, straight to its place, and the data-parallel ranks gather the
+    weights: every byte is read about once, where megatron-core would have each rank read the state of all
+    of them. What modules keep beside tensors, such as FP8's scales, begins afresh where the checkpoint has
+    none: it was converted, or the portable layers wrote it.
+
+    Raises `DamagedCheckpoint` where the checkpoint is of another model.
     """
-    stored = read_metadata(directory / ".metadata").state_dict_metadata
-    states: dict[str, Any] = {}
-    afresh: list[dict[str, None]] = []
-    for i, model in enumerate(models):
-        state = model.sharded_state_dict(metadata=METADATA)
-        absent = [k for k in state if k.endswith("_extra_state") and state[k].unique_key not in stored]
-        afresh.append(dict.fromkeys(absent))
-        states[f"model{i}"] = {key: value for key, value in state.items() if key not in afresh[i]}
-    if optimizer is not None:
-        states["optimizer"] = optimizer.sharded_state_dict(states, is_loading=True, metadata=METADATA)
-    loaded = dist_checkpointing.load(
-        states, str(directory), get_default_load_sharded_strategy(str(directory))
-    )
-    for i, model in enumerate(models):
-        model.load_state_dict(loaded[f"model{i}"] | afresh[i], strict=True)
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+    if not weights_only:
+        common = torch.load(directory / "common.pt", weights_only=True)
+        (part,) = optimizer_parts(optimizer)
+        part.load_state_dict(common["optimizer"])  # steps and groups; Adam's state is made, to be filled
+    models = unwrap_model(chunks)
+    states = {str(i): model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(models)}
+    source = DistCheckpoint(directory, is_verified=True)
+    kinds = source.kinds
+    for shard in needed_shards(states, optimizer, weights_only=weights_only):
+        _check_shape(directory, shard, kinds.get(shard.key))
+        _read(source, shard)
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+    if weights_only:
+        optimizer.reload_model_params()
+    _load_objects(source, models, states)
+
+
+def _check_shape(directory: Path, shard: Shard, stored: Kind | None) -> None:
+    fixed = 1 if shard.may_be_padded else 0
+    if stored is None or stored.shape[fixed:] != shard.shape[fixed:]:
+        there = "absent" if stored is None else stored.shape
+        raise DamagedCheckpoint(f"{directory}: {shard.key} is {there} there, {shard.shape} here")
+
+
+def _read(source: DistCheckpoint, shard: Shard) -> None:
+    layer, values = None, shard.values
+    if shard.stacked:
+        layer, values = shard.offsets[0], values[0]
+    if shard.may_be_padded:
+        values.zero_()
+    filled = source.read_rectangle(shard.key, layer, shard.offsets[shard.stacked :], values)
+    if filled != values.numel() and not shard.may_be_padded:
+        raise DamagedCheckpoint(f"{source.directory}: the chunks of {shard.key} do not cover it")
+
+
+def _load_objects(source: DistCheckpoint, models: Sequence[Llama], states: dict[str, dict[str, Any]]) -> None:
+    directory, stored = str(source.directory), source.objects
+    wanted = {
+        i: {k: v for k, v in state.items() if isinstance(v, ShardedObject) and v.unique_key in stored}
+        for i, state in states.items()
+    }
+    if any(wanted.values()):
+        loaded = dist_checkpointing.load(wanted, directory, get_default_load_sharded_strategy(directory))
+        for i, model in enumerate(models):
+            model.load_state_dict(loaded[str(i)], strict=False)

@@ -1,14 +1,15 @@
-"""Which part of the model and of Adam's state each rank saves: its own, so that nothing is gathered first.
+"""Which part of the model and of Adam's state each rank saves and loads: its own; nothing is gathered.
 
 The distributed optimizer gives each data-parallel rank a run of the elements of its parameters, and that run
 of the weights and of the three fp32 tensors behind them is what the rank saves. Cut into rectangles of the
 whole tensors, runs are what torch's checkpoint format takes, under the keys of megatron-core's
-"fully_reshardable" layout, so megatron-core loads them in any other layout.
+"fully_reshardable" layout, so that any other layout finds its own runs in them.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -29,43 +30,49 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Shard:
-    """A rectangle of a tensor. shape: of the whole; offsets: where it begins; values: live, do not change."""
+    """A rectangle of a tensor. shape: of the whole; offsets: where it begins; values: the live ones.
+
+    stacked: leading dimensions that number layers. may_be_padded: the whole may have more or fewer rows in
+    another layout, which hold nothing.
+    """
 
     key: str
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     values: Tensor
+    stacked: int = 0
+    may_be_padded: bool = False
 
 
-def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> list[Shard]:
+def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[Shard]:
     """What this rank saves of tensors; all ranks together save every element once.
 
     model_state: `sharded_state_dict` of the model's chunks. Values are views of the live tensors. Weights of
     other data-parallel ranks are not looked at, for they may be stale until the next forward gathers them.
     """
-    tensors = {
-        id(item.data): item
-        for item in nested_values(model_state)
-        if isinstance(item, ShardedTensor | ShardedTensorFactory)
-    }
-    shards: list[Shard] = []
-    for part in _parts(optimizer):
-        for param, start, end in _own_runs(part):
-            item = tensors[id(param)]
-            # replicas over pipeline and tensor ranks are saved by the first; the data ranks have shared out
-            if any(item.replica_id[:2]):
-                continue
-            run = param.detach().reshape(-1)[start:end]
-            shards += _cut(item, run, start, prefix="")
-            for name, values in _adam_state(part, param).items():
-                shards += _cut(item, values.detach(), start, prefix=f"optimizer.state.{name}.")
-    optimized = {
-        id(p) for part in _parts(optimizer) for buffer in part.buffers for p in buffer.param_index_map
-    }
-    for identity, item in tensors.items():
-        if identity not in optimized and is_main_replica(item.replica_id):
-            shards += _cut(item, item.data.detach().reshape(-1), 0, prefix="")
-    return shards
+    for run in _own_runs(model_state, optimizer):
+        # replicas over pipeline and tensor ranks are saved by the first; the data ranks have shared out
+        if not any(run.item.replica_id[:2]):
+            yield from _cut(run.item, run.weights, run.start, prefix="")
+            for name, values in run.adam_state().items():
+                yield from _cut(run.item, values, run.start, prefix=f"optimizer.state.{name}.")
+    for item in _without_optimizer(model_state, optimizer):
+        if is_main_replica(item.replica_id):
+            yield from _cut(item, item.data.detach().reshape(-1), 0, prefix="")
+
+
+def needed_shards(
+    model_state: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
+) -> Iterator[Shard]:
+    """What this rank loads: its runs of the weights, which are then to be gathered, and of the optimizer's
+    state, unless it wants `weights_only`. That state must have been made."""
+    for run in _own_runs(model_state, optimizer):
+        yield from _cut(run.item, run.weights, run.start, prefix="")
+        for name in () if weights_only else _STATES:
+            values = run.state()[name].detach()
+            yield from _cut(run.item, values, run.start, prefix=f"optimizer.state.{name}.")
+    for item in _without_optimizer(model_state, optimizer):
+        yield from _cut(item, item.data.detach().reshape(-1), 0, prefix="")
 
 
 def own_objects(model_state: dict[str, Any]) -> dict[str, bytes]:
@@ -106,23 +113,46 @@ def rectangles(
             yield (last, *offsets), (1, *sizes)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _own_runs(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:
-    """Parameters and the run of their elements that this rank's optimizer updates."""
-    for maps in optimizer.gbuf_ranges:
-        for buckets in maps.values():
-            for bucket in buckets:
-                for param, ranges in bucket["param_map"].items():
-                    yield param, ranges["param"].start, ranges["param"].end
+@dataclass(frozen=True)
+class _Run:
+    """The elements [start, start + n) of a parameter, which this rank's optimizer updates. weights: [n]."""
+
+    item: ShardedTensor | ShardedTensorFactory
+    start: int
+    weights: Tensor
+    state: Callable[[], dict[str, Tensor]]
+
+    def adam_state(self) -> dict[str, Tensor]:
+        """fp32 [n] each. Moments of a parameter that Adam has not met yet are zero, as it would begin."""
+        state = self.state()
+        return {name: state.get(name, torch.zeros_like(state["param"])).detach() for name in _STATES}
 
 
-def _adam_state(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
-    """fp32 [run] each. Moments of a parameter that Adam has not met yet are zero, as it would begin."""
-    state = optimizer._get_main_param_and_optimizer_states(param)
-    return {name: state[name] if name in state else torch.zeros_like(state["param"]) for name in _STATES}
+def _own_runs(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[_Run]:
+    tensors = {id(item.data): item for item in _items(model_state)}
+    for part in optimizer_parts(optimizer):
+        buckets = [bucket for maps in part.gbuf_ranges for found in maps.values() for bucket in found]
+        for param, ranges in [pair for bucket in buckets for pair in bucket["param_map"].items()]:
+            start, end = ranges["param"].start, ranges["param"].end
+            state = partial(part._get_main_param_and_optimizer_states, param)
+            yield _Run(tensors[id(param)], start, param.detach().reshape(-1)[start:end], state)
+
+
+def _without_optimizer(
+    model_state: dict[str, Any], optimizer: MegatronOptimizer
+) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    buffers = [buffer for part in optimizer_parts(optimizer) for buffer in part.buffers]
+    optimized = {id(param) for buffer in buffers for param in buffer.param_index_map}
+    yield from (item for item in _items(model_state) if id(item.data) not in optimized)
+
+
+def _items(model_state: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    found = nested_values(model_state)
+    yield from (item for item in found if isinstance(item, ShardedTensor | ShardedTensorFactory))
 
 
 def _cut(
@@ -146,5 +176,7 @@ def _cut(
                 tuple(tensor.global_shape),
                 (*origin[:stacked], *(o + p for o, p in zip(origin[stacked:], place, strict=True))),
                 run[position : position + count].view((1,) * stacked + sizes),
+                stacked,
+                tensor.allow_shape_mismatch,
             )
             position += count

@@ -1,20 +1,28 @@
 """What ranks save is the same in every layout: weights and Adam's state, bit for bit."""
 
+from math import prod
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_post.config.schema import Config
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
+from megatron_post.convert.mapping import hf_shapes
+from megatron_post.convert.safetensors_file import OpenFiles
 from megatron_post.models import specs
 from megatron_post.models.specs import RMSNorm
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train import manifest
+from megatron_post.train.loading import METADATA
 from megatron_post.train.run import build_trainer
+from megatron_post.train.shards import own_shards
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_packs
 
@@ -104,3 +112,74 @@ def test_scales_that_the_checkpoint_lacks_begin_afresh(tmp_path: Path) -> None:
     run_ranks(_train_or_resume_and_save, 1, config)
     assert run_ranks(_scales_after_resume, 1, config, 2.5) == [(1, None)]
     assert run_ranks(_scales_after_resume, 1, config, None) == [(2, 2.5)]
+
+
+def test_rows_that_only_pad(tmp_path: Path) -> None:
+    """250 ids, on two tensor-parallel ranks padded to 256: saved by one rank, by two and by one again."""
+    saved = []
+    for step, parallel in enumerate(({}, {"tensor": 2}, {}), start=1):
+        config = tiny_config(tmp_path / "run", parallel=parallel, checkpoint={"keep": 3})
+        run_ranks(_train_or_resume_and_save, 2 if parallel else 1, config)
+        saved.append(_whole(manifest.step_directory(tmp_path / "run" / "checkpoints", step)))
+    padded = [key for key, value in saved[1].items() if value.shape[0] == 256]
+    assert len(padded) == 2 * 4  # the embedding and the output layer: weights, masters, moments
+    for key, value in saved[0].items():
+        assert torch.equal(saved[2][key], value), key
+        assert torch.equal(saved[1][key][: len(value)], value), key
+        assert not saved[1][key][len(value) :].any(), key
+
+
+def _bytes_read_to_resume(config: Config) -> int:
+    read, spent = OpenFiles.read, []
+
+    def counted(self: OpenFiles, path: Path, offset: int, target: memoryview) -> None:
+        spent.append(len(target))
+        read(self, path, offset, target)
+
+    with parallel_run(config.parallel, seed=1) as topology, mock.patch.object(OpenFiles, "read", counted):
+        _, position = build_trainer(config, topology)
+    assert position.step
+    return sum(spent)
+
+
+def test_each_rank_reads_what_it_keeps(tmp_path: Path) -> None:
+    """Its own of fp32 weights, masters and moments: with n parameters 16 n / 4 bytes on each of four
+    data-parallel ranks, but for what pads their buffers."""
+    config = tiny_config(tmp_path / "run")
+    run_ranks(_train_or_resume_and_save, 4, config)
+    parameters = sum(prod(shape) for shape in hf_shapes(config.model).values())
+    for spent in run_ranks(_bytes_read_to_resume, 4, config):
+        assert spent == pytest.approx(16 / 4 * parameters, rel=0.01)
+
+
+def _ours_and_megatron_cores(config: Config) -> None:
+    """Load the newest checkpoint, spoil everything, and load it again as megatron-core would."""
+    with parallel_run(config.parallel, seed=1) as topology:
+        trainer, position = build_trainer(config, topology)
+        models, optimizer = unwrap_model(trainer.chunks), trainer.optimizer
+        model_states = [model.sharded_state_dict(metadata=METADATA) for model in models]
+        states = {f"model{i}": state for i, state in enumerate(model_states)}
+        weights = [parameter for model in models for parameter in model.parameters()]
+        live = [shard.values for shard in own_shards(states, optimizer)] + [p.detach() for p in weights]
+        ours = [values.clone() for values in live]
+        for values in live:
+            values.fill_(0.125)
+        wanted = dict(states)
+        wanted["optimizer"] = optimizer.sharded_state_dict(states, is_loading=True, metadata=METADATA)
+        step = str(manifest.step_directory(trainer.checkpoints.root, position.step))
+        loaded = dist_checkpointing.load(wanted, step, get_default_load_sharded_strategy(step))
+        for i, model in enumerate(models):
+            model.load_state_dict(loaded[f"model{i}"], strict=True)
+        optimizer.load_state_dict(loaded["optimizer"])
+        assert position.step and len(live) > len(weights)
+        for found, expected in zip(live, ours, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_megatron_core_loads_the_same(tmp_path: Path) -> None:
+    """Weights, masters and moments in bf16, saved under PP 2 x DP 2, loaded under TP 2 x DP 2."""
+    values: dict[str, Any] = {"model": {"vocab_size": 256}, "precision": {"dtype": "bf16"}}
+    saved = tiny_config(tmp_path / "run", parallel={"pipeline": 2}, **values)
+    run_ranks(_train_or_resume_and_save, 4, saved)
+    config = tiny_config(tmp_path / "run", parallel={"tensor": 2, "sequence": True}, **values)
+    run_ranks(_ours_and_megatron_cores, 4, config)

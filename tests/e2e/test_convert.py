@@ -18,7 +18,7 @@ from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT
 from megatron_post.train import manifest
 from megatron_post.train.converted import check_weights
-from megatron_post.train.loading import load_models
+from megatron_post.train.loading import load_checkpoint
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_post.train.step import Stepper
 from tests.e2e.runs import small_run, start
@@ -109,8 +109,7 @@ def _logits(configs: list[Config], tokens: np.ndarray) -> list[np.ndarray]:
             chunks = wrap_data_parallel(models, config, topology)
             optimizer = build_optimizer(chunks, config)
             step = manifest.step_directory(Path(config.run_dir) / "checkpoints", 0)
-            load_models(step, unwrap_model(chunks))
-            optimizer.reload_model_params()
+            load_checkpoint(step, chunks, optimizer, weights_only=True)
             stepper = Stepper(chunks, SFT(["body"]), topology, portable=True)
             pack = tiny_packs(1)[0]
             from dataclasses import replace
