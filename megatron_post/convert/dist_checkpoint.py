@@ -6,14 +6,14 @@ consists and in which file, at which offset, each of them lies as a `torch.save`
 
 import os
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, Kind
@@ -44,35 +44,31 @@ class _Chunk:
         return self.offsets, self.sizes
 
 
-@dataclass
-class _Tensor:
-    kind: Kind
-    chunks: list[_Chunk] = field(default_factory=list)
-
-
 class DistCheckpoint:
     """The tensors of one checkpoint directory. Nothing is read before it is asked for."""
 
     def __init__(self, directory: Path, *, is_verified: bool = False) -> None:
-        """is_verified: its files' checksums have just been compared, so that its chunks' need not be.
+        """is_verified: its files' checksums have just been compared, and its chunks are taken as they are: of
+        the million and a half of a large run a rank then looks at its own alone.
 
-        Raises `DamagedCheckpoint` where the metadata is not plain data or does not cover its tensors.
+        Raises `DamagedCheckpoint` where the metadata is not plain data or, unless it is verified, does not
+        cover its tensors.
         """
         self.directory, self._is_verified, self._files = directory, is_verified, OpenFiles()
         metadata = read_metadata(directory / ".metadata")
-        self._tensors: dict[str, _Tensor] = {}
+        entries = metadata.state_dict_metadata.items()
+        self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self._storage: dict[MetadataIndex, object] = metadata.storage_data
         self._by_layer: dict[tuple[str, int | None], list[_Chunk]] = {}
-        self.objects: set[str] = set()  # what is saved beside tensors, by its unique key
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self._tensors[key] = self._tensor(key, entry, metadata.storage_data)
-            else:
-                self.objects.add(key)
+        self.objects = metadata.state_dict_metadata.keys() - self._entries.keys()  # saved beside tensors
+        if not is_verified:
+            for key in self._entries:
+                self._check_covered(key)
 
     @property
     def kinds(self) -> dict[str, Kind]:
         """dtype and whole shape of every tensor; layers are stacked along the first dimension."""
-        return {key: tensor.kind for key, tensor in self._tensors.items()}
+        return {key: self._kind(key) for key in self._entries}
 
     def read_into(self, key: str, layer: int | None, row: int, out: Tensor) -> None:
         """Fill `out` with rows from `row` on of a tensor, or of one layer of a stacked one.
@@ -115,8 +111,9 @@ class DistCheckpoint:
 
     def _chunks(self, key: str, layer: int | None) -> list[_Chunk]:
         if (key, layer) not in self._by_layer:
-            chunks = [c for c in self._tensors[key].chunks if layer is None or c.offsets[0] == layer]
-            for a, b in combinations(chunks, 2):
+            pieces = self._entries[key].chunks
+            chunks = [self._chunk(key, c) for c in pieces if layer is None or c.offsets[0] == layer]
+            for a, b in () if self._is_verified else combinations(chunks, 2):
                 if all(max(i, j) < min(i + m, j + n) for i, m, j, n in zip(*a.place, *b.place, strict=True)):
                     raise DamagedCheckpoint(f"{self.directory}: .metadata: chunks of {key} overlap")
             self._by_layer[key, layer] = chunks
@@ -134,7 +131,7 @@ class DistCheckpoint:
         if chunk.stored is None:
             self._describe(key, chunk)
         assert chunk.stored is not None
-        dtype, (row, rows) = self._tensors[key].kind.dtype, inside[0]
+        dtype, (row, rows) = self._kind(key).dtype, inside[0]
         whole = (rows, *sizes[1:])
         as_stored = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
         block = target if as_stored and target.shape == whole else torch.empty(whole, dtype=dtype)
@@ -173,35 +170,33 @@ class DistCheckpoint:
     def _describe(self, key: str, chunk: _Chunk) -> None:
         """Find where the chunk's values are, and compare its description with the metadata's."""
         saved = saved_tensors(chunk.path, offset=chunk.offset, length=chunk.length).get("")
-        kind = self._tensors[key].kind
+        kind = self._kind(key)
         if saved is None or (saved.stored.dtype, saved.stored.shape) != (kind.dtype, chunk.sizes):
             raise DamagedCheckpoint(
                 f"{chunk.path}: the chunk of {key} at {chunk.offsets} is not {chunk.sizes} {kind.dtype}"
             )
         chunk.stored, chunk.crc32 = saved.stored, None if self._is_verified else saved.crc32
 
-    def _tensor(
-        self, key: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, object]
-    ) -> _Tensor:
-        kind = Kind(entry.properties.dtype, tuple(entry.size))
-        tensor = _Tensor(kind)
-        for piece in entry.chunks:
-            offsets, sizes = tuple(piece.offsets), tuple(piece.sizes)
-            inside = len(offsets) == len(sizes) == len(kind.shape) and all(
-                0 <= int(o) <= int(o) + int(n) <= whole
-                for o, n, whole in zip(offsets, sizes, kind.shape, strict=True)
-            )
-            info = storage.get(MetadataIndex(key, piece.offsets))
-            if not inside or info is None:
-                raise DamagedCheckpoint(
-                    f"{self.directory}: .metadata: {key} has a chunk at {offsets} {sizes}"
-                )
-            path = self.directory / info.relative_path  # type: ignore[attr-defined]
-            place = (int(info.offset), int(info.length))  # type: ignore[attr-defined]
-            tensor.chunks.append(_Chunk(offsets, sizes, path, *place))
-        if sum(prod(chunk.sizes) for chunk in tensor.chunks) != prod(kind.shape):
+    def _kind(self, key: str) -> Kind:
+        entry = self._entries[key]
+        return Kind(entry.properties.dtype, tuple(entry.size))
+
+    def _check_covered(self, key: str) -> None:
+        sizes = [self._chunk(key, piece).sizes for piece in self._entries[key].chunks]
+        if sum(map(prod, sizes)) != prod(self._entries[key].size):
             raise DamagedCheckpoint(f"{self.directory}: .metadata: the chunks of {key} do not cover it")
-        return tensor
+
+    def _chunk(self, key: str, piece: ChunkStorageMetadata) -> _Chunk:
+        offsets, sizes, shape = tuple(piece.offsets), tuple(piece.sizes), self._entries[key].size
+        inside = len(offsets) == len(sizes) == len(shape) and all(
+            0 <= int(o) <= int(o) + int(n) <= whole for o, n, whole in zip(offsets, sizes, shape, strict=True)
+        )
+        info = self._storage.get(MetadataIndex(key, piece.offsets))
+        if not inside or info is None:
+            raise DamagedCheckpoint(f"{self.directory}: .metadata: {key} has a chunk at {offsets} {sizes}")
+        path = self.directory / info.relative_path  # type: ignore[attr-defined]
+        place = (int(info.offset), int(info.length))  # type: ignore[attr-defined]
+        return _Chunk(offsets, sizes, path, *place)
 
 
 def is_checkpoint(directory: Path) -> bool:

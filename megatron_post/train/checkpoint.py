@@ -148,7 +148,7 @@ class Checkpoints:
         """Load the newest intact checkpoint. Returns its position; the start where there is none.
 
         Damaged checkpoints are named and passed over. Raises `ValueError` where the config would continue
-        another stream of samples than the checkpoint's.
+        another stream of samples than the checkpoint's, or another model.
         """
         self._saver.wait()  # what it copies is about to change
         directory = self._newest_intact()
@@ -207,19 +207,20 @@ class Checkpoints:
         return None
 
     def _stream(self) -> dict[str, Any]:
-        """What fixes the order of samples besides the step."""
+        """What fixes the order of samples besides the step, and what shapes do not tell of a model."""
         c = self._config
-        return {"seed": c.seed, "store": str(Path(c.data.store).resolve())}
+        model = {"vocab_size": c.model.vocab_size, "tie_word_embeddings": c.model.tie_word_embeddings}
+        return {"seed": c.seed, "store": str(Path(c.data.store).resolve()), "stage": c.stage, **model}
 
     def _check_stream(self, directory: Path, stored: dict[str, Any]) -> None:
         changed = [
             f"{k}: {stored.get(k)!r} there, {v!r} here"
             for k, v in self._stream().items()
-            if stored.get(k) != v
+            if stored.get(k, v) != v
         ]
         if changed:
             raise ValueError(
-                f"{directory} was trained on another stream of samples ({'; '.join(changed)}): "
+                f"{directory} is of another run ({'; '.join(changed)}): "
                 "restore these values, or choose another run_dir and start from an export"
             )
 

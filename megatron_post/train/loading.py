@@ -37,24 +37,48 @@ def load_checkpoint(
     of them. What modules keep beside tensors, such as FP8's scales, begins afresh where the checkpoint has
     none: it was converted, or the portable layers wrote it.
 
-    Raises `DamagedCheckpoint` where the checkpoint is of another model.
+    Raises `DamagedCheckpoint`, on all ranks, where the checkpoint is of another model.
     """
-    if not weights_only:
-        common = torch.load(directory / "common.pt", weights_only=True)
-        (part,) = optimizer_parts(optimizer)
-        part.load_state_dict(common["optimizer"])  # steps and groups; Adam's state is made, to be filled
     models = unwrap_model(chunks)
     states = {str(i): model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(models)}
-    source = DistCheckpoint(directory, is_verified=True)
-    kinds = source.kinds
-    for shard in needed_shards(states, optimizer, weights_only=weights_only):
-        _check_shape(directory, shard, kinds.get(shard.key))
-        _read(source, shard)
+    source, error = None, None
+    try:
+        source = _read_own(directory, states, optimizer, weights_only=weights_only)
+    except (ValueError, KeyError, OSError) as found:
+        error = str(found) if isinstance(found, ValueError) else f"{type(found).__name__}: {found}"
+    _raise_together(directory, error)
+    assert source is not None
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
     if weights_only:
         optimizer.reload_model_params()
     _load_objects(source, models, states)
+
+
+def _read_own(
+    directory: Path, states: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
+) -> DistCheckpoint:
+    if not weights_only:
+        common = torch.load(directory / "common.pt", weights_only=True)
+        (part,) = optimizer_parts(optimizer)
+        part.load_state_dict(common["optimizer"])  # steps and groups; Adam's state is made, to be filled
+    source = DistCheckpoint(directory, is_verified=True)
+    kinds = source.kinds
+    for shard in needed_shards(states, optimizer, weights_only=weights_only):
+        _check_shape(directory, shard, kinds.get(shard.key))
+        _read(source, shard)
+    return source
+
+
+def _raise_together(directory: Path, error: str | None) -> None:
+    """On all ranks, where any has an error: the others would wait for it for ever."""
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    told = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+    if told:
+        raise DamagedCheckpoint(
+            f"{directory} cannot be resumed here; {len(told)} ranks say so, first {told[0]}"
+        )
 
 
 def _check_shape(directory: Path, shard: Shard, stored: Kind | None) -> None:
@@ -81,7 +105,7 @@ def _load_objects(source: DistCheckpoint, models: Sequence[Llama], states: dict[
         i: {k: v for k, v in state.items() if isinstance(v, ShardedObject) and v.unique_key in stored}
         for i, state in states.items()
     }
-    if any(wanted.values()):
+    if stored:  # alike on all ranks, which load together
         loaded = dist_checkpointing.load(wanted, directory, get_default_load_sharded_strategy(directory))
         for i, model in enumerate(models):
-            model.load_state_dict(loaded[str(i)], strict=False)
+            model.load_state_dict(loaded.get(str(i), {}), strict=False)

@@ -19,8 +19,8 @@ from megatron_post.convert.safetensors_file import OpenFiles
 from megatron_post.models import specs
 from megatron_post.models.specs import RMSNorm
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train import manifest
-from megatron_post.train.loading import METADATA
+from megatron_post.train import loading, manifest
+from megatron_post.train.loading import METADATA, _read
 from megatron_post.train.run import build_trainer
 from megatron_post.train.shards import own_shards
 from tests.ranks import run_ranks
@@ -94,24 +94,50 @@ class _WithScales(RMSNorm):
 
 
 def _scales_after_resume(config: Config, scales: float | None) -> tuple[int, float | None]:
-    """Where training stands after it resumed with layers that keep scales, and these; then a checkpoint one
-    step later, with `scales`."""
+    """Where training stands after it resumed with layers that keep scales, and those of the last norm; then a
+    checkpoint one step later, with `scales` there."""
     with mock.patch.object(specs, "RMSNorm", _WithScales), parallel_run(config.parallel, seed=1) as topology:
         trainer, position = build_trainer(config, topology)
-        norm = unwrap_model(trainer.chunks[0]).decoder.final_layernorm
-        found = None if norm.scales is None else float(norm.scales)
-        norm.scales = None if scales is None else torch.tensor(scales)
+        norm = getattr(unwrap_model(trainer.chunks[-1]).decoder, "final_layernorm", None)
+        found = None if norm is None or norm.scales is None else float(norm.scales)
+        if norm is not None:
+            norm.scales = None if scales is None else torch.tensor(scales)
         trainer.save(position.after(4))
         trainer.checkpoints.wait()
         return position.step, found
 
 
 def test_scales_that_the_checkpoint_lacks_begin_afresh(tmp_path: Path) -> None:
-    """The portable layers save none; whoever saves some gets them back."""
-    config = tiny_config(tmp_path / "run", checkpoint={"keep": 5})
-    run_ranks(_train_or_resume_and_save, 1, config)
-    assert run_ranks(_scales_after_resume, 1, config, 2.5) == [(1, None)]
-    assert run_ranks(_scales_after_resume, 1, config, None) == [(2, 2.5)]
+    """The portable layers save none; whoever saves some gets them back, also on four stages, the first of
+    which has the embedding and nothing that keeps scales."""
+    values: dict[str, Any] = {"model": {"num_layers": 2}, "checkpoint": {"keep": 5}}
+    one = tiny_config(tmp_path / "run", **values)
+    layout = {"pipeline": 4, "embedding_and_loss_as_layers": True}
+    four = tiny_config(tmp_path / "run", parallel=layout, **values)
+    run_ranks(_train_or_resume_and_save, 1, one)
+    assert run_ranks(_scales_after_resume, 1, one, 2.5) == [(1, None)]
+    assert run_ranks(_scales_after_resume, 4, four, None) == [(2, None)] * 3 + [(2, 2.5)]
+
+
+def _resume_where_one_cannot_read(config: Config) -> None:
+    with parallel_run(config.parallel, seed=1) as topology:
+        failing = {"side_effect": OSError("this disk is gone")} if topology.rank == 1 else {"wraps": _read}
+        with mock.patch.object(loading, "_read", **failing):
+            build_trainer(config, topology)
+
+
+def test_all_ranks_hear_why_one_cannot_resume(tmp_path: Path) -> None:
+    """A disk that fails on one of two; a model with other sizes."""
+    config = tiny_config(tmp_path / "run")
+    run_ranks(_train_or_resume_and_save, 2, config)
+    said = r"cannot be resumed here; 1 ranks say so, first rank 1: OSError: this disk"
+    with pytest.raises(AssertionError, match=said):
+        run_ranks(_resume_where_one_cannot_read, 2, config)
+    wider = tiny_config(tmp_path / "run", model={"ffn_hidden_size": 128})
+    with pytest.raises(
+        AssertionError, match=r"2 ranks say so, first rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
+    ):
+        run_ranks(_train_or_resume_and_save, 2, wider)
 
 
 def test_rows_that_only_pad(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_another_layout_resumes(tmp_path: Path) -> None:
 
 
 def test_another_stream_is_refused(tmp_path: Path) -> None:
-    """Another seed would train other samples: refused with both values, status 2."""
+    """Another seed would train other samples, and rows of a vocabulary may only pad: refused with both
+    values, status 2."""
     small_run(tmp_path, train={"steps": 2})
     _train(tmp_path, "run")
     log = tmp_path / "refused.log"
@@ -93,6 +94,8 @@ def test_another_stream_is_refused(tmp_path: Path) -> None:
     ]
     assert start(command, ranks=1, log=log).wait(timeout=120) == 2
     assert "seed: 1234 there, 7 here" in log.read_text()
+    assert start([*command[:3], "model.vocab_size=640"], ranks=1, log=log).wait(timeout=120) == 2
+    assert "vocab_size: 512 there, 640 here" in log.read_text()
 
 
 @pytest.mark.parametrize("payload", ["os.system", "builtins.getattr"])
