@@ -129,7 +129,8 @@ class _Run:
     def adam_state(self) -> dict[str, Tensor]:
         """fp32 [n] each. Moments of a parameter that Adam has not met yet are zero, as it would begin."""
         state = self.state()
-        return {name: state.get(name, torch.zeros_like(state["param"])).detach() for name in _STATES}
+        missing = {name: torch.zeros_like(state["param"]) for name in _STATES if name not in state}
+        return {name: (missing | state)[name].detach() for name in _STATES}
 
 
 def _own_runs(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[_Run]:
