@@ -50,6 +50,8 @@ def check_files(settings: RoundSettings) -> None:
     """Raises `ValueError` for files of prompts, rows, rules and stages that a later step could not use, for
     stages that cannot run on their ranks, and for models that cannot be averaged so."""
     data, verifier = settings.data, settings.select.verifier
+    first = Round(settings, 1, Console(quiet=True))
+    _, _, pack_length = first.stage("reward")
     for key in ("prompts", "validation", "held_out"):
         path = getattr(data, key)
         if path is None:
@@ -58,10 +60,9 @@ def check_files(settings: RoundSettings) -> None:
         unanswered = next((p.number for p in prompts if p.answer is None), None)
         if isinstance(verifier, ExactMatch) and unanswered is not None:
             raise ValueError(f"data.{key}={path}: line {unanswered} has no `answer` for the exact verifier")
-        _check_lengths(settings, key, prompts)
+        _check_lengths(settings, key, prompts, pack_length=pack_length)
     if settings.select.cleaning is not None:
         load_rules(settings.select.cleaning)
-    first = Round(settings, 1, Console(quiet=True))
     any_source: dict[str, Any] = {"name": "any", "path": "any"}
     for stage in get_args(StageName):
         config = first.config(stage, settings.start.base or settings.start.policy, [any_source])
@@ -75,10 +76,9 @@ def check_files(settings: RoundSettings) -> None:
         next(read_rows(source, bad_rows=BadRows(data.max_bad_rows)), None)
 
 
-def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt]) -> None:
+def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt], *, pack_length: int) -> None:
     """Raises `ValueError` for a prompt which, with a response of `max_tokens`, the reward model cannot score:
     that would be found out once all responses are drawn."""
-    _, _, pack_length = Round(settings, 1, Console(quiet=True)).stage("reward")
     capacity = pack_length - settings.generate.sampling.max_tokens
     tokenizer = load_tokenizer(settings.start.policy)
     for prompt in prompts:

@@ -16,6 +16,7 @@ from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.source import Kind
 from megatron_post.models.llama import Llama
 from megatron_post.train.manifest import DamagedCheckpoint
+from megatron_post.train.optimizer import gather_weights
 from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
 
 # Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
@@ -48,8 +49,7 @@ def load_checkpoint(
         error = str(found) if isinstance(found, ValueError) else f"{type(found).__name__}: {found}"
     _raise_together(directory, error)
     assert source is not None
-    for chunk in chunks:
-        chunk.start_param_sync(force_sync=True)
+    gather_weights(chunks)
     if weights_only:
         optimizer.reload_model_params()
     _load_objects(source, models, states)

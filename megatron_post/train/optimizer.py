@@ -76,12 +76,10 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
     return optimizer
 
 
-def gather_weights(chunks: Sequence[DistributedDataParallel], config: Config) -> None:
-    """Give every rank all weights as the optimizer left them. With `optimizer.overlap` the next forward pass
-    does that, and until then a rank has the others' of the step before. All ranks call it."""
-    if config.optimizer.overlap:
-        for chunk in chunks:
-            chunk.start_param_sync(force_sync=True)
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Give every data-parallel rank the weights that the others' optimizers update. All ranks call it."""
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

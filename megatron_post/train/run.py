@@ -78,7 +78,8 @@ def train(config: Config) -> None:
             finish(trainer, train_store, packs, start=start)
         if config.train.export_hf:
             target = Path(config.run_dir) / "hf"
-            gather_weights(trainer.chunks, config)
+            if config.optimizer.overlap:
+                gather_weights(trainer.chunks)  # which the next forward pass would have done
             export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
             metrics.console(f"exported to {target}")
         metrics.close()

@@ -77,7 +77,7 @@ def _train(
             optimizer.step()
             if step != 3:
                 stepper(packs, forward_only=True)
-        gather_weights(chunks, config)
+        gather_weights(chunks)
         weights = dict(gathered_tensors(unwrap_model(chunks), config.model))
         return topology.data_rank, bad, {name: value.clone().numpy() for name, value in weights.items()}
 

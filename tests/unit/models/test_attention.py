@@ -23,10 +23,8 @@ def _packed(rank: int, size: int, *, shared_prompt: bool, more: int = 0) -> Pack
     """more: responses of 4 tokens each, cut from the last one."""
     cuts = torch.arange(64 - 4 * more, 64, 4, dtype=torch.int32)
     cu_seqlens = torch.cat([CU_SEQLENS[:-1], cuts, CU_SEQLENS[-1:]])
-    lengths, seen = (
-        torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]]),
-        torch.cat([SEEN, SEEN[-1:].expand(more, 2)]),
-    )
+    lengths = torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]])
+    seen = torch.cat([SEEN, SEEN[-1:].expand(more, 2)])
     indices = zigzag_indices(cu_seqlens, rank=rank, size=size)
     nothing, segments = torch.zeros(64, dtype=torch.long), segment_numbers(cu_seqlens)
     batch = PackedBatch(
