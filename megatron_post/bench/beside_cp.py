@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_post.bench.memory import peak_rss
+
 
 def copy(source: Path, target: Path) -> tuple[float, float]:
     """Seconds of `cp`, and until its bytes are on the disk."""
@@ -39,5 +41,5 @@ def _serve(connection: Connection, workers: int, function: Callable[..., Any], *
     started = time.perf_counter()
     function(*args)
     seconds = time.perf_counter() - started
-    who = resource.RUSAGE_SELF if workers == 1 else resource.RUSAGE_CHILDREN
-    connection.send((seconds, resource.getrusage(who).ru_maxrss / 1024))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    connection.send((seconds, (peak_rss() if workers == 1 else children) / 2**20))

@@ -18,9 +18,9 @@ from megatron.core.utils import unwrap_model
 
 from megatron_post.bench.accounting import count_packs
 from megatron_post.bench.environment import environment
+from megatron_post.bench.memory import peak_memory
 from megatron_post.bench.proxy_figures import Passes, Share, describe, proxy_figures
 from megatron_post.bench.record import Record
-from megatron_post.bench.step import peak_memory
 from megatron_post.bench.step_figures import FORMULA, model_settings
 from megatron_post.bench.synthetic import write_synthetic
 from megatron_post.config.load import parse, raise_for

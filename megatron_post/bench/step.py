@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_post.bench.accounting import Counts, count_packs
+from megatron_post.bench.memory import peak_memory
 from megatron_post.bench.synthetic import open_synthetic, write_synthetic
 from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
@@ -149,16 +150,6 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
             )
             store = _synthetic_store(directory / "store", run, topology, packs=packs)
         yield run, topology, store, tuple(notes)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors took on the GPU since the last reset; without one, that the process ever
-    took."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _synthetic_store(directory: Path, config: Config, topology: Topology, *, packs: int) -> PackStore:

@@ -1,0 +1,21 @@
+"""The peak of a process is its own, whoever started it."""
+
+import numpy as np
+
+from megatron_post.bench.beside_cp import in_own_process
+from megatron_post.bench.memory import peak_rss
+
+MIB = 2**20
+
+
+def _hold(size: int) -> None:
+    np.ones(size * MIB, np.uint8)
+
+
+def test_peak_is_the_processs_own() -> None:
+    """Started by one that holds 2 GB: `ru_maxrss` begins at these."""
+    held = np.ones(2048 * MIB, np.uint8)
+    assert peak_rss() > held.nbytes
+    _, little = in_own_process(_hold, 1)
+    _, more = in_own_process(_hold, 301)
+    assert little < 1024 and 250 < more - little < 350
