@@ -20,13 +20,15 @@ SEEDS ?= 1
 demo: install
 	$(BIN)/python -m megatron_post demo --run-dir runs/demo --rounds $(ROUNDS) --seeds $(SEEDS)
 
-# everything that runs without a GPU, a file of tests to a worker: most tests wait for ranks more than they compute
+# everything that runs without a GPU, a file of tests to a worker: most tests wait for ranks more than they compute.
+# In the order of directories, so that the long ones come first
 WORKERS ?= 2
+SHARED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest $(SHARED)
 
 test-fast: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 # launching, on a real Slurm: apt-get install --no-install-recommends slurm-wlm munge
 slurm-test: install

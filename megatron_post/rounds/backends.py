@@ -82,6 +82,11 @@ class Backend(Protocol):
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]: ...
 
 
+def gpus_of(settings: BackendSettings) -> int:
+    """GPUs of a node that a backend draws on, where there are any."""
+    return settings.tensor_parallel if isinstance(settings, VllmBackend) else 1
+
+
 def open_backend(settings: BackendSettings, model: str) -> Backend:
     """model: Hugging Face directory. Raises `ValueError` where a package is missing."""
     match settings:

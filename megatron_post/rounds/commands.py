@@ -29,14 +29,17 @@ def generate(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML: model, prompts, sampling")],
     output: Annotated[str, typer.Option(help="JSON lines to write")],
 ) -> None:
-    """Draw K responses a prompt. The same command again goes on with an interrupted one."""
+    """Draw K responses a prompt. The same command again goes on with an interrupted one; under torchrun or
+    srun each rank draws a share."""
     from rich.console import Console
 
     from megatron_post.rounds.files import load_section
-    from megatron_post.rounds.generate import Generate
+    from megatron_post.rounds.generate import Generate, take_gpus
     from megatron_post.rounds.generate import generate as write
 
-    write(load_section(Generate, config), output, console=Console())
+    settings = load_section(Generate, config)
+    take_gpus(settings.backend)
+    write(settings, output, console=Console())
 
 
 @rounds_app.command("select")
@@ -64,6 +67,7 @@ def run_round(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     only: Annotated[str | None, typer.Option(help="Do this step alone: round-01/select.")] = None,
     again_from: Annotated[str | None, typer.Option(help="Do this step and all behind it anew.")] = None,
+    held: Annotated[bool, typer.Option("--held", hidden=True)] = False,
     chain: Annotated[str | None, typer.Option(help="Write a chain file for `launch round` instead.")] = None,
 ) -> None:
     """Run rounds of reward model, sampling, SFT, DPO and averaging. The same command again resumes."""
@@ -76,7 +80,7 @@ def run_round(
         count = write_chain(config, overrides or (), chain, console=console)
         print(f"{chain}: {count} steps; queue them with `megatron-post launch round {chain} --cluster FILE`")
         return
-    run_rounds(config, overrides or (), console=console, only=only, again_from=again_from)
+    run_rounds(config, overrides or (), console=console, only=only, again_from=again_from, held=held)
 
 
 def _say(text: str) -> None:

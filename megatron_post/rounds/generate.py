@@ -1,19 +1,23 @@
 """`megatron-post generate`: K responses a prompt, in parts that are there whole or not at all."""
 
+import gc
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field, PositiveInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_post.config.schema import Section
 from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.backends import (
     Backend,
     BackendSettings,
@@ -22,6 +26,7 @@ from megatron_post.rounds.backends import (
     Sampling,
     ServerBackend,
     TransformersBackend,
+    gpus_of,
     open_backend,
 )
 from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
@@ -29,7 +34,9 @@ from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.state import alone
 
 OpenBackend = Callable[[BackendSettings, str], Backend]
+_RECORD = "settings.json"
 _SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_LOOKS = 0.5  # at a file system that processes share
 
 
 class Generate(Section):
@@ -55,47 +62,67 @@ def generate(
     checkpoint. `messages` in it is the whole dialog, which `score` and training read.
 
     The same call again goes on with an interrupted one. A response's seed follows from (seed, prompt,
-    sample): with a deterministic backend the same call writes the same bytes. Returns the responses written
-    by this call. Raises `ValueError` for bad prompts, an existing `output`, an unfinished one of other
-    settings, a bad server and a full disk; finished parts are kept then.
+    sample): with a deterministic backend the same call writes the same bytes. Ranks of one step, each with
+    the model to itself, draw every so many-th part each on a file system that they share, and all return
+    once the output is there. Returns the responses written by this call. Raises `ValueError` for bad
+    prompts, an existing `output`, an unfinished one of other settings, a bad server and a full disk; finished
+    parts are kept then.
     """
+    rank, size, _ = rank_from_environment()
     target = Path(output)
     parts = parts_of(target)
     if target.exists():
-        if not parts.exists():
-            raise ValueError(f"{target} exists already; choose another --output, or remove it")
-        shutil.rmtree(parts)  # killed between its last two acts
+        if rank == 0:
+            if not parts.exists():
+                raise ValueError(f"{target} exists already; choose another --output, or remove it")
+            shutil.rmtree(parts)  # killed between its last two acts
         return 0
     prompts = read_prompts(
         settings.prompts, max_bad_rows=settings.max_bad_rows, skip=settings.skip, limit=settings.max_prompts
     )
     pieces = [prompts[i : i + settings.part] for i in range(0, len(prompts), settings.part)]
+    names = [parts / f"part-{i:06d}.jsonl" for i in range(len(pieces))]
+    own = dict(zip(names[rank::size], pieces[rank::size], strict=True))
+    if rank > 0:
+        wanted = _record(settings)
+        wait_until(lambda: target.exists() or _recorded(parts) == wanted)
+        written = _draw(target, own, settings, console, open_backend)
+        wait_until(target.exists)
+        return written
     with alone(parts):
         _claim(parts, settings)
-        names = [parts / f"part-{i:06d}.jsonl" for i in range(len(pieces))]
-        missing = [i for i, name in enumerate(names) if not name.is_file()]
-        written = tokens = 0
-        started = time.perf_counter()
-        backend = open_backend(settings.backend, settings.model) if missing else None
-        done = sum(len(piece) for i, piece in enumerate(pieces) if i not in missing)
-        with _Progress(console, done, len(prompts)) as progress:
-            for i in missing:
-                assert backend is not None
-                rows = _rows(pieces[i], backend, settings)
-                write_lines(names[i], rows)
-                written, tokens = written + len(rows), tokens + sum(row["tokens"] for row in rows)
-                rate = f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
-                progress.advance(len(pieces[i]), rate)
+        written = _draw(target, own, settings, console, open_backend)
+        wait_until(lambda: all(name.is_file() for name in names))
         write_pieces(target, (name.read_text(encoding="utf-8") for name in names))
         shutil.rmtree(parts)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"{target}: {written:,} responses, {tokens:,} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:,.0f} tokens/s",
-        highlight=False,
-        soft_wrap=True,
-    )
     return written
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Until another rank of this step has done something; whoever started them ends all where one fails."""
+    while not done():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def take_gpus(backend: BackendSettings) -> None:
+    """Of a node on which several ranks draw, leave those GPUs visible that are this rank's. Once a process.
+
+    Raises `ValueError` where the node has too few.
+    """
+    _, size, local_rank = rank_from_environment()
+    if size == 1 or not torch.cuda.is_available():
+        return
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's processes meet in a store of their own
+    count = gpus_of(backend)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    taken = devices[local_rank * count : (local_rank + 1) * count]
+    if len(taken) < count:
+        raise ValueError(
+            f"rank {local_rank} of this node is to draw on GPUs {local_rank * count} to "
+            f"{(local_rank + 1) * count - 1}, and there are {len(devices)}: start fewer ranks a node"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
 
 
 def parts_of(output: Path) -> Path:
@@ -117,6 +144,44 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         if not keys <= row.keys():
             raise ValueError(f"{path}:{number}: no sample: {sorted(keys - row.keys())} missing")
     return rows
+
+
+def _draw(
+    target: Path,
+    own: Mapping[Path, Sequence[Prompt]],
+    settings: Generate,
+    console: Console,
+    open_backend: OpenBackend,
+) -> int:
+    """Write those of this rank's parts that are missing. Returns the responses written."""
+    missing = {name: prompts for name, prompts in own.items() if not name.is_file()}
+    if not missing or target.exists():  # in this order: parts are removed once the target is there
+        return 0
+    rank, size, _ = rank_from_environment()
+    who = f"rank {rank} of {size}: " if size > 1 else ""
+    total = sum(map(len, own.values()))
+    written = tokens = 0
+    started = time.perf_counter()
+    backend = open_backend(settings.backend, settings.model)
+    with _Progress(console, who, total - sum(map(len, missing.values())), total) as progress:
+        for name, prompts in missing.items():
+            rows = _rows(prompts, backend, settings)
+            write_lines(name, rows)
+            written, tokens = written + len(rows), tokens + sum(row["tokens"] for row in rows)
+            rate = f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
+            progress.advance(len(prompts), rate)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{who}{target}: {written:,} responses, {tokens:,} tokens in {seconds:.1f} s, "
+        f"{tokens / seconds:,.0f} tokens/s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    del backend  # a model's place on the GPU, for the next one
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return written
 
 
 def _rows(prompts: Sequence[Prompt], backend: Backend, settings: Generate) -> list[dict[str, Any]]:
@@ -146,21 +211,34 @@ def _row(prompt: Prompt, sample: int, request: Request, response: Response, mode
 
 def _claim(parts: Path, settings: Generate) -> None:
     """Make the directory of the parts, or go on with it where it is of the same settings."""
-    record = parts / "settings.json"
-    wanted = {
-        "settings": json.loads(settings.model_dump_json()),
-        "prompts": hashlib.sha256(Path(settings.prompts).read_bytes()).hexdigest(),
-        "model": None if isinstance(settings.backend, ServerBackend) else _weights(settings.model),
-    }
+    wanted = _record(settings)
     if not any(parts.glob("part-*.jsonl")):  # nothing is lost where another call failed before its first part
-        write_json(record, wanted)
-    found = json.loads(record.read_text())
+        write_json(parts / _RECORD, wanted)
+    found = _recorded(parts)
     if found != wanted:
         changed = [key for key in wanted if found.get(key) != wanted[key]]
         raise ValueError(
             f"{parts} belongs to an unfinished generation with other {', '.join(changed)}; finish that one "
             "with its own settings, or remove it"
         )
+
+
+def _record(settings: Generate) -> dict[str, Any]:
+    """What parts must have in common."""
+    return {
+        "settings": json.loads(settings.model_dump_json()),
+        "prompts": hashlib.sha256(Path(settings.prompts).read_bytes()).hexdigest(),
+        "model": None if isinstance(settings.backend, ServerBackend) else _weights(settings.model),
+    }
+
+
+def _recorded(parts: Path) -> dict[str, Any]:
+    """Of the parts that are there; nothing before they are claimed, or after they were removed."""
+    try:
+        found: dict[str, Any] = json.loads((parts / _RECORD).read_text())
+    except FileNotFoundError:
+        return {}
+    return found
 
 
 def _weights(model: str) -> str:
@@ -174,8 +252,8 @@ def _weights(model: str) -> str:
 class _Progress:
     """A bar on a terminal; elsewhere, in the log of a job, a line a minute."""
 
-    def __init__(self, console: Console, done: int, total: int) -> None:
-        self._console, self._done, self._total = console, done, total
+    def __init__(self, console: Console, who: str, done: int, total: int) -> None:
+        self._console, self._who, self._done, self._total = console, who, done, total
         self._said = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -199,4 +277,6 @@ class _Progress:
         self._bar.update(self._task, advance=prompts, rate=rate)
         if not self._console.is_terminal and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            self._console.print(f"{self._done:,} of {self._total:,} prompts, {rate}", highlight=False)
+            self._console.print(
+                f"{self._who}{self._done:,} of {self._total:,} prompts, {rate}", highlight=False
+            )

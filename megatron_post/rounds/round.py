@@ -16,8 +16,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from megatron_post.convert.configs import read_model
+from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.rounds.backends import gpus_of
 from megatron_post.rounds.checks import check_backend, check_files, check_models
 from megatron_post.rounds.files import write_whole
+from megatron_post.rounds.generate import take_gpus
 from megatron_post.rounds.ranks import run_on_ranks
 from megatron_post.rounds.settings import RoundSettings, StageName, load_round
 from megatron_post.rounds.state import State, alone
@@ -33,7 +36,9 @@ _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
 class Step:
     """A step of a round: what this process does, or a command on ranks.
 
-    outputs: what is removed before the step is done anew on demand. run_dir, stage: of a training run.
+    outputs: what is removed before the step is done anew on demand. ranks, per_node: of a chain's job, and
+    how many of them a node has at most. run_dir, stage: of a training run. draws: its ranks, which may be any
+    number, share the drawing of samples.
     """
 
     name: str
@@ -41,8 +46,15 @@ class Step:
     action: Callable[[], None] | None = None
     command: tuple[str, ...] = ()
     ranks: int = 1
+    per_node: int = 1
     run_dir: Path | None = None
     stage: StageName | None = None
+    draws: bool = False
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks of this step without a cluster: where it draws, as many as the machine has room for."""
+        return min(self.ranks, self.per_node) if self.draws else self.ranks
 
 
 def run_rounds(
@@ -52,13 +64,17 @@ def run_rounds(
     console: Console,
     only: str | None = None,
     again_from: str | None = None,
+    held: bool = False,
 ) -> None:
     """Run the rounds of a file; what is done already is passed over, so the same call resumes.
 
-    only: do this step alone, as the jobs of a chain do. again_from: forget this step and all behind it, and
-    remove what they made. Raises `ValueError` for what a user can mend; all finished steps are kept.
+    only: do this step alone, as the jobs of a chain do; ranks of such a job share the drawing in it, and all
+    else is done by rank 0. held: whoever started these ranks holds the lock and records what is done.
+    again_from: forget this step and all behind it, and remove what they made. Raises `ValueError` for what a
+    user can mend; all finished steps are kept.
     """
     settings = load_round(path, overrides)
+    rank, size, _ = rank_from_environment()
     check_models(settings)
     check_files(settings)
     check_backend(settings)
@@ -67,6 +83,18 @@ def run_rounds(
     for name in (only, again_from):
         if name is not None and name not in names:
             raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
+    if size > 1:
+        drawing = {step.name: step.action for step in steps if step.draws}
+        action = drawing.get(only or "")
+        if action is None:
+            raise ValueError(
+                f"several ranks share the drawing of one step: give --only and one of {', '.join(drawing)}; "
+                "or start one process, which starts the ranks of its steps"
+            )
+        take_gpus(settings.generate.backend)
+        if held or rank > 0:
+            action()
+            return
     with alone(Path(settings.run_dir)) as lock:
         state = state_of(settings)
         if again_from is not None:
@@ -74,12 +102,16 @@ def run_rounds(
         chosen = state.left(names) if only is None else (only,)
         for step in steps:
             if step.name in chosen:
-                _do(step, state, console, lock)
+                shared = step.draws and size == 1 and step.ranks_here > 1
+                words = (*_by_itself(step, path, overrides), "--held") if shared else step.command
+                _do(step, words, state, console, lock)
 
 
 def state_of(settings: RoundSettings) -> State:
     """The record of a run: more rounds may be asked for later, and other ranks."""
-    values = settings.model_dump_json(exclude={"rounds", "ranks", "ranks_per_node"})
+    values = settings.model_dump_json(
+        exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies": True}}
+    )
     return State(Path(settings.run_dir), json.loads(values))
 
 
@@ -117,12 +149,12 @@ def chain_of(
             "one and those behind it anew"
         )
     for step in steps:
-        command = step.command or ("round", str(path), "--only", step.name, *overrides)
-        per_node = min(step.ranks, settings.ranks_per_node)
+        command = step.command or _by_itself(step, path, overrides)
+        per_node = min(step.ranks, step.per_node)
         if step.ranks % per_node:
             raise ValueError(
-                f"{path}: {step.name} takes {step.ranks} ranks, which do not fill nodes of "
-                f"ranks_per_node={per_node}"
+                f"{path}: {step.name} takes {step.ranks} ranks, which do not fill nodes of {per_node} "
+                f"(ranks_per_node={settings.ranks_per_node})"
             )
         entry: dict[str, Any] = {"name": step.name, "command": list(command)}
         entry |= {"ranks_per_node": per_node, "nodes": step.ranks // per_node}
@@ -148,10 +180,17 @@ def _steps(r: Round) -> list[Step]:
     def act(name: str, action: Callable[[], None], *outputs: str) -> None:
         steps.append(Step(f"{r.name}/{name}", tuple(d / output for output in outputs), action))
 
+    def draw(name: str, action: Callable[[], None], *outputs: str) -> None:
+        drawing = settings.generate
+        per_node = max(1, settings.ranks_per_node // gpus_of(drawing.backend))
+        paths = tuple(d / output for output in outputs)
+        steps.append(Step(f"{r.name}/{name}", paths, action, (), drawing.copies, per_node, draws=True))
+
     def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
-        ranks = settings.ranks if trains and settings.ranks else r.stage(stage)[0].model_size
+        ranks = settings.ranks or r.stage(stage)[0].model_size
         trained = (d / output, stage) if trains else ()
-        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, ranks, *trained))
+        places = (ranks, settings.ranks_per_node)
+        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, *places, *trained))
 
     def train(stage: StageName) -> None:
         command(f"{stage}-train", stage, ("train", str(d / stage / "config.yaml")), stage, trains=True)
@@ -162,10 +201,10 @@ def _steps(r: Round) -> list[Step]:
 
     if settings.start.reward is None:
         if r.number == 1 and not settings.start.preferences:
-            act("collect", r.collect, "collected.jsonl", "collected")
+            draw("collect", r.collect, "collected.jsonl", "collected")
         act("reward-pack", r.pack_reward, "reward/store", "reward/config.yaml")
         train("reward")
-    act("generate", r.generate, "samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
+    draw("generate", r.generate, "samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
     score("score", "samples.jsonl", "scores.jsonl")
     act("select", r.select, "selection")
     act("sft-pack", r.pack_sft, "sft/store", "sft/config.yaml")
@@ -176,8 +215,9 @@ def _steps(r: Round) -> list[Step]:
         command("reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log", trains=False)
     train("dpo")
     act("average", r.average, "average")
-    act("choose", r.choose, "held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl", "choice.json",
-        *(f"validation-{name}.jsonl" for name in ("sft", "dpo", "average")))  # fmt: skip
+    held_out = ("held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl")
+    validation = (f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))
+    draw("choose", r.choose, "choice.json", *held_out, *validation)
     score("score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl")
     act("evaluate", r.evaluate, "evaluation.json")
     act("report", r.report, "report.html")
@@ -195,17 +235,23 @@ def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
     return tuple(f"{key}={str(value).lower()}" for key, value in values.items())
 
 
-def _do(step: Step, state: State, console: Console, lock: int) -> None:
-    """lock: its ranks hold it too, so that no other process begins beside ranks that outlive this one."""
+def _by_itself(step: Step, path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    """The command that does what a step does, and no other."""
+    return ("round", str(path), "--only", step.name, *overrides)
+
+
+def _do(step: Step, words: Sequence[str], state: State, console: Console, lock: int) -> None:
+    """words: of a command on ranks; none: this process does the step. lock: its ranks hold it too, so that no
+    other process begins beside ranks that outlive this one."""
     console.print(f"[bold]{step.name}[/bold]", highlight=False)
     started = time.perf_counter()
-    if step.action is not None:
-        step.action()
-    else:
+    if words:
         log = Path(step.outputs[0].parent, f"{Path(step.name).name}.log")
-        run_on_ranks(
-            step.command, ranks=step.ranks, log=log, console=console, shown=("step ",), inherited=(lock,)
-        )
+        shown = ("step ", "rank ")
+        run_on_ranks(words, ranks=step.ranks_here, log=log, console=console, shown=shown, inherited=(lock,))
+    else:
+        assert step.action is not None
+        step.action()
     state.finish(step.name, time.perf_counter() - started)
 
 

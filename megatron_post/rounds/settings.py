@@ -59,6 +59,11 @@ class RoundGenerate(Section):
     system: dict[str, str] = Field(default_factory=dict)
     backend: BackendSettings = TransformersBackend()
     part: PositiveInt = 32
+    copies: PositiveInt = Field(
+        1,
+        description="of the model, each on its backend's GPUs, that draw side by side: in a chain on as many "
+        "nodes as they fill, else as many as one node holds",
+    )
 
 
 class Stages(Section):
@@ -93,7 +98,9 @@ class RoundSettings(Section):
     generate: RoundGenerate = RoundGenerate()
     select: Selection = Selection()
     stages: Stages
-    ranks: PositiveInt | None = Field(None, description="of a training step; null: one copy of the model")
+    ranks: PositiveInt | None = Field(
+        None, description="of steps that train, score or ask DPO's reference; null: one copy of the model"
+    )
     ranks_per_node: PositiveInt = Field(8, description="of a chain's jobs; more ranks take several nodes")
     average: Average
 

@@ -15,9 +15,10 @@ from megatron_post.config.load import parse, read_tree, to_yaml, validate
 from megatron_post.config.schema import DPO, Config, Parallel, Precision
 from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
+from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.files import write_json, write_pieces, write_whole
-from megatron_post.rounds.generate import Generate, generate, parts_of
+from megatron_post.rounds.generate import Generate, generate, parts_of, wait_until
 from megatron_post.rounds.merge import MethodMerge, merge
 from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.select import PREFERENCES, SFT, Samples, Select, best_of, candidates, select
@@ -83,7 +84,8 @@ class Round:
         responses = self.directory / "collected.jsonl"
         count = self.settings.generate.collected_samples
         self._generate(self.policy, self._prompts, responses, seed=1, samples=count)
-        self._select(Samples(responses=str(responses)), "collected")
+        if _leads():
+            self._select(Samples(responses=str(responses)), "collected")
 
     def pack_reward(self) -> None:
         """All batches so far; a number tells the newest."""
@@ -103,7 +105,9 @@ class Round:
         if count and self.before is not None and self.before.policy != self.policy:
             parts.append(self.directory / "samples-previous.jsonl")
             self._generate(self.before.policy, self._prompts, parts[1], seed=3, samples=count)
-        write_pieces(self.directory / "samples.jsonl", (part.read_text(encoding="utf-8") for part in parts))
+        if _leads():
+            pieces = (part.read_text(encoding="utf-8") for part in parts)
+            write_pieces(self.directory / "samples.jsonl", pieces)
 
     def select(self) -> None:
         samples = Samples(
@@ -157,20 +161,24 @@ class Round:
         Then its answers to the held-out prompts, of which `evaluate` tells."""
         paths = {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
         paths |= {"average": str(self.directory / "average")}
-        validation, shares = self.settings.data.validation, {}
-        if validation is not None:
-            for name, path in paths.items():
-                answers = self.directory / f"validation-{name}.jsonl"
-                self._generate(path, {"prompts": validation}, answers, seed=0, greedy=True)
-                shares[name] = self._accuracy(answers, validation).share
-        best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
+        validation = self.settings.data.validation
+        answers = {name: self.directory / f"validation-{name}.jsonl" for name in paths}
+        for name, path in paths.items() if validation is not None else ():
+            self._generate(path, {"prompts": validation}, answers[name], seed=0, greedy=True)
+        if _leads():
+            shares = {}
+            if validation is not None:
+                shares = {name: self._accuracy(answers[name], validation).share for name in paths}
+            best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
+            choice = {"best": paths[best], "stage": best, "validation": shares}
+            write_json(self.directory / "choice.json", choice)
+        wait_until((self.directory / "choice.json").is_file)
         held_out = {"prompts": self.settings.data.held_out}
         if self.number == 1:
             start = self.directory / "held_out-start.jsonl"
             self._generate(self.policy, held_out, start, seed=0, greedy=True)
-        self._generate(paths[best], held_out, self.directory / "held_out.jsonl", seed=0, greedy=True)
-        self._generate(paths[best], held_out, self.directory / "held_out-samples.jsonl", seed=4)
-        write_json(self.directory / "choice.json", {"best": paths[best], "stage": best, "validation": shares})
+        self._generate(self.best, held_out, self.directory / "held_out.jsonl", seed=0, greedy=True)
+        self._generate(self.best, held_out, self.directory / "held_out-samples.jsonl", seed=4)
 
     def evaluate(self) -> None:
         """Accuracy of the best checkpoint on held-out prompts: greedy, of one sample, and of the best of K by
@@ -305,6 +313,11 @@ class Round:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _leads() -> bool:
+    """Whether this rank of a step does what is not drawing."""
+    return rank_from_environment()[0] == 0
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:

@@ -138,6 +138,25 @@ def test_done_anew_from_a_step(whole: Path) -> None:
 
 
 @pytest.mark.slow
+def test_copies_draw_the_same(whole: Path) -> None:
+    """Two copies of the model share the drawing of a step: the samples and the choice of one."""
+    names = ["choice.json", *(f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))]
+    names += ["held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl"]
+    files = [whole / "run" / "round-01" / name for name in names]
+    before, log = [file.read_bytes() for file in files], whole.parent / "copies"
+    again = ["--again-from", "round-01/choose", "generate.copies=2"]
+    assert start(["round", str(whole / "round.yaml"), *again], ranks=1, log=log).wait(600) == 0, (
+        log.read_text()
+    )
+    assert [file.read_bytes() for file in files] == before
+    said = (whole / "run" / "round-01" / "choose.log").read_text()
+    for answers in files[1:]:
+        assert all(f"rank {rank} of 2: {answers}: " in said for rank in (0, 1))
+    refused = start(["round", str(whole / "round.yaml"), "generate.copies=2"], ranks=2, log=log).wait(600)
+    assert refused and "several ranks share the drawing of one step" in log.read_text()
+
+
+@pytest.mark.slow
 def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
     stage = whole / "run" / "round-01" / "sft"
     (stage / ".store.1.partial" / "train").mkdir(parents=True)
@@ -165,6 +184,26 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
         "round", str(config), "--only", "round-02/select", "rounds=2",
     )  # fmt: skip
     assert all(step.after == ((names[i - 1],) if i else ()) for i, step in enumerate(chain.ordered()))
+
+
+def test_nodes_of_a_chain(tmp_path: Path) -> None:
+    """Copies of the model fill nodes by their GPUs; scores and the reference are asked on all ranks."""
+    from megatron_post.rounds.round import chain_of
+
+    config, console = round_file(tmp_path / "round"), Console(quiet=True)
+    for stage in ("reward", "sft", "dpo"):
+        path = tmp_path / "round" / f"{stage}.yaml"
+        path.write_text(path.read_text().replace("global_batch: 1", "global_batch: 32"))
+    backend = "generate.backend={kind: vllm, tensor_parallel: 4}"
+    for copies, placed in ((1, (1, 1)), (2, (1, 2)), (16, (8, 2))):
+        overrides = [backend, f"generate.copies={copies}", "ranks=16"]
+        steps = chain_of(config, overrides, console=console)["steps"]
+        nodes = {s["name"].removeprefix("round-01/"): (s["nodes"], s["ranks_per_node"]) for s in steps}
+        assert nodes["collect"] == nodes["generate"] == nodes["choose"] == placed
+        assert nodes["score"] == nodes["reference"] == nodes["dpo-train"] == (2, 8)
+        assert nodes["select"] == nodes["average"] == (1, 1)
+    with pytest.raises(ValueError, match=r"collect takes 3 ranks, which do not fill nodes of 2"):
+        chain_of(config, [backend, "generate.copies=3"], console=console)
 
 
 def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A round as a chain of real jobs ends with the same weights as one on this machine."""
+"""A round as a chain of real jobs ends with the same weights as one on this machine; two nodes draw."""
 
 from pathlib import Path
 
@@ -20,12 +20,15 @@ def test_round_as_a_chain(lab: Lab, tmp_path: Path, clusters: ClusterFiles) -> N
     """The same rows, scores and averaged weights; after the chain, the state leaves nothing to be chosen."""
     console = Console(quiet=True)
     config = round_file(tmp_path / "slurm")
-    write_chain(config, (), tmp_path / "chain.yaml", console=console)
+    on_two_nodes = ("generate.copies=2", "ranks_per_node=1")
+    write_chain(config, on_two_nodes, tmp_path / "chain.yaml", console=console)
     jobs = submit_chain(load_chain(tmp_path / "chain.yaml"), load_cluster(clusters()), Path.cwd())
     run_rounds(round_file(tmp_path / "local"), console=console)
     state = lab.wait(jobs[-1].job_id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=1200)
     logs = "".join(f"\n== {job.name}\n{job.log.read_text()[-2000:]}" for job in jobs if job.log.is_file())
     assert state == "COMPLETED", logs
+    drawn = next(job.log for job in jobs if job.name == "round-01/generate").read_text()
+    assert all(f"rank {rank} of 2: " in drawn for rank in (0, 1)) and " 2 ranks" in drawn, drawn
     here, there = (tmp_path / name / "run" / "round-01" for name in ("local", "slurm"))
     for name in ("scores.jsonl", "held_out-scores.jsonl"):
         assert (here / name).read_text() == (there / name).read_text()

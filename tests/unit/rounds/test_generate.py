@@ -5,7 +5,10 @@ import io
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,7 @@ from megatron_post.config.load import ConfigError, parse
 from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, load_tokenizer
 from megatron_post.rounds import generate as module
 from megatron_post.rounds.backends import (
+    BackendSettings,
     Request,
     Response,
     Sampling,
@@ -29,7 +33,7 @@ from megatron_post.rounds.backends import (
 from megatron_post.rounds.backends import _Draws as Draws
 from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
-from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed
+from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed, take_gpus
 from megatron_post.rounds.state import alone
 from tests.unit.rounds.models import tiny_policy
 
@@ -249,6 +253,62 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with alone(parts_of(output)), pytest.raises(ValueError, match="another process works here"):
         generate(_settings(tmp_path), output, console=CONSOLE, open_backend=lambda *_: Parrot())
+
+
+def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 ranks, here threads, finish the 5 parts of a process that was stopped after the first: the output of
+    one that was not, nothing drawn twice, and all return when it is there."""
+    settings, output = _settings(tmp_path, part=2), tmp_path / "out.jsonl"
+    generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
+    with pytest.raises(KeyboardInterrupt):
+        generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
+    local = threading.local()
+    monkeypatch.setattr(module, "rank_from_environment", lambda: (local.rank, 3, local.rank))
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+
+    def draw(rank: int) -> tuple[int, bool]:
+        local.rank = rank
+        console = Console(file=io.StringIO(), width=200)
+        written = generate(settings, output, console=console, open_backend=lambda *_: Parrot())
+        return written, output.exists()
+
+    with ThreadPoolExecutor(3) as pool:
+        followers = [pool.submit(draw, rank) for rank in (1, 2)]
+        time.sleep(0.2)
+        assert not any(future.done() for future in followers)
+        assert pool.submit(draw, 0).result(60) == (6, True)
+        assert [future.result(60) for future in followers] == [(12, True), (6, True)]
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not parts_of(output).exists()
+    local.rank = 2  # starts when all is over
+    assert generate(settings, output, console=CONSOLE) == 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "backend", "own"),
+    [
+        (None, TransformersBackend(), "3"),
+        ("8,9,10,11", TransformersBackend(), "11"),
+        (None, VllmBackend(kind="vllm", tensor_parallel=2), "6,7"),
+        (None, VllmBackend(kind="vllm", tensor_parallel=4), None),
+    ],
+)
+def test_whose_gpus(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, backend: BackendSettings, own: str | None
+) -> None:
+    """Of rank 3 on a node of 8 GPUs."""
+    monkeypatch.setattr(module, "rank_from_environment", lambda: (11, 16, 3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if own is None:
+        with pytest.raises(ValueError, match="GPUs 12 to 15, and there are 8: start fewer ranks a node"):
+            take_gpus(backend)
+        return
+    take_gpus(backend)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
 
 
 def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
