@@ -154,16 +154,17 @@ class PackStore:
         key's."""
         name = f"{self.path}/{self.group}"
         remedy = (
-            f"run `megatron-post reference {self.path} --model DIR` with the model that training starts from"
+            f"run `megatron-post reference {self.path} --model DIR` with the model that training starts "
+            "from, and training's own precision.dtype and precision.fp8"
         )
         if REFERENCE not in self._node:
             raise StoreError(f"store {name} has no reference log-probabilities; {remedy}")
         array = self._node[REFERENCE]
         if array.attrs["key"] != key or array.shape[0] != len(self):
             raise StoreError(
-                f"the reference log-probabilities in store {name} are of another model, tokenizer or data "
-                f"(key {array.attrs['key']:.12}, {array.shape[0]} packs; wanted {key:.12}, {len(self)} "
-                f"packs); {remedy}"
+                f"the reference log-probabilities in store {name} are of another model, precision, tokenizer "
+                f"or data (key {array.attrs['key']:.12}, {array.shape[0]} packs; wanted {key:.12}, "
+                f"{len(self)} packs); {remedy}"
             )
         self._packs_in_chunk[REFERENCE] = _check_plain(array, self.settings, self.path)
         self._reads_reference = True

@@ -13,7 +13,7 @@ from megatron_post.train.reference import compute_reference, reference_key
 def write_reference(store: str | Path, model: str | Path, overrides: Sequence[str] = ()) -> None:
     """Compute the log-probabilities of both groups of a store with a Hugging Face model, in any layout.
 
-    Use the `precision` of the training run, so that policy and reference agree at step 0. Raises `ValueError`
+    `precision` must be the training run's, so that policy and reference agree at step 0. Raises `ValueError`
     for a store of no preferences, and where store, tokenizer and layout do not fit.
     """
     settings = read_settings(store)
@@ -26,7 +26,7 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
     }
     config = config_of_model(model, values, overrides)
     with running_model(config) as (stepper, _, topology):
-        key = reference_key(model, topology)
+        key = reference_key(model, config.precision, topology)
         for group in ("train", "eval"):
             packs = open_store(
                 store,

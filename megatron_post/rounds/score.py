@@ -75,7 +75,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     with running_model(config) as (stepper, stage, topology):
         assert isinstance(stage, Reward)
         origin = {
-            "model": reference_key(model, topology),
+            "model": reference_key(model, config.precision, topology),
             "tokenizer": tokenizer.fingerprint,
             "rows": _rows_key(Path(rows)),
         }

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from megatron_post.config.schema import Config
+from megatron_post.config.schema import Config, Precision
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore
 from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
@@ -32,14 +32,15 @@ def attach_reference(config: Config, topology: Topology, stores: Sequence[PackSt
             "dpo.reference=store needs model.init_from, the model that training starts from and whose "
             "log-probabilities `megatron-post reference` has stored; or set dpo.reference=frozen"
         )
-    key = reference_key(config.model.init_from, topology)
+    key = reference_key(config.model.init_from, config.precision, topology)
     for store in stores:
         if store is not None:
             store.read_reference(key)
 
 
-def reference_key(directory: str | Path, topology: Topology) -> str:
-    """SHA-256 over the weights and config of a Hugging Face directory; ranks share the reading.
+def reference_key(directory: str | Path, precision: Precision, topology: Topology) -> str:
+    """SHA-256 over what decides a model's values: the weights and config of a Hugging Face directory, and the
+    precision that it computes in. Ranks share the reading.
 
     The tokenizer is in the store's own settings, and every token is stored, so that no choice of trained
     roles makes the values stale.
@@ -64,7 +65,11 @@ def reference_key(directory: str | Path, topology: Topology) -> str:
         "rope_parameters",
         "rms_norm_eps",
     )
-    content = {"weights": weights, "model": {name: shape.get(name) for name in names}}
+    content = {
+        "weights": weights,
+        "model": {name: shape.get(name) for name in names},
+        "precision": precision.model_dump(),
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

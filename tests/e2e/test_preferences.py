@@ -193,7 +193,7 @@ def test_stored_and_frozen_reference_train_alike(tmp_path: Path) -> None:
     other = tmp_path / "run-dpo" / "hf"
     run_ranks(write_reference, 1, one_rank.data.store, other, fp32)
     stale = one_rank.model_copy(update={"run_dir": str(tmp_path / "stale")})
-    with pytest.raises(AssertionError, match="of another model, tokenizer or data"):
+    with pytest.raises(AssertionError, match="of another model, precision, tokenizer or data"):
         run_ranks(train, 1, stale)
 
 

@@ -1,4 +1,4 @@
-"""The key of a reference: of the same bytes of weights, another shape is another model."""
+"""The key of a reference: of the same bytes of weights, another shape or precision is another model."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_post.config.schema import Precision
 from megatron_post.train.reference import reference_key
 from tests.ranks import run_ranks
 
@@ -24,7 +25,9 @@ SHAPE = {
 def _keys(directories: list[Path]) -> list[str]:
     torch.distributed.init_process_group("gloo")
     one_rank = SimpleNamespace(rank=0, world_size=1)
-    keys = [reference_key(directory, one_rank) for directory in directories]  # type: ignore[arg-type]
+    keys = [reference_key(directory, Precision(), one_rank) for directory in directories]  # type: ignore[arg-type]
+    fp32 = Precision(dtype="fp32")
+    keys.append(reference_key(directories[0], fp32, one_rank))  # type: ignore[arg-type]
     torch.distributed.destroy_process_group()
     return keys
 
@@ -51,9 +54,9 @@ def test_key_follows_what_decides_log_probabilities(tmp_path: Path) -> None:
     (changed / "config.json").write_text(json.dumps(SHAPE))
     same, also_same, *others = run_ranks(_keys, 1, [*directories, changed])[0]
     assert same == also_same
-    assert len({same, *others}) == 5
+    assert len({same, *others}) == 6
 
 
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no safetensors files"):
-        reference_key(tmp_path, SimpleNamespace(rank=0, world_size=1))  # type: ignore[arg-type]
+        reference_key(tmp_path, Precision(), SimpleNamespace(rank=0, world_size=1))  # type: ignore[arg-type]
