@@ -66,9 +66,12 @@ def score(
     overrides: Overrides = None,
 ) -> None:
     """Write a reward model's scores of responses; run again, it resumes."""
+    from megatron_post.parallel.environment import rank_from_environment
     from megatron_post.rounds.score import score_file
 
-    print(f"{score_file(model, file, output, overrides or ())} rows scored into {output}")
+    scored = score_file(model, file, output, overrides or ())
+    if rank_from_environment()[0] == 0:
+        print(f"{scored} rows scored into {output}")
 
 
 @launch_app.command("round")

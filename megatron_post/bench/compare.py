@@ -1,6 +1,6 @@
 """Runs of one benchmark side by side: which figures changed, and what else was different."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,18 +42,13 @@ def compare(before: Record, after: Record) -> dict[str, Verdict]:
 
 def differences(before: Record, after: Record) -> list[str]:
     """Settings and environment that are not the same: "torch: 2.12 -> 2.13"."""
-    lines = []
-    for one, other in ((before.settings, after.settings), (before.environment, after.environment)):
-        for name in {**one, **other}:
-            values = one.get(name, "-"), other.get(name, "-")
-            if name not in _ALWAYS and values[0] != values[1]:
-                lines.append(f"{name}: {values[0]} -> {values[1]}")
-    return lines
+    settings = _differences(before.settings, after.settings)
+    return settings + _differences(before.environment, after.environment)
 
 
 def summary(records: Sequence[Record]) -> list[str]:
     """A line for each benchmark that was run more than once: what changed between its first run and its
-    last."""
+    last, and which settings are others."""
     lines = []
     for runs in groups(records):
         if len(runs) < 2:
@@ -64,8 +59,18 @@ def summary(records: Sequence[Record]) -> list[str]:
             if verdict.kind in ("better", "worse", "changed")
         ]
         text = "; ".join(told) or "no change seen"
+        if others := _differences(runs[0].settings, runs[-1].settings):
+            text += f" (other settings: {'; '.join(others)})"
         lines.append(f"{runs[0].benchmark} ({runs[0].subject}), {len(runs)} runs: {text}")
     return lines
+
+
+def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name}: {one.get(name, '-')} -> {other.get(name, '-')}"
+        for name in {**one, **other}
+        if name not in _ALWAYS and one.get(name) != other.get(name)
+    ]
 
 
 def _verdict(before: Figure, after: Figure) -> Verdict:

@@ -5,10 +5,12 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
 FORMAT = "megatron-post-bench"
 VERSION = 1
@@ -20,7 +22,7 @@ class Figure:
     """A quantity's samples, one a step or round; a single one where it was taken once."""
 
     unit: str
-    samples: tuple[float, ...]
+    samples: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
     better: Better | None = None
 
     @property
@@ -93,10 +95,10 @@ def write_record(directory: str | Path, record: Record) -> Path:
 def read_records(directory: str | Path) -> list[Record]:
     """All records in `directory`, oldest first.
 
-    Raises `ValueError` where there is none, and for a file that another version has written.
+    Raises `ValueError` where there is none, and for a file that is damaged or of another version.
     """
     directory = Path(directory)
-    files = sorted(directory.glob("*.json")) if directory.is_dir() else []
+    files = sorted(path for path in directory.glob("*.json") if path.is_file())
     found = [(path, _content(path)) for path in files]
     records = [_record(path, content) for path, content in found if content.get("format") == FORMAT]
     if not records:
@@ -128,17 +130,20 @@ def changed(before: Figure, after: Figure) -> bool:
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError:
-        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole: {error}; remove it") from None
     return content if isinstance(content, dict) else {}
 
 
 def _record(path: Path, content: dict[str, Any]) -> Record:
-    if content["version"] != VERSION:
-        raise ValueError(f"{path} has version {content['version']}, this program reads {VERSION}: remove it")
-    names: Sequence[str] = [item.name for item in dataclasses.fields(Record)]
-    values = {name: content[name] for name in names}
-    values["figures"] = {
-        name: Figure(f["unit"], tuple(f["samples"]), f["better"]) for name, f in content["figures"].items()
-    }
-    return Record(**values | {"notes": tuple(content["notes"])})
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {content.get('version')}, this program reads {VERSION}: remove it"
+        )
+    names = [item.name for item in dataclasses.fields(Record)]
+    try:
+        return TypeAdapter(Record).validate_python({n: content[n] for n in names if n in content})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is a damaged record, remove it: {place}: {first['msg']}") from None

@@ -76,7 +76,11 @@ def search(
     gpu: Gpu = "h100-80gb",
     segment_length: SegmentLength = None,
     as_json: AsJson = False,
-    output: Annotated[str | None, typer.Option(help="Write the winner's YAML here.")] = None,
+    fp8: Annotated[
+        str | None,
+        typer.Option(help="Try this recipe too, such as tensorwise, besides the config's and none."),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Write a config with the winner here.")] = None,
 ) -> None:
     """Rank all layouts that fit, fastest first, and print the winner as YAML."""
     from rich.console import Console
@@ -84,14 +88,17 @@ def search(
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.hardware import gpu as gpu_of
-    from megatron_post.plan.search import override
     from megatron_post.plan.search import search as find
 
     found = find(
-        load_config(config, overrides or ()), gpus=gpus, gpu=gpu_of(gpu), segment_length=segment_length
+        load_config(config, overrides or ()),
+        gpus=gpus,
+        gpu=gpu_of(gpu),
+        segment_length=segment_length,
+        fp8=fp8,
     )
     if output is not None:
-        Path(output).write_text(override(found.plans[0]))
+        Path(output).write_text(report.winner_config(found, config, overrides or ()))
     if as_json:
         print(json.dumps(report.search_json(found), indent=2))
     else:

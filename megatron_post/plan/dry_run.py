@@ -21,7 +21,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import random as core_random
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_post.config.load import ConfigError
+from megatron_post.config.layout import world_errors
+from megatron_post.config.load import ConfigError, raise_for
 from megatron_post.config.schema import Config, Parallel
 from megatron_post.models.build import build_model
 from megatron_post.models.packing import AttentionBlock, PackedSegments
@@ -61,10 +62,11 @@ class DryRun:
 def dry_run(config: Config, *, world_size: int, per_node: int, ranks: Sequence[int] | None = None) -> DryRun:
     """Build and trace the stages of `ranks` (by default one rank of every pipeline stage).
 
-    Raises `ConfigError` where ranks are not mapped once, tensor-parallel groups cross nodes, or the stages'
-    parameters do not add up to the model's.
+    Raises `ConfigError` for a config that cannot run on so many ranks, where ranks are not mapped once,
+    tensor-parallel groups cross nodes, or the stages' parameters do not add up to the model's.
     """
     began = time.perf_counter()
+    raise_for(world_errors(config, world_size=world_size, has_gpu=True, has_transformer_engine=True))
     groups = check_groups(config.parallel, world_size=world_size, per_node=per_node)
     stride = world_size // config.parallel.pipeline
     every = [stage * stride for stage in range(config.parallel.pipeline)]

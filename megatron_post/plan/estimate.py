@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_post.config.layout import layout_errors, world_errors
+from megatron_post.config.layout import layout_errors, segment_multiple, world_errors
 from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Layers, Segment
@@ -75,6 +75,12 @@ class Plan:
         return self.fullest.total - self.gpu.memory
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures must know."""
+        slow = "times are those of bf16: fp32 takes several times as long, and is not timed"
+        return (slow,) if self.config.precision.dtype == "fp32" else ()
+
+    @property
     def tokens(self) -> int:
         """Of an optimizer step."""
         return self.config.train.global_batch * self.config.data.pack_length
@@ -133,8 +139,9 @@ def layers_on_gpu(config: Config) -> Layers:
 
 
 def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
-    """Segments of `length` that fill a pack; by default one, whose attention costs most. Of rows that share a
-    prompt: half of it is the prompt, a quarter each response.
+    """Segments of `length` that fill a pack, with the padding that context parallelism adds to each; by
+    default one, whose attention costs most. Of rows that share a prompt: half of it is the prompt, a quarter
+    each response.
 
     Raises `ValueError` for a length that no pack has.
     """
@@ -142,6 +149,8 @@ def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
     length = total if length is None else length
     if not 1 <= length <= total:
         raise ValueError(f"a segment of {length} tokens: want 1 to data.pack_length={total}")
+    multiple = segment_multiple(config)
+    length = -(-length // multiple) * multiple
     count, rest = divmod(total, length)
     lengths = [length] * count + [rest] * (rest > 0)
     if layers_on_gpu(config) == "transformer_engine":
@@ -195,7 +204,7 @@ def _variants(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
             continue
         length = None if plan.segment_length is None else min(plan.segment_length, config.data.pack_length)
         yield change, Plan(config, plan.gpus, plan.gpu, length)
-    for gpus in (2 * plan.gpus, 4 * plan.gpus):
+    for gpus in (plan.gpus * times for times in (2, 4, 8, 16)):
         if not _errors(plan.config, gpus, plan.gpu):
             yield {"--gpus": gpus}, replace(plan, gpus=gpus)
 
@@ -228,8 +237,9 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
     return found
 
 
-def verdict(plan: Plan) -> str:
-    """In a line or a few: fits, or by how much not, and what to change."""
+def verdict(plan: Plan, *, search: bool = True) -> str:
+    """In a line or a few: fits, or by how much not, and what to change. search: say so where `plan search`
+    may find more."""
     fullest, device = plan.fullest, plan.gpu
     where = f"pipeline rank {fullest.pipeline_rank} takes {fullest.total / GIB:.1f} GiB"
     room = f"{device.name} has {device.memory / GIB:.1f} GiB"
@@ -246,7 +256,8 @@ def verdict(plan: Plan) -> str:
             f"{other.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
         )
     if not fixes:
-        lines.append("  no single change fits; `megatron-post plan search` looks for a layout that does")
+        more = "; `megatron-post plan search` looks for a layout that does" if search else ""
+        lines.append(f"  no single change fits{more}")
     return "\n".join(lines)
 
 

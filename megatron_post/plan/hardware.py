@@ -100,5 +100,9 @@ def gpu(name: str) -> GPU:
 
 
 def gpu_of_device(device: str) -> GPU | None:
-    """By the name that CUDA gives a device ("NVIDIA H100 80GB HBM3"); None where the table has none of it."""
-    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in device.upper()), None)
+    """By the name that CUDA gives a device ("NVIDIA H100 80GB HBM3"); None where the table has none of it:
+    the cards for PCIe slots are slower, and GH200 and GB200 are others."""
+    words = device.upper().split()
+    if "PCIE" in words or "NVL" in words:
+        return None
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0].upper() in words), None)

@@ -38,7 +38,7 @@ def page(plan: Plan) -> str:
         "a step": f"{plan.time.seconds:.2f} s",
         "tokens/s/GPU": f"{plan.tokens_per_second_per_gpu:,.0f}",
         "MFU (bf16 peak)": f"{plan.model_flops_utilization:.1%}",
-        "pipeline bubble": f"{plan.time.timeline.bubble:.1%}",
+        "mean bubble": f"{plan.time.timeline.bubble:.1%}",
         "fullest rank": f"{plan.fullest.total / GIB:.1f} GiB",
         "parameters": f"{model_parameters(plan.config):,}",
     }

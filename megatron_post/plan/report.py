@@ -1,8 +1,12 @@
 """A plan, a search or a dry run as terminal tables and as JSON."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +44,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "model_flops_utilization": plan.model_flops_utilization,
         "bubble": time.timeline.bubble,
         "time": time_rows(plan),
+        "notes": plan.notes,
     }
 
 
@@ -51,7 +56,7 @@ def time_rows(plan: Plan) -> dict[str, float]:
         "attention": time.passes.attention,
         "elementwise": time.passes.elementwise,
         "tensor-parallel communication": time.passes.communication,
-        "pipeline bubble": time.timeline.seconds - time.passes.total,
+        "waiting, busiest rank": time.timeline.seconds - time.passes.total,
         "gradient reduction": time.reduce_gradients,
         "parameter gathering": time.gather_parameters,
         "optimizer": time.update,
@@ -81,10 +86,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     console.print(
         f"{t.seconds:.2f} s a step, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU "
-        f"{plan.model_flops_utilization:.1%} of the bf16 peak, bubble {t.timeline.bubble:.1%}",
+        f"{plan.model_flops_utilization:.1%} of the bf16 peak, mean bubble "
+        f"{t.timeline.bubble:.1%}",
         highlight=False,
     )
-    console.print(verdict(plan), highlight=False, markup=False, soft_wrap=True)
+    for text in (*plan.notes, verdict(plan)):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _segments(plan: Plan) -> str:
@@ -127,7 +134,7 @@ def print_search(found: Found, console: Console) -> None:
         )
     console.print(table)
     console.print("# the fastest, to be put over the config")
-    console.print(override(found.plans[0]), highlight=False, markup=False, end="")
+    console.print(_yaml(override(found.plans[0])), highlight=False, markup=False, end="")
 
 
 def search_json(found: Found) -> dict[str, Any]:
@@ -136,8 +143,19 @@ def search_json(found: Found) -> dict[str, Any]:
         "possible": found.possible,
         "fitting": found.fitting,
         "plans": [plan_json(plan) for plan in found.plans],
-        "override": override(found.plans[0]),
+        "override": _yaml(override(found.plans[0])),
     }
+
+
+def winner_config(found: Found, config: str, overrides: Sequence[str]) -> str:
+    """YAML of a config: the one that was searched for, with the fastest layout. config: its path."""
+    own: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    merged = OmegaConf.merge(own, override(found.plans[0]))
+    return _yaml({"base": str(Path(config).resolve()), **OmegaConf.to_container(merged)})  # type: ignore[dict-item]
+
+
+def _yaml(sections: dict[str, Any]) -> str:
+    return yaml.safe_dump(sections, sort_keys=False)
 
 
 def print_dry_run(found: "DryRun", console: Console) -> None:

@@ -64,7 +64,9 @@ class Timeline:
         return 1 - busy / (self.pipeline * self.seconds)
 
 
-def rank_order(rank: int, *, pipeline: int, virtual: int, microbatches: int) -> list[Pass]:
+def rank_order(
+    rank: int, *, pipeline: int, virtual: int, microbatches: int, forward_only: bool = False
+) -> list[Pass]:
     """The passes of a pipeline rank in megatron-core's order.
 
     Raises `ValueError` where the interleaved schedule cannot run: it takes microbatches in groups of
@@ -84,6 +86,8 @@ def rank_order(rank: int, *, pipeline: int, virtual: int, microbatches: int) -> 
     groups = [range(first, first + size) for first in range(0, microbatches, size)]
     table = [(m, chunk) for group in groups for chunk in range(virtual) for m in group]
     forward = [Pass("forward", m, chunk) for m, chunk in table]
+    if forward_only:
+        return forward
     backward = [Pass("backward", m, virtual - 1 - chunk) for m, chunk in table]
     steady = [item for pair in zip(forward[warmup:], backward, strict=False) for item in pair]
     return forward[:warmup] + steady + backward[total - warmup :]
@@ -96,16 +100,15 @@ def simulate(
     virtual: int,
     microbatches: int,
     transfer: float = 0.0,
+    forward_only: bool = False,
 ) -> Timeline:
-    """When every pass of a step runs.
+    """When every pass of a step runs; with `forward_only`, as a frozen reference's do.
 
     seconds(rank, pass): how long one takes, whatever its stage holds (embedding, loss) and however long its
     pack attends. transfer: seconds between a pass and the moment its result can be used by another rank.
     """
-    orders = [
-        rank_order(rank, pipeline=pipeline, virtual=virtual, microbatches=microbatches)
-        for rank in range(pipeline)
-    ]
+    shape = {"pipeline": pipeline, "virtual": virtual, "microbatches": microbatches}
+    orders = [rank_order(rank, **shape, forward_only=forward_only) for rank in range(pipeline)]
     last = pipeline * virtual - 1
     ended: dict[tuple[Kind, int, int], float] = {}  # (kind, microbatch, stage) -> time
     clocks, positions, events = [0.0] * pipeline, [0] * pipeline, []

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from megatron_post.config.layout import world_errors
-from megatron_post.config.load import ConfigError
-from megatron_post.config.schema import Config
+from megatron_post.config.load import ConfigError, parse
+from megatron_post.config.schema import Config, Precision
 from megatron_post.plan.estimate import Plan, changed, layout_line, verdict
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import chunks
+from megatron_post.plan.step import around_the_pipeline
 
 # (mode, modules), from what costs least time to what saves most memory
 RECOMPUTE = (("none", ["core_attn"]), ("selective", ["core_attn"]), ("selective", ["core_attn", "mlp"]),
@@ -32,17 +31,26 @@ class Found:
 
 
 def search(
-    config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None, keep: int = 10
+    config: Config,
+    *,
+    gpus: int,
+    gpu: GPU,
+    segment_length: int | None = None,
+    fp8: str | None = None,
+    keep: int = 10,
 ) -> Found:
-    """The fastest layouts that fit. Raises `ConfigError` where there is none, with the one that misses by
-    least."""
+    """The fastest layouts that fit. fp8: a recipe that is tried besides the config's own and none.
+
+    Raises `ConfigError` for no such recipe, and where no layout fits, with the one that misses by least.
+    """
+    parse(Precision, {"fp8": fp8}, origin="--fp8")
     fitting: list[tuple[float, Plan]] = []
     closest: Plan | None = None
     possible = 0
     for layout in _layouts(config, gpus=gpus, per_node=gpu.per_node):
         for mode, modules in RECOMPUTE:
-            for fp8 in dict.fromkeys((layout.precision.fp8, None)):
-                change = {"recompute.mode": mode, "recompute.modules": modules, "precision.fp8": fp8}
+            for recipe in dict.fromkeys((layout.precision.fp8, None, fp8)):
+                change = {"recompute.mode": mode, "recompute.modules": modules, "precision.fp8": recipe}
                 candidate = changed(layout, change)
                 if candidate is None:
                     continue
@@ -60,18 +68,24 @@ def search(
 
 
 def bound(plan: Plan) -> float:
-    """Seconds of a step by the closed form: the busiest rank's passes, and p - 1 chunks of bubble."""
-    p, costs = plan.config.parallel, plan.costs
-    table = {
-        (chunk.layers, chunk.embedding, chunk.head): sum(
-            costs.chunk(chunk, plan.pack, kind).total for kind in ("forward", "backward")
-        )
-        for rank in chunks(plan.config)
-        for chunk in rank
-    }
-    each = [sum(table[c.layers, c.embedding, c.head] for c in rank) for rank in chunks(plan.config)]
-    mean = sum(each) / len(each)
-    return plan.microbatches * max(each) + (p.pipeline - 1) * mean / p.virtual_pipeline
+    """Seconds of a step by the closed form: the busiest rank's passes, p - 1 chunks of bubble, and what
+    stands around the pipeline."""
+    p, costs, parts = plan.config.parallel, plan.costs, chunks(plan.config)
+
+    def pipeline(*kinds: str) -> tuple[float, float]:
+        """Seconds that the busiest rank computes, and with the bubble."""
+        table = {
+            (c.layers, c.embedding, c.head): sum(costs.chunk(c, plan.pack, kind).total for kind in kinds)
+            for rank in parts
+            for c in rank
+        }
+        each = [sum(table[c.layers, c.embedding, c.head] for c in rank) for rank in parts]
+        busy = plan.microbatches * max(each)
+        return busy, busy + (p.pipeline - 1) * sum(each) / len(each) / p.virtual_pipeline
+
+    passes, seconds = pipeline("forward", "backward")
+    seconds += sum(around_the_pipeline(costs, parts, passes=passes, microbatches=plan.microbatches))
+    return seconds + pipeline("forward")[1] if plan.config.runs_reference else seconds
 
 
 def _layouts(config: Config, *, gpus: int, per_node: int) -> Iterator[Config]:
@@ -106,15 +120,14 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def override(plan: Plan) -> str:
-    """The layout as YAML, to be put over the config that was searched for."""
+def override(plan: Plan) -> dict[str, Any]:
+    """The layout as a config's sections, to be put over the config that was searched for."""
     c = plan.config
-    sections: dict[str, Any] = {
+    return {
         "parallel": c.parallel.model_dump(),
         "precision": {"fp8": c.precision.fp8},
         "recompute": {"mode": c.recompute.mode, "modules": list(c.recompute.modules)},
     }
-    return yaml.safe_dump(sections, sort_keys=False)
 
 
 def _nothing(config: Config, gpus: int, gpu: GPU, possible: int, closest: Plan | None) -> str:
@@ -126,5 +139,5 @@ def _nothing(config: Config, gpus: int, gpu: GPU, possible: int, closest: Plan |
         )
     return (
         f"none of {possible} layouts fits on {gpus} x {gpu.name}. The closest: "
-        f"{layout_line(closest.config, closest.data_size)}\n{verdict(closest)}"
+        f"{layout_line(closest.config, closest.data_size)}\n{verdict(closest, search=False)}"
     )

@@ -49,13 +49,18 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
         for kind in ("forward", "backward")
     }
     seconds = {key: time.total for key, time in times.items()}
-    timeline = simulate(
-        lambda rank, work: seconds[rank, work.chunk, numbers[work.microbatch], work.kind],
-        pipeline=p.pipeline,
-        virtual=p.virtual_pipeline,
-        microbatches=len(packs),
-        transfer=costs.transfer(),
-    )
+
+    def schedule(*, forward_only: bool) -> Timeline:
+        return simulate(
+            lambda rank, work: seconds[rank, work.chunk, numbers[work.microbatch], work.kind],
+            pipeline=p.pipeline,
+            virtual=p.virtual_pipeline,
+            microbatches=len(packs),
+            transfer=costs.transfer(),
+            forward_only=forward_only,
+        )
+
+    timeline = schedule(forward_only=False)
     busiest = max(range(p.pipeline), key=timeline.busy)
     counts = Counter(
         (busiest, e.work.chunk, numbers[e.work.microbatch], e.work.kind)
@@ -63,9 +68,9 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
         if e.rank == busiest
     )
     passes = sum((times[key] * count for key, count in counts.items()), PassTime())
-    return StepTime(
-        timeline, busiest, passes, *_around_the_pipeline(costs, parts, timeline, passes, len(packs))
-    )
+    around = around_the_pipeline(costs, parts, passes=passes.total, microbatches=len(packs))
+    reference = schedule(forward_only=True).seconds if config.runs_reference else 0.0
+    return StepTime(timeline, busiest, passes, *around, reference)
 
 
 def _like(chunk: Chunk) -> Chunk:
@@ -73,13 +78,14 @@ def _like(chunk: Chunk) -> Chunk:
     return replace(chunk, rank=0, number=0)
 
 
-def _around_the_pipeline(
-    costs: Costs, parts: list[list[Chunk]], timeline: Timeline, passes: PassTime, microbatches: int
-) -> tuple[float, float, float, float]:
-    """Reduce-scatter of gradients, all-gather of parameters, Adam, and a frozen reference's forward pass.
+def around_the_pipeline(
+    costs: Costs, parts: list[list[Chunk]], *, passes: float, microbatches: int
+) -> tuple[float, float, float]:
+    """Seconds of the reduce-scatter of gradients, the all-gather of parameters, and Adam.
 
-    With `optimizer.overlap` the collectives run beside the last and the first microbatches (of the
-    interleaved schedule: groups of `pipeline`), a third of whose time is forward and two thirds backward.
+    passes: seconds that the busiest rank computes. With `optimizer.overlap` the collectives run beside the
+    last and the first microbatches (of the interleaved schedule: groups of `pipeline`), a third of whose time
+    is forward and two thirds backward.
     """
     config, p = costs.config, costs.config.parallel
     largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
@@ -87,13 +93,10 @@ def _around_the_pipeline(
     reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
     gather = costs.collective(2 * largest, ranks, spacing=p.tensor)
     if config.optimizer.overlap:
-        group = min(1.0, (p.pipeline if p.virtual_pipeline > 1 else 1) / microbatches)
-        window = group * passes.total
+        window = passes * min(1.0, (p.pipeline if p.virtual_pipeline > 1 else 1) / microbatches)
         reduce, gather = max(0.0, reduce - window * 2 / 3), max(0.0, gather - window / 3)
     # Adam reads gradient, master and moments and writes master, moments and parameter; buffers are zeroed
     update = (30 * largest / ranks + 4 * largest) / (
         costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
     )
-    frozen = config.runs_reference
-    forward = sum(e.end - e.start for e in timeline.events if e.rank == 0 and e.work.kind == "forward")
-    return reduce, gather, update, forward if frozen else 0.0
+    return reduce, gather, update

@@ -3,6 +3,7 @@
 What a model says is text from outside: it is stored and compared, and never run.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
@@ -84,7 +85,13 @@ class Backend(Protocol):
 
 def gpus_of(settings: BackendSettings) -> int:
     """GPUs of a node that a backend draws on, where there are any."""
-    return settings.tensor_parallel if isinstance(settings, VllmBackend) else 1
+    match settings:
+        case TransformersBackend():
+            return 1
+        case VllmBackend():
+            return settings.tensor_parallel
+        case ServerBackend():
+            return 0
 
 
 def open_backend(settings: BackendSettings, model: str) -> Backend:
@@ -209,6 +216,8 @@ class _Vllm:
     """
 
     def __init__(self, settings: VllmBackend, model: str) -> None:
+        # its default, fork, fails where this process has begun CUDA, if only to ask for it
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:

@@ -75,7 +75,7 @@ def generate(
         if rank == 0:
             if not parts.exists():
                 raise ValueError(f"{target} exists already; choose another --output, or remove it")
-            shutil.rmtree(parts)  # killed between its last two acts
+            shutil.rmtree(parts, ignore_errors=True)  # killed between its last two acts
         return 0
     prompts = read_prompts(
         settings.prompts, max_bad_rows=settings.max_bad_rows, skip=settings.skip, limit=settings.max_prompts
@@ -85,44 +85,63 @@ def generate(
     own = dict(zip(names[rank::size], pieces[rank::size], strict=True))
     if rank > 0:
         wanted = _record(settings)
-        wait_until(lambda: target.exists() or _recorded(parts) == wanted)
+        # rank 0 alone asks for the same model: other nodes may have copies of their own
+        wait_until(
+            lambda: target.exists() or {**_recorded(parts), "model": None} == {**wanted, "model": None},
+            f"rank 0 to begin {target} with these settings and prompts",
+            console,
+        )
         written = _draw(target, own, settings, console, open_backend)
-        wait_until(target.exists)
+        wait_until(target.exists, f"rank 0 to put {target} together", console)
         return written
     with alone(parts):
         _claim(parts, settings)
         written = _draw(target, own, settings, console, open_backend)
-        wait_until(lambda: all(name.is_file() for name in names))
+        wait_until(lambda: all(name.is_file() for name in names), f"the other parts of {target}", console)
         write_pieces(target, (name.read_text(encoding="utf-8") for name in names))
-        shutil.rmtree(parts)
+    # behind the lock: NFS keeps a name for what is open. What is left, the next call removes
+    shutil.rmtree(parts, ignore_errors=True)
     return written
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    """Until another rank of this step has done something; whoever started them ends all where one fails."""
+def wait_until(done: Callable[[], bool], what: str, console: Console) -> None:
+    """Until another rank of this step has done something; whoever started them ends all where one fails.
+
+    Raises `ValueError` where that one is gone.
+    """
+    parent, said = os.getppid(), time.monotonic()
     while not done():
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if os.getppid() != parent:
+            raise ValueError(f"what started this rank is gone, while it waited for {what}")
+        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            console.print(f"{_who()}waiting for {what}", highlight=False, soft_wrap=True)
 
 
 def take_gpus(backend: BackendSettings) -> None:
-    """Of a node on which several ranks draw, leave those GPUs visible that are this rank's. Once a process.
-
-    Raises `ValueError` where the node has too few.
+    """Of a node on which several ranks draw, use those GPUs that are this rank's. Once a process, before
+    anything of CUDA begins. Raises `ValueError` where there are too few.
     """
     _, size, local_rank = rank_from_environment()
-    if size == 1 or not torch.cuda.is_available():
-        return
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's processes meet in a store of their own
     count = gpus_of(backend)
+    # device_count asks NVML; is_available would begin CUDA, after which no variable changes what is visible
+    if size == 1 or count == 0 or torch.cuda.device_count() == 0:
+        return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    taken = devices[local_rank * count : (local_rank + 1) * count]
-    if len(taken) < count:
+    own = devices[local_rank * count : (local_rank + 1) * count]
+    if len(own) < count:
         raise ValueError(
-            f"rank {local_rank} of this node is to draw on GPUs {local_rank * count} to "
-            f"{(local_rank + 1) * count - 1}, and there are {len(devices)}: start fewer ranks a node"
+            f"rank {local_rank} of this node would draw on GPUs {local_rank * count} to "
+            f"{(local_rank + 1) * count - 1}, and sees {len(devices)}: let every rank see all GPUs of its "
+            "node, and have no more ranks on it (generate.copies, ranks_per_node) than these hold"
         )
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
+    if isinstance(backend, TransformersBackend):
+        torch.cuda.set_device(local_rank)
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's processes meet in a store of their own
 
 
 def parts_of(output: Path) -> Path:
@@ -157,13 +176,11 @@ def _draw(
     missing = {name: prompts for name, prompts in own.items() if not name.is_file()}
     if not missing or target.exists():  # in this order: parts are removed once the target is there
         return 0
-    rank, size, _ = rank_from_environment()
-    who = f"rank {rank} of {size}: " if size > 1 else ""
     total = sum(map(len, own.values()))
     written = tokens = 0
     started = time.perf_counter()
     backend = open_backend(settings.backend, settings.model)
-    with _Progress(console, who, total - sum(map(len, missing.values())), total) as progress:
+    with _Progress(console, total - sum(map(len, missing.values())), total) as progress:
         for name, prompts in missing.items():
             rows = _rows(prompts, backend, settings)
             write_lines(name, rows)
@@ -172,16 +189,22 @@ def _draw(
             progress.advance(len(prompts), rate)
     seconds = time.perf_counter() - started
     console.print(
-        f"{who}{target}: {written:,} responses, {tokens:,} tokens in {seconds:.1f} s, "
+        f"{_who()}{target}: {written:,} responses, {tokens:,} tokens in {seconds:.1f} s, "
         f"{tokens / seconds:,.0f} tokens/s",
         highlight=False,
         soft_wrap=True,
     )
     del backend  # a model's place on the GPU, for the next one
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return written
+
+
+def _who() -> str:
+    """Begins a line of one of several ranks."""
+    rank, size, _ = rank_from_environment()
+    return f"rank {rank} of {size}: " if size > 1 else ""
 
 
 def _rows(prompts: Sequence[Prompt], backend: Backend, settings: Generate) -> list[dict[str, Any]]:
@@ -252,8 +275,8 @@ def _weights(model: str) -> str:
 class _Progress:
     """A bar on a terminal; elsewhere, in the log of a job, a line a minute."""
 
-    def __init__(self, console: Console, who: str, done: int, total: int) -> None:
-        self._console, self._who, self._done, self._total = console, who, done, total
+    def __init__(self, console: Console, done: int, total: int) -> None:
+        self._console, self._done, self._total = console, done, total
         self._said = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -277,6 +300,4 @@ class _Progress:
         self._bar.update(self._task, advance=prompts, rate=rate)
         if not self._console.is_terminal and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            self._console.print(
-                f"{self._who}{self._done:,} of {self._total:,} prompts, {rate}", highlight=False
-            )
+            self._console.print(f"{_who()}{self._done:,} of {self._total:,} prompts, {rate}", highlight=False)

@@ -45,7 +45,10 @@ def run_on_ranks(
             if line.startswith(shown):
                 console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
     if process.returncode:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-_LOG_TAIL:])
+        lines = log.read_text().splitlines(keepends=True)
+        # of several ranks the launcher's own account of the others comes last
+        reason = [line for line in lines[:-_LOG_TAIL] if line.startswith("megatron-post: ")][:1]
+        tail = "".join([*reason, *lines[-_LOG_TAIL:]])
         raise ValueError(
             f"`megatron-post {' '.join(command)}` ended with status {process.returncode}; what was done "
             f"before is kept. The end of {log}:\n{tail}"

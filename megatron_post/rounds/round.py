@@ -84,6 +84,8 @@ def run_rounds(
         if name is not None and name not in names:
             raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
     if size > 1:
+        if again_from is not None:
+            raise ValueError("--again-from is for one process, which starts the ranks of its steps")
         drawing = {step.name: step.action for step in steps if step.draws}
         action = drawing.get(only or "")
         if action is None:

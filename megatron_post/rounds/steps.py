@@ -172,7 +172,7 @@ class Round:
             best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
             choice = {"best": paths[best], "stage": best, "validation": shares}
             write_json(self.directory / "choice.json", choice)
-        wait_until((self.directory / "choice.json").is_file)
+        wait_until((self.directory / "choice.json").is_file, "rank 0 to choose the best", self.console)
         held_out = {"prompts": self.settings.data.held_out}
         if self.number == 1:
             start = self.directory / "held_out-start.jsonl"

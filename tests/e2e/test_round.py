@@ -17,6 +17,7 @@ from megatron_post.config.load import load_config
 from megatron_post.convert.configs import read_model
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.launch.chain import load_chain
+from megatron_post.rounds import round as round_module
 from megatron_post.rounds.files import read_lines
 from megatron_post.rounds.round import all_steps, run_rounds, state_of
 from megatron_post.rounds.settings import load_round
@@ -226,7 +227,7 @@ def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
     assert more[0]["name"] == "round-02/reward-pack"
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     tiny_policy(tmp_path / "other", scalar_head=True, text="x y z q w e r t")
     cases = [
@@ -260,6 +261,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "round" / "run").exists()
     with pytest.raises(ValueError, match="no step 'round-01/rest'; steps are round-01/collect, "):
         run_rounds(config, console=console, only="round-01/rest")
+    monkeypatch.setattr(round_module, "rank_from_environment", lambda: (1, 2, 1))
+    for options, message in (
+        ({}, "give --only and one of round-01/collect, round-01/generate, round-01/choose;"),
+        ({"only": "round-01/select"}, "several ranks share the drawing of one step"),
+        ({"only": "round-01/choose", "again_from": "round-01/choose"}, "--again-from is for one process"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_rounds(config, console=console, **options)  # type: ignore[arg-type]
+    monkeypatch.undo()
     prompts = tmp_path / "round" / "prompts.jsonl"
     good = prompts.read_text()
     prompts.write_text('{"prompt": "fine", "answer": "1"}\n{broken\n')

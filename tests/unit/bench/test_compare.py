@@ -1,5 +1,6 @@
 """Verdicts, what differs, and the page."""
 
+import dataclasses
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -52,7 +53,9 @@ def test_groups_and_summary() -> None:
     assert [len(group) for group in groups(runs)] == [2, 2]
     (line,) = summary([runs[0], runs[2]])
     assert line.startswith("step (sft, a.yaml), 2 runs: step -44.4%: better; tokens/s/rank +")
-    assert "memory" not in line and summary(runs[:2]) == []
+    assert "memory" not in line and summary(runs[:2]) == [] and "settings" not in line
+    other = dataclasses.replace(runs[2], settings={"ranks": "2"})
+    assert summary([runs[0], other])[0].endswith(" (other settings: ranks: 1 -> 2)")
 
 
 def test_page(tmp_path: Path) -> None:

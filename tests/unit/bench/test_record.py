@@ -60,3 +60,27 @@ def test_refusals(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 9}))
     with pytest.raises(ValueError, match="has version 9, this program reads 1"):
         read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"figures": None}, "damaged record, remove it: figures"),
+        ({"figures": {"step": {"unit": "s", "samples": [], "better": None}}}, "figures.step.samples"),
+        ({"figures": {"step": {"unit": "s", "samples": [float("nan")], "better": None}}}, "finite"),
+        ({"settings": None}, "settings"),
+        ({"version": None}, "has version None"),
+    ],
+)
+def test_damaged_records_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = write_record(tmp_path, _record())
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=rf"{path.name}.*{message}"):
+        read_records(tmp_path)
+    path.write_text(json.dumps(content)[:300])
+    with pytest.raises(ValueError, match=rf"{path.name} is not whole"):
+        read_records(tmp_path)
+    path.write_text(json.dumps(content))
+    (tmp_path / "folder.json").mkdir()
+    assert read_records(tmp_path) == [_record()]

@@ -103,6 +103,8 @@ def test_figures_by_hand() -> None:
 def test_peaks_by_the_name_of_a_device() -> None:
     h100 = gpu_of_device("NVIDIA H100 80GB HBM3")
     assert h100 is not None and h100.name == "h100-80gb" and gpu_of_device("NVIDIA A10G") is None
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA GB200"):
+        assert gpu_of_device(other) is None, other
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(0, 3), (1, -1)])

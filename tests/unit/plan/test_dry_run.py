@@ -69,6 +69,11 @@ def test_stages_hold_the_model(stage: str, mode: str) -> None:
     assert [report.rank for report in found.stages] == [0, 4]
 
 
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="global_batch=4 is not a multiple of the 8 data-parallel ranks"):
+        dry_run(tiny_config(train={"steps": 1, "global_batch": 4}), world_size=8, per_node=8)
+
+
 def test_a_rank_that_does_not_exist() -> None:
     with pytest.raises(ConfigError, match="rank 8 is not one of 8"):
-        dry_run(tiny_config(), world_size=8, per_node=8, ranks=[8])
+        dry_run(tiny_config(train={"steps": 1, "global_batch": 8}), world_size=8, per_node=8, ranks=[8])

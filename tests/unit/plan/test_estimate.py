@@ -1,19 +1,19 @@
 """Verdicts that help, the search, and the page."""
 
 import re
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
-from megatron_post.config.load import ConfigError, to_yaml, validate
+from megatron_post.config.load import ConfigError, load_config, to_yaml
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.estimate import changed, make_plan, pack_segments, single_changes, verdict
 from megatron_post.plan.hardware import GIB, gpu
 from megatron_post.plan.page import page
-from megatron_post.plan.report import plan_json, time_rows
-from megatron_post.plan.search import bound, override, search
+from megatron_post.plan.report import plan_json, time_rows, winner_config
+from megatron_post.plan.search import bound, search
 from tests.unit.plan.test_memory import llama_config
 
 H100 = gpu("h100-80gb")
@@ -66,8 +66,11 @@ def test_nothing_fits() -> None:
     """405B on one node: 812 GB of bf16 parameters alone are more than 8 x 80 GB."""
     config = llama_config("llama3.1_405b", {"tensor": 8, "sequence": True})
     assert "no single change fits" in verdict(make_plan(config, gpus=8, gpu=H100))
-    with pytest.raises(ConfigError, match=r"none of \d+ layouts fits on 8 x h100-80gb. The closest: TP"):
+    with pytest.raises(
+        ConfigError, match=r"none of \d+ layouts fits on 8 x h100-80gb. The closest: TP"
+    ) as caught:
         search(config, gpus=8, gpu=H100)
+    assert "plan search" not in str(caught.value)
 
 
 def test_what_cannot_run_is_refused() -> None:
@@ -88,6 +91,8 @@ def test_segments() -> None:
     assert pack_segments(reward, None) == (Segment(4096), Segment(2048, 4096), Segment(2048, 4096))
     together = llama_config("llama3.1_8b", {}, stage="reward", reward={"layout": "concatenated"})
     assert pack_segments(together, None)[2] == Segment(2048, 6144)
+    cut = llama_config("llama3.1_8b", {"context": 8})  # every segment is cut in 16
+    assert [s.length for s in pack_segments(cut, 3000)] == [3008, 3008, 2176]
 
 
 def test_model_flops() -> None:
@@ -114,7 +119,7 @@ def test_the_published_layout_fits() -> None:
     assert plan.fullest.total - plan.fullest.kinds["gradients"] / 2 < H100.memory
 
 
-def test_search_ranks_what_fits() -> None:
+def test_search_ranks_what_fits(tmp_path: Path) -> None:
     """The winner's YAML, put over the config, loads, and plans to what the search said. The closed form that
     chooses what is simulated is within a tenth of the simulation."""
     overlap, train = {"overlap": True}, {"steps": 1, "global_batch": 64}
@@ -126,10 +131,36 @@ def test_search_ranks_what_fits() -> None:
     for plan in found.plans:
         assert plan.shortfall <= 0
         assert bound(plan) == pytest.approx(plan.time.seconds, rel=0.1)
-    best = found.plans[0]
-    merged = {**yaml.safe_load(to_yaml(config)), **yaml.safe_load(override(best))}
-    again = make_plan(validate(merged, origin="winner"), gpus=16, gpu=H100)
-    assert again.time.seconds == pytest.approx(seconds[0])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "winner.yaml").write_text(winner_config(found, str(tmp_path / "config.yaml"), ["seed=3"]))
+    winner = load_config(tmp_path / "winner.yaml")
+    assert winner.seed == 3
+    assert make_plan(winner, gpus=16, gpu=H100).time.seconds == pytest.approx(seconds[0])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_search_misses_nothing(overlap: bool) -> None:
+    """What the closed form leaves out of the simulation is no faster: against all layouts simulated."""
+    train = {"steps": 1, "global_batch": 64}
+    config = llama_config("llama3.1_8b", {}, train=train, optimizer={"overlap": overlap})
+    found = search(config, gpus=64, gpu=H100)
+    every = search(config, gpus=64, gpu=H100, keep=found.fitting)
+    assert found.plans[0].time.seconds == pytest.approx(every.plans[0].time.seconds, rel=1e-3)
+
+
+def test_search_tries_fp8_when_asked() -> None:
+    config = llama_config("llama3.1_8b", {}, train={"steps": 1, "global_batch": 8})
+    plain, both = (search(config, gpus=8, gpu=H100, fp8=fp8) for fp8 in (None, "tensorwise"))
+    assert {p.config.precision.fp8 for p in plain.plans} == {None}
+    assert both.plans[0].config.precision.fp8 == "tensorwise" and both.possible == 2 * plain.possible
+    assert both.plans[0].time.seconds < 0.8 * plain.plans[0].time.seconds
+    with pytest.raises(ConfigError, match=r"--fp8: .*\n.*fp8: Input should be"):
+        search(config, gpus=8, gpu=H100, fp8="e4m3")
+
+
+def test_fp32_is_said_not_to_be_timed() -> None:
+    config = llama_config("llama3.1_8b", {}, precision={"dtype": "fp32"})
+    assert "fp32 takes several times as long" in make_plan(config, gpus=1, gpu=H100).notes[0]
 
 
 def test_no_possible_layout() -> None:

@@ -24,6 +24,10 @@ def test_bubble_of_equal_passes(pipeline: int, virtual: int, microbatches: int) 
     assert timeline.bubble == pytest.approx(expected, rel=1e-9)
     assert timeline.seconds == pytest.approx(3.0 * (virtual * microbatches + pipeline - 1), rel=1e-9)
     assert len(timeline.events) == 2 * pipeline * virtual * microbatches
+    shape = {"pipeline": pipeline, "virtual": virtual, "microbatches": microbatches}
+    forward = simulate(uniform, **shape, forward_only=True)
+    assert forward.seconds == pytest.approx(virtual * microbatches + pipeline - 1, rel=1e-9)
+    assert len(forward.events) == pipeline * virtual * microbatches
 
 
 @pytest.mark.parametrize(

@@ -92,13 +92,21 @@ def test_recomputation_costs_a_forward_pass() -> None:
 
 
 def test_a_frozen_reference_costs_a_forward_pass_of_the_step() -> None:
+    """Through the pipeline, so with its bubble: the last rank's passes and the filling before them."""
     packs = [[Segment(8192)]] * 4
-    stored = step_time(Costs(llama_config("llama3.1_8b", {}, stage="dpo"), ROUND, 1), packs)
-    config = llama_config("llama3.1_8b", {}, stage="dpo", dpo={"reference": "frozen"})
-    frozen = step_time(Costs(config, ROUND, 1), packs)
-    assert stored.reference == 0
-    forward = sum(e.end - e.start for e in stored.timeline.events if e.work.kind == "forward")
-    assert frozen.seconds - stored.seconds == pytest.approx(forward)
+    for pipeline in (1, 4):
+        parallel = {"pipeline": pipeline}
+        stored = step_time(Costs(llama_config("llama3.1_8b", parallel, stage="dpo"), ROUND, 1), packs)
+        config = llama_config("llama3.1_8b", parallel, stage="dpo", dpo={"reference": "frozen"})
+        frozen = step_time(Costs(config, ROUND, 1), packs)
+        assert stored.reference == 0
+        forward = [
+            sum(e.end - e.start for e in stored.timeline.events if e.rank == r and e.work.kind == "forward")
+            for r in range(pipeline)
+        ]
+        # the last rank has the head and is slowest; a pack is there once the ranks before it have had it
+        filling = sum(forward[:-1]) / len(packs) + (pipeline - 1) * Costs(config, ROUND, 1).transfer()
+        assert frozen.seconds - stored.seconds == pytest.approx(forward[-1] + filling)
 
 
 def test_gradients_reduce_beside_the_backward_pass() -> None:

@@ -25,6 +25,7 @@ from megatron_post.rounds.backends import (
     Request,
     Response,
     Sampling,
+    ServerBackend,
     TransformersBackend,
     VllmBackend,
     nucleus,
@@ -287,28 +288,34 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("visible", "backend", "own"),
     [
-        (None, TransformersBackend(), "3"),
-        ("8,9,10,11", TransformersBackend(), "11"),
+        (None, TransformersBackend(), 3),
+        ("8,9,10,11", VllmBackend(kind="vllm"), "11"),
         (None, VllmBackend(kind="vllm", tensor_parallel=2), "6,7"),
         (None, VllmBackend(kind="vllm", tensor_parallel=4), None),
+        ("0", TransformersBackend(), None),
+        (None, ServerBackend(kind="server", url="http://x/v1", served_model="m"), ""),
     ],
 )
 def test_whose_gpus(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, backend: BackendSettings, own: str | None
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, backend: BackendSettings, own: str | int | None
 ) -> None:
-    """Of rank 3 on a node of 8 GPUs."""
+    """Of rank 3 on a node of 8 GPUs: a device for this process, or a variable for those that it starts."""
+    devices: list[int] = []
     monkeypatch.setattr(module, "rank_from_environment", lambda: (11, 16, 3))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if own is None:
-        with pytest.raises(ValueError, match="GPUs 12 to 15, and there are 8: start fewer ranks a node"):
+        with pytest.raises(
+            ValueError, match=r"GPUs (12 to 15, and sees 8|3 to 3, and sees 1): let every rank"
+        ):
             take_gpus(backend)
         return
     take_gpus(backend)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
-    assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    assert devices == ([own] if isinstance(own, int) else [])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == (own if isinstance(own, str) else "")
+    assert ("TORCHELASTIC_USE_AGENT_STORE" in os.environ) == (not isinstance(backend, VllmBackend))
 
 
 def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
