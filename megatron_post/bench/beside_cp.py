@@ -32,8 +32,13 @@ def in_own_process(function: Callable[..., Any], *args: Any, workers: int = 1) -
     process = context.Process(target=_serve, args=(theirs, workers, function, *args))
     process.start()
     theirs.close()
-    result: tuple[float, float] = ours.recv()
-    process.join()
+    try:
+        result: tuple[float, float] = ours.recv()
+    except BaseException:  # this process is asked to end, or that one has died
+        process.terminate()
+        raise
+    finally:
+        process.join()
     return result
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,12 +15,19 @@ import typer
 if TYPE_CHECKING:
     from megatron_post.bench.record import Record
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure, write a record, and compare records.")
+bench_app = typer.Typer(no_args_is_help=True)
 OUTPUT = "runs/bench"
 Output = Annotated[str, typer.Option(help="Directory of the record that is written.")]
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
 Disk = Annotated[str, typer.Option(help="Directory on the disk that is measured.")]
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure, write a record, and compare records."""
+    # gigabytes of scratch files go with the process, also where it is asked to end
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @bench_app.command("step")

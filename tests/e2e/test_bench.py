@@ -1,7 +1,9 @@
 """The commands as a user runs them."""
 
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ def _config(directory: Path) -> str:
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["megatron-post", "bench", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process goes on to other tests
     cli.main()
 
 
@@ -106,3 +109,15 @@ def test_refusals(
         _main(monkeypatch, *(config if text == "CONFIG" else text for text in arguments))
     assert done.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_asked_to_end_it_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM, as from a batch system, while gigabytes of scratch files grow."""
+    command = ["bench", "convert", "--directory", str(tmp_path / "disk"), "--output", str(tmp_path / "out")]
+    process = start(command, ranks=1, log=tmp_path / "log")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("disk/*/source/*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    assert not list((tmp_path / "disk").iterdir())
