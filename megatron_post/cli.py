@@ -46,34 +46,6 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     run(load_config(config, overrides or ()))
 
 
-@app.command()
-def reference(
-    store: StorePath,
-    model: Annotated[str, typer.Option(help="Hugging Face directory that DPO will start from.")],
-    overrides: Overrides = None,
-) -> None:
-    """Compute a reference model's log-probabilities into a store; under torchrun in any layout."""
-    from megatron_post.rounds.reference import write_reference
-
-    write_reference(store, model, overrides or ())
-
-
-@app.command()
-def score(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory of a reward model")],
-    file: Annotated[str, typer.Argument(metavar="FILE", help="dialogs or preferences, as `data pack` reads")],
-    output: Annotated[str, typer.Option(help="JSON lines to write, or to go on with.")],
-    overrides: Overrides = None,
-) -> None:
-    """Write a reward model's scores of responses; run again, it resumes."""
-    from megatron_post.parallel.environment import rank_from_environment
-    from megatron_post.rounds.score import score_file
-
-    scored = score_file(model, file, output, overrides or ())
-    if rank_from_environment()[0] == 0:
-        print(f"{scored} rows scored into {output}")
-
-
 @launch_app.command("round")
 def launch_round(
     file: Annotated[str, typer.Argument(metavar="FILE", help="YAML of a round, or of a chain of steps")],

@@ -3,9 +3,14 @@
 What a model says is text from outside: it is stored and compared, and never run.
 """
 
+import gc
 import os
+import signal
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -16,6 +21,9 @@ from megatron_post.config.schema import Section
 from megatron_post.data.dialog import Message
 from megatron_post.data.template import render_prompt
 from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, Tokenizer, load_tokenizer
+from megatron_post.parallel.environment import rank_from_environment
+
+_SECONDS_TO_END = 120.0  # of a vLLM engine's processes
 
 
 class Sampling(Section):
@@ -78,9 +86,12 @@ class Response:
 
 
 class Backend(Protocol):
-    """Answers requests, in their order. Raises `ValueError` for what a user can mend."""
+    """Answers requests, in their order, until it is closed. Raises `ValueError` for what a user can mend."""
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]: ...
+
+    def close(self) -> None:
+        """Free the GPUs, for another model."""
 
 
 def gpus_of(settings: BackendSettings) -> int:
@@ -125,12 +136,7 @@ class _Transformers:
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         prompts = [prompt_ids(request, self._tokenizer) for request in requests]
-        longest = max(map(len, prompts)) + sampling.max_tokens
-        if longest > (limit := self._model.config.max_position_embeddings):
-            raise ValueError(
-                f"a prompt and max_tokens={sampling.max_tokens} take {longest} positions, of the "
-                f"{limit} that the model has"
-            )
+        _check_length(prompts, sampling, self._model.config.max_position_embeddings)
         # batches of prompts of like length waste the least on padding
         order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
         responses: dict[int, Response] = {}
@@ -141,6 +147,12 @@ class _Transformers:
             )
             responses |= zip(members, rows, strict=True)
         return [responses[i] for i in range(len(requests))]
+
+    def close(self) -> None:
+        del self._model
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
@@ -212,12 +224,21 @@ def nucleus(logps: Tensor, top_p: float) -> Tensor:
 class _Vllm:
     """vLLM's offline engine; prompts are shared by their samples through its prefix cache.
 
-    Written by the documentation of vLLM 0.8.3 and the sources of 0.33, and never run here.
+    Written by the sources of vLLM 0.32, and never run here.
     """
 
     def __init__(self, settings: VllmBackend, model: str) -> None:
-        # its default, fork, fails where this process has begun CUDA, if only to ask for it
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        _, _, local_rank = rank_from_environment()
+        os.environ |= {
+            # the engine in a process of its own, which frees its GPUs; forked, it would fail where this one
+            # has begun CUDA, if only to ask for it
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        # engines that start together would write one cache, in a home that nodes share
+        cache = Path(tempfile.gettempdir(), f"vllm-{os.getuid()}-{local_rank}")
+        os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -227,18 +248,33 @@ class _Vllm:
             ) from None
         self._parameters: Any = SamplingParams
         self._tokenizer = load_tokenizer(model)
-        self._engine = LLM(
-            model=model,
-            tensor_parallel_size=settings.tensor_parallel,
-            quantization=settings.quantization,
-            gpu_memory_utilization=settings.memory_share,
-            enable_prefix_caching=True,
-        )
+        # it would not notice that this process is gone, and would keep the GPUs
+        self._terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        try:
+            self._engine = LLM(
+                model=model,
+                tensor_parallel_size=settings.tensor_parallel,
+                quantization=settings.quantization,
+                gpu_memory_utilization=settings.memory_share,
+                enable_prefix_caching=True,
+                max_model_len=-1,  # what memory holds: of the model's own length one request must fit
+            )
+        except RuntimeError as error:
+            signal.signal(signal.SIGTERM, self._terminated)
+            raise ValueError(f"vLLM did not start on {model}: {error}; its lines above say why") from error
+
+    def close(self) -> None:
+        self._engine.llm_engine.engine_core.shutdown(timeout=_SECONDS_TO_END)
+        del self._engine
+        gc.collect()
+        signal.signal(signal.SIGTERM, self._terminated)
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         stops = _stop_ids(self._tokenizer, sampling)
+        prompts = [prompt_ids(request, self._tokenizer) for request in requests]
+        _check_length(prompts, sampling, self._engine.model_config.max_model_len)
         outputs = self._engine.generate(
-            [{"prompt_token_ids": prompt_ids(request, self._tokenizer)} for request in requests],
+            [{"prompt_token_ids": prompt} for prompt in prompts],
             [
                 self._parameters(
                     temperature=sampling.temperature,
@@ -254,6 +290,16 @@ class _Vllm:
             use_tqdm=False,
         )
         return [_response(list(output.outputs[0].token_ids), stops, self._tokenizer) for output in outputs]
+
+
+def _check_length(prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> None:
+    """Raises `ValueError` for a prompt which, with its response, is longer than the model can see."""
+    longest = max(map(len, prompts)) + sampling.max_tokens
+    if longest > limit:
+        raise ValueError(
+            f"a prompt and max_tokens={sampling.max_tokens} take {longest} positions, of the {limit} that "
+            "the model has"
+        )
 
 
 def prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:

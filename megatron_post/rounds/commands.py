@@ -1,10 +1,39 @@
-"""`megatron-post merge`, `generate`, `select` and `round`: their options, and what they print."""
+"""`megatron-post reference`, `score`, `merge`, `generate`, `select` and `round`: their options, and what they
+print."""
 
 from typing import Annotated, Literal
 
 import typer
 
 rounds_app = typer.Typer()
+
+
+@rounds_app.command("reference")
+def reference(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="packed store")],
+    model: Annotated[str, typer.Option(help="Hugging Face directory that DPO will start from.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Compute a reference model's log-probabilities into a store; under torchrun in any layout."""
+    from megatron_post.rounds.reference import write_reference
+
+    write_reference(store, model, overrides or ())
+
+
+@rounds_app.command("score")
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory of a reward model")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="dialogs or preferences, as `data pack` reads")],
+    output: Annotated[str, typer.Option(help="JSON lines to write, or to go on with.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Write a reward model's scores of responses; run again, it resumes."""
+    from megatron_post.parallel.environment import rank_from_environment
+    from megatron_post.rounds.score import score_file
+
+    scored = score_file(model, file, output, overrides or ())
+    if rank_from_environment()[0] == 0:
+        _say(f"{scored} rows scored into {output}")
 
 
 @rounds_app.command("merge")

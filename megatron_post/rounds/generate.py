@@ -1,6 +1,6 @@
 """`megatron-post generate`: K responses a prompt, in parts that are there whole or not at all."""
 
-import gc
+import contextlib
 import hashlib
 import json
 import os
@@ -179,8 +179,10 @@ def _draw(
     total = sum(map(len, own.values()))
     written = tokens = 0
     started = time.perf_counter()
-    backend = open_backend(settings.backend, settings.model)
-    with _Progress(console, total - sum(map(len, missing.values())), total) as progress:
+    with (
+        contextlib.closing(open_backend(settings.backend, settings.model)) as backend,
+        _Progress(console, total - sum(map(len, missing.values())), total) as progress,
+    ):
         for name, prompts in missing.items():
             rows = _rows(prompts, backend, settings)
             write_lines(name, rows)
@@ -194,10 +196,6 @@ def _draw(
         highlight=False,
         soft_wrap=True,
     )
-    del backend  # a model's place on the GPU, for the next one
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
     return written
 
 

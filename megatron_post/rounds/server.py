@@ -40,6 +40,9 @@ class Server:
             self._headers["Authorization"] = f"Bearer {key.strip()}"
         self._given_up = threading.Event()
 
+    def close(self) -> None:
+        """The server goes on."""
+
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         """Raises `BadServer` where one request fails for good."""
         with ThreadPoolExecutor(self._settings.parallel_requests) as pool:

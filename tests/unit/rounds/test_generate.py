@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -46,6 +47,9 @@ class Parrot:
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.calls, self._fails_at = 0, fails_at
+
+    def close(self) -> None:
+        pass
 
     def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
         self.calls += 1
@@ -370,9 +374,11 @@ def test_where_a_response_ends(
 
 
 def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the names in the documentation of vLLM 0.8.3, which 0.33's sources keep; the engine has never run
-    here."""
+    """By the names in the sources of vLLM 0.32; the engine has never run here. Closing ends its processes."""
     asked: dict[str, Any] = {}
+    for name in ("ENABLE_V1_MULTIPROCESSING", "WORKER_MULTIPROC_METHOD", "NO_USAGE_STATS", "CACHE_ROOT"):
+        monkeypatch.setenv(f"VLLM_{name}", "")  # what is set here is gone behind the test
+    monkeypatch.delenv("VLLM_CACHE_ROOT")
 
     class SamplingParams:
         def __init__(
@@ -385,10 +391,15 @@ def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     class LLM:
         def __init__(
             self, model: str, *, tensor_parallel_size: int, quantization: str | None,
-            gpu_memory_utilization: float, enable_prefix_caching: bool,
+            gpu_memory_utilization: float, enable_prefix_caching: bool, max_model_len: int,
         ) -> None:  # fmt: skip
+            if quantization == "none":
+                raise RuntimeError("Engine core initialization failed.")
             asked["engine"] = (model, tensor_parallel_size, quantization, gpu_memory_utilization)
-            assert enable_prefix_caching
+            assert enable_prefix_caching and max_model_len == -1
+            self.model_config = SimpleNamespace(max_model_len=64)
+            core = SimpleNamespace(shutdown=lambda timeout: asked.update(ended=timeout))
+            self.llm_engine = SimpleNamespace(engine_core=core)
 
         def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
             asked["prompts"], asked["sampling"] = prompts, [p.values for p in sampling_params]
@@ -405,5 +416,14 @@ def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked["engine"] == (str(tmp_path), 2, "mxfp8", 0.9)
     assert [values[:4] for values in asked["sampling"]] == [(0.5, 0.9, 7, 5), (0.5, 0.9, 7, 2**62)]
     assert set(asked["sampling"][0][4]) == set(tokenizer.stop_ids)
+    with pytest.raises(ValueError, match=r"max_tokens=64 take \d+ positions, of the 64"):
+        backend.respond(requests, Sampling(max_tokens=64))
+    handler = signal.getsignal(signal.SIGTERM)
+    assert callable(handler) and os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    backend.close()
+    assert asked["ended"] == 120 and signal.getsignal(signal.SIGTERM) != handler
+    with pytest.raises(ValueError, match=r"vLLM did not start on .*: Engine core initialization failed"):
+        open_real(VllmBackend(kind="vllm", quantization="none"), str(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) != handler
     shown = tokenizer.decode(asked["prompts"][0]["prompt_token_ids"])
     assert shown.startswith("<|begin_of_text|>") and shown.endswith("assistant<|end_header_id|>\n\n")
