@@ -43,6 +43,7 @@ def page(plan: Plan) -> str:
         "parameters": f"{model_parameters(plan.config):,}",
     }
     entries = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    notes = "".join(f'<p class="faint">{html.escape(note)}</p>' for note in plan.notes)
     fits = "" if plan.shortfall <= 0 else " no"
     pack = f"{plan.microbatches} microbatches of {plan.config.data.pack_length:,} tokens a data-parallel rank"
     return f"""<!doctype html>
@@ -51,7 +52,7 @@ def page(plan: Plan) -> str:
 <h1>{html.escape(title)}</h1>
 <p class="faint">{html.escape(layout_line(plan.config, plan.data_size))}; {pack}</p>
 <div class="verdict{fits}">{html.escape(verdict(plan))}</div>
-<dl>{entries}</dl>
+<dl>{entries}</dl>{notes}
 <h2>Memory of each pipeline rank</h2>
 {_memory(plan)}
 <h2>Where the step goes, on the busiest rank</h2>

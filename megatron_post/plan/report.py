@@ -86,8 +86,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     console.print(
         f"{t.seconds:.2f} s a step, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU "
-        f"{plan.model_flops_utilization:.1%} of the bf16 peak, mean bubble "
-        f"{t.timeline.bubble:.1%}",
+        f"{plan.model_flops_utilization:.1%} of the bf16 peak, "
+        f"mean bubble {t.timeline.bubble:.1%}",
         highlight=False,
     )
     for text in (*plan.notes, verdict(plan)):
@@ -149,9 +149,9 @@ def search_json(found: Found) -> dict[str, Any]:
 
 def winner_config(found: Found, config: str, overrides: Sequence[str]) -> str:
     """YAML of a config: the one that was searched for, with the fastest layout. config: its path."""
-    own: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    merged = OmegaConf.merge(own, override(found.plans[0]))
-    return _yaml({"base": str(Path(config).resolve()), **OmegaConf.to_container(merged)})  # type: ignore[dict-item]
+    base = {"base": str(Path(config).resolve())}
+    own = OmegaConf.from_dotlist(list(overrides))
+    return OmegaConf.to_yaml(OmegaConf.merge(base, own, override(found.plans[0])))
 
 
 def _yaml(sections: dict[str, Any]) -> str:
