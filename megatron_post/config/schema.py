@@ -10,6 +10,7 @@ from megatron_post.config.presets import PRESETS
 
 RoleName = Literal["header", "prompt", "body", "terminator"]
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
+TrainOn = Literal["all_turns", "last_turn"]
 
 
 class Section(BaseModel):
@@ -84,6 +85,7 @@ class Source(Section):
         None, description="share of the mixture's rows, relative to other weights"
     )
     max_rows: PositiveInt | None = None
+    train_on: TrainOn | None = Field(None, description="null: as data.train_on")
     batch: int = Field(0, description="number of the preference batch; a higher one is newer")
 
     @model_validator(mode="after")
@@ -111,6 +113,11 @@ class Data(Section):
     pack_length: PositiveInt = Field(8192, description="tokens in a pack; every microbatch is one pack")
     overlong: Literal["error", "drop", "truncate"] = "error"
     max_bad_rows: int = Field(0, ge=0)
+    train_on: TrainOn = Field(
+        "all_turns",
+        description="turns of the assistant that rows of `messages` train. A mark on a message (`weight`, "
+        "`train`) comes first. Rows of prompt and completion train the completion.",
+    )
     preferences: Preferences = Preferences()
     backend: Literal["torch", "dali"] = "torch"
     prefetch: PositiveInt = Field(4, description="microbatches prepared ahead in the background")

@@ -109,7 +109,7 @@ def _read(
         )
         example_units = _example_units(config, source, tokenizer)
         before = len(pile)
-        rows = read_rows(source, bad_rows=bad_rows)
+        rows = read_rows(source, bad_rows=bad_rows, train_on=config.data.train_on)
         while batch := list(islice(rows, _ROWS_AT_ONCE)):
             for (row, _), example in zip(batch, example_units(batch), strict=True):
                 unit = None if example is None else fitting.fit(example.segments, row=row)

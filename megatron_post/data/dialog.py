@@ -58,6 +58,8 @@ class ToolCall:
 class Message:
     """One message. `end_of_turn=False`: it ends with <|eom_id|>, more of its turn follows (a tool's output).
 
+    trained: whether an assistant's message carries loss. One that does not is context, as a user's is.
+    reasoning: what the assistant thought before it answered, where the row says so.
     Raises `BadRow` for an unknown role, a content that is no text or no valid UTF-8, and wrong tool calls.
     """
 
@@ -65,6 +67,8 @@ class Message:
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     end_of_turn: bool = True
+    trained: bool = True
+    reasoning: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in get_args(RoleOfMessage):
@@ -110,7 +114,8 @@ class Dialog:
     """A conversation that ends with the assistant.
 
     `tools`: functions as OpenAI describes them, or `{"type": name}` for a built-in one. Raises `BadRow` for
-    roles out of order, an empty response, no assistant message, or more than `MAX_CHARACTERS`.
+    roles out of order, an empty response, no assistant message that is trained, or more than
+    `MAX_CHARACTERS`.
     """
 
     messages: tuple[Message, ...]
@@ -127,6 +132,8 @@ class Dialog:
                 f"the last message is from {self.messages[-1].role}; a dialog ends with the assistant"
             )
         _check_responses(self.messages)
+        if not any(message.trained for message in self.messages if message.role == "assistant"):
+            raise BadRow("nothing is trained: the row masks every assistant message")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,19 @@ columns     a column a role, named by `source.columns`: {user: question, assista
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from megatron_post.config.schema import Source
+from megatron_post.config.schema import Source, TrainOn
 from megatron_post.data.dialog import CODE_INTERPRETER, BadRow, Dialog, Message, Preference, ToolCall
 
 _ROLE_NAMES = {"developer": "system", "tool": "ipython", "function": "ipython"}
+# Keys that say whether a message is trained; those of masks say the contrary.
+_MARKS = (
+    *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
+    *("mask", "masked"),
+)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _DIALOG_KEYS = {"system", "user", "assistant", "end_marker"}
 _PREFERENCE_KEYS = {"system", "user", "chosen", "rejected", "edited", "rating", "end_marker"}
@@ -41,7 +47,7 @@ def check_columns(source: Source) -> None:
             )
 
 
-def example_of_row(row: Any, source: Source) -> Dialog | Preference:
+def example_of_row(row: Any, source: Source, *, train_on: TrainOn = "all_turns") -> Dialog | Preference:
     """The dialog or preference that a row holds, by the source's format. Raises `BadRow` with the reason."""
     if not isinstance(row, Mapping):
         raise BadRow(f"a row must be a mapping, not {type(row).__name__}")
@@ -50,7 +56,7 @@ def example_of_row(row: Any, source: Source) -> Dialog | Preference:
     )
     match chosen_format:
         case "messages":
-            return _from_messages(row)
+            return _from_messages(row, train_on)
         case "preference":
             return _from_preference(row)
         case "transcript":
@@ -72,12 +78,38 @@ def _detect(row: Mapping[str, Any]) -> str:
     )
 
 
-def _from_messages(row: Mapping[str, Any]) -> Dialog:
+def _from_messages(row: Mapping[str, Any], train_on: TrainOn) -> Dialog:
     if row.get("messages") is not None:
         raw = row["messages"]
+        messages = _messages(raw)
+        first = _start_of_last_turn(messages) if train_on == "last_turn" else 0
     else:
-        raw = _list_of(_column(row, "prompt"), "user") + _list_of(_column(row, "completion"), "assistant")
-    return Dialog(_messages(raw), _tools(row))
+        prompt = _list_of(_column(row, "prompt"), "user")
+        raw = prompt + _list_of(_column(row, "completion"), "assistant")
+        messages, first = _messages(raw), len(prompt)
+        if any(mark for mark in map(trained_mark, prompt)):
+            raise BadRow("a message of the prompt is marked as trained; a completion is trained alone")
+    return Dialog(_masked(messages, [trained_mark(message) for message in raw], first), _tools(row))
+
+
+def _start_of_last_turn(messages: Sequence[Message]) -> int:
+    """Where the assistant's last turn begins, tool calls and their results included."""
+    return max((i for i, message in enumerate(messages) if message.role == "user"), default=-1) + 1
+
+
+def _masked(
+    messages: Sequence[Message], marks: Sequence[bool | None], first_trained: int
+) -> tuple[Message, ...]:
+    """What a message says about itself comes first, then whether it stands before `first_trained`."""
+    masked = []
+    for number, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+        if message.role != "assistant" and mark:
+            raise BadRow(
+                f"message {number + 1} from {message.role} is marked as trained; only the assistant's can be"
+            )
+        trained = number >= first_trained if mark is None else mark
+        masked.append(message if trained or message.role != "assistant" else replace(message, trained=False))
+    return tuple(masked)
 
 
 def _from_preference(row: Mapping[str, Any]) -> Preference:
@@ -157,10 +189,6 @@ def _messages(raw: Any) -> tuple[Message, ...]:
     for number, message in enumerate(raw, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise BadRow(f"message {number} must be a mapping with role and content, not {message!r:.80}")
-        if message.get("weight") is not None and message["weight"] != 1:
-            raise BadRow(
-                f"message {number} has weight={message['weight']}: weights of messages are not supported"
-            )
     roles = [_ROLE_NAMES.get(message["role"], message["role"]) for message in raw]
     followed = [role in ("assistant", "ipython") for role in roles[1:]] + [False]
     messages = []
@@ -169,6 +197,23 @@ def _messages(raw: Any) -> tuple[Message, ...]:
         turn_ends = role != "assistant" or not (calls or more)
         messages.append(Message(role, _content(message.get("content")), calls, turn_ends))
     return tuple(messages)
+
+
+def trained_mark(message: Mapping[str, Any]) -> bool | None:
+    """Whether a message says that it is trained; None: it does not say. Raises `BadRow` for contradictions
+    and for weights between."""
+    said: dict[str, bool] = {}
+    for key in _MARKS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadRow(f"{key}={value!r:.80} of a message: it must be true, false, 1 or 0")
+        said[key] = bool(value) != key.startswith("mask")
+    if len(set(said.values())) > 1:
+        shown = ", ".join(f"{key}={message[key]!r}" for key in said)
+        raise BadRow(f"a message says that it is trained and that it is not: {shown}")
+    return next(iter(said.values()), None)
 
 
 def _content(content: Any) -> str:

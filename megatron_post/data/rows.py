@@ -17,7 +17,7 @@ from typing import IO, Any
 import datasets
 from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
-from megatron_post.config.schema import Source
+from megatron_post.config.schema import Source, TrainOn
 from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
 from megatron_post.data.row_formats import check_columns, example_of_row
 
@@ -62,9 +62,12 @@ class BadRows:
         return f"{self.count} bad row(s)" + "".join(f"\n  {example}" for example in self.examples) + more
 
 
-def read_rows(source: Source, *, bad_rows: BadRows) -> Iterator[tuple[int, Dialog | Preference]]:
+def read_rows(
+    source: Source, *, bad_rows: BadRows, train_on: TrainOn = "all_turns"
+) -> Iterator[tuple[int, Dialog | Preference]]:
     """Yield (row number, dialog or preference) of each good row, at most `source.max_rows`.
 
+    train_on: `data.train_on`, which `source.train_on` overrides.
     The row number counts from 1: the line in a local JSON Lines file, running on over the files of a
     directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, or columns
     that make no row.
@@ -75,7 +78,7 @@ def read_rows(source: Source, *, bad_rows: BadRows) -> Iterator[tuple[int, Dialo
         try:
             if isinstance(row, BadRow):
                 raise row
-            example = example_of_row(row, source)
+            example = example_of_row(row, source, train_on=source.train_on or train_on)
         except BadRow as error:
             bad_rows.add(source.name, where, str(error))
             continue

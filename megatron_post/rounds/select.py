@@ -168,11 +168,16 @@ def _sft_row(best: Candidate, of: int, tied: int, settings: Select) -> dict[str,
     wrong."""
     verdict = best.verdict
     if verdict is None or verdict.correct or not settings.only_correct:
-        return {"messages": best.row["messages"], "provenance": best.provenance() | {"of": of, "tied": tied}}
+        return _trains(best, best.text, best.provenance() | {"of": of, "tied": tied})
     if settings.train_edited and verdict.edited:
-        messages = [*best.row["messages"][:-1], *_said(verdict.edited)]
-        return {"messages": messages, "provenance": {"prompt": best.row["prompt"], "by": "verifier"}}
+        return _trains(best, verdict.edited, {"prompt": best.row["prompt"], "by": "verifier"})
     return None
+
+
+def _trains(best: Candidate, text: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    """A row that trains `text` alone. Earlier responses are part of the prompt: nobody selected them."""
+    context = [m | {"weight": 0} if m["role"] == "assistant" else m for m in best.row["messages"][:-1]]
+    return {"messages": [*context, *_said(text)], "provenance": provenance}
 
 
 def preference(best: Candidate | None, found: Sequence[Candidate], settings: Select) -> dict[str, Any] | None:

@@ -188,7 +188,6 @@ def test_columns_that_make_no_row_are_refused(tmp_path, fields, reason):
         ({"messages": [said("user", "1"), said("assistant", " ")]}, "empty response"),
         ({"messages": [said("user", {"a": 1}), said("assistant", "2")]}, "'content' is dict, not text"),
         ({"messages": [said("user", [{"type": "image_url"}])]}, r"parts of type \['image_url'\]"),
-        ({"messages": [said("user", "1"), said("assistant", "2") | {"weight": 0}]}, "weight=0"),
         (
             {"messages": [said("user", "1"), {"role": "assistant", "tool_calls": [{}]}]},
             "a function with a name",

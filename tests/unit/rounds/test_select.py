@@ -57,6 +57,10 @@ def _select(
     return summary, *([json.loads(line) for line in lines] for lines in read)  # type: ignore[return-value]
 
 
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def _text(messages: list[dict[str, str]]) -> str:
     return messages[-1]["content"]
 
@@ -85,6 +89,24 @@ def test_best_and_worst_by_reward(tmp_path: Path) -> None:
     # within 2.5 all of prompt 1 tie: no preference, and the first drawn is as good as any
     _, sft, preferences = _select(tmp_path, _files(tmp_path, responses), tie=2.5)
     assert [_text(row["messages"]) for row in sft] == ["low", "fine"] and not preferences
+
+
+def test_earlier_responses_of_a_prompt_are_not_trained(tmp_path: Path) -> None:
+    chat = [said("user", "1+1?"), said("assistant", "2"), said("user", "2+2?")]
+    row = {"prompt": 1, "sample": 0, "checkpoint": "p", "seed": 0, "tokens": 1, "finish": "stop"}
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("prompts", "responses", "scores")}
+    for name, line in (
+        ("prompts", {"prompt": chat}),
+        ("responses", row | {"messages": [*chat, said("assistant", "4")]}),
+        ("scores", {"row": 1, "scores": [1.0]}),
+    ):
+        Path(files[name]).write_text(json.dumps(line) + "\n")
+    _select(tmp_path, {"responses": files["responses"], "scores": files["scores"]})
+    source = Source(name="s", path=str(tmp_path / "out/sft.jsonl"))
+    ((_, dialog),) = read_rows(source, bad_rows=BadRows())
+    assert isinstance(dialog, Dialog)
+    answers = [(m.content, m.trained) for m in dialog.messages if m.role == "assistant"]
+    assert answers == [("2", False), ("4", True)]
 
 
 def test_what_was_drawn_most_often_wins_a_tie(tmp_path: Path) -> None:
