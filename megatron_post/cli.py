@@ -1,5 +1,6 @@
 """The command line. A command is a few lines that call one function; heavy imports wait until it runs."""
 
+import io
 import os
 import sys
 import warnings
@@ -9,6 +10,8 @@ import typer
 
 from megatron_post.bench.commands import bench_app
 from megatron_post.convert.commands import convert_app
+from megatron_post.display import make_console, printable, say, say_json
+from megatron_post.errors import exit_status
 from megatron_post.launch.commands import ClusterPath, DryRun, launch_app
 from megatron_post.plan.commands import plan_app
 from megatron_post.rounds.commands import rounds_app
@@ -54,8 +57,6 @@ def launch_round(
     dry_run: DryRun = False,
 ) -> None:
     """Queue a round, or another chain of jobs, each to start once those before it have succeeded."""
-    from rich.console import Console
-
     from megatron_post.launch.chain import is_chain, load_chain, parse_chain
     from megatron_post.launch.launch import launch_chain
     from megatron_post.rounds.round import chain_of
@@ -63,7 +64,7 @@ def launch_round(
     if is_chain(file):
         chain = load_chain(file, overrides or ())
     else:
-        values = chain_of(file, overrides or (), console=Console(), needs_inputs=not dry_run)
+        values = chain_of(file, overrides or (), console=make_console(), needs_inputs=not dry_run)
         chain = parse_chain(values, origin=file)
     launch_chain(chain, cluster, origin=file, dry_run=dry_run)
 
@@ -76,12 +77,11 @@ def data_pack(
     append: Annotated[bool, typer.Option(help="Add to an existing store of the same settings.")] = False,
 ) -> None:
     """Read data.sources, render, pack and store them."""
-    from rich.console import Console
-
     from megatron_post.config.load import load_config
     from megatron_post.data.build import build_store
 
-    build_store(load_config(config, overrides or ()), overwrite=overwrite, append=append, console=Console())
+    loaded = load_config(config, overrides or ())
+    build_store(loaded, overwrite=overwrite, append=append, console=make_console())
 
 
 @data_app.command("show")
@@ -92,21 +92,17 @@ def data_show(
     group: Annotated[Literal["train", "eval"], typer.Option(help="Training or held-out packs.")] = "train",
 ) -> None:
     """Print a pack as text, coloured by role, trained tokens underlined."""
-    from rich.console import Console
-
     from megatron_post.data.show import show_pack
 
-    show_pack(store, pack, group=group, tokenizer_path=tokenizer or None, console=Console())
+    show_pack(store, pack, group=group, tokenizer_path=tokenizer or None, console=make_console())
 
 
 @data_app.command("stats")
 def data_stats(store: StorePath) -> None:
     """Print turns, tokens in context and response, and packing efficiency, by source."""
-    from rich.console import Console
-
     from megatron_post.data.stats import print_stats
 
-    print_stats(store, console=Console())
+    print_stats(store, console=make_console())
 
 
 @config_app.command("show")
@@ -114,7 +110,12 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved config."""
     from megatron_post.config.load import load_config, to_yaml
 
-    print(to_yaml(load_config(config, overrides or ())), end="")
+    loaded = load_config(config, overrides or ())
+    text = to_yaml(loaded).removesuffix("\n")
+    if printable(text) == text:
+        say(text)
+    else:  # JSON is YAML as well, and escapes control characters
+        say_json(loaded.model_dump(mode="json"))
 
 
 @config_app.command("schema")
@@ -122,17 +123,15 @@ def config_schema() -> None:
     """Print the JSON schema of a config file, for editors."""
     from megatron_post.config.load import json_schema
 
-    print(json_schema())
+    say(json_schema())
 
 
 @app.command()
 def doctor() -> None:
     """Report versions, devices, Slurm, and which fused parts are active and what each missing one costs."""
-    from rich.console import Console
-
     from megatron_post.doctor import diagnose
 
-    diagnose(Console())
+    diagnose(make_console())
 
 
 @app.command()
@@ -149,21 +148,18 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Do all of it for so many seeds.")] = 1,
 ) -> None:
     """Make a small task, train and align a tiny Llama on the CPU, and show what it has learned."""
-    from rich.console import Console
-
     from megatron_post.demo.run import Sizes, run_demo
     from megatron_post.demo.seeds import run_seeds
 
     sizes = Sizes(train_problems, held_out_problems, round_problems, rounds)
     if seeds == 1:
-        run_demo(config, [f"run_dir={run_dir}", *(overrides or ())], sizes=sizes, console=Console())
+        run_demo(config, [f"run_dir={run_dir}", *(overrides or ())], sizes=sizes, console=make_console())
     else:
-        run_seeds(config, overrides or (), run_dir=run_dir, seeds=seeds, sizes=sizes, console=Console())
+        run_seeds(config, overrides or (), run_dir=run_dir, seeds=seeds, sizes=sizes, console=make_console())
 
 
 def main() -> None:
-    """Run a command. What a user can mend is one clear message and exit status 2; --debug shows the
-    traceback."""
+    """Run the command that the arguments name, and end with its exit status; see `errors`."""
     # what is missing and what it costs is for `doctor` to say, once; not for every rank at every start
     warnings.filterwarnings(
         "ignore", message=".*(Transformer Engine and Apex|Apex is not|full scope is deprecated)"
@@ -171,10 +167,7 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", message=".*(is deprecated. Please use|attribute of a Tensor that is not a leaf)"
     )
-    try:
-        app()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("MEGATRON_POST_DEBUG"):
-            raise
-        print(f"megatron-post: {error}", file=sys.stderr)
-        sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is shown its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(exit_status(lambda: app(standalone_mode=False)))

@@ -18,6 +18,9 @@ from typing import Literal, TypeVar
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from megatron_post.display import printable
 
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "apex", "triton", "flash-attn", "nvidia-dali-cuda120",
@@ -48,11 +51,11 @@ def diagnose(console: Console) -> None:
     table = Table("fused part", "state", "what it means here", box=SIMPLE)
     colours = {"active": "green", "missing": "yellow", "not needed": "dim"}
     for part in fused_parts(has_gpu=has_gpu):
-        table.add_row(part.name, f"[{colours[part.state]}]{part.state}[/]", part.meaning)
+        table.add_row(part.name, Text(part.state, style=colours[part.state]), part.meaning)
     console.print(table)
     problems = list(find_problems())
     for problem in problems:
-        console.print(f"[red]problem:[/] {problem}", highlight=False)
+        console.print(Text.assemble(("problem: ", "red"), printable(problem)), highlight=False)
     if not problems:
         console.print("no problems found", highlight=False)
 

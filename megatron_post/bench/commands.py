@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_post.display import make_console, say
+
 if TYPE_CHECKING:
     from megatron_post.bench.record import Record
 
@@ -52,7 +54,7 @@ def step(
     if proxy_rank is not None:
         from megatron_post.bench.proxy import LOUD, measure_proxy
 
-        print(LOUD)
+        say(LOUD)
         record = measure_proxy(
             loaded,
             origin=config,
@@ -90,11 +92,9 @@ def data(
 @bench_app.command("balance")
 def balance() -> None:
     """How evenly a step's packs are spread over ranks and microbatches: arithmetic, no record."""
-    from rich.console import Console
-
     from megatron_post.bench.balance import balance_table
 
-    Console().print(balance_table())
+    make_console().print(balance_table())
 
 
 @bench_app.command("trl")
@@ -125,7 +125,7 @@ def kernels(output: Output = OUTPUT) -> None:
     if torch.cuda.is_available():
         _show(measure_kernels(), output)
     else:
-        print(without_gpu())
+        say(without_gpu())
 
 
 @bench_app.command("convert")
@@ -200,28 +200,24 @@ def report(
     records = read_records(directory)
     target = Path(html) if html else Path(directory) / "report.html"
     target.write_text(page(records))
-    print("\n".join([*summary(records), f"{len(records)} records on {target}"]))
+    say("\n".join([*summary(records), f"{len(records)} records on {target}"]))
 
 
 def _show(record: "Record", output: str) -> None:
     """Print a record and write it."""
-    from rich.console import Console
-
     from megatron_post.bench.record import write_record
     from megatron_post.bench.tables import print_record
 
-    print_record(record, Console())
-    print(f"written to {write_record(output, record)}")
+    print_record(record, make_console())
+    say(f"written to {write_record(output, record)}")
 
 
 def _write(table: Any, record: "Record", output: str) -> None:
     """Print a table of its own and write the record."""
-    from rich.console import Console
-
     from megatron_post.bench.record import write_record
 
-    Console().print(table)
-    print(f"written to {write_record(output, record)}")
+    make_console().print(table)
+    say(f"written to {write_record(output, record)}")
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
 """Records as one self-contained HTML page: figures of each run beside the first's, and what they look
 like."""
 
-import html
 from collections.abc import Sequence
 
 from megatron_post.bench.compare import compare, differences, groups
 from megatron_post.bench.record import Record
 from megatron_post.bench.tables import median_and_interval, number
+from megatron_post.display import html_text
 from megatron_post.plan.page import COLOURS, STYLE, WIDTH, bar, key, svg
 from megatron_post.rounds.charts import histogram, lines
 
@@ -39,7 +39,7 @@ def page(records: Sequence[Record]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>megatron-post bench</title>'
         f"<style>{STYLE}{_STYLE}</style></head><body>\n<h1>megatron-post bench</h1>\n"
-        f'<p class="faint">{html.escape(counted)} {html.escape(_EXPLANATION)}</p>\n'
+        f'<p class="faint">{html_text(counted)} {html_text(_EXPLANATION)}</p>\n'
         + "".join(_group(runs) for runs in found)
         + "</body></html>\n"
     )
@@ -50,14 +50,14 @@ def _group(runs: list[Record]) -> str:
     names = [f"{number}: {record.date[:16]}" for number, record in enumerate(runs, start=1)]
     drawn = dict(list(zip(names, runs, strict=True))[-_DRAWN:])
     return (
-        f"<h2>{html.escape(first.benchmark)}: {html.escape(first.subject)}</h2>"
+        f"<h2>{html_text(first.benchmark)}: {html_text(first.subject)}</h2>"
         + _pairs(runs[-1].settings)
         + f'<div class="scroll">{_figures(names, runs)}</div>'
         + _differences(names, runs)
         + _samples(drawn)
         + _phases(drawn)
         + _tokens(drawn)
-        + "".join(f"<pre>{html.escape(record.text)}</pre>" for record in runs[-1:] if record.text)
+        + "".join(f"<pre>{html_text(record.text)}</pre>" for record in runs[-1:] if record.text)
         + _list(dict.fromkeys(note for record in runs for note in record.notes))
         + f"<details><summary>environment of the last run</summary>{_pairs(runs[-1].environment)}</details>"
     )
@@ -65,11 +65,11 @@ def _group(runs: list[Record]) -> str:
 
 def _pairs(values: dict[str, str]) -> str:
     text = "; ".join(f"{name}: {value}" for name, value in values.items())
-    return f'<p class="faint">{html.escape(text)}</p>'
+    return f'<p class="faint">{html_text(text)}</p>'
 
 
 def _list(items: dict[str, None]) -> str:
-    lines = "".join(f"<li>{html.escape(item)}</li>" for item in items)
+    lines = "".join(f"<li>{html_text(item)}</li>" for item in items)
     return f'<ul class="notes">{lines}</ul>' if lines else ""
 
 
@@ -78,9 +78,9 @@ def _figures(names: Sequence[str], runs: Sequence[Record]) -> str:
     units = {name: figure.unit for record in runs for name, figure in record.figures.items()}
     for name, unit in units.items():
         cells = "".join(_cell(runs[0], record, name) for record in runs)
-        label = f'{html.escape(name)} <span class="faint">{html.escape(unit)}</span>'
+        label = f'{html_text(name)} <span class="faint">{html_text(unit)}</span>'
         rows.append(f'<tr><td class="number">{label}</td>{cells}</tr>')
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *names))
+    head = "".join(f"<th>{html_text(name)}</th>" for name in ("", *names))
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
@@ -150,9 +150,9 @@ def _stacked(title: str, rows: dict[str, dict[str, float]]) -> str:
     shapes = []
     for place, (row, parts) in enumerate(rows.items()):
         x, y = float(_LABEL), place * _ROW
-        shapes.append(f'<text x="0" y="{y + 15}">{html.escape(row[:22])}</text>')
+        shapes.append(f'<text x="0" y="{y + 15}">{html_text(row[:22])}</text>')
         for name, value in parts.items():
             shapes.append(bar(x, y, value * scale, _ROW - 8, colours[name], f"{name}: {number(value)}"))
             x += value * scale
         shapes.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{number(sum(parts.values()))}</text>')
-    return f"<p>{html.escape(title)}</p>{svg(shapes, len(rows) * _ROW)}{key(colours)}"
+    return f"<p>{html_text(title)}</p>{svg(shapes, len(rows) * _ROW)}{key(colours)}"

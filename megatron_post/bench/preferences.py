@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from megatron_post.bench.beside_trl import OURS, StepFigures, summarise
@@ -36,6 +35,7 @@ from megatron_post.data.build import build_store
 from megatron_post.data.loader import PackLoader
 from megatron_post.data.store import Pack, PackStore
 from megatron_post.data.template import TokenRole
+from megatron_post.display import make_console
 from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.train.reference import attach_reference, compute_reference, reference_key
 from megatron_post.train.run import build_trainer
@@ -69,7 +69,7 @@ def pair_workload(
         "dpo": {"trained_roles": ("body", "terminator"), "nll_weight": 0.0},
     }
     config = validate(values, origin="bench")
-    build_store(config, console=Console(quiet=True))
+    build_store(config, console=make_console(quiet=True))
     train = config.train.model_copy(update={"global_batch": len(open_train_store(config))})
     config = config.model_copy(update={"train": train})
     return replace(workload, config=config, data_name=name, steps_per_round=1)

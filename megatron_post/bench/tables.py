@@ -11,9 +11,9 @@ from megatron_post.bench.record import Figure, Record
 
 def print_record(record: Record, console: Console) -> None:
     """Settings, then each figure's median, tenth and ninetieth percentile, then what to know of them."""
-    console.print(f"bench {record.benchmark}: {record.subject}", style="bold", highlight=False, markup=False)
+    console.print(f"bench {record.benchmark}: {record.subject}", style="bold", highlight=False)
     for name, value in record.settings.items():
-        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
     table = Table("", box=SIMPLE)
     for name in ("median", "p10", "p90", "n", "unit"):
         table.add_column(name, justify="left" if name == "unit" else "right")
@@ -24,9 +24,9 @@ def print_record(record: Record, console: Console) -> None:
         table.add_row(name, *shown, str(len(figure.samples)), figure.unit)
     console.print(table)
     if record.text:
-        console.print(record.text, highlight=False, markup=False, soft_wrap=True)
+        console.print(record.text, highlight=False, soft_wrap=True)
     for note in record.notes:
-        console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"- {note}", highlight=False, soft_wrap=True)
 
 
 def titled(title: str, columns: Sequence[str]) -> Table:

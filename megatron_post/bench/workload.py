@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
@@ -16,6 +15,7 @@ from megatron_post.data.build import build_store
 from megatron_post.data.store import Pack, PackStore, open_store
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import train_small_tokenizer
+from megatron_post.display import make_console
 from megatron_post.models.hf_config import to_hf_config
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -63,7 +63,7 @@ def make_workload(
         },
         origin="bench",
     )
-    build_store(config, console=Console(quiet=True))
+    build_store(config, console=make_console(quiet=True))
     _write_weights(config)
     return Workload(config, data, threads, steps_per_round)
 

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_post.display import make_console, say
+
 convert_app = typer.Typer(no_args_is_help=True, help="Convert weights, streaming, between files alone.")
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes, on each node under srun or in an array.")]
@@ -27,7 +29,7 @@ def hf_to_megatron(
 
     job = ToMegatron(hf_dir, ckpt_dir, dtype)
     job.check()
-    convert(job, workers=workers, report=_say)
+    convert(job, workers=workers, report=say)
 
 
 @convert_app.command("megatron-to-hf")
@@ -43,7 +45,7 @@ def megatron_to_hf(
     from megatron_post.convert.to_hf import ToHuggingFace
     from megatron_post.convert.work import convert
 
-    convert(ToHuggingFace(ckpt_dir, hf_dir, step, parse_size(max_shard_size)), workers=workers, report=_say)
+    convert(ToHuggingFace(ckpt_dir, hf_dir, step, parse_size(max_shard_size)), workers=workers, report=say)
 
 
 @convert_app.command("verify")
@@ -53,7 +55,7 @@ def verify(
     """Compare two directories of any kind: names, shapes, dtypes, values."""
     from megatron_post.convert.verify import verify as compare
 
-    compare(first, second, report=_say)
+    compare(first, second, report=say)
 
 
 @convert_app.command("inspect")
@@ -61,11 +63,9 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR")]) -> None:
     """Print what is in a directory: tensors, shapes, dtypes, bytes, step, config."""
     import sys
 
-    from rich.console import Console
-
     from megatron_post.convert.inspect import inspect as show
 
-    show(directory, console=Console(width=None if sys.stdout.isatty() else 140))
+    show(directory, console=make_console(width=None if sys.stdout.isatty() else 140))
 
 
 @convert_app.command("plan")
@@ -79,16 +79,10 @@ def plan(
     speed: Annotated[float, typer.Option(min=1.0, help="MB/s that the disk copies at.")] = 500.0,
 ) -> None:
     """Say what a conversion would take, without any weights."""
-    from rich.console import Console
-
     from megatron_post.convert.plan import plan as make_plan
     from megatron_post.convert.plan import print_plan
     from megatron_post.convert.shards import parse_size
 
     size = parse_size(max_shard_size)
     result = make_plan(source, dtype=dtype, max_shard_bytes=size, workers=workers, megabytes_per_second=speed)
-    print_plan(source, result, console=Console())
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+    print_plan(source, result, console=make_console())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_post.config.layout import segment_multiple, store_layout
@@ -22,6 +22,7 @@ from megatron_post.data.store import GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.data.units import UnitPile, Units
+from megatron_post.display import make_progress
 
 _ROWS_AT_ONCE = 512  # rendered in one call of the tokenizer, which uses all cores
 
@@ -184,13 +185,7 @@ def _write(
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
+    return make_progress(console, MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def _print(
@@ -229,4 +224,4 @@ def _print(
                 f"{100 * summary.tokens / capacity:.2f}% full"
             )
     if bad_rows.count:
-        console.print(bad_rows.summary(), markup=False, highlight=False)
+        console.print(bad_rows.summary(), highlight=False)

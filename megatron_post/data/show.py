@@ -11,6 +11,7 @@ from rich.text import Text
 from megatron_post.data.store import GroupName, open_store
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.display import printable
 
 _COLOURS = {
     TokenRole.PADDING: "bright_black",
@@ -54,7 +55,8 @@ def show_pack(
     for number, (start, end) in enumerate(bounds):
         source = pack.sources[number]
         name = f"{store.sources[source].name}, row {pack.sample_ids[number]}" if source >= 0 else "padding"
-        console.rule(f"{number}: {name}, tokens {start}-{end - 1}", align="left")
+        title = Text(printable(f"{number}: {name}, tokens {start}-{end - 1}"))
+        console.rule(title, align="left")
         console.print(
             _text(pack.tokens[start:end].tolist(), pack.roles[start:end].tolist(), tokenizer, trained_roles)
         )
@@ -68,7 +70,7 @@ def _text(
     for role, run in groupby(zip(tokens, roles, strict=True), key=lambda pair: TokenRole(pair[1])):
         ids = [token for token, _ in run]
         shown = f"[padding: {len(ids)}]" if role == TokenRole.PADDING else tokenizer.decode(ids)
-        text.append(shown, Style(color=_COLOURS[role], underline=role in trained_roles))
+        text.append(printable(shown), Style(color=_COLOURS[role], underline=role in trained_roles))
     return text
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from megatron_post.config.load import load_config
 from megatron_post.data.build import build_store
 from megatron_post.data.permutation import permutation
+from megatron_post.display import make_console
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.score import score_file
 from megatron_post.train.run import train
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/real_rewards"))
     arguments = parser.parse_args()
-    console = Console()
+    console = make_console()
     datasets = {
         "gsm8k": list(gsm8k_preferences(arguments.data / "gsm8k" / "example_model_solutions.jsonl")),
         "hh_rlhf": list(hh_preferences(arguments.data / "hh_rlhf" / "harmless_base.jsonl.gz")),

@@ -7,11 +7,12 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from megatron_post.demo.evaluate import Response
 from megatron_post.demo.task import Problem, check_answer
+from megatron_post.display import printable
 from megatron_post.rounds.accuracy import Accuracy
 
 _SAMPLES = 4
@@ -27,12 +28,12 @@ class Story:
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         self._number += 1
-        self._console.print(f"\n[bold]{self._number}. {title}[/bold]")
+        self._console.print(f"\n{self._number}. {title}", style="bold")
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self._console.print(f"[dim]({seconds:.1f} s)[/dim]", highlight=False)
+        self._console.print(f"({seconds:.1f} s)", style="dim", highlight=False)
 
 
 def print_chat(messages: Sequence[dict[str, str]], console: Console) -> None:
@@ -41,9 +42,9 @@ def print_chat(messages: Sequence[dict[str, str]], console: Console) -> None:
         _print_line(message["role"], message["content"], console)
 
 
-def _print_line(label: str, text: str, console: Console, verdict: str = "") -> None:
-    """verdict: markup; the text is printed as it is."""
-    console.print(f"[cyan]{label:>12}[/cyan]  {escape(text)}{verdict}", highlight=False, soft_wrap=True)
+def _print_line(label: str, text: str, console: Console, verdict: Text | None = None) -> None:
+    line = Text.assemble((f"{label:>12}", "cyan"), f"  {printable(text)}")
+    console.print(Text.assemble(line, "  ", verdict, "\n") if verdict else line, soft_wrap=True)
 
 
 def print_samples(
@@ -53,10 +54,12 @@ def print_samples(
     right = [check_answer(p, r.text) for p, r in zip(problems, after, strict=True)]
     wrong = [i for i, ok in enumerate(right) if not ok][:1]
     for i in [i for i, ok in enumerate(right) if ok][: _SAMPLES - len(wrong)] + wrong:
-        verdict = "[green]right[/green]" if right[i] else f"[red]wrong, it is {problems[i].answer}[/red]"
+        verdict = Text("(right)", "green")
+        if not right[i]:
+            verdict = Text(f"(wrong, it is {problems[i].answer})", "red")
         print_chat(problems[i].messages, console)
         _print_line("before", _shortened(before[i].text), console)
-        _print_line("after", after[i].text, console, f"  ({verdict})\n")
+        _print_line("after", after[i].text, console, verdict)
 
 
 def _shortened(text: str) -> str:

@@ -7,6 +7,7 @@ from rich.console import Console
 from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
 from megatron_post.data.build import build_store
+from megatron_post.display import make_console
 from megatron_post.rounds.ranks import run_on_ranks
 
 RANKS = 2  # the demo is meant for two cores
@@ -17,7 +18,7 @@ def pack(config: Config, console: Console) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    summaries = build_store(config, console=Console(quiet=True))
+    summaries = build_store(config, console=make_console(quiet=True))
     for group, summary in summaries.items():
         packs = f"{summary.num_packs:,} packs of {config.data.pack_length:,}"
         console.print(f"{group}: {summary.tokens:,} tokens in {packs}")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_post.display import make_console, say
 from megatron_post.plan.commands import with_default
 
 launch_app = typer.Typer(
@@ -39,7 +40,6 @@ def submit(
 @launch_app.command("status")
 def status(run: RunDir) -> None:
     """Show the jobs of a run: state, restarts, newest checkpoint, and why the last one ended."""
-    from rich.console import Console
     from rich.table import Table
 
     from megatron_post.launch.record import status_rows
@@ -48,7 +48,7 @@ def status(run: RunDir) -> None:
     table = Table(*rows[0], box=None)
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table, markup=False, highlight=False)
+    make_console().print(table, highlight=False)
 
 
 @launch_app.command("cancel")
@@ -56,7 +56,7 @@ def cancel(run: RunDir) -> None:
     """Cancel the jobs of a run that have not ended."""
     from megatron_post.launch.record import cancel_run
 
-    print("cancelled:", ", ".join(map(str, cancel_run(run))) or "none, all have ended")
+    say(f"cancelled: {', '.join(map(str, cancel_run(run))) or 'none, all have ended'}")
 
 
 @launch_app.command("logs")
@@ -70,10 +70,14 @@ def logs(
 
     jobs = submitted_jobs(run)
     for job in jobs:
-        print(f"==> {job.job_id} {job.name}: {job.log}")
-        print(tail(job.log, lines) if job.log.is_file() else "(no log yet)", flush=True)
+        say(f"==> {job.job_id} {job.name}: {job.log}")
+        say(tail(job.log, lines) if job.log.is_file() else "(no log yet)")
     if follow:
-        subprocess.run(["tail", "-n", "0", "-F", "--", str(jobs[-1].log)])
+        command = ["tail", "-n", "0", "-F", "--", str(jobs[-1].log)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                say(line.removesuffix("\n"))
 
 
 @launch_app.command("check-nodes", hidden=True)

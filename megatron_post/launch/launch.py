@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.schema import Config
+from megatron_post.display import say
 from megatron_post.launch import slurm
 from megatron_post.launch.chain import Chain, chain_findings, describe, submit_chain
 from megatron_post.launch.cluster import Cluster, load_cluster
@@ -32,12 +33,12 @@ def launch_run(
         _show(job, cluster)
         raise_for(layout_findings(config, cluster, nodes=job.nodes), config_path)
         placement = place(config.parallel, nodes=job.nodes, ranks_per_node=cluster.ranks)
-        print("\n".join(f"# {line}" for line in placement.describe()))
+        say("\n".join(f"# {line}" for line in placement.describe()))
         return
     raise_for([*findings(config, job, cluster), *active_findings([config.run_dir])], config_path)
     job_id = slurm.submit(job, cluster)
     submitted = remember([job.folder], job, job_id)
-    print(f"job {job_id} queued: {job.nodes} nodes x {cluster.ranks} ranks; log {submitted.log}")
+    say(f"job {job_id} queued: {job.nodes} nodes x {cluster.ranks} ranks; log {submitted.log}")
 
 
 def planned_run(
@@ -80,8 +81,8 @@ def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool 
     jobs = chain.jobs(Path.cwd())
     found = chain_findings(chain, cluster, Path.cwd(), disks=not dry_run)
     if dry_run:
-        print("\n".join(f"# {line}" for line in describe(chain, cluster)))
-        print("# The first one's script; the others have other settings.")
+        say("\n".join(f"# {line}" for line in describe(chain, cluster)))
+        say("# The first one's script; the others have other settings.")
         _show(next(iter(jobs.values())), cluster)
         raise_for(found, origin)
         return
@@ -90,9 +91,9 @@ def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool 
     raise_for(found, origin)
     for submitted in submit_chain(chain, cluster, Path.cwd()):
         after = f", after {', '.join(map(str, submitted.after))}" if submitted.after else ""
-        print(f"job {submitted.job_id} queued: {submitted.name}{after}; log {submitted.log}")
+        say(f"job {submitted.job_id} queued: {submitted.name}{after}; log {submitted.log}")
 
 
 def _show(job: Job, cluster: Cluster) -> None:
-    print(f"# {slurm.submission(job, cluster)} <<'SCRIPT'")
-    print(render(job, cluster))
+    say(f"# {slurm.submission(job, cluster)} <<'SCRIPT'")
+    say(render(job, cluster))

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_post.config.schema import Parallel
+from megatron_post.display import say
 from megatron_post.launch.node_findings import (
     GPU_FIELDS,
     Arrival,
@@ -194,5 +195,5 @@ def _read(store: dist.Store, key: str) -> dict[str, Any]:
 
 def _print(found: list[Finding]) -> None:
     for finding in found:
-        print(f"node check: {'FAULT' if finding.is_fatal else 'warning'}: {finding.text}", flush=True)
-    print(f"node check: {len(found)} finding(s)", flush=True)
+        say(f"node check: {'FAULT' if finding.is_fatal else 'warning'}: {finding.text}")
+    say(f"node check: {len(found)} finding(s)")

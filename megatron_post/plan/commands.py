@@ -1,11 +1,12 @@
 """`megatron-post plan`: its options, and what it prints."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from megatron_post.display import make_console, say_json
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -48,8 +49,6 @@ def show(
 ) -> None:
     """Memory by rank and kind, and time; exit status 1 where it does not fit. The word `show` may be left
     out."""
-    from rich.console import Console
-
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.estimate import make_plan
@@ -62,9 +61,9 @@ def show(
     if html is not None:
         Path(html).write_text(page(plan))
     if as_json:
-        print(json.dumps(report.plan_json(plan), indent=2))
+        say_json(report.plan_json(plan))
     else:
-        report.print_plan(plan, Console())
+        report.print_plan(plan, make_console())
     raise typer.Exit(0 if plan.shortfall <= 0 else 1)
 
 
@@ -83,8 +82,6 @@ def search(
     output: Annotated[str | None, typer.Option(help="Write a config with the winner here.")] = None,
 ) -> None:
     """Rank all layouts that fit, fastest first, and print the winner as YAML."""
-    from rich.console import Console
-
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.hardware import gpu as gpu_of
@@ -100,9 +97,9 @@ def search(
     if output is not None:
         Path(output).write_text(report.winner_config(found, config, overrides or ()))
     if as_json:
-        print(json.dumps(report.search_json(found), indent=2))
+        say_json(report.search_json(found))
     else:
-        report.print_search(found, Console())
+        report.print_search(found, make_console())
 
 
 @plan_app.command("dry-run")
@@ -116,8 +113,6 @@ def dry_run(
 ) -> None:
     """Build every distinct stage of real modules without memory, check all groups, trace one pack's
     collectives."""
-    from rich.console import Console
-
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.dry_run import dry_run as build
@@ -127,6 +122,6 @@ def dry_run(
     ranks = None if rank == "all" else [int(rank)]
     found = build(load_config(config, overrides or ()), world_size=gpus, per_node=gpus_per_node, ranks=ranks)
     if as_json:
-        print(json.dumps(report.dry_run_json(found), indent=2))
+        say_json(report.dry_run_json(found))
     else:
-        report.print_dry_run(found, Console())
+        report.print_dry_run(found, make_console())

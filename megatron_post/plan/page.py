@@ -1,8 +1,7 @@
 """A plan as one self-contained HTML page: memory bars and the pipeline's timeline, drawn in SVG without
 scripts."""
 
-import html
-
+from megatron_post.display import html_text
 from megatron_post.plan.estimate import Plan, layout_line, verdict
 from megatron_post.plan.hardware import GIB
 from megatron_post.plan.report import time_rows
@@ -43,15 +42,15 @@ def page(plan: Plan) -> str:
         "parameters": f"{model_parameters(plan.config):,}",
     }
     entries = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    notes = "".join(f'<p class="faint">{html.escape(note)}</p>' for note in plan.notes)
+    notes = "".join(f'<p class="faint">{html_text(note)}</p>' for note in plan.notes)
     fits = "" if plan.shortfall <= 0 else " no"
     pack = f"{plan.microbatches} microbatches of {plan.config.data.pack_length:,} tokens a data-parallel rank"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p class="faint">{html.escape(layout_line(plan.config, plan.data_size))}; {pack}</p>
-<div class="verdict{fits}">{html.escape(verdict(plan))}</div>
+<title>{html_text(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html_text(title)}</h1>
+<p class="faint">{html_text(layout_line(plan.config, plan.data_size))}; {pack}</p>
+<div class="verdict{fits}">{html_text(verdict(plan))}</div>
 <dl>{entries}</dl>{notes}
 <h2>Memory of each pipeline rank</h2>
 {_memory(plan)}
@@ -134,10 +133,10 @@ def svg(shapes: list[str], height: float) -> str:
 def bar(x: float, y: float, width: float, height: float, colour: str, title: str) -> str:
     """A filled box that tells its title when pointed at."""
     box = f'x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" fill="{colour}"'
-    return f"<rect {box}><title>{html.escape(title)}</title></rect>"
+    return f"<rect {box}><title>{html_text(title)}</title></rect>"
 
 
 def key(colours: dict[str, str]) -> str:
     """Names beside their colours."""
-    entries = (f'<li><i style="background:{c}"></i>{html.escape(name)}</li>' for name, c in colours.items())
+    entries = (f'<li><i style="background:{c}"></i>{html_text(name)}</li>' for name, c in colours.items())
     return f'<ul class="key">{"".join(entries)}</ul>'

@@ -91,7 +91,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     for text in (*plan.notes, verdict(plan)):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _segments(plan: Plan) -> str:
@@ -134,7 +134,7 @@ def print_search(found: Found, console: Console) -> None:
         )
     console.print(table)
     console.print("# the fastest, to be put over the config")
-    console.print(_yaml(override(found.plans[0])), highlight=False, markup=False, end="")
+    console.print(_yaml(override(found.plans[0])), highlight=False, end="")
 
 
 def search_json(found: Found) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Small charts as SVG text, for a page that needs nothing else."""
 
 from collections.abc import Sequence
-from html import escape
 from itertools import pairwise
+
+from megatron_post.display import html_text
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 200, 48, 30
 _COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea")
@@ -95,11 +96,11 @@ class _Frame:
             f'<text x="{_LEFT - 5}" y="{self.y(v) + 4:.0f}" text-anchor="end">{v:.4g}</text>' for v in self._y
         )
         legend = " ".join(
-            f'<span style="color:{colour}">&#9632; {escape(name)}</span>'
+            f'<span style="color:{colour}">&#9632; {html_text(name)}</span>'
             for colour, name in zip(_COLOURS, names, strict=False)
         )
         svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{axes}{labels}{"".join(drawn)}</svg>'
-        return f"<figure><figcaption>{escape(title)}<br/>{legend}</figcaption>{svg}</figure>"
+        return f"<figure><figcaption>{html_text(title)}<br/>{legend}</figcaption>{svg}</figure>"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

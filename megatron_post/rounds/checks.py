@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Source
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.display import make_console
 from megatron_post.rounds.backends import Request, VllmBackend, prompt_ids
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.prompts import Prompt, read_prompts
@@ -50,7 +49,7 @@ def check_files(settings: RoundSettings) -> None:
     """Raises `ValueError` for files of prompts, rows, rules and stages that a later step could not use, for
     stages that cannot run on their ranks, and for models that cannot be averaged so."""
     data, verifier = settings.data, settings.select.verifier
-    first = Round(settings, 1, Console(quiet=True))
+    first = Round(settings, 1, make_console(quiet=True))
     _, _, pack_length = first.stage("reward")
     for key in ("prompts", "validation", "held_out"):
         path = getattr(data, key)

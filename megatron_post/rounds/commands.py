@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from megatron_post.display import make_console, say
+
 rounds_app = typer.Typer()
 
 
@@ -33,7 +35,7 @@ def score(
 
     scored = score_file(model, file, output, overrides or ())
     if rank_from_environment()[0] == 0:
-        _say(f"{scored} rows scored into {output}")
+        say(f"{scored} rows scored into {output}")
 
 
 @rounds_app.command("merge")
@@ -50,7 +52,7 @@ def merge(
     from megatron_post.rounds.merge import load_merge
     from megatron_post.rounds.merge import merge as write
 
-    write(load_merge(config, method), output, workers=workers, report=_say)
+    write(load_merge(config, method), output, workers=workers, report=say)
 
 
 @rounds_app.command("generate")
@@ -60,15 +62,13 @@ def generate(
 ) -> None:
     """Draw K responses a prompt. The same command again goes on with an interrupted one; under torchrun or
     srun each rank draws a share."""
-    from rich.console import Console
-
     from megatron_post.rounds.files import load_section
     from megatron_post.rounds.generate import Generate, take_gpus
     from megatron_post.rounds.generate import generate as write
 
     settings = load_section(Generate, config)
     take_gpus(settings.backend)
-    write(settings, output, console=Console())
+    write(settings, output, console=make_console())
 
 
 @rounds_app.command("select")
@@ -82,12 +82,12 @@ def select(
     from megatron_post.rounds.select import select as choose
 
     found = choose(load_section(Select, config), output)
-    print(
+    say(
         f"{output}: {found['responses']} responses to {found['prompts']} prompts, {found['sft_rows']} rows "
         f"to train on, {found['preferences']} preferences ({found['edited']} edited), {found['ties']} ties"
     )
     for rule in found["cleaning"]:
-        print(f"  {rule['name']}: found in {rule['found']} of {rule['total']}, {rule['dropped']} dropped")
+        say(f"  {rule['name']}: found in {rule['found']} of {rule['total']}, {rule['dropped']} dropped")
 
 
 @rounds_app.command("round")
@@ -100,17 +100,11 @@ def run_round(
     chain: Annotated[str | None, typer.Option(help="Write a chain file for `launch round` instead.")] = None,
 ) -> None:
     """Run rounds of reward model, sampling, SFT, DPO and averaging. The same command again resumes."""
-    from rich.console import Console
-
     from megatron_post.rounds.round import run_rounds, write_chain
 
-    console = Console()
+    console = make_console()
     if chain is not None:
         count = write_chain(config, overrides or (), chain, console=console)
-        print(f"{chain}: {count} steps; queue them with `megatron-post launch round {chain} --cluster FILE`")
+        say(f"{chain}: {count} steps; queue them with `megatron-post launch round {chain} --cluster FILE`")
         return
     run_rounds(config, overrides or (), console=console, only=only, again_from=again_from, held=held)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

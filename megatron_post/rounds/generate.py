@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from pydantic import Field, PositiveInt
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from megatron_post.config.schema import Section
 from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.backends import (
     Backend,
@@ -276,13 +277,11 @@ class _Progress:
     def __init__(self, console: Console, done: int, total: int) -> None:
         self._console, self._done, self._total = console, done, total
         self._said = time.monotonic()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        self._bar = make_progress(
+            console if console.is_terminal else make_console(quiet=True),
             MofNCompleteColumn(),
             TextColumn("prompts, {task.fields[rate]}"),
             TimeRemainingColumn(),
-            console=console if console.is_terminal else Console(quiet=True),
         )
         self._task = self._bar.add_task("generating", completed=done, total=total, rate="")
 

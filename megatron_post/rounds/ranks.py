@@ -43,7 +43,7 @@ def run_on_ranks(
         for line in process.stdout:
             file.write(line)
             if line.startswith(shown):
-                console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+                console.print(line.rstrip(), highlight=False, soft_wrap=True)
     if process.returncode:
         lines = log.read_text().splitlines(keepends=True)
         # of several ranks the launcher's own account of the others comes last

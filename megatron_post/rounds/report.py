@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_post.display import html_text
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.charts import histogram, intervals, lines
 from megatron_post.rounds.files import read_lines, write_whole
@@ -29,8 +29,9 @@ def write_report(r: Round) -> Path:
     results = [json.loads((each.directory / "evaluation.json").read_text()) for each in rounds]
     title = f"{r.settings.run_dir}, round {r.number} of {r.settings.rounds}"
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>Answers by <code>{escape(r.policy)}</code>; the best now is <code>{escape(r.best)}</code></p>",
+        f"<h1>{html_text(title)}</h1>",
+        f"<p>Answers by <code>{html_text(r.policy)}</code>; "
+        f"the best now is <code>{html_text(r.best)}</code></p>",
         "<h2>Held-out prompts</h2>",
         _accuracies(results),
         "<h2>Selection</h2>",
@@ -46,7 +47,7 @@ def write_report(r: Round) -> Path:
         "<h2>Samples</h2>",
         _samples(r.directory / "selection" / PREFERENCES),
     ]
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html_text(title)}</title>'
     target = r.directory / "report.html"
     write_whole(target, f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n")
     return target
@@ -119,8 +120,8 @@ def _samples(preferences: Path) -> str:
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as HTML. Every text is escaped: models wrote some of it."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    top = "".join(f"<th>{html_text(cell)}</th>" for cell in head)
     body = "".join(
-        "<tr>" + "".join(f'<td class="text">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f'<td class="text">{html_text(cell)}</td>' for cell in row) + "</tr>" for row in rows
     )
     return f"<table><tr>{top}</tr>{body}</table>"

@@ -245,7 +245,7 @@ def _by_itself(step: Step, path: str | Path, overrides: Sequence[str]) -> tuple[
 def _do(step: Step, words: Sequence[str], state: State, console: Console, lock: int) -> None:
     """words: of a command on ranks; none: this process does the step. lock: its ranks hold it too, so that no
     other process begins beside ranks that outlive this one."""
-    console.print(f"[bold]{step.name}[/bold]", highlight=False)
+    console.print(step.name, style="bold", highlight=False)
     started = time.perf_counter()
     if words:
         log = Path(step.outputs[0].parent, f"{Path(step.name).name}.log")

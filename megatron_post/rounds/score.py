@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from megatron_post.config.layout import segment_multiple
 from megatron_post.config.load import ConfigError
@@ -26,6 +24,7 @@ from megatron_post.data.store import Pack
 from megatron_post.data.template import Rendered, render
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.data.units import round_up
+from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.topology import Topology
 from megatron_post.rounds.files import full_disk_explained, write_json
 from megatron_post.rounds.trained_model import config_of_model, running_model
@@ -83,7 +82,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         done = _from_reporter(done, topology)
         remaining = islice(_rows(source, BadRows(config.data.max_bad_rows)), done, None)
         scored, rows_at_once = 0, _ROWS_AT_ONCE * config.parallel.pipeline * topology.data_size
-        with Progress(console=Console(quiet=not topology.is_reporter)) as progress:
+        with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
             task = progress.add_task(f"scoring {source.name}", total=None)
             while batch := list(islice(remaining, rows_at_once)):
                 scores = _score(batch, stepper, stage, topology, config, tokenizer)

@@ -15,6 +15,7 @@ from megatron_post.config.load import parse, read_tree, to_yaml, validate
 from megatron_post.config.schema import DPO, Config, Parallel, Precision
 from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
+from megatron_post.display import make_console
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.files import write_json, write_pieces, write_whole
@@ -302,7 +303,7 @@ class Round:
         config = self.config(stage, model, sources, times=times)
         for left_by_a_kill in (self.directory / stage).glob(".store.*.partial"):
             shutil.rmtree(left_by_a_kill)
-        summaries = build_store(config, console=Console(quiet=True), overwrite=True)
+        summaries = build_store(config, console=make_console(quiet=True), overwrite=True)
         write_whole(self.directory / stage / "config.yaml", to_yaml(config))
         packed = summaries["train"]
         steps, batch = config.train.steps, config.train.global_batch

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
+from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
@@ -159,7 +160,7 @@ class Checkpoints:
             check_weights(directory, stored["state"], self._config)
             load_checkpoint(directory, chunks, optimizer, weights_only=True)
             if self._topology.rank == 0:
-                print(f"starting from the weights in {directory}", flush=True)
+                say(f"starting from the weights in {directory}")
             return Position()
         self._check_stream(directory, stored["state"])
         load_checkpoint(directory, chunks, optimizer, weights_only=False)
@@ -190,7 +191,7 @@ class Checkpoints:
             if not found:
                 return directory
             if self._topology.rank == 0:
-                print(f"checkpoint of step {step} is damaged and passed over: {found[0]}", flush=True)
+                say(f"checkpoint of step {step} is damaged and passed over: {found[0]}")
         return None
 
     def _problem(self, directory: Path) -> str | None:

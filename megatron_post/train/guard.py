@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
+from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.health import Spikes
 from megatron_post.train.pulse import Pulse, Stragglers
@@ -59,7 +60,7 @@ class Guard:
         self.leaving = any(word.leaving for word in words)
         slow = self._stragglers.add([word.seconds for word in words])
         if slow and self._topology.is_reporter:
-            print(f"step {self.step}: {slow}", flush=True)
+            say(f"step {self.step}: {slow}")
         return words
 
     def look_for_spikes(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_post.display import say
+
 
 class MetricsWriter:
     """Writes to `run_dir` on the one rank that reports; elsewhere every call does nothing."""
@@ -29,7 +31,7 @@ class MetricsWriter:
 
     def console(self, text: str) -> None:
         if self._active:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._active:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from megatron_post.config.schema import Config, Precision
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore
+from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.step import Stepper
@@ -85,7 +84,7 @@ def compute_reference(
         writer.create(key)
     torch.distributed.barrier()
     rounds = range(0, len(store), group_size * topology.data_size)
-    with Progress(console=Console(quiet=not topology.is_reporter)) as progress:
+    with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
         for start in progress.track(rounds, description=f"{store.group}: reference log-probabilities"):
             numbers = [start + i * topology.data_size + topology.data_rank for i in range(group_size)]
             packs = [store.read(n) if n < len(store) else store.empty() for n in numbers]

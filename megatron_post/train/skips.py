@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.health import NotFinite
 
@@ -57,7 +58,7 @@ class Skips:
                 file.write(json.dumps(asdict(self._skips[-1])) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            print(f"{found}\npassed over from now on ({self._policy})", flush=True)
+            say(f"{found}\npassed over from now on ({self._policy})")
         if self._policy == "rollback":
             raise RollBack
 

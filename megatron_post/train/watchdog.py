@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import torch
 
+from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.pulse import Period, Pulse
 from megatron_post.train.signals import REQUEUE
@@ -103,7 +104,7 @@ class Watchdog:
             if self._rank == min(answering) and not (self.directory / "report.txt").exists():
                 text = f"hang: step not done within {self._deadline:g} s\n" + "\n".join(verdict(notes))
                 text += f"\nstacks of all ranks that answer: {self.directory}/rank-*.txt"
-                print(text, file=sys.stderr, flush=True)
+                say(text, file=sys.stderr)
                 with contextlib.suppress(OSError):
                     (self.directory / "report.txt").write_text(text + "\n")
             host = self._places[self._rank][0]

@@ -1,0 +1,81 @@
+"""Text that others wrote, made safe to show: on a terminal, and in an HTML page.
+
+Names of files and sources, rows of a dataset, answers of a model and messages of other libraries may hold
+anything. A terminal obeys escape sequences, which can hide text, change the clipboard or give a link another
+target. `rich` obeys markup such as `[red]`. So every command prints through `make_console` or `say`, which
+obey neither. tests/unit/test_display.py finds a module that prints in another way.
+"""
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
+
+# Cc: C0 and C1 controls. Cf: invisible marks, those that reverse the direction of text among them. Cs: a byte
+# of a file name that is not UTF-8. Zl, Zp: line and paragraph separators.
+_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_SAFE = "\n\t\u200c\u200d"  # the last two join letters, in Persian and in emojis
+# what `printable` need not look at: printable ASCII, and most letters of other alphabets
+_ORDINARY = re.compile(r"[\n\t\x20-\x7e\xa1-\xac\xae-\u05ff]*")
+
+
+def printable(text: object) -> str:
+    r"""`str(text)` with every control character, invisible mark and undecodable byte written out, as `\x1b`.
+
+    Line feeds and tabs stay. The result can be encoded as UTF-8.
+    """
+    text = str(text)
+    if _ORDINARY.fullmatch(text):
+        return text
+    return "".join(_visible(character) for character in text)
+
+
+def html_text(text: object) -> str:
+    """`printable(text)` for an HTML page, in which it is text and nothing else."""
+    return html.escape(printable(text))
+
+
+def say(text: object, *, file: TextIO | None = None) -> None:
+    """Print a line, or several. file: by default standard output."""
+    print(printable(text), file=file, flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Print a value as JSON in ASCII, so that other programs read what was meant."""
+    print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"), flush=True)
+
+
+def make_console(*, width: int | None = None, quiet: bool = False) -> Console:
+    """What commands print tables and coloured text on. A string is text: give colours as `style`."""
+    return _Console(width=width, quiet=quiet, markup=False, emoji=False)
+
+
+def make_progress(on: Console, *columns: ProgressColumn) -> Progress:
+    """A progress bar whose descriptions are text. columns: behind the description; by default the time."""
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(),
+                    *(columns or (TimeElapsedColumn(),)), console=on)  # fmt: skip
+
+
+class _Console(Console):
+    """Writes out control characters, first in strings, so that columns stay aligned, then in all else."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            # rich's own control codes, which move the cursor under a progress bar, are marked as such
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def _visible(character: str) -> str:
+    if character in _SAFE or unicodedata.category(character) not in _UNSAFE:
+        return character
+    return character.encode("unicode_escape", errors="backslashreplace").decode("ascii")

@@ -1,0 +1,102 @@
+"""Where errors end. What a user can mend becomes one message and exit status 2, all else keeps its traceback.
+
+Readers say which file is wrong, see `storage.reading`. What is here is the last net, which knows nothing but
+the kind of an error.
+"""
+
+import csv
+import errno
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from megatron_post.display import printable, say
+
+FOR_A_USER, FAULT, INTERRUPTED = 2, 1, 130
+
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EROFS: "choose a path on a disk that can be written",
+    errno.EEXIST: "remove it, or choose another path",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a directory, and no file before the last part of a path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "its symbolic links lead to each other: mend them",
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENOMEM: "free some memory",
+    errno.ENOEXEC: "it is no program of this machine",
+    errno.EADDRINUSE: "choose another port, or wait until it is free",
+}
+
+
+def exit_status(command: Callable[[], Any]) -> int:
+    """Run a command, say on standard error what went wrong, and return the exit status.
+
+    With `--debug` (MEGATRON_POST_DEBUG) every error keeps its traceback.
+    """
+    try:
+        status = command()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort, Exception) as error:
+        if isinstance(error, typer.Abort) and error.__cause__ is not None:
+            error = error.__cause__  # typer's name for an end of input and for an interrupt
+        return _told(error)
+
+
+def message_of(error: BaseException) -> str | None:
+    """What a user is told about an error of theirs; None for a fault of this program."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    if isinstance(error, ValueError | FloatingPointError | csv.Error):
+        return text
+    if isinstance(error, EOFError | zlib.error):
+        return f"a compressed file is damaged or cut off: {text}; fetch it again"
+    if isinstance(error, RecursionError):
+        return "a value in a file or an argument is nested too deeply for Python; flatten it"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"this machine has not enough memory: {text}; ask for less, or use a larger machine"
+    return None
+
+
+def _told(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        say("megatron-post: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, typer.Abort):
+        return FAULT
+    if hasattr(error, "format_message"):  # a wrong command or option; the class is typer's or click's own
+        if text := error.format_message():
+            context = getattr(error, "ctx", None)
+            usage = f"; see `{context.command_path} --help`" if context is not None else ""
+            say(f"megatron-post: {text.rstrip('.')}{usage}", file=sys.stderr)
+        return int(error.exit_code) if hasattr(error, "exit_code") else FOR_A_USER
+    text = message_of(error)
+    if text is not None and not os.environ.get("MEGATRON_POST_DEBUG"):
+        say(f"megatron-post: {text}", file=sys.stderr)
+        return FOR_A_USER
+    say("".join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
+    if text is None:
+        say(
+            "megatron-post: this error was not expected. If this machine did not cause it, please report it "
+            "with the command, the lines above and what `megatron-post doctor` prints",
+            file=sys.stderr,
+        )
+    return FAULT if text is None else FOR_A_USER
+
+
+def _of_the_system(error: OSError) -> str:
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    reason = error.strerror or str(error) or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0, "--debug shows where it happened")
+    return f"{' and '.join(map(printable, names))}{': ' if names else ''}{reason}; {remedy}"
