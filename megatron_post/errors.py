@@ -47,10 +47,10 @@ def exit_status(command: Callable[[], Any]) -> int:
     try:
         status = command()
         return status if isinstance(status, int) else 0
-    except (KeyboardInterrupt, typer.Abort, Exception) as error:
-        if isinstance(error, typer.Abort) and error.__cause__ is not None:
-            error = error.__cause__  # typer's name for an end of input and for an interrupt
-        return _told(error)
+    except (KeyboardInterrupt, Exception) as error:
+        # typer turns an end of input, which a damaged file has too, into an Abort of that cause
+        cause = error.__cause__ if isinstance(error, typer.Abort) else None
+        return _told(cause or error)
 
 
 def message_of(error: BaseException) -> str | None:
