@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_post.display import printable
+from megatron_post.installation import install_command
 
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "apex", "triton", "flash-attn", "nvidia-dali-cuda120",
@@ -36,11 +37,12 @@ ApexKind = Literal["absent", "nvidia", "nvidia without CUDA extensions", "unrela
 
 @dataclass(frozen=True)
 class Part:
-    """A fused part: its state, and what that means for a run on this machine."""
+    """A fused part: its state, what that means for a run on this machine, and the command that adds it."""
 
     name: str
     state: Literal["active", "missing", "not needed"]
     meaning: str
+    remedy: str = ""
 
 
 def diagnose(console: Console) -> None:
@@ -50,12 +52,18 @@ def diagnose(console: Console) -> None:
     _print(console, "machine", machine())
     table = Table("fused part", "state", "what it means here", box=SIMPLE)
     colours = {"active": "green", "missing": "yellow", "not needed": "dim"}
-    for part in fused_parts(has_gpu=has_gpu):
+    parts = fused_parts(has_gpu=has_gpu)
+    for part in parts:
         table.add_row(part.name, Text(part.state, style=colours[part.state]), part.meaning)
     console.print(table)
+    # commands stand on lines of their own that are not wrapped, so that they can be copied
+    for part in parts:
+        if part.remedy:
+            console.print(f"to add {part.name}: {part.remedy}", highlight=False, soft_wrap=True)
     problems = list(find_problems())
     for problem in problems:
-        console.print(Text.assemble(("problem: ", "red"), printable(problem)), highlight=False)
+        text = Text.assemble(("problem: ", "red"), printable(problem))
+        console.print(text, highlight=False, soft_wrap=True)
     if not problems:
         console.print("no problems found", highlight=False)
 
@@ -122,11 +130,11 @@ def find_problems() -> Iterable[str]:
         yield (
             f"transformer-engine {installed_version('transformer-engine')} is not one of those that "
             "megatron-core 0.16 is made for: older ones lack FP8 recipes, newer ones refuse to read FP8's "
-            "scales from a checkpoint; pip install -e '.[cuda]'"
+            f"scales from a checkpoint; {install_command('cuda')}"
         )
     for name in ("torch", "megatron.core"):
         if not _found(name):
-            yield f"{name} cannot be found: nothing can be trained; pip install -e ."
+            yield f"{name} cannot be found: nothing can be trained; {install_command()}"
 
 
 def _engine_fits() -> bool:
@@ -138,7 +146,7 @@ def _engine(found: bool, has_gpu: bool) -> Part:
     cost = (
         "the portable layers run instead: unfused norms, activations and rotary embedding, FlexAttention "
         "(compiled when a run starts), keys and values gathered over context-parallel ranks; precision.fp8 "
-        "and recompute.modules with layernorm are refused. pip install -e '.[cuda]'"
+        "and recompute.modules with layernorm are refused"
     )
     return _part(
         "Transformer Engine",
@@ -146,6 +154,7 @@ def _engine(found: bool, has_gpu: bool) -> Part:
         has_gpu=has_gpu,
         active="fused norms, linears, rotary embedding and packed attention; precision.fp8 can be set",
         cost=cost,
+        remedy=install_command("cuda"),
     )
 
 
@@ -165,15 +174,22 @@ def _fused_adam(engine: bool, has_gpu: bool) -> Part:
 def _triton(has_gpu: bool) -> Part:
     cost = (
         "torch.compile cannot build GPU kernels: FlexAttention, and with it the portable layers, cannot run "
-        "on a GPU. pip install triton"
+        "on a GPU"
     )
     active = "torch.compile and FlexAttention can build their kernels"
-    return _part("Triton", found=_found("triton"), has_gpu=has_gpu, active=active, cost=cost)
+    return _part(
+        "Triton",
+        found=_found("triton"),
+        has_gpu=has_gpu,
+        active=active,
+        cost=cost,
+        remedy="pip install triton",
+    )
 
 
-def _part(name: str, *, found: bool, has_gpu: bool, active: str, cost: str) -> Part:
+def _part(name: str, *, found: bool, has_gpu: bool, active: str, cost: str, remedy: str = "") -> Part:
     if has_gpu:
-        return Part(name, "active", active) if found else Part(name, "missing", cost)
+        return Part(name, "active", active) if found else Part(name, "missing", cost, remedy)
     meaning = "installed, but it runs on GPUs alone" if found else f"no GPU here. On one without it, {cost}"
     return Part(name, "not needed", meaning)
 

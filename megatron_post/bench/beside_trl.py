@@ -16,6 +16,7 @@ from megatron_post.bench.peer import trl_packed, trl_padded
 from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.tables import titled
 from megatron_post.bench.workload import Workload, make_workload
+from megatron_post.installation import install_command
 
 OURS = "Megatron-Post"
 
@@ -43,7 +44,7 @@ def contenders() -> dict[str, Contender]:
     """Who runs. Raises `ValueError` where TRL is not installed."""
     if importlib.util.find_spec("trl") is None:
         raise ValueError(
-            "trl is not installed, and there is nothing to measure beside: pip install -e '.[bench]'"
+            f"trl is not installed, and there is nothing to measure beside: {install_command('bench')}"
         )
     return {OURS: train_ours, "TRL, packing": trl_packed(), "TRL, padding": trl_padded()}
 

@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+from megatron_post.installation import install_command
+
 if TYPE_CHECKING:
     from megatron_post.config.schema import Config
 
@@ -121,7 +123,7 @@ def world_errors(
                 f"multiple of parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
             )
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
-        missing = "a GPU" if not has_gpu else "Transformer Engine (pip install megatron-post[cuda])"
+        missing = "a GPU" if not has_gpu else f"Transformer Engine (install it: {install_command('cuda')})"
         errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:

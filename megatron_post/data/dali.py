@@ -11,6 +11,7 @@ import torch
 
 from megatron_post.data.loader import PackLoader
 from megatron_post.data.store import Pack
+from megatron_post.installation import install_command
 
 # What the model needs on the device, and DALI's names of their types; the rest of a pack does not pass DALI.
 _MOVED = {"tokens": "INT32", "roles": "UINT8", "cu_seqlens": "INT32"}
@@ -65,8 +66,8 @@ def _import_dali() -> ModuleType:
         import nvidia.dali
     except ImportError as error:
         raise ValueError(
-            f"data.backend=dali needs NVIDIA DALI (pip install megatron-post[dali]): {error}; "
-            "or set data.backend=torch"
+            f"data.backend=dali needs NVIDIA DALI: {error}; install it ({install_command('dali')}), or set "
+            "data.backend=torch"
         ) from error
     return nvidia.dali
 

@@ -21,6 +21,7 @@ from megatron_post.config.schema import Section
 from megatron_post.data.dialog import Message
 from megatron_post.data.template import render_prompt
 from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, Tokenizer, load_tokenizer
+from megatron_post.installation import install_command
 from megatron_post.parallel.environment import rank_from_environment
 
 _SECONDS_TO_END = 120.0  # of a vLLM engine's processes
@@ -243,8 +244,8 @@ class _Vllm:
             from vllm import LLM, SamplingParams
         except ImportError as error:
             raise ValueError(
-                f'backend vllm: {error}; pip install "megatron-post[generate]" on a machine with a GPU, or '
-                "choose the backend transformers or server"
+                f"backend vllm: {error}; on a machine with a GPU, {install_command('generate')}, or choose "
+                "the backend transformers or server"
             ) from None
         self._parameters: Any = SamplingParams
         self._tokenizer = load_tokenizer(model)

@@ -11,6 +11,7 @@ from megatron_post.config.schema import Source
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
+from megatron_post.installation import install_command
 from megatron_post.rounds.backends import Request, VllmBackend, prompt_ids
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.prompts import Prompt, read_prompts
@@ -40,8 +41,8 @@ def check_backend(settings: RoundSettings) -> None:
     """Raises `ValueError` where what draws the samples is not installed. To be asked where they are drawn."""
     if isinstance(settings.generate.backend, VllmBackend) and importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            'generate.backend: vllm is not installed; pip install "megatron-post[generate]" on a machine '
-            "with a GPU, or choose the backend transformers"
+            "generate.backend: vllm is not installed; on a machine with a GPU, "
+            f"{install_command('generate')}, or choose the backend transformers"
         )
 
 

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from megatron_post import doctor
+from megatron_post.display import make_console
+from megatron_post.installation import install_command
 
 
 def _install(
@@ -144,3 +146,15 @@ def test_this_machine() -> None:
     report = _report()
     for part in ("python", "megatron-core", "CPU cores", "NCCL", "Transformer Engine", "FusedAdam", "Triton"):
         assert part in report
+
+
+def test_a_narrow_terminal_breaks_no_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich took `[cuda]` for markup, and wrapped the command inside its table."""
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
+    doctor.diagnose(make_console(width=60))
+    shown = capsys.readouterr().out.splitlines()
+    assert f"to add Transformer Engine: {install_command('cuda')}" in shown
+    assert any(line.endswith(f"nothing can be trained; {install_command()}") for line in shown)

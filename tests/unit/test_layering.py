@@ -18,12 +18,13 @@ PACKAGE = ROOT / "megatron_post"
 
 # room -> what it may import of the package beside itself: a room, or one module of a room
 ALLOWED = {
-    "config": set(),
+    "config": {"installation"},
     "display": set(),
+    "installation": set(),
     "losses": set(),
-    "doctor": {"display"},
+    "doctor": {"display", "installation"},
     "errors": {"display"},
-    "data": {"config", "display"},
+    "data": {"config", "display", "installation"},
     "parallel": {"config"},
     "models": {"config", "parallel", "data.batch"},
     "convert": {"config", "display", "models", "parallel", "data.tokenizer", "train.manifest"},
@@ -52,6 +53,7 @@ ALLOWED = {
         "rounds",
         "doctor",
         "display",
+        "installation",
     },
     "demo": {
         "config",
@@ -66,7 +68,18 @@ ALLOWED = {
         "rounds",
     },
     "plan": {"config", "display", "models", "parallel"},
-    "rounds": {"config", "data", "display", "parallel", "models", "stages", "convert", "train", "plan"},
+    "rounds": {
+        "config",
+        "data",
+        "display",
+        "installation",
+        "parallel",
+        "models",
+        "stages",
+        "convert",
+        "train",
+        "plan",
+    },
     "launch": {"config", "data", "display", "parallel.environment", "convert", "train", "plan"},
     "cli": {
         "config",
@@ -89,6 +102,7 @@ ONLY = {
     "config": {"pydantic", "omegaconf", "yaml"},
     "display": {"rich"},
     "errors": {"typer"},
+    "installation": set(),
     "losses": {"torch"},
     "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia"},
     "stages": {"torch", "numpy", "megatron_post_kernels"},

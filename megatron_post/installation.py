@@ -1,0 +1,44 @@
+"""How to install what is missing, as this copy of the package was installed."""
+
+import json
+import shlex
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+Extra = Literal["", "cuda", "dali", "generate", "bench", "dev"]  # of setup.py; "": the package alone
+_NAME = "megatron-post"
+
+
+def install_command(extra: Extra = "") -> str:
+    """A command line for a shell that installs the package with an extra.
+
+    The package is on no index: a checkout is installed from its directory, any other copy from where pip had
+    it. Transformer Engine comes as source and must be built with `--no-build-isolation`: in an isolated
+    environment pip would build it for another torch than the one that is installed.
+    """
+    suffix = f"[{extra}]" if extra else ""
+    words = ["pip", "install", *(["--no-build-isolation"] if extra == "cuda" else [])]
+    checkout, origin = Path(__file__).resolve().parents[1], _origin()
+    path = unquote(urlsplit(origin["url"]).path) if origin["url"].startswith("file:") else ""
+    if (checkout / "setup.py").is_file():
+        words += ["-e", f"{checkout}{suffix}"]
+    elif path:
+        words += [*(["-e"] if origin.get("dir_info", {}).get("editable") else []), f"{path}{suffix}"]
+    elif "vcs_info" in origin:
+        vcs = origin["vcs_info"]
+        words += [f"{_NAME}{suffix} @ {vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"]
+    else:
+        words += [f"{_NAME}{suffix}" + (f" @ {origin['url']}" if origin["url"] else "")]
+    return shlex.join(words)
+
+
+def _origin() -> dict[str, Any]:
+    """PEP 610's record of where pip had the package from; an empty `url` where there is none."""
+    try:
+        text = metadata.distribution(_NAME).read_text("direct_url.json")
+        found = json.loads(text or "{}")
+    except (metadata.PackageNotFoundError, OSError, ValueError):
+        found = {}
+    return {"url": "", **found} if isinstance(found, dict) else {"url": ""}

@@ -1,0 +1,83 @@
+"""The lines that say how to install something are lines that a shell and pip take."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from megatron_post import installation
+from megatron_post.installation import install_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Distribution:
+    """Of `importlib.metadata`, with pip's record of where the package came from."""
+
+    def __init__(self, record: object) -> None:
+        self._record = record
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self._record is None else json.dumps(self._record)
+
+
+def _installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: object) -> None:
+    monkeypatch.setattr(
+        installation, "__file__", str(tmp_path / "site-packages/megatron_post/installation.py")
+    )
+    monkeypatch.setattr(installation.metadata, "distribution", lambda name: Distribution(record))
+
+
+def test_from_this_checkout() -> None:
+    assert shlex.split(install_command("dali")) == ["pip", "install", "-e", f"{ROOT}[dali]"]
+    assert shlex.split(install_command()) == ["pip", "install", "-e", str(ROOT)]
+
+
+def test_transformer_engine_is_built_for_the_torch_that_is_there() -> None:
+    assert shlex.split(install_command("cuda"))[:3] == ["pip", "install", "--no-build-isolation"]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"url": "file:///src/my%20copy", "dir_info": {"editable": True}}, ["-e", "/src/my copy[bench]"]),
+        ({"url": "file:///src/copy", "dir_info": {}}, ["/src/copy[bench]"]),
+        (
+            {"url": "file:///tmp/megatron_post-0.1.0-py3-none-any.whl", "archive_info": {}},
+            ["/tmp/megatron_post-0.1.0-py3-none-any.whl[bench]"],
+        ),
+        (
+            {"url": "https://example.com/m.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            ["megatron-post[bench] @ git+https://example.com/m.git@abc"],
+        ),
+        (
+            {"url": "https://example.com/m.whl", "archive_info": {}},
+            ["megatron-post[bench] @ https://example.com/m.whl"],
+        ),
+        (None, ["megatron-post[bench]"]),
+        ("damaged", ["megatron-post[bench]"]),
+    ],
+)
+def test_as_it_was_installed(
+    record: object, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _installed(monkeypatch, tmp_path, record)
+    assert shlex.split(install_command("bench"))[2:] == words
+    if words[-1].startswith("megatron-post"):
+        assert Requirement(words[-1]).extras == {"bench"}
+
+
+def test_no_other_module_says_how_to_install_this_package() -> None:
+    """A line of its own would be right for one way of installing alone."""
+    written = re.compile(r"pip install[^\n\"']*(\[\w+\]|megatron-post|-e \.)|megatron-post\[")
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in sorted((ROOT / "megatron_post").rglob("*.py"))
+        if path.name != "installation.py"
+        for match in written.finditer(path.read_text())
+    ]
+    assert not found, found
