@@ -13,6 +13,11 @@ from megatron_post.config.schema import Section
 
 _TIME_LIMIT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What says which rank a process is. train.sbatch clears it, and each rank has its own from Slurm.
+_OF_A_RANK = re.compile(
+    r"((LOCAL|GROUP|ROLE|NODE)_)?(RANK|WORLD_SIZE)|(TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+"
+    r"|PMI_(RANK|SIZE)|MASTER_(ADDR|PORT)|SLURM_(PROCID|LOCALID|STEP_NUM_TASKS)|MEGATRON_POST_INCARNATION"
+)
 
 
 def one_line(text: str) -> str:
@@ -95,6 +100,11 @@ class Cluster(Section):
         wrong = [name for name in variables if not _VARIABLE.fullmatch(name)]
         if wrong:
             raise ValueError(f"no names of environment variables: {', '.join(map(repr, wrong))}")
+        if taken := [name for name in variables if _OF_A_RANK.fullmatch(name)]:
+            raise ValueError(
+                f"{', '.join(taken)} cannot be set here: the job's script sets for each rank what it must "
+                "know of itself and of the others. Remove the entry"
+            )
         return variables
 
     @model_validator(mode="after")

@@ -60,6 +60,16 @@ def test_what_yaml_takes_for_numbers(tmp_path: Path) -> None:
         assert f"{key}: {value} is no text: put the value in quotes in the file" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"]
+)
+def test_a_rank_knows_itself_from_slurm(tmp_path: Path, name: str) -> None:
+    """The script would clear it: what a site sets must not be lost in silence."""
+    path = _write(tmp_path, f'cpus_per_node: 96\nenvironment: {{{name}: "1", SLURM_CPU_BIND: none}}\n')
+    with pytest.raises(ConfigError, match=f"environment: {name} cannot be set here: the job's script sets"):
+        load_cluster(path)
+
+
 def test_numbers_must_add_up(tmp_path: Path) -> None:
     path = _write(tmp_path, 'ranks_per_node: 9\ncpus_per_node: 4\ntime_limit: "5:00"\nwarning_seconds: 301\n')
     with pytest.raises(ConfigError) as error:

@@ -1,6 +1,7 @@
 """What reaches sbatch and bash is what was written in the files, character for character."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -121,6 +122,27 @@ def test_progress_of_what_does_not_train_is_what_it_has_written(tmp_path: Path) 
     before, after = int(empty.split()[0]), int(_progress(run_dir, "generate").split()[0])
     assert after == before + 15
     assert empty.endswith(f" bytes in {run_dir}")
+
+
+def test_what_says_which_rank_a_process_is_is_not_inherited() -> None:
+    """A batch script in a container with enroot's PyTorch hook has RANK=0 and WORLD_SIZE=1, and a shell under
+    torchrun or mpirun has theirs. srun would hand all of it on to every rank."""
+    inherited = {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1", "ROLE_RANK": "0", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMPI_COMM_WORLD_SIZE": "1",
+        "OMPI_COMM_WORLD_RANK": "0", "PMI_RANK": "0", "PMI_SIZE": "1",
+    }  # fmt: skip
+    kept = {"PATH": os.environ["PATH"], "OMPI_MCA_btl": "tcp", "NCCL_DEBUG": "INFO"}
+    (clearing,) = re.findall(r"^unset RANK (?:.*\\\n)+.*$", TEMPLATE.read_text(), re.MULTILINE)
+    done = subprocess.run(
+        ["bash", "-c", f"set -e\n{clearing}\nexec env -0"],
+        env={**inherited, **kept},
+        capture_output=True,
+        text=True,
+    )
+    found = dict(entry.split("=", 1) for entry in done.stdout.split("\0")[:-1])
+    assert found.items() >= kept.items() and not found.keys() & inherited.keys(), done.stderr
 
 
 def test_executable_by_hand(tmp_path: Path) -> None:
