@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from megatron_post.config.secrets import redact
 from megatron_post.display import printable, say
 
 FOR_A_USER, FAULT, INTERRUPTED = 2, 1, 130
@@ -79,13 +80,13 @@ def _told(error: BaseException) -> int:
         if text := error.format_message():
             context = getattr(error, "ctx", None)
             usage = f"; see `{context.command_path} --help`" if context is not None else ""
-            say(f"megatron-post: {text.rstrip('.')}{usage}", file=sys.stderr)
+            say(redact(f"megatron-post: {text.rstrip('.')}{usage}"), file=sys.stderr)
         return int(error.exit_code) if hasattr(error, "exit_code") else FOR_A_USER
     text = message_of(error)
     if text is not None and not os.environ.get("MEGATRON_POST_DEBUG"):
-        say(f"megatron-post: {text}", file=sys.stderr)
+        say(redact(f"megatron-post: {text}"), file=sys.stderr)
         return FOR_A_USER
-    say("".join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
+    say(redact("".join(traceback.format_exception(error)).rstrip()), file=sys.stderr)
     if text is None:
         say(
             "megatron-post: this error was not expected. If this machine did not cause it, please report it "

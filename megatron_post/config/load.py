@@ -11,12 +11,17 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from megatron_post.config.schema import Config
+from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message lists every reason with its key and value."""
+    """A configuration that cannot be used; the message lists every reason with its key and value, without
+    what looks like a secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -99,11 +104,12 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> DictConfig:
 
 def _describe(item: Any) -> list[str]:
     key = ".".join(str(part) for part in item["loc"])
+    value = HIDDEN if any(is_secret_name(str(part)) for part in item["loc"]) else repr(item["input"])
     if item["type"] == "extra_forbidden":
-        return [f"{key}: unknown key (value {item['input']!r})"]
+        return [f"{key}: unknown key (value {value})"]
     if item["type"] == "missing":
         return [f"{key}: missing"]
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return [f"{key}: {line}" if key else line for line in message.splitlines()]
-    return [f"{key}: {message} (got {item['input']!r})"]
+    return [f"{key}: {message} (got {value})"]

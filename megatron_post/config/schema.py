@@ -16,7 +16,8 @@ TrainOn = Literal["all_turns", "last_turn"]
 class Section(BaseModel):
     """One section of the YAML: immutable, and a misspelt key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # pydantic's own message would print a key that stands in the wrong place; ConfigError hides it
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class RopeScaling(Section):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.schema import Config
+from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
 from megatron_post.display import say
 from megatron_post.launch import slurm
 from megatron_post.launch.chain import Chain, chain_findings, describe, submit_chain
@@ -95,5 +96,7 @@ def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool 
 
 
 def _show(job: Job, cluster: Cluster) -> None:
+    """Print a script, without the keys that the cluster file gives to its ranks."""
+    shown = {name: HIDDEN if is_secret_name(name) else text for name, text in cluster.environment.items()}
     say(f"# {slurm.submission(job, cluster)} <<'SCRIPT'")
-    say(render(job, cluster))
+    say(redact(render(job, cluster.model_copy(update={"environment": shown}))))

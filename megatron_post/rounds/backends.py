@@ -5,6 +5,7 @@ What a model says is text from outside: it is stored and compared, and never run
 
 import gc
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor
 
 from megatron_post.config.schema import Section
@@ -55,12 +57,40 @@ class VllmBackend(Section):
 
 class ServerBackend(Section):
     kind: Literal["server"]
-    url: str = Field(pattern="^https?://", description="up to and with /v1")
+    url: str = Field(description="up to and with /v1")
     served_model: str = Field(description="the model's name there")
     timeout: PositiveFloat = Field(120.0, description="seconds for one response")
     retries: int = Field(7, ge=0, description="after 0.5, 1, 2, ... s; by default within a minute")
     parallel_requests: PositiveInt = 16
     api_key_variable: str | None = Field(None, description="environment variable with the key")
+
+    @field_validator("url")
+    @classmethod
+    def _holds_no_secret(cls, url: str) -> str:
+        """Values are printed in messages and kept beside outputs. These errors do not say them."""
+        try:
+            parts = urlsplit(url)
+            is_plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of its port or its brackets
+            is_plain = False
+        if "@" in url or "?" in url or "#" in url:
+            raise ValueError(
+                "a URL with a user, a password or parameters is refused, since it would be printed and kept "
+                "beside outputs: put the key into an environment variable, and name that in api_key_variable"
+            )
+        if not is_plain or not url.isascii() or not url.isprintable() or " " in url:
+            raise ValueError("it must read http://HOST[:PORT]/v1 or https://HOST[:PORT]/v1")
+        return url
+
+    @field_validator("api_key_variable")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise ValueError(
+                "it must be the name of an environment variable, in capitals, and not the key itself "
+                "(which is why the value is not shown)"
+            )
+        return name
 
 
 BackendSettings = Annotated[TransformersBackend | VllmBackend | ServerBackend, Field(discriminator="kind")]

@@ -1,19 +1,25 @@
 """A server that speaks OpenAI's chat protocol, trusted in nothing."""
 
+import contextlib
 import http.client
 import json
 import os
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import NoReturn
+from urllib.parse import unquote
 
+from megatron_post.config.secrets import redact
 from megatron_post.data.tokenizer import END_OF_MESSAGE
 from megatron_post.rounds.backends import Request, Response, Sampling, ServerBackend
+from megatron_post.rounds.http_client import open_url
 
 _LARGEST_ANSWER = 16 * 1024**2
+_LONGEST_MESSAGE = 500  # characters of what a server says
 _FIRST_WAIT = 0.5  # seconds; doubled after each try
 _CALLS = (END_OF_MESSAGE, 128008)  # its id in Llama 3's tokenizer
 
@@ -27,17 +33,26 @@ class _TryAgain(Exception):
 
 
 class Server:
-    """Sends each request by itself, with its own seed; many at a time."""
+    """Sends each request by itself, with its own seed; many at a time. What it says of a server holds neither
+    the key nor the password of a proxy."""
 
     def __init__(self, settings: ServerBackend) -> None:
-        """Raises `ValueError` where the variable with the key is not set."""
+        """Raises `ValueError` where the variable with the key is not set, or holds no key."""
         self._settings, self._url = settings, f"{settings.url.rstrip('/')}/chat/completions"
         self._headers = {"Content-Type": "application/json"}
-        if settings.api_key_variable is not None:
-            key = os.environ.get(settings.api_key_variable)
+        secrets = _proxy_passwords()
+        if (name := settings.api_key_variable) is not None:
+            key = os.environ.get(name, "").strip()
             if not key:
-                raise ValueError(f"api_key_variable: the environment has no {settings.api_key_variable}")
-            self._headers["Authorization"] = f"Bearer {key.strip()}"
+                raise ValueError(f"api_key_variable: the environment has no {name}")
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError(
+                    f"api_key_variable: {name} holds spaces, or what is no ASCII: that is no key"
+                )
+            self._headers["Authorization"] = f"Bearer {key}"
+            secrets.append(key)
+        self._hide = partial(redact, secrets=secrets)
+        self._open = open_url()
         self._given_up = threading.Event()
 
     def close(self) -> None:
@@ -73,45 +88,74 @@ class Server:
             try:
                 return parse_answer(self._post(json.dumps(body).encode()))
             except _TryAgain as error:
-                said = str(error)
+                said = self._hide(str(error))[:_LONGEST_MESSAGE]
         raise BadServer(
             f"{self._url}: {self._settings.retries + 1} tries failed, the last with: {said}; responses that "
             "were finished before are kept: mend the server and run the same command again"
         )
 
     def _post(self, body: bytes) -> bytes:
+        """The answer to a request. Errors do not have what caused them, which could repeat the key."""
         request = urllib.request.Request(self._url, data=body, headers=self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._settings.timeout) as answer:
-                content = self._read(answer)
+            with self._open(request, timeout=self._settings.timeout) as answer:
+                return _read(answer)
         except urllib.error.HTTPError as error:
-            text = f"HTTP status {error.code}: {error.read(300).decode(errors='replace')}"
-            if error.code in (408, 429) or error.code >= 500:
-                raise _TryAgain(text) from error
-            raise BadServer(f"{self._url} refuses the request: {text}") from error
-        except TimeoutError as error:
-            raise _TryAgain(f"no answer within timeout={self._settings.timeout} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
-        return content
+            self._refused(error)
+        except TimeoutError:
+            raise _TryAgain(f"no answer within timeout={self._settings.timeout} s") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}") from None
 
-    def _read(self, answer: http.client.HTTPResponse) -> bytes:
-        """All of an answer within `timeout`, which `urlopen` applies to each packet alone."""
-        deadline, content = time.monotonic() + self._settings.timeout, bytearray()
-        while block := answer.read1(2**16):
+    def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
+        with error:
+            if 300 <= error.code < 400:
+                place = self._hide(str(error.headers["Location"]))[:_LONGEST_MESSAGE]
+                raise BadServer(
+                    f"{self._url} redirects to {place}. Redirects are not followed, since that server would "
+                    "get the key and the prompts: if it is the one to ask, set the backend's url to it"
+                ) from None
+            text = _beginning(error)
+        text = self._hide(f"HTTP status {error.code}: {text}")[:_LONGEST_MESSAGE]
+        if error.code in (408, 429) or error.code >= 500:
+            raise _TryAgain(text) from None
+        raise BadServer(f"{self._url} refuses the request: {text}") from None
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    """All of an answer, up to a size."""
+    content = bytearray()
+    while block := answer.read1(2**16):
+        content += block
+        if len(content) > _LARGEST_ANSWER:
+            raise _TryAgain(f"an answer of more than {_LARGEST_ANSWER:,} bytes")
+    if answer.length:
+        raise http.client.IncompleteRead(bytes(content[:200]), answer.length)
+    return bytes(content)
+
+
+def _beginning(answer: urllib.error.HTTPError) -> str:
+    """As much of a refusal's text as comes in time."""
+    content = b""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        while len(content) < 2**14 and (block := answer.read1(2**14)):
             content += block
-            if len(content) > _LARGEST_ANSWER:
-                raise _TryAgain(f"an answer of more than {_LARGEST_ANSWER:,} bytes")
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        if answer.length:
-            raise http.client.IncompleteRead(bytes(content[:200]), answer.length)
-        return bytes(content)
+    return content.decode(errors="replace")
+
+
+def _proxy_passwords() -> list[str]:
+    """Of the proxies that the environment names. A URL that cannot be parsed is printed in errors."""
+    found = []
+    for url in urllib.request.getproxies().values():
+        user, at, _ = url.rpartition("@")
+        password = user.partition("://")[2].partition(":")[2]
+        found += [password, unquote(password)] if at else []
+    return found
 
 
 def parse_answer(content: bytes) -> Response:
     """The response in a chat completion. Raises `_TryAgain` for anything else."""
-    shown = content[:200].decode(errors="replace")
+    shown = content[: 2**14].decode(errors="replace")  # whoever prints it hides keys first, and then cuts
     try:
         answer = json.loads(content)
         choice = answer["choices"][0]
@@ -121,7 +165,7 @@ def parse_answer(content: bytes) -> Response:
         finish = "tool_calls" if choice.get("stop_reason") in _CALLS else finish
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _TryAgain(f"an answer that is no chat completion ({error!r}): {shown}") from None
-    if not isinstance(text, str) or not isinstance(finish, str) or type(tokens) is not int:
+    if not isinstance(text, str) or not isinstance(finish, str) or type(tokens) is not int or tokens < 0:
         raise _TryAgain(f"a chat completion without text, reason of ending or count of tokens: {shown}")
     # a lone surrogate is valid JSON and no text
     return Response(text.encode(errors="replace").decode(), tokens, finish)

@@ -23,7 +23,7 @@ ALLOWED = {
     "installation": set(),
     "losses": set(),
     "doctor": {"display", "installation"},
-    "errors": {"display"},
+    "errors": {"config.secrets", "display"},
     "data": {"config", "display", "installation"},
     "parallel": {"config"},
     "models": {"config", "parallel", "data.batch"},

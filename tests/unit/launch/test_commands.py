@@ -6,7 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_post.config.load import ConfigError
+from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.commands import launch_app
+from megatron_post.launch.script import Job, render
 from tests.e2e.runs import ROOT
 
 H100 = str(ROOT / "configs" / "clusters" / "h100.yaml")
@@ -30,6 +32,21 @@ def test_dry_run() -> None:
     assert "# TP 8: inside a node" in text and "# DP 2: over 2 nodes, ranks 0, 64, ..." in text
     assert "# node 127: ranks 1016-1023" in text
     assert not Path("a b").exists()
+
+
+def test_a_dry_run_shows_no_keys(tmp_path: Path) -> None:
+    """It is pasted into tickets. The script that is submitted has them."""
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        f"base: {H100}\nenvironment: {{SITE_TOKEN: s3cr3t, PLAIN: text,"
+        " http_proxy: 'http://me:s3cr3t@proxy:80'}}\n"
+        "container: {image: 'docker://me:s3cr3t@registry#image'}\n"
+    )
+    text = _launch(str(ROOT / "configs/llama3_70b/sft.yaml"), "--cluster", str(cluster), "--dry-run")
+    assert "export SITE_TOKEN='***'" in text and "export PLAIN=text" in text and "http://***@proxy:80" in text
+    assert "s3cr3t" not in text
+    job = Job("run", ("train", "c.yaml"), "run", tmp_path)
+    assert "export SITE_TOKEN=s3cr3t" in render(job, load_cluster(cluster))
 
 
 def test_the_fewest_nodes_by_default() -> None:
