@@ -69,6 +69,23 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in shown and "\x1b" not in shown
 
 
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_no_error_shows_a_key(
+    debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the message, in what caused it, and in an option that does not exist."""
+    monkeypatch.setenv("MEGATRON_POST_DEBUG", debug)
+    error = ValueError("http://me:s3cr3t@host/v1?api_key=s3cr3t does not answer")
+    error.__cause__ = OSError("401 for Bearer s3cr3t")
+    _raising(error)
+    _raising(KeyError("HF_TOKEN=s3cr3t"))
+    monkeypatch.setattr(sys, "argv", ["megatron-post", "train", "--api-key=s3cr3t"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().err
+    assert "***" in shown and "s3cr3t" not in shown
+
+
 def test_memory_that_torch_cannot_have(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(lambda: torch.empty(2**50)) == 2
     assert "not enough memory" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_a_dry_run_shows_no_keys(tmp_path: Path) -> None:
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(
         f"base: {H100}\nenvironment: {{SITE_TOKEN: s3cr3t, PLAIN: text,"
-        " http_proxy: 'http://me:s3cr3t@proxy:80'}}\n"
+        " http_proxy: 'http://me:s3cr3t@proxy:80'}\n"
         "container: {image: 'docker://me:s3cr3t@registry#image'}\n"
     )
     text = _launch(str(ROOT / "configs/llama3_70b/sft.yaml"), "--cluster", str(cluster), "--dry-run")
