@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
+from megatron_post.storage.reading import read_json
+
 FORMAT = "megatron-post-bench"
 VERSION = 1
 Better = Literal["lower", "higher"]
@@ -128,10 +130,7 @@ def changed(before: Figure, after: Figure) -> bool:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole: {error}; remove it") from None
+    content = read_json(path, "a whole record; remove it")
     return content if isinstance(content, dict) else {}
 
 

@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from megatron_post.config.schema import Config
 from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
+from megatron_post.storage.reading import plain_file
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -83,8 +84,10 @@ def json_schema() -> str:
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> DictConfig:
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist" + (f" (base of {seen[-1]})" if seen else ""))
+    try:
+        plain_file(path, f"base of {seen[-1]}:" if seen else "config file")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if path.resolve() in seen:
         raise ConfigError(f"config file {path} inherits from itself through `base:`")
     try:

@@ -1,11 +1,10 @@
 """The files beside the weights in a Hugging Face directory."""
 
-import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_post.convert.contained import contained_file
 from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.models.hf_config import from_hf_config, to_hf_config
+from megatron_post.storage.reading import read_object, reading
 
 CONFIG = "config.json"
 # A name for every tensor of a model is made before its tensors are looked at; none has an eighth of that.
@@ -32,29 +32,14 @@ def read_model(directory: Path) -> Model:
     path = directory / CONFIG
     if os.path.lexists(path):
         contained_file(directory, CONFIG, named_by=directory)
-    with malformed_explained(path, "the config of a Llama"):
+    with reading(path, "the config of a Llama"):
         model = from_hf_config(directory)
-        values = json.loads(path.read_text())
+    values = read_object(path, "the config of a Llama")
     check_sizes(model, origin=path)
     for key, only in (("hidden_act", "silu"), ("head_dim", model.head_dim)):
         if values.get(key) not in (None, only):
             raise ValueError(f"{path}: {key}={values[key]!r}; for this model only {only!r} is supported")
     return model
-
-
-@contextlib.contextmanager
-def malformed_explained(path: Path, expected: str) -> Iterator[None]:
-    """Raises a `ValueError` that names the file for whatever its values lead to. expected: what they should
-    be."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        reason = f"not {expected}: {type(error).__name__}: {error}"
-        if isinstance(error, ValueError) and hasattr(error, "errors"):  # pydantic's, one for each key
-            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path}: {reason}") from error
 
 
 def check_sizes(model: Model, *, origin: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names
+from megatron_post.storage.reading import read_object, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -101,14 +102,12 @@ def read_index(directory: Path) -> dict[str, str] | None:
     index = directory / INDEX
     if os.path.lexists(index):
         path = contained_file(directory, INDEX, named_by=directory)
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
+        with reading(path, "an index with a weight_map"):
+            weight_map = read_object(path, "an index with a weight_map")["weight_map"]
             if not all(
                 isinstance(name, str) and name.isprintable() for pair in weight_map.items() for name in pair
             ):
-                raise TypeError("names are printable strings")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index}: not an index with a weight_map: {error}") from error
+                raise ValueError("names are printable strings")
         return dict(weight_map)
     if os.path.lexists(directory / SINGLE):
         return None

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config, Model
-from megatron_post.convert.configs import malformed_explained, read_model, written_configs
+from megatron_post.convert.configs import read_model, written_configs
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import CoreTensor, Run, core_tensors, hf_shapes, row_runs
 from megatron_post.convert.source import COMPANIONS, Kind
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.storage.reading import reading
 from megatron_post.train import manifest
 
 
@@ -27,7 +28,7 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: str | Path, *, step: int | None = None) -> None:
         """directory: of all steps of a run (`step`, by default the newest, is taken), or of one step."""
-        with malformed_explained(Path(directory), "a checkpoint of the trainer"):
+        with reading(Path(directory), "a checkpoint of the trainer"):
             self.directory = step_of(Path(directory), step)
             self._manifest = manifest.read_manifest(self.directory)
             self._check_files()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_post.config.schema import Model
-from megatron_post.convert.configs import check_sizes, malformed_explained, written_configs
+from megatron_post.convert.configs import check_sizes, written_configs
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.mapping import META_NAMES, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import Kind, check_names
 from megatron_post.convert.torch_file import saved_tensors
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.storage.reading import read_object, reading
 
 PARAMS = "params.json"
 
@@ -39,7 +40,7 @@ class MetaDirectory:
         for shard in shards:
             shard.pop("rope.freqs", None)  # derived from the config, in older releases
         self._params = self._read_params()
-        with malformed_explained(self.directory / PARAMS, "parameters of a Llama"):
+        with reading(self.directory / PARAMS, "parameters of a Llama"):
             self.model = _model(self._params, shards, self._files[0])
         expected = hf_shapes(self.model)
         self._meta = {name: _meta_name(name) for name in expected}
@@ -115,8 +116,7 @@ class MetaDirectory:
 
     def _read_params(self) -> dict[str, Any]:
         path = contained_file(self.directory, PARAMS, named_by=self.directory)
-        with malformed_explained(path, "parameters of a Llama"):
-            params = dict(json.loads(path.read_text()))
+        params = read_object(path, "parameters of a Llama")
         missing = [name for name in ("dim", "n_layers", "n_heads", "norm_eps") if name not in params]
         if missing:
             raise ValueError(f"{path}: missing {', '.join(missing)}")

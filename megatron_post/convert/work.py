@@ -25,6 +25,7 @@ from typing import IO, Any, Protocol
 
 from megatron_post.convert.part_file import PartFile
 from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.storage.reading import read_object
 
 Report = Callable[[str], None]
 
@@ -138,7 +139,7 @@ def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
         pass
     finally:
         own.unlink()
-    found = json.loads(record.read_text())
+    found = read_object(record, "the record of a conversion")
     if found != settings:
         changed = [key for key in settings if found.get(key) != settings[key]]
         raise ConversionError(
@@ -171,8 +172,8 @@ def _done(job: Job) -> dict[int, dict[str, Any]]:
     markers, files = set(os.listdir(state)), set(os.listdir(job.partial))
     for number, part in enumerate(job.parts):
         if f"{part.name}.json" in markers and part.name in files:
-            record = json.loads((state / f"{part.name}.json").read_text())
-            if (job.partial / part.name).stat().st_size == record["bytes"]:
+            record = read_object(state / f"{part.name}.json", "the record of a part")
+            if (job.partial / part.name).stat().st_size == record.get("bytes"):
                 records[number] = record
     return records
 

@@ -20,8 +20,10 @@ from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patte
 from megatron_post.config.schema import Source, TrainOn
 from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
 from megatron_post.data.row_formats import check_columns, example_of_row
+from megatron_post.storage.reading import did_you_mean_path, plain_file, reading
 
 _MAX_LINE_BYTES = 8 * MAX_CHARACTERS  # JSON writes a character in up to 6 bytes, 12 outside the basic plane
+_MAX_ARRAY_BYTES = 2**32
 _JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _SUFFIXES = (*_JSON_SUFFIXES, ".csv", ".csv.gz", ".parquet", ".arrow")
 
@@ -79,8 +81,9 @@ def read_rows(
             if isinstance(row, BadRow):
                 raise row
             example = example_of_row(row, source, train_on=source.train_on or train_on)
-        except BadRow as error:
-            bad_rows.add(source.name, where, str(error))
+        except (BadRow, RecursionError) as error:
+            reason = str(error) if isinstance(error, BadRow) else "its values are nested too deeply"
+            bad_rows.add(source.name, where, reason)
             continue
         yield number, example
         num_good += 1
@@ -89,10 +92,13 @@ def read_rows(
 
 
 def _records(source: Source) -> Iterator[_Record]:
-    path = Path(source.path).expanduser()
+    try:
+        path = Path(source.path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"source {source.name!r}: path={source.path}: {error}") from error
     if not path.exists():
         if path.name.endswith(_SUFFIXES) or source.path.startswith(("/", ".", "~")):
-            raise ValueError(f"source {source.name!r}: {path} does not exist")
+            raise ValueError(f"source {source.name!r}: {path} does not exist{did_you_mean_path(path)}")
         where = f"{source.path}[{source.split}]"
         yield from _from_datasets(
             where,
@@ -116,8 +122,8 @@ def _records(source: Source) -> Iterator[_Record]:
 
 
 def _files(path: Path, source: Source) -> list[Path]:
-    if path.is_file():
-        return [path]
+    if not path.is_dir():
+        return [plain_file(path, f"source {source.name!r}:")]
     try:
         patterns = get_data_patterns(str(path))
     except EmptyDatasetError:
@@ -141,8 +147,9 @@ def _from_file(file: Path) -> Iterator[_Record]:
     if file.name.endswith(_JSON_SUFFIXES):
         yield from _from_json(file)
     elif file.name.endswith((".csv", ".csv.gz")):
-        with _open(file) as stream:
-            header = next(csv.reader([stream.readline().decode("utf-8-sig", errors="replace")]), [])
+        with reading(file), _open(file) as stream:
+            first = stream.readline(_MAX_LINE_BYTES).decode("utf-8-sig", errors="replace")
+            header = next(csv.reader([first]), [])
         # every column is text, as it is written: no numbers, no "NA" that means nothing
         features = datasets.Features({name: datasets.Value("string") for name in header})
         yield from _from_datasets(
@@ -172,22 +179,22 @@ def _from_datasets(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
 
 def _from_json(file: Path) -> Iterator[_Record]:
     """Rows of a file of JSON lines, or of one JSON array (rows counted, not lines)."""
-    try:
-        with _open(file) as stream:
-            start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            stream.seek(0)
-            if start == b"[":
-                for number, row in enumerate(json.loads(stream.read().decode("utf-8-sig")), start=1):
-                    yield number, f"{file}:{number}", row
-                return
-            for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
-                row = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    _skip_line(stream)
-                if row is not None:
-                    yield number, f"{file}:{number}", row
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from error
+    with reading(file), _open(file) as stream:
+        start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        stream.seek(0)
+        if start == b"[":
+            content = stream.read(_MAX_ARRAY_BYTES)
+            if len(content) == _MAX_ARRAY_BYTES:
+                raise ValueError(f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write a row a line")
+            for number, row in enumerate(json.loads(content.decode("utf-8-sig")), start=1):
+                yield number, f"{file}:{number}", row
+            return
+        for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
+            row = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(stream)
+            if row is not None:
+                yield number, f"{file}:{number}", row
 
 
 def _decode(line: bytes) -> Any:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers import Tokenizer as Backend
 
 from megatron_post.data.chat_template import CHAT_TEMPLATE
+from megatron_post.storage.reading import plain_file
 
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
@@ -135,8 +136,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 f"tokenizer.path={path}: the directory holds neither tokenizer.json nor tokenizer.model"
             )
         path = found
-    if not path.is_file():
-        raise ValueError(f"tokenizer.path={path} does not exist")
+    plain_file(path, "tokenizer.path:")
     if path.suffix == ".model":
         return Tokenizer(_from_ranks(_read_ranks(path)))
     try:

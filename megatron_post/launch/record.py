@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_post.launch import slurm
 from megatron_post.launch.script import Job, launch_folder
+from megatron_post.storage.reading import reading
 from megatron_post.train.manifest import published_steps
 
 
@@ -55,11 +56,12 @@ def submitted_jobs(run_dir: str | Path) -> list[Submitted]:
     path = launch_folder(Path(run_dir)) / "jobs.jsonl"
     if not path.is_file():
         raise ValueError(f"nothing was launched for {run_dir}: {path} does not exist (RUN is a run_dir)")
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
-    return [
-        Submitted(d["job_id"], d["name"], Path(d["log"]), Path(d["run_dir"]), tuple(d["after"]))
-        for d in lines
-    ]
+    with reading(path, "the record of submitted jobs"):
+        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        return [
+            Submitted(int(d["job_id"]), str(d["name"]), Path(d["log"]), Path(d["run_dir"]), tuple(d["after"]))
+            for d in lines
+        ]
 
 
 def status_rows(run_dir: str | Path) -> list[dict[str, str]]:

@@ -1,10 +1,11 @@
 """Hugging Face's `config.json` of a Llama, to and from our `Model`."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_post.config.schema import Model
+from megatron_post.storage.reading import read_object
 
 _SAME_NAMES = (
     "hidden_size",
@@ -62,9 +63,9 @@ def from_hf_config(directory: Path) -> Model:
     Raises `ValueError` for another architecture, biases, an unknown RoPE type, or a missing key.
     """
     path = directory / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"{path} does not exist: {directory} is not a Hugging Face model directory")
-    values = json.loads(path.read_text())
+    values = read_object(path, "the config of a Llama")
     if values.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type={values.get('model_type')!r}; only llama is supported")
     if values.get("attention_bias") or values.get("mlp_bias"):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from megatron_post.config.load import parse, read_tree
+from megatron_post.storage.reading import LARGEST_LINE, plain_file, reading
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -71,16 +72,14 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a file that this package wrote. Raises `ValueError` where there is no such file, and naming the
     line that is no JSON object."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
+    number = 0
+    with reading(path, "a file of rows"), plain_file(path, "file").open("rb") as file:
+        while line := file.readline(LARGEST_LINE):
+            number += 1
+            with reading(f"{path}:{number}", "JSON"):
                 row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: not a JSON object")
+                raise ValueError(f"{path}:{number}: not a JSON object but a {type(row).__name__}")
             yield row
 
 

@@ -33,6 +33,7 @@ from megatron_post.rounds.backends import (
 from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.state import alone
+from megatron_post.storage.reading import read_object
 
 OpenBackend = Callable[[BackendSettings, str], Backend]
 _RECORD = "settings.json"
@@ -256,11 +257,8 @@ def _record(settings: Generate) -> dict[str, Any]:
 
 def _recorded(parts: Path) -> dict[str, Any]:
     """Of the parts that are there; nothing before they are claimed, or after they were removed."""
-    try:
-        found: dict[str, Any] = json.loads((parts / _RECORD).read_text())
-    except FileNotFoundError:
-        return {}
-    return found
+    path = parts / _RECORD
+    return read_object(path, "the record of a generation") if path.exists() else {}
 
 
 def _weights(model: str) -> str:

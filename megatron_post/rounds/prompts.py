@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_post.data.dialog import BadRow, Dialog, Message
 from megatron_post.data.rows import BadRows
+from megatron_post.storage.reading import plain_file
 
 _KEYS = {"prompt", "capability", "answer", "solution"}
 
@@ -46,9 +47,7 @@ def read_prompts(
     """
     bad_rows, prompts = BadRows(max_bad_rows, key="max_bad_rows"), []
     lines: dict[str, int] = {}  # by what they ask
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"prompts {file}: no such file")
+    file = plain_file(Path(path), "prompts")
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue

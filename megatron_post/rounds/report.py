@@ -1,6 +1,5 @@
 """What a round was like, as one HTML file that needs nothing else."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from megatron_post.rounds.charts import histogram, intervals, lines
 from megatron_post.rounds.files import read_lines, write_whole
 from megatron_post.rounds.select import PREFERENCES, SUMMARY
 from megatron_post.rounds.steps import Round, metrics_of
+from megatron_post.storage.reading import read_object
 
 _SAMPLES = 12
 STYLE = """
@@ -24,9 +24,9 @@ td.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 360px }
 
 def write_report(r: Round) -> Path:
     """Write `report.html` in the round's directory, about it and the accuracies of those before it."""
-    selection = json.loads((r.directory / "selection" / SUMMARY).read_text())
+    selection = read_object(r.directory / "selection" / SUMMARY, "a selection")
     rounds = [Round(r.settings, n, r.console) for n in range(1, r.number + 1)]
-    results = [json.loads((each.directory / "evaluation.json").read_text()) for each in rounds]
+    results = [read_object(each.directory / "evaluation.json", "an evaluation") for each in rounds]
     title = f"{r.settings.run_dir}, round {r.number} of {r.settings.rounds}"
     parts = [
         f"<h1>{html_text(title)}</h1>",

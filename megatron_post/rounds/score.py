@@ -29,6 +29,7 @@ from megatron_post.parallel.topology import Topology
 from megatron_post.rounds.files import full_disk_explained, write_json
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
+from megatron_post.storage.reading import plain_file, read_object, reading
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
 
@@ -172,12 +173,13 @@ def _resume(output: Path, origin: Mapping[str, str]) -> int:
             output.touch()
         return 0
     try:
-        found = json.loads(sidecar.read_text())
-        content = output.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        done = sum(1 for line in content[:complete].splitlines() if json.loads(line)["scores"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{output} exists and holds no scores; give another --output") from None
+        with reading(output, "scores"):
+            found = read_object(sidecar, "the origin of scores")
+            content = plain_file(output, "scores").read_bytes()
+            complete = content.rfind(b"\n") + 1
+            done = sum(1 for line in content[:complete].splitlines() if json.loads(line)["scores"])
+    except ValueError as error:
+        raise ValueError(f"{output} exists and holds no scores ({error}); give another --output") from None
     other = [name for name in origin if found.get(name) != origin[name]]
     if other and not done:
         write_json(sidecar, origin)  # another call failed before its first score

@@ -1,13 +1,13 @@
 """Which steps of a run of rounds are done: one small file, replaced as a whole."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_post.convert.work import locked
 from megatron_post.rounds.files import full_disk_explained, write_json
+from megatron_post.storage.reading import read_object, reading
 
 
 class State:
@@ -19,11 +19,10 @@ class State:
         if not self._path.is_file():
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(self._path, {"settings": settings, "done": {}})
-        try:
-            self._content = json.loads(self._path.read_text())
-            found, _ = self._content["settings"], self._content["done"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self._path} is no record of rounds; choose another run_dir") from None
+        with reading(self._path, "the record of a run of rounds; choose another run_dir"):
+            self._content = read_object(self._path, "the record of a run of rounds; choose another run_dir")
+            found, done = dict(self._content["settings"]), dict(self._content["done"])
+            self._content["done"] = done
         changed = sorted(k for k in {*settings, *found} if settings.get(k) != found.get(k))
         if changed:
             raise ValueError(

@@ -24,6 +24,7 @@ from megatron_post.rounds.merge import MethodMerge, merge
 from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.select import PREFERENCES, SFT, Samples, Select, best_of, candidates, select
 from megatron_post.rounds.settings import RoundSettings, StageName
+from megatron_post.storage.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Round:
         path = self.directory / "choice.json"
         if not path.is_file():
             raise ValueError(f"{path} does not exist: {self.name} has not chosen its best checkpoint yet")
-        return str(json.loads(path.read_text())["best"])
+        return str(read_object(path, "the choice of a round").get("best"))
 
     @property
     def reward(self) -> str:
@@ -185,7 +186,7 @@ class Round:
         """Accuracy of the best checkpoint on held-out prompts: greedy, of one sample, and of the best of K by
         the reward model alone. Nothing without a verifier."""
         verifier, held_out = self.settings.select.verifier, self.settings.data.held_out
-        result: dict[str, Any] = json.loads((self.directory / "choice.json").read_text())
+        result = read_object(self.directory / "choice.json", "the choice of a round")
         if verifier is not None:
             files = {"greedy": "held_out.jsonl"} | (
                 {"start": "held_out-start.jsonl"} if self.number == 1 else {}

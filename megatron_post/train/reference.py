@@ -15,6 +15,7 @@ from megatron_post.data.store import PackStore
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
 from megatron_post.parallel.topology import Topology
+from megatron_post.storage.reading import read_object
 from megatron_post.train.step import Stepper
 
 
@@ -51,7 +52,7 @@ def reference_key(directory: str | Path, precision: Precision, topology: Topolog
     parts: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(parts, own)
     weights = {name: digest for part in parts for name, digest in part.items()}
-    shape = json.loads((Path(directory) / "config.json").read_text())
+    shape = read_object(Path(directory) / "config.json", "the config of a Llama")
     names = (
         "hidden_size",
         "num_hidden_layers",

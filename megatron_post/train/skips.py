@@ -11,6 +11,7 @@ import torch
 
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
+from megatron_post.storage.reading import reading
 from megatron_post.train.health import NotFinite
 
 
@@ -69,4 +70,5 @@ class Skips:
         # what follows the last line's end was being written when the run died, and nothing followed from it
         whole = text[: text.rfind("\n") + 1]
         os.truncate(self._path, len(whole.encode()))
-        return [Skip(**json.loads(line)) for line in whole.splitlines()]
+        with reading(self._path, "a record of skipped packs"):
+            return [Skip(**json.loads(line)) for line in whole.splitlines()]

@@ -79,7 +79,7 @@ def test_damaged_records_are_named(tmp_path: Path, change: dict[str, object], me
     with pytest.raises(ValueError, match=rf"{path.name}.*{message}"):
         read_records(tmp_path)
     path.write_text(json.dumps(content)[:300])
-    with pytest.raises(ValueError, match=rf"{path.name} is not whole"):
+    with pytest.raises(ValueError, match=rf"{path.name}: not a whole record; remove it"):
         read_records(tmp_path)
     path.write_text(json.dumps(content))
     (tmp_path / "folder.json").mkdir()

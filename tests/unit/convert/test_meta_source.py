@@ -115,7 +115,7 @@ def test_bad_directories(tmp_path: Path) -> None:
     refused(even | {name: torch.ones(32, 64)}, f"{name}: 2 shard.*of .16, 64. do not make .16, 64", ranks=2)
     for values, message in (
         ("[", "not parameters of a Llama: JSONDecodeError"),
-        ("null", "not parameters of a Llama: TypeError"),
+        ("null", "not parameters of a Llama: it holds a NoneType"),
         (
             '{"dim": null, "n_layers": 3, "n_heads": 32, "norm_eps": 1e-5}',
             "hidden_size: Input should be a valid",

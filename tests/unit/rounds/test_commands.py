@@ -43,7 +43,7 @@ GENERATE = {"model": "model", "prompts": "prompts.jsonl", "sampling": {"samples"
             None,
             "generate.yaml: 1 error(s)\n  - sampling.samples: Input should be",
         ),
-        ({"prompts": "none.jsonl"}, None, "prompts none.jsonl: no such file"),
+        ({"prompts": "none.jsonl"}, None, "prompts none.jsonl does not exist (did you mean prompts.jsonl?)"),
         ({"model": "elsewhere"}, None, "elsewhere is no directory"),
         ({}, "", "prompts prompts.jsonl: no prompt in it"),
         ({}, '{"prompt": "a"}\n{"prompt": "a"}\n', "prompts.jsonl:2: asks what line 1 asks"),
@@ -75,8 +75,8 @@ def test_select(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     exact = {"kind": "exact", "pattern": "(x)"}
     for changes, message in (
         ({}, "without scores and without a verifier there is nothing to select by"),
-        ({"samples": [{"responses": "none"}], "verifier": exact}, "none: no such file"),
-        ({"samples": [{"responses": "samples.jsonl", "scores": "none"}]}, "none: no such file"),
+        ({"samples": [{"responses": "none"}], "verifier": exact}, "file none does not exist"),
+        ({"samples": [{"responses": "samples.jsonl", "scores": "none"}]}, "file none does not exist"),
         ({"samples": [{"responses": "prompts.jsonl"}], "verifier": exact}, "prompts.jsonl:1: no sample"),
         ({"verifier": exact}, "none has a response to train on nor two to compare"),
         ({"verifier": {"kind": "command", "command": ["false"]}}, "verifier false ended with status 1"),

@@ -203,7 +203,7 @@ def test_bad_settings(tmp_path: Path, values: dict[str, Any], message: str) -> N
 
 
 def test_vllm_is_named_where_it_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"backend vllm: .*megatron-post\[generate\]"):
+    with pytest.raises(ValueError, match=r"backend vllm: .*pip install .*\[generate\]"):
         generate(_settings(tmp_path, backend={"kind": "vllm"}), tmp_path / "out", console=CONSOLE)
 
 

@@ -64,5 +64,5 @@ def test_without_a_prompt(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match="no prompt in it; a line is"):
         read_prompts(path)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_prompts(tmp_path / "none")

@@ -55,7 +55,7 @@ def test_what_a_kill_left_growing_is_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", '{"done": {}}'])
 def test_another_state_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "state.json").write_text(content)
-    with pytest.raises(ValueError, match=r"state.json is no record of rounds"):
+    with pytest.raises(ValueError, match=r"state.json: not the record of a run of rounds; choose another"):
         State(tmp_path, {})
 
 
