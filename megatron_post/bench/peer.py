@@ -102,7 +102,9 @@ def _trainer(workload: Workload, directory: str, *, packing: bool) -> Any:
         eos_token="<|eot_id|>",
         pad_token="<|eot_id|>",
     )
-    model = transformers.LlamaForCausalLM.from_pretrained(config.model.init_from, attn_implementation="sdpa")
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        config.model.init_from, attn_implementation="sdpa", use_safetensors=True
+    )
     dataset = datasets.Dataset.from_list(rows)
     return CountingTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
 

@@ -260,7 +260,9 @@ def _trl_trainer(config: Config, directory: str, *, precompute: bool, microbatch
         model=config.model.init_from,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=transformers.AutoTokenizer.from_pretrained(config.tokenizer.path),
+        processing_class=transformers.AutoTokenizer.from_pretrained(
+            config.tokenizer.path, trust_remote_code=False
+        ),
     )
 
 

@@ -1,7 +1,8 @@
 """Reading megatron-core's `torch_dist` checkpoints by rows, whatever layout of ranks has saved them.
 
 The format is torch.distributed.checkpoint's: `.metadata` says of which rectangular chunks every tensor
-consists and in which file, at which offset, each of them lies as a `torch.save`d archive of its own.
+consists and in which file, at which offset, each of them lies as a `torch.save`d archive of its own. So do
+the objects that modules keep beside their tensors.
 """
 
 import os
@@ -10,14 +11,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_post.convert.module_state import UnsafeState, safe_state
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, Kind
-from megatron_post.convert.torch_file import saved_tensors
+from megatron_post.convert.torch_file import BadTorchFile, load_plain, saved_tensors
 from megatron_post.train.manifest import DamagedCheckpoint, read_metadata
 
 
@@ -49,10 +53,11 @@ class DistCheckpoint:
 
     def __init__(self, directory: Path, *, is_verified: bool = False) -> None:
         """is_verified: its files' checksums have just been compared, and its chunks are taken as they are: of
-        the million and a half of a large run a rank then looks at its own alone.
+        the million and a half of a large run a rank then looks at its own alone. Its objects are looked at by
+        `check_objects`.
 
         Raises `DamagedCheckpoint` where the metadata is not plain data or, unless it is verified, does not
-        cover its tensors.
+        cover its tensors, and for an object that is not plain data.
         """
         self.directory, self._is_verified, self._files = directory, is_verified, OpenFiles()
         metadata = read_metadata(directory / ".metadata")
@@ -64,6 +69,7 @@ class DistCheckpoint:
         if not is_verified:
             for key in self._entries:
                 self._check_covered(key)
+            self.check_objects()
 
     @property
     def kinds(self) -> dict[str, Kind]:
@@ -108,6 +114,27 @@ class DistCheckpoint:
             for chunk in chunks:
                 if chunk.crc32 is not None and chunk.summed:
                     self._check_rest(key, chunk)
+
+    def check_objects(self, *, part: int = 0, parts: int = 1) -> None:
+        """Read every `parts`-th of the objects. Raises `DamagedCheckpoint` as `read_object` does."""
+        for key in sorted(self.objects)[part::parts]:
+            self.read_object(key)
+
+    def read_object(self, key: str) -> Any:
+        """An object that a module keeps beside its tensors, fit to be given to a module: see `safe_state`.
+
+        Raises `DamagedCheckpoint` where it asks for more than plain data, of which nothing is run.
+        """
+        path, offset, length = self._place(MetadataIndex(key))
+        try:
+            (value,) = load_plain(path, offset=offset, length=length)  # megatron-core saves a list of one
+            return safe_state(value)
+        except BadTorchFile as error:
+            raise DamagedCheckpoint(f"{path}: {key}: {str(error).removeprefix(f'{path}: ')}") from error
+        except (UnsafeState, TypeError, ValueError, RecursionError) as error:
+            raise DamagedCheckpoint(
+                f"{path}: {key}: not plain data; nothing in it was run: {error}"
+            ) from error
 
     def _chunks(self, key: str, layer: int | None) -> list[_Chunk]:
         if (key, layer) not in self._by_layer:
@@ -191,12 +218,16 @@ class DistCheckpoint:
         inside = len(offsets) == len(sizes) == len(shape) and all(
             0 <= int(o) <= int(o) + int(n) <= whole for o, n, whole in zip(offsets, sizes, shape, strict=True)
         )
-        info = self._storage.get(MetadataIndex(key, piece.offsets))
-        if not inside or info is None:
+        if not inside:
             raise DamagedCheckpoint(f"{self.directory}: .metadata: {key} has a chunk at {offsets} {sizes}")
-        path = self.directory / info.relative_path  # type: ignore[attr-defined]
-        place = (int(info.offset), int(info.length))  # type: ignore[attr-defined]
-        return _Chunk(offsets, sizes, path, *place)
+        return _Chunk(offsets, sizes, *self._place(MetadataIndex(key, piece.offsets)))
+
+    def _place(self, index: MetadataIndex) -> tuple[Path, int, int]:
+        """File, offset and length of what an index names."""
+        info = self._storage.get(index)
+        if not isinstance(info, _StorageInfo):
+            raise DamagedCheckpoint(f"{self.directory}: .metadata does not say where {index.fqn} lies")
+        return self.directory / info.relative_path, int(info.offset), int(info.length)
 
 
 def is_checkpoint(directory: Path) -> bool:

@@ -1,7 +1,7 @@
-"""Where the tensors of a `torch.save`d file lie in it, without reading them and without running its pickle.
+"""What a `torch.save`d file holds, and where its tensors lie in it, without running its pickle.
 
 torch writes a zip archive whose members are stored uncompressed: a small pickle that describes the tensors,
-read here by torch's own `weights_only` unpickler, and the bytes of each storage.
+and the bytes of each storage. Only torch's own `weights_only` unpickler reads the pickle, and only here.
 """
 
 import io
@@ -30,26 +30,28 @@ class Saved:
     crc32: int | None
 
 
+def load_plain(path: Path, *, offset: int = 0, length: int | None = None) -> Any:
+    """The tensors and plain values of an archive that takes bytes [offset, offset + length) of a file.
+
+    Raises `BadTorchFile` for what is no such archive, and for a pickle that asks for anything else, of which
+    nothing is run.
+    """
+    with _Window(path, offset, length) as window:
+        return _load(window, path, map_location="cpu")
+
+
 def saved_tensors(path: Path, *, offset: int = 0, length: int | None = None) -> dict[str, Saved]:
     """Tensors by name of an archive that takes bytes [offset, offset + length) of a file; one alone is "".
 
-    Raises `BadTorchFile` for what is no such archive, for a pickle that asks for more than tensors (it is not
-    run), and for tensors that are not one contiguous piece of the file.
+    Raises `BadTorchFile` as `load_plain` does, and for tensors that are not one contiguous piece of the file.
     """
-    try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            window = _Window(file.fileno(), offset, size - offset if length is None else length)
-            if offset < 0 or window.length < 0 or offset + window.length > size:
-                raise BadTorchFile(f"{path}: ends at byte {size}, before the tensor that belongs at {offset}")
-            content = torch.load(cast(IO[bytes], window), map_location="meta", weights_only=True)
+    with _Window(path, offset, length) as window:
+        content = _load(window, path, map_location="meta")
+        try:
             with zipfile.ZipFile(window) as archive:
                 members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-    except BadTorchFile:
-        raise
-    except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise BadTorchFile(f"{path}: not a file of plain tensors; nothing in it was run: {reason}") from error
+        except Exception as error:  # a damaged archive can make its reader stumble over anything
+            raise BadTorchFile(f"{path}: not a file of plain tensors: {error}") from error
     content = {"": content} if isinstance(content, Tensor) else content
     if not isinstance(content, dict):
         raise BadTorchFile(f"{path}: holds a {type(content).__name__}, not tensors by name")
@@ -58,15 +60,24 @@ def saved_tensors(path: Path, *, offset: int = 0, length: int | None = None) -> 
     }
 
 
+def reason_of(error: Exception) -> str:
+    """Why torch's `weights_only` reader refused a file, in a line, without its advice to read it anyway."""
+    reason = error.__context__ if str(error).startswith("Weights only") else None
+    line = str(reason or error).strip().partition("\n")[0].partition(". Please")[0]
+    return line.rstrip(".") or type(error).__name__
+
+
 def _saved(
     path: Path, name: Any, value: Any, offset: int, length: int, members: list[zipfile.ZipInfo]
 ) -> Saved:
     plain = isinstance(name, str) and name.isprintable()
-    if not plain or not isinstance(value, Tensor) or not value.is_contiguous():
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+    if not plain or not dense or not value.is_contiguous():
         raise BadTorchFile(f"{path}: {name!r} is not a contiguous tensor")
     storage = value.untyped_storage()
-    begin = storage._checkpoint_offset
-    assert begin is not None, "torch.load onto the meta device says where it would have read"
+    begin = storage._checkpoint_offset  # where torch.load onto the meta device would have read
+    if begin is None:
+        raise BadTorchFile(f"{path}: {name}: has no bytes in the file")
     place = begin + value.storage_offset() * value.itemsize
     member = members[bisect_right(members, begin, key=lambda m: m.header_offset) - 1]
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != storage.nbytes():
@@ -79,12 +90,35 @@ def _saved(
     )
 
 
-class _Window(io.RawIOBase):
-    """Bytes [offset, offset + length) of an open file, as a file."""
+def _load(window: "_Window", path: Path, *, map_location: str) -> Any:
+    try:
+        return torch.load(cast(IO[bytes], window), map_location=map_location, weights_only=True)
+    except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything
+        raise BadTorchFile(
+            f"{path}: not a file of plain tensors; nothing in it was run: {reason_of(error)}"
+        ) from error
 
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+
+class _Window(io.RawIOBase):
+    """Bytes [offset, offset + length) of a file, as a file."""
+
+    def __init__(self, path: Path, offset: int, length: int | None) -> None:
+        """Raises `BadTorchFile` where the file cannot be opened or ends before."""
         super().__init__()
-        self._descriptor, self._offset, self.length, self._position = descriptor, offset, length, 0
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise BadTorchFile(f"{path}: {error.strerror}") from error
+        size = os.fstat(self._file.fileno()).st_size
+        self._offset, self._position = offset, 0
+        self.length = size - offset if length is None else length
+        if offset < 0 or self.length < 0 or offset + self.length > size:
+            self._file.close()
+            raise BadTorchFile(f"{path}: ends at byte {size}, before what belongs at byte {offset}")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
     def readable(self) -> bool:
         return True
@@ -104,6 +138,6 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer)[: max(0, self.length - self._position)]
-        count = os.preadv(self._descriptor, [view], self._offset + self._position)
+        count = os.preadv(self._file.fileno(), [view], self._offset + self._position)
         self._position += count
         return count

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,8 +32,11 @@ def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> li
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    plain: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", **plain)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, use_safetensors=True, **plain
+    ).eval()
     longest = max(len(tokenizer.encode(problem.solution, add_special_tokens=False)) for problem in problems)
     stops = set(model.generation_config.eos_token_id)
     responses: list[Response] = []

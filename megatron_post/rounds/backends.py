@@ -20,10 +20,14 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor
 
 from megatron_post.config.schema import Section
+from megatron_post.convert.configs import dtype_name
+from megatron_post.convert.hf_directory import HuggingFaceDirectory
+from megatron_post.convert.source import read_rows
 from megatron_post.data.dialog import Message
 from megatron_post.data.template import render_prompt
 from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, Tokenizer, load_tokenizer
 from megatron_post.installation import install_command
+from megatron_post.models.hf_config import to_hf_config
 from megatron_post.parallel.environment import rank_from_environment
 
 _SECONDS_TO_END = 120.0  # of a vLLM engine's processes
@@ -153,7 +157,7 @@ class _Transformers:
     """A response depends on its own request alone, but for float rounding in batches of other widths."""
 
     def __init__(self, settings: TransformersBackend, model: str) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -161,7 +165,7 @@ class _Transformers:
         self._batch, self._tokenizer = settings.batch, load_tokenizer(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
+        self._model = _llama(model, dtype).eval().to(device)
         # what a model's own file says (beams, penalties, least lengths) would join in silently
         self._model.generation_config = GenerationConfig()
 
@@ -222,6 +226,32 @@ class _Transformers:
             tokens, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         return [_response(ids, stops, self._tokenizer) for ids in generated]
+
+
+def _llama(directory: str, dtype: torch.dtype) -> Any:
+    """A Llama of plain `transformers` with the config and weights of a directory, which our own readers read.
+
+    Through other keys of its config, such as `auto_map`, and other files, such as adapters, a directory could
+    have `transformers` load code or pickles.
+
+    Raises `ValueError` where the directory holds no language model.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = HuggingFaceDirectory(directory)
+    if source.scalar_head:
+        raise ValueError(f"{directory} is a reward model, which cannot generate")
+    values = to_hf_config(source.model, dtype=dtype_name(dtype), bos_id=None, eos_ids=[], pad_id=None)
+    weights = {
+        name: read_rows(source, name, 0, kind.shape[0]).to(dtype) for name, kind in source.tensors.items()
+    }
+    return LlamaForCausalLM.from_pretrained(
+        None,
+        config=LlamaConfig.from_dict(values),
+        state_dict=weights,
+        dtype=dtype,
+        attn_implementation="sdpa",
+    )
 
 
 class _Draws:
@@ -288,6 +318,8 @@ class _Vllm:
                 quantization=settings.quantization,
                 gpu_memory_utilization=settings.memory_share,
                 enable_prefix_caching=True,
+                trust_remote_code=False,
+                load_format="safetensors",  # and no pickled .bin
                 max_model_len=-1,  # what memory holds: of the model's own length one request must fit
             )
         except RuntimeError as error:

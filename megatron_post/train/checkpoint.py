@@ -23,6 +23,8 @@ from torch import Tensor
 
 from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
+from megatron_post.convert.dist_checkpoint import DistCheckpoint
+from megatron_post.convert.torch_file import load_plain
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
@@ -152,21 +154,22 @@ class Checkpoints:
         another stream of samples than the checkpoint's, or another model.
         """
         self._saver.wait()  # what it copies is about to change
-        directory = self._newest_intact()
-        if directory is None:
+        source = self._newest_intact()
+        if source is None:
             return Position()
+        directory = source.directory
         stored = manifest.read_manifest(directory)
         if stored["state"].get("weights_only", False):
             check_weights(directory, stored["state"], self._config)
-            load_checkpoint(directory, chunks, optimizer, weights_only=True)
+            load_checkpoint(source, chunks, optimizer, weights_only=True)
             if self._topology.rank == 0:
                 say(f"starting from the weights in {directory}")
             return Position()
         self._check_stream(directory, stored["state"])
-        load_checkpoint(directory, chunks, optimizer, weights_only=False)
+        load_checkpoint(source, chunks, optimizer, weights_only=False)
         scheduler.load_state_dict(stored["state"]["scheduler"])
         if stored["state"]["world_size"] == self._topology.world_size:
-            _restore_generators(load_file(directory / f"generators-{self._topology.rank}.safetensors"))
+            _restore_generators(directory / f"generators-{self._topology.rank}.safetensors")
         return Position(stored["step"], stored["state"]["consumed_packs"])
 
     def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
@@ -182,30 +185,41 @@ class Checkpoints:
             "metadata.json": json.dumps(backends).encode(),
         }
 
-    def _newest_intact(self) -> Path | None:
+    def _newest_intact(self) -> DistCheckpoint | None:
+        """Raises `DamagedCheckpoint` where there are checkpoints and none of them is intact."""
+        first = None
         for step in reversed(manifest.published_steps(self.root)):
             directory = manifest.step_directory(self.root, step)
+            source, problem = self._open(directory)
             problems: list[Any] = [None] * self._topology.world_size
-            torch.distributed.all_gather_object(problems, self._problem(directory))
+            torch.distributed.all_gather_object(problems, problem)
             found = [text for text in problems if text is not None]
             if not found:
-                return directory
+                return source
+            first = first or found[0]
             if self._topology.rank == 0:
                 say(f"checkpoint of step {step} is damaged and passed over: {found[0]}")
+        if first is not None:
+            raise manifest.DamagedCheckpoint(
+                f"{self.root} has no intact checkpoint: {first}; restore one, or move all of them "
+                "away to begin again"
+            )
         return None
 
-    def _problem(self, directory: Path) -> str | None:
-        part = directory
+    def _open(self, directory: Path) -> tuple[DistCheckpoint | None, str | None]:
+        """A checkpoint of which this rank has looked at its part, or what is wrong with it."""
+        share = {"part": self._topology.rank, "parts": self._topology.world_size}
         try:
-            manifest.verify(directory, part=self._topology.rank, parts=self._topology.world_size)
-            # checksums do not help against who can write checksums: this one too must be plain data
-            part = directory / "common.pt"
-            torch.load(part, weights_only=True)
-        except manifest.DamagedCheckpoint as error:
-            return str(error)
-        except Exception as error:  # what another rank hashes may be damaged in any way
-            return f"{part}: {error or type(error).__name__}".splitlines()[0]
-        return None
+            manifest.verify(directory, **share)
+            # checksums do not help against who can write checksums: all else too must be plain data
+            load_plain(directory / "common.pt")
+            source = DistCheckpoint(directory, is_verified=True)
+            source.check_objects(**share)
+        except ValueError as error:
+            return None, str(error)
+        except Exception as error:  # what another process has written may be wrong in any way
+            return None, f"{directory}: {error or type(error).__name__}".splitlines()[0]
+        return source, None
 
     def _stream(self) -> dict[str, Any]:
         """What fixes the order of samples besides the step, and what shapes do not tell of a model."""
@@ -244,7 +258,15 @@ def _generator_states() -> dict[str, Tensor]:
     }
 
 
-def _restore_generators(states: dict[str, Tensor]) -> None:
+def _restore_generators(path: Path) -> None:
+    """Raises `DamagedCheckpoint` where the file does not hold the generators' states."""
+    try:
+        _set_generators(load_file(path))
+    except Exception as error:  # what another process has written may be wrong in any way
+        raise manifest.DamagedCheckpoint(f"{path}: no states of generators: {error}") from error
+
+
+def _set_generators(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     position, has_gauss, cached = states["numpy_rest"].tolist()
     np.random.set_state(

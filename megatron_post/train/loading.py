@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.source import Kind
-from megatron_post.models.llama import Llama
+from megatron_post.convert.torch_file import load_plain
 from megatron_post.train.manifest import DamagedCheckpoint
 from megatron_post.train.optimizer import gather_weights
 from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
@@ -24,7 +22,7 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def load_checkpoint(
-    directory: Path,
+    source: DistCheckpoint,
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     *,
@@ -42,32 +40,38 @@ def load_checkpoint(
     """
     models = unwrap_model(chunks)
     states = {str(i): model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(models)}
-    source, error = None, None
+    objects: list[dict[str, Any]] = []
+    error = None
     try:
-        source = _read_own(directory, states, optimizer, weights_only=weights_only)
-    except (ValueError, KeyError, OSError) as found:
+        _read_own(source, states, optimizer, weights_only=weights_only)
+        objects = [_read_objects(source, state) for state in states.values()]
+    except Exception as found:  # what another process has written may be wrong in any way
         error = str(found) if isinstance(found, ValueError) else f"{type(found).__name__}: {found}"
-    _raise_together(directory, error)
-    assert source is not None
+    _raise_together(source.directory, error)
     gather_weights(chunks)
     if weights_only:
         optimizer.reload_model_params()
-    _load_objects(source, models, states)
+    for model, found_objects in zip(models, objects, strict=True):
+        model.load_state_dict(found_objects, strict=False)
 
 
 def _read_own(
-    directory: Path, states: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
-) -> DistCheckpoint:
+    source: DistCheckpoint, states: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
+) -> None:
     if not weights_only:
-        common = torch.load(directory / "common.pt", weights_only=True)
+        common = load_plain(source.directory / "common.pt")
         (part,) = optimizer_parts(optimizer)
         part.load_state_dict(common["optimizer"])  # steps and groups; Adam's state is made, to be filled
-    source = DistCheckpoint(directory, is_verified=True)
     kinds = source.kinds
     for shard in needed_shards(states, optimizer, weights_only=weights_only):
-        _check_shape(directory, shard, kinds.get(shard.key))
+        _check_shape(source.directory, shard, kinds.get(shard.key))
         _read(source, shard)
-    return source
+
+
+def _read_objects(source: DistCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
+    """What the modules of a chunk keep beside their tensors, as far as the checkpoint has it."""
+    wanted = {name: item.unique_key for name, item in state.items() if isinstance(item, ShardedObject)}
+    return {name: source.read_object(key) for name, key in wanted.items() if key in source.objects}
 
 
 def _raise_together(directory: Path, error: str | None) -> None:
@@ -97,15 +101,3 @@ def _read(source: DistCheckpoint, shard: Shard) -> None:
     filled = source.read_rectangle(shard.key, layer, shard.offsets[shard.stacked :], values)
     if filled != values.numel() and not shard.may_be_padded:
         raise DamagedCheckpoint(f"{source.directory}: the chunks of {shard.key} do not cover it")
-
-
-def _load_objects(source: DistCheckpoint, models: Sequence[Llama], states: dict[str, dict[str, Any]]) -> None:
-    directory, stored = str(source.directory), source.objects
-    wanted = {
-        i: {k: v for k, v in state.items() if isinstance(v, ShardedObject) and v.unique_key in stored}
-        for i, state in states.items()
-    }
-    if stored:  # alike on all ranks, which load together
-        loaded = dist_checkpointing.load(wanted, directory, get_default_load_sharded_strategy(directory))
-        for i, model in enumerate(models):
-            model.load_state_dict(loaded.get(str(i), {}), strict=False)

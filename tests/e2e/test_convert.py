@@ -10,6 +10,7 @@ from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file
 
 from megatron_post.config.schema import Config
+from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.work import convert
@@ -109,7 +110,8 @@ def _logits(configs: list[Config], tokens: np.ndarray) -> list[np.ndarray]:
             chunks = wrap_data_parallel(models, config, topology)
             optimizer = build_optimizer(chunks, config)
             step = manifest.step_directory(Path(config.run_dir) / "checkpoints", 0)
-            load_checkpoint(step, chunks, optimizer, weights_only=True)
+            source = DistCheckpoint(step, is_verified=True)
+            load_checkpoint(source, chunks, optimizer, weights_only=True)
             stepper = Stepper(chunks, SFT(["body"]), topology, portable=True)
             pack = tiny_packs(1)[0]
             from dataclasses import replace

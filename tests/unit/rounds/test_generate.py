@@ -392,7 +392,9 @@ def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         def __init__(
             self, model: str, *, tensor_parallel_size: int, quantization: str | None,
             gpu_memory_utilization: float, enable_prefix_caching: bool, max_model_len: int,
+            trust_remote_code: bool, load_format: str,
         ) -> None:  # fmt: skip
+            assert not trust_remote_code and load_format == "safetensors"
             if quantization == "none":
                 raise RuntimeError("Engine core initialization failed.")
             asked["engine"] = (model, tensor_parallel_size, quantization, gpu_memory_utilization)
