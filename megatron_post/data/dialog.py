@@ -58,7 +58,7 @@ class ToolCall:
 class Message:
     """One message. `end_of_turn=False`: it ends with <|eom_id|>, more of its turn follows (a tool's output).
 
-    trained: whether an assistant's message carries loss. One that does not is context, as a user's is.
+    trained: whether an assistant's message may carry loss. One that may not is context, as a user's is.
     reasoning: what the assistant thought before it answered, where the row says so.
     Raises `BadRow` for an unknown role, a content that is no text or no valid UTF-8, and wrong tool calls.
     """
@@ -99,9 +99,9 @@ class Message:
             )
         call = self.tool_calls[0]
         wanted = "query" if call.name in SEARCH_TOOLS else "code" if call.name == CODE_INTERPRETER else None
-        if wanted and (list(call.parameters) != [wanted] or not isinstance(call.parameters[wanted], str)):
+        if wanted and not isinstance(call.parameters.get(wanted), str):
             raise BadRow(
-                f"built-in tool {call.name} takes one text argument, {wanted!r}, not {call.parameters!r:.80}"
+                f"built-in tool {call.name} needs the text argument {wanted!r}, got {call.parameters!r:.80}"
             )
         try:
             json.dumps([call.name, call.parameters], ensure_ascii=False).encode()

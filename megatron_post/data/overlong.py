@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import round_up
 
@@ -50,4 +52,4 @@ def _shortened(unit: Sequence[Rendered], capacity: int) -> Sequence[Rendered] | 
     if len(unit) > 1:
         return None
     tokens, roles = unit[0].tokens[:capacity], unit[0].roles[:capacity]
-    return [Rendered(tokens, roles)] if (roles >= TokenRole.BODY).any() else None
+    return [Rendered(tokens, roles)] if np.isin(roles, (TokenRole.BODY, TokenRole.TERMINATOR)).any() else None

@@ -1,9 +1,10 @@
-"""`data show`: one pack as text, coloured by role, the trained tokens underlined."""
+"""`data show`: one pack as text, coloured by role, the trained tokens underlined and counted."""
 
 from collections.abc import Collection
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -19,6 +20,7 @@ _COLOURS = {
     TokenRole.PROMPT: "default",
     TokenRole.BODY: "green",
     TokenRole.TERMINATOR: "magenta",
+    TokenRole.MASKED: "yellow",
 }
 _TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
 
@@ -55,7 +57,8 @@ def show_pack(
     for number, (start, end) in enumerate(bounds):
         source = pack.sources[number]
         name = f"{store.sources[source].name}, row {pack.sample_ids[number]}" if source >= 0 else "padding"
-        title = Text(printable(f"{number}: {name}, tokens {start}-{end - 1}"))
+        trained = int(np.isin(pack.roles[start:end], list(trained_roles)).sum())
+        title = Text(printable(f"{number}: {name}, tokens {start}-{end - 1}, {trained} trained"))
         console.rule(title, align="left")
         console.print(
             _text(pack.tokens[start:end].tolist(), pack.roles[start:end].tolist(), tokenizer, trained_roles)

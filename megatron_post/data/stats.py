@@ -49,6 +49,40 @@ class PackingStats:
         return self.real / self.capacity if self.capacity else 0.0
 
 
+@dataclass(frozen=True)
+class RoleCounts:
+    """What the roles of a group's packs say, by source, repeats counted.
+
+    tokens: int64 [sources, roles]; trained, masked: int64 [sources], the assistant's messages that are
+    trained, and those that the rows mask.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    masked: np.ndarray
+
+
+def role_counts(store: PackStore) -> RoleCounts:
+    """Count roles; reads those of every pack."""
+    sources = len(store.sources)
+    tokens = np.zeros((sources, len(TokenRole)), dtype=np.int64)
+    messages = {role: np.zeros(sources, dtype=np.int64) for role in (TokenRole.BODY, TokenRole.MASKED)}
+    padded, source_of = store.column("padded"), store.column("source")
+    for index in range(len(store)):
+        segments = slice(*store.segment_offsets[index : index + 2].tolist())
+        ends = np.cumsum(padded[segments])
+        source = np.repeat(source_of[segments], padded[segments])
+        roles = store.read_row("roles", index)[: len(source)]
+        tokens += np.bincount(source * len(TokenRole) + roles, minlength=tokens.size).reshape(tokens.shape)
+        for role, count in messages.items():
+            # a message is one run: a header stands before each, or the beginning of its segment
+            inside = np.isin(roles, _TRAINED) if role is TokenRole.BODY else roles == role
+            begins = inside & ~np.concatenate([[False], inside])[:-1]
+            begins[ends[:-1]] = inside[ends[:-1]]
+            count += np.bincount(source[begins], minlength=sources)
+    return RoleCounts(tokens, trained=messages[TokenRole.BODY], masked=messages[TokenRole.MASKED])
+
+
 def source_stats(store: PackStore) -> list[SourceStats]:
     """Each source of a group, then the total. A unit is a row; its tokens are those of all its segments."""
     units, first = np.unique(store.column("unit"), return_index=True)
@@ -70,13 +104,13 @@ def source_stats(store: PackStore) -> list[SourceStats]:
     ]
 
 
-def packing_stats(store: PackStore, *, trained_roles: Collection[TokenRole] = _TRAINED) -> PackingStats:
-    """Real tokens and padding of a group; reads the roles of every pack to count the trained tokens."""
+def packing_stats(
+    store: PackStore, *, trained_roles: Collection[TokenRole] = _TRAINED, counts: RoleCounts | None = None
+) -> PackingStats:
+    """Real tokens and padding of a group. counts: those of the store; None: they are taken here."""
     real, padded = int(store.column("length").sum()), int(store.column("padded").sum())
     capacity = len(store) * store.settings.pack_length
-    by_role = np.zeros(len(TokenRole), dtype=np.int64)
-    for index in range(len(store)):
-        by_role += np.bincount(store.read_row("roles", index), minlength=len(TokenRole))
+    by_role = (role_counts(store) if counts is None else counts).tokens.sum(axis=0)
     return PackingStats(
         packs=len(store),
         segments=len(store.column("length")),
@@ -96,8 +130,10 @@ def print_stats(
         store = open_store(path, group)
         if len(store):
             console.print(f"{path}/{group}", highlight=False)
+            counts = role_counts(store)
             _print_sources(store, console)
-            _print_packing(packing_stats(store, trained_roles=trained_roles), store, console)
+            _print_trained(counts, trained_roles, store, console)
+            _print_packing(packing_stats(store, trained_roles=trained_roles, counts=counts), store, console)
 
 
 def _print_sources(store: PackStore, console: Console) -> None:
@@ -120,6 +156,21 @@ def _print_sources(store: PackStore, console: Console) -> None:
                 f"{counts.name}: {counts.bad:,} bad rows left out, {counts.dropped:,} overlong dropped, "
                 f"{counts.truncated:,} truncated, {counts.filtered:,} left out by data.preferences"
             )
+
+
+def _print_trained(
+    counts: RoleCounts, trained_roles: Collection[TokenRole], store: PackStore, console: Console
+) -> None:
+    tokens = counts.tokens[:, list(trained_roles)].sum(axis=1)
+    real = counts.tokens.sum(axis=1) - counts.tokens[:, TokenRole.PADDING]
+    for number, source in enumerate(store.sources):
+        console.print(
+            f"{source.name}: {tokens[number]:,} of {real[number]:,} tokens are trained "
+            f"({100 * tokens[number] / max(real[number], 1):.2f}%) in {counts.trained[number]:,} messages of "
+            f"the assistant; {counts.masked[number]:,} of its messages are masked",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_packing(stats: PackingStats, store: PackStore, console: Console) -> None:

@@ -36,9 +36,12 @@ class TokenRole(IntEnum):
 
     PADDING = 0
     HEADER = 1  # begin of text, and <|start_header_id|>role<|end_header_id|>\n\n of every message
-    PROMPT = 2  # bodies and terminators of the context: system, user, ipython, and the assistant's untrained
+    PROMPT = 2  # system, user and ipython bodies with their terminators
     BODY = 3  # what the assistant says, <|python_tag|> included
     TERMINATOR = 4  # the assistant's <|eot_id|> or <|eom_id|>
+    MASKED = (
+        5  # bodies and terminators of the assistant that the row does not train, whatever roles are trained
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +133,23 @@ class _Template:
 
     def messages(self, messages: Sequence[Message]) -> Iterator[_Segment]:
         for message in messages:
-            trained = message.role == "assistant" and message.trained
-            body = TokenRole.BODY if trained else TokenRole.PROMPT
+            body, end = _roles_of(message)
             yield self.header(message.role)
             yield message.content, body
             for call in message.tool_calls:
                 yield [self._special(PYTHON_TAG)], body
                 yield call_text(call), body
             terminator = self._special(END_OF_TURN if message.end_of_turn else END_OF_MESSAGE)
-            yield [terminator], TokenRole.TERMINATOR if trained else TokenRole.PROMPT
+            yield [terminator], end
+
+
+def _roles_of(message: Message) -> tuple[TokenRole, TokenRole]:
+    """Roles of a message's body and of its terminator."""
+    if message.role != "assistant":
+        return TokenRole.PROMPT, TokenRole.PROMPT
+    if not message.trained:
+        return TokenRole.MASKED, TokenRole.MASKED
+    return TokenRole.BODY, TokenRole.TERMINATOR
 
 
 def _encode(rows: Sequence[Sequence[_Segment]], tokenizer: Tokenizer) -> list[Rendered]:

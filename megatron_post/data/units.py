@@ -99,8 +99,11 @@ class UnitPile:
 
 
 def response_length(roles: np.ndarray) -> int:
-    """Tokens of the final response: body and terminator after the last header. roles: uint8 [n]."""
-    others = np.flatnonzero(roles < TokenRole.BODY)
+    """Tokens of the final response: body and terminator after the last header; none where it is masked.
+
+    roles: uint8 [n].
+    """
+    others = np.flatnonzero(~np.isin(roles, (TokenRole.BODY, TokenRole.TERMINATOR)))
     return len(roles) - 1 - int(others[-1]) if len(others) else len(roles)
 
 

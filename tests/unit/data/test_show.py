@@ -56,6 +56,8 @@ def test_text_boundaries_and_padding(store: Path) -> None:
     assert "cats, row 1, tokens 0-" in text or "cats, row 2, tokens 0-" in text
     assert text.count("<|begin_of_text|>") == text.count("naïve ☕<|eot_id|>") == 2
     assert ": padding, tokens " in text
+    answer = load_tokenizer(store.parent / "tokenizer").encode("naïve ☕")
+    assert text.count(f", {len(answer) + 1} trained") == 2 and ", 0 trained" in text
 
 
 def test_trained_tokens_are_underlined(store: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from megatron_post.data.assembly import assemble
-from megatron_post.data.stats import packing_stats, print_stats, source_stats
+from megatron_post.data.stats import packing_stats, print_stats, role_counts, source_stats
 from megatron_post.data.store import PackStore, SourceCounts, StoreSettings, open_store
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import Rendered, TokenRole
@@ -67,6 +67,46 @@ def test_packing(tmp_path: Path) -> None:
     assert stats.trained == 3 + 2 + 4
     bodies = packing_stats(store_at(tmp_path / "t"), trained_roles=[TokenRole.BODY])
     assert bodies.trained == 2 + 1 + 3
+
+
+def test_trained_and_masked_messages_by_source(tmp_path: Path) -> None:
+    """Rows of two turns. a: the first is masked, so 3 of 12 tokens are trained. b: both are, 5 of 12.
+
+    Segments are padded to 12 and stand side by side: the first token of one follows the last of another.
+    """
+    header, prompt, body, terminator = (
+        TokenRole.HEADER,
+        TokenRole.PROMPT,
+        TokenRole.BODY,
+        TokenRole.TERMINATOR,
+    )
+    pile = UnitPile()
+    for source, first in enumerate(([TokenRole.MASKED] * 2, [body, terminator])):
+        roles = [header, prompt, prompt, header, *first, header, prompt, header, body, body, terminator]
+        row = Rendered(np.ones(12, dtype=np.int32), np.array(roles, dtype=np.uint8))
+        pile.add([row], source=source, sample=1, turns=2)
+    pile.add(
+        [Rendered(np.ones(2, np.int32), np.array([body, terminator], np.uint8))], source=1, sample=2, turns=1
+    )
+    settings = StoreSettings(28, 4, "f", 0, 1)
+    assembly = assemble(pile.units(), np.arange(3), "train", settings)
+    with StoreWriter(tmp_path / "s", settings) as writer:
+        writer.write(
+            "train",
+            sources=[SourceCounts("a", rows=1), SourceCounts("b", rows=2)],
+            columns=assembly.columns(),
+            segments_per_pack=np.diff(assembly.segment_ends),
+            packs=assembly.packs(),
+        )
+    counts = role_counts(open_store(tmp_path / "s", "train"))
+    assert counts.trained.tolist() == [1, 3] and counts.masked.tolist() == [1, 0]
+    output = StringIO()
+    print_stats(tmp_path / "s", console=Console(file=output, width=120))
+    expected = (
+        "a: 3 of 12 tokens are trained (25.00%) in 1 messages of the assistant; 1 of its messages are masked"
+    )
+    assert expected in output.getvalue()
+    assert "b: 7 of 14 tokens are trained (50.00%) in 3 messages" in output.getvalue()
 
 
 def test_printed(tmp_path: Path) -> None:

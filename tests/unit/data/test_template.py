@@ -44,6 +44,18 @@ GOLD = "Search the web for the latest price of 1oz gold?"
 H, P, B, T = TokenRole.HEADER, TokenRole.PROMPT, TokenRole.BODY, TokenRole.TERMINATOR
 
 
+def test_a_masked_message_is_trained_under_no_role(small):
+    """Its tokens are those of a trained one; not even trained_roles=[prompt, body, terminator] takes them."""
+    messages = [user("1 + 1?"), Message("assistant", "3"), user("No."), Message("assistant", "2")]
+    plain = render(Dialog(tuple(messages)), small)
+    messages[1] = Message("assistant", "3", trained=False)
+    masked = render(Dialog(tuple(messages)), small)
+    assert masked.tokens.tolist() == plain.tokens.tolist()
+    changed = masked.roles != plain.roles
+    assert small.decode(masked.tokens[changed].tolist()) == "3<|eot_id|>"
+    assert set(masked.roles[changed].tolist()) == {TokenRole.MASKED}
+
+
 def user(content):
     return Message("user", content)
 
@@ -263,12 +275,12 @@ def as_openai(message):
 
 def dialogs_in_openais_form():
     chat = (
-        Message("system", "Be\nbrief."),
-        user("1 + 1?"),
+        Message("system", "Be\nbrief.\n"),
+        user("1 + 1?  "),
         Message("assistant", "2"),
-        user("Größe? 你好"),
+        user(" Größe? 你好"),
     )
-    answer = Message("assistant", "two\n\n  lines")
+    answer = Message("assistant", "  indented\n\ntext \n")
     code = Message("assistant", "", (ToolCall("code_interpreter", {"code": "print(1)\nprint('é')"}),), False)
     both = Message(
         "assistant", "I look.", (ToolCall("trending_songs", {"n": 3, "é": [1, {"x": None}]}),), False
