@@ -11,6 +11,7 @@ from megatron_post.config.presets import PRESETS
 RoleName = Literal["header", "prompt", "body", "terminator"]
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 TrainOn = Literal["all_turns", "last_turn"]
+Reasoning = Literal["refuse", "drop"]
 
 
 class Section(BaseModel):
@@ -79,7 +80,8 @@ class Source(Section):
     subset: str | None = None
     format: Literal["auto", "messages", "preference", "columns", "transcript"] = "auto"
     columns: dict[str, str] = Field(
-        default_factory=dict, description="role -> column, for rows that hold one column a role"
+        default_factory=dict,
+        description="role -> column, for rows that hold one column a role; or {messages: column}",
     )
     epochs: float | None = Field(None, gt=0, description="how often each row is used; exclusive with weight")
     weight: PositiveFloat | None = Field(
@@ -87,6 +89,12 @@ class Source(Section):
     )
     max_rows: PositiveInt | None = None
     train_on: TrainOn | None = Field(None, description="null: as data.train_on")
+    templated: Literal["refuse", "keep"] = Field(
+        "refuse", description="texts that hold the marks of a chat template or a transcript"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="keys of rows and messages that are passed over: neither used, refused nor listed"
+    )
     batch: int = Field(0, description="number of the preference batch; a higher one is newer")
 
     @model_validator(mode="after")
@@ -118,6 +126,11 @@ class Data(Section):
         "all_turns",
         description="turns of the assistant that rows of `messages` train. A mark on a message (`weight`, "
         "`train`) comes first. Rows of prompt and completion train the completion.",
+    )
+    reasoning: Reasoning = Field(
+        "refuse",
+        description="what an assistant's `reasoning_content` or `thinking` becomes. refuse: its row is bad; "
+        "drop: it is left out",
     )
     preferences: Preferences = Preferences()
     backend: Literal["torch", "dali"] = "torch"

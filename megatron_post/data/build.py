@@ -17,6 +17,7 @@ from megatron_post.data.assembly import assemble
 from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits
 from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.overlong import Fitting
+from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
@@ -29,9 +30,10 @@ _ROWS_AT_ONCE = 512  # rendered in one call of the tokenizer, which uses all cor
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """What `data pack` made of one group."""
+    """What `data pack` made of one group. keys: of each source, those that its rows have and nothing uses."""
 
     counts: list[SourceCounts]
+    keys: list[KeyCounts]
     shares: list[Share]
     num_packs: int
 
@@ -73,8 +75,8 @@ def build_store(
         }
         for group, named in sources_of.items():
             sources = _newest(named) if config.data.preferences.newest_batch_only else named
-            units, counts = _read(group, sources, config, tokenizer, bad_rows, progress)
-            summaries[group] = _write(group, sources, units, counts, writer, settings, progress)
+            units, counts, keys = _read(group, sources, config, tokenizer, bad_rows, progress)
+            summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
     _print(summaries, bad_rows, config, console)
     return summaries
 
@@ -97,9 +99,9 @@ def _read(
     tokenizer: Tokenizer,
     bad_rows: BadRows,
     progress: Progress,
-) -> tuple[Units, list[SourceCounts]]:
-    """Every usable row of the sources, rendered, and how many of each could not be used."""
-    pile, counts = UnitPile(), []
+) -> tuple[Units, list[SourceCounts], list[KeyCounts]]:
+    """Every usable row of the sources, rendered, how many of each could not be used, and unused keys."""
+    pile, counts, keys = UnitPile(), [], [KeyCounts() for _ in sources]
     for number, source in enumerate(sources):
         task = progress.add_task(f"{group}: reading {source.name}", total=None)
         fitting = Fitting(
@@ -110,7 +112,13 @@ def _read(
         )
         example_units = _example_units(config, source, tokenizer)
         before = len(pile)
-        rows = read_rows(source, bad_rows=bad_rows, train_on=config.data.train_on)
+        rows = read_rows(
+            source,
+            bad_rows=bad_rows,
+            train_on=config.data.train_on,
+            reasoning=config.data.reasoning,
+            counts=keys[number],
+        )
         while batch := list(islice(rows, _ROWS_AT_ONCE)):
             for (row, _), example in zip(batch, example_units(batch), strict=True):
                 unit = None if example is None else fitting.fit(example.segments, row=row)
@@ -136,7 +144,7 @@ def _read(
                 f"{example_units.filtered} left out by data.preferences); "
                 "remove it or mend it"
             )
-    return pile.units(), counts
+    return pile.units(), counts, keys
 
 
 def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:
@@ -162,6 +170,7 @@ def _write(
     sources: Sequence[Source],
     units: Units,
     counts: list[SourceCounts],
+    keys: list[KeyCounts],
     writer: StoreWriter,
     settings: StoreSettings,
     progress: Progress,
@@ -181,7 +190,9 @@ def _write(
     )
     real = units.lengths(multiple=1)
     lengths = [real[units.sources == number] for number in range(len(sources))]
-    return GroupSummary(counts, shares(list(uses), list(uses.values()), lengths), num_packs=len(assembly))
+    return GroupSummary(
+        counts, keys, shares(list(uses), list(uses.values()), lengths), num_packs=len(assembly)
+    )
 
 
 def _progress(console: Console) -> Progress:
@@ -216,6 +227,10 @@ def _print(
                     f"{group}: {count.name}: {count.bad:,} bad rows left out, {count.dropped:,} longer than "
                     f"{config.data.pack_length:,} tokens dropped, {count.truncated:,} truncated"
                 )
+    for group, summary in summaries.items():
+        for count, keys in zip(summary.counts, summary.keys, strict=True):
+            for line in keys.summary():
+                console.print(f"{group}: {count.name}: {line}", highlight=False)
     for group, summary in summaries.items():
         if summary.num_packs:
             capacity = summary.num_packs * config.data.pack_length

@@ -1,285 +1,224 @@
-"""Rows of the formats in use to `Dialog` and `Preference`. Texts are stripped, as Llama 3.0's reference does.
+"""Rows of the formats in use to `Dialog` and `Preference` (docs/rows.md has an example of each).
 
-messages    {"messages"} of OpenAI and TRL, or {"prompt", "completion"}, plain or conversational; "tools"
+messages    OpenAI's and ShareGPT's messages, in `messages`, `conversations` or the only other column that
+            holds some; or {"prompt", "completion"}, {"query", "response"}, {"instruction", "input", "output"}
 preference  TRL's {"prompt", "chosen", "rejected"}, plain or conversational; chosen and rejected may also hold
             the whole conversation; "edited" (better than chosen), "rating" and "tools" if any
 transcript  HH-RLHF's {"chosen", "rejected"} as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts
 columns     a column a role, named by `source.columns`: {user: question, assistant: answer}. A value may join
             columns ("instruction+input": those not blank, with a blank line between) and reach into nested
-            ones ("instances.0.output"). `chosen` and `rejected` instead of `assistant` make a preference.
-            `end_marker` is no column but a text cut off the end of responses ("<|endoftext|>" in T0's), which
-            otherwise stays.
+            ones ("instances.0.output"). `chosen` and `rejected` instead of `assistant` make a preference;
+            {messages: dialog} names the column of messages. `end_marker` is no column but a text cut off the
+            end of responses ("<|endoftext|>" in T0's), which otherwise stays.
 """
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
-from megatron_post.config.schema import Source, TrainOn
-from megatron_post.data.dialog import CODE_INTERPRETER, BadRow, Dialog, Message, Preference, ToolCall
-
-_ROLE_NAMES = {"developer": "system", "tool": "ipython", "function": "ipython"}
-# Keys that say whether a message is trained; those of masks say the contrary.
-_MARKS = (
-    *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
-    *("mask", "masked"),
+from megatron_post.config.schema import Reasoning, Source, TrainOn
+from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
+from megatron_post.data.row_columns import Columns, check_columns
+from megatron_post.data.row_keys import KeyCounts, Keys, from_json, text_of
+from megatron_post.data.row_messages import Said, read_messages
+from megatron_post.data.row_preferences import (
+    from_preference,
+    from_ranked_columns,
+    from_transcripts,
+    is_transcript,
+    turns_of,
 )
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_DIALOG_KEYS = {"system", "user", "assistant", "end_marker"}
-_PREFERENCE_KEYS = {"system", "user", "chosen", "rejected", "edited", "rating", "end_marker"}
+from megatron_post.data.row_refusals import SYSTEM, refuse_harmful, refuse_templated
+from megatron_post.data.row_tools import tools_of
+
+_MESSAGES = ("messages", "conversations")
+_NO_MESSAGES = ("prompt", "completion", "chosen", "rejected", "edited", "history", "query", "response")
+# prompt, what joins it, and response
+_PAIRS = (("prompt", None, "completion"), ("query", None, "response"), ("instruction", "input", "output"))
 
 
-def check_columns(source: Source) -> None:
-    """Raise `ValueError` if `source.columns` cannot make a dialog or a preference."""
-    keys = set(source.columns)
-    if source.format not in ("auto", "columns"):
-        if keys:
-            raise ValueError(f"source {source.name!r}: columns go with format=columns, not {source.format}")
-    elif keys or source.format == "columns":
-        fits_dialog = {"user", "assistant"} <= keys <= _DIALOG_KEYS
-        if not fits_dialog and not {"user", "chosen", "rejected"} <= keys <= _PREFERENCE_KEYS:
-            raise ValueError(
-                f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant; if "
-                "wanted system, end_marker) nor a preference (user, chosen, rejected; if wanted system, "
-                "edited, rating, end_marker)"
-            )
+class RowReader:
+    """Makes examples of one source's rows. `counts` collects the keys that nothing used."""
+
+    def __init__(
+        self, source: Source, *, train_on: TrainOn, reasoning: Reasoning, counts: KeyCounts | None = None
+    ) -> None:
+        """train_on: as `data.train_on`, which the source may override. Raises `ValueError` for columns that
+        make no row."""
+        check_columns(source)
+        self._source, self._reasoning = source, reasoning
+        self._train_on = source.train_on or train_on
+        self._counts = KeyCounts() if counts is None else counts
+        self._columns = Columns(source, self._counts)
+
+    def __call__(self, raw: Any) -> Dialog | Preference:
+        """The dialog or preference that a row holds, by the source's format. Raises `BadRow` with the
+        reason."""
+        if not isinstance(raw, Mapping):
+            raise BadRow(f"a row must be a mapping, not {type(raw).__name__}")
+        row = Keys(raw, ignore=self._source.ignore)
+        refuse_harmful(row, self._columns, reasoning=self._reasoning)
+        example = _with_system(self._example(row), self._columns.text("system", row) or _system_of(row))
+        messages = example.messages if isinstance(example, Dialog) else example.prompt
+        responses = () if isinstance(example, Dialog) else example.responses
+        for message in chain(messages, *responses) if self._source.templated == "refuse" else ():
+            refuse_templated(message)
+        self._counts.unused.update(row.unused())
+        return example
+
+    def _example(self, row: Keys) -> Dialog | Preference:
+        columns = self._source.columns
+        if "user" in columns:
+            return self._from_columns(row)
+        if "messages" in columns:
+            said = self._read(self._columns.value("messages", row), row, columns["messages"])
+            return Dialog(self._trained(said), tools_of(row, self._columns.value("tools", row)))
+        chosen = self._source.format if self._source.format != "auto" else _detect(row)
+        if chosen == "messages":
+            return self._from_messages(row)
+        make = from_preference if chosen == "preference" else from_transcripts
+        return make(row, lambda value, name: self._read(value, row, name))
+
+    def _from_messages(self, row: Keys) -> Dialog:
+        """A row may hold its conversation more than once, in equal words. A message is then trained if each
+        form trains it."""
+        found = {
+            f"{prompt} and {response}": self._pair(row, prompt, joined, response)
+            for prompt, joined, response in _pairs_in(row)
+        }
+        if not found and "completion" in row:
+            row.require("prompt")
+        columns = _message_columns(row) if not found else [name for name in _MESSAGES if name in row]
+        found |= {name: self._trained(self._read(row.get(name), row, name)) for name in columns}
+        if not found:
+            raise BadRow(f"no messages in the columns {list(row)}")
+        messages, *others = found.values()
+        for other in others:
+            if _words(other) != _words(messages):
+                raise BadRow(f"{', '.join(found)} hold different conversations")
+            messages = tuple(a if b.trained else b for a, b in zip(messages, other, strict=True))
+        return Dialog(messages, tools_of(row))
+
+    def _pair(self, row: Keys, prompt: str, joined: str | None, response: str) -> tuple[Message, ...]:
+        """A prompt and its response, which is trained alone."""
+        asked = row.require(prompt)
+        if joined is not None and row.says(joined):
+            asked = f"{text_of(asked, prompt).strip()}\n\n{text_of(row.get(joined), joined).strip()}"
+        context = [*_history(row.get("history")), *turns_of(asked, "user")]
+        return self._completion(context, turns_of(row.require(response), "assistant"), row)
+
+    def _from_columns(self, row: Keys) -> Dialog | Preference:
+        asked = Message("user", self._columns.text("user", row))
+        if "assistant" not in self._source.columns:
+            return from_ranked_columns(row, self._columns, (asked,))
+        context = _history(self._columns.value("history", row))
+        (answer,) = self._columns.response("assistant", row)
+        turns = [{"role": message.role, "content": message.content} for message in (asked, answer)]
+        return Dialog(self._completion([*context, turns[0]], turns[1:], row))
+
+    def _completion(self, context: list[Any], completion: list[Any], row: Keys) -> tuple[Message, ...]:
+        said = self._read([*context, *completion], row, "prompt")
+        first = len(context)
+        if said.messages[first - 1].role == "assistant" == said.messages[first].role:
+            raise BadRow("the prompt ends with the assistant: a completion cannot go on with its message")
+        if any(said.marks[:first]):
+            raise BadRow("a message of the prompt is marked as trained; a completion is trained alone")
+        return _masked(said, first)
+
+    def _trained(self, said: Said) -> tuple[Message, ...]:
+        """The messages, of which the last turn or all are trained. A turn is all that follows a message of
+        the user: calls, their results and the answer."""
+        asked = [i for i, message in enumerate(said.messages) if message.role == "user"]
+        return _masked(said, asked[-1] + 1 if asked and self._train_on == "last_turn" else 0)
+
+    def _read(self, raw: Any, row: Keys, name: str) -> Said:
+        return read_messages(raw, row, name=name, reasoning=self._reasoning)
 
 
-def example_of_row(row: Any, source: Source, *, train_on: TrainOn = "all_turns") -> Dialog | Preference:
-    """The dialog or preference that a row holds, by the source's format. Raises `BadRow` with the reason."""
-    if not isinstance(row, Mapping):
-        raise BadRow(f"a row must be a mapping, not {type(row).__name__}")
-    chosen_format = (
-        "columns" if source.columns else source.format if source.format != "auto" else _detect(row)
-    )
-    match chosen_format:
-        case "messages":
-            return _from_messages(row, train_on)
-        case "preference":
-            return _from_preference(row)
-        case "transcript":
-            return _from_transcripts(row)
-        case _:
-            return _from_columns(row, source.columns)
-
-
-def _detect(row: Mapping[str, Any]) -> str:
+def _detect(row: Keys) -> str:
     if "chosen" in row and "rejected" in row:
-        is_transcript = "prompt" not in row and isinstance(row["chosen"], str) and _TURN.match(row["chosen"])
-        return "transcript" if is_transcript else "preference"
-    if "messages" in row or {"prompt", "completion"} <= row.keys():
+        return "transcript" if "prompt" not in row and is_transcript(row.peek("chosen")) else "preference"
+    if "completion" in row or _pairs_in(row) or _message_columns(row):
         return "messages"
     raise BadRow(
         f"cannot tell the format from the columns {list(row)}: neither `messages`, `prompt` and "
         "`completion`, nor `chosen` and `rejected`; name the columns in the source's `columns`, for example "
-        "{user: question, assistant: answer} or {user: instruction+input, assistant: output}"
+        "{user: question, assistant: answer}, {user: instruction+input, assistant: output} or "
+        "{messages: dialog}. A single text with all turns must be split into messages first"
     )
 
 
-def _from_messages(row: Mapping[str, Any], train_on: TrainOn) -> Dialog:
-    if row.get("messages") is not None:
-        raw = row["messages"]
-        messages = _messages(raw)
-        first = _start_of_last_turn(messages) if train_on == "last_turn" else 0
-    else:
-        prompt = _list_of(_column(row, "prompt"), "user")
-        raw = prompt + _list_of(_column(row, "completion"), "assistant")
-        messages, first = _messages(raw), len(prompt)
-        if any(mark for mark in map(trained_mark, prompt)):
-            raise BadRow("a message of the prompt is marked as trained; a completion is trained alone")
-    return Dialog(_masked(messages, [trained_mark(message) for message in raw], first), _tools(row))
+def _pairs_in(row: Keys) -> list[tuple[str, str | None, str]]:
+    return [pair for pair in _PAIRS if pair[0] in row and pair[2] in row]
 
 
-def _start_of_last_turn(messages: Sequence[Message]) -> int:
-    """Where the assistant's last turn begins, tool calls and their results included."""
-    return max((i for i, message in enumerate(messages) if message.role == "user"), default=-1) + 1
+def _message_columns(row: Keys) -> list[str]:
+    """The columns of messages by their usual names, or the only other one that holds some."""
+    if known := [name for name in _MESSAGES if name in row]:
+        return known
+    found = [name for name in row if name not in _NO_MESSAGES and _holds_messages(row.peek(name))]
+    if len(found) > 1:
+        raise BadRow(f"{found} all hold messages; choose with columns={{messages: {found[0]}}}")
+    return found
 
 
-def _masked(
-    messages: Sequence[Message], marks: Sequence[bool | None], first_trained: int
-) -> tuple[Message, ...]:
-    """What a message says about itself comes first, then whether it stands before `first_trained`."""
-    masked = []
-    for number, (message, mark) in enumerate(zip(messages, marks, strict=True)):
-        if message.role != "assistant" and mark:
-            raise BadRow(
-                f"message {number + 1} from {message.role} is marked as trained; only the assistant's can be"
-            )
-        trained = number >= first_trained if mark is None else mark
-        masked.append(message if trained or message.role != "assistant" else replace(message, trained=False))
-    return tuple(masked)
+def _holds_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in value)
+    )
 
 
-def _from_preference(row: Mapping[str, Any]) -> Preference:
-    names = _responses_in(row)
-    responses = [_messages(_list_of(_column(row, name), "assistant")) for name in names]
-    rating, tools = _rating(row.get("rating")), _tools(row)
-    if all(response[0].role != "assistant" for response in responses):
-        return _split_prompt(responses, rating, tools)
-    if row.get("prompt") is None:
-        raise BadRow("chosen and rejected are not whole conversations, and there is no `prompt` column")
-    return Preference(_messages(_list_of(row["prompt"], "user")), tuple(responses), rating, tools)
-
-
-def _from_transcripts(row: Mapping[str, Any]) -> Preference:
-    names = _responses_in(row)
-    dialogs = [_transcript(_text(_column(row, name), name)) for name in names]
-    return _split_prompt(dialogs, _rating(row.get("rating")), ())
-
-
-def _transcript(text: str) -> tuple[Message, ...]:
-    start, *turns = _TURN.split(text)
-    if start.strip() or not turns:
-        raise BadRow("a transcript starts with a blank line and 'Human:'")
-    said = zip(turns[::2], turns[1::2], strict=True)
-    return tuple(Message("user" if name == "Human" else "assistant", text.strip()) for name, text in said)
-
-
-def _split_prompt(
-    dialogs: list[tuple[Message, ...]], rating: str | None, tools: tuple[dict[str, Any], ...]
-) -> Preference:
-    """Conversations to their common beginning, which ends before an assistant's message, and the rests."""
-    shortest = min(len(dialog) for dialog in dialogs)
-    common = next((k for k in range(shortest) if len({repr(dialog[k]) for dialog in dialogs}) > 1), shortest)
-    while common and dialogs[0][common - 1].role not in ("user", "ipython"):
-        common -= 1
-    return Preference(dialogs[0][:common], tuple(dialog[common:] for dialog in dialogs), rating, tools)
-
-
-def _from_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Dialog | Preference:
-    values = {key: _joined(row, column) for key, column in columns.items() if key != "end_marker"}
-    marker = columns.get("end_marker", "")
-    system = (Message("system", values["system"]),) if values.get("system") else ()
-    prompt = (*system, Message("user", values["user"]))
-
-    def response(text: str) -> tuple[Message, ...]:
-        return (Message("assistant", text.removesuffix(marker).rstrip()),)
-
-    if "assistant" in values:
-        return Dialog((*prompt, *response(values["assistant"])))
-    names = _responses_in(values)
-    return Preference(prompt, tuple(response(values[name]) for name in names), _rating(values.get("rating")))
-
-
-def _joined(row: Mapping[str, Any], column: str) -> str:
-    if column in row:
-        return _text(row[column], column).strip()
-    parts = [_text(_reach(row, path), path).strip() for path in column.split("+")]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _reach(row: Mapping[str, Any], path: str) -> Any:
-    value: Any = row
-    for key in [path] if path in row else path.split("."):
-        if isinstance(value, Mapping) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
-            value = value[int(key)]
+def _history(value: Any) -> list[Any]:
+    """Earlier turns: messages, or pairs of a question and its answer. Raises `BadRow`."""
+    turns = from_json(value, "history") or []
+    if not isinstance(turns, list):
+        raise BadRow(f"history must be a list, not {turns!r:.80}")
+    messages: list[Any] = []
+    for turn in turns:
+        if isinstance(turn, Mapping):
+            messages.append(turn)
+        elif isinstance(turn, list) and len(turn) == 2:
+            messages += [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turn, strict=True)]
         else:
-            raise BadRow(f"no column {path!r}; the row has {list(row)}")
-    return value
+            raise BadRow(f"history holds messages or pairs of question and answer, not {turn!r:.80}")
+    return messages
 
 
-def _messages(raw: Any) -> tuple[Message, ...]:
-    """OpenAI's messages. An assistant's turn goes on after a tool call, and unless the user is next."""
-    if not isinstance(raw, list) or not raw:
-        raise BadRow(f"messages must be a list that is not empty, not {raw!r:.80}")
-    for number, message in enumerate(raw, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadRow(f"message {number} must be a mapping with role and content, not {message!r:.80}")
-    roles = [_ROLE_NAMES.get(message["role"], message["role"]) for message in raw]
-    followed = [role in ("assistant", "ipython") for role in roles[1:]] + [False]
-    messages = []
-    for message, role, more in zip(raw, roles, followed, strict=True):
-        calls = tuple(_tool_call(call) for call in message.get("tool_calls") or ())
-        turn_ends = role != "assistant" or not (calls or more)
-        messages.append(Message(role, _content(message.get("content")), calls, turn_ends))
-    return tuple(messages)
-
-
-def trained_mark(message: Mapping[str, Any]) -> bool | None:
-    """Whether a message says that it is trained; None: it does not say. Raises `BadRow` for contradictions
-    and for weights between."""
-    said: dict[str, bool] = {}
-    for key in _MARKS:
-        value = message.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadRow(f"{key}={value!r:.80} of a message: it must be true, false, 1 or 0")
-        said[key] = bool(value) != key.startswith("mask")
-    if len(set(said.values())) > 1:
-        shown = ", ".join(f"{key}={message[key]!r}" for key in said)
-        raise BadRow(f"a message says that it is trained and that it is not: {shown}")
-    return next(iter(said.values()), None)
-
-
-def _content(content: Any) -> str:
-    """A text, or OpenAI's list of text parts."""
-    if isinstance(content, list):
-        kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
-        if kinds - {"text"}:
-            raise BadRow(f"content has parts of type {sorted(map(str, kinds))}; only text can be trained on")
-        content = "".join(_text(part.get("text"), "text") for part in content)
-    return _text("" if content is None else content, "content").strip()
-
-
-def _tool_call(call: Any) -> ToolCall:
-    function = call.get("function") or call if isinstance(call, Mapping) else {}
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow(f"a tool call needs a function with a name, not {call!r:.80}")
-    arguments = function.get("arguments") or {}
-    if (
-        isinstance(arguments, str)
-        and function["name"] == CODE_INTERPRETER
-        and not arguments.lstrip().startswith("{")
-    ):
-        return ToolCall(CODE_INTERPRETER, {"code": arguments})
-    parameters = ToolCall("", arguments).parameters
-    # Arrow gives every mapping of a column the same keys, null where a row had none
-    return ToolCall(
-        function["name"], {name: value for name, value in parameters.items() if value is not None}
+def _masked(said: Said, first_trained: int) -> tuple[Message, ...]:
+    """What a message says about itself comes first, then whether it stands before `first_trained`."""
+    return tuple(
+        replace(message, trained=number >= first_trained if mark is None else mark)
+        if message.role == "assistant"
+        else message
+        for number, (message, mark) in enumerate(zip(said.messages, said.marks, strict=True))
     )
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    tools = row.get("tools") or []
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise BadRow(f"tools are not JSON: {error}") from None
-    if not isinstance(tools, list):
-        raise BadRow(f"tools must be a list, not {tools!r:.80}")
-    return tuple(tools)
+def _words(messages: Sequence[Message]) -> list[Message]:
+    return [replace(message, trained=True) for message in messages]
 
 
-def _responses_in(row: Mapping[str, Any]) -> list[str]:
-    """Names of the ranked responses, best first; not every row has been edited."""
-    return ["edited", "chosen", "rejected"] if row.get("edited") else ["chosen", "rejected"]
+def _system_of(row: Keys) -> str:
+    """The system prompt beside the messages, "" if there is none. Raises `BadRow`."""
+    said = [name for name in SYSTEM if row.says(name)]
+    return text_of(row.one_of(*said), said[0]).strip() if said else ""
 
 
-def _list_of(value: Any, role: str) -> list[Any]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise BadRow(f"a text or a list of messages is wanted, not {value!r:.80}")
-    return value
-
-
-def _rating(value: Any) -> str | None:
-    return _text(value, "rating").strip().lower().replace(" ", "_") if value else None
-
-
-def _column(row: Mapping[str, Any], name: str) -> Any:
-    if row.get(name) is None:
-        raise BadRow(f"no column {name!r}; the row has {list(row)}")
-    return row[name]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name!r} is {type(value).__name__}, not text")
-    return value
+def _with_system(example: Dialog | Preference, text: str) -> Dialog | Preference:
+    """The example with a system prompt before its messages. Raises `BadRow` if it has another."""
+    messages = example.messages if isinstance(example, Dialog) else example.prompt
+    if not text:
+        return example
+    if messages[0].role == "system":
+        if messages[0].content != text:
+            raise BadRow(f"the row's system prompt {text!r:.40} is not that of its messages")
+        return example
+    messages = (Message("system", text), *messages)
+    return (
+        replace(example, messages=messages)
+        if isinstance(example, Dialog)
+        else replace(example, prompt=messages)
+    )

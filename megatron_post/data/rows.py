@@ -1,7 +1,7 @@
 """Reading datasets, local or on the hub, to `Dialog` and `Preference`; bad rows are counted and named.
 
 Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8: `datasets` gives
-up a whole file at one broken line and cannot say which, and Arrow would give all rows the same nested keys.
+up a whole file at one broken line and cannot say which, and Arrow gives all rows the same nested keys.
 Parquet, CSV and Arrow files and everything on the hub go through `datasets`, which also says which files of a
 directory are a split.
 """
@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import datasets
-from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 
-from megatron_post.config.schema import Source, TrainOn
+from megatron_post.config.schema import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
-from megatron_post.data.row_formats import check_columns, example_of_row
+from megatron_post.data.row_files import CSV_SUFFIXES, JSON_SUFFIXES, SUFFIXES, files_of
+from megatron_post.data.row_formats import RowReader
+from megatron_post.data.row_keys import KeyCounts
 from megatron_post.storage.reading import did_you_mean_path, plain_file, reading
 
 _MAX_LINE_BYTES = 8 * MAX_CHARACTERS  # JSON writes a character in up to 6 bytes, 12 outside the basic plane
 _MAX_ARRAY_BYTES = 2**32
-_JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-_SUFFIXES = (*_JSON_SUFFIXES, ".csv", ".csv.gz", ".parquet", ".arrow")
 
 # A row and where it is ("file:line"); a row that could not be decoded is its `BadRow`.
 _Record = tuple[int, str, Any]
@@ -65,22 +64,27 @@ class BadRows:
 
 
 def read_rows(
-    source: Source, *, bad_rows: BadRows, train_on: TrainOn = "all_turns"
+    source: Source,
+    *,
+    bad_rows: BadRows,
+    train_on: TrainOn = "all_turns",
+    reasoning: Reasoning = "refuse",
+    counts: KeyCounts | None = None,
 ) -> Iterator[tuple[int, Dialog | Preference]]:
     """Yield (row number, dialog or preference) of each good row, at most `source.max_rows`.
 
-    train_on: `data.train_on`, which `source.train_on` overrides.
+    train_on, reasoning: as in `Data`; `source.train_on` comes first. counts: gets the keys that nothing used.
     The row number counts from 1: the line in a local JSON Lines file, running on over the files of a
     directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, or columns
     that make no row.
     """
-    check_columns(source)
+    read = RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)
     num_good = 0
     for number, where, row in _records(source):
         try:
             if isinstance(row, BadRow):
                 raise row
-            example = example_of_row(row, source, train_on=source.train_on or train_on)
+            example = read(row)
         except (BadRow, RecursionError) as error:
             reason = str(error) if isinstance(error, BadRow) else "its values are nested too deeply"
             bad_rows.add(source.name, where, reason)
@@ -97,7 +101,7 @@ def _records(source: Source) -> Iterator[_Record]:
     except RuntimeError as error:
         raise ValueError(f"source {source.name!r}: path={source.path}: {error}") from error
     if not path.exists():
-        if path.name.endswith(_SUFFIXES) or source.path.startswith(("/", ".", "~")):
+        if path.name.endswith(SUFFIXES) or source.path.startswith(("/", ".", "~")):
             raise ValueError(f"source {source.name!r}: {path} does not exist{did_you_mean_path(path)}")
         where = f"{source.path}[{source.split}]"
         yield from _from_datasets(
@@ -105,48 +109,26 @@ def _records(source: Source) -> Iterator[_Record]:
             lambda: datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True),
         )
         return
-    if source.subset:
-        raise ValueError(
-            f"source {source.name!r}: subset={source.subset} goes with hub names; give its own path"
-        )
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if source.subset and (is_saved or not path.is_dir()):
+        raise ValueError(f"source {source.name!r}: {path} has no subsets; leave out subset={source.subset}")
+    if is_saved:
         saved = path / source.split if (path / "dataset_dict.json").is_file() else path
         yield from _from_datasets(str(saved), lambda: datasets.load_from_disk(str(saved)))
         return
     before = 0
-    for file in _files(path, source):
+    files = files_of(path, source) if path.is_dir() else [plain_file(path, f"source {source.name!r}:")]
+    for file in files:
         number = 0
         for number, where, row in _from_file(file):
             yield before + number, where, row
         before += number
 
 
-def _files(path: Path, source: Source) -> list[Path]:
-    if not path.is_dir():
-        return [plain_file(path, f"source {source.name!r}:")]
-    try:
-        patterns = get_data_patterns(str(path))
-    except EmptyDatasetError:
-        patterns = {}
-    files = [
-        Path(file)
-        for file in (
-            DataFilesList.from_patterns(patterns[source.split], str(path)) if source.split in patterns else ()
-        )
-        if file.endswith(_SUFFIXES)
-    ]
-    if not files:
-        raise ValueError(
-            f"source {source.name!r}: {path} holds no files of split {source.split!r} ending in "
-            f"{', '.join(_SUFFIXES)}; splits found: {', '.join(map(str, patterns)) or 'none'}"
-        )
-    return sorted(files)
-
-
 def _from_file(file: Path) -> Iterator[_Record]:
-    if file.name.endswith(_JSON_SUFFIXES):
+    if file.name.endswith(JSON_SUFFIXES):
         yield from _from_json(file)
-    elif file.name.endswith((".csv", ".csv.gz")):
+    elif file.name.endswith(CSV_SUFFIXES):
         with reading(file), _open(file) as stream:
             first = stream.readline(_MAX_LINE_BYTES).decode("utf-8-sig", errors="replace")
             header = next(csv.reader([first]), [])
@@ -159,7 +141,7 @@ def _from_file(file: Path) -> Iterator[_Record]:
     elif file.name.endswith((".parquet", ".arrow")):
         yield from _from_datasets(str(file), lambda: _load_file(file.suffix[1:], file))
     else:
-        raise ValueError(f"{file}: cannot tell the kind of file; it must end in {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{file}: cannot tell the kind of file; it must end in {', '.join(SUFFIXES)}")
 
 
 def _load_file(kind: str, file: Path, **options: Any) -> Any:
@@ -170,11 +152,18 @@ def _from_datasets(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
     number = 0
     try:
         for number, row in enumerate(load(), start=1):
-            yield number, f"{where}:{number}", row
+            yield number, f"{where}:{number}", _without_padding(row)
     except Exception as error:  # whatever a builder raises, the user needs to know the place
         raise ValueError(
             f"{where}: cannot be read after row {number}: {error or type(error).__name__}"
         ) from error
+
+
+def _without_padding(value: Any) -> Any:
+    """A value of Arrow without keys that are null: it gives all structs of a column the same keys."""
+    if isinstance(value, dict):
+        return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
+    return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(file: Path) -> Iterator[_Record]:

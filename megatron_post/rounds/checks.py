@@ -64,16 +64,22 @@ def check_files(settings: RoundSettings) -> None:
     if settings.select.cleaning is not None:
         load_rules(settings.select.cleaning)
     any_source: dict[str, Any] = {"name": "any", "path": "any"}
-    for stage in get_args(StageName):
-        config = first.config(stage, settings.start.base or settings.start.policy, [any_source])
+    start = settings.start.base or settings.start.policy
+    configs = {stage: first.config(stage, start, [any_source]) for stage in get_args(StageName)}
+    for stage, config in configs.items():
         ranks = settings.ranks or config.parallel.model_size
         # a login node may have neither GPU nor Transformer Engine
         errors = world_errors(config, world_size=ranks, has_gpu=True, has_transformer_engine=True)
         if errors:
             raise ConfigError(f"stages.{stage} on ranks={ranks}: " + "; ".join(errors))
     first.merge_plan  # noqa: B018 - it is parsed
-    for source in (*data.sft, *(Source(name=path, path=path) for path in settings.start.preferences)):
-        next(read_rows(source, bad_rows=BadRows(data.max_bad_rows)), None)
+    rules = configs["sft"].data, configs["reward"].data
+    preferences = tuple(Source(name=path, path=path) for path in settings.start.preferences)
+    for rule, sources in zip(rules, (data.sft, preferences), strict=True):
+        for source in sources:
+            bad_rows = BadRows(data.max_bad_rows)
+            rows = read_rows(source, bad_rows=bad_rows, train_on=rule.train_on, reasoning=rule.reasoning)
+            next(rows, None)
 
 
 def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt], *, pack_length: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_post.data.dialog import BadRow, Dialog, Message
+from megatron_post.data.row_refusals import template_mark
 from megatron_post.data.rows import BadRows
 from megatron_post.storage.reading import plain_file
 
@@ -102,5 +103,10 @@ def _messages(raw: Any) -> tuple[dict[str, str], ...]:
         raise BadRow("a prompt ends with a message of the user")
     if not isinstance(found[-1]["content"], str) or not found[-1]["content"].strip():
         raise BadRow("the last message is blank")
-    Dialog((*(Message(m["role"], m["content"]) for m in found), Message("assistant", "?")))
+    dialog = Dialog((*(Message(m["role"], m["content"]) for m in found), Message("assistant", "?")))
+    for message in dialog.messages:
+        if mark := template_mark(message.content):
+            raise BadRow(
+                f"the {message.role} message holds {mark!r}: give the turns of a transcript as messages"
+            )
     return tuple({"role": m["role"], "content": m["content"].strip()} for m in found)

@@ -83,6 +83,7 @@ def _selection(found: dict[str, Any]) -> str:
         "responses": "responses",
         "blank": "blank",
         "cut_off": "cut off at max_tokens",
+        "templated": "with marks of a chat template",
         "correct": "right",
         "best_correct": "selected and right",
         "ties": "prompts whose best tie",
@@ -92,7 +93,8 @@ def _selection(found: dict[str, Any]) -> str:
         "edited": "edited by the verifier",
     }
     table = html_table(
-        ["", "count"], [[label, str(found[key])] for key, label in keys.items() if found[key] is not None]
+        ["", "count"],
+        [[label, str(found[key])] for key, label in keys.items() if found.get(key) is not None],
     )
     rules = [[str(r[key]) for key in ("name", "found", "total", "dropped")] for r in found["cleaning"]]
     return table + (html_table(["cleaning rule", "found", "of", "dropped"], rules) if rules else "")

@@ -14,7 +14,7 @@ import torch
 
 from megatron_post.config.layout import segment_multiple
 from megatron_post.config.load import ConfigError
-from megatron_post.config.schema import Config, Source
+from megatron_post.config.schema import Config, Data, Source
 from megatron_post.convert.open_source import open_weights_directory
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.loose_pack import loose_pack
@@ -71,7 +71,8 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
             f"{model} is a language model: it has no reward head, and a new one scores at random"
         )
     tokenizer = load_tokenizer(config.tokenizer.path)
-    source = Source(name=Path(rows).name, path=str(rows))
+    # whatever a model wrote is scored, and what may be trained is for `select` to say
+    source = Source(name=Path(rows).name, path=str(rows), templated="keep")
     with running_model(config) as (stepper, stage, topology):
         assert isinstance(stage, Reward)
         origin = {
@@ -81,7 +82,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         }
         done = _resume(Path(output), origin) if topology.is_reporter else 0
         done = _from_reporter(done, topology)
-        remaining = islice(_rows(source, BadRows(config.data.max_bad_rows)), done, None)
+        remaining = islice(_rows(source, config.data), done, None)
         scored, rows_at_once = 0, _ROWS_AT_ONCE * config.parallel.pipeline * topology.data_size
         with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
             task = progress.add_task(f"scoring {source.name}", total=None)
@@ -154,8 +155,9 @@ def _packs(
         )
 
 
-def _rows(source: Source, bad_rows: BadRows) -> Iterator[Row]:
-    for number, example in read_rows(source, bad_rows=bad_rows):
+def _rows(source: Source, data: Data) -> Iterator[Row]:
+    rows = read_rows(source, bad_rows=BadRows(data.max_bad_rows), reasoning=data.reasoning)
+    for number, example in rows:
         if isinstance(example, Preference):
             responses = example.responses
             dialogs = tuple(Dialog((*example.prompt, *r), tools=example.tools) for r in responses)

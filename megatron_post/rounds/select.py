@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import Field, model_validator
 
 from megatron_post.config.schema import Rating, Section
+from megatron_post.data.row_refusals import template_mark
 from megatron_post.rounds.cleaning import Found, balance, load_rules
 from megatron_post.rounds.files import read_lines, write_json, write_lines
 from megatron_post.rounds.generate import read_samples
@@ -82,10 +83,15 @@ class Candidate:
         return str(self.row["messages"][-1]["content"])
 
     @property
+    def is_templated(self) -> bool:
+        """Whether it spells a chat template or the user's next turn, which `data pack` would refuse."""
+        return template_mark(self.text) is not None
+
+    @property
     def is_whole(self) -> bool:
         """Neither blank, nor cut off at `max_tokens`, nor a call that waits for a tool: training on half a
-        response teaches to stop anywhere."""
-        return bool(self.text) and self.row["finish"] == "stop"
+        response teaches to stop anywhere. Nor is it templated."""
+        return bool(self.text) and self.row["finish"] == "stop" and not self.is_templated
 
     def provenance(self) -> dict[str, Any]:
         """Where it comes from."""
@@ -187,7 +193,7 @@ def preference(best: Candidate | None, found: Sequence[Candidate], settings: Sel
     Where the best is wrong and the verifier knows a right response, that one is `edited`; where all tie, it
     is `chosen` over the worst.
     """
-    others = [c for c in found if c.text and best is not None and c.text != best.text]
+    others = [c for c in found if c.text and best and c.text != best.text and not c.is_templated]
     if best is None or not others:
         return None
     elsewhere = [c for c in others if c.row["checkpoint"] != best.row["checkpoint"]]
@@ -277,6 +283,7 @@ def _summary(
         "responses": len(every),
         "blank": sum(not c.text for c in every),
         "cut_off": sum(c.row["finish"] not in ("stop", "tool_calls") for c in every),
+        "templated": sum(c.is_templated for c in every),
         "tool_calls": sum(c.row["finish"] == "tool_calls" for c in every),
         "without_a_whole_response": len(chosen) - len(best),
         "ties": sum(tied > 0 for _, tied in chosen),

@@ -79,6 +79,42 @@ def build(config: Config, **modes: bool) -> str:
     return output.getvalue()
 
 
+def test_keys_that_nothing_uses_are_listed_once_a_source(tmp_path: Path, tokenizer_path: Path) -> None:
+    config = config_for(tmp_path, tokenizer_path)
+    rows = [{"messages": dialog(seed), "id": seed, "source": "web" if seed else None} for seed in range(20)]
+    rows[3]["messages"][0]["name"] = "Ann"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = build(config).splitlines()
+    assert "train: a: keys not used: id (20 rows), source (19 rows), messages.name (1 row)" in lines
+    assert sum("keys not used" in line for line in lines) == 1
+
+
+def test_train_on_is_the_configurations_unless_the_source_says_otherwise(
+    tmp_path: Path, tokenizer_path: Path
+) -> None:
+    """b has 6 rows of two turns: 12 trained messages, or 6."""
+    for data, source, expected in (
+        ({}, {}, 12),
+        ({"train_on": "last_turn"}, {}, 6),
+        ({}, {"train_on": "last_turn"}, 6),
+    ):
+        sources = [{"name": "b", "path": str(tmp_path / "b.jsonl"), **source}]
+        build(config_for(tmp_path, tokenizer_path, sources=sources, **data), overwrite=True)
+        store = open_store(tmp_path / "store", "train")
+        roles = np.concatenate([store.read(i).roles for i in range(len(store))])
+        assert np.count_nonzero(roles == TokenRole.TERMINATOR) == expected
+        assert np.any(roles == TokenRole.MASKED) == (expected == 6)
+
+
+def test_a_truncated_dialog_of_which_only_masked_messages_are_left_is_dropped() -> None:
+    roles = [TokenRole.HEADER, TokenRole.PROMPT, TokenRole.HEADER, TokenRole.MASKED, TokenRole.BODY]
+    segment = Rendered(np.ones(5, dtype=np.int32), np.array(roles, dtype=np.uint8))
+    for capacity, left in ((4, None), (5, 5)):
+        fitting = Fitting("s", overlong="truncate", capacity=capacity, multiple=1)
+        fitted = fitting.fit([segment], row=1)
+        assert (None if fitted is None else len(fitted[0])) == left
+
+
 def segments_in(store: PackStore) -> list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]:
     """(source, row, tokens, roles) of every segment, padding cut off, after checking the padding."""
     found = []

@@ -59,7 +59,7 @@ def test_openai_messages_with_tool_calls(tmp_path):
             Message("system", "Be brief."),
             Message("user", "1 + 1?"),
             Message("assistant", "Let me add.", end_of_turn=False),
-            Message("assistant", "", (ToolCall("add", {"a": 1}),), end_of_turn=False),
+            Message("assistant", "", (ToolCall("add", {"a": 1, "b": None}),), end_of_turn=False),
             Message("ipython", "2"),
             Message("assistant", "2"),
         ),

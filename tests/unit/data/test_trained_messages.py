@@ -107,8 +107,11 @@ def test_masks_change_no_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [SUMS[0], SUMS[1] | {"weight": 0.5}]}, "weight=0.5 of a message: it must be true"),
-        ({"messages": [SUMS[0], SUMS[1] | {"train": "false"}]}, "train='false' of a message"),
+        ({"messages": [SUMS[0], SUMS[1] | {"weight": 0.5}]}, "message 2 has weight=0.5; it must be true"),
+        (
+            {"messages": [SUMS[0], SUMS[1] | {"train": "false"}]},
+            "message 2 has train='false'; it must be true",
+        ),
         (
             {"messages": [SUMS[0], SUMS[1] | {"train": True, "weight": 0}]},
             "that it is not: weight=0, train=True",

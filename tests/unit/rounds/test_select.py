@@ -109,6 +109,17 @@ def test_earlier_responses_of_a_prompt_are_not_trained(tmp_path: Path) -> None:
     assert answers == [("2", False), ("4", True)]
 
 
+def test_responses_that_spell_a_template_are_not_selected(tmp_path: Path) -> None:
+    """`data pack` refuses such texts; one would otherwise end the round."""
+    responses = [
+        (1, "4\n\nHuman: And 3+3?", 5.0), (1, "[INST] 4", 0.0), (1, "It is 4.", 2.0), (1, "It is 5.", 1.0),
+    ]  # fmt: skip
+    summary, sft, preferences = _select(tmp_path, _files(tmp_path, responses))
+    assert [_text(row["messages"]) for row in sft] == ["It is 4."]
+    assert [_text(row["rejected"]) for row in preferences] == ["It is 5."]
+    assert summary["templated"] == 2
+
+
 def test_what_was_drawn_most_often_wins_a_tie(tmp_path: Path) -> None:
     """Within 1.0 of the highest, 3.0, are twice "often" and once "rare"; "worse", three times, is not."""
     responses = [(1, "rare", 3.0), *[(1, "worse", 1.9)] * 3, (1, "often", 2.5), (1, "often", 2.4)]

@@ -1,0 +1,105 @@
+"""Which files of a directory are a split: by the README of a hub's clone, else by their names."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns, sanitize_patterns
+from datasets.load import DatasetCard
+from datasets.utils.metadata import MetadataConfigs
+
+from megatron_post.config.schema import Source
+
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+CSV_SUFFIXES = (".csv", ".csv.gz")
+SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, ".parquet", ".arrow")
+# Data as well, which would be missing in silence where it stands beside files that are read.
+_UNREADABLE = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".tar.gz", ".tsv", ".orc", ".feather")
+# What a configuration in a README may say and is heeded here, or says nothing about rows.
+_CONFIG_KEYS = {"data_files", "data_dir", "default", "description", "version", "features", "drop_labels"}
+
+
+def files_of(directory: Path, source: Source) -> list[Path]:
+    """The files of `source.split`, of the configuration `source.subset` or the default one, sorted.
+
+    A subset may also be a directory. Raises `ValueError` for a split, a configuration or files that are not
+    there, and for files that cannot be read.
+    """
+    configs = _configs(directory)
+    if configs:
+        directory, patterns = _of_config(directory, configs, source)
+    else:
+        if source.subset:
+            directory = _subdirectory(directory, source)
+        patterns = _patterns(directory)
+    found = patterns.get(source.split, [])
+    if any("://" in pattern for pattern in found):
+        raise ValueError(f"source {source.name!r}: {directory} names files elsewhere: {found}; download them")
+    try:
+        files = [Path(file) for file in DataFilesList.from_patterns(found, str(directory))] if found else []
+    except FileNotFoundError as error:
+        raise ValueError(f"source {source.name!r}: {directory}: {error}") from None
+    if unreadable := [file for file in files if file.name.endswith(_UNREADABLE)]:
+        raise ValueError(
+            f"source {source.name!r}: {unreadable[0]} is of split {source.split!r} and cannot be read; "
+            f"unpack it, or convert it to one of {', '.join(SUFFIXES)}"
+        )
+    readable = sorted(file for file in files if file.name.endswith(SUFFIXES))
+    if not readable:
+        raise ValueError(
+            f"source {source.name!r}: {directory} holds no files of split {source.split!r} ending in "
+            f"{', '.join(SUFFIXES)}; splits found: {', '.join(map(str, patterns)) or 'none'}"
+        )
+    return readable
+
+
+def _configs(directory: Path) -> MetadataConfigs:
+    """The configurations that a README names, empty if there are none."""
+    readme = directory / "README.md"
+    if not readme.is_file():
+        return MetadataConfigs()
+    try:
+        return MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data)
+    except Exception as error:  # YAML, Unicode, the keys of a card: whatever is wrong, this file is the place
+        raise ValueError(f"{readme}: its dataset configurations cannot be read: {error}") from error
+
+
+def _of_config(directory: Path, configs: MetadataConfigs, source: Source) -> tuple[Path, dict[str, Any]]:
+    """Where a configuration's files are, and their patterns by split."""
+    try:
+        name = source.subset or configs.get_default_config_name()
+    except ValueError as error:
+        raise ValueError(f"{directory / 'README.md'}: {error}") from None
+    if name not in configs:
+        wanted = "names no default configuration" if name is None else f"has no configuration {name!r}"
+        raise ValueError(
+            f"source {source.name!r}: {directory / 'README.md'} {wanted}; give subset, one of "
+            f"{', '.join(configs)}"
+        )
+    config = configs[name]
+    if unknown := sorted(config.keys() - _CONFIG_KEYS):
+        raise ValueError(
+            f"{directory / 'README.md'}: configuration {name!r} sets {', '.join(unknown)}, which is "
+            "not supported; name the files by path instead"
+        )
+    directory = directory / (config.get("data_dir") or "")
+    files = config.get("data_files")
+    return directory, _patterns(directory) if files is None else sanitize_patterns(files)
+
+
+def _subdirectory(directory: Path, source: Source) -> Path:
+    inner = directory / str(source.subset)
+    if not inner.is_dir() or not inner.resolve().is_relative_to(directory.resolve()):
+        names = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")
+        raise ValueError(
+            f"source {source.name!r}: subset={source.subset} goes with hub names, with configurations in a "
+            f"README.md and with directories; {directory} has none of that name; directories: "
+            f"{', '.join(names) or 'none'}"
+        )
+    return inner
+
+
+def _patterns(directory: Path) -> dict[str, Any]:
+    try:
+        return {str(split): patterns for split, patterns in get_data_patterns(str(directory)).items()}
+    except EmptyDatasetError:
+        return {}

@@ -1,0 +1,146 @@
+"""Messages as datasets write them, OpenAI's and ShareGPT's, to `Message`. Texts are stripped, as
+Llama 3.0's reference does."""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_post.config.schema import Reasoning
+from megatron_post.data.dialog import BadRow, Message
+from megatron_post.data.row_keys import Keys, from_json, text_of
+from megatron_post.data.row_tools import calls_in, calls_of
+
+_ROLES = {
+    **{name: "system" for name in ("system", "developer")},
+    **{name: "user" for name in ("user", "human")},
+    **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model")},
+    **{name: "ipython" for name in ("ipython", "tool", "function", "observation", "tool_response")},
+}
+_CALL_ROLES = ("function_call", "tool_call")  # the assistant's, whose content is the call
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Keys that say whether a message is trained; those of masks say the contrary.
+MARKS = (
+    *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
+    *("mask", "masked"),
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """Messages, and whether each says that it is trained: None where it does not say."""
+
+    messages: tuple[Message, ...]
+    marks: tuple[bool | None, ...]
+
+
+def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Said:
+    """Messages of a row. An assistant's turn goes on after a tool call, and unless the user is next.
+
+    raw: a list of messages, or its JSON text; name: its key. Raises `BadRow`.
+    """
+    raw = from_json(raw, name) if isinstance(raw, str) else raw
+    if not isinstance(raw, list) or not raw:
+        raise BadRow(f"{name} must be a list that is not empty, not {raw!r:.80}")
+    found = [_keys_of(message, number, row) for number, message in enumerate(raw, start=1)]
+    roles = [_role(keys, number) for number, keys in enumerate(found, start=1)]
+    followed = [role in ("assistant", "ipython") for role in roles[1:]] + [False]
+    messages, marks = [], []
+    for number, (keys, role, more) in enumerate(zip(found, roles, followed, strict=True), start=1):
+        refuse_media(keys, f"message {number}")
+        thought = _reasoning(keys, number, reasoning)
+        calls = calls_of(keys)
+        text, part_thought = _content(keys, number, reasoning)
+        if any(keys.get(key) in _CALL_ROLES for key in ("role", "from")):
+            text, calls = "", calls_in(text, keys)
+        turn_ends = role != "assistant" or not (calls or more)
+        messages.append(
+            Message(role, text, calls, turn_ends, reasoning=thought or part_thought)  # type: ignore[arg-type]
+        )
+        marks.append(trained_mark(keys, f"message {number}"))
+        if marks[-1] and role != "assistant":
+            raise BadRow(f"message {number} from {role} is marked as trained; only the assistant's can be")
+    return Said(tuple(messages), tuple(marks))
+
+
+def trained_mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool | None:
+    """Whether a message, or a row, says that it is trained; None: it does not say. Raises `BadRow` for
+    contradictions and for weights between."""
+    said: dict[str, bool] = {}
+    for key in MARKS:
+        if key not in keys or key in skip:
+            continue
+        value = keys.get(key)
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadRow(
+                f"{place} has {key}={value!r:.80}; it must be true, false, 1 or 0. If it does not say "
+                f"what is trained, list {key} under the source's `ignore`"
+            )
+        said[key] = bool(value) != key.startswith("mask")
+    if len(set(said.values())) > 1:
+        shown = ", ".join(f"{key}={keys.get(key)!r}" for key in said)
+        raise BadRow(f"{place} says that it is trained and that it is not: {shown}")
+    return next(iter(said.values()), None)
+
+
+def refuse_media(keys: Keys, place: str, *, skip: Container[str] = ()) -> None:
+    """Raise `BadRow` for what belongs to a text and is no text, or was said instead of it."""
+    for key in MEDIA:
+        if key not in skip and keys.says(key):
+            raise BadRow(
+                f"{place} has `{key}`; only text can be trained on. If the text does not depend on it, list "
+                f"{key} under the source's `ignore`"
+            )
+    if "refusal" not in skip and keys.says("refusal"):
+        raise BadRow(
+            f"{place} has `refusal`, which no template renders; write it as the content if it should be "
+            "trained, or list refusal under the source's `ignore`"
+        )
+
+
+def _keys_of(message: Any, number: int, row: Keys) -> Keys:
+    keys = row.nested(message, "messages.") if isinstance(message, Mapping) else None
+    if keys is None or not isinstance(keys.peek("role") or keys.peek("from"), str):
+        raise BadRow(f"message {number} must be a mapping with role and content, not {message!r:.80}")
+    return keys
+
+
+def _role(keys: Keys, number: int) -> str:
+    names = [keys.get(key) for key in ("role", "from") if key in keys]
+    roles = ["assistant" if name in _CALL_ROLES else _ROLES.get(name, name) for name in names]
+    if any(role != roles[0] for role in roles):
+        raise BadRow(f"`role` and `from` of message {number} contradict each other: {names}")
+    return str(roles[0])
+
+
+def _reasoning(keys: Keys, number: int, rule: Reasoning) -> str:
+    """What the message says that the assistant thought. Raises `BadRow` where the rule is to refuse it."""
+    names = [key for key in REASONING if keys.says(key)]
+    if names and rule == "refuse":
+        raise BadRow(
+            f"message {number} has `{names[0]}`; data.reasoning says whether it is left out or rendered"
+        )
+    if not names or rule == "drop":
+        return ""
+    return text_of(keys.one_of(*names), names[0]).strip()
+
+
+def _content(keys: Keys, number: int, reasoning: Reasoning) -> tuple[str, str]:
+    """The text and the reasoning of a content, which is a text or OpenAI's list of parts."""
+    content = keys.one_of("content", "value")
+    if content is None and _role(keys, number) != "assistant":
+        raise BadRow(f"message {number} from {_role(keys, number)} has no content")
+    texts, thoughts = [], []
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind in ("thinking", "reasoning"):
+            thought = keys.nested({"thinking": part.get(kind) or part.get("text")}, "content.")
+            thoughts.append(_reasoning(thought, number, reasoning))
+        elif kind == "text":
+            inner = keys.nested(part, "content.")
+            inner.get("type")
+            texts.append(text_of(inner.get("text"), "text"))
+        else:
+            raise BadRow(f"content has parts of type {[str(kind)]}; only text can be trained on")
+    whole = "".join(texts) if isinstance(content, list) else "" if content is None else content
+    return text_of(whole, "content").strip(), "\n".join(filter(None, thoughts))

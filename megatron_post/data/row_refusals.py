@@ -1,0 +1,85 @@
+"""What a row may hold that would be trained wrongly: refused by name, with what to do about it."""
+
+import re
+
+from megatron_post.config.schema import Reasoning
+from megatron_post.data.dialog import BadRow, Message
+from megatron_post.data.row_columns import Columns
+from megatron_post.data.row_keys import Keys
+from megatron_post.data.row_messages import MARKS, REASONING, refuse_media, trained_mark
+
+SYSTEM = ("system", "system_prompt", "system_message")
+_LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable")
+_GOOD = (True, "true", "1", "yes", "good", "desirable", "chosen")
+_BAD = (False, -1, "false", "0", "-1", "no", "bad", "undesirable", "rejected")
+_TEMPLATES = ("chat_template", "chat_template_kwargs")
+
+# Of the chat templates of Llama 3 and 4, Llama 2 and Mistral, ChatML, Gemma, Phi and Zephyr, DeepSeek.
+_MARKERS = (
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+    *("<|python_tag|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
+    *("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<｜User｜>", "<｜Assistant｜>"),
+)
+_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+# A transcript: a line of its own that names who speaks, or the two headings of Alpaca's and Vicuna's prompts.
+_SPEAKER = re.compile(r"(?:^|\n\n)\s*(?:Human|Assistant):")
+_HEADINGS = re.compile(
+    r"#{2,}\s*(?:Human|User|Instruction)\s*:.*#{2,}\s*(?:Assistant|Response|GPT)\s*:", re.DOTALL
+)
+
+
+def template_mark(text: str) -> str | None:
+    """What shows that a text has been templated before; None where nothing does."""
+    for pattern in (_MARKER, _SPEAKER, _HEADINGS):
+        if found := pattern.search(text):
+            return found[0].strip() if pattern is not _HEADINGS else found[0].split(":")[0] + ":"
+    return None
+
+
+def refuse_templated(message: Message) -> None:
+    """Raise `BadRow` if a message holds another template's marks."""
+    if mark := template_mark(message.content):
+        raise BadRow(
+            f"the {message.role} message holds {mark!r}: a chat template or a transcript is in the text, and "
+            "would be trained as text. Give the messages apart, or set templated=keep for the source if its "
+            "texts are about templates"
+        )
+
+
+def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None:
+    """Raise `BadRow` for keys of a row whose neglect would train what should not be trained."""
+    for name in _LABELS:
+        if name in row and name not in columns:
+            _refuse_label(row, name)
+    if trained_mark(row, "the row", skip=columns) is False:
+        marks = [f"{key}={row.peek(key)!r}" for key in MARKS if key in row and key not in columns]
+        raise BadRow(f"the row says that it is not trained: {', '.join(marks)}")
+    refuse_media(row, "the row", skip=columns)
+    remedies = dict.fromkeys(_TEMPLATES, "there is one chat template; give what it should say as messages")
+    if columns.by_role:
+        remedies |= dict.fromkeys((*SYSTEM, "history"), "map it in the source's `columns`")
+        remedies |= dict.fromkeys(("tools", "functions"), "tools go with messages")
+    elif reasoning != "drop":
+        remedies |= dict.fromkeys(
+            REASONING, "put it into its message, or leave it out with data.reasoning=drop"
+        )
+    for name, remedy in remedies.items():
+        if name not in columns and row.says(name):
+            raise BadRow(
+                f"the row has `{name}`, which would not be used: {remedy}, or list {name} under the source's "
+                "`ignore`"
+            )
+
+
+def _refuse_label(row: Keys, name: str) -> None:
+    value = row.peek(name)
+    said = value.strip().lower() if isinstance(value, str) else value
+    if said in _BAD:
+        raise BadRow(
+            f"{name}={value!r} says that the response is bad: it is not trained. data.max_bad_rows leaves "
+            f"such rows out; if {name} says something else, list it under the source's `ignore`"
+        )
+    if said in _GOOD:
+        row.get(name)
