@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megatron_post.data.dialog import BadRow, Message, Preference
@@ -25,7 +26,12 @@ def transcript_turns(text: str) -> list[dict[str, str]]:
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
         raise BadRow("a transcript starts with a blank line and 'Human:'")
-    said = zip(turns[::2], turns[1::2], strict=True)
+    said = list(zip(turns[::2], turns[1::2], strict=True))
+    for number, ((before, _), (name, _)) in enumerate(pairwise(said), start=2):
+        if before == name == "Assistant":
+            raise BadRow(
+                f"message {number} is from assistant, whose turn had ended with message {number - 1}"
+            )
     return [{"role": "user" if name == "Human" else "assistant", "content": text} for name, text in said]
 
 

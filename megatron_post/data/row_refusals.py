@@ -23,24 +23,26 @@ _MARKERS = (
     *("<|system|>", "<|user|>", "<|assistant|>", "<｜User｜>", "<｜Assistant｜>"),
 )
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
-# A transcript: a line of its own that names who speaks, or the two headings of Alpaca's and Vicuna's prompts.
-_SPEAKER = re.compile(r"(?:^|\n\n)\s*(?:Human|Assistant):")
+# A transcript: HH-RLHF's turns, a cue at the end, or the two headings of Alpaca's and Vicuna's prompts.
+_TURN = re.compile(r"\n\n\s*(?:Human|Assistant):|\n\s*(?:Assistant|AI|Bot):\s*\Z")
 _HEADINGS = re.compile(
     r"#{2,}\s*(?:Human|User|Instruction)\s*:.*#{2,}\s*(?:Assistant|Response|GPT)\s*:", re.DOTALL
 )
+# Lines of both sides. An assistant may be asked to write such, so this is of prompts alone.
+_SIDES = re.compile(r"\A\s*(?:Human|User):.*\n\s*(?:Assistant|AI|Bot):", re.DOTALL)
 
 
-def template_mark(text: str) -> str | None:
-    """What shows that a text has been templated before; None where nothing does."""
-    for pattern in (_MARKER, _SPEAKER, _HEADINGS):
+def template_mark(text: str, *, role: str) -> str | None:
+    """What shows that the text of a role has been templated before; None where nothing does."""
+    for pattern in (_MARKER, _TURN, _HEADINGS, *(() if role == "assistant" else (_SIDES,))):
         if found := pattern.search(text):
-            return found[0].strip() if pattern is not _HEADINGS else found[0].split(":")[0] + ":"
+            return found[0].strip().partition(":")[0] + (":" if ":" in found[0] else "")
     return None
 
 
 def refuse_templated(message: Message) -> None:
     """Raise `BadRow` if a message holds another template's marks."""
-    if mark := template_mark(message.content):
+    if mark := template_mark(message.content, role=message.role):
         raise BadRow(
             f"the {message.role} message holds {mark!r}: a chat template or a transcript is in the text, and "
             "would be trained as text. Give the messages apart, or set templated=keep for the source if its "

@@ -105,7 +105,7 @@ def _messages(raw: Any) -> tuple[dict[str, str], ...]:
         raise BadRow("the last message is blank")
     dialog = Dialog((*(Message(m["role"], m["content"]) for m in found), Message("assistant", "?")))
     for message in dialog.messages:
-        if mark := template_mark(message.content):
+        if mark := template_mark(message.content, role=message.role):
             raise BadRow(
                 f"the {message.role} message holds {mark!r}: give the turns of a transcript as messages"
             )

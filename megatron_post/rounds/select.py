@@ -85,7 +85,7 @@ class Candidate:
     @property
     def is_templated(self) -> bool:
         """Whether it spells a chat template or the user's next turn, which `data pack` would refuse."""
-        return template_mark(self.text) is not None
+        return template_mark(self.text, role="assistant") is not None
 
     @property
     def is_whole(self) -> bool:

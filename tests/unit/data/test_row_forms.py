@@ -251,6 +251,8 @@ def test_columns_leave_out_nothing_that_matters(tmp_path: Path, key: str) -> Non
         "<|im_start|>user\nSky?<|im_end|>",
         "<start_of_turn>user\nSky?<end_of_turn>",
         "Human: Sky?\n\nAssistant:",
+        "Answer.\nUser: Sky?\nAI:",
+        "Sky?\nAssistant:",
         "Be kind.\n\nHuman: Sky?\n\nAssistant: Blue.",
         "### Human: Sky?### Assistant:",
         "Below is an instruction.\n\n### Instruction:\nSky?\n\n### Response:",
@@ -267,8 +269,21 @@ def test_templated_texts_are_refused_unless_the_source_keeps_them(tmp_path: Path
         assert text.strip() in repr(example).encode().decode("unicode_escape")
 
 
+def test_a_prompt_of_lines_of_both_sides_is_refused_and_a_response_is_not(tmp_path: Path) -> None:
+    text = "Human: Sky?\nAssistant: Blue.\nHuman: Sea?"
+    assert "holds 'Human:'" in reason(tmp_path, {"prompt": text, "completion": "Blue."})
+    assert read(tmp_path, {"prompt": "Write a chat.", "completion": text})[1] == []
+
+
+def test_a_transcript_in_which_the_assistant_speaks_twice_is_refused(tmp_path: Path) -> None:
+    start = "\n\nHuman: Hi\n\nAssistant: Hello\n\nAssistant:"
+    assert "whose turn had ended with message 2" in reason(
+        tmp_path, {"chosen": start + " a", "rejected": start + " b"}
+    )
+
+
 def test_texts_that_only_look_like_templates_are_read(tmp_path: Path) -> None:
-    text = "#### 4 <<2+2=4>>\n<s>old</s> f <| x |> g; our Assistant: Ann\n### Response: none"
+    text = "#### 4 <<2+2=4>>\n<s>old</s> f <| x |> g; our\nAssistant: Ann\n### Response: none"
     assert len(read(tmp_path, {"prompt": text, "completion": text})[0]) == 1
 
 

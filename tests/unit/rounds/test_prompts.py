@@ -14,7 +14,7 @@ def test_broken_prompts_are_named(tmp_path: Path) -> None:
         (b"[1]", "a row must be an object with `prompt`"),
         (b'{"question": "?"}', "a row must be an object with `prompt`"),
         (b'{"prompt": "x", "anwser": "1"}', r"unknown keys \['anwser'\]; known are "),
-        (b'{"prompt": "Human: Hi\\n\\nAssistant:"}', "the user message holds 'Human:'"),
+        (b'{"prompt": "Human: Hi\\n\\nAssistant:"}', "the user message holds 'Assistant:'"),
         (b'{"prompt": 7}', "a prompt is a text or a list of messages, not 7"),
         (b'{"prompt": "x", "answer": [1]}', "answer is list, neither text nor number"),
         (b'{"prompt": "x", "answer": true}', "answer is bool, neither text nor number"),
