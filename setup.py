@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megatron_post*"]), "megatron_post_kernels"],
     package_dir={"megatron_post_kernels": "kernels/megatron_post_kernels"},
-    package_data={"megatron_post": ["py.typed", "launch/*.sbatch"]},
+    package_data={"megatron_post": ["py.typed", "data/*.jinja", "launch/*.sbatch"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",

@@ -99,9 +99,9 @@ class Message:
             )
         call = self.tool_calls[0]
         wanted = "query" if call.name in SEARCH_TOOLS else "code" if call.name == CODE_INTERPRETER else None
-        if wanted and not isinstance(call.parameters.get(wanted), str):
+        if wanted and (list(call.parameters) != [wanted] or not isinstance(call.parameters[wanted], str)):
             raise BadRow(
-                f"built-in tool {call.name} needs the text argument {wanted!r}, got {call.parameters!r:.80}"
+                f"built-in tool {call.name} takes one text argument, {wanted!r}, not {call.parameters!r:.80}"
             )
         try:
             json.dumps([call.name, call.parameters], ensure_ascii=False).encode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from megatron_post.data.chat_template import CHAT_TEMPLATE
+from megatron_post.data.chat_template import chat_template
 from megatron_post.storage.reading import plain_file
 
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -102,7 +102,7 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which plain `transformers.AutoTokenizer` loads.
 
-        Its `apply_chat_template` gives the ids of `template.render`; `chat_template` names the exception.
+        Its `apply_chat_template` gives the ids of `template.render`, or refuses; see `chat_template`.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class Tokenizer:
             "pad_token": names[self.pad_id],
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template(control_tokens=list(self._special), reasoning="refuse"),
         }
         (directory / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n"

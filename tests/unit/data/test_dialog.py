@@ -57,7 +57,11 @@ def test_wrong_dialogs_are_refused_with_the_reason(messages, reason):
         (lambda: Message("assistant", "", CALL.tool_calls * 2), "2 tool calls in one message"),
         (
             lambda: Message("assistant", "", (ToolCall("brave_search", {"q": 1}),)),
-            "needs the text argument 'query'",
+            "takes one text argument, 'query'",
+        ),
+        (
+            lambda: Message("assistant", "", (ToolCall("brave_search", {"query": "x", "count": 5}),)),
+            "takes one text argument, 'query'",
         ),
         (lambda: Message("assistant", "", (ToolCall("f", "[1]"),)), "not a JSON object"),
         (lambda: Message("assistant", "", (ToolCall("f", "{"),)), "are not JSON"),

@@ -275,12 +275,12 @@ def as_openai(message):
 
 def dialogs_in_openais_form():
     chat = (
-        Message("system", "Be\nbrief.\n"),
-        user("1 + 1?  "),
+        Message("system", "Be\nbrief."),
+        user("1 + 1?"),
         Message("assistant", "2"),
-        user(" Größe? 你好"),
+        user("Größe? 你好"),
     )
-    answer = Message("assistant", "  indented\n\ntext \n")
+    answer = Message("assistant", "two\n\n  lines")
     code = Message("assistant", "", (ToolCall("code_interpreter", {"code": "print(1)\nprint('é')"}),), False)
     both = Message(
         "assistant", "I look.", (ToolCall("trending_songs", {"n": 3, "é": [1, {"x": None}]}),), False

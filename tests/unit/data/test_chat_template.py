@@ -1,0 +1,280 @@
+"""The exported chat template beside `render`: plain `transformers` gives the ids that training saw, or both
+refuse."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_post.config.schema import Source
+from megatron_post.data.dialog import BadRow, Dialog
+from megatron_post.data.row_formats import example_of_row
+from megatron_post.data.template import render, render_prompt
+from megatron_post.data.tokenizer import Tokenizer, train_small_tokenizer
+
+transformers = pytest.importorskip("transformers")
+jinja2 = pytest.importorskip("jinja2")
+
+SEARCHES = ("brave_search", "wolfram_alpha")
+WORDS = "system user assistant ipython Environment Tools Hello, 1 + 1 = 2. <think> parameters type function"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_small_tokenizer([WORDS] * 9, 330)
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp("exported")
+    tokenizer.save(directory)
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def dialog_of(row: Mapping[str, Any]) -> Dialog:
+    found = example_of_row(row, Source(name="s", path="p"))
+    assert isinstance(found, Dialog)
+    return found
+
+
+def ids(theirs: Any, row: Mapping[str, Any], **options: Any) -> list[int]:
+    found: list[int] = theirs.apply_chat_template(
+        row["messages"], tools=row.get("tools"), tokenize=True, return_dict=False, **options
+    )
+    return found
+
+
+def assert_equal(row: Mapping[str, Any], tokenizer: Tokenizer, theirs: Any) -> None:
+    """Of the whole row, and of each prompt in it that an assistant's header may follow."""
+    dialog = dialog_of(row)
+    assert ids(theirs, row) == render(dialog, tokenizer).tokens.tolist()
+    for end, message in enumerate(dialog.messages, start=1):
+        if message.role in ("user", "ipython") and dialog.messages[end].role == "assistant":
+            prompt = ids(theirs, row | {"messages": row["messages"][:end]}, add_generation_prompt=True)
+            expected = render_prompt(dialog.messages[:end], tokenizer, tools=dialog.tools)
+            assert prompt == expected.tolist()
+
+
+# What splits lines or words for one program and not for another, and what JSON and the template escape.
+ODD = "\n\r\t \v\f\x1c\x1f\x85\xa0\u2028\u3000\u200b\ufeff\"'\\/{}[]<|>&é你😀\x00\x7f"
+letters = st.one_of(st.sampled_from(ODD), st.characters(codec="utf-8"), st.sampled_from("ab1 "))
+# Hypothesis finds "<|eot_id|>" by itself; what spells a control token has a test of its own
+texts = st.text(letters, max_size=12).map(lambda text: text.replace("<|", "<"))
+said = texts.filter(str.strip)
+names = st.sampled_from(["now", "items", "get_weather", "é", 'a"b', "self"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+# rows lose arguments that are null
+mappings = st.dictionaries(texts | st.just("self"), values.filter(lambda v: v is not None), max_size=3)
+
+
+@st.composite
+def json_texts(draw: st.DrawFn, mapping: st.SearchStrategy[dict[str, Any]]) -> str:
+    separators = draw(st.sampled_from([None, (",", ":"), (" ,\n", "\t: ")]))
+    indent = draw(st.sampled_from([None, 0, 3]))
+    return json.dumps(draw(mapping), ensure_ascii=draw(st.booleans()), indent=indent, separators=separators)
+
+
+def either(mapping: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Any]:
+    return mapping | json_texts(mapping)
+
+
+code = texts.filter(lambda text: text and not text.lstrip().startswith("{"))
+functions = st.one_of(
+    st.tuples(names, either(mappings) | st.sampled_from([None, "", "{}"])),
+    st.tuples(st.sampled_from(SEARCHES), either(st.fixed_dictionaries({"query": texts}))),
+    st.tuples(st.just("code_interpreter"), code | either(st.fixed_dictionaries({"code": texts}))),
+)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> dict[str, Any]:
+    name, arguments = draw(functions)
+    function = {"name": name, "arguments": arguments}
+    return draw(st.sampled_from([{"type": "function", "function": function, "id": "c1"}, function]))
+
+
+def contents(text: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
+    """A text as it is, or in parts."""
+    parts = text.map(lambda t: [{"type": "text", "text": t[:2]}, {"type": "text", "text": t[2:]}])
+    return text | parts
+
+
+@st.composite
+def turns(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A user's message, calls and their results or earlier messages of the turn if any, and the answer."""
+    turn = [{"role": "user", "content": draw(contents(texts))}]
+    for _ in range(draw(st.integers(0, 2))):
+        if draw(st.booleans()):
+            turn.append({"role": "assistant", "content": draw(contents(said)), "tool_calls": None})
+            continue
+        content = draw(st.sampled_from([None, "", " \n"]) | contents(texts))
+        turn.append({"role": "assistant", "content": content, "tool_calls": [draw(calls())]})
+        role = draw(st.sampled_from(["tool", "ipython", "function"]))
+        turn += [{"role": role, "content": draw(contents(texts))} for _ in range(draw(st.integers(1, 2)))]
+    return [*turn, {"role": "assistant", "content": draw(contents(said))}]
+
+
+@st.composite
+def tools(draw: st.DrawFn) -> list[dict[str, Any]]:
+    schema = st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.just("object"),
+            "properties": st.none() | st.dictionaries(texts | st.just("items"), values, max_size=3),
+            "required": st.none() | st.lists(texts, max_size=2),
+        },
+    )
+    function = st.fixed_dictionaries(
+        {"name": names}, optional={"description": st.none() | texts, "parameters": st.none() | schema}
+    )
+    wrapped = function.map(lambda f: {"type": "function", "function": f})
+    built_in = st.sampled_from([*SEARCHES, "code_interpreter"]).map(lambda name: {"type": name})
+    return draw(st.lists(wrapped | built_in, max_size=3))
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> dict[str, Any]:
+    roles = st.sampled_from(["system", "developer"])
+    system = st.fixed_dictionaries({"role": roles, "content": contents(texts)})
+    spoken = [message for turn in draw(st.lists(turns(), min_size=1, max_size=2)) for message in turn]
+    row: dict[str, Any] = {"messages": draw(st.lists(system, max_size=1)) + spoken}
+    return row | draw(st.sampled_from([{}, {"tools": None}]) | st.fixed_dictionaries({"tools": tools()}))
+
+
+@given(row=rows())
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_every_form_of_a_row_gives_the_ids_of_training(
+    row: dict[str, Any], tokenizer: Tokenizer, theirs: Any
+) -> None:
+    assert_equal(row, tokenizer, theirs)
+
+
+@pytest.fixture(scope="module")
+def read_json(theirs: Any) -> Callable[[str], str]:
+    """The template's reader of JSON, in the environment that `transformers` uses. It returns what it read, as
+    JSON."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = json.dumps
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    reader = "{%- set state = namespace() -%}{{- read_json(text, state) ~ state.value | tojson -}}"
+    source = theirs.chat_template.split("{#- What follows <|python_tag|>. -#}")[0] + reader
+    template = environment.from_string(source, globals={"raise_exception": raise_exception})
+    return lambda text: template.render(text=text)
+
+
+pieces = st.sampled_from(
+    [
+        *'{}[],:"\\ \n-+.eE0123u',
+        "true",
+        "null",
+        "NaN",
+        "-Infinity",
+        '"a"',
+        "\\u00e9",
+        "\\ud83d",
+        "\\ude00",
+        "12",
+    ]
+)
+
+
+@given(text=st.lists(pieces, max_size=12).map("".join) | json_texts(mappings))
+@example(text='{"a": 1, "b": {"c": []}, "a": [{}, -0, -0.0, 1E400, 1e5]}')
+@example(text='["\\ud83d\\ude00 \\\\u0041 \\" \\\\"]')
+@example(text='["\\u12"]')
+@settings(max_examples=1500, deadline=None, derandomize=True)
+def test_json_is_read_as_python_reads_it(text: str, read_json: Callable[[str], str]) -> None:
+    """Beside `json.loads`: the same value, or refused by both. Half a surrogate pair is no text."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except ValueError:
+        with pytest.raises(jinja2.TemplateError, match="not JSON"):
+            read_json(text)
+    else:
+        assert read_json(text) == json.dumps(value)
+
+
+USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+
+
+def called(*calls: Any, **more: Any) -> list[dict[str, Any]]:
+    return [USER, {"role": "assistant", "content": "", "tool_calls": list(calls)} | more]
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "reason"),
+    [
+        (called({"name": "f"}, {"name": "g"}), None, "2 tool calls in one message; Llama 3's format"),
+        (called({"name": "f", "arguments": "[1]"}), None, "not a JSON object"),
+        (called({"name": "f", "arguments": "{'a': 1}"}), None, "not JSON"),
+        (called({"name": "code_interpreter", "arguments": "{1: 2}"}), None, "not JSON"),
+        (called({"name": "brave_search", "arguments": {"q": "x"}}), None, "brave_search.*query"),
+        (called({"name": "brave_search", "arguments": {"query": "x", "n": 5}}), None, "brave_search.*query"),
+        (called({"name": "code_interpreter", "arguments": {"code": 1}}), None, "code_interpreter.*code"),
+        (called({"function": {}}), None, "a tool call needs a function with a name"),
+        ([USER | {"tool_calls": [{"name": "f"}]}, ANSWER], None, "a user message calls a tool"),
+        ([{"role": "narrator", "content": "?"}, ANSWER], None, "role '?narrator'? is unknown"),
+        ([{"role": "user", "content": {"a": 1}}, ANSWER], None, "content"),
+        ([{"role": "user", "content": 1}, ANSWER], None, "content"),
+        ([{"role": "user", "content": [{"type": "image"}]}, ANSWER], None, "content"),
+        ([USER, ANSWER], [{"type": "retrieval"}], "tool"),
+        ([USER, ANSWER], [{"type": "function", "function": {"name": "f", "parameters": [1]}}], "JSON schema"),
+    ],
+)  # fmt: skip
+def test_what_the_format_cannot_say_both_refuse(
+    messages: list[dict[str, Any]], tools: Any, reason: str, theirs: Any
+) -> None:
+    with pytest.raises(BadRow, match=reason):
+        dialog_of({"messages": messages, "tools": tools})
+    with pytest.raises(jinja2.TemplateError, match=reason):
+        theirs.apply_chat_template(messages, tools=tools)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "say <|eot_id|>"}, ANSWER]},
+        {"messages": called({"name": "f", "arguments": {"a": "<|python_tag|>"}})},
+        {"messages": called({"name": "f", "arguments": '{"a": "\\u003c|python_tag|>"}'})},
+        {"messages": called({"name": "code_interpreter", "arguments": "print('<|eom_id|>')"})},
+        {
+            "messages": [USER, ANSWER],
+            "tools": [{"type": "function", "function": {"name": "f", "description": "<|end_of_text|>"}}],
+        },
+    ],
+)
+def test_a_spelled_control_token_is_text_in_training_and_refused_here(
+    row: dict[str, Any], tokenizer: Tokenizer, theirs: Any
+) -> None:
+    """`transformers` would turn the text into the token, and whoever wrote it would end the turn."""
+    control = [
+        tokenizer.special(name) for name in ("<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|end_of_text|>")
+    ]
+    plain = json.loads(re.sub(r"(<|\\\\u003c)\|[a-z_]+\|>", "words", json.dumps(row)))
+
+    def count(of: dict[str, Any]) -> int:
+        return int(np.isin(render(dialog_of(of), tokenizer).tokens, control).sum())
+
+    assert count(row) == count(plain)
+    with pytest.raises(jinja2.TemplateError, match="control token"):
+        ids(theirs, row)
+    assert_equal(plain, tokenizer, theirs)
+
+
+def test_the_template_is_part_of_the_package() -> None:
+    setup = Path(__file__).resolve().parents[3] / "setup.py"
+    assert "data/*.jinja" in setup.read_text()
