@@ -38,6 +38,18 @@ _NO_MESSAGES = ("prompt", "completion", "chosen", "rejected", "edited", "history
 _PAIRS = (("prompt", None, "completion"), ("query", None, "response"), ("instruction", "input", "output"))
 
 
+def example_of_row(
+    row: Any,
+    source: Source,
+    *,
+    train_on: TrainOn = "all_turns",
+    reasoning: Reasoning = "refuse",
+    counts: KeyCounts | None = None,
+) -> Dialog | Preference:
+    """As `RowReader`, of one row."""
+    return RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)(row)
+
+
 class RowReader:
     """Makes examples of one source's rows. `counts` collects the keys that nothing used."""
 

@@ -38,7 +38,7 @@ def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> An
 
 
 def dialog_of(row: Mapping[str, Any]) -> Dialog:
-    found = example_of_row(row, Source(name="s", path="p"))
+    found = example_of_row(row, Source(name="s", path="p", templated="keep"))
     assert isinstance(found, Dialog)
     return found
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_post.config.schema import Source
 from megatron_post.data.dialog import BadRow, Dialog
-from megatron_post.data.row_formats import RowReader
+from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.template import render_batch
@@ -188,8 +188,8 @@ def test_every_key_is_used_refused_or_counted(row: Row, extra: Row, inner: Row, 
         key: value for key, value in inner.items() if key not in row["messages"][place]
     }
     counts = KeyCounts()
-    read = RowReader(Source(name="s", path="s"), train_on="all_turns", reasoning="refuse", counts=counts)
-    read(row | extra)
+    source = Source(name="s", path="s")
+    example_of_row(row | extra, source, counts=counts)
     listed = {key for key in counts.unused}
     assert listed == {*extra, *(f"messages.{key}" for key in inner)}
 
@@ -199,10 +199,10 @@ def test_every_key_is_used_refused_or_counted(row: Row, extra: Row, inner: Row, 
 def test_no_known_name_of_a_key_vanishes(key: str, value: Any) -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     counts = KeyCounts()
-    read = RowReader(Source(name="s", path="s"), train_on="all_turns", reasoning="refuse", counts=counts)
-    plain = read(row)
+    source = Source(name="s", path="s")
+    plain = example_of_row(row, source)
     try:
-        changed = read(row | {key: value})
+        changed = example_of_row(row | {key: value}, source, counts=counts)
     except BadRow as error:
         assert key in str(error) or "message 1 must be a mapping" in str(error)
     else:
