@@ -13,7 +13,6 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_post.config.schema import Config
-from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles
 from megatron_post.models import specs
@@ -23,6 +22,7 @@ from megatron_post.train import loading, manifest
 from megatron_post.train.loading import METADATA, _read
 from megatron_post.train.run import build_trainer
 from megatron_post.train.shards import own_shards
+from tests.checkpoints import checkpoint_tensors
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_packs
 
@@ -47,15 +47,6 @@ def _train_or_resume_and_save(config: Config) -> None:
         trainer.checkpoints.wait()
 
 
-def _whole(directory: Path) -> dict[str, Tensor]:
-    manifest.verify(directory)
-    checkpoint, found = DistCheckpoint(directory), {}
-    for key, kind in checkpoint.kinds.items():
-        found[key] = torch.empty(kind.shape, dtype=kind.dtype)
-        checkpoint.read_into(key, None, 0, found[key])
-    return found
-
-
 @pytest.mark.parametrize(("stage", "dtype"), [("sft", "fp32"), ("sft", "bf16"), ("reward", "fp32")])
 def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> None:
     """Saved by one layout, loaded and saved again by the next, six times; 256 ids, so that no layout pads."""
@@ -70,7 +61,7 @@ def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> Non
             checkpoint={"keep": len(LAYOUTS)},
         )
         run_ranks(_train_or_resume_and_save, ranks, config)
-        whole = _whole(manifest.step_directory(tmp_path / "run" / "checkpoints", step))
+        whole = checkpoint_tensors(manifest.step_directory(tmp_path / "run" / "checkpoints", step))
         states = {key.split(".")[2] for key in whole if key.startswith("optimizer.state.")}
         assert states == {"param", "exp_avg", "exp_avg_sq"}
         saved = saved or whole
@@ -146,7 +137,7 @@ def test_rows_that_only_pad(tmp_path: Path) -> None:
     for step, parallel in enumerate(({}, {"tensor": 2}, {}), start=1):
         config = tiny_config(tmp_path / "run", parallel=parallel, checkpoint={"keep": 3})
         run_ranks(_train_or_resume_and_save, 2 if parallel else 1, config)
-        saved.append(_whole(manifest.step_directory(tmp_path / "run" / "checkpoints", step)))
+        saved.append(checkpoint_tensors(manifest.step_directory(tmp_path / "run" / "checkpoints", step)))
     padded = [key for key, value in saved[1].items() if value.shape[0] == 256]
     assert len(padded) == 2 * 4  # the embedding and the output layer: weights, masters, moments
     for key, value in saved[0].items():

@@ -50,7 +50,9 @@ def small_run(directory: Path, **sections: object) -> Config:
     return config
 
 
-def start(command: list[str], *, ranks: int, log: Path) -> subprocess.Popen[bytes]:
+def start(
+    command: list[str], *, ranks: int, log: Path, module: str = "megatron_post"
+) -> subprocess.Popen[bytes]:
     """`megatron-post COMMAND` on ranks, under torchrun where there are several; output goes to `log`."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -69,7 +71,7 @@ def start(command: list[str], *, ranks: int, log: Path) -> subprocess.Popen[byte
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with log.open("ab") as out:
         return subprocess.Popen(
-            [*launcher, "-m", "megatron_post", *command],
+            [*launcher, "-m", module, *command],
             cwd=ROOT,
             env=environment,
             stdout=out,

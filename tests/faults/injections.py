@@ -1,6 +1,7 @@
 """What goes wrong inside a rank; each is called there before the command."""
 
 import itertools
+import json
 import os
 import time
 from pathlib import Path
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from megatron_post.data.batch import PackedBatch
 from megatron_post.data.loader import PackLoader
+from megatron_post.data.store import Pack
 from megatron_post.stages.base import Metrics
 from megatron_post.stages.sft import SFT
+from megatron_post.train.checkpoint import Position
+from megatron_post.train.trainer import Trainer
 
 BAD_STEP, BAD_MICROBATCH = 5, 1
 _loss = SFT.loss
 _next = PackLoader.__next__
+_advance = Trainer.advance
 
 
 def nan_loss() -> None:
@@ -53,6 +58,25 @@ def write_samples(directory: Path) -> None:
         return packs
 
     PackLoader.__next__ = taking  # type: ignore[method-assign]
+
+
+def record_history(directory: Path, start: int) -> None:
+    """Each process writes what it has trained on: a line of JSON for each step whose weights have moved.
+
+    start: the number of this start of the run. A line is written before the step can be in a checkpoint, and
+    of ranks that train on the same packs by one alone.
+    """
+    file = os.open(directory / f"{start:04d}-{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def advancing(self: Trainer, position: Position, packs: list[Pack]) -> dict[str, float] | None:
+        values = _advance(self, position, packs)
+        place = self.topology
+        if values is not None and place.tensor_rank == place.pipeline_rank == place.context_rank == 0:
+            units = [unit for pack in packs for unit in pack.unit_ids.tolist() if unit >= 0]
+            os.write(file, f"{json.dumps({'step': position.step + 1, 'units': units})}\n".encode())
+        return values
+
+    Trainer.advance = advancing  # type: ignore[method-assign]
 
 
 class _NaNGradient(torch.autograd.Function):

@@ -1,0 +1,16 @@
+"""`python -m tests.faults.observed DIRECTORY START COMMAND...`, which torchrun can start.
+
+It runs a command of megatron-post, and writes what that trains on into DIRECTORY.
+"""
+
+import sys
+from pathlib import Path
+
+from megatron_post import cli
+from tests.faults.injections import record_history
+
+if __name__ == "__main__":
+    directory, start, *command = sys.argv[1:]
+    record_history(Path(directory), int(start))
+    sys.argv[1:] = command
+    cli.main()
