@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test plan-check
+.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test soak-test plan-check
 
 install: $(VENV)/.installed
 
@@ -39,7 +39,12 @@ slurm-test-fast: install
 
 # kills, damage, poison, full disks, hangs: minutes; a full disk needs root. `make test` runs one of each
 fault-test: install
-	FAULT_TESTS=1 $(BIN)/python -m pytest -s tests/faults
+	FAULT_TESTS=1 $(BIN)/python -m pytest -s tests/faults --deselect tests/faults/test_soak.py::test_soak
+
+# two ranks under faults of every kind for half an hour (SOAK_SECONDS), the twin's few minutes aside. SOAK_SEED
+# repeats what was drawn
+soak-test: install
+	FAULT_TESTS=1 $(BIN)/python -m pytest -s tests/faults/test_soak.py::test_soak
 
 lint: install
 	$(BIN)/ruff check .
