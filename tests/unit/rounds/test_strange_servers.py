@@ -1,17 +1,23 @@
 """Servers that redirect, drip, never end, or repeat the key that they were given. Real HTTP on loopback."""
 
 import contextlib
+import io
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 from megatron_post.config.load import ConfigError, parse
 from megatron_post.rounds import server as module
 from megatron_post.rounds.backends import Request, Sampling, ServerBackend
+from megatron_post.rounds.generate import Generate, generate
 from megatron_post.rounds.server import BadServer, Server
 
 KEY = "s3cr3t/Hunter+2"
@@ -43,7 +49,9 @@ class Listener:
         with connection, contextlib.suppress(OSError):
             request = b""
             while not request.endswith(b"}"):  # the end of the body
-                request += connection.recv(2**16)
+                if not (block := connection.recv(2**16)):
+                    return
+                request += block
             self.requests.append(request)
             self._talk(connection)
 
@@ -65,8 +73,10 @@ def listen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Talk], Listene
         listener.close()
 
 
-def _ask(listener: Listener, *, timeout: float = 10, retries: int = 0, host: str = "127.0.0.1") -> None:
-    settings = ServerBackend(
+def _settings(
+    listener: Listener, *, timeout: float = 10, retries: int = 0, host: str = "127.0.0.1"
+) -> ServerBackend:
+    return ServerBackend(
         kind="server",
         url=f"http://{host}:{listener.port}/v1",
         served_model="m",
@@ -74,7 +84,11 @@ def _ask(listener: Listener, *, timeout: float = 10, retries: int = 0, host: str
         retries=retries,
         api_key_variable="A_KEY",
     )
-    Server(settings).respond([Request(({"role": "user", "content": "?"},), 1)], Sampling())
+
+
+def _ask(listener: Listener, **settings: Any) -> None:
+    backend = _settings(listener, **settings)
+    Server(backend).respond([Request(({"role": "user", "content": "?"},), 1)], Sampling())
 
 
 def _says(status: str, body: bytes = b"", *headers: str) -> Talk:
@@ -181,6 +195,24 @@ def test_the_key_is_hidden_in_what_a_server_says(listen: Callable[[Talk], Listen
         shown += repr(raised)
         raised = raised.__cause__ or (None if raised.__suppress_context__ else raised.__context__)
     assert "s3cr3t" not in shown and "Hunter" not in shown
+
+
+def test_nothing_on_disk_holds_the_key(listen: Callable[[Talk], Listener], tmp_path: Path) -> None:
+    """Neither beside an output that is unfinished, because its server refuses, nor beside a finished one."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "?"}) + "\n")
+    answer = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
+    for status, body in (("401 No", f"no such key: {KEY}"), ("200 OK", json.dumps(answer))):
+        settings = Generate(
+            model="theirs",
+            prompts=str(tmp_path / "prompts.jsonl"),
+            sampling=Sampling(samples=2),
+            backend=_settings(listen(_says(status, body.encode()))),
+        )
+        with contextlib.suppress(BadServer):
+            generate(settings, tmp_path / f"{status[:3]}.jsonl", console=Console(file=io.StringIO()))
+    kept = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert tmp_path / "200.jsonl" in kept and any(".partial-401" in str(path) for path in kept)
+    assert not [path for path, text in kept.items() if "s3cr3t" in text]
 
 
 @pytest.mark.parametrize(
