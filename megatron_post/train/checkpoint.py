@@ -1,4 +1,4 @@
-"""Saving and resuming: model, optimizer, schedule, generators, data position and the resolved config."""
+"""Saving and resuming: model, optimizer, generators, data position and the resolved config."""
 
 import dataclasses
 import io
@@ -32,6 +32,7 @@ from megatron_post.train.async_save import Save, SaveFailed, Saver
 from megatron_post.train.converted import check_weights
 from megatron_post.train.fence import Fence, Superseded
 from megatron_post.train.loading import METADATA, load_checkpoint
+from megatron_post.train.optimizer import place_scheduler
 from megatron_post.train.shards import optimizer_parts, own_objects, own_shards
 
 
@@ -56,13 +57,7 @@ class Checkpoints:
         self._saver = Saver(topology.rank, topology.world_size, topology.device)
         self._attempts = 0
 
-    def save(
-        self,
-        position: Position,
-        chunks: list[Any],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-    ) -> None:
+    def save(self, position: Position, chunks: list[Any], optimizer: MegatronOptimizer) -> None:
         """Begin a checkpoint, which becomes visible once all of it is on the disk.
 
         Before parameters change, `may_change` must be called. What goes wrong is told by `failed`.
@@ -78,7 +73,6 @@ class Checkpoints:
         if rank == 0:
             small |= self._common_files(optimizer)
             state = {
-                "scheduler": scheduler.state_dict(),
                 "consumed_packs": position.consumed_packs,
                 "world_size": self._topology.world_size,
                 "incarnation": self._fence.incarnation,
@@ -167,7 +161,7 @@ class Checkpoints:
             return Position()
         self._check_stream(directory, stored["state"])
         load_checkpoint(source, chunks, optimizer, weights_only=False)
-        scheduler.load_state_dict(stored["state"]["scheduler"])
+        place_scheduler(scheduler, after=stored["step"])
         if stored["state"]["world_size"] == self._topology.world_size:
             _restore_generators(directory / f"generators-{self._topology.rank}.safetensors")
         return Position(stored["step"], stored["state"]["consumed_packs"])

@@ -14,7 +14,7 @@ from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.source import Kind
 from megatron_post.convert.torch_file import load_plain
 from megatron_post.train.manifest import DamagedCheckpoint
-from megatron_post.train.optimizer import gather_weights
+from megatron_post.train.optimizer import gather_weights, load_optimizer_state
 from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
 
 # Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
@@ -61,7 +61,7 @@ def _read_own(
     if not weights_only:
         common = load_plain(source.directory / "common.pt")
         (part,) = optimizer_parts(optimizer)
-        part.load_state_dict(common["optimizer"])  # steps and groups; Adam's state is made, to be filled
+        load_optimizer_state(part, common["optimizer"])
     kinds = source.kinds
     for shard in needed_shards(states, optimizer, weights_only=weights_only):
         _check_shape(source.directory, shard, kinds.get(shard.key))

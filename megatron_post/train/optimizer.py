@@ -1,6 +1,7 @@
 """Gradient buffers, distributed optimizer and learning-rate schedule, from megatron-core."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -83,21 +84,53 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
-    """Linear warm-up to `lr`, then constant, linear or cosine decay to `min_lr` at the last step."""
+    """The learning rate of each step, as the config alone says it; the scheduler stands before step 1.
+
+    Step i of a warm-up of w steps has the rate lr * i / w. From there a constant schedule stays at `lr`, and
+    a linear or cosine one falls to `min_lr`, which the last step of the run has. So no step of a warm-up has
+    a rate of 0. Without a warm-up the first step has `lr`, also where it is the only one, and a run that is
+    all warm-up ends at `lr`. Weight decay is the same at every step.
+    """
     o = config.optimizer
-    return OptimizerParamScheduler(
+    # megatron-core reaches the peak at the last step of the warm-up, and a run without one begins at the peak
+    warmup_steps = max(o.warmup_steps, 1)
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
         min_lr=o.min_lr,
-        lr_warmup_steps=o.warmup_steps,
-        lr_decay_steps=max(config.train.steps, o.warmup_steps + 1),
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(config.train.steps, warmup_steps + 1),
         lr_decay_style=o.schedule,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    place_scheduler(scheduler, after=0)
+    return scheduler
+
+
+def place_scheduler(scheduler: OptimizerParamScheduler, *, after: int) -> None:
+    """Give the optimizer the rate of the step that follows step `after`.
+
+    Everything else is the configuration's. megatron-core's own `load_state_dict` would rather have the
+    checkpoint's schedule, and so ignores what a resumed run has been given.
+    """
+    scheduler.step(increment=after + 1 - scheduler.num_steps)
+
+
+def load_optimizer_state(part: Any, stored: dict[str, Any]) -> None:
+    """Load what a checkpoint's `common.pt` has of the optimizer: how many steps Adam has done.
+
+    Rates, weight decay, betas and the multiplier of a head stay the configuration's. part: one distributed
+    optimizer, whose moments are made, to be filled.
+    """
+    own = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
+    part.load_state_dict(stored)
+    for group, settings in zip(part.param_groups, own, strict=True):
+        steps = {"step": group["step"]} if "step" in group else {}
+        group |= settings | steps
 
 
 def _one_or_list(functions: list) -> object:

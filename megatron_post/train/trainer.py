@@ -124,7 +124,7 @@ class Trainer:
     def save(self, position: Position) -> None:
         """Begin a checkpoint; with `checkpoint.asynchronous` training goes on while it is written."""
         self.guard.begin(position.step, "save", patience=PATIENCE)
-        self.checkpoints.save(position, self.chunks, self.optimizer, self.scheduler)
+        self.checkpoints.save(position, self.chunks, self.optimizer)
 
     def leave(self, step: int) -> None:
         """Wait for the checkpoint and ask for a requeue."""

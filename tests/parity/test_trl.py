@@ -10,8 +10,10 @@ What it takes to have TRL 1.16 train the same tokens under the same masks:
 - TRL has no NLL term; its `sft` loss is a mean over the chosen tokens of a microbatch, whose long responses
   weigh more. It is our mean over pairs where a microbatch is one pair.
 - TRL's defaults that are switched off: shuffling, gradient checkpointing, bf16.
-AdamW, weight decay (no norm decays on either side), clipping (it bites at every step), warm-up and decay are
-the same settings on both sides. TRL pads pairs to rows, we pack 3 and 5 of them.
+- The rate of each step: transformers begins a warm-up at 0 and ends above the lowest rate, one step earlier
+  than we do.
+AdamW, weight decay (no norm decays on either side), and clipping (it bites at every step) are the same settings
+on both sides. TRL pads pairs to rows, we pack 3 and 5 of them.
 """
 
 import random
@@ -24,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from megatron_post_kernels.pair_losses import LOSSES, DPOSettings, PairLogps
+from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_post.config.schema import Config, Source
 from megatron_post.convert.hf_writer import gathered_tensors
@@ -46,8 +49,9 @@ STEPS, COUNTS = 5, [3, 5]  # pairs of each of our packs of a step
 PAIRS = sum(COUNTS)
 OPTIMIZER = {
     "lr": 2e-3,
+    "min_lr": 2e-4,
     "schedule": "linear",
-    "warmup_steps": 1,
+    "warmup_steps": 2,
     "weight_decay": 0.1,
     "beta2": 0.95,
     "clip_grad": 0.2,
@@ -141,6 +145,24 @@ def _scores(outputs: list[tuple[Any, Any]], stage: Any) -> np.ndarray:
     return torch.cat(chosen + rejected).numpy()
 
 
+# of each of the five steps: two to warm up, three down to the lowest
+RATES = (1e-3, 2e-3, 1.4e-3, 0.8e-3, 0.2e-3)
+
+
+class _OurRates:
+    """A transformers Trainer that trains with the rates of our schedule."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        theirs: Any = self
+        rates = [rate / OPTIMIZER["lr"] for rate in (*RATES, RATES[-1])]  # it asks for one more
+        theirs.lr_scheduler = LambdaLR(optimizer or theirs.optimizer, rates.__getitem__)
+        return theirs.lr_scheduler
+
+
+class _DPOTrainer(_OurRates, trl.DPOTrainer):
+    pass
+
+
 def _trl_settings(config: Config, directory: Path, *, microbatch: int) -> dict[str, Any]:
     o = config.optimizer
     return {
@@ -150,8 +172,6 @@ def _trl_settings(config: Config, directory: Path, *, microbatch: int) -> dict[s
         "gradient_accumulation_steps": PAIRS // microbatch,
         "train_sampling_strategy": "sequential",
         "learning_rate": o.lr,
-        "lr_scheduler_type": o.schedule,
-        "warmup_steps": o.warmup_steps,
         "weight_decay": o.weight_decay,
         "adam_beta1": o.beta1,
         "adam_beta2": o.beta2,
@@ -168,7 +188,7 @@ def _trl_settings(config: Config, directory: Path, *, microbatch: int) -> dict[s
 
 
 def _trl_dpo(config: Config, directory: Path, *, microbatch: int, **settings: Any) -> Any:
-    trainer = trl.DPOTrainer(
+    trainer = _DPOTrainer(
         model=config.model.init_from,
         args=trl.DPOConfig(**_trl_settings(config, directory, microbatch=microbatch), **settings),
         train_dataset=datasets.Dataset.from_list(_rows()),
@@ -289,7 +309,7 @@ def test_reward(tmp_path: Path, tokenizer_directory: Path, layout: str) -> None:
 
     their_scores = []
 
-    class Recorder(trl.RewardTrainer):
+    class Recorder(_OurRates, trl.RewardTrainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             their_scores.append(outputs.logits.detach()[:, 0].numpy().copy())
