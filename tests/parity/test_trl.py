@@ -12,8 +12,8 @@ What it takes to have TRL 1.16 train the same tokens under the same masks:
 - TRL's defaults that are switched off: shuffling, gradient checkpointing, bf16.
 - The rate of each step: transformers begins a warm-up at 0 and ends above the lowest rate, one step earlier
   than we do.
-AdamW, weight decay (no norm decays on either side), and clipping (it bites at every step) are the same settings
-on both sides. TRL pads pairs to rows, we pack 3 and 5 of them.
+AdamW, weight decay (no norm decays on either side), and clipping (it bites at every step) are the same
+settings on both sides. TRL pads pairs to rows, we pack 3 and 5 of them.
 """
 
 import random

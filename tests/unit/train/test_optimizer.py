@@ -1,5 +1,4 @@
-"""The learning rate of every step, and what a resumed run takes from its configuration: everything but how far
-it is."""
+"""The learning rate of every step; and a resumed run takes all of Adam's settings from its configuration."""
 
 import math
 from pathlib import Path
