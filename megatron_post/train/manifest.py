@@ -213,16 +213,8 @@ def read_metadata(path: Path) -> Any:
         with path.open("rb") as file:
             metadata = _PlainUnpickler(file).load()
         names = {entry.relative_path for entry in metadata.storage_data.values()}
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        EOFError,
-        AttributeError,
-        IndexError,
-        ValueError,
-        TypeError,
-    ) as error:
-        raise DamagedCheckpoint(f"{path}: {error}") from error
+    except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything
+        raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
     outside = sorted(name for name in names if Path(name).name != name)
     if outside:
         raise DamagedCheckpoint(f"{path}: names the file {outside[0]!r}, which is outside the checkpoint")

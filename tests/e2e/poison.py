@@ -1,0 +1,137 @@
+"""Pickles that would touch a file, in every form in which a reader could meet them, and signed manifests."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from megatron_post import cli
+from megatron_post.train import manifest
+
+
+class Call:
+    """Pickled, a call of `function` with these arguments."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def saved(value: Any, *, legacy: bool = False) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream, _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
+def byte_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def poisons(witness: Path) -> dict[str, bytes]:
+    """Contents of an entry that would touch `witness` if a pickle in them ran."""
+    bomb = Call(Path.touch, witness)
+    storage = Call(torch.storage._load_from_bytes, saved(bomb, legacy=True))
+    return {
+        "an object of the list": saved([bomb]),
+        "the object alone": saved(bomb),
+        "an old archive": saved([bomb], legacy=True),
+        "a plain pickle": pickle.dumps(bomb),
+        "os.system": saved([Call(os.system, f"touch {witness}")]),
+        "Transformer Engine's state": saved([byte_tensor(pickle.dumps(bomb))]),
+        "a storage in its state": saved([byte_tensor(pickle.dumps({"scale_fwd": storage}))]),
+        "a file in memory": saved([io.BytesIO(saved(bomb))]),
+    }
+
+
+def sign(step: Path, names: Iterable[str] | None = None) -> None:
+    """A manifest that fits what is there now, as anyone can write it. names: of other files than before."""
+    content = manifest.read_manifest(step)
+    content["files"] = manifest.checksums(step, sorted(content["files"] if names is None else names))
+    (step / manifest.MANIFEST).write_text(json.dumps({"sha256": manifest._digest(content), **content}))
+
+
+def entries(step: Path) -> dict[MetadataIndex, bool]:
+    """Every entry of a checkpoint's data files, and whether it is an object beside tensors."""
+    metadata = manifest.read_metadata(step / ".metadata")
+    kinds = metadata.state_dict_metadata
+    return {i: isinstance(kinds[i.fqn], BytesStorageMetadata) for i in metadata.storage_data}
+
+
+def replace_entry(step: Path, index: MetadataIndex, content: bytes) -> Path:
+    """Put `content` at the end of the file where an entry lies, and say that the entry is there."""
+    metadata = manifest.read_metadata(step / ".metadata")
+    file = step / metadata.storage_data[index].relative_path
+    metadata.storage_data[index] = _StorageInfo(file.name, file.stat().st_size, len(content))
+    with file.open("ab") as stream:
+        stream.write(content)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(step)
+    return file
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Exit status and output of `megatron-post ARGUMENTS`, in this process."""
+    output, status = io.StringIO(), 0
+    argv = ["megatron-post", *map(str, arguments)]
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        mock.patch.object(sys, "argv", argv),
+    ):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cli.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, output.getvalue()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that met a poison. ran: whether the poison did what it was made for."""
+
+    what: str
+    reader: str
+    status: int
+    output: str
+    ran: bool
+
+
+def meet(what: str, reader: str, arguments: tuple[object, ...], witness: Path) -> Case:
+    """Give a command what is poisoned."""
+    status, output = command(*arguments)
+    ran = witness.exists()
+    witness.unlink(missing_ok=True)
+    return Case(what, reader, status, output, ran)
+
+
+def check(case: Case, *, named: str | None) -> None:
+    """Nothing was run, and the refusal is one line. named: what it names, or None where the command does not
+    read what was changed."""
+    assert not case.ran, case
+    assert "Traceback" not in case.output, case.output
+    assert case.status == (0 if named is None else 2), case
+    if named is not None:
+        *_, last = case.output.splitlines()
+        assert last.startswith("megatron-post: ") and named in last, case
+
+
+def succeed(*arguments: object) -> None:
+    """A command that must end with 0."""
+    status, output = command(*arguments)
+    assert status == 0, output
