@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -85,20 +86,21 @@ def replace_entry(step: Path, index: MetadataIndex, content: bytes) -> Path:
 
 def command(*arguments: object) -> tuple[int, str]:
     """Exit status and output of `megatron-post ARGUMENTS`, in this process."""
-    output, status = io.StringIO(), 0
-    argv = ["megatron-post", *map(str, arguments)]
+    status, argv = 0, ["megatron-post", *map(str, arguments)]
     with (
+        tempfile.TemporaryFile("w+") as output,  # and no text in memory: the watchdog needs a descriptor
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
         mock.patch.object(sys, "argv", argv),
+        warnings.catch_warnings(),
     ):
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                cli.main()
+            cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-    return status, output.getvalue()
+        output.seek(0)
+        return status, output.read()
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ def test_every_object_of_a_checkpoint(base: Path, tmp_path: Path, kind: str) -> 
         check(case, named=f".distcp: {case.what.split(' ')[0]}: not ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STEPS)
 def test_every_tensor_of_a_checkpoint(base: Path, tmp_path: Path, kind: str) -> None:
     """Each archive of a tensor, by one that holds an object. Conversion has no use for Adam's state, and
