@@ -258,11 +258,11 @@ def units_of_steps(history: Path) -> tuple[dict[int, Counter[int]], int]:
 
 
 def end_of(run_dir: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Weights and Adam's state in the last checkpoint; its step, place in the data and schedule."""
+    """Weights and Adam's state in the last checkpoint; its step and its place in the data."""
     directory = manifest.step_directory(run_dir / "checkpoints", steps)
     stored = manifest.read_manifest(directory)
-    state = {name: stored["state"][name] for name in ("consumed_packs", "scheduler")}
-    return checkpoint_tensors(directory), {"step": stored["step"], **state}
+    state = {"step": stored["step"], "consumed_packs": stored["state"]["consumed_packs"]}
+    return checkpoint_tensors(directory), state
 
 
 def undisturbed(
