@@ -105,6 +105,15 @@ def data_stats(store: StorePath) -> None:
     print_stats(store, console=make_console())
 
 
+@data_app.command("verify")
+def data_verify(store: StorePath) -> None:
+    """Read the whole store and compare all of it with its checksums."""
+    from megatron_post.data.verify import verify_store
+    from megatron_post.display import make_console
+
+    verify_store(store, console=make_console())
+
+
 @config_app.command("show")
 def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved config."""

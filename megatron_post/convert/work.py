@@ -7,7 +7,6 @@ interrupted conversion goes on where it was; who finds all markers in place publ
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -21,10 +20,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from megatron_post.convert.part_file import PartFile
 from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.storage.lock import locked
 from megatron_post.storage.reading import read_object
 
 Report = Callable[[str], None]
@@ -237,18 +237,6 @@ def _write_part(job: Job, number: int) -> int:
         marker.write_text(json.dumps(record))
         marker.rename(state / f"{name}.json")
     return job.parts[number].nbytes
-
-
-def locked(file: IO[str], *, wait: bool) -> bool:
-    """Whether a lock was obtained, or is not to be had on this file system, where nobody has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    return True
 
 
 def _finish(job: Job, report: Report) -> bool:

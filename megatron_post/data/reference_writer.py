@@ -3,13 +3,15 @@ written."""
 
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
-from megatron_post.data.store import REFERENCE, PackStore
+from megatron_post.data.store import CHECKSUMS, REFERENCE, PackStore
+from megatron_post.data.store_checksums import array_digest
 
 
 class ReferenceWriter:
@@ -40,22 +42,32 @@ class ReferenceWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 file.truncate(self._in_chunk * length * array.dtype.itemsize)
+        np.zeros(len(self._store), dtype="<u4").tofile(self._group / self._partial / CHECKSUMS)
 
     def write(self, pack: int, logps: np.ndarray) -> None:
         """One pack's row, float32 [pack_length]. Ranks may write different rows of one file at once."""
         chunk, row = divmod(pack, self._in_chunk)
         content = np.ascontiguousarray(logps, dtype="<f4").tobytes()
-        descriptor = os.open(self._chunk(chunk), os.O_WRONLY)
-        try:
-            os.pwrite(descriptor, content, row * len(content))
-        finally:
-            os.close(descriptor)
+        _write_at(self._chunk(chunk), content, row * len(content))
+        checksum = np.array(zlib.crc32(content), dtype="<u4").tobytes()
+        _write_at(self._group / self._partial / CHECKSUMS, checksum, pack * len(checksum))
 
     def publish(self) -> None:
         """Put the array in its place. One rank calls it, after all rows are written."""
+        checksums = np.fromfile(self._group / self._partial / CHECKSUMS, dtype="<u4")
+        node: Any = zarr.open_group(self._store.path, mode="r+", path=self._store.group)
+        node[self._partial].attrs[CHECKSUMS] = array_digest(checksums)
         final = self._group / REFERENCE
         shutil.rmtree(final, ignore_errors=True)
         (self._group / self._partial).rename(final)
 
     def _chunk(self, number: int) -> Path:
         return self._group / self._partial / "c" / str(number) / "0"
+
+
+def _write_at(path: Path, content: bytes, offset: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, content, offset)
+    finally:
+        os.close(descriptor)

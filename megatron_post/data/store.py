@@ -1,19 +1,28 @@
 """The packed store: a zarr v3 directory with a group of packs for training and one for evaluation.
 
-    STORE/zarr.json                 attributes: what the packs were made for (`StoreSettings`), format and
-    version STORE/{train,eval}/zarr.json    attributes: sources, by index, with their counts
+    STORE/checksums.json            of metadata and columns, see `store_checksums`
+    STORE/zarr.json                 attributes: format, version, what the packs were made for
+    STORE/{train,eval}/zarr.json    attributes: sources, by index, with their counts
       tokens, roles                 int32, uint8 [packs, pack_length]
+      checksums                     uint32 [packs, 2]: CRC-32 of a pack's tokens and of its roles
       segment_offsets               int64 [packs + 1]: pack i has the segments offsets[i]:offsets[i + 1]
       segment/<column>              [segments], see `COLUMNS`
 
 Per-token arrays are uncompressed and unsharded on purpose: a pack is then one contiguous run of bytes in a
 chunk file and is read with one `pread`. zarr-python itself needs 0.8-1.5 ms a chunk (3.1.6, one 2.5 GHz
 core), twice a pack, which is 30 times slower; it still reads and writes the very same arrays.
+
+Everything is compared with its checksum before it is used: metadata when the store is opened, a column when
+it is first used, a pack whenever it is read. `data verify` reads all of it. A reader opens files by their
+path, so one whose store was replaced meanwhile gets an error and never a mixture of two stores.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +30,12 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 
+from megatron_post.data.store_checksums import StoreChecksums, StoreError, array_digest, read_checksums
+from megatron_post.data.template import TokenRole
+from megatron_post.storage.reading import read_object, reading
+
 FORMAT = "megatron-post-packs"
-VERSION = 1
+VERSION = 2
 GroupName = Literal["train", "eval"]
 GROUPS: tuple[GroupName, ...] = ("train", "eval")
 
@@ -38,6 +51,8 @@ COLUMNS: Mapping[str, str] = {
     "response": "<i4",  # tokens of the final response
 }
 PER_TOKEN: Mapping[str, str] = {"tokens": "<i4", "roles": "|u1"}
+CHECKSUMS = "checksums"
+OFFSETS = "segment_offsets"
 # Added later by `megatron-post reference`: log-probability of each token's successor, keyed by what made it.
 REFERENCE = "reference_logps"
 _DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
@@ -46,10 +61,6 @@ _DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
 # dialogs: a unit is one segment. The others hold preferences. separate: a segment a response, prompt and all.
 # isolated and concatenated: a unit is its prompt's segment, then one of each response.
 StoreLayout = Literal["dialogs", "separate", "isolated", "concatenated"]
-
-
-class StoreError(ValueError):
-    """A store that cannot be used, or must not be written; the message has the values and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -104,46 +115,111 @@ class Pack:
 class PackStore:
     """One group of a store, read-only, made by `open_store`. Any number of threads and ranks may read it."""
 
-    def __init__(self, path: Path, group: GroupName, settings: StoreSettings) -> None:
-        node: Any = zarr.open_group(path, mode="r", path=group)
+    def __init__(
+        self,
+        path: Path,
+        group: GroupName,
+        settings: StoreSettings,
+        checksums: StoreChecksums,
+        *,
+        vocab_size: int | None = None,
+    ) -> None:
         self.path = path
         self.group = group
         self.settings = settings
-        self.sources = [SourceCounts(**entry) for entry in node.attrs["sources"]]
-        self.segment_offsets: np.ndarray = node["segment_offsets"][:]
+        self._digests = checksums.arrays(group)
+        self._vocab_size = vocab_size
         self._columns: dict[str, np.ndarray] = {}
-        self._node = node
-        self._reads_reference = False
-        self._packs_in_chunk = {name: _check_plain(node[name], settings, path) for name in PER_TOKEN}
+        self._reference_checksums: np.ndarray | None = None
+        with damage(path / group):
+            node: Any = zarr.open_group(path, mode="r", path=group, zarr_format=3)
+            self._node = node
+            self.sources = [SourceCounts(**entry) for entry in node.attrs["sources"]]
+            self.segment_offsets: np.ndarray = self._checked(OFFSETS)
+            self._checksums: np.ndarray = self._checked(CHECKSUMS)
+            self._packs_in_chunk = {name: _check_plain(node[name], settings, path) for name in PER_TOKEN}
+            self._check_shapes()
 
     def __len__(self) -> int:
         return len(self.segment_offsets) - 1
 
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that the group holds: the same for a copy of the store at another path,
+        another for other packs, sources or settings. The checksums of packs stand for the packs."""
+        settings = {
+            item.name: getattr(self.settings, item.name)
+            for item in dataclasses.fields(StoreSettings)
+            if item.compare
+        }
+        sources = [dataclasses.asdict(source) for source in self.sources]
+        content = {"settings": settings, "sources": sources, "arrays": self._digests}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def column(self, name: str) -> np.ndarray:
-        """A per-segment column of `COLUMNS`, [segments], held in memory from the first use on."""
+        """A per-segment column of `COLUMNS`, [segments], held in memory from the first use on.
+
+        Raises `StoreError` where it differs from its checksum.
+        """
         if name not in self._columns:
-            self._columns[name] = self._node[f"segment/{name}"][:]
+            with damage(self.path / self.group):
+                values = self._checked(f"segment/{name}")
+                if len(values) != self.segment_offsets[-1]:
+                    raise ValueError(
+                        f"segment/{name} has {len(values)} rows for {self.segment_offsets[-1]} segments"
+                    )
+            self._columns[name] = values
         return self._columns[name]
+
+    def _checked(self, name: str) -> np.ndarray:
+        values: np.ndarray = self._node[name][:]
+        if array_digest(values) != self._digests[name]:
+            raise ValueError(f"{name} differs from its checksum")
+        return values
+
+    def _check_shapes(self) -> None:
+        """That arrays fit each other. Whoever can write checksums can write them for arrays that do not."""
+        packs = len(self.segment_offsets) - 1
+        shapes = {name: self._node[name].shape[0] for name in PER_TOKEN} | {CHECKSUMS: len(self._checksums)}
+        steps = np.diff(self.segment_offsets)
+        if any(count != packs for count in shapes.values()):
+            raise ValueError(f"{OFFSETS} has {packs} packs, the other arrays {shapes}")
+        if self.segment_offsets[0] != 0 or (steps < 1).any() or (steps > self.settings.pack_length).any():
+            raise ValueError(f"{OFFSETS} does not rise from 0 by the segments of a pack")
 
     def read(self, index: int) -> Pack:
         """Pack `index`, in arrays of its own. Raises `IndexError` beyond the end, `StoreError` if damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {self.path}/{self.group}, which has {len(self)} packs")
         segments = slice(*self.segment_offsets[index : index + 2].tolist())
-        padded = self.column("padded")[segments]
+        padded, lengths = self.column("padded")[segments], self.column("length")[segments]
+        sources = self.column("source")[segments]
         tail = self.settings.pack_length - int(padded.sum())
         padding = [tail] if tail else []
-        return Pack(
+        pack = Pack(
             tokens=self.read_row("tokens", index),
             roles=self.read_row("roles", index),
             cu_seqlens=np.cumsum([0, *padded.tolist(), *padding], dtype=np.int32),
-            lengths=_with_tail(self.column("length")[segments], 0, tail),
-            sources=_with_tail(self.column("source")[segments], -1, tail),
+            lengths=_with_tail(lengths, 0, tail),
+            sources=_with_tail(sources, -1, tail),
             sample_ids=_with_tail(self.column("sample")[segments], 0, tail),
             unit_ids=_with_tail(self.column("unit")[segments], -1, tail),
             ranks=_with_tail(self.column("rank")[segments], -1, tail),
-            reference_logps=self.read_row(REFERENCE, index) if self._reads_reference else None,
+            reference_logps=None if self._reference_checksums is None else self.read_row(REFERENCE, index),
         )
+        possible = (
+            tail >= 0
+            and ((lengths >= 1) & (lengths <= padded)).all()
+            and ((sources >= 0) & (sources < len(self.sources))).all()
+        )
+        if not possible:
+            raise self._damaged(index, "its segments do not fit it or the store's sources")
+        largest = None if self._vocab_size is None else self._vocab_size - 1
+        if pack.tokens.min() < 0 or (largest is not None and pack.tokens.max() > largest):
+            raise self._damaged(index, f"it holds token ids that are not from 0 to {largest}")
+        if pack.roles.max() > max(TokenRole):
+            raise self._damaged(index, f"it holds the role {pack.roles.max()}, which there is not")
+        return pack
 
     def packs_in_chunk(self, name: str) -> int:
         """Packs in a chunk file of a per-token array."""
@@ -157,20 +233,37 @@ class PackStore:
             f"run `megatron-post reference {self.path} --model DIR` with the model that training starts "
             "from, and training's own precision.dtype and precision.fp8"
         )
-        if REFERENCE not in self._node:
+        if not self.has_reference:
             raise StoreError(f"store {name} has no reference log-probabilities; {remedy}")
-        array = self._node[REFERENCE]
-        if array.attrs["key"] != key or array.shape[0] != len(self):
+        with damage(self.path / self.group / REFERENCE, remedy):
+            array = self._node[REFERENCE]
+            stored = str(array.attrs["key"])
+            in_chunk = _check_plain(array, self.settings, self.path)
+            checksums = np.fromfile(self.path / self.group / REFERENCE / CHECKSUMS, dtype="<u4")
+            if len(checksums) == array.shape[0] and array_digest(checksums) != array.attrs[CHECKSUMS]:
+                raise ValueError("the checksums of its packs are damaged")
+        if stored != key or array.shape[0] != len(self) or len(checksums) != len(self):
             raise StoreError(
                 f"the reference log-probabilities in store {name} are of another model, precision, tokenizer "
-                f"or data (key {array.attrs['key']:.12}, {array.shape[0]} packs; wanted {key:.12}, "
+                f"or data (key {stored:.12}, {array.shape[0]} packs; wanted {key:.12}, "
                 f"{len(self)} packs); {remedy}"
             )
-        self._packs_in_chunk[REFERENCE] = _check_plain(array, self.settings, self.path)
-        self._reads_reference = True
+        self._packs_in_chunk[REFERENCE] = in_chunk
+        self._reference_checksums = checksums
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `megatron-post reference` has stored log-probabilities here, of whatever model."""
+        return (self.path / self.group / REFERENCE).is_dir()
+
+    @property
+    def reference_key(self) -> str:
+        """The key of the stored log-probabilities. Raises `StoreError` where it cannot be read."""
+        with damage(self.path / self.group / REFERENCE):
+            return str(self._node[REFERENCE].attrs["key"])
 
     def read_row(self, name: str, index: int) -> np.ndarray:
-        """One pack of the per-token array `name`: [pack_length]."""
+        """One pack of the per-token array `name`, [pack_length], once it agrees with its checksum."""
         chunk, row = divmod(index, self._packs_in_chunk[name])
         dtype, length = np.dtype(_DTYPES[name]), self.settings.pack_length
         file = self.path / self.group / name / "c" / str(chunk) / "0"
@@ -179,10 +272,22 @@ class PackStore:
         except OSError as error:
             raise StoreError(f"pack {index} of {self.path}/{self.group} cannot be read: {error}") from error
         if len(values) != length:
-            raise StoreError(
-                f"{file} is damaged: it ends in pack {index}; run `megatron-post data pack` again"
-            )
+            raise self._damaged(index, f"{file} ends in it")
+        if zlib.crc32(values.tobytes()) != self._checksum_of(name, index):
+            raise self._damaged(index, f"its {name} in {file} differ from their checksum")
         return values
+
+    def _checksum_of(self, name: str, index: int) -> int:
+        if name == REFERENCE:
+            assert self._reference_checksums is not None
+            return int(self._reference_checksums[index])
+        return int(self._checksums[index, list(PER_TOKEN).index(name)])
+
+    def _damaged(self, index: int, reason: str) -> StoreError:
+        return StoreError(
+            f"pack {index} of {self.path}/{self.group} is damaged: {reason}; run `megatron-post data pack` "
+            "again (or start again, if the store was replaced while it was in use)"
+        )
 
     def empty(self) -> Pack:
         """A pack of padding alone: it weighs nothing, and keeps ranks in step that have run out of packs."""
@@ -207,14 +312,16 @@ def open_store(
     segment_multiple: int = 1,
     tokenizer_fingerprint: str | None = None,
     layout: str | None = None,
+    vocab_size: int | None = None,
 ) -> PackStore:
     """Open a group read-only. What is given must fit: None (or multiple 1) asks for nothing.
 
-    Raises `StoreError` if there is no complete store, or if it was packed for another length, tokenizer or
-    layout.
+    vocab_size: token ids of the packs that are read must be smaller. Raises `StoreError` if there is no
+    complete store, if it is damaged, or if it was packed for another length, tokenizer or layout.
     """
     path = Path(path)
     settings = read_settings(path)
+    checksums = read_checksums(path)
     remedy = "run `megatron-post data pack` with this config (--overwrite, or another data.store)"
     if pack_length not in (None, settings.pack_length):
         raise StoreError(
@@ -235,32 +342,55 @@ def open_store(
         raise StoreError(
             f"store {path} holds examples as {settings.layout!r}, this stage needs {layout!r}; {remedy}"
         )
-    return PackStore(path, group, settings)
+    return PackStore(path, group, settings, checksums, vocab_size=vocab_size)
 
 
 def read_settings(path: str | Path) -> StoreSettings:
     """What a store was made for. Raises `StoreError` if `path` is no store of this format and version."""
     path = Path(path)
     if not path.exists():
+        aside = ", ".join(map(str, path.parent.glob(f".{path.name}.*.replaced")))
+        if aside:
+            raise StoreError(
+                f"data.store={path}: `megatron-post data pack` was interrupted when it replaced the store; "
+                f"run it again, or rename the earlier store back, which is {aside}"
+            )
         raise StoreError(f"data.store={path}: there is no store; run `megatron-post data pack` first")
     attributes = read_attributes(path)
-    if attributes["version"] != VERSION:
+    if attributes.get("version") != VERSION:
         raise StoreError(
-            f"data.store={path} has format version {attributes['version']}, this program reads {VERSION}; "
-            "run `megatron-post data pack` again"
+            f"data.store={path} has format version {attributes.get('version')}, this program reads "
+            f"{VERSION}; run `megatron-post data pack` again"
         )
-    return StoreSettings(**{item.name: attributes[item.name] for item in dataclasses.fields(StoreSettings)})
+    with damage(path):
+        return StoreSettings(
+            **{item.name: attributes[item.name] for item in dataclasses.fields(StoreSettings)}
+        )
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
     """The root attributes of a store of any version. Raises `StoreError` if `path` is something else."""
     try:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
-    except (OSError, ValueError, KeyError) as error:
+        attributes = read_object(path / "zarr.json", "the metadata of a packed store").get("attributes")
+        if not isinstance(attributes, dict):
+            raise ValueError(f"{path / 'zarr.json'} has no attributes")
+    except ValueError as error:
         raise StoreError(f"data.store={path} exists, but is no packed store: {error}") from error
     if attributes.get("format") != FORMAT:
         raise StoreError(f"data.store={path} is a zarr directory, but no packed store")
     return attributes
+
+
+@contextlib.contextmanager
+def damage(path: Path, remedy: str = "run `megatron-post data pack` again") -> Iterator[None]:
+    """Raises `StoreError` for whatever damaged metadata and arrays lead to, with the remedy."""
+    try:
+        with reading(path, "an intact part of a packed store"):
+            yield
+    except StoreError:
+        raise
+    except ValueError as error:
+        raise StoreError(f"{error}; {remedy}") from error
 
 
 def _check_plain(array: Any, settings: StoreSettings, path: Path) -> int:

@@ -1,8 +1,11 @@
 """Writing the packed store: beside its place, then renamed, so that it is complete or not there at all."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,18 +15,22 @@ import numpy as np
 import zarr
 
 from megatron_post.data.store import (
+    CHECKSUMS,
     COLUMNS,
     FORMAT,
     GROUPS,
+    OFFSETS,
     PER_TOKEN,
     VERSION,
     GroupName,
     SourceCounts,
-    StoreError,
     StoreSettings,
+    open_store,
     read_attributes,
     read_settings,
 )
+from megatron_post.data.store_checksums import StoreError, write_checksums
+from megatron_post.storage.lock import sole_writer
 
 # Tokens in a chunk file: at least, so that a small store may grow without ever becoming millions of files; at
 # most, so that a chunk in the making is 16 MiB of tokens. A million packs of 8,192 tokens are 2,000 files an
@@ -37,7 +44,9 @@ class StoreWriter:
     raises.
 
     An existing store is refused unless `overwrite` (replace it) or `append` (add packs of identical settings;
-    the store is copied, so readers keep what they opened). Raises `StoreError`.
+    the store is copied, so that it is complete at every moment). One process at a time may write a store:
+    another is refused. What a writer that was killed has left is removed by the next one. Raises
+    `StoreError`.
     """
 
     def __init__(
@@ -46,6 +55,7 @@ class StoreWriter:
         self._path = Path(path)
         self._settings = settings
         self._beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        self._held = contextlib.ExitStack()
         self._extends = append and self._path.exists()
         if overwrite and append:
             raise StoreError("overwrite and append exclude each other; give one of them")
@@ -63,31 +73,66 @@ class StoreWriter:
                 )
 
     def __enter__(self) -> Self:
-        shutil.rmtree(self._beside, ignore_errors=True)
-        self._beside.parent.mkdir(parents=True, exist_ok=True)
-        if self._extends:
-            shutil.copytree(self._path, self._beside)
-        else:
-            attributes = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self._settings)}
-            zarr.create_group(self._beside, attributes=attributes)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._held.enter_context(
+                sole_writer(self._path.with_name(f".{self._path.name}.lock"), of=self._path)
+            )
+        except ValueError as error:
+            raise StoreError(str(error)) from None
+        with contextlib.ExitStack() as stack:
+            stack.push(self._held)
+            self._recover()
+            if self._extends:
+                for group in GROUPS:  # what is damaged must not get new checksums
+                    store = open_store(self._path, group)
+                    for name in COLUMNS:
+                        store.column(name)
+                shutil.copytree(self._path, self._beside)
+            else:
+                attributes = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self._settings)}
+                zarr.create_group(self._beside, attributes=attributes)
+            stack.pop_all()
         return self
+
+    def _recover(self) -> None:
+        """Undo and remove what earlier writers have left, of which none is alive: this one holds the lock."""
+        for aside in self._path.parent.glob(f".{self._path.name}.*.replaced"):
+            if not self._path.exists():
+                aside.rename(self._path)
+            shutil.rmtree(aside, ignore_errors=True)
+        for partial in self._path.parent.glob(f".{self._path.name}.*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            shutil.rmtree(self._beside, ignore_errors=True)
-            return
+        with self._held:
+            try:
+                if error is None:
+                    self._publish()
+            finally:
+                shutil.rmtree(self._beside, ignore_errors=True)
+
+    def _publish(self) -> None:
         for group in GROUPS:
             if not (self._beside / group).exists():
                 self.write(
                     group, sources=[], columns={name: [] for name in COLUMNS}, segments_per_pack=[], packs=[]
                 )
-        replaced = self._beside.with_suffix(".replaced")
-        if self._path.exists():
+        root: Any = zarr.open_group(self._beside, mode="r")
+        names = [OFFSETS, CHECKSUMS, *(f"segment/{name}" for name in COLUMNS)]
+        write_checksums(
+            self._beside, {group: {name: root[group][name][:] for name in names} for group in GROUPS}
+        )
+        if not self._path.exists():
+            os.rename(self._beside, self._path)
+        elif not _exchange(self._beside, self._path):
+            # killed between these two, the next writer puts the old store back and a reader names it
+            replaced = self._beside.with_suffix(".replaced")
             os.rename(self._path, replaced)
-        os.rename(self._beside, self._path)
-        shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(self._beside, self._path)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def write(
         self,
@@ -118,7 +163,7 @@ class StoreWriter:
             values = np.asarray(columns[name], dtype=dtype)
             _extend(node, f"segment/{name}", values + values.dtype.type(shift.get(name, 0)))
         counts = np.asarray(segments_per_pack, dtype=np.int64)
-        _extend(node, "segment_offsets", node["segment_offsets"][-1] + np.cumsum(counts))
+        _extend(node, OFFSETS, node[OFFSETS][-1] + np.cumsum(counts))
         self._extend_packs(node, packs, len(counts))
         node.attrs["sources"] = [*known, *map(dataclasses.asdict, sources)]
 
@@ -127,7 +172,9 @@ class StoreWriter:
         if name in root:
             return root[name]
         node = root.create_group(name, attributes={"sources": []})
-        node.create_array("segment_offsets", data=np.zeros(1, dtype=np.int64), chunks=(_SEGMENTS_IN_CHUNK,))
+        node.create_array(OFFSETS, data=np.zeros(1, dtype=np.int64), chunks=(_SEGMENTS_IN_CHUNK,))
+        checksums = (_SEGMENTS_IN_CHUNK, len(PER_TOKEN))
+        node.create_array(CHECKSUMS, shape=(0, len(PER_TOKEN)), dtype="<u4", chunks=checksums)
         for column, dtype in COLUMNS.items():
             node.create_array(f"segment/{column}", shape=(0,), dtype=dtype, chunks=(_SEGMENTS_IN_CHUNK,))
         return node
@@ -138,16 +185,19 @@ class StoreWriter:
         for array in arrays:
             array.resize((start + count, length))
         buffers = [np.zeros((in_chunk, length), dtype=array.dtype) for array in arrays]
-        filled = 0
+        filled, checksums = 0, []
         for number, pack in enumerate(packs, start=start + 1):
             for buffer, values in zip(buffers, pack, strict=True):
                 buffer[filled] = values
+            checksums.append([zlib.crc32(buffer[filled]) for buffer in buffers])
             filled += 1
             if number % in_chunk == 0 or number == start + count:
                 for array, buffer in zip(arrays, buffers, strict=True):
                     array[number - filled : number] = buffer[:filled]
                 filled = 0
-        assert filled == 0, "fewer packs came than segments_per_pack announced"
+        if len(checksums) != count:
+            raise StoreError(f"{len(checksums)} packs came where segments_per_pack announced {count}")
+        _extend(node, CHECKSUMS, np.array(checksums, dtype="<u4").reshape(-1, len(PER_TOKEN)))
 
     def _per_token_array(self, node: Any, name: str, count: int) -> Any:
         if name in node:
@@ -170,9 +220,21 @@ class StoreWriter:
 def _extend(node: Any, name: str, values: np.ndarray) -> None:
     array = node[name]
     start = array.shape[0]
-    array.resize((start + len(values),))
+    array.resize((start + len(values), *array.shape[1:]))
     if len(values):
         array[start:] = values
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step, so that there is one under the name `b` at every moment.
+
+    False where this system or file system cannot: Linux alone has it, and not on every network file system.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def _next_unit(node: Any) -> int:

@@ -140,6 +140,7 @@ def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackSt
             segment_multiple=segment_multiple(config),
             tokenizer_fingerprint=tokenizer.fingerprint,
             layout=store_layout(config),
+            vocab_size=config.model.vocab_size,
         )
 
     return opened("train"), opened("eval") if config.data.eval_sources else None

@@ -1,10 +1,26 @@
 """A small store of recognisable packs, for the tests of store, loader and backends."""
 
+import hashlib
+import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import zarr
 
-from megatron_post.data.store import PackStore, SourceCounts, StoreSettings, open_store
+from megatron_post.data import store_checksums
+from megatron_post.data.store import (
+    CHECKSUMS,
+    COLUMNS,
+    GROUPS,
+    OFFSETS,
+    PER_TOKEN,
+    PackStore,
+    SourceCounts,
+    StoreSettings,
+    open_store,
+)
 from megatron_post.data.store_writer import StoreWriter
 
 SETTINGS = StoreSettings(
@@ -35,17 +51,50 @@ def tokens_of(pack: int) -> np.ndarray:
     return (np.arange(16) + 1000 * pack).astype(np.int32)
 
 
-def write_packs(writer: StoreWriter, num_packs: int, *, names: tuple[str, str] = ("a", "b")) -> None:
+def write_packs(
+    writer: StoreWriter,
+    num_packs: int,
+    *,
+    names: tuple[str, str] = ("a", "b"),
+    tokens: np.ndarray | None = None,
+) -> None:
     writer.write(
         "train",
         sources=[SourceCounts(name, rows=num_packs) for name in names],
         columns=columns_of(num_packs),
         segments_per_pack=[1 + p % 2 for p in range(num_packs)],
-        packs=((tokens_of(p), np.full(16, p % 5, dtype=np.uint8)) for p in range(num_packs)),
+        packs=(
+            (tokens_of(p) if tokens is None else tokens, np.full(16, p % 5, dtype=np.uint8))
+            for p in range(num_packs)
+        ),
     )
 
 
-def small_store(path: Path, num_packs: int) -> PackStore:
+def small_store(path: Path, num_packs: int, *, tokens: np.ndarray | None = None) -> PackStore:
     with StoreWriter(path, SETTINGS) as writer:
-        write_packs(writer, num_packs)
+        write_packs(writer, num_packs, tokens=tokens)
     return open_store(path, "train")
+
+
+def seal(path: Path, *, only_metadata: bool = False) -> None:
+    """Give a store whose files were changed by hand checksums that agree with them, as an attacker would.
+
+    only_metadata: for metadata that zarr cannot open.
+    """
+    if only_metadata:
+        content = json.loads((path / store_checksums.FILE).read_text())
+        del content["sha256"]
+        for name in content["files"]:
+            content["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        (path / store_checksums.FILE).write_text(json.dumps({"sha256": digest, **content}))
+        return
+    root: Any = zarr.open_group(path, mode="r+")
+    for group in GROUPS:
+        node = root[group]
+        rows = zip(*(node[name][:] for name in PER_TOKEN), strict=True)
+        checksums = [[zlib.crc32(np.ascontiguousarray(row)) for row in pack] for pack in rows]
+        node[CHECKSUMS][:] = np.array(checksums, dtype="<u4").reshape(-1, 2)
+    names = [OFFSETS, CHECKSUMS, *(f"segment/{name}" for name in COLUMNS)]
+    groups = {group: {name: root[group][name][:] for name in names} for group in GROUPS}
+    store_checksums.write_checksums(path, groups)

@@ -1,18 +1,25 @@
 """The store: what is written is read, plain zarr reads it too, and it is complete or not there."""
 
 import dataclasses
+import io
 import json
+import os
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from rich.console import Console
 
 from megatron_post.data import store_writer
-from megatron_post.data.store import StoreError, open_store
+from megatron_post.data.store import COLUMNS, GROUPS, open_store
+from megatron_post.data.store_checksums import StoreError
 from megatron_post.data.store_writer import StoreWriter
-from tests.unit.data.small_store import SETTINGS, small_store, tokens_of, write_packs
+from megatron_post.data.verify import verify_store
+from tests.unit.data.small_store import SETTINGS, seal, small_store, tokens_of, write_packs
 
 
 @pytest.fixture
@@ -72,14 +79,16 @@ def test_the_empty_pack_is_padding_alone(tmp_path: Path) -> None:
 
 
 def test_append_adds_packs_and_leaves_the_others(tmp_path: Path, small_chunks: None) -> None:
-    before = small_store(tmp_path / "s", 7)
+    opened = small_store(tmp_path / "s", 7)
+    before = [opened.read(p) for p in range(7)]
     with StoreWriter(tmp_path / "s", SETTINGS, append=True) as writer:
         write_packs(writer, 4, names=("c", "d"))
     store = open_store(tmp_path / "s", "train")
     assert len(store) == 11
     for p in range(7):
         for name in ("tokens", "roles", "cu_seqlens", "sources", "sample_ids", "unit_ids"):
-            assert np.array_equal(getattr(store.read(p), name), getattr(before.read(p), name))
+            assert np.array_equal(getattr(store.read(p), name), getattr(before[p], name))
+        assert np.array_equal(opened.read(p).tokens, before[p].tokens), "a reader keeps what it had opened"
     added = store.read(7 + 1)
     assert np.array_equal(added.tokens, tokens_of(1))
     assert [store.sources[number].name for number in added.sources] == ["c", "d"]
@@ -148,7 +157,7 @@ def test_a_store_of_another_version_can_be_overwritten_but_not_read(tmp_path: Pa
     text = json.loads((tmp_path / "s/zarr.json").read_text())
     text["attributes"]["version"] = 0
     (tmp_path / "s/zarr.json").write_text(json.dumps(text))
-    with pytest.raises(StoreError, match="format version 0, this program reads 1"):
+    with pytest.raises(StoreError, match="format version 0, this program reads 2"):
         open_store(tmp_path / "s", "train")
     with StoreWriter(tmp_path / "s", SETTINGS, overwrite=True) as writer:
         write_packs(writer, 3)
@@ -189,7 +198,7 @@ def test_damage_is_an_error_with_the_file(tmp_path: Path) -> None:
     file = next((tmp_path / "s/train/tokens").rglob("c/0/0"))
     file.write_bytes(file.read_bytes()[:100])  # pack 0 takes 64 bytes, pack 1 is cut
     store.read(0)
-    with pytest.raises(StoreError, match="is damaged: it ends in pack 1"):
+    with pytest.raises(StoreError, match=r"pack 1 .* is damaged: .* ends in it"):
         store.read(1)
     file.unlink()
     with pytest.raises(StoreError, match=r"pack 0 .* cannot be read"):
@@ -200,5 +209,186 @@ def test_compressed_arrays_are_refused(tmp_path: Path) -> None:
     small_store(tmp_path / "s", 2)
     group: Any = zarr.open_group(tmp_path / "s/train", mode="r+")
     group.create_array("tokens", shape=(2, 16), chunks=(2, 16), dtype="<i4", overwrite=True)
+    with pytest.raises(StoreError, match=r"tokens/zarr\.json differs from its checksum"):
+        open_store(tmp_path / "s", "train")
+    seal(tmp_path / "s")
     with pytest.raises(StoreError, match="is compressed"):
         open_store(tmp_path / "s", "train")
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def contents(path: Path) -> list[list[object]]:
+    """All that training takes from a store, both groups."""
+    stores = [open_store(path, group) for group in GROUPS]
+    packs = [store.read(index) for store in stores for index in range(len(store))]
+    fields = [
+        getattr(pack, name) for pack in packs for name in ("tokens", "roles", "cu_seqlens", "sample_ids")
+    ]
+    columns = [store.column(name) for store in stores for name in COLUMNS]
+    return [[store.digest for store in stores], *(values.tolist() for values in [*fields, *columns])]
+
+
+def test_every_damaged_byte_is_found(
+    tmp_path: Path, small_chunks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In each file of a store: a bit flipped, a part zeroed, the end cut off, all of it gone. Six packs fill
+    two chunk files, so that every byte of them is a pack's."""
+    small_store(tmp_path / "s", 6)
+    intact = contents(tmp_path / "s")
+    files = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
+    count, harmless, draw = 0, 0, random.Random(1)
+    for file in files:
+        content = file.read_bytes()
+        flips = sorted({0, len(content) - 1, *draw.sample(range(len(content)), min(12, len(content)))})
+        damaged = [
+            content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :] for at in flips
+        ]
+        middle = len(content) // 2
+        damaged += [content[:middle], content[:middle] + bytes(len(content) - middle), None]
+        for bad in damaged:
+            file.unlink() if bad is None else file.write_bytes(bad)
+            count += 1
+            try:
+                verify_store(tmp_path / "s", console=console())
+                # such as a missing chunk, which zarr takes for zeros, or a bit that zstd does not use
+                assert contents(tmp_path / "s") == intact, f"{file} was damaged and nothing noticed"
+                harmless += 1
+            except StoreError:
+                with pytest.raises(StoreError):
+                    contents(tmp_path / "s")
+            file.write_bytes(content)
+    assert contents(tmp_path / "s") == intact
+    with capsys.disabled():
+        print(
+            f"\n{count} damages to {len(files)} files of a store: all found but {harmless}, which change no value"
+        )
+    assert count > 500 and harmless < count / 20
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("segment_offsets", [0, 1, 1], "does not rise from 0"),
+        ("segment_offsets", [1, 2, 3], "does not rise from 0"),
+        ("segment_offsets", [0, 1], "has 1 packs, the other arrays"),
+        ("segment_offsets", [0, 1, 4], "has 3 rows for 4 segments"),
+        ("segment/padded", [8, 16, 8], "pack 1 .* its segments do not fit it"),
+        ("segment/length", [9, 5, 5], "pack 0 .* its segments do not fit it"),
+        ("segment/length", [-1, 5, 5], "pack 0 .* its segments do not fit it"),
+        ("segment/source", [0, 2, 0], "pack 1 .* or the store's sources"),
+        ("tokens", [[250] * 16] * 2, "token ids that are not from 0 to 249"),
+        ("tokens", [[-1] * 16] * 2, "token ids that are not from 0 to 249"),
+        ("roles", [[77] * 16] * 2, "role 77"),
+    ],
+)
+def test_impossible_values_with_right_checksums_are_refused(
+    tmp_path: Path, name: str, values: list, message: str
+) -> None:
+    """Whoever can write a store can write its checksums."""
+    small_store(tmp_path / "s", 2, tokens=np.zeros(16, dtype=np.int32))
+    node: Any = zarr.open_group(tmp_path / "s", mode="r+", path="train")
+    node[name].resize((len(values), *node[name].shape[1:]))
+    node[name][:] = np.array(values)
+    seal(tmp_path / "s")
+    with pytest.raises(StoreError, match=message):
+        store = open_store(tmp_path / "s", "train", vocab_size=250)
+        for index in range(2):
+            store.read(index)
+
+
+def test_metadata_cannot_name_a_codec_that_loads_objects(tmp_path: Path) -> None:
+    small_store(tmp_path / "s", 2)
+    file = tmp_path / "s/train/segment/padded/zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["codecs"] = [{"name": "numcodecs.pickle", "configuration": {}}]
+    file.write_text(json.dumps(metadata))
+    seal(tmp_path / "s", only_metadata=True)
+    with pytest.raises(StoreError, match=r"numcodecs\.pickle.*never used here"):
+        open_store(tmp_path / "s", "train")
+
+
+def test_the_digest_is_the_contents(tmp_path: Path) -> None:
+    """Another path and another writing give the same; another token, source or setting gives another."""
+    first = small_store(tmp_path / "a", 3)
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert (
+        first.digest
+        == small_store(tmp_path / "b", 3).digest
+        == open_store(tmp_path / "moved", "train").digest
+    )
+    others = [
+        small_store(tmp_path / "c", 3, tokens=np.zeros(16, dtype=np.int32)),
+        small_store(tmp_path / "d", 4),
+    ]
+    with StoreWriter(tmp_path / "e", dataclasses.replace(SETTINGS, seed=9)) as writer:
+        write_packs(writer, 3)
+    with StoreWriter(tmp_path / "f", SETTINGS) as writer:
+        write_packs(writer, 3, names=("a", "c"))
+    others += [open_store(tmp_path / name, "train") for name in ("e", "f")]
+    assert len({first.digest, *(store.digest for store in others)}) == 5
+
+
+def test_appending_to_a_damaged_store_is_refused(tmp_path: Path) -> None:
+    """It would give the damage new checksums."""
+    small_store(tmp_path / "s", 2)
+    chunk = tmp_path / "s/train/segment/length/c/0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with (
+        pytest.raises(StoreError, match=r"segment/length|intact"),
+        StoreWriter(tmp_path / "s", SETTINGS, append=True),
+    ):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    """The second is refused, names the first, and leaves its files alone."""
+    with StoreWriter(tmp_path / "s", SETTINGS) as writer:
+        with (
+            pytest.raises(StoreError, match=rf"is being written by process {os.getpid()} on "),
+            StoreWriter(tmp_path / "s", SETTINGS),
+        ):
+            pass
+        write_packs(writer, 2)
+    assert len(open_store(tmp_path / "s", "train")) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_writer_killed_when_it_replaces_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool, renames: int
+) -> None:
+    """Killed after so many renames: the name holds a store, or the reader's message names the earlier one.
+    The next writer puts it back and removes what was left."""
+    small_store(tmp_path / "s", 2)
+    child = os.fork()
+    if child == 0:
+        done, rename = 0, os.rename
+
+        def dying(*names: Any) -> None:
+            nonlocal done
+            if done == renames:
+                os._exit(0)
+            done += 1
+            rename(*names)
+
+        os.rename = dying
+        if not exchanges:
+            store_writer._exchange = lambda a, b: False
+        with StoreWriter(tmp_path / "s", SETTINGS, overwrite=True) as writer:
+            write_packs(writer, 3)
+        os._exit(0)
+    os.waitpid(child, 0)
+    if not exchanges and renames == 1:
+        with pytest.raises(StoreError, match=r"was interrupted .*\.replaced"):
+            open_store(tmp_path / "s", "train")
+    else:
+        assert len(open_store(tmp_path / "s", "train")) == (3 if exchanges else 2)
+    with StoreWriter(tmp_path / "s", SETTINGS, append=(tmp_path / "s").exists()) as writer:
+        assert len(open_store(tmp_path / "s", "train")) == (3 if exchanges else 2)
+        write_packs(writer, 1, names=("c", "d"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]

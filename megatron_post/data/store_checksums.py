@@ -1,0 +1,132 @@
+"""`checksums.json` of a packed store: SHA-256 of its metadata files and of the values of its columns.
+
+The packs have a CRC-32 each, in the array `checksums` of their group. That array is a column like the others
+here, so that this one small file stands for everything in the store but the reference's log-probabilities.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_post.storage.reading import read_object
+
+FILE = "checksums.json"
+# Codecs of zarr that can only ever give numbers. Metadata may name others, among them some that load objects.
+_CODECS = {"bytes", "zstd", "crc32c"}
+_REMEDY = "run `megatron-post data pack` again"
+
+
+class StoreError(ValueError):
+    """A store that cannot be used, or must not be written; the message has the values and the remedy."""
+
+
+@dataclass(frozen=True)
+class StoreChecksums:
+    """files: SHA-256 of each metadata file, by its path in the store; groups: of each array, by its name."""
+
+    files: Mapping[str, str]
+    groups: Mapping[str, Mapping[str, str]]
+
+    def arrays(self, group: str) -> Mapping[str, str]:
+        """SHA-256 of the values of a group's columns. Raises `StoreError` where the group is not there."""
+        if group not in self.groups:
+            raise StoreError(f"{FILE} names no group {group!r}; {_REMEDY}")
+        return self.groups[group]
+
+
+def array_digest(values: np.ndarray) -> str:
+    """SHA-256, in hex, of an array's type, shape and values."""
+    head = f"{values.dtype.str} {values.shape} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Write the file for the store at `path`. groups: the values of each group's columns, by their name."""
+    files = [Path("zarr.json")]
+    for group, arrays in groups.items():
+        files += [Path(group) / name for name in _metadata_names(list(arrays))]
+    content = {
+        "files": {str(file): _sha256((path / file).read_bytes()) for file in files},
+        "groups": {
+            group: {name: array_digest(values) for name, values in arrays.items()}
+            for group, arrays in groups.items()
+        },
+    }
+    text = json.dumps({"sha256": _digest(content), **content}, indent=1)
+    with (path / FILE).open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checksums(path: Path) -> StoreChecksums:
+    """The checksums of a store, once its metadata files agree with them.
+
+    zarr has read nothing of the store before this. Raises `StoreError` for a file that is missing or of
+    another content, and for metadata that names a codec which could load objects.
+    """
+    try:
+        content = read_object(path / FILE, "the checksums of a packed store")
+        stated = content.pop("sha256", None)
+        if stated != _digest(content):
+            raise StoreError(f"{path / FILE}: its content differs from its own checksum")
+        checksums = StoreChecksums(
+            files=_texts(content, "files"),
+            groups={name: _texts(content["groups"], name) for name in content["groups"]},
+        )
+        for name, digest in checksums.files.items():
+            _check_metadata(path, name, digest)
+    except StoreError as error:
+        raise StoreError(f"{error}; {_REMEDY}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreError(f"store {path}: {FILE} is damaged: {error}; {_REMEDY}") from error
+    wanted = {
+        str(Path(group) / name)
+        for group, arrays in checksums.groups.items()
+        for name in _metadata_names(list(arrays))
+    }
+    if missing := sorted({"zarr.json", *wanted} - set(checksums.files)):
+        raise StoreError(f"store {path}: {FILE} does not name {missing[0]}; {_REMEDY}")
+    return checksums
+
+
+def _metadata_names(arrays: Sequence[str]) -> list[str]:
+    """Where a group with these columns keeps metadata. The arrays of packs are no columns, and have some."""
+    return ["zarr.json", "segment/zarr.json", *(f"{name}/zarr.json" for name in ("tokens", "roles", *arrays))]
+
+
+def _check_metadata(path: Path, name: str, digest: str) -> None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise StoreError(f"store {path}: {FILE} names {name!r}, which is outside the store")
+    try:
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise StoreError(f"store {path}: {name} cannot be read: {error.strerror}") from error
+    if _sha256(content) != digest:
+        raise StoreError(f"store {path}: {name} differs from its checksum")
+    codecs = {str(codec["name"]) for codec in json.loads(content).get("codecs", [])}
+    if codecs - _CODECS:
+        raise StoreError(
+            f"store {path}: {name} names the codec {min(codecs - _CODECS)!r}, which is never used here"
+        )
+
+
+def _texts(content: Any, key: str) -> dict[str, str]:
+    values = content[key]
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise ValueError(f"{key} holds something else than checksums")
+    return values
+
+
+def _digest(content: Any) -> str:
+    return _sha256(json.dumps(content, sort_keys=True).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,46 @@
+"""`data verify`: the whole of a store, read and compared with its checksums."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_post.data.store import COLUMNS, GROUPS, PackStore, open_store
+from megatron_post.data.store_checksums import StoreError
+from megatron_post.display import make_progress
+
+_NAMED = 10  # damaged packs that the message names; it counts the others
+
+
+def verify_store(path: str | Path, *, console: Console) -> None:
+    """Print a line for each group that is intact. Raises `StoreError` with what is damaged and the remedy."""
+    damaged = []
+    for group in GROUPS:
+        store = open_store(path, group)
+        for name in COLUMNS:
+            store.column(name)
+        if store.has_reference:
+            store.read_reference(store.reference_key)
+        found = _damaged_packs(store, console)
+        damaged += found
+        if not found:
+            reference = ", with reference log-probabilities" if store.has_reference else ""
+            tokens = int(store.column("length").sum())
+            console.print(
+                f"{group}: {len(store):,} packs of {len(store.column('length')):,} segments and {tokens:,} "
+                f"tokens are intact{reference}; digest {store.digest:.16}",
+                highlight=False,
+            )
+    if damaged:
+        more = f"\n  and {len(damaged) - _NAMED:,} more" if len(damaged) > _NAMED else ""
+        raise StoreError(f"{len(damaged):,} damaged packs\n  " + "\n  ".join(damaged[:_NAMED]) + more)
+
+
+def _damaged_packs(store: PackStore, console: Console) -> list[str]:
+    found = []
+    with make_progress(console) as progress:
+        for index in progress.track(range(len(store)), description=f"{store.group}: reading packs"):
+            try:
+                store.read(index)
+            except StoreError as error:
+                found.append(str(error))
+    return found
