@@ -34,6 +34,15 @@ class Fence:
     epoch: int
     incarnation: str
 
+    @property
+    def stands(self) -> bool:
+        """Whether no other incarnation has claimed the run since."""
+        try:
+            self.check()
+        except Superseded:
+            return False
+        return True
+
     def check(self) -> None:
         """Raises `Superseded` where another incarnation has claimed the run since."""
         epochs = _epochs(self.directory) if self.directory.is_dir() else []

@@ -2,16 +2,19 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
+from megatron_post.train.fence import Fence
 from megatron_post.train.health import Spikes
 from megatron_post.train.pulse import Pulse, Stragglers
 from megatron_post.train.roll_call import Word, roll_call
 from megatron_post.train.signals import StopRequest
 from megatron_post.train.skips import Skips
+from megatron_post.train.step_lines import StepLines
 
 
 class Guard:
@@ -21,18 +24,25 @@ class Guard:
     one was.
     """
 
-    def __init__(self, config: Config, topology: Topology, stop: StopRequest, sources: Sequence[str]) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, stop: StopRequest, sources: Sequence[str], fence: Fence
+    ) -> None:
         train = config.train
         self._topology, self._stop, self.sources = topology, stop, list(sources)
         self.pulse = Pulse(topology.device)
         self.skips = Skips(config.run_dir, topology, policy=train.on_not_finite, most=train.max_skips)
         self._stragglers = Stragglers(topology.world_size)
-        self._spikes = Spikes(config.run_dir, topology, self.sources, threshold=train.spike)
+        lines = StepLines(Path(config.run_dir) / "spikes.jsonl", may_write=lambda: fence.stands)
+        self._spikes = Spikes(lines, topology, self.sources, threshold=train.spike)
         self._began, self.step, self.leaving = time.perf_counter(), 0, False
 
     @property
     def asked(self) -> str:
         return self._stop.received or "another rank was"
+
+    def begin_run(self, *, after: int) -> None:
+        """The run goes on after step `after`."""
+        self._spikes.begin(after=after)
 
     def begin(self, step: int, section: str, *, patience: float = 1.0) -> None:
         """A step, an evaluation or a save begins, which may last `patience` times a step's deadline."""

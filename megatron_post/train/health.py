@@ -1,10 +1,8 @@
 """Losses and gradients that are not finite, named before the optimizer moves; and losses that jump."""
 
-import json
 import math
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 
 from megatron_post.data.store import Pack
 from megatron_post.parallel.topology import Topology
+from megatron_post.train.step_lines import StepLines
 
 # Values that an outlier is judged by, and how many there must be.
 WINDOW, FEWEST = 100, 20
@@ -49,18 +48,23 @@ class Outliers:
 
 
 class Spikes:
-    """Writes steps whose loss or gradient norm jumps to `run_dir/spikes.jsonl`, with their samples.
+    """Writes steps whose loss or gradient norm jumps to a file of lines, with their samples.
 
     It lives on the last pipeline stage, once a data-parallel rank, where all see the same global values and
     hence decide alike; the reporter writes.
     """
 
     def __init__(
-        self, run_dir: str | Path, topology: Topology, sources: Sequence[str], *, threshold: float
+        self, lines: StepLines, topology: Topology, sources: Sequence[str], *, threshold: float
     ) -> None:
-        self._path, self._topology, self._sources = Path(run_dir) / "spikes.jsonl", topology, list(sources)
+        self._lines, self._topology, self._sources = lines, topology, list(sources)
         self._threshold = threshold
         self._losses, self._norms = Outliers(), Outliers()
+
+    def begin(self, *, after: int) -> None:
+        """The run goes on after step `after`: what was written of later steps is removed."""
+        if self._topology.is_reporter:
+            self._lines.cut_back(after)
 
     def look(
         self, step: int, values: dict[str, float], packs: Sequence[Pack], losses: Sequence[float]
@@ -85,8 +89,7 @@ class Spikes:
             if self._topology.is_reporter:
                 by_loss = sorted((entry for part in parts for entry in part), key=lambda e: -e["loss"])
                 line = {"step": step, "loss": values["loss"], "grad_norm": values["grad_norm"], **scores}
-                with self._path.open("a") as file:
-                    file.write(json.dumps({**line, "packs": by_loss}) + "\n")
+                self._lines.write(**line, packs=by_loss)
         return scores
 
 

@@ -1,42 +1,69 @@
 """What a run reports: a JSON line and TensorBoard scalars a step, and a line on the console."""
 
-import json
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_post.display import say
+from megatron_post.train.step_lines import StepLines
 
 
 class MetricsWriter:
-    """Writes to `run_dir` on the one rank that reports; elsewhere every call does nothing."""
+    """Writes to `run_dir` on the one rank that reports; elsewhere every call does nothing.
 
-    def __init__(self, run_dir: str | Path, *, active: bool) -> None:
-        self._active = active
-        if active:
-            directory = Path(run_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lines = (directory / "metrics.jsonl").open("a", buffering=1)
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+    A run goes on without what its disk has no room for. may_write: see `StepLines`.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, active: bool, may_write: Callable[[], bool] = lambda: True
+    ) -> None:
+        self._active, self._may_write, self._directory = active, may_write, Path(run_dir)
+        self._lines = StepLines(self._directory / "metrics.jsonl", may_write=may_write)
+        self._board: SummaryWriter | None = None
+
+    def begin(self, *, after: int) -> None:
+        """The run goes on after step `after`: what was reported of later steps is removed, and TensorBoard
+        passes over it."""
+        if not self._active:
+            return
+        self._lines.cut_back(after)
+        with self._board_guarded():
+            if self._board is not None:
+                self._board.close()
+            self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=after + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """kind: "train" or "eval"."""
         if not self._active:
             return
-        self._lines.write(json.dumps({"kind": kind, "step": step, "time": time.time(), **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._lines.write(kind=kind, step=step, time=time.time(), **values)
+        with self._board_guarded():
+            if self._board is not None and self._may_write():
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def console(self, text: str) -> None:
         if self._active:
-            say(text)
+            with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone
+                say(text)
 
     def close(self) -> None:
-        if self._active:
-            self._lines.close()
-            self._board.close()
+        with self._board_guarded():
+            if self._board is not None:
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _board_guarded(self) -> Any:
+        """TensorBoard's thread hands its error to the next call, and writes nothing more."""
+        try:
+            yield
+        except Exception as error:  # OSError, or TensorFlow's own kinds where that is installed
+            self._board = None
+            self.console(f"TensorBoard's files lack what follows: {error}")
 
 
 def train_line(step: int, total: int, values: dict[str, Any]) -> str:

@@ -91,6 +91,8 @@ def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, star
     Raises `Requeue` where there is none to go back to: the next start is from the initial weights.
     """
     while True:
+        trainer.metrics.begin(after=start.step)
+        trainer.guard.begin_run(after=start.step)
         with open_loader(trainer.config, store, trainer.topology, start) as loader:
             try:
                 trainer.fit(loader, held_out, start=start)
@@ -186,7 +188,7 @@ def build_trainer(
     of the store's sources, for messages. Raises `Superseded` where a newer incarnation has the run.
     """
     fence = claim_together(config.run_dir, topology)
-    guard = Guard(config, topology, stop or StopRequest(), sources)
+    guard = Guard(config, topology, stop or StopRequest(), sources, fence)
     portable = uses_portable_layers(config)
     stage = make_stage(config, topology)
     models = load_model(config, topology)
@@ -210,7 +212,7 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=checkpoints,
-        metrics=MetricsWriter(config.run_dir, active=topology.is_reporter),
+        metrics=MetricsWriter(config.run_dir, active=topology.is_reporter, may_write=lambda: fence.stands),
         guard=guard,
     )
     return trainer, start

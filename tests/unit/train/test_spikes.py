@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_post.config.schema import Parallel
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.health import FEWEST, Spikes
+from megatron_post.train.step_lines import StepLines
 from tests.ranks import run_ranks
 from tests.tiny import tiny_packs
 
@@ -14,7 +15,7 @@ def _losses_with_a_jump(run_dir: str) -> list[float]:
     """Loss 2 with a ripple of 1%, then 9; both ranks hold two packs."""
     with parallel_run(Parallel(), seed=1) as topology:
         packs = tiny_packs(4)[topology.data_rank :: topology.data_size]
-        spikes = Spikes(run_dir, topology, ["sums"], threshold=8.0)
+        spikes = Spikes(StepLines(Path(run_dir, "spikes.jsonl")), topology, ["sums"], threshold=8.0)
         scores = []
         for step in range(1, FEWEST + 2):
             loss = 2 + 0.02 * (step % 3) if step <= FEWEST else 9.0
