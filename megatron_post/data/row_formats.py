@@ -202,8 +202,8 @@ def _history(value: Any) -> list[Any]:
 def _masked(said: Said, first_trained: int) -> tuple[Message, ...]:
     """What a message says about itself comes first, then whether it stands before `first_trained`."""
     return tuple(
-        replace(message, trained=number >= first_trained if mark is None else mark)
-        if message.role == "assistant"
+        replace(message, trained=False)
+        if message.role == "assistant" and not (number >= first_trained if mark is None else mark)
         else message
         for number, (message, mark) in enumerate(zip(said.messages, said.marks, strict=True))
     )

@@ -49,9 +49,16 @@ class Keys:
 
     def says(self, name: str) -> bool:
         """Whether there is a value that is not blank. A blank one counts as used: it says nothing."""
-        if is_blank(self._values.get(name)):
+        if name not in self._values:
+            return False
+        if is_blank(self._values[name]):
             self._read.add(name)
-        return not is_blank(self._values.get(name))
+            return False
+        return True
+
+    def among(self, names: Collection[str]) -> list[str]:
+        """Those of the names that the mapping has, which are few where the names are many."""
+        return [name for name in self._values if name in names]
 
     def peek(self, name: str) -> Any:
         """The value, or None, without using it."""

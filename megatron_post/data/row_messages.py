@@ -18,7 +18,7 @@ _ROLES = {
 }
 _CALL_ROLES = ("function_call", "tool_call")  # the assistant's, whose content is the call
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_UNUSABLE = ("images", "image", "videos", "video", "audios", "audio", "refusal")
 # Keys that say whether a message is trained; those of masks say the contrary.
 MARKS = (
     *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
@@ -43,15 +43,16 @@ def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Sa
     if not isinstance(raw, list) or not raw:
         raise BadRow(f"{name} must be a list that is not empty, not {raw!r:.80}")
     found = [_keys_of(message, number, row) for number, message in enumerate(raw, start=1)]
-    roles = [_role(keys, number) for number, keys in enumerate(found, start=1)]
+    names = [_role_name(keys, number) for number, keys in enumerate(found, start=1)]
+    roles = ["assistant" if name in _CALL_ROLES else _ROLES.get(name, name) for name in names]
     followed = [role in ("assistant", "ipython") for role in roles[1:]] + [False]
     messages, marks = [], []
     for number, (keys, role, more) in enumerate(zip(found, roles, followed, strict=True), start=1):
         refuse_media(keys, f"message {number}")
         thought = _reasoning(keys, number, reasoning)
         calls = calls_of(keys)
-        text, part_thought = _content(keys, number, reasoning)
-        if any(keys.get(key) in _CALL_ROLES for key in ("role", "from")):
+        text, part_thought = _content(keys, number, role, reasoning)
+        if names[number - 1] in _CALL_ROLES:
             text, calls = "", calls_in(text, keys)
         turn_ends = role != "assistant" or not (calls or more)
         messages.append(
@@ -67,8 +68,8 @@ def trained_mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool |
     """Whether a message, or a row, says that it is trained; None: it does not say. Raises `BadRow` for
     contradictions and for weights between."""
     said: dict[str, bool] = {}
-    for key in MARKS:
-        if key not in keys or key in skip:
+    for key in keys.among(MARKS):
+        if key in skip:
             continue
         value = keys.get(key)
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -84,18 +85,14 @@ def trained_mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool |
 
 
 def refuse_media(keys: Keys, place: str, *, skip: Container[str] = ()) -> None:
-    """Raise `BadRow` for what belongs to a text and is no text, or was said instead of it."""
-    for key in MEDIA:
-        if key not in skip and keys.says(key):
-            raise BadRow(
-                f"{place} has `{key}`; only text can be trained on. If the text does not depend on it, list "
-                f"{key} under the source's `ignore`"
-            )
-    if "refusal" not in skip and keys.says("refusal"):
-        raise BadRow(
-            f"{place} has `refusal`, which no template renders; write it as the content if it should be "
-            "trained, or list refusal under the source's `ignore`"
-        )
+    """Raise `BadRow` for what belongs to a text and is none, and for a refusal said instead of it."""
+    for key in keys.among(_UNUSABLE):
+        if key in skip or not keys.says(key):
+            continue
+        remedy = "only text can be trained on. If the text does not depend on it,"
+        if key == "refusal":
+            remedy = "no template renders it. Write it as the content if it should be trained, or"
+        raise BadRow(f"{place} has `{key}`; {remedy} list {key} under the source's `ignore`")
 
 
 def _keys_of(message: Any, number: int, row: Keys) -> Keys:
@@ -105,17 +102,16 @@ def _keys_of(message: Any, number: int, row: Keys) -> Keys:
     return keys
 
 
-def _role(keys: Keys, number: int) -> str:
+def _role_name(keys: Keys, number: int) -> str:
     names = [keys.get(key) for key in ("role", "from") if key in keys]
-    roles = ["assistant" if name in _CALL_ROLES else _ROLES.get(name, name) for name in names]
-    if any(role != roles[0] for role in roles):
+    if len({_ROLES.get(name, name) for name in map(str, names)}) > 1:
         raise BadRow(f"`role` and `from` of message {number} contradict each other: {names}")
-    return str(roles[0])
+    return str(names[0])
 
 
 def _reasoning(keys: Keys, number: int, rule: Reasoning) -> str:
     """What the message says that the assistant thought. Raises `BadRow` where the rule is to refuse it."""
-    names = [key for key in REASONING if keys.says(key)]
+    names = [key for key in keys.among(REASONING) if keys.says(key)]
     if names and rule == "refuse":
         raise BadRow(
             f"message {number} has `{names[0]}`; data.reasoning says whether it is left out or rendered"
@@ -125,11 +121,13 @@ def _reasoning(keys: Keys, number: int, rule: Reasoning) -> str:
     return text_of(keys.one_of(*names), names[0]).strip()
 
 
-def _content(keys: Keys, number: int, reasoning: Reasoning) -> tuple[str, str]:
+def _content(keys: Keys, number: int, role: str, reasoning: Reasoning) -> tuple[str, str]:
     """The text and the reasoning of a content, which is a text or OpenAI's list of parts."""
     content = keys.one_of("content", "value")
-    if content is None and _role(keys, number) != "assistant":
-        raise BadRow(f"message {number} from {_role(keys, number)} has no content")
+    if content is None and role != "assistant":
+        raise BadRow(f"message {number} from {role} has no content")
+    if isinstance(content, str):
+        return content.strip(), ""
     texts, thoughts = [], []
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__

@@ -9,10 +9,35 @@ from megatron_post.data.row_keys import Keys
 from megatron_post.data.row_messages import MARKS, REASONING, refuse_media, trained_mark
 
 SYSTEM = ("system", "system_prompt", "system_message")
-_LABELS = ("label", "kto_tag", "kto_label", "desirable", "is_desirable")
+_LABELS = (
+    *(
+        "label",
+        "kto_tag",
+        "kto_label",
+        "desirable",
+        "is_desirable",
+        "good",
+        "is_good",
+        "correct",
+        "is_correct",
+    ),
+    *("accepted", "is_accepted", "is_chosen", "upvoted", "thumbs_up"),
+)
 _GOOD = (True, "true", "1", "yes", "good", "desirable", "chosen")
 _BAD = (False, -1, "false", "0", "-1", "no", "bad", "undesirable", "rejected")
-_TEMPLATES = ("chat_template", "chat_template_kwargs")
+# What cannot be used where it stands, and what to do instead.
+_ALWAYS = dict.fromkeys(
+    ("chat_template", "chat_template_kwargs"),
+    "there is one chat template; give what it should say as messages",
+)
+_WITH_COLUMNS = {
+    **_ALWAYS,
+    **dict.fromkeys((*SYSTEM, "history"), "map it in the source's `columns`"),
+    **dict.fromkeys(("tools", "functions"), "tools go with messages"),
+}
+_WITH_MESSAGES = _ALWAYS | dict.fromkeys(
+    REASONING, "put it into its message, or leave it out with data.reasoning=drop"
+)
 
 # Of the chat templates of Llama 3 and 4, Llama 2 and Mistral, ChatML, Gemma, Phi and Zephyr, DeepSeek.
 _MARKERS = (
@@ -34,6 +59,8 @@ _SIDES = re.compile(r"\A\s*(?:Human|User):.*\n\s*(?:Assistant|AI|Bot):", re.DOTA
 
 def template_mark(text: str, *, role: str) -> str | None:
     """What shows that the text of a role has been templated before; None where nothing does."""
+    if ":" not in text and "<" not in text and "INST]" not in text:  # as in many texts
+        return None
     for pattern in (_MARKER, _TURN, _HEADINGS, *(() if role == "assistant" else (_SIDES,))):
         if found := pattern.search(text):
             return found[0].strip().partition(":")[0] + (":" if ":" in found[0] else "")
@@ -52,26 +79,19 @@ def refuse_templated(message: Message) -> None:
 
 def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None:
     """Raise `BadRow` for keys of a row whose neglect would train what should not be trained."""
-    for name in _LABELS:
-        if name in row and name not in columns:
+    for name in row.among(_LABELS):
+        if name not in columns:
             _refuse_label(row, name)
     if trained_mark(row, "the row", skip=columns) is False:
-        marks = [f"{key}={row.peek(key)!r}" for key in MARKS if key in row and key not in columns]
+        marks = [f"{key}={row.peek(key)!r}" for key in row.among(MARKS) if key not in columns]
         raise BadRow(f"the row says that it is not trained: {', '.join(marks)}")
     refuse_media(row, "the row", skip=columns)
-    remedies = dict.fromkeys(_TEMPLATES, "there is one chat template; give what it should say as messages")
-    if columns.by_role:
-        remedies |= dict.fromkeys((*SYSTEM, "history"), "map it in the source's `columns`")
-        remedies |= dict.fromkeys(("tools", "functions"), "tools go with messages")
-    elif reasoning != "drop":
-        remedies |= dict.fromkeys(
-            REASONING, "put it into its message, or leave it out with data.reasoning=drop"
-        )
-    for name, remedy in remedies.items():
+    remedies = _WITH_COLUMNS if columns.by_role else _WITH_MESSAGES if reasoning != "drop" else _ALWAYS
+    for name in row.among(remedies):
         if name not in columns and row.says(name):
             raise BadRow(
-                f"the row has `{name}`, which would not be used: {remedy}, or list {name} under the source's "
-                "`ignore`"
+                f"the row has `{name}`, which would not be used: {remedies[name]}, or list {name} under the "
+                "source's `ignore`"
             )
 
 

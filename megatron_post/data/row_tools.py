@@ -25,6 +25,8 @@ def tools_of(row: Keys, mapped: Any = None) -> tuple[dict[str, Any], ...]:
 
 def calls_of(message: Keys) -> tuple[ToolCall, ...]:
     """The calls of a message: `tool_calls`, or the older `function_call`. Raises `BadRow`."""
+    if not message.among(("tool_calls", "function_call")):
+        return ()
     calls = calls_in(message.get("tool_calls"), message)
     older = calls_in(message.get("function_call"), message)
     if calls and older and calls != older:

@@ -96,7 +96,7 @@ class Round:
             batches = [str(Round(self.settings, 1, self.console).directory / "collected" / PREFERENCES)]
         earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
         batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
-        sources = [{"name": f"batch-{i}", "path": path, "batch": i} for i, path in enumerate(batches)]
+        sources = [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
         self._pack("reward", self.settings.start.base or self.policy, sources)
 
     def generate(self) -> None:
@@ -126,7 +126,7 @@ class Round:
         from `start.base`, which has seen none of it."""
         first = 1 if self.settings.start.base else self.number
         rounds = [Round(self.settings, n, self.console) for n in range(first, self.number + 1)]
-        selected = [{"name": r.name, "path": str(r.directory / "selection" / SFT)} for r in rounds]
+        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in rounds]
         sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
         self._pack(
             "sft",
@@ -138,7 +138,7 @@ class Round:
     def pack_dpo(self) -> None:
         """The newest batch alone."""
         path = str(self.directory / "selection" / PREFERENCES)
-        self._pack("dpo", str(self.directory / "sft" / "hf"), [{"name": "newest", "path": path}])
+        self._pack("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", path)])
 
     def average(self) -> None:
         target = self.directory / "average"
@@ -315,6 +315,11 @@ class Round:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _selected(name: str, path: str) -> dict[str, Any]:
+    """A source of rows that `select` wrote, which say beside their messages where they come from."""
+    return {"name": name, "path": path, "ignore": ["provenance"]}
 
 
 def _leads() -> bool:
