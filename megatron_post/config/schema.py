@@ -69,6 +69,11 @@ class Tokenizer(Section):
     path: str = Field(
         description="Meta's tokenizer.model, a tokenizer.json, or a directory that holds one of them"
     )
+    content_tokens: tuple[str, ...] = Field(
+        (),
+        description="special tokens of the user's own, such as <think>, that texts may spell; what spells "
+        "another special token is encoded as text",
+    )
 
 
 class Source(Section):

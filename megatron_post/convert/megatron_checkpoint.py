@@ -14,7 +14,7 @@ from megatron_post.convert.configs import read_model, written_configs
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import CoreTensor, Run, core_tensors, hf_shapes, row_runs
 from megatron_post.convert.source import COMPANIONS, Kind
-from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.storage.reading import reading
 from megatron_post.train import manifest
 
@@ -67,7 +67,7 @@ class MegatronCheckpoint:
             names = [name for name in COMPANIONS if name in self._manifest["files"]]
             return {name: (self.directory / name).read_bytes() for name in names}
         (dtype,) = {kind.dtype for kind in self.tensors.values()}
-        tokenizer = load_tokenizer(self._config.tokenizer.path)
+        tokenizer = tokenizer_of(self._config)
         return written_configs(self.model, tokenizer, dtype=dtype, scalar_head=self.scalar_head)
 
     @cached_property

@@ -1,5 +1,6 @@
 """`data pack`: sources -> rows -> rendered units -> mixture -> packs -> store."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +22,8 @@ from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
-from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.data.template import texts_of
+from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.data.units import UnitPile, Units
 from megatron_post.display import make_progress
 
@@ -53,7 +55,7 @@ def build_store(
     existing store, bad or overlong rows beyond what the config allows, and sources without usable rows.
     """
     _check_sources(config)
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     settings = StoreSettings(
         pack_length=config.data.pack_length,
         segment_multiple=segment_multiple(config),
@@ -61,6 +63,7 @@ def build_store(
         pad_id=tokenizer.pad_id,
         seed=config.seed,
         layout=store_layout(config),  # type: ignore[arg-type]
+        content_tokens=tokenizer.content_tokens,
         tokenizer_path=str(Path(config.tokenizer.path).resolve()),
     )
     bad_rows = BadRows(config.data.max_bad_rows)
@@ -111,7 +114,7 @@ def _read(
             multiple=segment_multiple(config),
         )
         example_units = _example_units(config, source, tokenizer)
-        before = len(pile)
+        before, spelled = len(pile), Counter[str]()
         rows = read_rows(
             source,
             bad_rows=bad_rows,
@@ -120,10 +123,11 @@ def _read(
             counts=keys[number],
         )
         while batch := list(islice(rows, _ROWS_AT_ONCE)):
-            for (row, _), example in zip(batch, example_units(batch), strict=True):
+            for (row, read), example in zip(batch, example_units(batch), strict=True):
                 unit = None if example is None else fitting.fit(example.segments, row=row)
                 if example is not None and unit is not None:
                     pile.add(unit, source=number, sample=row, turns=example.turns, ranks=example.ranks)
+                    spelled += tokenizer.spelled(texts_of(read))
             progress.advance(task, len(batch))
         fitting.check()
         progress.update(task, total=progress.tasks[task].completed)
@@ -135,6 +139,7 @@ def _read(
                 dropped=fitting.dropped,
                 truncated=fitting.truncated,
                 filtered=example_units.filtered,
+                spelled=dict(spelled),
             )
         )
         if len(pile) == before:
@@ -226,6 +231,14 @@ def _print(
                 console.print(
                     f"{group}: {count.name}: {count.bad:,} bad rows left out, {count.dropped:,} longer than "
                     f"{config.data.pack_length:,} tokens dropped, {count.truncated:,} truncated"
+                )
+            if count.spelled:
+                times = ", ".join(f"{token} {number:,} times" for token, number in count.spelled.items())
+                console.print(
+                    f"warning: {group}: the texts of {count.name} spell special tokens, which are encoded as "
+                    f"text: {times}. Name those in tokenizer.content_tokens that texts should spell",
+                    highlight=False,
+                    soft_wrap=True,
                 )
     for group, summary in summaries.items():
         for count, keys in zip(summary.counts, summary.keys, strict=True):

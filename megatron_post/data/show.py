@@ -44,7 +44,9 @@ def show_pack(
         raise ValueError(
             f"pack {index} does not exist: {path}/{group} has {len(store)} packs, counted from 0"
         )
-    tokenizer = load_tokenizer(tokenizer_path or store.settings.tokenizer_path)
+    tokenizer = load_tokenizer(
+        tokenizer_path or store.settings.tokenizer_path, content_tokens=store.settings.content_tokens
+    )
     if tokenizer.fingerprint != store.settings.tokenizer_fingerprint:
         raise ValueError(
             f"store {path} was made with tokenizer {store.settings.tokenizer_fingerprint:.12}, the one at "

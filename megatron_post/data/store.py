@@ -76,6 +76,7 @@ class StoreSettings:
     tokenizer_path: str = field(
         default="", compare=False
     )  # where it was then: for people, not for a decision
+    content_tokens: tuple[str, ...] = ()  # the tokenizer's added tokens that texts may spell
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class SourceCounts:
     dropped: int = 0
     truncated: int = 0
     filtered: int = 0
+    spelled: dict[str, int] = field(
+        default_factory=dict
+    )  # special tokens in texts, which are encoded as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,8 +339,9 @@ def open_store(
         )
     if tokenizer_fingerprint not in (None, settings.tokenizer_fingerprint):
         raise StoreError(
-            f"store {path} was made with tokenizer {settings.tokenizer_fingerprint:.12}, tokenizer.path is "
-            f"{tokenizer_fingerprint:.12}; {remedy}"
+            f"store {path} was made with tokenizer {settings.tokenizer_fingerprint:.12} and "
+            f"content_tokens={list(settings.content_tokens)}, tokenizer.path and tokenizer.content_tokens "
+            f"give {tokenizer_fingerprint:.12}; {remedy}"
         )
     if layout not in (None, settings.layout):
         raise StoreError(
@@ -363,9 +368,8 @@ def read_settings(path: str | Path) -> StoreSettings:
             f"{VERSION}; run `megatron-post data pack` again"
         )
     with damage(path):
-        return StoreSettings(
-            **{item.name: attributes[item.name] for item in dataclasses.fields(StoreSettings)}
-        )
+        values = {item.name: attributes[item.name] for item in dataclasses.fields(StoreSettings)}
+        return StoreSettings(**values | {"content_tokens": tuple(values["content_tokens"])})
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

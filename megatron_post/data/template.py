@@ -15,6 +15,7 @@ training data is the same under both, and under the chat templates of Hugging Fa
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 
 import numpy as np
 
@@ -77,6 +78,15 @@ def render_prompt(
     template = _Template(tokenizer)
     segments = [*template.opening(with_tools(tuple(messages), tools)), template.header("assistant")]
     return _encode([segments], tokenizer)[0].tokens
+
+
+def texts_of(example: Dialog | Preference) -> Iterator[str]:
+    """Every text that the rendering of an example encodes."""
+    responses = () if isinstance(example, Dialog) else example.responses
+    opening = example.messages if isinstance(example, Dialog) else example.prompt
+    for message in chain(with_tools(opening, example.tools), *responses):
+        yield message.content
+        yield from map(call_text, message.tool_calls)
 
 
 def render_preference(preference: Preference, tokenizer: Tokenizer) -> tuple[Rendered, tuple[Rendered, ...]]:

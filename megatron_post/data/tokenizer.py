@@ -4,6 +4,8 @@ import base64
 import binascii
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from megatron_post.config.schema import Config
 from megatron_post.data.chat_template import chat_template
 from megatron_post.storage.reading import plain_file
 
@@ -36,18 +39,19 @@ _SPLIT = (
 
 
 class Tokenizer:
-    """Text to ids and back. Special tokens typed in text are text; `special` alone gives control tokens."""
+    """Text to ids and back. Special tokens typed in text are text; `special` alone gives control tokens.
+
+    Added tokens that are not special are found in text, and `content_tokens` names them.
+    """
 
     def __init__(self, backend: Backend) -> None:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._special = {
-            token.content: number
-            for number, token in backend.get_added_tokens_decoder().items()
-            if token.special
-        }
+        added = backend.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special}
+        self.content_tokens = tuple(token.content for token in added.values() if not token.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin-of-text."""
@@ -61,6 +65,15 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; control tokens written out unless `skip_special`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def spelled(self, texts: Iterable[str]) -> Counter[str]:
+        """How often the texts spell each special token. `encode` takes these as text."""
+        return Counter(name for text in texts for name in self._any_special.findall(text))
+
+    @cached_property
+    def _any_special(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)))
 
     def special(self, name: str) -> int:
         """Id of the control token `name`. Raises `ValueError` if this tokenizer has none."""
@@ -122,10 +135,18 @@ class Tokenizer:
         )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def tokenizer_of(config: Config, *, beside: Path = Path()) -> Tokenizer:
+    """The tokenizer of a run. beside: the directory that a relative path starts from. Raises as
+    `load_tokenizer` does."""
+    settings = config.tokenizer
+    return load_tokenizer(beside / settings.path, content_tokens=settings.content_tokens)
+
+
+def load_tokenizer(path: str | Path, *, content_tokens: Sequence[str] = ()) -> Tokenizer:
     """Read Meta's `tokenizer.model`, a `tokenizer.json`, or a directory with either (`tokenizer.json` first).
 
-    Raises `ValueError` if there is none, or if the file is not what its name says.
+    content_tokens: special tokens that texts may spell. Raises `ValueError` if there is no tokenizer, if the
+    file is not what its name says, or if a content token is none of its tokens or one of Llama 3's format.
     """
     path = Path(path)
     if path.is_dir():
@@ -138,11 +159,42 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = found
     plain_file(path, "tokenizer.path:")
     if path.suffix == ".model":
-        return Tokenizer(_from_ranks(_read_ranks(path)))
-    try:
-        return Tokenizer(Backend.from_file(str(path)))
-    except Exception as error:  # the Rust side raises plain Exception
-        raise ValueError(f"tokenizer.path={path} is not a tokenizer.json: {error}") from error
+        backend = _from_ranks(_read_ranks(path))
+    else:
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ValueError(f"tokenizer.path={path} is not a tokenizer.json: {error}") from error
+    return Tokenizer(_with_content_tokens(backend, content_tokens, path))
+
+
+def _with_content_tokens(backend: Backend, names: Sequence[str], path: Path) -> Backend:
+    """The tokenizer with these tokens no longer special: they are found in text, and decoding keeps them."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    stripping = [name for name, token in added.items() if token.lstrip or token.rstrip]
+    if stripping:
+        raise ValueError(
+            f"tokenizer.path={path}: its token {stripping[0]} takes the white space beside it, which the "
+            "chat format needs; set lstrip and rstrip to false in tokenizer.json"
+        )
+    for name in names:
+        if name in USED_SPECIAL_TOKENS:
+            raise ValueError(
+                f"tokenizer.content_tokens: {name} is a control token of Llama 3's format; a text that could "
+                "spell it could end its own message. Take it off the list"
+            )
+        if name not in added:
+            own = [token for token in added if token not in USED_SPECIAL_TOKENS]
+            raise ValueError(
+                f"tokenizer.content_tokens: {path} has no added token {name!r}; it has "
+                f"{', '.join(own[:10]) or 'none'}{' and others' if len(own) > 10 else ''}"
+            )
+    if not any(added[name].special for name in names):
+        return backend
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in names
+    return Backend.from_str(json.dumps(state))
 
 
 def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -13,7 +13,7 @@ from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.batch import batch_of_pack, role_numbers
 from megatron_post.data.loose_pack import loose_pack
 from megatron_post.data.template import Rendered
-from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.demo.evaluate import Response
 from megatron_post.models.build import build_model
 from megatron_post.models.llama import Llama
@@ -26,7 +26,7 @@ _TOKENS_AT_ONCE = 8192
 def export_initial_weights(config: Config, directory: Path) -> None:
     """Write the weights that training starts from: they follow from the seed, whatever the layout."""
     alone = config.model_copy(update={"parallel": Parallel()})
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     with parallel_run(alone.parallel, seed=config.seed) as topology:
         models = build_model(alone, topology, portable=True)
         load_weights(models, open_weights(config.model, seed=config.seed), config.model)

@@ -12,7 +12,7 @@ from megatron_post.config.layout import segment_multiple, store_layout, world_er
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from megatron_post.data.store import GROUPS, open_store
-from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.placement import place
@@ -76,7 +76,7 @@ def data_findings(config: Config, directory: Path) -> list[str]:
     if weights is not None and not (directory / weights).is_dir():
         found.append(f"model.init_from={weights} is no directory here")
     try:
-        tokenizer = load_tokenizer(str(directory / config.tokenizer.path))
+        tokenizer = tokenizer_of(config, beside=directory)
     except (ValueError, OSError) as error:
         found.append(f"tokenizer.path={config.tokenizer.path}: {error}")
         fingerprint = None

@@ -140,13 +140,14 @@ def gpus_of(settings: BackendSettings) -> int:
             return 0
 
 
-def open_backend(settings: BackendSettings, model: str) -> Backend:
-    """model: Hugging Face directory. Raises `ValueError` where a package is missing."""
+def open_backend(settings: BackendSettings, model: str, content_tokens: Sequence[str] = ()) -> Backend:
+    """model: Hugging Face directory. content_tokens: as `load_tokenizer` takes them, and none for a server.
+    Raises `ValueError` where a package is missing."""
     match settings:
         case TransformersBackend():
-            return _Transformers(settings, model)
+            return _Transformers(settings, model, content_tokens)
         case VllmBackend():
-            return _Vllm(settings, model)
+            return _Vllm(settings, model, content_tokens)
         case ServerBackend():
             from megatron_post.rounds.server import Server  # no torch-heavy import depends on it
 
@@ -156,13 +157,14 @@ def open_backend(settings: BackendSettings, model: str) -> Backend:
 class _Transformers:
     """A response depends on its own request alone, but for float rounding in batches of other widths."""
 
-    def __init__(self, settings: TransformersBackend, model: str) -> None:
+    def __init__(self, settings: TransformersBackend, model: str, content_tokens: Sequence[str]) -> None:
         from transformers import GenerationConfig
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self._batch, self._tokenizer = settings.batch, load_tokenizer(model)
+        self._batch = settings.batch
+        self._tokenizer = load_tokenizer(model, content_tokens=content_tokens)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._model = _llama(model, dtype).eval().to(device)
@@ -288,7 +290,7 @@ class _Vllm:
     Written by the sources of vLLM 0.32, and never run here.
     """
 
-    def __init__(self, settings: VllmBackend, model: str) -> None:
+    def __init__(self, settings: VllmBackend, model: str, content_tokens: Sequence[str]) -> None:
         _, _, local_rank = rank_from_environment()
         os.environ |= {
             # the engine in a process of its own, which frees its GPUs; forked, it would fail where this one
@@ -308,7 +310,7 @@ class _Vllm:
                 "the backend transformers or server"
             ) from None
         self._parameters: Any = SamplingParams
-        self._tokenizer = load_tokenizer(model)
+        self._tokenizer = load_tokenizer(model, content_tokens=content_tokens)
         # it would not notice that this process is gone, and would keep the GPUs
         self._terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
-from megatron_post.config.schema import Source
+from megatron_post.config.schema import Config, Source
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
@@ -67,6 +67,7 @@ def check_files(settings: RoundSettings) -> None:
     start = settings.start.base or settings.start.policy
     configs = {stage: first.config(stage, start, [any_source]) for stage in get_args(StageName)}
     for stage, config in configs.items():
+        _check_content_tokens(config, settings)
         ranks = settings.ranks or config.parallel.model_size
         # a login node may have neither GPU nor Transformer Engine
         errors = world_errors(config, world_size=ranks, has_gpu=True, has_transformer_engine=True)
@@ -80,6 +81,19 @@ def check_files(settings: RoundSettings) -> None:
             bad_rows = BadRows(data.max_bad_rows)
             rows = read_rows(source, bad_rows=bad_rows, train_on=rule.train_on, reasoning=rule.reasoning)
             next(rows, None)
+
+
+def _check_content_tokens(config: Config, settings: RoundSettings) -> None:
+    """Raises `ConfigError` where a stage lets texts spell a token that the policy's tokenizer does not: its
+    model could be neither asked nor averaged as the others are."""
+    known = load_tokenizer(settings.start.policy).content_tokens
+    missing = [token for token in config.tokenizer.content_tokens if token not in known]
+    if missing:
+        raise ConfigError(
+            f"stages.{config.stage}: tokenizer.content_tokens has {missing[0]}, which texts cannot spell for "
+            f"start.policy={settings.start.policy}. All models of a round share one tokenizer: give the "
+            'token "special": false in the tokenizer.json of each model that the round starts with'
+        )
 
 
 def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt], *, pack_length: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
@@ -35,7 +35,7 @@ from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.state import alone
 from megatron_post.storage.reading import read_object
 
-OpenBackend = Callable[[BackendSettings, str], Backend]
+OpenBackend = Callable[[BackendSettings, str, Sequence[str]], Backend]
 _RECORD = "settings.json"
 _SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.5  # at a file system that processes share
@@ -52,9 +52,21 @@ class Generate(Section):
     system: dict[str, str] = Field(
         default_factory=dict, description="capability -> system prompt; default: any other capability's"
     )
+    content_tokens: tuple[str, ...] = Field(
+        (), description="special tokens of the model's tokenizer that prompts may spell and responses keep"
+    )
     sampling: Sampling = Sampling()
     backend: BackendSettings = TransformersBackend()
     part: PositiveInt = Field(32, description="prompts of a part; a crash loses the part in progress")
+
+    @model_validator(mode="after")
+    def _has_a_tokenizer(self) -> "Generate":
+        if self.content_tokens and isinstance(self.backend, ServerBackend):
+            raise ValueError(
+                "content_tokens: a server renders prompts with its own tokenizer, where these tokens must "
+                "not be special; leave them out here"
+            )
+        return self
 
 
 def generate(
@@ -182,7 +194,9 @@ def _draw(
     written = tokens = 0
     started = time.perf_counter()
     with (
-        contextlib.closing(open_backend(settings.backend, settings.model)) as backend,
+        contextlib.closing(
+            open_backend(settings.backend, settings.model, settings.content_tokens)
+        ) as backend,
         _Progress(console, total - sum(map(len, missing.values())), total) as progress,
     ):
         for name, prompts in missing.items():

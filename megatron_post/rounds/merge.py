@@ -302,7 +302,7 @@ def _check_alike(paths: Sequence[str], sources: Sequence[ModelSource]) -> None:
         if source.scalar_head != first.scalar_head:
             found.append("one is a reward model, the other a language model")
         if not _same_tokenizer(companions, source.companions()):
-            found.append("their tokenizers differ: the same row of an embedding is another word")
+            found.append("their tokenizers differ: the same text would have other ids")
         if found:
             raise ValueError(f"{paths[0]} and {path} cannot be merged:\n  " + "\n  ".join(found))
 

@@ -21,7 +21,7 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
         raise ConfigError(f"store {store} holds {settings.layout}, not pairs; pack it with stage=dpo")
     values = {
         "stage": "dpo",
-        "tokenizer": {"path": settings.tokenizer_path},
+        "tokenizer": {"path": settings.tokenizer_path, "content_tokens": settings.content_tokens},
         "data": {"store": str(store), "pack_length": settings.pack_length},
     }
     config = config_of_model(model, values, overrides)

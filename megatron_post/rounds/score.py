@@ -22,7 +22,7 @@ from megatron_post.data.packing import pack_units
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import Pack
 from megatron_post.data.template import Rendered, render
-from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.data.units import round_up
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.topology import Topology
@@ -70,7 +70,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         raise ValueError(
             f"{model} is a language model: it has no reward head, and a new one scores at random"
         )
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     # whatever a model wrote is scored, and what may be trained is for `select` to say
     source = Source(name=Path(rows).name, path=str(rows), templated="keep")
     with running_model(config) as (stepper, stage, topology):

@@ -15,7 +15,7 @@ from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
 from megatron_post.data.store import GroupName, Pack, PackStore, open_store
-from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.models.build import build_model
 from megatron_post.models.llama import Llama
 from megatron_post.models.specs import has_transformer_engine
@@ -111,7 +111,7 @@ def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, star
 def check_run(config: Config) -> Tokenizer:
     """Everything that can be wrong with this config on these ranks. Raises `ConfigError` with all of it."""
     errors = rank_errors(config, world_size=rank_from_environment()[1])
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     if tokenizer.vocab_size > config.model.vocab_size:
         errors.append(
             f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} ids, "

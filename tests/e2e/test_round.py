@@ -246,6 +246,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ([f"data.held_out={tmp_path / 'unanswered'}"], "data.held_out=.*line 1 has no `answer`"),
         ([f"data.validation={tmp_path / 'empty'}"], "no prompt in it"),
         ([f"stages.dpo={tmp_path / 'dpo.yaml'}"], "optimizer.lr: .*greater than 0"),
+        ([f"stages.sft={tmp_path / 'sft.yaml'}"], r"stages.sft: .*content_tokens has <think>.*start.policy="),
         (
             ["generate.sampling.max_tokens=9000"],
             r"data.prompts: the prompt in line 1 takes \d+ tokens;",
@@ -255,6 +256,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "unanswered").write_text('{"prompt": "Why?"}\n')
     (tmp_path / "empty").touch()
     (tmp_path / "dpo.yaml").write_text("optimizer: {lr: -1}")
+    sft = {"base": load_round(config).stages.sft, "tokenizer": {"content_tokens": ["<think>"]}}
+    (tmp_path / "sft.yaml").write_text(json.dumps(sft))
     for overrides, message in cases:
         with pytest.raises(ValueError, match=message):
             run_rounds(config, overrides, console=console)

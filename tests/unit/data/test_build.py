@@ -17,10 +17,12 @@ from megatron_post.data.build import build_store
 from megatron_post.data.dialog import Dialog, Message
 from megatron_post.data.overlong import Fitting
 from megatron_post.data.rows import TooManyBadRows
+from megatron_post.data.show import show_pack
 from megatron_post.data.store import PackStore, StoreError, StoreSettings, open_store
 from megatron_post.data.template import Rendered, TokenRole, render
-from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of, train_small_tokenizer
 from megatron_post.data.units import UnitPile
+from tests.unit.data.thinking import THINK, save_with_think
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ate", "all", "of", "it"]
 
@@ -275,6 +277,32 @@ def test_append_adds_another_source(tmp_path: Path, tokenizer_path: Path) -> Non
     names = Counter(name for name, *_ in segments_in(open_store(tmp_path / "store", "train")))
     assert names == {"a": 20, "b": 6, "more": 3}
     assert len(segments_in(open_store(tmp_path / "store", "eval"))) == 3
+
+
+def test_texts_that_spell_special_tokens_are_counted(tmp_path: Path) -> None:
+    """Each token of each source; those that the config names are tokens, and the store remembers which."""
+    tokenizer_path = save_with_think(tmp_path / "tokenizer")
+    source = {"name": "a", "path": str(tmp_path / "a.jsonl"), "templated": "keep"}
+    config = config_for(tmp_path, tokenizer_path, sources=[source])
+    rows = [dialog(1), [*dialog(2), {"role": "user", "content": "<think>"}, dialog(3)[1]]]
+    rows[0][1]["content"] = "<think>x</think> <|eot_id|>, <tool_call> is no special token"
+    write_rows(tmp_path / "a.jsonl", rows)
+    said = "the texts of a spell special tokens, which are encoded as text: "
+    assert f"warning: train: {said}<think> 2 times, </think> 1 times, <|eot_id|> 1 times" in build(config)
+    named = config.tokenizer.model_copy(update={"content_tokens": THINK})
+    other = config.model_copy(update={"tokenizer": named})
+    with pytest.raises(StoreError, match=r"content_tokens=\('<tool_call>',\) \(now \('<think>', '</think>'"):
+        build(other, append=True)
+    assert f"{said}<|eot_id|> 1 times" in build(other, overwrite=True)
+    store = open_store(tmp_path / "store", "train", tokenizer_fingerprint=tokenizer_of(other).fingerprint)
+    assert store.settings.content_tokens == (*THINK, "<tool_call>")
+    think = tokenizer_of(other).encode("<think>")
+    assert sum(int((store.read(i).tokens == think[0]).sum()) for i in range(len(store))) == 2
+    with pytest.raises(
+        StoreError, match=r"content_tokens=\['<think>', '</think>', '<tool_call>'\], tokenizer"
+    ):
+        open_store(tmp_path / "store", "train", tokenizer_fingerprint=tokenizer_of(config).fingerprint)
+    show_pack(tmp_path / "store", 0, console=Console(file=StringIO()))  # knows the store's content tokens
 
 
 def test_without_evaluation_sources(tmp_path: Path, tokenizer_path: Path) -> None:

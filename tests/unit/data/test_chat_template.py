@@ -16,7 +16,8 @@ from megatron_post.config.schema import Source
 from megatron_post.data.dialog import BadRow, Dialog
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.template import render, render_prompt
-from megatron_post.data.tokenizer import Tokenizer, train_small_tokenizer
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
+from tests.unit.data.thinking import THINK, save_with_think
 
 transformers = pytest.importorskip("transformers")
 jinja2 = pytest.importorskip("jinja2")
@@ -273,6 +274,28 @@ def test_a_spelled_control_token_is_text_in_training_and_refused_here(
     with pytest.raises(jinja2.TemplateError, match="control token"):
         ids(theirs, row)
     assert_equal(plain, tokenizer, theirs)
+
+
+def test_content_tokens_are_spelled_in_both_and_others_in_neither(tmp_path: Path) -> None:
+    """Beside the content's ends, where the header's newlines and the message's end are."""
+    row = {
+        "messages": [
+            {"role": "user", "content": "<think> a\n</think>"},
+            {"role": "assistant", "content": "</think>\n\n<think>", "tool_calls": [{"name": "f<think>"}]},
+        ]
+    }
+    named = load_tokenizer(save_with_think(tmp_path), content_tokens=THINK)
+    for directory, ours in (("named", named), ("plain", load_tokenizer(tmp_path))):
+        ours.save(tmp_path / directory)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / directory)
+        spelled = np.isin(render(dialog_of(row), ours).tokens, named.encode("".join(THINK))).sum()
+        if ours is named:
+            assert_equal(row, ours, theirs)
+            assert spelled == 5
+        else:
+            assert spelled == 0
+            with pytest.raises(jinja2.TemplateError, match=r"a text holds </?think>"):
+                ids(theirs, row)
 
 
 def test_the_template_is_part_of_the_package() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_post.data.tokenizer import USED_SPECIAL_TOKENS, load_tokenizer, train_small_tokenizer
+from tests.unit.data.thinking import THINK, save_with_think
 
 MODEL = Path(__file__).resolve().parents[3] / "../shared/data/llama3_tokenizer/tokenizer.model"
 needs_model = pytest.mark.skipif(
@@ -153,3 +154,60 @@ def test_what_cannot_be_loaded_is_refused_with_the_path(tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="vocab_size=100 is too small"):
         train_small_tokenizer(SENTENCES, 100)
+
+
+def test_texts_spell_the_tokens_that_the_config_names(tmp_path):
+    """The others are text, and are counted. <tool_call> was added as a token of texts."""
+    text = "<think>1</think><tool_call><think><|eot_id|>"
+    plain = load_tokenizer(save_with_think(tmp_path))
+    named = load_tokenizer(tmp_path, content_tokens=THINK)
+    think, end, call = plain.vocab_size - 3, plain.vocab_size - 2, plain.vocab_size - 1
+    assert [number for number in plain.encode(text) if number >= think] == [call]
+    assert [number for number in named.encode_batch([text])[0] if number >= think] == [
+        think,
+        end,
+        call,
+        think,
+    ]
+    assert named.special("<|eot_id|>") not in named.encode(text)
+    assert plain.spelled([text, text]) == {"<think>": 4, "</think>": 2, "<|eot_id|>": 2}
+    assert named.spelled([text]) == {"<|eot_id|>": 1}
+    assert (plain.content_tokens, named.content_tokens) == (("<tool_call>",), (*THINK, "<tool_call>"))
+    assert plain.fingerprint != named.fingerprint
+    assert named.decode([think, named.special("<|eot_id|>")], skip_special=True) == "<think>"
+
+
+def test_a_saved_tokenizer_remembers_what_texts_may_spell(tmp_path):
+    named = load_tokenizer(save_with_think(tmp_path / "own"), content_tokens=THINK)
+    named.save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert (saved.fingerprint, saved.content_tokens) == (named.fingerprint, named.content_tokens)
+    assert load_tokenizer(tmp_path / "saved", content_tokens=THINK).fingerprint == named.fingerprint
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ids = theirs("<think>1", add_special_tokens=False)["input_ids"]
+    assert ids == named.encode("<think>1")
+    assert theirs.decode([*ids, theirs.eos_token_id], skip_special_tokens=True) == "<think>1"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("<thnik>", r"no added token '<thnik>'; it has <think>, </think>, <tool_call>"),
+        ("Hello", "no added token 'Hello'"),
+        ("<|eot_id|>", "is a control token of Llama 3's format"),
+        ("<|finetune_right_pad_id|>", "is a control token of Llama 3's format"),
+    ],
+)
+def test_what_texts_may_not_spell_is_refused(tmp_path, name, reason):
+    with pytest.raises(ValueError, match=f"tokenizer.content_tokens: .*{reason}"):
+        load_tokenizer(save_with_think(tmp_path), content_tokens=[*THINK, name])
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_a_token_that_takes_white_space_is_refused(tmp_path, flag):
+    path = save_with_think(tmp_path) / "tokenizer.json"
+    state = json.loads(path.read_text())
+    state["added_tokens"][-1][flag] = True
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"its token <tool_call> takes the white space beside it.*to false"):
+        load_tokenizer(path)

@@ -29,6 +29,7 @@ from megatron_post.rounds.backends import (
     ServerBackend,
     TransformersBackend,
     VllmBackend,
+    _Transformers,
     nucleus,
     prompt_ids,
 )
@@ -37,6 +38,7 @@ from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
 from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed, take_gpus
 from megatron_post.rounds.state import alone
+from tests.unit.data.thinking import THINK, add_think
 from tests.unit.rounds.models import tiny_policy
 
 CONSOLE = Console(file=io.StringIO())
@@ -371,6 +373,28 @@ def test_where_a_response_ends(
     ids = [*tokenizer.encode("a"), *tokenizer.encode("b")]
     ids += [tokenizer.pad_id if name == "pad" else tokenizer.special(name) for name in ending]
     assert respond_with(ids, tokenizer.stop_ids, tokenizer) == Response(text, tokens, finish)
+
+
+def test_prompts_spell_content_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And responses keep them, for what is trained on later spells them again."""
+    add_think(tiny_policy(tmp_path))
+    named = load_tokenizer(tmp_path, content_tokens=THINK)
+    think = named.encode("<think>")[0]
+    asked: list[list[int]] = []
+
+    def generated(self: Any, prompts: list[list[int]], *_: Any) -> list[Response]:
+        asked.extend(prompts)
+        return [respond_with([think, self._tokenizer.special(END_OF_TURN)], named.stop_ids, self._tokenizer)]
+
+    monkeypatch.setattr(_Transformers, "_generate", generated)
+    request = Request(({"role": "user", "content": "<think>"},), seed=1)
+    for tokens, text in ((THINK, "<think>"), ((), "")):
+        backend = open_real(TransformersBackend(), str(tmp_path), tokens)
+        assert backend.respond([request], Sampling(max_tokens=9)) == [Response(text, 2, "stop")]
+    assert [think in prompt for prompt in asked] == [True, False]
+    server = {"kind": "server", "url": "http://x/v1", "served_model": "m"}
+    with pytest.raises(ConfigError, match="content_tokens: a server renders prompts with its own tokenizer"):
+        _settings(tmp_path / "more", backend=server, content_tokens=["<think>"])
 
 
 def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
