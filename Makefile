@@ -8,10 +8,14 @@ BIN := $(VENV)/bin
 install: $(VENV)/.installed
 
 # torch first and by itself: the other packages then find it and do not choose a build of their own
+# Transformer Engine's Python code alone is for tests/transformer_engine. It lies where nothing imports it by
+# accident: megatron-core would, and would fail without the compiled module
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/transformer_engine/2.11.0 transformer_engine==2.11.0
 	touch $@
 
 # two ranks: the demo is meant for two cores. SEEDS=3: the whole demo three times, and their spread

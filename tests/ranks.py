@@ -1,11 +1,14 @@
 """Runs a function on real gloo ranks, each a process of its own."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.forkserver import ForkServer
 from typing import Any
+from unittest import mock
 
 # The server imports the heavy modules once; ranks fork from it in milliseconds. It never runs an operation
 # itself.
@@ -21,11 +24,24 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+def server_with(*modules: str) -> ForkServer:
+    """Another server of ranks, for tests whose processes must import something before the modules above."""
+    server = ForkServer()
+    server.set_forkserver_preload(list(modules))
+    return server
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 300.0,
+    server: ForkServer | None = None,
+) -> list[Any]:
     """`function(*args)` on `world_size` processes with torchrun's environment. Returns their results by rank.
 
-    Raises `AssertionError` with the rank's traceback where one fails, or does not end within `timeout`
-    seconds.
+    server: the process that ranks fork from, by default one that has imported the modules above. Raises
+    `AssertionError` with the rank's traceback where one fails, or does not end within `timeout` seconds.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -35,8 +51,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         _context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, args))
         for rank in range(world_size)
     ]
-    for process in ranks:
-        process.start()
+    connect = (server or multiprocessing.forkserver._forkserver).connect_to_new_process
+    # the module has one server for all contexts, and no argument to name another
+    with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", connect):
+        for process in ranks:
+            process.start()
     results: dict[int, Any] = {}
     try:
         while len(results) < world_size:

@@ -68,17 +68,22 @@ def portable_segments(batch: PackedBatch, *, context_rank: int, context_size: in
     )
 
 
-def transformer_engine_segments(cu_seqlens: Tensor, *, device: torch.device) -> PackedSeqParams:
+def transformer_engine_segments(
+    cu_seqlens: Tensor, *, context_size: int, device: torch.device
+) -> PackedSeqParams:
     """Packed parameters on `device` for Transformer Engine's attention, which splits `cu_seqlens` (int32,
     whole pack, on the host, so that nothing waits for the GPU) itself."""
     longest = int(cu_seqlens.diff().max())
     cu_seqlens = cu_seqlens.to(device)
+    # Padding belongs to its segment here, so the padded lengths are the same. Transformer Engine reads them
+    # under context parallelism. Without it, it would compare the two on the host, twice in every layer.
+    padded = cu_seqlens if context_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        cu_seqlens_q_padded=cu_seqlens,
-        cu_seqlens_kv_padded=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -107,7 +107,10 @@ class Stepper:
         indices = zigzag_indices(whole.cu_seqlens, rank=groups.cp.rank(), size=groups.cp.size())
         batch = whole.part(indices).to(device)
         if not self._portable:
-            return Microbatch(batch, transformer_engine_segments(whole.cu_seqlens, device=device))
+            packed = transformer_engine_segments(
+                whole.cu_seqlens, context_size=groups.cp.size(), device=device
+            )
+            return Microbatch(batch, packed)
         packed = portable_segments(batch, context_rank=groups.cp.rank(), context_size=groups.cp.size())
         return Microbatch(batch, packed)
 

@@ -38,30 +38,35 @@ LAYOUTS = {
 }
 
 
-def _gradients(
-    parallel: dict[str, Any], sections: dict[str, Any]
+def gradients(
+    parallel: dict[str, Any], sections: dict[str, Any], *, portable: bool = True, frees_outputs: bool = False
 ) -> tuple[dict[str, Any], float, dict[str, Any]]:
-    """(metrics, gradient norm, gradients by Hugging Face name) of one step over four packs."""
+    """(metrics, gradient norm, gradients by Hugging Face name) of one step over four packs.
+
+    frees_outputs: free what was sent to the next pipeline stage, as runs on GPUs do.
+    """
     config = tiny_config(parallel=parallel, **sections)
     with parallel_run(config.parallel, seed=1) as topology:
-        models = build_model(config, topology)
+        models = build_model(config, topology, portable=portable)
         load_weights(models, open_weights(config.model, seed=3), config.model)
+        for model in models:
+            model.config.deallocate_pipeline_outputs = frees_outputs
         chunks = wrap_data_parallel(models, config, topology)
         optimizer = build_optimizer(chunks, config)
-        stepper = Stepper(chunks, SFT(config.loss.trained_roles), topology, portable=True)
+        stepper = Stepper(chunks, SFT(config.loss.trained_roles), topology, portable=portable)
         metrics = stepper(tiny_packs()[topology.data_rank :: topology.data_size])
         optimizer.prepare_grads()
         norm = optimizer.get_grad_norm()
         for chunk in chunks:
             gather_shards(chunk)
-        gradients = dict(
+        values = dict(
             gathered_tensors(unwrap_model(chunks), config.model, value_of=lambda p: p.main_grad.clone())
         )
-        return metrics, norm, {name: value.numpy() for name, value in gradients.items()}
+        return metrics, norm, {name: value.numpy() for name, value in values.items()}
 
 
-def _run(world_size: int, parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[dict, float, dict]:
-    results = run_ranks(_gradients, world_size, parallel, sections)
+def joined(results: list[tuple[dict[str, Any], float, dict[str, Any]]]) -> tuple[dict, float, dict]:
+    """The ranks' `gradients` together: each has what it holds, and metrics are the last stage's."""
     metrics = next(m for m, _, _ in reversed(results) if m)
     assert all(norm == pytest.approx(results[0][1], rel=1e-6) for _, norm, _ in results)
     return metrics, results[0][1], {name: g for _, _, part in results for name, g in part.items()}
@@ -69,19 +74,22 @@ def _run(world_size: int, parallel: dict[str, Any], sections: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def one_rank() -> tuple[dict, float, dict]:
-    return _run(1, {}, {})
+    return joined(run_ranks(gradients, 1, {}, {}))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_rank(name: str, one_rank: tuple[dict, float, dict]) -> None:
+    check_equal(joined(run_ranks(gradients, *LAYOUTS[name])), one_rank)
+
+
+def check_equal(found: tuple[dict, float, dict], expected: tuple[dict, float, dict]) -> None:
     """fp32 sums of some hundred terms in another order differ by about sqrt(100) x 6e-8: 1e-6. 1e-5 leaves
     room for five chained layers, and no room for a wrong factor, a missing shard or a leaked segment."""
-    expected_metrics, expected_norm, expected = one_rank
-    metrics, norm, gradients = _run(*LAYOUTS[name])
+    (metrics, norm, gradients), (expected_metrics, expected_norm, expected_gradients) = found, expected
     assert metrics["loss_count"] == expected_metrics["loss_count"] > 100
     assert metrics["loss"] == pytest.approx(expected_metrics["loss"], rel=1e-5)
     assert norm == pytest.approx(expected_norm, rel=1e-5)
-    assert gradients.keys() == expected.keys()
+    assert gradients.keys() == expected_gradients.keys()
     for key, value in gradients.items():
-        error = torch.linalg.vector_norm(torch.from_numpy(value - expected[key]))
-        assert error <= 1e-5 * torch.linalg.vector_norm(torch.from_numpy(expected[key])), key
+        error = torch.linalg.vector_norm(torch.from_numpy(value - expected_gradients[key]))
+        assert error <= 1e-5 * torch.linalg.vector_norm(torch.from_numpy(expected_gradients[key])), key

@@ -25,7 +25,9 @@ def test_lengths_for_transformer_engine() -> None:
     """megatron-core keeps the angles of 32 lengths: packs of any longest segment ask for few of them."""
     rotary = PositionRotary(Model(preset="tiny"), device=torch.device("cpu"), context_group=None)  # type: ignore[call-arg]
     for longest, asked in ((1, 1), (1000, 1024), (1024, 1024), (1025, 2048)):
-        packed = transformer_engine_segments(torch.tensor([0, 1, longest + 1]), device=torch.device("cpu"))
+        packed = transformer_engine_segments(
+            torch.tensor([0, 1, longest + 1]), context_size=1, device=torch.device("cpu")
+        )
         assert packed.max_seqlen_q == longest
         assert rotary.get_rotary_seq_len(None, None, None, None, packed) == asked
 

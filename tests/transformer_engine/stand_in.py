@@ -1,0 +1,387 @@
+"""Plain torch in place of Transformer Engine's compiled module, so that its own Python code runs on a CPU.
+
+`install()` makes the real package of `transformer_engine` importable without its CUDA parts. Everything that
+the package computes in `transformer_engine_torch` is computed here by torch: matrix products, RMSNorm, fused
+rotary embeddings and the fused optimizer's functions. Attention is replaced one level higher, in
+`DotProductAttention.forward`, after each keyword was bound to Transformer Engine's own signature.
+
+What this proves: names, keywords, layouts, state keys, schedules, sequence-parallel flags and the arithmetic
+in fp32. What it cannot prove: kernels, bf16 and FP8 numbers, Transformer Engine's context parallelism over
+NCCL, and speed. Any function that is missing here raises `NotImplementedError` with its name.
+"""
+
+import enum
+import importlib
+import importlib.machinery
+import inspect
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# `make install` puts the pure Python wheel here. It must not lie in site-packages, since megatron-core would
+# import it there and would fail without the compiled module.
+WHEELS = Path(sys.prefix) / "transformer_engine"
+
+_ENUMS = {
+    "DType": "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 "
+    "kFloat4E2M1",
+    "FP8FwdTensors": "GEMM1_INPUT GEMM1_WEIGHT GEMM1_OUTPUT GEMM2_INPUT GEMM2_WEIGHT GEMM2_OUTPUT "
+    "GEMM3_INPUT GEMM3_WEIGHT GEMM3_OUTPUT",
+    "FP8BwdTensors": "GRAD_OUTPUT1 GRAD_INPUT1 GRAD_OUTPUT2 GRAD_INPUT2 GRAD_OUTPUT3 GRAD_INPUT3",
+    "CommOverlapType": "RS AG",
+    "Float8BlockScaleTensorFormat": "GEMM_READY COMPACT",
+    "NVTE_Fused_Attn_Backend": "NVTE_No_Backend NVTE_F16_max512_seqlen NVTE_F16_arbitrary_seqlen NVTE_FP8",
+    "NVTE_QKV_Layout": "NVTE_SB3HD NVTE_SBH3D NVTE_SBHD_SB2HD NVTE_SBHD_SBH2D NVTE_SBHD_SBHD_SBHD NVTE_BS3HD "
+    "NVTE_BSH3D NVTE_BSHD_BS2HD NVTE_BSHD_BSH2D NVTE_BSHD_BSHD_BSHD NVTE_T3HD NVTE_TH3D NVTE_THD_T2HD "
+    "NVTE_THD_TH2D NVTE_THD_THD_THD NVTE_SBHD_BSHD_BSHD NVTE_BSHD_SBHD_SBHD NVTE_THD_BSHD_BSHD "
+    "NVTE_THD_SBHD_SBHD NVTE_Paged_KV_BSHD_BSHD_BSHD NVTE_Paged_KV_BSHD_SBHD_SBHD "
+    "NVTE_Paged_KV_SBHD_BSHD_BSHD NVTE_Paged_KV_SBHD_SBHD_SBHD NVTE_Paged_KV_THD_BSHD_BSHD "
+    "NVTE_Paged_KV_THD_SBHD_SBHD",
+    "NVTE_QKV_Format": "NVTE_SBHD NVTE_BSHD NVTE_THD NVTE_BSHD_2SBHD NVTE_SBHD_2BSHD NVTE_THD_2BSHD "
+    "NVTE_THD_2SBHD",
+    "NVTE_Bias_Type": "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI",
+    "NVTE_Mask_Type": "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK "
+    "NVTE_CAUSAL_BOTTOM_RIGHT_MASK NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
+    "NVTE_Softmax_Type": "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX",
+}
+_CLASSES = "CommOverlap CommOverlapP2P CommOverlapHelper CommOverlapCore FP8TensorMeta CommOverlapBase"
+# Of these Transformer Engine's Python alone needs the names: it imports them when it is loaded.
+_NAMES_ONLY = ("onnxscript", "onnxscript.onnx_opset", "onnx", "einops")
+
+
+class _CompiledModule(types.ModuleType):
+    """`transformer_engine_torch`. What this file does not define raises when it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError(f"the stand-in has no transformer_engine_torch.{name}")
+
+        missing.__name__ = name
+        return missing
+
+
+tex: Any = _CompiledModule("transformer_engine_torch")
+for _name, _members in _ENUMS.items():
+    _start = -1 if _name == "NVTE_Fused_Attn_Backend" else 0
+    setattr(tex, _name, enum.IntEnum(_name, _members.split(), start=_start))
+for _name in _CLASSES.split():
+    setattr(tex, _name, type(_name, (), {}))
+_TORCH_DTYPE = {
+    tex.DType.kFloat32: torch.float32,
+    tex.DType.kBFloat16: torch.bfloat16,
+    tex.DType.kFloat16: torch.float16,
+}
+
+
+def _compiled(function: Any) -> Any:
+    """Register a function of the compiled module under its own name."""
+    setattr(tex, function.__name__, function)
+    return function
+
+
+for _name, _value in {
+    "get_stream_priority_range": (0, 0),
+    "get_num_cublas_streams": 1,
+    "get_cublasLt_version": 130000,
+    "get_cudnn_version": 91400,
+    "ubuf_built_with_mpi": False,
+    "device_supports_multicast": False,
+    "get_fused_attn_backend": tex.NVTE_Fused_Attn_Backend.NVTE_No_Backend,
+}.items():
+    setattr(tex, _name, lambda *_, value=_value: value)
+
+
+@_compiled
+def generic_gemm(
+    a: Tensor,
+    transpose_a: bool,
+    b: Tensor,
+    transpose_b: bool,
+    out: Tensor | None,
+    quantizer: Any,
+    output_dtype: Any,
+    bias: Tensor | None,
+    bias_type: Any,
+    gelu: bool,
+    gelu_input: Any,
+    grad: bool,
+    workspace: Any,
+    workspace_size: int,
+    accumulate: bool,
+    *_: Any,
+    extra_output: Any = None,
+    **__: Any,
+) -> tuple[Tensor, None, None, Any]:
+    """op(b) @ op(a) in torch's row-major order. cuBLAS's own order is column-major, so the operands swap."""
+    assert quantizer is None and not gelu and bias is None, "the stand-in has no FP8, GELU or bias"
+    left, right = b.reshape(-1, b.shape[-1]), a.reshape(-1, a.shape[-1])
+    product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
+    if output_dtype is not None:
+        product = product.to(_TORCH_DTYPE[output_dtype])
+    if not transpose_b:
+        product = product.reshape(*b.shape[:-1], product.shape[-1])
+    if out is not None:
+        product = product.reshape(out.shape)
+        out.copy_(out + product if accumulate else product)
+        product = out
+    return product, None, None, extra_output
+
+
+@_compiled
+def rmsnorm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    quantizer: Any,
+    dtype: Any,
+    sm_margin: int,
+    zero_centered: bool,
+) -> tuple[Tensor, None, Tensor]:
+    assert not zero_centered
+    scale = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
+    return (x.float() * scale[..., None] * weight.float()).to(_TORCH_DTYPE[dtype]), None, scale
+
+
+@_compiled
+def rmsnorm_bwd(
+    gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor, sm_margin: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    gradient, scale = gradient.reshape(x.shape).float(), scale.reshape(*x.shape[:-1], 1)
+    normal = x.float() * scale
+    weight_gradient = (gradient * normal).reshape(-1, x.shape[-1]).sum(0)
+    scaled = gradient * weight.float()
+    input_gradient = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * scale
+    return input_gradient.to(x.dtype), weight_gradient.to(weight.dtype)
+
+
+@_compiled
+def fused_rope_forward(
+    x: Tensor, angles: Tensor, start: Any, form: Any, interleaved: bool, cu_seqlens: Any, size: int, rank: int
+) -> Tensor:
+    assert angles.dtype == torch.float32 and not interleaved and form == tex.NVTE_QKV_Format.NVTE_THD
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    assert longest <= len(angles), f"a segment of {longest} tokens has angles for {len(angles)}"
+    return _rotate(x, angles, cu_seqlens, size=size, rank=rank, sign=1)
+
+
+@_compiled
+def fused_rope_backward(
+    gradient: Tensor, angles: Tensor, start: Any, form: Any, interleaved: bool, cu: Any, size: int, rank: int
+) -> Tensor:
+    return _rotate(gradient, angles, cu, size=size, rank=rank, sign=-1)
+
+
+def _rotate(x: Tensor, angles: Tensor, cu_seqlens: Tensor, *, size: int, rank: int, sign: int) -> Tensor:
+    """x: [t/cp, heads, d]. Positions restart at each segment; a rank holds two zigzag chunks of each."""
+    positions = torch.cat(
+        [chunk for n in cu_seqlens.diff().tolist() for chunk in _zigzag(n, size=size, rank=rank)]
+    )
+    chosen = angles[positions][:, 0]  # [t/cp, 1, rotated part of d]
+    width = chosen.shape[-1]
+    turned, rest = x[..., :width].float(), x[..., width:]
+    first, second = turned.chunk(2, -1)
+    other = torch.cat((-second, first), -1)
+    result = turned * chosen.cos() + sign * other * chosen.sin()
+    return torch.cat((result.to(x.dtype), rest), -1)
+
+
+def _zigzag(length: int, *, size: int, rank: int) -> list[Tensor]:
+    """Positions of a segment that a context-parallel rank holds."""
+    if size == 1:
+        return [torch.arange(length)]
+    chunk = length // (2 * size)
+    return [torch.arange(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
+
+
+@_compiled
+def multi_tensor_l2norm(
+    chunk: int, no_op: Any, lists: Any, per_tensor: bool = False
+) -> tuple[Tensor, Tensor]:
+    norms = torch.stack([values.float().norm() for values in lists[0]])
+    return norms.norm().reshape(1), norms
+
+
+@_compiled
+def multi_tensor_scale(chunk: int, no_op: Any, lists: Any, scale: float) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
+
+
+@_compiled
+def multi_tensor_adam(
+    chunk: int,
+    no_op: Any,
+    lists: Any,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    mode: int,
+    bias_correction: bool,
+    weight_decay: float,
+) -> None:
+    """AdamW (mode 1), as Loshchilov and Hutter write it."""
+    assert mode == 1 and bias_correction
+    for gradient, parameter, mean, square in zip(*lists, strict=True):
+        gradient = gradient.float()
+        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+        parameter.add_(update + weight_decay * parameter, alpha=-lr)
+
+
+def install(version: str = "2.11.0") -> None:
+    """Make `import transformer_engine.pytorch` work in this process, for good.
+
+    megatron-core looks for Transformer Engine when it is imported, so this must come first. Raises
+    `ImportError` where the wheel of this version is not there.
+    """
+    assert "megatron.core" not in sys.modules, "megatron-core has already decided that there is none"
+    wheel = WHEELS / version
+    if not wheel.is_dir():
+        raise ImportError(f"{wheel} is missing; run `make install`")
+    os.environ |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_TORCH_COMPILE": "0", "TORCHDYNAMO_DISABLE": "1"}
+    sys.path.insert(0, str(wheel))
+    for name in _NAMES_ONLY:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = mock.MagicMock()
+            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    _define_missing(wheel)
+    sys.modules["transformer_engine_torch"] = tex
+    _pretend_a_gpu(capability=(9, 0))
+    import transformer_engine.common
+
+    transformer_engine.common.load_framework_extension = lambda _: None
+    _replace_attention()
+
+
+def _define_missing(wheel: Path) -> None:
+    """Every name of the compiled module that the package mentions exists, for `hasattr` and imports."""
+    import re
+
+    sources = (wheel / "transformer_engine" / "pytorch").rglob("*.py")
+    names = {name for path in sources for name in re.findall(r"\btex\.([A-Za-z_0-9]+)", path.read_text())}
+    for name in names - set(vars(tex)):
+        setattr(tex, name, getattr(tex, name))
+
+
+def _pretend_a_gpu(*, capability: tuple[int, int]) -> None:
+    """What Transformer Engine asks of a device when it is imported and when its modules are made."""
+    properties = types.SimpleNamespace(
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=132,
+        name="stand-in",
+        total_memory=80 << 30,
+    )
+    torch.cuda.get_device_properties = lambda *_: properties
+    torch.cuda.get_device_capability = lambda *_: capability
+    torch.cuda.is_current_stream_capturing = lambda: False
+    real = torch._C.TensorBase.is_cuda
+
+    def is_cuda(self: Tensor) -> bool:
+        """True in Transformer Engine's own assertions, and true to itself in our code."""
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        return asked_by.startswith("transformer_engine") or real.__get__(self)
+
+    torch.Tensor.is_cuda = property(is_cuda)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+
+
+def _replace_attention() -> None:
+    from transformer_engine.pytorch import utils
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+    from transformer_engine.pytorch.cpp_extensions import gemm
+    from transformer_engine.pytorch.module import base
+
+    utils._empty_tensor = torch.Tensor
+    workspace = torch.empty(16, dtype=torch.uint8)
+    gemm.get_cublas_workspace = lambda *_: workspace
+    # modules assert that CUDA is there when they are made, and at no other time
+    module = base.TransformerEngineBaseModule
+    made = module.__init__
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            made(self, *args, **kwargs)
+
+    module.__init__ = make
+    attention = dot_product_attention.DotProductAttention
+    signature = inspect.signature(attention.forward)
+
+    def forward(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
+    ) -> Tensor:
+        signature.bind(self, query, key, value, mask, **kwargs)
+        return packed_attention(query, key, value, group=self.cp_group, **kwargs)
+
+    attention.forward = forward
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: Any,
+    qkv_format: str,
+    attn_mask_type: str,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_q_padded: Tensor | None = None,
+    cu_seqlens_kv_padded: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Causal attention inside each segment. query, key, value: [t/cp, heads, d]. Returns [t/cp, heads * d].
+
+    Without context parallelism the padded lengths must be absent: where they are there, Transformer Engine
+    compares them on the host, and every layer waits for the GPU.
+    """
+    assert qkv_format == "thd" and attn_mask_type == "padding_causal"
+    assert cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == int(cu_seqlens_q.diff().max())
+    scale = query.shape[-1] ** -0.5
+    size = 1 if group is None else torch.distributed.get_world_size(group)
+    if size == 1:
+        assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None
+        return _attend(query, key, value, cu_seqlens_q, scale).flatten(1)
+    assert cu_seqlens_q_padded is not None and cu_seqlens_kv_padded is not None
+    # torch's own differentiable all-gather cannot take a group that rank 0 is not in
+    from megatron_post.models.attention import gather_sequence
+
+    starts, lengths = cu_seqlens_q[:-1].tolist(), cu_seqlens_q.diff().tolist()
+    held = [
+        [
+            chunk + start
+            for start, n in zip(starts, lengths, strict=True)
+            for chunk in _zigzag(n, size=size, rank=r)
+        ]
+        for r in range(size)
+    ]
+    order = torch.cat([chunk for chunks in held for chunk in chunks]).argsort()
+    whole = [gather_sequence(x.transpose(0, 1), order, group).transpose(0, 1) for x in (query, key, value)]
+    output = _attend(*whole, cu_seqlens_q, scale)
+    return output[torch.cat(held[torch.distributed.get_rank(group)])].flatten(1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    outputs = []
+    for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in parts)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
