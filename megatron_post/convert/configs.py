@@ -36,7 +36,7 @@ def read_model(directory: Path) -> Model:
         model = from_hf_config(directory)
     values = read_object(path, "the config of a Llama")
     check_sizes(model, origin=path)
-    for key, only in (("hidden_act", "silu"), ("head_dim", model.head_dim)):
+    for key, only in (("hidden_act", "silu"), ("head_dim", model.head_dim), ("partial_rotary_factor", 1.0)):
         if values.get(key) not in (None, only):
             raise ValueError(f"{path}: {key}={values[key]!r}; for this model only {only!r} is supported")
     return model

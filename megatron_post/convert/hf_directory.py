@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -12,24 +13,35 @@ from megatron_post.convert.configs import read_model
 from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
-from megatron_post.convert.source import Kind, check_names
+from megatron_post.convert.source import Kind, check_names, row_blocks
 from megatron_post.storage.reading import read_object, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 class HuggingFaceDirectory:
     """A `ModelSource`: `config.json` and safetensors files, sharded or not.
 
     Raises `ValueError` with the file and the tensor unless names and shapes are exactly those of the Llama
-    that the config describes.
+    that the config describes. Two more are known and left out: rotary buffers, which earlier releases of
+    `transformers` saved and which follow from the config, and an output layer that is the embedding, bit for
+    bit, where the config ties them.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory, self._files = Path(directory), OpenFiles()
         self.model = read_model(self.directory)
-        self._places = self._locate()
+        self._places = {n: place for n, place in self._locate().items() if not _ROTARY.fullmatch(n)}
         self.scalar_head = SCORE[0] in self._places
+        is_tied = self.model.tie_word_embeddings and not self.scalar_head
+        head = self._places.pop(HEAD, None) if is_tied else None
+        if EMBEDDING.removeprefix("model.") in self._places and EMBEDDING not in self._places:
+            raise ValueError(
+                f"{self.directory}: names of tensors lack the prefix `model.`, as in a LlamaModel, which has "
+                "no output layer; save a LlamaForCausalLM"
+            )
         expected = hf_shapes(self.model, scalar_head=self.scalar_head)
         check_names(self._places, expected, origin=self.directory)
         for name, shape in expected.items():
@@ -38,6 +50,8 @@ class HuggingFaceDirectory:
                 raise ValueError(f"{path}: {name} has shape {stored.shape}, expected {shape}")
             if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
                 raise ValueError(f"{path}: {name} is {stored.dtype}: quantized weights cannot be used")
+        if head is not None:
+            self._check_tied(*head)
         self.tensors = {
             name: Kind(self._places[name][1].dtype, self._places[name][1].shape) for name in expected
         }
@@ -70,6 +84,32 @@ class HuggingFaceDirectory:
         for row in range(stored.shape[0]):
             place = stored.offset + row * stored.row_bytes + start * stored.dtype.itemsize
             self._files.read(path, place, target[row * width : (row + 1) * width])
+        return out
+
+    def _check_tied(self, path: Path, head: Stored) -> None:
+        """Raises `ValueError` where the output layer is not the embedding, bit for bit."""
+        embedding_path, embedding = self._places[EMBEDDING]
+        found = None
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            found = f"{head.dtype} {head.shape} and not {embedding.dtype} {embedding.shape}"
+        for start, end in row_blocks(embedding) if found is None else ():
+            first, second = (
+                self._bytes(path, head, start, end),
+                self._bytes(embedding_path, embedding, start, end),
+            )
+            if not torch.equal(first, second):
+                found = f"other values in rows {start} to {end - 1}"
+                break
+        if found is not None:
+            raise ValueError(
+                f"{path}: {HEAD} is not {EMBEDDING} ({found}), but config.json ties them with "
+                "tie_word_embeddings=true; set it to false if the output layer is the model's own, or remove "
+                f"{HEAD}"
+            )
+
+    def _bytes(self, path: Path, stored: Stored, start: int, end: int) -> Tensor:
+        out = torch.empty((end - start) * stored.row_bytes, dtype=torch.uint8)
+        self._files.read(path, stored.offset + start * stored.row_bytes, raw_bytes(out))
         return out
 
     def _locate(self) -> dict[str, tuple[Path, Stored]]:

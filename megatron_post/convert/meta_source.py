@@ -140,6 +140,11 @@ def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) 
         vocabulary = sum(shape[0] for shape in embeddings) if embeddings[0][1] == hidden else embeddings[0][0]
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: tensor {error} is missing") from None
+    if params.get("vocab_size", -1) not in (-1, vocabulary):
+        raise ValueError(
+            f"{path.parent / PARAMS}: vocab_size={params['vocab_size']!r}, but tok_embeddings.weight has "
+            f"{vocabulary} rows"
+        )
     scaled, tied = params.get("use_scaled_rope", False), "output.weight" not in shards[0]
     if scaled and tied and "rope_scaling_factor" not in params:
         raise ValueError(

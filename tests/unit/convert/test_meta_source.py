@@ -137,3 +137,16 @@ def test_bad_directories(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"00.pth: not a file of plain tensors; nothing in it was run"):
         MetaDirectory(directory)
     assert not witness.exists()
+
+
+def test_another_vocabulary_than_the_tensors_is_named(tmp_path: Path) -> None:
+    """-1, which Meta's files have, says nothing."""
+    directory = _write(tmp_path / "meta", _meta(weights_of(MODEL), MODEL), ranks=1)
+    params = json.loads((directory / "params.json").read_text())
+    (directory / "params.json").write_text(json.dumps(params | {"vocab_size": 253}))
+    open_weights_directory(directory)
+    (directory / "params.json").write_text(json.dumps(params | {"vocab_size": 256}))
+    with pytest.raises(
+        ValueError, match=r"params.json: vocab_size=256, but tok_embeddings.weight has 253 rows"
+    ):
+        open_weights_directory(directory)
