@@ -18,11 +18,20 @@ _ROLES = {
 }
 _CALL_ROLES = ("function_call", "tool_call")  # the assistant's, whose content is the call
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_UNUSABLE = ("images", "image", "videos", "video", "audios", "audio", "refusal")
+_UNUSABLE = {
+    **dict.fromkeys(
+        ("images", "image", "videos", "video", "audios", "audio"),
+        "only text can be trained on. If the text does not depend on it,",
+    ),
+    **dict.fromkeys(
+        ("train_detail", "training_detail"), "a message is trained whole or not at all. Mark it so, or"
+    ),
+    "refusal": "no template renders it. Write it as the content if it should be trained, or",
+}
 # Keys that say whether a message is trained; those of masks say the contrary.
 MARKS = (
     *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
-    *("mask", "masked"),
+    *("loss_weight", "loss_scale", "mask", "masked"),
 )
 
 
@@ -48,7 +57,7 @@ def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Sa
     followed = [role in ("assistant", "ipython") for role in roles[1:]] + [False]
     messages, marks = [], []
     for number, (keys, role, more) in enumerate(zip(found, roles, followed, strict=True), start=1):
-        refuse_media(keys, f"message {number}")
+        refuse_unusable(keys, f"message {number}")
         thought = _reasoning(keys, number, reasoning)
         calls = calls_of(keys)
         text, part_thought = _content(keys, number, role, reasoning)
@@ -84,15 +93,11 @@ def trained_mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool |
     return next(iter(said.values()), None)
 
 
-def refuse_media(keys: Keys, place: str, *, skip: Container[str] = ()) -> None:
-    """Raise `BadRow` for what belongs to a text and is none, and for a refusal said instead of it."""
+def refuse_unusable(keys: Keys, place: str, *, skip: Container[str] = ()) -> None:
+    """Raise `BadRow` for keys of a message, or of a row, that no rendering of texts can follow."""
     for key in keys.among(_UNUSABLE):
-        if key in skip or not keys.says(key):
-            continue
-        remedy = "only text can be trained on. If the text does not depend on it,"
-        if key == "refusal":
-            remedy = "no template renders it. Write it as the content if it should be trained, or"
-        raise BadRow(f"{place} has `{key}`; {remedy} list {key} under the source's `ignore`")
+        if key not in skip and keys.says(key):
+            raise BadRow(f"{place} has `{key}`; {_UNUSABLE[key]} list {key} under the source's `ignore`")
 
 
 def _keys_of(message: Any, number: int, row: Keys) -> Keys:

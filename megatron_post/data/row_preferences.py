@@ -12,6 +12,7 @@ from megatron_post.data.row_messages import Said
 from megatron_post.data.row_tools import tools_of
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_PROMPTS = ("prompt", "conversations", "messages")
 # The messages of a value, and the key that it has.
 Read = Callable[[Any, str], Said]
 
@@ -56,12 +57,18 @@ def turns_of(value: Any, role: str) -> list[Any]:
 def from_preference(row: Keys, read: Read) -> Preference:
     """TRL's prompt, chosen and rejected; `edited`, `rating` and `tools` if any. Raises `BadRow`."""
     responses = [read(turns_of(row.require(name), "assistant"), name) for name in _responses_in(row)]
-    prompt = read(turns_of(row.get("prompt"), "user"), "prompt") if "prompt" in row else None
+    is_whole = all(response.messages[0].role != "assistant" for response in responses)
+    # beside whole conversations, `messages` are mostly the chosen one again
+    named = next((name for name in (_PROMPTS[:1] if is_whole else _PROMPTS) if name in row), None)
+    prompt = None if named is None else read(turns_of(row.get(named), "user"), named)
     rating, tools = rating_of(row.get("rating")), tools_of(row)
-    if all(response.messages[0].role != "assistant" for response in responses):
+    if is_whole:
         return _split(responses, prompt, rating, tools)
     if prompt is None:
-        raise BadRow("chosen and rejected are not whole conversations, and there is no `prompt` column")
+        raise BadRow(
+            "chosen and rejected are not whole conversations, and there is no `prompt` column; name it in "
+            "the source's `columns`, as {user: instruction+input, chosen: chosen, rejected: rejected}"
+        )
     _check_marks(prompt, len(prompt.messages))
     for response in responses:
         _check_marks(response, 0)

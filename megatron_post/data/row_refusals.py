@@ -6,22 +6,12 @@ from megatron_post.config.schema import Reasoning
 from megatron_post.data.dialog import BadRow, Message
 from megatron_post.data.row_columns import Columns
 from megatron_post.data.row_keys import Keys
-from megatron_post.data.row_messages import MARKS, REASONING, refuse_media, trained_mark
+from megatron_post.data.row_messages import MARKS, REASONING, refuse_unusable, trained_mark
 
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
 _LABELS = (
-    *(
-        "label",
-        "kto_tag",
-        "kto_label",
-        "desirable",
-        "is_desirable",
-        "good",
-        "is_good",
-        "correct",
-        "is_correct",
-    ),
-    *("accepted", "is_accepted", "is_chosen", "upvoted", "thumbs_up"),
+    *("label", "kto_tag", "kto_label", "desirable", "is_desirable", "good", "is_good", "correct"),
+    *("is_correct", "accepted", "is_accepted", "is_chosen", "upvoted", "thumbs_up"),
 )
 _GOOD = (True, "true", "1", "yes", "good", "desirable", "chosen")
 _BAD = (False, -1, "false", "0", "-1", "no", "bad", "undesirable", "rejected")
@@ -39,15 +29,17 @@ _WITH_MESSAGES = _ALWAYS | dict.fromkeys(
     REASONING, "put it into its message, or leave it out with data.reasoning=drop"
 )
 
-# Of the chat templates of Llama 3 and 4, Llama 2 and Mistral, ChatML, Gemma, Phi and Zephyr, DeepSeek.
+# Of chat templates: Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS, Command.
 _MARKERS = (
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
-    *("<|python_tag|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
+    *("<|end_of_text|>", "<|python_tag|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
     *("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"),
-    *("<|system|>", "<|user|>", "<|assistant|>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>"),
+    *("<|start|>", "<|channel|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
 )
-_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+# Llama 2's <s> and </s> are tags of HTML as well, but not around a whole text.
+_MARKER = re.compile("|".join(map(re.escape, _MARKERS)) + r"|\A\s*<s>|</s>\s*\Z")
 # A transcript: HH-RLHF's turns, a cue at the end, or the two headings of Alpaca's and Vicuna's prompts.
 _TURN = re.compile(r"\n\n\s*(?:Human|Assistant):|\n\s*(?:Assistant|AI|Bot):\s*\Z")
 _HEADINGS = re.compile(
@@ -85,7 +77,7 @@ def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None
     if trained_mark(row, "the row", skip=columns) is False:
         marks = [f"{key}={row.peek(key)!r}" for key in row.among(MARKS) if key not in columns]
         raise BadRow(f"the row says that it is not trained: {', '.join(marks)}")
-    refuse_media(row, "the row", skip=columns)
+    refuse_unusable(row, "the row", skip=columns)
     remedies = _WITH_COLUMNS if columns.by_role else _WITH_MESSAGES if reasoning != "drop" else _ALWAYS
     for name in row.among(remedies):
         if name not in columns and row.says(name):

@@ -141,8 +141,16 @@ def test_a_system_prompt_beside_a_preference_is_used(tmp_path: Path) -> None:
         {"prompt": "Sky?", "chosen": [turns[0], *whole[0]], "rejected": [turns[0], *whole[1]]},
         {"system": "Speak French.", "chosen": whole[0], "rejected": whole[1]},
         {"prompt": turns, "chosen": whole[0][1], "rejected": whole[1][1]},
+        {"conversations": turns, "chosen": whole[0][1], "rejected": whole[1][1]},
     ):
         assert read(tmp_path, row) == ([ranked], [])
+
+
+def test_messages_beside_whole_responses_are_counted(tmp_path: Path) -> None:
+    rejected = [TURNS[0], TURNS[1] | {"content": "Red."}]
+    examples, said = read(tmp_path, {"chosen": TURNS, "rejected": rejected, "messages": TURNS})
+    assert examples == [Preference((USER,), ((BLUE,), (Message("assistant", "Red."),)))]
+    assert said == ["keys not used: messages (1 row)"]
 
 
 def test_a_transcript_in_a_prompt_becomes_turns(tmp_path: Path) -> None:
@@ -201,6 +209,9 @@ def test_calls_in_the_older_form_and_in_sharegpts(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "text": "Sky?"}, TURNS[1]]}, "message 1 from user has no content"),
         ({"messages": [TURNS[0], TURNS[1] | {"refusal": "No."}]}, "message 2 has `refusal`"),
         ({"messages": [TURNS[0], TURNS[1] | {"audio": {"id": "1"}}]}, "message 2 has `audio`"),
+        ({"messages": [TURNS[0], TURNS[1] | {"train_detail": [{"end": 3}]}]}, "message 2 has `train_detail`"),
+        ({"messages": [TURNS[0], TURNS[1] | {"loss_scale": 2}]}, "message 2 has loss_scale=2; it must be"),
+        ({"instruction": "Sky?", "chosen": "Blue.", "rejected": "Red."}, "no `prompt` column; name it"),
         ({"messages": [TURNS[0], TURNS[1] | {"thinking": "Hm."}]}, "message 2 has `thinking`; data"),
         (
             {"messages": [TURNS[0], TURNS[1] | {"content": [{"type": "thinking", "thinking": "Hm."}]}]},
@@ -248,6 +259,9 @@ def test_columns_leave_out_nothing_that_matters(tmp_path: Path, key: str) -> Non
     [
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nSky?<|eot_id|>",
         "<s>[INST] Sky? [/INST]",
+        "<s>Sky?",
+        "Blue.</s>",
+        "Blue.<|end_of_text|>",
         "<|im_start|>user\nSky?<|im_end|>",
         "<start_of_turn>user\nSky?<end_of_turn>",
         "Human: Sky?\n\nAssistant:",
