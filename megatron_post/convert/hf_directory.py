@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_post.config.schema import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes
@@ -33,10 +35,9 @@ class HuggingFaceDirectory:
     def __init__(self, directory: str | Path) -> None:
         self.directory, self._files = Path(directory), OpenFiles()
         self.model = read_model(self.directory)
-        self._places = {n: place for n, place in self._locate().items() if not _ROTARY.fullmatch(n)}
+        found = self._locate()
+        self._places = {name: found[name] for name in needed_names(found, self.model)}
         self.scalar_head = SCORE[0] in self._places
-        is_tied = self.model.tie_word_embeddings and not self.scalar_head
-        head = self._places.pop(HEAD, None) if is_tied else None
         if EMBEDDING.removeprefix("model.") in self._places and EMBEDDING not in self._places:
             raise ValueError(
                 f"{self.directory}: names of tensors lack the prefix `model.`, as in a LlamaModel, which has "
@@ -50,8 +51,8 @@ class HuggingFaceDirectory:
                 raise ValueError(f"{path}: {name} has shape {stored.shape}, expected {shape}")
             if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
                 raise ValueError(f"{path}: {name} is {stored.dtype}: quantized weights cannot be used")
-        if head is not None:
-            self._check_tied(*head)
+        if HEAD in found and HEAD not in self._places:
+            self._check_tied(*found[HEAD])
         self.tensors = {
             name: Kind(self._places[name][1].dtype, self._places[name][1].shape) for name in expected
         }
@@ -132,6 +133,13 @@ class HuggingFaceDirectory:
                 raise ValueError(f"{path}: tensor {extra[0]} is in the file and not in the index")
             places |= {name: (path, stored) for name, stored in header.items()}
         return places
+
+
+def needed_names(found: Iterable[str], model: Model) -> list[str]:
+    """The names of tensors in a directory without those that repeat what is known: rotary buffers, and the
+    output layer where the config ties it to the embedding."""
+    tied = (HEAD,) if model.tie_word_embeddings else ()
+    return [name for name in found if name not in tied and not _ROTARY.fullmatch(name)]
 
 
 def read_index(directory: Path) -> dict[str, str] | None:

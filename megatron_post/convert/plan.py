@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_post.config.presets import PRESETS
 from megatron_post.config.schema import Model
 from megatron_post.convert.configs import read_model
-from megatron_post.convert.hf_directory import read_index
+from megatron_post.convert.hf_directory import needed_names, read_index
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.shards import plan_shards
 from megatron_post.convert.source import DTYPE_NAMES, Kind, check_names
@@ -86,5 +86,5 @@ def _model(source: str) -> Model:
             raise
         weight_map = None
     if weight_map is not None:
-        check_names(weight_map, hf_shapes(model), origin=directory)
+        check_names(dict.fromkeys(needed_names(weight_map, model)), hf_shapes(model), origin=directory)
     return model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
+from megatron_post.convert.plan import plan
 from megatron_post.convert.verify import verify
 from megatron_post.models.hf_config import to_hf_config
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
@@ -31,6 +32,7 @@ def test_a_tied_model_may_store_an_equal_head(tmp_path: Path, shards: int) -> No
     whole = write_hf(tmp_path / "a", TIED, tensors | {HEAD: tensors[EMBEDDING].clone()}, shards=shards)
     source = HuggingFaceDirectory(whole)
     assert list(source.tensors) == list(tensors)
+    plan(str(whole), dtype="fp32", max_shard_bytes=10**9, workers=1, megabytes_per_second=1.0)
     assert torch.equal(source.read(EMBEDDING, None, 0, 0), tensors[EMBEDDING])
     back = to_hf(to_megatron(whole, tmp_path / "checkpoints"), tmp_path / "back")
     assert load_file(back / "model.safetensors").keys() == tensors.keys()
@@ -73,6 +75,7 @@ def test_rotary_buffers_are_computed_and_not_read(tmp_path: Path) -> None:
     buffers = {name: torch.rand(1) for name in [*names, "model.rotary_emb.inv_freq"]}
     directory = write_hf(tmp_path / "a", UNTIED, tensors | buffers, shards=2)
     assert list(HuggingFaceDirectory(directory).tensors) == list(tensors)
+    plan(str(directory), dtype="fp32", max_shard_bytes=10**9, workers=1, megabytes_per_second=1.0)
     verify(str(directory), str(to_megatron(directory, tmp_path / "checkpoints")), report=print)
 
 
