@@ -74,6 +74,7 @@ class Soak:
         self.history = directory / "history"
         self.history.mkdir(parents=True)
         self.starts = 0
+        self.deck: list[str] = []  # layouts of the next starts
         self.stray: list[psutil.Process] = []  # ranks that have outlived their launcher
 
     def to_the_end(self) -> None:
@@ -94,11 +95,13 @@ class Soak:
             one = self.start()
 
     def start(self, *, last: Incarnation | None = None) -> Incarnation:
-        """The same command again, on a layout that is drawn. last: what has just ended."""
+        """The same command again, on the next layout. last: what has just ended."""
         if last is not None:
             for step in manifest.published_steps(self.directory / "checkpoints"):
                 manifest.verify(manifest.step_directory(self.directory / "checkpoints", step))
-        name = self.draw.choice([*self.layouts])
+        # a layout's turn comes soon, and it may follow itself
+        self.deck = self.deck or self.draw.sample([*self.layouts] * 2, 2 * len(self.layouts))
+        name = self.deck.pop()
         ranks, overrides = self.layouts[name]
         self.starts += 1
         self.figures.starts[name] += 1

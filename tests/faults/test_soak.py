@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -76,10 +77,11 @@ def _equal(_: str, one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_each_fault_once(tmp_path: Path) -> None:
     """The short form: weights, Adam's state and the samples of every step are the undisturbed run's."""
     (tmp_path / "twin").mkdir()
-    twin = undisturbed(tmp_path / "twin", 1500)
+    twin = undisturbed(tmp_path / "twin", 1000)
     soak(twin, tmp_path, EACH_ONCE, EXACT, seconds=0, is_close=_equal)
 
 
