@@ -88,7 +88,7 @@ def test_each_fault_once(tmp_path: Path) -> None:
 def test_soak(whole_set: None, tmp_path: Path) -> None:
     """Thirty minutes, and thirty-six faults in each run of them."""
     (tmp_path / "twin").mkdir()
-    twin = undisturbed(tmp_path / "twin", 6000)
+    twin = undisturbed(tmp_path / "twin", 3000)
     figures = soak(
         twin, tmp_path, (*EACH_ONCE, "SIGTERM", "SIGUSR1") * 4, EXACT, seconds=SECONDS, is_close=_equal
     )
