@@ -20,16 +20,17 @@ from typing import Any
 from megatron_post.config.schema import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
 from megatron_post.data.row_columns import Columns, check_columns
-from megatron_post.data.row_keys import KeyCounts, Keys, from_json, text_of
+from megatron_post.data.row_keys import KeyCounts, Keys, text_of
 from megatron_post.data.row_messages import Said, read_messages
 from megatron_post.data.row_preferences import (
     from_preference,
     from_ranked_columns,
     from_transcripts,
+    history_of,
     is_transcript,
     turns_of,
 )
-from megatron_post.data.row_refusals import SYSTEM, refuse_harmful, refuse_templated
+from megatron_post.data.row_refusals import SYSTEM, refuse_harmful, refuse_templated, refuse_unused_context
 from megatron_post.data.row_tools import tools_of
 
 _MESSAGES = ("messages", "conversations")
@@ -71,7 +72,11 @@ class RowReader:
             raise BadRow(f"a row must be a mapping, not {type(raw).__name__}")
         row = Keys(raw, ignore=self._source.ignore)
         refuse_harmful(row, self._columns, reasoning=self._reasoning)
-        example = _with_system(self._example(row), self._columns.text("system", row) or _system_of(row))
+        system = self._columns.text("system", row)
+        if not self._columns.by_role:
+            system = system or _system_of(row)
+        example = _with_system(self._example(row), system)
+        refuse_unused_context(row)
         messages = example.messages if isinstance(example, Dialog) else example.prompt
         responses = () if isinstance(example, Dialog) else example.responses
         for message in chain(messages, *responses) if self._source.templated == "refuse" else ():
@@ -117,14 +122,14 @@ class RowReader:
         asked = row.require(prompt)
         if joined is not None and row.says(joined):
             asked = f"{text_of(asked, prompt).strip()}\n\n{text_of(row.get(joined), joined).strip()}"
-        context = [*_history(row.get("history")), *turns_of(asked, "user")]
+        context = [*history_of(row.get("history")), *turns_of(asked, "user")]
         return self._completion(context, turns_of(row.require(response), "assistant"), row)
 
     def _from_columns(self, row: Keys) -> Dialog | Preference:
         asked = Message("user", self._columns.text("user", row))
         if "assistant" not in self._source.columns:
             return from_ranked_columns(row, self._columns, (asked,))
-        context = _history(self._columns.value("history", row))
+        context = history_of(self._columns.value("history", row))
         (answer,) = self._columns.response("assistant", row)
         turns = [{"role": message.role, "content": message.content} for message in (asked, answer)]
         return Dialog(self._completion([*context, turns[0]], turns[1:], row))
@@ -181,22 +186,6 @@ def _holds_messages(value: Any) -> bool:
         and bool(value)
         and all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in value)
     )
-
-
-def _history(value: Any) -> list[Any]:
-    """Earlier turns: messages, or pairs of a question and its answer. Raises `BadRow`."""
-    turns = from_json(value, "history") or []
-    if not isinstance(turns, list):
-        raise BadRow(f"history must be a list, not {turns!r:.80}")
-    messages: list[Any] = []
-    for turn in turns:
-        if isinstance(turn, Mapping):
-            messages.append(turn)
-        elif isinstance(turn, list) and len(turn) == 2:
-            messages += [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turn, strict=True)]
-        else:
-            raise BadRow(f"history holds messages or pairs of question and answer, not {turn!r:.80}")
-    return messages
 
 
 def _masked(said: Said, first_trained: int) -> tuple[Message, ...]:

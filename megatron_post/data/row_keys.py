@@ -56,6 +56,10 @@ class Keys:
             return False
         return True
 
+    def is_used(self, name: str) -> bool:
+        """Whether the key has been read."""
+        return name in self._read
+
     def among(self, names: Collection[str]) -> list[str]:
         """Those of the names that the mapping has, which are few where the names are many."""
         return [name for name in self._values if name in names]

@@ -1,13 +1,13 @@
 """Rows of ranked responses to `Preference`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from megatron_post.data.dialog import BadRow, Message, Preference
 from megatron_post.data.row_columns import Columns
-from megatron_post.data.row_keys import Keys, text_of
+from megatron_post.data.row_keys import Keys, from_json, text_of
 from megatron_post.data.row_messages import Said
 from megatron_post.data.row_tools import tools_of
 
@@ -54,13 +54,31 @@ def turns_of(value: Any, role: str) -> list[Any]:
     return value
 
 
+def history_of(value: Any) -> list[Any]:
+    """Earlier turns: messages, or pairs of a question and its answer. Raises `BadRow`."""
+    turns = from_json(value, "history") or []
+    if not isinstance(turns, list):
+        raise BadRow(f"history must be a list, not {turns!r:.80}")
+    messages: list[Any] = []
+    for turn in turns:
+        if isinstance(turn, Mapping):
+            messages.append(turn)
+        elif isinstance(turn, list) and len(turn) == 2:
+            messages += [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turn, strict=True)]
+        else:
+            raise BadRow(f"history holds messages or pairs of question and answer, not {turn!r:.80}")
+    return messages
+
+
 def from_preference(row: Keys, read: Read) -> Preference:
     """TRL's prompt, chosen and rejected; `edited`, `rating` and `tools` if any. Raises `BadRow`."""
     responses = [read(turns_of(row.require(name), "assistant"), name) for name in _responses_in(row)]
     is_whole = all(response.messages[0].role != "assistant" for response in responses)
     # beside whole conversations, `messages` are mostly the chosen one again
     named = next((name for name in (_PROMPTS[:1] if is_whole else _PROMPTS) if name in row), None)
-    prompt = None if named is None else read(turns_of(row.get(named), "user"), named)
+    prompt = None
+    if named is not None:
+        prompt = read([*history_of(row.get("history")), *turns_of(row.get(named), "user")], named)
     rating, tools = rating_of(row.get("rating")), tools_of(row)
     if is_whole:
         return _split(responses, prompt, rating, tools)

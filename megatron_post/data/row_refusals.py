@@ -16,18 +16,11 @@ _LABELS = (
 _GOOD = (True, "true", "1", "yes", "good", "desirable", "chosen")
 _BAD = (False, -1, "false", "0", "-1", "no", "bad", "undesirable", "rejected")
 # What cannot be used where it stands, and what to do instead.
-_ALWAYS = dict.fromkeys(
+_TEMPLATES = dict.fromkeys(
     ("chat_template", "chat_template_kwargs"),
     "there is one chat template; give what it should say as messages",
 )
-_WITH_COLUMNS = {
-    **_ALWAYS,
-    **dict.fromkeys((*SYSTEM, "history"), "map it in the source's `columns`"),
-    **dict.fromkeys(("tools", "functions"), "tools go with messages"),
-}
-_WITH_MESSAGES = _ALWAYS | dict.fromkeys(
-    REASONING, "put it into its message, or leave it out with data.reasoning=drop"
-)
+_REASONING = dict.fromkeys(REASONING, "put it into its message, or leave it out with data.reasoning=drop")
 
 # Of chat templates: Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS, Command.
 _MARKERS = (
@@ -78,12 +71,22 @@ def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None
         marks = [f"{key}={row.peek(key)!r}" for key in row.among(MARKS) if key not in columns]
         raise BadRow(f"the row says that it is not trained: {', '.join(marks)}")
     refuse_unusable(row, "the row", skip=columns)
-    remedies = _WITH_COLUMNS if columns.by_role else _WITH_MESSAGES if reasoning != "drop" else _ALWAYS
+    remedies = _TEMPLATES if columns.by_role or reasoning == "drop" else _TEMPLATES | _REASONING
     for name in row.among(remedies):
         if name not in columns and row.says(name):
             raise BadRow(
                 f"the row has `{name}`, which would not be used: {remedies[name]}, or list {name} under the "
                 "source's `ignore`"
+            )
+
+
+def refuse_unused_context(row: Keys) -> None:
+    """Raise `BadRow` for a part of the prompt that nothing has read: the rest would be another prompt."""
+    for name in row.among((*SYSTEM, "history", "tools", "functions")):
+        if row.says(name) and not row.is_used(name):
+            raise BadRow(
+                f"the row has `{name}`, which its form does not use: name it in the source's `columns` where "
+                f"they can hold it, write it into the messages, or list {name} under the source's `ignore`"
             )
 
 

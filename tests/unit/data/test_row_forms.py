@@ -103,7 +103,7 @@ def test_joined_columns_may_be_absent_or_null(tmp_path: Path, extra: dict[str, A
     columns = {"user": "instruction+input", "assistant": "output", "system": "about"}
     examples, said = read(tmp_path, {"instruction": "Sky?", "output": "Blue."} | extra, columns=columns)
     assert examples == [SKY]
-    absent = ["about"] if extra.get("input") == "" else ["input", "about"]
+    absent = ["about"] if extra.get("input") == "" else ["about", "input"]
     assert said == [f"columns that no row has: {', '.join(absent)}"]
     assert "no column 'instruction+input'" in reason(tmp_path, {"output": "Blue."}, columns=columns)
     assert "no column 'output'" in reason(tmp_path, {"instruction": "Sky?"}, columns=columns)
@@ -244,6 +244,25 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(
     found = reason(tmp_path, row)
     assert "rows.jsonl:1: " in found
     assert said.replace("\\", "") in found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS},
+        {"chosen": TURNS, "rejected": [TURNS[0], TURNS[1] | {"content": "Red."}]},
+        {"chosen": "\n\nHuman: Sky?\n\nAssistant: Blue.", "rejected": "\n\nHuman: Sky?\n\nAssistant: Red."},
+    ],
+)
+def test_history_beside_a_whole_conversation_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert "`history`, which its form does not use" in reason(tmp_path, row | {"history": [["Hi", "Hello"]]})
+
+
+def test_history_comes_before_the_prompt_of_a_preference(tmp_path: Path) -> None:
+    row = {"history": [["Hi", "Hello"]], "prompt": "Sky?", "chosen": "Blue.", "rejected": "Red."}
+    ((example,), said) = read(tmp_path, row)
+    assert isinstance(example, Preference) and said == []
+    assert [message.content for message in example.prompt] == ["Hi", "Hello", "Sky?"]
 
 
 @pytest.mark.parametrize("key", ["system", "history", "tools", "label"])
