@@ -183,6 +183,17 @@ def test_calls_in_the_older_form_and_in_sharegpts(tmp_path: Path) -> None:
             assert read(tmp_path, row) == ([Dialog(expected, (TOOL,))], []), row
 
 
+def test_a_text_before_an_older_call_stays(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "Let me look.", "function_call": CALL}
+    result = {"role": "function", "name": "w", "content": "21"}
+    row = {"messages": [TURNS[0], call, result, TURNS[1]], "functions": [FUNCTION]}
+    ((dialog,), said) = read(tmp_path, row)
+    assert isinstance(dialog, Dialog)
+    found = (ToolCall("w", {"c": "SF", "d": None}),)
+    assert dialog.messages[1] == Message("assistant", "Let me look.", found, end_of_turn=False)
+    assert said == ["keys not used: messages.name (1 row)"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -235,6 +246,9 @@ def test_calls_in_the_older_form_and_in_sharegpts(tmp_path: Path) -> None:
             {"prompt": "Sky?", "chosen": [TURNS[1] | {"weight": 0}], "rejected": "Red."},
             "message 1 is marked as not trained; of a preference",
         ),
+        ({"prompt": "Sky?", "chosen": "Blue.", "rejected": "", "chosen_score": 5}, "empty response"),
+        ({"prompt": TURNS, "chosen": TURNS[1:], "rejected": "Red."}, "must end with a user or ipython"),
+        ({"chosen": TURNS * 2, "rejected": [TURNS[0], SAID[1] | {"value": "Hm."}, *TURNS]}, "part before"),
         ({"prompt": "Sky?", "chosen": "Blue.", "rejected": ["Red.", "Green."]}, "message 1 must be"),
     ],
 )  # fmt: skip
