@@ -102,7 +102,9 @@ def step_of(directory: Path, step: int | None) -> Path:
         return directory
     steps = manifest.published_steps(directory)
     if not steps:
-        raise ValueError(f"{directory} holds no published checkpoint")
+        strays = [repr(name) for name in manifest.stray_names(directory) if name.startswith("step-")]
+        others = f"; it has {', '.join(strays)}, which are none" if strays else ""
+        raise ValueError(f"{directory} holds no published checkpoint{others}")
     if step is not None and step not in steps:
         raise ValueError(f"{directory} has no step {step}; it has {', '.join(map(str, steps))}")
     return manifest.step_directory(directory, steps[-1] if step is None else step)

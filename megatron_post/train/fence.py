@@ -10,6 +10,7 @@ fails.
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 
+from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
+
+_EPOCH = re.compile(r"\d{6,}", re.ASCII)
 
 
 class Superseded(ValueError):
@@ -83,6 +87,8 @@ def claim(run_dir: str | Path, incarnation: str) -> Fence:
     for partial in manifest.partial_directories(root, before_epoch=epoch):
         manifest.remove(partial)
     manifest.remove_leftovers(root)
+    if strays := manifest.stray_names(root):
+        say(f"{root}: passed over, for these are no checkpoints: {', '.join(map(repr, strays))}")
     return Fence(directory, epoch, incarnation)
 
 
@@ -120,7 +126,8 @@ def _create_next(directory: Path, incarnation: str) -> int:
 
 
 def _epochs(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    names = (path.name for path in directory.iterdir())
+    return sorted(int(name) for name in names if _EPOCH.fullmatch(name) and name == f"{int(name):06d}")
 
 
 def _read(directory: Path, epoch: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import time
 import zlib
@@ -16,8 +17,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_post.display import say
+
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_STEP = re.compile(r"step-(\d{8,})", re.ASCII)
+_PARTIAL = re.compile(r"\.partial-step-\d+-epoch-(\d+)-\d+", re.ASCII)
+_WORKING = (".partial-step-", ".converting-step-", ".stale-", ".replaced-")
 # Exact names only: a pickle may ask for "os.system" inside any module that imports os.
 _ALLOWED = {
     *(
@@ -67,14 +73,35 @@ def partial_directory(root: Path, step: int, *, epoch: int = 0, attempt: int = 0
 
 def partial_directories(root: Path, *, before_epoch: int) -> list[Path]:
     """What incarnations of a run before `before_epoch` have been writing."""
-    paths = root.glob(".partial-step-*-epoch-*")
-    return [path for path in paths if int(path.name.split("-")[4]) < before_epoch]
+    matches = ((path, _PARTIAL.fullmatch(path.name)) for path in _entries(root))
+    return [path for path, match in matches if match is not None and int(match[1]) < before_epoch]
 
 
 def published_steps(root: Path) -> list[int]:
-    """Steps with a published directory, oldest first. Whether they are intact is `verify`'s to say."""
-    found = (path.name.removeprefix("step-") for path in root.glob("step-*") if path.is_dir())
-    return sorted(int(text) for text in found if text.isdigit())
+    """Steps with a published directory, or a link to one, oldest first. Whether they are intact is `verify`'s
+    to say; other names are `stray_names`."""
+    return sorted(int(path.name.removeprefix("step-")) for path in _entries(root) if _is_step(path))
+
+
+def stray_names(root: Path) -> list[str]:
+    """What lies among the checkpoints of a run and is none of its doing: `step-8`, `step-00000008.bak`, a
+    file `step-00000009`."""
+    own = (*_WORKING, f".{LATEST}", ".nfs")  # .nfs: a file that is deleted and still open somewhere
+    names = [path.name for path in _entries(root) if not _is_step(path)]
+    return sorted(name for name in names if name != LATEST and not name.startswith(own))
+
+
+def _is_step(path: Path) -> bool:
+    match = _STEP.fullmatch(path.name)
+    return match is not None and step_directory(path.parent, int(match[1])) == path and path.is_dir()
+
+
+def _entries(root: Path) -> list[Path]:
+    """Nothing where there is no such directory."""
+    try:
+        return list(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def checksum(path: Path) -> str:
@@ -130,24 +157,57 @@ def publish(
     sync_directory(root)
     # a newer one is damaged, or this run would have gone on from it: it must not push out a good one
     past = [old for old in published_steps(root) if old <= step]
+    stale = [path for path in _entries(root) if path.name.startswith(".stale-")]
     for old in past[:-keep]:
         if not keep_every or old % keep_every:
-            remove(step_directory(root, old))
+            try:
+                remove(step_directory(root, old))
+            except OSError as error:  # a run that goes well does not end for it
+                _say_not_deleted(step_directory(root, old), error)
+    for path in stale:
+        _delete(path)
     return final
 
 
 def remove(directory: Path) -> None:
-    """Make a directory of a run invisible at once, then delete it; nothing happens where it is gone."""
+    """Make a directory of a run invisible at once, then delete it; nothing happens where it is gone.
+
+    Raises `OSError` where it cannot be renamed. What cannot be deleted is said, and tried again when the next
+    checkpoint is published and when the run starts again.
+    """
     doomed = directory.with_name(f".stale-{directory.name.lstrip('.')}-{time.time_ns()}")
     with contextlib.suppress(FileNotFoundError):
         directory.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(doomed)
 
 
 def remove_leftovers(root: Path) -> None:
     """Delete what was being removed or replaced when its process died."""
-    for path in [*root.glob(".stale-*"), *root.glob(".replaced-*")]:
+    for path in _entries(root):
+        if path.name.startswith((".stale-", ".replaced-")):
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a directory, or a link to one, as far as possible, and say why something is left."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+            return
         shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path)  # which raises the reason
+    except FileNotFoundError:
+        pass  # another process has deleted it
+    except OSError as error:
+        _say_not_deleted(path, error)
+
+
+def _say_not_deleted(path: Path, error: OSError) -> None:
+    say(
+        f"{path} cannot be deleted: {error.filename or path}: {error.strerror}; its space is missing "
+        "until it is, and the next save tries again"
+    )
 
 
 def _put_into_place(partial: Path, final: Path) -> None:
@@ -162,7 +222,7 @@ def _put_into_place(partial: Path, final: Path) -> None:
         with contextlib.suppress(OSError):
             aside.rename(final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _delete(aside)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

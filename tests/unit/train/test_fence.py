@@ -114,3 +114,10 @@ def test_a_save_whose_files_a_newer_incarnation_removed_says_so(
     claim(tmp_path, "1.1")
     with pytest.raises(SaveFailed, match=r"rank 0: Superseded: incarnation 1\.0 \(epoch 1\) may not publish"):
         checkpoints.wait()
+
+
+def test_strays_among_claims_are_no_epochs(tmp_path: Path) -> None:
+    claim(tmp_path, "1.0")
+    for name in ("7", "0000009", "000008.bak", "00000²", ".DS_Store"):
+        (tmp_path / "incarnations" / name).touch()
+    assert claim(tmp_path, "1.1").epoch == 2

@@ -1,7 +1,11 @@
 """Complete or invisible, and nothing damaged is taken for good."""
 
+import errno
+import os
 import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -102,3 +106,78 @@ def test_paths_outside_are_refused(tmp_path: Path) -> None:
         pickle.dump(Metadata({}, storage_data={"x": _StorageInfo("../../etc/passwd", 0, 1)}), file)
     with pytest.raises(manifest.DamagedCheckpoint, match="outside"):
         manifest.read_metadata(path)
+
+
+STRAYS = [
+    "step-abc",
+    "step-8",
+    "step-000000008",
+    "step-00000008.bak",
+    "step-",
+    "step-²",
+    "step-０００００００８",
+    "old",
+]
+
+
+def test_strays_are_no_steps(tmp_path: Path) -> None:
+    """Directories of other names, a file of a step's name, links to nowhere and to themselves."""
+    _publish(tmp_path, 10)
+    for name in STRAYS:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009").write_text("no directory")
+    (tmp_path / ".DS_Store").write_text("")
+    (tmp_path / "step-00000012").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "step-00000013").symlink_to(tmp_path / "step-00000013")
+    manifest.partial_directory(tmp_path, 11, epoch=3, attempt=1).mkdir()
+    (tmp_path / ".partial-step-7-epoch-x-1").mkdir()
+    assert manifest.published_steps(tmp_path) == [10]
+    others = [".DS_Store", "step-00000009", "step-00000012", "step-00000013"]
+    assert manifest.stray_names(tmp_path) == sorted(STRAYS + others)
+    partial = manifest.partial_directory(tmp_path, 11, epoch=3, attempt=1)
+    assert manifest.partial_directories(tmp_path, before_epoch=4) == [partial]
+    assert manifest.published_steps(tmp_path / "step-00000009") == []
+    assert manifest.published_steps(tmp_path / "nowhere") == manifest.stray_names(tmp_path / "nowhere") == []
+    _publish(tmp_path, 9, keep=1)  # where a file stood
+    assert manifest.published_steps(tmp_path) == [9, 10]
+
+
+def test_a_link_to_a_checkpoint_is_one(tmp_path: Path) -> None:
+    """And where it is dropped, the checkpoint stays where it is."""
+    elsewhere = _publish(tmp_path / "elsewhere", 10)
+    root = tmp_path / "here"
+    root.mkdir()
+    manifest.step_directory(root, 10).symlink_to(elsewhere)
+    assert manifest.published_steps(root) == [10]
+    _publish(root, 20, keep=1)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000020"]
+    manifest.verify(elsewhere)
+
+
+@pytest.mark.parametrize("call", ["unlink", "rename"])
+def test_an_old_checkpoint_that_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
+) -> None:
+    """As an immutable file or directory of step 10 cannot: the next ones are published all the same, it is
+    said why its space is missing, and tried again with the next one."""
+    _publish(tmp_path, 10, keep=1)
+    real = getattr(os, call)
+
+    def refuse(path: Any, *rest: Any, **options: Any) -> None:
+        if str(path) in ("weights", str(tmp_path / "step-00000010")):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        for step in (20, 30):
+            manifest.verify(_publish(tmp_path, step, keep=1))
+            said = capsys.readouterr().out
+            assert re.search(
+                r"step-00000010\S* cannot be deleted: \S+: Operation not permitted; its space", said
+            )
+    left = ["step-00000010"] if call == "rename" else []
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [*left, "step-00000030"]
+    _publish(tmp_path, 40, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000040"]
+    assert capsys.readouterr().out == ""
