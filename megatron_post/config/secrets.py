@@ -32,7 +32,7 @@ _SECRET = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _SECRET_NAME = re.compile(
-    rf"(?:.*[_.-])?(?:{_NAMES}|(?:api)?keys?|tokens?|secrets?|credentials?|authorization)", re.I
+    rf"(?:.*[_.-])?(?:{_NAMES}|(?:api)?keys?|token|secrets?|credentials?|authorization)", re.I
 )
 
 

@@ -62,6 +62,7 @@ def test_a_known_secret_is_hidden_in_any_spelling(spelling: str) -> None:
 def test_names() -> None:
     secret = "api_key apiKey OPENAI_API_KEY HF_TOKEN WANDB_API_KEY backend.token password x.DB_PASSWD secret"
     other = "max_tokens_a_step api_key_variable tokenizer TOKENIZERS_PARALLELISM keys_of path monkey"
+    other += " sampling.max_tokens tokenizer.content_tokens"
     assert all(map(is_secret_name, secret.split()))
     assert not any(map(is_secret_name, other.split()))
 
