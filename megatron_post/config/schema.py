@@ -11,7 +11,7 @@ from megatron_post.config.presets import PRESETS
 RoleName = Literal["header", "prompt", "body", "terminator"]
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 TrainOn = Literal["all_turns", "last_turn"]
-Reasoning = Literal["refuse", "drop"]
+Reasoning = Literal["refuse", "drop", "render"]
 
 
 class Section(BaseModel):
@@ -135,7 +135,7 @@ class Data(Section):
     reasoning: Reasoning = Field(
         "refuse",
         description="what an assistant's `reasoning_content` or `thinking` becomes. refuse: its row is bad; "
-        "drop: it is left out",
+        "drop: it is left out; render: it stands between <think> and </think> before the answer",
     )
     preferences: Preferences = Preferences()
     backend: Literal["torch", "dali"] = "torch"

@@ -64,6 +64,7 @@ def build_store(
         seed=config.seed,
         layout=store_layout(config),  # type: ignore[arg-type]
         content_tokens=tokenizer.content_tokens,
+        reasoning=config.data.reasoning,
         tokenizer_path=str(Path(config.tokenizer.path).resolve()),
     )
     bad_rows = BadRows(config.data.max_bad_rows)

@@ -11,10 +11,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_post.config.schema import Reasoning
+
 _FILES = ("json_text.jinja", "chat_template.jinja")
 
 
-def chat_template(*, control_tokens: Sequence[str], reasoning: str) -> str:
+def chat_template(*, control_tokens: Sequence[str], reasoning: Reasoning) -> str:
     """control_tokens: what no text may spell. reasoning: `data.reasoning` of the training."""
     tokens = json.dumps(list(control_tokens), ensure_ascii=False)
     settings = f"{{%- set reasoning = '{reasoning}' -%}}\n{{%- set control_tokens = {tokens} -%}}\n"

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 RoleOfMessage = Literal["system", "user", "assistant", "ipython"]
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 
+THINK = ("<think>", "</think>")  # reasoning stands between them
 MAX_CHARACTERS = 4_000_000  # in one row; a 128K-token row has about 600,000
 CODE_INTERPRETER = "code_interpreter"
 SEARCH_TOOLS = ("brave_search", "wolfram_alpha")  # built in, called with one query
@@ -59,7 +60,7 @@ class Message:
     """One message. `end_of_turn=False`: it ends with <|eom_id|>, more of its turn follows (a tool's output).
 
     trained: whether an assistant's message may carry loss. One that may not is context, as a user's is.
-    reasoning: what the assistant thought before it answered, where the row says so.
+    reasoning: what the assistant thought before it answered, and what is rendered of it.
     Raises `BadRow` for an unknown role, a content that is no text or no valid UTF-8, and wrong tool calls.
     """
 
@@ -77,8 +78,10 @@ class Message:
             )
         if not isinstance(self.content, str):
             raise BadRow(f"content of the {self.role} message is {type(self.content).__name__}, not text")
+        if self.reasoning and self.role != "assistant":
+            raise BadRow(f"the {self.role} message has reasoning; only the assistant's can")
         try:
-            self.content.encode()
+            self.text.encode()
         except UnicodeEncodeError as error:
             raise BadRow(
                 f"invalid UTF-8: the {self.role} message holds a lone surrogate at character {error.start}"
@@ -89,6 +92,12 @@ class Message:
             )
         if self.tool_calls:
             self._check_tool_calls()
+
+    @property
+    def text(self) -> str:
+        """What the message says, with its reasoning before its content."""
+        before, after = THINK
+        return f"{before}\n{self.reasoning}\n{after}\n\n{self.content}" if self.reasoning else self.content
 
     def _check_tool_calls(self) -> None:
         if self.role != "assistant":
@@ -195,7 +204,7 @@ def _check_tools(tools: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_size(messages: Sequence[Message]) -> None:
-    characters = sum(len(message.content) for message in messages)
+    characters = sum(len(message.text) for message in messages)
     if characters > MAX_CHARACTERS:
         raise BadRow(f"huge: {characters} characters, more than {MAX_CHARACTERS}")
 

@@ -54,7 +54,7 @@ def template_mark(text: str, *, role: str) -> str | None:
 
 def refuse_templated(message: Message) -> None:
     """Raise `BadRow` if a message holds another template's marks."""
-    if mark := template_mark(message.content, role=message.role):
+    if mark := template_mark(message.text, role=message.role):
         raise BadRow(
             f"the {message.role} message holds {mark!r}: a chat template or a transcript is in the text, and "
             "would be trained as text. Give the messages apart, or set templated=keep for the source if its "

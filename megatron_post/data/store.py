@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 
+from megatron_post.config.schema import Reasoning
 from megatron_post.data.store_checksums import StoreChecksums, StoreError, array_digest, read_checksums
 from megatron_post.data.template import TokenRole
 from megatron_post.storage.reading import read_object, reading
@@ -76,6 +77,7 @@ class StoreSettings:
     tokenizer_path: str = field(
         default="", compare=False
     )  # where it was then: for people, not for a decision
+    reasoning: Reasoning = "refuse"
     content_tokens: tuple[str, ...] = ()  # the tokenizer's added tokens that texts may spell
 
 
@@ -316,6 +318,7 @@ def open_store(
     segment_multiple: int = 1,
     tokenizer_fingerprint: str | None = None,
     layout: str | None = None,
+    reasoning: str | None = None,
     vocab_size: int | None = None,
 ) -> PackStore:
     """Open a group read-only. What is given must fit: None (or multiple 1) asks for nothing.
@@ -346,6 +349,11 @@ def open_store(
     if layout not in (None, settings.layout):
         raise StoreError(
             f"store {path} holds examples as {settings.layout!r}, this stage needs {layout!r}; {remedy}"
+        )
+    if reasoning not in (None, settings.reasoning):
+        raise StoreError(
+            f"store {path} was packed with data.reasoning={settings.reasoning}, and now it is {reasoning}: "
+            f"the exported chat template would differ from the data; {remedy}"
         )
     return PackStore(path, group, settings, checksums, vocab_size=vocab_size)
 

@@ -85,7 +85,7 @@ def texts_of(example: Dialog | Preference) -> Iterator[str]:
     responses = () if isinstance(example, Dialog) else example.responses
     opening = example.messages if isinstance(example, Dialog) else example.prompt
     for message in chain(with_tools(opening, example.tools), *responses):
-        yield message.content
+        yield message.text
         yield from map(call_text, message.tool_calls)
 
 
@@ -145,7 +145,7 @@ class _Template:
         for message in messages:
             body, end = _roles_of(message)
             yield self.header(message.role)
-            yield message.content, body
+            yield message.text, body
             for call in message.tool_calls:
                 yield [self._special(PYTHON_TAG)], body
                 yield call_text(call), body

@@ -13,8 +13,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from megatron_post.config.schema import Config
+from megatron_post.config.schema import Config, Reasoning
 from megatron_post.data.chat_template import chat_template
+from megatron_post.data.dialog import THINK
 from megatron_post.storage.reading import plain_file
 
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -41,14 +42,15 @@ _SPLIT = (
 class Tokenizer:
     """Text to ids and back. Special tokens typed in text are text; `special` alone gives control tokens.
 
-    Added tokens that are not special are found in text, and `content_tokens` names them.
+    Added tokens that are not special are found in text, and `content_tokens` names them. reasoning: what the
+    saved chat template does with it.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, reasoning: Reasoning = "refuse") -> None:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self._backend, self._reasoning = backend, reasoning
         added = backend.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
         self.content_tokens = tuple(token.content for token in added.values() if not token.special)
@@ -128,7 +130,7 @@ class Tokenizer:
             "pad_token": names[self.pad_id],
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
-            "chat_template": chat_template(control_tokens=list(self._special), reasoning="refuse"),
+            "chat_template": chat_template(control_tokens=list(self._special), reasoning=self._reasoning),
         }
         (directory / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -136,17 +138,30 @@ class Tokenizer:
 
 
 def tokenizer_of(config: Config, *, beside: Path = Path()) -> Tokenizer:
-    """The tokenizer of a run. beside: the directory that a relative path starts from. Raises as
-    `load_tokenizer` does."""
-    settings = config.tokenizer
-    return load_tokenizer(beside / settings.path, content_tokens=settings.content_tokens)
+    """The tokenizer of a run. beside: the directory that a relative path starts from.
+
+    Raises as `load_tokenizer` does, and where rendered reasoning would spell special tokens.
+    """
+    settings, reasoning = config.tokenizer, config.data.reasoning
+    tokenizer = load_tokenizer(
+        beside / settings.path, content_tokens=settings.content_tokens, reasoning=reasoning
+    )
+    if reasoning == "render" and (special := list(tokenizer.spelled(THINK))):
+        raise ValueError(
+            f"data.reasoning=render writes {' and '.join(special)}, which are special tokens of "
+            f"tokenizer.path={settings.path}; name them in tokenizer.content_tokens"
+        )
+    return tokenizer
 
 
-def load_tokenizer(path: str | Path, *, content_tokens: Sequence[str] = ()) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, content_tokens: Sequence[str] = (), reasoning: Reasoning = "refuse"
+) -> Tokenizer:
     """Read Meta's `tokenizer.model`, a `tokenizer.json`, or a directory with either (`tokenizer.json` first).
 
-    content_tokens: special tokens that texts may spell. Raises `ValueError` if there is no tokenizer, if the
-    file is not what its name says, or if a content token is none of its tokens or one of Llama 3's format.
+    content_tokens: special tokens that texts may spell. reasoning: as for `Tokenizer`. Raises `ValueError` if
+    there is no tokenizer, if the file is not what its name says, or if a content token is none of its tokens
+    or one of Llama 3's format.
     """
     path = Path(path)
     if path.is_dir():
@@ -165,7 +180,7 @@ def load_tokenizer(path: str | Path, *, content_tokens: Sequence[str] = ()) -> T
             backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
             raise ValueError(f"tokenizer.path={path} is not a tokenizer.json: {error}") from error
-    return Tokenizer(_with_content_tokens(backend, content_tokens, path))
+    return Tokenizer(_with_content_tokens(backend, content_tokens, path), reasoning=reasoning)
 
 
 def _with_content_tokens(backend: Backend, names: Sequence[str], path: Path) -> Backend:

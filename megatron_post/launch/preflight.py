@@ -96,6 +96,7 @@ def data_findings(config: Config, directory: Path) -> list[str]:
                 segment_multiple=segment_multiple(config),
                 tokenizer_fingerprint=fingerprint,
                 layout=store_layout(config),
+                reasoning=config.data.reasoning,
             )
         except (ValueError, OSError) as error:
             found.append(f"data.store, {group}: {error}")

@@ -22,7 +22,11 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
     values = {
         "stage": "dpo",
         "tokenizer": {"path": settings.tokenizer_path, "content_tokens": settings.content_tokens},
-        "data": {"store": str(store), "pack_length": settings.pack_length},
+        "data": {
+            "store": str(store),
+            "pack_length": settings.pack_length,
+            "reasoning": settings.reasoning,
+        },
     }
     config = config_of_model(model, values, overrides)
     with running_model(config) as (stepper, _, topology):

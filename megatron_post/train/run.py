@@ -142,6 +142,7 @@ def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackSt
             segment_multiple=segment_multiple(config),
             tokenizer_fingerprint=tokenizer.fingerprint,
             layout=store_layout(config),
+            reasoning=config.data.reasoning,
             vocab_size=config.model.vocab_size,
         )
 

@@ -302,6 +302,8 @@ def test_texts_that_spell_special_tokens_are_counted(tmp_path: Path) -> None:
         StoreError, match=r"content_tokens=\['<think>', '</think>', '<tool_call>'\], tokenizer"
     ):
         open_store(tmp_path / "store", "train", tokenizer_fingerprint=tokenizer_of(config).fingerprint)
+    with pytest.raises(StoreError, match=r"data.reasoning=refuse, and now it is drop: the exported chat"):
+        open_store(tmp_path / "store", "train", reasoning="drop")
     show_pack(tmp_path / "store", 0, console=Console(file=StringIO()))  # knows the store's content tokens
 
 

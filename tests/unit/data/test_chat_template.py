@@ -5,14 +5,14 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_post.config.schema import Source
+from megatron_post.config.schema import Reasoning, Source
 from megatron_post.data.dialog import BadRow, Dialog
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.template import render, render_prompt
@@ -31,15 +31,19 @@ def tokenizer() -> Tokenizer:
     return train_small_tokenizer([WORDS] * 9, 330)
 
 
-@pytest.fixture(scope="module")
-def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("exported")
+def exported(tokenizer: Tokenizer, directory: Path) -> Any:
     tokenizer.save(directory)
     return transformers.AutoTokenizer.from_pretrained(directory)
 
 
-def dialog_of(row: Mapping[str, Any]) -> Dialog:
-    found = example_of_row(row, Source(name="s", path="p", templated="keep"))
+@pytest.fixture(scope="module")
+def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return exported(tokenizer, tmp_path_factory.mktemp("exported"))
+
+
+def dialog_of(row: Mapping[str, Any], *, reasoning: Reasoning = "refuse") -> Dialog:
+    source = Source(name="s", path="p", templated="keep")
+    found = example_of_row(row, source, reasoning=reasoning)
     assert isinstance(found, Dialog)
     return found
 
@@ -51,9 +55,11 @@ def ids(theirs: Any, row: Mapping[str, Any], **options: Any) -> list[int]:
     return found
 
 
-def assert_equal(row: Mapping[str, Any], tokenizer: Tokenizer, theirs: Any) -> None:
+def assert_equal(
+    row: Mapping[str, Any], tokenizer: Tokenizer, theirs: Any, *, reasoning: Reasoning = "refuse"
+) -> None:
     """Of the whole row, and of each prompt in it that an assistant's header may follow."""
-    dialog = dialog_of(row)
+    dialog = dialog_of(row, reasoning=reasoning)
     assert ids(theirs, row) == render(dialog, tokenizer).tokens.tolist()
     for end, message in enumerate(dialog.messages, start=1):
         if message.role in ("user", "ipython") and dialog.messages[end].role == "assistant":
@@ -74,8 +80,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
-# rows lose arguments that are null
-mappings = st.dictionaries(texts | st.just("self"), values.filter(lambda v: v is not None), max_size=3)
+mappings = st.dictionaries(texts | st.just("self"), values, max_size=3)
 
 
 @st.composite
@@ -286,8 +291,7 @@ def test_content_tokens_are_spelled_in_both_and_others_in_neither(tmp_path: Path
     }
     named = load_tokenizer(save_with_think(tmp_path), content_tokens=THINK)
     for directory, ours in (("named", named), ("plain", load_tokenizer(tmp_path))):
-        ours.save(tmp_path / directory)
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / directory)
+        theirs = exported(ours, tmp_path / directory)
         spelled = np.isin(render(dialog_of(row), ours).tokens, named.encode("".join(THINK))).sum()
         if ours is named:
             assert_equal(row, ours, theirs)
@@ -296,6 +300,90 @@ def test_content_tokens_are_spelled_in_both_and_others_in_neither(tmp_path: Path
             assert spelled == 0
             with pytest.raises(jinja2.TemplateError, match=r"a text holds </?think>"):
                 ids(theirs, row)
+
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+@pytest.fixture(scope="module", params=["plain", "named"])
+def of_each_rule(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Reasoning, Any]:
+    """By data.reasoning: a tokenizer, to which <think> is text or a token, and the exported one."""
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == "plain":
+        train_small_tokenizer([WORDS] * 9, 330).save(directory)
+    else:
+        save_with_think(directory)
+    names = THINK if request.param == "named" else ()
+    found: dict[Reasoning, Any] = {}
+    for rule in get_args(Reasoning):
+        ours = load_tokenizer(directory, content_tokens=names, reasoning=rule)
+        found[rule] = ours, exported(ours, directory / rule)
+    return found
+
+
+@given(
+    row=rows(),
+    places=st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    thoughts=st.lists(texts, min_size=3, max_size=3),
+    key=st.sampled_from([*THOUGHTS, "part"]),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_reasoning_is_what_the_configuration_makes_of_it(
+    row: dict[str, Any], places: list[int], thoughts: list[str], key: str, of_each_rule: dict[Reasoning, Any]
+) -> None:
+    messages = [dict(message) for message in row["messages"]]
+    row = row | {"messages": messages}
+    speakers = [message for message in messages if message["role"] == "assistant"]
+    for place, thought in zip(places, thoughts, strict=False):
+        message = speakers[place % len(speakers)]
+        if key == "part" and isinstance(message["content"], list):
+            message["content"] = [{"type": "thinking", "thinking": thought}, *message["content"]]
+        elif key != "part":
+            message[key] = thought
+    for rule in ("drop", "render"):
+        assert_equal(row, *of_each_rule[rule], reasoning=rule)
+    dropped, rendered = (dialog_of(row, reasoning=rule) for rule in ("drop", "render"))
+    if dropped != rendered:
+        with pytest.raises(BadRow, match=r"data.reasoning says"):
+            dialog_of(row)
+        with pytest.raises(jinja2.TemplateError, match=r"has reasoning, and .* data.reasoning=refuse"):
+            ids(of_each_rule["refuse"][1], row)
+
+
+def test_reasoning_stands_before_the_answer_and_the_call(of_each_rule: dict[Reasoning, Any]) -> None:
+    ours, theirs = of_each_rule["render"]
+    call = {"name": "brave_search", "arguments": {"query": "x"}}
+    said = {
+        "role": "assistant",
+        "reasoning_content": " one\n\ntwo ",
+        "content": "\nI look. ",
+        "tool_calls": [call],
+    }
+    row = {"messages": [USER, said]}
+    text = ours.decode(render(dialog_of(row, reasoning="render"), ours).tokens.tolist())
+    assert text.endswith(
+        "assistant<|end_header_id|>\n\n<think>\none\n\ntwo\n</think>\n\nI look."
+        '<|python_tag|>brave_search.call(query="x")<|eom_id|>'
+    )
+    assert ids(theirs, row) == render(dialog_of(row, reasoning="render"), ours).tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (ANSWER | {"reasoning_content": "a", "thinking": "b"}, "contradict each other"),
+        (ANSWER | {"reasoning_content": ["a"]}, "no(t)? text"),
+        (USER | {"reasoning_content": "a"}, "the user message has reasoning; only the assistant's can"),
+    ],
+)
+def test_reasoning_that_cannot_be_rendered_both_refuse(
+    message: dict[str, Any], reason: str, of_each_rule: dict[Reasoning, Any]
+) -> None:
+    messages = [USER, message] if message["role"] == "assistant" else [message, ANSWER]
+    with pytest.raises(BadRow, match=reason):
+        dialog_of({"messages": messages}, reasoning="render")
+    with pytest.raises(jinja2.TemplateError, match=reason):
+        ids(of_each_rule["render"][1], {"messages": messages})
 
 
 def test_the_template_is_part_of_the_package() -> None:

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.data.tokenizer import USED_SPECIAL_TOKENS, load_tokenizer, train_small_tokenizer
+from megatron_post.config.schema import Config
+from megatron_post.data.tokenizer import (
+    USED_SPECIAL_TOKENS,
+    load_tokenizer,
+    tokenizer_of,
+    train_small_tokenizer,
+)
+from tests.tiny import tiny_config
 from tests.unit.data.thinking import THINK, save_with_think
 
 MODEL = Path(__file__).resolve().parents[3] / "../shared/data/llama3_tokenizer/tokenizer.model"
@@ -211,3 +218,17 @@ def test_a_token_that_takes_white_space_is_refused(tmp_path, flag):
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"its token <tool_call> takes the white space beside it.*to false"):
         load_tokenizer(path)
+
+
+def test_rendered_reasoning_spells_what_texts_may_spell(tmp_path):
+    """Else the exported template would refuse what training saw."""
+    values = tiny_config().model_dump() | {"tokenizer": {"path": str(save_with_think(tmp_path))}}
+    values["data"] |= {"reasoning": "render"}
+    with pytest.raises(
+        ValueError, match=r"data.reasoning=render writes <think> and </think>, .*content_tokens"
+    ):
+        tokenizer_of(Config(**values))
+    values["tokenizer"]["content_tokens"] = THINK
+    tokenizer_of(Config(**values)).save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert "set reasoning = 'render'" in saved["chat_template"]

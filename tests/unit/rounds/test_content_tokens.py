@@ -29,7 +29,7 @@ def test_the_reference_reads_the_stores_content_tokens(
 ) -> None:
     add_think(tiny_policy(tmp_path))
     fingerprint = load_tokenizer(tmp_path, content_tokens=THINK).fingerprint
-    settings = StoreSettings(64, 1, fingerprint, 0, 1, "separate", str(tmp_path), THINK)
+    settings = StoreSettings(64, 1, fingerprint, 0, 1, "separate", str(tmp_path), content_tokens=THINK)
     monkeypatch.setattr(reference, "read_settings", lambda _: settings)
     monkeypatch.setattr(reference, "running_model", _never_running)
     with pytest.raises(_Asked, match="<think>"):
