@@ -19,6 +19,7 @@ from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
 from megatron_post.plan.estimate import make_plan, verdict
 from megatron_post.plan.hardware import gpu
+from megatron_post.train.manifest import published_steps
 
 
 def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:
@@ -105,30 +106,40 @@ def data_findings(config: Config, directory: Path) -> list[str]:
 
 
 def disk_findings(config: Config, directory: Path) -> list[str]:
-    """Room and permission for the checkpoints that will lie side by side, the one being written included."""
-    place = directory / config.run_dir
+    """Room and permission for the checkpoints that will lie side by side, the one being written included.
+    Those that the run has already take no more."""
+    from megatron_post.train.shards import checkpoint_bytes
+
+    run_dir = directory / config.run_dir
+    place = run_dir
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
         return [f"run_dir={config.run_dir}: {place} is not writable"]
-    need = (config.checkpoint.keep + 1) * checkpoint_bytes(config)
-    free = shutil.disk_usage(place).free
+    count, free = most_checkpoints(config), shutil.disk_usage(place).free
+    there = min(len(published_steps(run_dir / "checkpoints")), count - 1)
+    need = (count - there) * checkpoint_bytes(config)
     if need <= free:
         return []
+    kept = f"checkpoint.keep={config.checkpoint.keep}"
+    if config.checkpoint.keep_every:
+        kept += f", checkpoint.keep_every={config.checkpoint.keep_every}"
+    more = f", {there} of which are there; the others" if there else ""
     return [
-        f"run_dir={config.run_dir}: {config.checkpoint.keep + 1} checkpoints (checkpoint.keep="
-        f"{config.checkpoint.keep}, and the one being written) take {need / 1e9:.1f} GB, {place} has "
-        f"{free / 1e9:.1f} GB free"
+        f"run_dir={config.run_dir}: {count} checkpoints ({kept}, and the one being written){more} take "
+        f"{need / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free"
     ]
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Size of a checkpoint: per parameter the weight and Adam's two moments in fp32, and with bf16 weights
-    their fp32 masters as well, 4 + 8 or 2 + 4 + 8 bytes."""
-    from megatron_post.convert.mapping import hf_shapes
-
-    parameters = sum(math.prod(shape) for shape in hf_shapes(config.model).values())
-    return parameters * (14 if config.precision.dtype == "bf16" else 12)
+def most_checkpoints(config: Config) -> int:
+    """How many checkpoints lie side by side while the last one is written: that one, the newest `keep` before
+    it, and of older ones the multiples of `keep_every`."""
+    settings = config.checkpoint
+    if not settings.keep_every or not settings.every:
+        return settings.keep + 1
+    older = (config.train.steps - 1) // settings.every - settings.keep
+    multiples = max(0, older) * settings.every // math.lcm(settings.every, settings.keep_every)
+    return settings.keep + 1 + multiples
 
 
 def mount_findings(config: Config, directory: Path, mounts: Sequence[str]) -> list[str]:

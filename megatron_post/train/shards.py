@@ -24,6 +24,10 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_post.config.schema import Config
+from megatron_post.convert.mapping import hf_shapes
+from megatron_post.models.build import padded_vocab_size
+
 # How megatron-core names Adam's state; parameters alone have no prefix.
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
@@ -59,6 +63,15 @@ def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Ite
     for item in _without_optimizer(model_state, optimizer):
         if is_main_replica(item.replica_id):
             yield from _cut(item, item.data.detach().reshape(-1), 0, prefix="")
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of the tensors that `own_shards` of all ranks save: weights in the dtype that they are trained
+    in, and in fp32 their masters and Adam's moments. 14 a parameter in bf16, 16 in fp32."""
+    model = config.model.model_copy(update={"vocab_size": padded_vocab_size(config)})
+    shapes = hf_shapes(model, scalar_head=config.stage == "reward").values()
+    weight = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    return sum(map(prod, shapes)) * (weight.itemsize + len(_STATES) * torch.float32.itemsize)
 
 
 def needed_shards(

@@ -13,14 +13,15 @@ from megatron_post.data.build import build_store
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.preflight import (
-    checkpoint_bytes,
     data_findings,
     disk_findings,
     layout_findings,
     memory_findings,
+    most_checkpoints,
     mount_findings,
     raise_for,
 )
+from megatron_post.train.shards import checkpoint_bytes
 from tests.tiny import tiny_config
 
 CLUSTER = Cluster(gpus_per_node=0, ranks_per_node=4, cpus_per_node=4)
@@ -100,17 +101,27 @@ class _Usage(NamedTuple):
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """keep=2 needs room for 3: exactly that is enough, a byte less is not. bf16: 14 bytes a parameter."""
+    """keep=2 needs room for 3: exactly that is enough, a byte less is not. One that is there needs none."""
     config = tiny_config(tmp_path / "run", checkpoint={"keep": 2})
-    parameters = checkpoint_bytes(config) // 12
-    # embedding and head 2 x 250 x 64; a layer: q, o 64 x 64, k, v 32 x 64, 3 x 96 x 64, 2 norms; final norm
-    assert parameters == 2 * 250 * 64 + 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64) + 64
-    assert checkpoint_bytes(tiny_config(precision={"dtype": "bf16"})) == 14 * parameters
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * 12 * parameters))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * checkpoint_bytes(config)))
     assert disk_findings(config, tmp_path) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * 12 * parameters - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * checkpoint_bytes(config) - 1))
     (found,) = disk_findings(config, tmp_path)
-    assert "3 checkpoints" in found and "GB free" in found
+    assert "3 checkpoints (checkpoint.keep=2, and" in found and "GB free" in found
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert disk_findings(config, tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(2 * checkpoint_bytes(config) - 1))
+    (found,) = disk_findings(config, tmp_path)
+    assert "3 checkpoints (checkpoint.keep=2, and the one being written), 1 of which are there" in found
+
+
+def test_every_mth_checkpoint_takes_room_too() -> None:
+    """Saved after 10, 20, ... 100. While 100 is written, 80 and 90 are the newest; of those before, 20, 40
+    and 60 are multiples of 20, and 30 and 60 of 15. While 105 is written, 80 is one more."""
+    expected = [(100, 0, 3), (100, 20, 6), (100, 15, 5), (100, 1000, 3), (105, 20, 7), (5, 20, 3)]
+    for steps, keep_every, count in expected:
+        checkpoint = {"every": 10, "keep": 2, "keep_every": keep_every}
+        assert most_checkpoints(tiny_config(checkpoint=checkpoint, train={"steps": steps})) == count
 
 
 def test_mounts(tmp_path: Path) -> None:
