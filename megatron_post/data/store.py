@@ -215,7 +215,7 @@ class PackStore:
         )
         possible = (
             tail >= 0
-            and ((lengths >= 1) & (lengths <= padded)).all()
+            and ((lengths >= 0) & (lengths <= padded)).all()
             and ((sources >= 0) & (sources < len(self.sources))).all()
         )
         if not possible:
