@@ -120,10 +120,17 @@ class Response:
     finish: str
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A request that will not be answered, and why: it is refused, or too long. Others may be answered."""
+
+    reason: str
+
+
 class Backend(Protocol):
     """Answers requests, in their order, until it is closed. Raises `ValueError` for what a user can mend."""
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]: ...
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]: ...
 
     def close(self) -> None:
         """Free the GPUs, for another model."""
@@ -171,19 +178,19 @@ class _Transformers:
         # what a model's own file says (beams, penalties, least lengths) would join in silently
         self._model.generation_config = GenerationConfig()
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]:
         prompts = [prompt_ids(request, self._tokenizer) for request in requests]
-        _check_length(prompts, sampling, self._model.config.max_position_embeddings)
+        found: dict[int, Response | Failure] = {}
+        found |= _overlong(prompts, sampling, self._model.config.max_position_embeddings)
         # batches of prompts of like length waste the least on padding
-        order = sorted(range(len(requests)), key=lambda i: len(prompts[i]))
-        responses: dict[int, Response] = {}
+        order = sorted((i for i in range(len(requests)) if i not in found), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self._batch):
             members = order[start : start + self._batch]
             rows = self._generate(
                 [prompts[i] for i in members], [requests[i].seed for i in members], sampling
             )
-            responses |= zip(members, rows, strict=True)
-        return [responses[i] for i in range(len(requests))]
+            found |= zip(members, rows, strict=True)
+        return [found[i] for i in range(len(requests))]
 
     def close(self) -> None:
         del self._model
@@ -334,37 +341,44 @@ class _Vllm:
         gc.collect()
         signal.signal(signal.SIGTERM, self._terminated)
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]:
         stops = _stop_ids(self._tokenizer, sampling)
         prompts = [prompt_ids(request, self._tokenizer) for request in requests]
-        _check_length(prompts, sampling, self._engine.model_config.max_model_len)
+        found: dict[int, Response | Failure] = {}
+        found |= _overlong(prompts, sampling, self._engine.model_config.max_model_len)
+        asked = [i for i in range(len(requests)) if i not in found]
         outputs = self._engine.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [{"prompt_token_ids": prompts[i]} for i in asked],
             [
                 self._parameters(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_tokens,
-                    seed=request.seed,
+                    seed=requests[i].seed,
                     stop_token_ids=stops,
                     ignore_eos=True,  # the stop tokens are those of `stop`, and not the model's besides
                     detokenize=False,
                 )
-                for request in requests
+                for i in asked
             ],
             use_tqdm=False,
         )
-        return [_response(list(output.outputs[0].token_ids), stops, self._tokenizer) for output in outputs]
+        for i, output in zip(asked, outputs, strict=True):
+            found[i] = _response(list(output.outputs[0].token_ids), stops, self._tokenizer)
+        return [found[i] for i in range(len(requests))]
 
 
-def _check_length(prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> None:
-    """Raises `ValueError` for a prompt which, with its response, is longer than the model can see."""
-    longest = max(map(len, prompts)) + sampling.max_tokens
-    if longest > limit:
-        raise ValueError(
-            f"a prompt and max_tokens={sampling.max_tokens} take {longest} positions, of the {limit} that "
+def _overlong(prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> dict[int, Failure]:
+    """By index: prompts which, with their responses, are longer than the model can see."""
+    lengths = [len(prompt) + sampling.max_tokens for prompt in prompts]
+    return {
+        i: Failure(
+            f"the prompt and max_tokens={sampling.max_tokens} take {length} positions, of the {limit} that "
             "the model has"
         )
+        for i, length in enumerate(lengths)
+        if length > limit
+    }
 
 
 def prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:

@@ -30,12 +30,19 @@ def score(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Write a reward model's scores of responses; run again, it resumes."""
+    from pathlib import Path
+
     from megatron_post.parallel.environment import rank_from_environment
+    from megatron_post.rounds.failures import failed_prompts, read_failures
     from megatron_post.rounds.score import score_file
 
     scored = score_file(model, file, output, overrides or ())
     if rank_from_environment()[0] == 0:
-        say(f"{scored} rows scored into {output}")
+        failed = failed_prompts(read_failures(Path(file)))
+        say(
+            f"{scored} rows scored into {output}"
+            + (f"; {failed} prompts had failed, and what they lack is not scored" if failed else "")
+        )
 
 
 @rounds_app.command("merge")
@@ -85,6 +92,7 @@ def select(
     say(
         f"{output}: {found['responses']} responses to {found['prompts']} prompts, {found['sft_rows']} rows "
         f"to train on, {found['preferences']} preferences ({found['edited']} edited), {found['ties']} ties"
+        + (f"; {found['failed']} prompts had failed" if found["failed"] else "")
     )
     for rule in found["cleaning"]:
         say(f"  {rule['name']}: found in {rule['found']} of {rule['total']}, {rule['dropped']} dropped")

@@ -22,6 +22,7 @@ from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.backends import (
     Backend,
     BackendSettings,
+    Failure,
     Request,
     Response,
     Sampling,
@@ -29,6 +30,14 @@ from megatron_post.rounds.backends import (
     TransformersBackend,
     gpus_of,
     open_backend,
+)
+from megatron_post.rounds.failures import (
+    beside_part,
+    check_failures,
+    failed_prompts,
+    failures_in,
+    failures_of,
+    write_failures,
 )
 from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.rounds.prompts import Prompt, read_prompts
@@ -49,6 +58,9 @@ class Generate(Section):
     skip: int = Field(0, ge=0, description="good prompts passed over")
     max_prompts: PositiveInt | None = None
     max_bad_rows: int = Field(0, ge=0)
+    max_failed: float = Field(
+        0.01, ge=0, le=1, description="share of the prompts, rounded up, that may be refused or too long"
+    )
     system: dict[str, str] = Field(
         default_factory=dict, description="capability -> system prompt; default: any other capability's"
     )
@@ -78,9 +90,11 @@ def generate(
     The same call again goes on with an interrupted one. A response's seed follows from (seed, prompt,
     sample): with a deterministic backend the same call writes the same bytes. Ranks of one step, each with
     the model to itself, draw every so many-th part each on a file system that they share, and all return
-    once the output is there. Returns the responses written by this call. Raises `ValueError` for bad
-    prompts, an existing `output`, an unfinished one of other settings, a bad server and a full disk; finished
-    parts are kept then.
+    once the output is there. Returns the responses written by this call.
+
+    What is refused or too long is a failure: it is written to `failures_of(output)` and not asked again.
+    Raises `ValueError` for bad prompts, an existing `output`, an unfinished one of other settings, a bad
+    server, a full disk, and `TooManyFailures`; finished parts are kept then.
     """
     rank, size, _ = rank_from_environment()
     target = Path(output)
@@ -105,14 +119,24 @@ def generate(
             f"rank 0 to begin {target} with these settings and prompts",
             console,
         )
-        written = _draw(target, own, settings, console, open_backend)
+        written = _draw(target, own, len(prompts), settings, console, open_backend)
         wait_until(target.exists, f"rank 0 to put {target} together", console)
         return written
     with alone(parts):
         _claim(parts, settings)
-        written = _draw(target, own, settings, console, open_backend)
+        written = _draw(target, own, len(prompts), settings, console, open_backend)
         wait_until(lambda: all(name.is_file() for name in names), f"the other parts of {target}", console)
+        failures = failures_in(names)
+        check_failures(failures, prompts=len(prompts), max_failed=settings.max_failed)
+        write_failures(target, failures)
         write_pieces(target, (name.read_text(encoding="utf-8") for name in names))
+    if failures:
+        console.print(
+            f"{target}: {failed_prompts(failures):,} of {len(prompts):,} prompts failed, "
+            f"{failures_of(target)} has the reasons",
+            highlight=False,
+            soft_wrap=True,
+        )
     # behind the lock: NFS keeps a name for what is open. What is left, the next call removes
     shutil.rmtree(parts, ignore_errors=True)
     return written
@@ -182,15 +206,19 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 def _draw(
     target: Path,
     own: Mapping[Path, Sequence[Prompt]],
+    num_prompts: int,
     settings: Generate,
     console: Console,
     open_backend: OpenBackend,
 ) -> int:
-    """Write those of this rank's parts that are missing. Returns the responses written."""
+    """Write those of this rank's parts that are missing. Returns the responses written.
+
+    A part is not written where it has too many failures: these are asked again when the server is mended.
+    """
     missing = {name: prompts for name, prompts in own.items() if not name.is_file()}
     if not missing or target.exists():  # in this order: parts are removed once the target is there
         return 0
-    total = sum(map(len, own.values()))
+    total, failures = sum(map(len, own.values())), failures_in(own)
     written = tokens = 0
     started = time.perf_counter()
     with (
@@ -200,7 +228,10 @@ def _draw(
         _Progress(console, total - sum(map(len, missing.values())), total) as progress,
     ):
         for name, prompts in missing.items():
-            rows = _rows(prompts, backend, settings)
+            rows, failed = _rows(prompts, backend, settings)
+            failures += failed
+            check_failures(failures, prompts=num_prompts, max_failed=settings.max_failed)
+            write_lines(beside_part(name), failed)
             write_lines(name, rows)
             written, tokens = written + len(rows), tokens + sum(row["tokens"] for row in rows)
             rate = f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
@@ -221,24 +252,29 @@ def _who() -> str:
     return f"rank {rank} of {size}: " if size > 1 else ""
 
 
-def _rows(prompts: Sequence[Prompt], backend: Backend, settings: Generate) -> list[dict[str, Any]]:
+def _rows(
+    prompts: Sequence[Prompt], backend: Backend, settings: Generate
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The responses, and the failures."""
     drawn = [(prompt, k) for prompt in prompts for k in range(settings.sampling.samples)]
     requests = [
         Request(p.with_system(settings.system), sample_seed(settings.sampling.seed, p.number, k))
         for p, k in drawn
     ]
     responses = backend.respond(requests, settings.sampling)
-    return [
-        _row(prompt, sample, request, response, settings.model)
-        for (prompt, sample), request, response in zip(drawn, requests, responses, strict=True)
-    ]
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    for (prompt, sample), request, response in zip(drawn, requests, responses, strict=True):
+        draw = {"prompt": prompt.number, "sample": sample, "checkpoint": settings.model}
+        if isinstance(response, Failure):
+            failed.append(draw | {"reason": response.reason})
+        else:
+            rows.append(draw | _said(request, response))
+    return rows, failed
 
 
-def _row(prompt: Prompt, sample: int, request: Request, response: Response, model: str) -> dict[str, Any]:
+def _said(request: Request, response: Response) -> dict[str, Any]:
     return {
-        "prompt": prompt.number,
-        "sample": sample,
-        "checkpoint": model,
         "seed": request.seed,
         "tokens": response.tokens,
         "finish": response.finish,
@@ -263,7 +299,7 @@ def _claim(parts: Path, settings: Generate) -> None:
 def _record(settings: Generate) -> dict[str, Any]:
     """What parts must have in common."""
     return {
-        "settings": json.loads(settings.model_dump_json()),
+        "settings": json.loads(settings.model_dump_json(exclude={"max_failed"})),
         "prompts": hashlib.sha256(Path(settings.prompts).read_bytes()).hexdigest(),
         "model": None if isinstance(settings.backend, ServerBackend) else _weights(settings.model),
     }

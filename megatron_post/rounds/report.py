@@ -81,6 +81,7 @@ def _selection(found: dict[str, Any]) -> str:
     keys = {
         "prompts": "prompts",
         "responses": "responses",
+        "failed": "prompts that failed",
         "blank": "blank",
         "cut_off": "cut off at max_tokens",
         "templated": "with marks of a chat template",

@@ -19,6 +19,7 @@ from megatron_post.convert.configs import read_model
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.backends import gpus_of
 from megatron_post.rounds.checks import check_backend, check_files, check_models
+from megatron_post.rounds.failures import failures_of
 from megatron_post.rounds.files import write_whole
 from megatron_post.rounds.generate import take_gpus
 from megatron_post.rounds.ranks import run_on_ranks
@@ -112,7 +113,7 @@ def run_rounds(
 def state_of(settings: RoundSettings) -> State:
     """The record of a run: more rounds may be asked for later, and other ranks."""
     values = settings.model_dump_json(
-        exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies": True}}
+        exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies", "max_failed"}}
     )
     return State(Path(settings.run_dir), json.loads(values))
 
@@ -267,6 +268,7 @@ def _forget(steps: Sequence[Step], state: State) -> None:
                     _remove(entry)
         else:
             for output in step.outputs:
+                _remove(failures_of(output))
                 for unfinished in (".partial", ".converting"):
                     _remove(output.with_name(f"{unfinished}-{output.name}"))
                 _remove(output)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from megatron_post.config.schema import Rating, Section
 from megatron_post.data.row_refusals import template_mark
 from megatron_post.rounds.cleaning import Found, balance, load_rules
+from megatron_post.rounds.failures import failed_prompts, read_failures
 from megatron_post.rounds.files import read_lines, write_json, write_lines
 from megatron_post.rounds.generate import read_samples
 from megatron_post.rounds.prompts import Prompt, read_prompts
@@ -130,7 +131,9 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
         )
     write_lines(target / SFT, sft)
     write_lines(target / PREFERENCES, preferences)
-    summary = _summary(by_prompt, chosen, sft, preferences, cleaned)
+    failures = [row for samples in settings.samples for row in read_failures(Path(samples.responses))]
+    summary = {"failed": failed_prompts(failures)}
+    summary |= _summary(by_prompt, chosen, sft, preferences, cleaned)
     write_json(target / SUMMARY, summary)
     return summary
 

@@ -3,8 +3,10 @@
 import contextlib
 import http.client
 import json
+import math
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from urllib.parse import unquote
 
 from megatron_post.config.secrets import redact
 from megatron_post.data.tokenizer import END_OF_MESSAGE
-from megatron_post.rounds.backends import Request, Response, Sampling, ServerBackend
+from megatron_post.rounds.backends import Failure, Request, Response, Sampling, ServerBackend
 from megatron_post.rounds.http_client import open_url
 
 _LARGEST_ANSWER = 16 * 1024**2
@@ -30,6 +32,14 @@ class BadServer(ValueError):
 
 class _TryAgain(Exception):
     """What another try may mend."""
+
+
+class _BadAnswer(_TryAgain):
+    """An answer of a server that is there: it may be about this request alone."""
+
+
+class _Refused(Exception):
+    """A request that this server never answers."""
 
 
 class Server:
@@ -54,12 +64,14 @@ class Server:
         self._hide = partial(redact, secrets=secrets)
         self._open = open_url()
         self._given_up = threading.Event()
+        self._answered = -math.inf  # when
 
     def close(self) -> None:
         """The server goes on."""
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
-        """Raises `BadServer` where one request fails for good."""
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]:
+        """A request fails where the server refuses it, or where it alone has no usable answer while others
+        have. Raises `BadServer` where the server as a whole does not work."""
         with ThreadPoolExecutor(self._settings.parallel_requests) as pool:
             tasks = [pool.submit(self._respond, request, sampling) for request in requests]
             try:
@@ -71,7 +83,7 @@ class Server:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _respond(self, request: Request, sampling: Sampling) -> Response:
+    def _respond(self, request: Request, sampling: Sampling) -> Response | Failure:
         body = {
             "model": self._settings.served_model,
             "messages": list(request.messages),
@@ -81,17 +93,26 @@ class Server:
             "stop": list(sampling.stop),
             "seed": request.seed % 2**31,  # some servers read 32 bits
         }
-        said = ""
+        began, last = time.monotonic(), _TryAgain()
         for attempt in range(self._settings.retries + 1):
             if attempt and self._given_up.wait(_FIRST_WAIT * 2 ** (attempt - 1)):
                 break
             try:
-                return parse_answer(self._post(json.dumps(body).encode()))
+                response = parse_answer(self._post(json.dumps(body).encode()))
+            except _Refused as error:
+                return Failure(self._hide(str(error))[:_LONGEST_MESSAGE])
             except _TryAgain as error:
-                said = self._hide(str(error))[:_LONGEST_MESSAGE]
+                last = error
+            else:
+                self._answered = time.monotonic()
+                return response
+        said = self._hide(str(last))[:_LONGEST_MESSAGE]
+        failed = f"{self._settings.retries + 1} tries failed, the last with: {said}"
+        if isinstance(last, _BadAnswer) and self._answered > began:
+            return Failure(failed)
         raise BadServer(
-            f"{self._url}: {self._settings.retries + 1} tries failed, the last with: {said}; responses that "
-            "were finished before are kept: mend the server and run the same command again"
+            f"{self._url}: {failed}; responses that were finished before are kept: mend the server and run "
+            "the same command again"
         )
 
     def _post(self, body: bytes) -> bytes:
@@ -117,6 +138,10 @@ class Server:
                 ) from None
             text = _beginning(error)
         text = self._hide(f"HTTP status {error.code}: {text}")[:_LONGEST_MESSAGE]
+        if error.code in (400, 413, 422):
+            raise _Refused(f"the server refuses the request: {text}") from None
+        if error.code == 500:
+            raise _BadAnswer(text) from None
         if error.code in (408, 429) or error.code >= 500:
             raise _TryAgain(text) from None
         raise BadServer(f"{self._url} refuses the request: {text}") from None
@@ -154,7 +179,8 @@ def _proxy_passwords() -> list[str]:
 
 
 def parse_answer(content: bytes) -> Response:
-    """The response in a chat completion. Raises `_TryAgain` for anything else."""
+    """The response in a chat completion. Raises `_Refused` where it has no text, and `_BadAnswer` for what is
+    no chat completion."""
     shown = content[: 2**14].decode(errors="replace")  # whoever prints it hides keys first, and then cuts
     try:
         answer = json.loads(content)
@@ -164,8 +190,10 @@ def parse_answer(content: bytes) -> Response:
         # vLLM says "stop" and here which token: this one ends a message that calls a tool
         finish = "tool_calls" if choice.get("stop_reason") in _CALLS else finish
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _TryAgain(f"an answer that is no chat completion ({error!r}): {shown}") from None
+        raise _BadAnswer(f"an answer that is no chat completion ({error!r}): {shown}") from None
+    if text is None and isinstance(finish, str):  # a refusal, a call of a tool, or reasoning alone
+        raise _Refused(f"a chat completion without text: {shown}")
     if not isinstance(text, str) or not isinstance(finish, str) or type(tokens) is not int or tokens < 0:
-        raise _TryAgain(f"a chat completion without text, reason of ending or count of tokens: {shown}")
+        raise _BadAnswer(f"a chat completion without text, reason of ending or count of tokens: {shown}")
     # a lone surrogate is valid JSON and no text
     return Response(text.encode(errors="replace").decode(), tokens, finish)

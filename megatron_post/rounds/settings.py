@@ -57,6 +57,7 @@ class RoundGenerate(Section):
         description="responses a prompt from the round before's policy, for preferences between models",
     )
     system: dict[str, str] = Field(default_factory=dict)
+    max_failed: float = Field(0.01, ge=0, le=1, description="as in `generate`; what failed counts as wrong")
     backend: BackendSettings = TransformersBackend()
     part: PositiveInt = 32
     copies: PositiveInt = Field(

@@ -18,6 +18,7 @@ from megatron_post.data.build import build_store
 from megatron_post.display import make_console
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.failures import read_failures, write_failures
 from megatron_post.rounds.files import write_json, write_pieces, write_whole
 from megatron_post.rounds.generate import Generate, generate, parts_of, wait_until
 from megatron_post.rounds.merge import MethodMerge, merge
@@ -108,6 +109,8 @@ class Round:
             parts.append(self.directory / "samples-previous.jsonl")
             self._generate(self.before.policy, self._prompts, parts[1], seed=3, samples=count)
         if _leads():
+            failures = [row for part in parts for row in read_failures(part)]
+            write_failures(self.directory / "samples.jsonl", failures)
             pieces = (part.read_text(encoding="utf-8") for part in parts)
             write_pieces(self.directory / "samples.jsonl", pieces)
 
@@ -204,10 +207,13 @@ class Round:
                 parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
             )
             every = [c.verdict.correct for group in found.values() for c in group if c.verdict is not None]
+            # what failed is not right
+            failures = read_failures(self.directory / "held_out-samples.jsonl")
+            unanswered = {row["prompt"] for row in failures} - found.keys()
             best = [best_of(group, tie=self.settings.select.tie)[0] for group in found.values()]
             right = sum(c is not None and c.verdict is not None and c.verdict.correct for c in best)
-            result["one_sample"] = vars(Accuracy(sum(every), len(every)))
-            result["best_of_k"] = vars(Accuracy(right, len(best)))
+            result["one_sample"] = vars(Accuracy(sum(every), len(every) + len(failures)))
+            result["best_of_k"] = vars(Accuracy(right, len(best) + len(unanswered)))
             result["k"] = self.settings.generate.sampling.samples
             self.console.print(
                 f"{self.name}: {result['stage']} is best; held-out accuracy {Accuracy(**result['greedy'])}",
@@ -253,6 +259,7 @@ class Round:
                 model=model,
                 **prompts,
                 max_bad_rows=data.max_bad_rows,
+                max_failed=chosen.max_failed,
                 system=chosen.system,
                 sampling=chosen.sampling.model_copy(update=changes),
                 backend=chosen.backend,
@@ -269,13 +276,13 @@ class Round:
         return select(parse(Select, values, origin="select"), self.directory / name)
 
     def _accuracy(self, answers: Path, prompts: str) -> Accuracy:
-        """Of one response a prompt."""
+        """Of one response a prompt; a prompt that failed has no right one."""
         values: dict[str, Any] = {"prompts": prompts, "samples": [Samples(responses=str(answers))]}
         values["verifier"] = self.settings.select.verifier
         values["max_bad_rows"] = self.settings.data.max_bad_rows
         found = candidates(parse(Select, values, origin="evaluate"))
         right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
-        return Accuracy(sum(right), len(right))
+        return Accuracy(sum(right), len(right) + len(read_failures(answers)))
 
     def config(
         self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1

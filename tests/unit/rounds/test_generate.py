@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TUR
 from megatron_post.rounds import generate as module
 from megatron_post.rounds.backends import (
     BackendSettings,
+    Failure,
     Request,
     Response,
     Sampling,
@@ -36,6 +37,7 @@ from megatron_post.rounds.backends import (
 from megatron_post.rounds.backends import _Draws as Draws
 from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
+from megatron_post.rounds.failures import TooManyFailures, check_failures, failures_of, read_failures
 from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed, take_gpus
 from megatron_post.rounds.state import alone
 from tests.unit.data.thinking import THINK, add_think
@@ -45,19 +47,27 @@ CONSOLE = Console(file=io.StringIO())
 
 
 class Parrot:
-    """Answers with the request itself; fails at its n-th call."""
+    """Answers with the request itself, but not what is in `refuses`; fails at its n-th call."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.calls, self._fails_at = 0, fails_at
+    def __init__(self, fails_at: int | None = None, refuses: Collection[str] = ()) -> None:
+        self.calls, self._fails_at, self._refuses = 0, fails_at, refuses
+        self.asked: list[str] = []
 
     def close(self) -> None:
         pass
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]:
         self.calls += 1
         if self.calls == self._fails_at:
             raise KeyboardInterrupt
-        return [Response(f"{r.messages[-1]['content']} {r.seed}", 3, "stop") for r in requests]
+        said = [f"{r.messages[-1]['content']} {r.seed}" for r in requests]
+        self.asked += [r.messages[-1]["content"] for r in requests]
+        return [
+            Failure(f"no {r.messages[-1]['content']}")
+            if r.messages[-1]["content"] in self._refuses
+            else Response(text, 3, "stop")
+            for r, text in zip(requests, said, strict=True)
+        ]
 
 
 def _prompts(path: Path, count: int = 10) -> Path:
@@ -105,12 +115,68 @@ def test_an_interrupted_generation_goes_on(tmp_path: Path) -> None:
         generate(settings, output, console=CONSOLE)
 
 
+def _refusing(*refuses: str, fails_at: int | None = None) -> Parrot:
+    return Parrot(fails_at, {f"question {i}" for i in refuses})
+
+
+def test_one_bad_prompt_is_a_counted_failure(tmp_path: Path) -> None:
+    """Prompts 2 and 9 of 10 in parts of 4: written with their reasons, and not asked again by a call that
+    goes on behind the first part. The output is that of an undisturbed call, byte for byte."""
+    settings, said = _settings(tmp_path, max_failed=0.2), io.StringIO()
+    console = Console(file=said, width=200)
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    generate(settings, whole, console=console, open_backend=lambda *_: _refusing("1", "8"))
+    assert "2 of 10 prompts failed" in said.getvalue()
+    assert {row["prompt"] for row in read_samples(whole)} == set(range(1, 11)) - {2, 9}
+    failed = [(row["prompt"], row["sample"], row["reason"]) for row in read_failures(whole)]
+    assert failed == [(n + 1, k, f"no question {n}") for n in (1, 8) for k in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        generate(settings, output, console=CONSOLE, open_backend=lambda *_: _refusing("1", "8", fails_at=2))
+    again = _refusing("1", "8")
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: again) == 15
+    assert "question 1" not in again.asked and "question 8" in again.asked
+    assert output.read_bytes() == whole.read_bytes()
+    assert failures_of(output).read_bytes() == failures_of(whole).read_bytes()
+    output.unlink()  # nothing fails the next time, and nothing is left of the earlier failures
+    generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot())
+    assert not failures_of(output).exists() and read_failures(output) == []
+
+
+def test_too_many_failures_end_it(tmp_path: Path) -> None:
+    """By default 1 of 10 prompts may fail. What exceeds it is asked again, by a server that was mended, and
+    `max_failed` may be raised."""
+    settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
+    reason = (
+        r"2 of 10 prompts failed, and max_failed=0.01 allows 1. The first was prompt 2: no question 1.*same"
+    )
+    with pytest.raises(TooManyFailures, match=reason):
+        generate(settings, output, console=CONSOLE, open_backend=lambda *_: _refusing("1", "8"))
+    assert sorted(p.name for p in parts_of(output).glob("part-*")) == [
+        "part-000000.jsonl",
+        "part-000001.jsonl",
+    ]
+    mended = Parrot()
+    more = settings.model_copy(update={"max_failed": 0.5})
+    assert generate(more, output, console=CONSOLE, open_backend=lambda *_: mended) == 6
+    assert set(mended.asked) == {"question 8", "question 9"}
+    assert {row["prompt"] for row in read_failures(output)} == {2}
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.01, 1), (0.1, 1), (0.11, 2), (0.3, 3), (1.0, 9)])
+def test_how_many_of_ten_may_fail(share: float, allowed: int) -> None:
+    """Rounded up, and never all: 0.3 x 10 is 3, and not the 4 of a rounding error."""
+    failed = [{"prompt": number, "reason": "no"} for number in range(allowed)]
+    check_failures(failed, prompts=10, max_failed=share)
+    with pytest.raises(TooManyFailures, match=f"{allowed + 1} of 10 .* allows {allowed}"):
+        check_failures([*failed, {"prompt": 99, "reason": "no"}], prompts=10, max_failed=share)
+
+
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, calls = _settings(tmp_path), iter(range(100))
     real = os.fsync
 
     def full(descriptor: int) -> None:
-        if next(calls) == 2:  # the settings, the first part, and then
+        if next(calls) == 4:  # the settings, the first part and its failures, the next failures, and then
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -118,7 +184,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     backend = Parrot()
     with pytest.raises(ValueError, match=r"part-000001.jsonl: No space left.*is kept.*same command"):
         generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend)
-    assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob("*.jsonl")] == ["part-000000.jsonl"]
+    assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob("part-*")] == ["part-000000.jsonl"]
     assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob(".*")] == [".lock"]
     assert generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend) == 18
 
@@ -138,8 +204,14 @@ def test_transformers_draws_by_seed_alone(tmp_path: Path) -> None:
         [Request(requests[0].messages, seed=s) for s in (1, 2)], Sampling(temperature=0, max_tokens=4)
     )
     assert greedy[0] == greedy[1]
-    with pytest.raises(ValueError, match=r"take .* positions, of the 256"):
-        open_real(TransformersBackend(), str(tmp_path)).respond(requests, Sampling(max_tokens=300))
+    long = Request(({"role": "user", "content": "ab " * 200},), seed=1)
+    mixed = open_real(TransformersBackend(batch=8), str(tmp_path)).respond(
+        [*requests[:4], long, *requests[4:]], sampling
+    )
+    assert mixed[:4] + mixed[5:] == first
+    assert isinstance(mixed[4], Failure) and "positions, of the 256 that the model has" in mixed[4].reason
+    none = open_real(TransformersBackend(), str(tmp_path)).respond(requests[:1], Sampling(max_tokens=300))
+    assert isinstance(none[0], Failure)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -266,7 +338,8 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """3 ranks, here threads, finish the 5 parts of a process that was stopped after the first: the output of
     one that was not, nothing drawn twice, and all return when it is there."""
     settings, output = _settings(tmp_path, part=2), tmp_path / "out.jsonl"
-    generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
+    backend = lambda *_: _refusing("3")  # noqa: E731 - of each of them
+    generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=backend)
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
     local = threading.local()
@@ -276,7 +349,7 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def draw(rank: int) -> tuple[int, bool]:
         local.rank = rank
         console = Console(file=io.StringIO(), width=200)
-        written = generate(settings, output, console=console, open_backend=lambda *_: Parrot())
+        written = generate(settings, output, console=console, open_backend=backend)
         return written, output.exists()
 
     with ThreadPoolExecutor(3) as pool:
@@ -284,8 +357,9 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         time.sleep(0.2)
         assert not any(future.done() for future in followers)
         assert pool.submit(draw, 0).result(60) == (6, True)
-        assert [future.result(60) for future in followers] == [(12, True), (6, True)]
+        assert [future.result(60) for future in followers] == [(9, True), (6, True)]
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert read_failures(output) == read_failures(tmp_path / "whole.jsonl") != []
     assert not parts_of(output).exists()
     local.rank = 2  # starts when all is over
     assert generate(settings, output, console=CONSOLE) == 0
@@ -442,8 +516,10 @@ def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert asked["engine"] == (str(tmp_path), 2, "mxfp8", 0.9)
     assert [values[:4] for values in asked["sampling"]] == [(0.5, 0.9, 7, 5), (0.5, 0.9, 7, 2**62)]
     assert set(asked["sampling"][0][4]) == set(tokenizer.stop_ids)
-    with pytest.raises(ValueError, match=r"max_tokens=64 take \d+ positions, of the 64"):
-        backend.respond(requests, Sampling(max_tokens=64))
+    long = Request(({"role": "user", "content": "?" * 64},), seed=6)
+    failed, *found = backend.respond([long, *requests], Sampling(max_tokens=7))
+    assert found == [Response("a", 2, "stop")] * 2 and len(asked["prompts"]) == 2
+    assert isinstance(failed, Failure) and "positions, of the 64 that the model has" in failed.reason
     handler = signal.getsignal(signal.SIGTERM)
     assert callable(handler) and os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     backend.close()

@@ -1,13 +1,22 @@
 """The steps of a round, and what one leaves when it is to be done anew."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megatron_post.rounds import steps
+from megatron_post.rounds.failures import read_failures, write_failures
+from megatron_post.rounds.files import read_lines, write_json, write_lines
+from megatron_post.rounds.generate import Generate
 from megatron_post.rounds.round import Step, _forget, all_steps
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
+from megatron_post.rounds.steps import Round
+from megatron_post.rounds.verifier import ExactMatch
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -22,6 +31,65 @@ def test_what_the_shipped_rounds_ask_of_score(size: str, monkeypatch: pytest.Mon
         assert any(word.startswith("parallel.tensor=") for word in commands[name]) or size == "8b"
         assert not any(word.startswith("parallel.virtual_pipeline") for word in commands[name])
     assert "parallel.virtual_pipeline=5" in commands["round-01/reference"] or size != "70b"
+
+
+def test_what_failed_is_not_right(tmp_path: Path) -> None:
+    """Of two held-out prompts the second failed: greedy 1 of 2, one sample 1 of 4, best of K 1 of 2."""
+    prompts = [{"prompt": f"{i}?", "answer": str(i)} for i in (1, 2)]
+    write_lines(tmp_path / "prompts.jsonl", prompts)
+    verifier = ExactMatch(kind="exact", pattern=r"is (\d+)")
+    settings: Any = SimpleNamespace(
+        run_dir=str(tmp_path),
+        select=SimpleNamespace(verifier=verifier, tie=0.0),
+        data=SimpleNamespace(held_out=str(tmp_path / "prompts.jsonl"), max_bad_rows=0),
+        generate=SimpleNamespace(sampling=SimpleNamespace(samples=2)),
+    )
+    r = Round(settings, 2, Console(quiet=True))
+    write_json(r.directory / "choice.json", {"best": "p", "stage": "sft", "validation": {}})
+
+    def drawn(name: str, *said: str) -> None:
+        draws = [
+            {"prompt": 1, "sample": k, "checkpoint": "p", "seed": k, "tokens": 1} for k in range(len(said))
+        ]
+        messages = [[{"role": "user", "content": "1?"}, {"role": "assistant", "content": t}] for t in said]
+        rows = [d | {"finish": "stop", "messages": m} for d, m in zip(draws, messages, strict=True)]
+        write_lines(r.directory / name, rows)
+        write_failures(
+            r.directory / name, [{"prompt": 2, "sample": k, "reason": "no"} for k in range(len(said))]
+        )
+
+    drawn("held_out.jsonl", "It is 1")
+    drawn("held_out-samples.jsonl", "It is 1", "It is 7")
+    scores = [{"row": row, "scores": [score]} for row, score in ((1, 2.0), (2, 1.0))]
+    write_lines(r.directory / "held_out-scores.jsonl", scores)
+    r.evaluate()
+    found = json.loads((r.directory / "evaluation.json").read_text())
+    assert found["greedy"] == found["best_of_k"] == {"correct": 1, "total": 2}
+    assert found["one_sample"] == {"correct": 1, "total": 4}
+
+
+def test_a_rounds_samples_have_the_failures_of_both_policies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_round(
+        CONFIGS / "tiny" / "round.yaml",
+        [f"run_dir={tmp_path}", "data.prompts_per_round=null", "generate.previous_samples=1"],
+    )
+    first, second = (Round(settings, number, Console(quiet=True)) for number in (1, 2))
+    write_json(first.directory / "choice.json", {"best": "better"})
+    shares = []
+
+    def drawn(settings: Generate, output: Path, **_: Any) -> None:
+        shares.append(settings.max_failed)
+        write_lines(output, [{"by": settings.model}])
+        write_failures(output, [{"prompt": 1, "checkpoint": settings.model}])
+
+    monkeypatch.setattr(steps, "generate", drawn)
+    second.generate()
+    assert [row["by"] for row in read_lines(second.directory / "samples.jsonl")] == ["better", first.policy]
+    failures = read_failures(second.directory / "samples.jsonl")
+    assert [row["checkpoint"] for row in failures] == ["better", first.policy]
+    assert shares == [settings.generate.max_failed] * 2
 
 
 def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
@@ -45,5 +113,9 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
         "slurm",
         "store",
     ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
+    write_lines(tmp_path / "samples", [])
+    write_failures(tmp_path / "samples", [{"prompt": 1}])
+    _forget([Step("generate", (tmp_path / "samples",))], state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
     _forget([Step("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)  # never begun

@@ -11,6 +11,7 @@ from megatron_post.config.load import ConfigError, parse
 from megatron_post.config.schema import Source
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.rounds.failures import write_failures
 from megatron_post.rounds.prompts import Prompt
 from megatron_post.rounds.select import Select, rating, select
 from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, verify
@@ -63,6 +64,18 @@ def said(role: str, content: str) -> dict[str, str]:
 
 def _text(messages: list[dict[str, str]]) -> str:
     return messages[-1]["content"]
+
+
+def test_prompts_that_failed_are_counted(tmp_path: Path) -> None:
+    """Prompt 1 lacks a sample, prompt 2 has none: what there is of the first is chosen from."""
+    files = _files(tmp_path, [(1, "low", 1.0), (1, "high", 3.0)])
+    failures = [
+        {"prompt": prompt, "sample": sample, "reason": "no"} for prompt, sample in ((1, 2), (2, 0), (2, 1))
+    ]
+    write_failures(Path(files["responses"]), failures)
+    summary, sft, preferences = _select(tmp_path, files)
+    assert (summary["failed"], summary["prompts"], summary["responses"]) == (2, 1, 2)
+    assert len(sft) == len(preferences) == 1
 
 
 def test_best_and_worst_by_reward(tmp_path: Path) -> None:

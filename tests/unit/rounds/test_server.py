@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from megatron_post.rounds import server as module
-from megatron_post.rounds.backends import Request, Response, Sampling, ServerBackend
+from megatron_post.rounds.backends import Failure, Request, Response, Sampling, ServerBackend
 from megatron_post.rounds.generate import Generate, generate, read_samples
 from megatron_post.rounds.server import BadServer, Server
 
@@ -68,7 +68,7 @@ def _completion(text: Any, finish: Any = "stop") -> bytes:
     return json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
 
 
-def _ask(served: _Server, count: int = 1, **settings: Any) -> list[Response]:
+def _ask(served: _Server, count: int = 1, **settings: Any) -> list[Response | Failure]:
     url = f"http://127.0.0.1:{served.server_address[1]}/v1"
     backend = ServerBackend(kind="server", url=url, served_model="m", **{"retries": 2, **settings})
     requests = [Request(({"role": "user", "content": str(i)},), seed=2**40 + i) for i in range(count)]
@@ -102,7 +102,6 @@ def test_what_passes_is_tried_again(served: _Server) -> None:
         (b"[]", "no chat completion"),
         (b'{"choices": []}', "no chat completion"),
         (b'{"choices": [{"message": null}]}', "no chat completion"),
-        (_completion(None), "without text"),
         (_completion("x", None), "without text"),
         (b"[" * 100_000, "no chat completion"),
         (_completion("cut")[:-9], "no chat completion"),
@@ -204,11 +203,63 @@ def test_what_is_done_is_kept_while_the_server_is_mended(served: _Server, tmp_pa
     ]
 
 
-def test_a_refusal_is_final(served: _Server) -> None:
-    served.answer = lambda n, body: (400, b'{"error": "max_tokens is too large"}')
-    with pytest.raises(BadServer, match=r"refuses the request: HTTP status 400: .*max_tokens is too large"):
-        _ask(served)
-    assert len(served.bodies) == 1
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refusal_is_of_its_request_alone(served: _Server, status: int) -> None:
+    """And final: it is not tried again."""
+    served.answer = lambda n, body: (
+        (status, b"too long") if body["seed"] == 1 else (200, _completion(str(body["seed"])))
+    )
+    found = _ask(served, 3)
+    assert found == [
+        Response("0", 5, "stop"),
+        Failure(f"the server refuses the request: HTTP status {status}: too long"),
+        Response("2", 5, "stop"),
+    ]
+    assert len(served.bodies) == 3
+
+
+def test_an_answer_without_text_is_a_failure(served: _Server) -> None:
+    """A refusal, calls of tools, reasoning that took all of max_tokens. A blank text is a text."""
+    served.answer = lambda n, body: (
+        200,
+        _completion(None, "tool_calls") if body["seed"] else _completion(""),
+    )
+    blank, failure = _ask(served, 2)
+    assert blank == Response("", 5, "stop")
+    assert (
+        isinstance(failure, Failure) and "without text: " in failure.reason and "tool_calls" in failure.reason
+    )
+    assert len(served.bodies) == 2
+
+
+@pytest.mark.parametrize(("status", "content"), [(500, b"no"), (200, b"<html>")])
+def test_one_request_that_the_server_cannot_take(served: _Server, status: int, content: bytes) -> None:
+    """The server answers others meanwhile, so it is the request that fails."""
+    others = threading.Event()
+
+    def answer(n: int, body: dict[str, Any]) -> tuple[int, bytes]:
+        if body["seed"] == 0:
+            others.wait(10)
+            return status, content
+        return 200, _completion("fine")
+
+    served.answer = answer
+    threading.Timer(0.3, others.set).start()
+    failure, fine = _ask(served, 2)
+    assert fine == Response("fine", 5, "stop")
+    assert isinstance(failure, Failure) and failure.reason.startswith("3 tries failed, the last with: ")
+
+
+def test_a_busy_server_is_no_fault_of_the_request(served: _Server) -> None:
+    served.answer = lambda n, body: (503, b"busy") if body["seed"] == 0 else (200, _completion("fine"))
+    with pytest.raises(BadServer, match="3 tries failed, the last with: HTTP status 503"):
+        _ask(served, 2)
+
+
+def test_a_key_that_is_refused_ends_it(served: _Server) -> None:
+    served.answer = lambda n, body: (401, b"no such key") if body["seed"] == 0 else (200, _completion("fine"))
+    with pytest.raises(BadServer, match="refuses the request: HTTP status 401"):
+        _ask(served, 2)
 
 
 def test_nobody_there() -> None:
