@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.convert.module_state import UnsafeState, safe_state
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, Kind
 from megatron_post.convert.torch_file import BadTorchFile, load_plain, saved_tensors
-from megatron_post.train.manifest import DamagedCheckpoint, read_metadata
+from megatron_post.train.manifest import DamagedCheckpoint
 
 
 @dataclass

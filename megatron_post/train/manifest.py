@@ -1,14 +1,12 @@
 """A checkpoint directory that is complete or invisible: checksums in a JSON manifest, publication by rename.
 
-Nothing here knows what the files hold but `.metadata`, torch's pickled list of them. It is read through an
-allow-list of names, so that nothing in it is run.
+Nothing here knows what the files hold.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import time
@@ -24,32 +22,6 @@ LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 _PARTIAL = re.compile(r"\.partial-step-\d+-epoch-(\d+)-\d+", re.ASCII)
 _WORKING = (".partial-step-", ".converting-step-", ".stale-", ".replaced-")
-# Exact names only: a pickle may ask for "os.system" inside any module that imports os.
-_ALLOWED = {
-    *(
-        ("torch", name)
-        for name in ("Size", "float64", "float32", "bfloat16", "float16", "uint8", "int32", "int64")
-    ),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *(
-        ("torch.distributed.checkpoint.planner", name)
-        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-    ),
-}
 
 
 class DamagedCheckpoint(ValueError):
@@ -262,30 +234,6 @@ def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bo
     # converted weights carry CRC-32, which keeps up with the disk where the processor has no SHA instructions
     if content and (crc32(path) != entry["crc32"] if "crc32" in entry else checksum(path) != entry["sha256"]):
         raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
-
-
-def read_metadata(path: Path) -> Any:
-    """torch's pickled `Metadata`, read through an allow-list of plain classes, its file names checked.
-
-    Raises `DamagedCheckpoint` where it names anything else, or a file outside its directory.
-    """
-    try:
-        with path.open("rb") as file:
-            metadata = _PlainUnpickler(file).load()
-        names = {entry.relative_path for entry in metadata.storage_data.values()}
-    except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything
-        raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    outside = sorted(name for name in names if Path(name).name != name)
-    if outside:
-        raise DamagedCheckpoint(f"{path}: names the file {outside[0]!r}, which is outside the checkpoint")
-    return metadata
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint of ours does")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_post import cli
+from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.train import manifest
 
 
@@ -67,14 +68,14 @@ def sign(step: Path, names: Iterable[str] | None = None) -> None:
 
 def entries(step: Path) -> dict[MetadataIndex, bool]:
     """Every entry of a checkpoint's data files, and whether it is an object beside tensors."""
-    metadata = manifest.read_metadata(step / ".metadata")
+    metadata = read_metadata(step / ".metadata")
     kinds = metadata.state_dict_metadata
     return {i: isinstance(kinds[i.fqn], BytesStorageMetadata) for i in metadata.storage_data}
 
 
 def replace_entry(step: Path, index: MetadataIndex, content: bytes) -> Path:
     """Put `content` at the end of the file where an entry lies, and say that the entry is there."""
-    metadata = manifest.read_metadata(step / ".metadata")
+    metadata = read_metadata(step / ".metadata")
     file = step / metadata.storage_data[index].relative_path
     metadata.storage_data[index] = _StorageInfo(file.name, file.stat().st_size, len(content))
     with file.open("ab") as stream:

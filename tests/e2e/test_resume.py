@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load
 
+from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.train import manifest
 from tests.e2e.runs import kill_9, small_run, start
 
@@ -106,5 +107,5 @@ def test_poisoned_metadata_runs_nothing(tmp_path: Path, payload: str) -> None:
     poison = b"\x80\x04c" + f"{module}\n{name}\n".encode() + b"(V" + f"touch {witness}".encode() + b"\ntR."
     (tmp_path / ".metadata").write_bytes(poison)
     with pytest.raises(manifest.DamagedCheckpoint, match=name):
-        manifest.read_metadata(tmp_path / ".metadata")
+        read_metadata(tmp_path / ".metadata")
     assert not witness.exists()

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.train import manifest
 from megatron_post.train.manifest import DamagedCheckpoint
 from tests.faults.conftest import FIGURES, STEPS, Run
@@ -124,7 +125,7 @@ def test_a_poisoned_checkpoint_runs_nothing(whole_set: None, finished: Run, pois
         torch.save({"optimizer": _Payload(witness)}, directory / "common.pt")
         named = "common.pt"
     elif poison == "path outside":
-        metadata = manifest.read_metadata(directory / named)
+        metadata = read_metadata(directory / named)
         index = next(iter(metadata.storage_data))
         assert isinstance(index, MetadataIndex)
         outside = f"../step-{STEPS - 2:08d}/__0_0.distcp"

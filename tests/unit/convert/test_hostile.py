@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.torch_file import saved_tensors
@@ -200,7 +201,7 @@ def test_pickles_in_a_checkpoint_are_not_run(tmp_path: Path, name: str) -> None:
         content = bytearray((step / name).read_bytes())
         torch.save(_Bomb(witness), tmp_path / "bomb")
         bomb = (tmp_path / "bomb").read_bytes()
-        info = manifest.read_metadata(step / ".metadata")
+        info = read_metadata(step / ".metadata")
         first = next(i for i in info.storage_data.values() if i.offset == 0)
         content[: first.length] = bomb + bytes(first.length - len(bomb))
         _resign(step, name, bytes(content))
@@ -216,7 +217,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     root = to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
     step = root / "step-00000000"
     file = step / "__1_0.distcp"
-    info = manifest.read_metadata(step / ".metadata").storage_data
+    info = read_metadata(step / ".metadata").storage_data
     last = max((i for i in info.values() if i.relative_path == file.name), key=lambda i: i.length)
     _flip(file, last.offset + last.length // 2)
     job = ToHuggingFace(str(root), str(tmp_path / "back"))
@@ -280,7 +281,7 @@ def test_damage_beside_padding(tmp_path: Path, row: int) -> None:
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
         copy = tmp_path / key
         shutil.copytree(step, copy)
-        storage = manifest.read_metadata(copy / ".metadata").storage_data
+        storage = read_metadata(copy / ".metadata").storage_data
         place = next(p for i, p in storage.items() if (i.fqn, tuple(i.offset)) == (key, (234, 0)))
         saved = saved_tensors(copy / place.relative_path, offset=place.offset, length=place.length)[""].stored
         _flip(copy / place.relative_path, saved.offset + (row - 234) * saved.row_bytes)
@@ -296,7 +297,7 @@ def test_chunks_that_overlap(tmp_path: Path) -> None:
     """Two chunks of the same rows take as many bytes as the whole: what neither holds would be garbage."""
     root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
     step = root / "step-00000000"
-    metadata = manifest.read_metadata(step / ".metadata")
+    metadata = read_metadata(step / ".metadata")
     chunks = metadata.state_dict_metadata["embedding.word_embeddings.weight"].chunks
     assert chunks[0].sizes == chunks[1].sizes
     chunks[1] = chunks[0]

@@ -1,0 +1,53 @@
+"""What could run a file is called in few places, each of which the tests of poison attack."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_post"
+
+# what is called or derived from, by the last two parts of its name -> the only modules that do
+ALLOWED: dict[str, set[str]] = {
+    "torch.load": {"convert/torch_file.py", "convert/module_state.py"},
+    "pickle.Unpickler": {"convert/metadata_file.py", "convert/module_state.py"},
+    # without a directory; with trust_remote_code=False; or with weights in safetensors alone
+    "from_pretrained": {"rounds/backends.py", "demo/evaluate.py", "bench/preferences.py", "bench/peer.py"},
+}
+NOWHERE = (
+    "pickle.load", "pickle.loads", "pickle._Unpickler", "jit.load", "hub.load", "dist_checkpointing.load",
+    "checkpoint.load", "np.load", "numpy.load", "joblib.load", "dill.load", "dill.loads", "marshal.load",
+    "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
+    "runpy.run_path", "runpy.run_module", "jinja2.Template", "jinja2.Environment",
+)  # fmt: skip
+
+
+def _name(node: ast.expr) -> str:
+    """`torch.load` of the expression torch.load, `jit.load` of torch.jit.load."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if not isinstance(node, ast.Attribute):
+        return ""
+    if node.attr == "from_pretrained":
+        return node.attr
+    owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+    return f"{owner}.{node.attr}"
+
+
+def test_only_these_modules_can_run_a_file() -> None:
+    found = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        module = str(path.relative_to(PACKAGE))
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call():
+                    found[_name(node.func)].add(module)
+                    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert _name(node.func) != "torch.load" or given["weights_only"] == "True", module
+                case ast.ClassDef():
+                    for base in node.bases:
+                        found[_name(base)].add(module)
+                case ast.ImportFrom(module="pickle" | "torch" | "torch.serialization" | "yaml" | "jinja2"):
+                    imported = {alias.name for alias in node.names}
+                    assert not imported & {"load", "loads", "Unpickler", "Template", "Environment"}, module
+    assert {name: found[name] for name in ALLOWED} == ALLOWED
+    assert {name: found[name] for name in NOWHERE if name in found} == {}
