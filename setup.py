@@ -23,6 +23,7 @@ setup(
         "omegaconf>=2.3",
         "typer>=0.12",
         "rich",
+        "regex",  # stops where Python's own would search for ever
         "zarr>=3.0",
         "tokenizers>=0.20",
         "safetensors>=0.4",

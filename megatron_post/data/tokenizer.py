@@ -2,11 +2,12 @@
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from megatron_post.config.schema import Config, Reasoning
 from megatron_post.data.chat_template import chat_template
 from megatron_post.data.dialog import THINK
-from megatron_post.storage.reading import plain_file
+from megatron_post.storage.reading import plain_file, reading
 
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
@@ -56,12 +57,14 @@ class Tokenizer:
         self.content_tokens = tuple(token.content for token in added.values() if not token.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without begin-of-text."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of `text`, without begin-of-text. Raises `ValueError` where the tokenizer's split gives up."""
+        with _panics_explained():
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """As `encode`, of each text, on all cores."""
+        with _panics_explained():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -177,7 +180,8 @@ def load_tokenizer(
         backend = _from_ranks(_read_ranks(path))
     else:
         try:
-            backend = Backend.from_file(str(path))
+            with _panics_explained():
+                backend = Backend.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception
             raise ValueError(f"tokenizer.path={path} is not a tokenizer.json: {error}") from error
     return Tokenizer(_with_content_tokens(backend, content_tokens, path), reasoning=reasoning)
@@ -212,6 +216,20 @@ def _with_content_tokens(backend: Backend, names: Sequence[str], path: Path) -> 
     return Backend.from_str(json.dumps(state))
 
 
+@contextlib.contextmanager
+def _panics_explained() -> Iterator[None]:
+    """The library panics where the regular expression by which a tokenizer splits text has too many ways to
+    match. That is no `Exception` in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"the tokenizer cannot split a text: {error}; is its tokenizer.json intact?"
+        ) from error
+
+
 def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` ids with the special tokens in use, and each digit a token.
 
@@ -234,7 +252,9 @@ def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token bytes -> rank, in tiktoken's format: a base64 token and its rank a line."""
     ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    with reading(path):
+        lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -5,10 +5,8 @@ that never says sorry is no aim. So what exceeds a rule's share is dropped, and 
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from math import floor
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from megatron_post.config.schema import Section
 from megatron_post.rounds.files import load_section
+from megatron_post.rounds.patterns import check_pattern, occurs
 
 
 class Rule(Section):
@@ -29,15 +28,11 @@ class Rule(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        check_pattern(pattern)
         return pattern
 
     def finds(self, text: str) -> bool:
-        matches = re.finditer(self.pattern, text, re.IGNORECASE)
-        return sum(1 for _ in islice(matches, self.at_least)) == self.at_least
+        return occurs(self.pattern, text, times=self.at_least)
 
 
 class Rules(Section):

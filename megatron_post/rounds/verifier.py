@@ -1,7 +1,6 @@
 """Programs that know whether a response is right, beside the reward model's opinion."""
 
 import json
-import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, field_validator
 
 from megatron_post.config.schema import Section
+from megatron_post.rounds.patterns import check_pattern, first_group
 from megatron_post.rounds.prompts import Prompt
 
 
@@ -22,11 +22,7 @@ class ExactMatch(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        if not groups:
+        if not check_pattern(pattern):
             raise ValueError(f"{pattern!r} has no group that the answer could be")
         return pattern
 
@@ -60,8 +56,8 @@ def verify(settings: VerifierSettings, asked: Sequence[tuple[Prompt, str]]) -> l
         raise ValueError(f"the prompt of line {nameless[0]} has no `answer` for the exact verifier")
     verdicts = []
     for prompt, text in asked:
-        match = re.search(settings.pattern, text.strip())
-        verdicts.append(Verdict(match is not None and match[1] == prompt.answer, prompt.solution))
+        found = first_group(settings.pattern, text.strip())
+        verdicts.append(Verdict(found is not None and found == prompt.answer, prompt.solution))
     return verdicts
 
 

@@ -232,3 +232,16 @@ def test_rendered_reasoning_spells_what_texts_may_spell(tmp_path):
     tokenizer_of(Config(**values)).save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert "set reasoning = 'render'" in saved["chat_template"]
+
+
+def test_a_split_with_too_many_ways_is_an_error_of_the_tokenizer(tmp_path: Path) -> None:
+    """The library panics there, which is no `Exception`."""
+    train_small_tokenizer(["a b"], 270).save(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a|aa)+$"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "a" * 60 + "!"
+    for encode in (lambda: tokenizer.encode(text), lambda: tokenizer.encode_batch([text] * 2)):
+        with pytest.raises(ValueError, match=r"the tokenizer cannot split a text: .*retry-limit"):
+            encode()
