@@ -1,5 +1,6 @@
 """YAML with a `base:` to inherit from, dotted overrides on top, every error at once."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from yaml import YAMLError
 
 from megatron_post.config.schema import Config
 from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
-from megatron_post.storage.reading import plain_file
+from megatron_post.storage.reading import plain_file, read_yaml_text
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -41,15 +42,19 @@ def read_tree(path: str | Path) -> DictConfig:
 
 def validate(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Config:
     """Make a `Config` of plain values and dotted overrides; `origin` names them in the `ConfigError`."""
+    return parse(Config, completed(values, overrides, origin=origin), origin=origin)
+
+
+def completed(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Any:
+    """Plain values with dotted overrides on top, and all references resolved. Raises `ConfigError`."""
     malformed = [text for text in overrides if "=" not in text]
     if malformed:
         raise ConfigError(f"overrides must read key=value: {', '.join(malformed)}")
     try:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{origin}: {error}") from error
-    return parse(Config, values, origin=origin)
 
 
 def parse(model: type[Model], values: Any, *, origin: str) -> Model:
@@ -91,8 +96,8 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError(f"config file {path} inherits from itself through `base:`")
     try:
-        tree = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        tree = OmegaConf.load(io.StringIO(read_yaml_text(path)))
+    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping")

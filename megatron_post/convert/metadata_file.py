@@ -5,6 +5,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import IO, Any
 
+from megatron_post.storage.reading import plain_file
 from megatron_post.train.manifest import DamagedCheckpoint
 
 # Exact names only: a pickle may ask for "os.system" inside any module that imports os.
@@ -41,7 +42,7 @@ def read_metadata(path: Path) -> Any:
     Raises `DamagedCheckpoint` where it names anything else, or a file outside its directory.
     """
     try:
-        with path.open("rb") as file:
+        with plain_file(path, "file").open("rb") as file:
             metadata = _PlainUnpickler(file).load()
         names = {entry.relative_path for entry in metadata.storage_data.values()}
     except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything

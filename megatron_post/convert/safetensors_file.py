@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_post.convert.source import Kind
+from megatron_post.storage.reading import plain_file
 
 # The limit that the `safetensors` library sets.
 LARGEST_HEADER = 100_000_000
@@ -47,7 +48,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     file exactly, each byte belonging to one of them.
     """
     try:
-        with path.open("rb") as file:
+        with plain_file(path, "file").open("rb") as file:
             size, start = os.fstat(file.fileno()).st_size, file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(LARGEST_HEADER, size - 8):

@@ -33,7 +33,7 @@ import zarr
 from megatron_post.config.schema import Reasoning
 from megatron_post.data.store_checksums import StoreChecksums, StoreError, array_digest, read_checksums
 from megatron_post.data.template import TokenRole
-from megatron_post.storage.reading import read_object, reading
+from megatron_post.storage.reading import plain_file, plain_files, read_object, reading
 
 FORMAT = "megatron-post-packs"
 VERSION = 2
@@ -274,8 +274,9 @@ class PackStore:
         dtype, length = np.dtype(_DTYPES[name]), self.settings.pack_length
         file = self.path / self.group / name / "c" / str(chunk) / "0"
         try:
-            values = np.fromfile(file, dtype=dtype, count=length, offset=row * length * dtype.itemsize)
-        except OSError as error:
+            offset = row * length * dtype.itemsize
+            values = np.fromfile(plain_file(file, "chunk"), dtype=dtype, count=length, offset=offset)
+        except (OSError, ValueError) as error:
             raise StoreError(f"pack {index} of {self.path}/{self.group} cannot be read: {error}") from error
         if len(values) != length:
             raise self._damaged(index, f"{file} ends in it")
@@ -328,6 +329,8 @@ def open_store(
     """
     path = Path(path)
     settings = read_settings(path)
+    with damage(path):
+        plain_files(path, unseen="c")  # zarr would wait for a pipe for ever
     checksums = read_checksums(path)
     remedy = "run `megatron-post data pack` with this config (--overwrite, or another data.store)"
     if pack_length not in (None, settings.pack_length):

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_post.config.load import ConfigError, load_config, parse, read_tree
+from megatron_post.config.load import ConfigError, completed, load_config, parse, read_tree
 from megatron_post.config.schema import Section
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster, Line
@@ -96,7 +95,7 @@ def load_chain(path: str | Path, overrides: Sequence[str] = ()) -> Chain:
     """Read a chain file. Raises `ConfigError` with every error at once."""
     if overrides:
         raise ConfigError(f"{path} is a chain of commands with overrides of their own: {' '.join(overrides)}")
-    return parse_chain(OmegaConf.to_container(read_tree(path), resolve=True), origin=str(path))
+    return parse_chain(completed(read_tree(path), origin=str(path)), origin=str(path))
 
 
 def parse_chain(values: Any, *, origin: str) -> Chain:

@@ -4,11 +4,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
-from megatron_post.config.load import ConfigError, parse, read_tree
+from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.config.schema import Section
 
 _TIME_LIMIT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)")
@@ -142,9 +140,4 @@ class Cluster(Section):
 
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file and its `base:`. Raises `ConfigError` with every error at once."""
-    tree = read_tree(path)
-    try:
-        values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return parse(Cluster, values, origin=str(path))
+    return parse(Cluster, completed(read_tree(path), origin=str(path)), origin=str(path))

@@ -58,6 +58,8 @@ def submitted_jobs(run_dir: str | Path) -> list[Submitted]:
         raise ValueError(f"nothing was launched for {run_dir}: {path} does not exist (RUN is a run_dir)")
     with reading(path, "the record of submitted jobs"):
         lines = [json.loads(text) for text in path.read_text().splitlines()]
+        if not lines:
+            raise ValueError("it is empty")
         return [
             Submitted(int(d["job_id"]), str(d["name"]), Path(d["log"]), Path(d["run_dir"]), tuple(d["after"]))
             for d in lines
@@ -96,7 +98,7 @@ def last_word(log: Path) -> str:
 
 def tail(log: Path, lines: int) -> str:
     """The last lines of a log, read from its end."""
-    with log.open("rb") as file:
+    with reading(log, "a log"), log.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 400 * lines))
         text = file.read().decode(errors="replace")

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from megatron_post.config.load import parse, read_tree
+from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.storage.reading import LARGEST_LINE, plain_file, reading
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -85,4 +84,4 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def load_section(model: type[Settings], path: str | Path) -> Settings:
     """Settings from a YAML file. Raises `ConfigError` with every error at once."""
-    return parse(model, OmegaConf.to_container(read_tree(path), resolve=True), origin=str(path))
+    return parse(model, completed(read_tree(path), origin=str(path)), origin=str(path))

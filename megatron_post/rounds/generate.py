@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, PositiveInt, model_validator
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
@@ -42,12 +42,29 @@ from megatron_post.rounds.failures import (
 from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.state import alone
-from megatron_post.storage.reading import read_object
+from megatron_post.storage.reading import read_object, reading
 
 OpenBackend = Callable[[BackendSettings, str, Sequence[str]], Backend]
 _RECORD = "settings.json"
 _SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.5  # at a file system that processes share
+
+
+class _Said(BaseModel):
+    role: str
+    content: str
+
+
+class _Sample(BaseModel, strict=True):
+    """The keys of a row of responses that others rely on; a row may have more."""
+
+    prompt: int
+    sample: int
+    checkpoint: str
+    seed: int
+    tokens: int
+    finish: str
+    messages: list[_Said] = Field(min_length=1)
 
 
 class Generate(Section):
@@ -196,10 +213,9 @@ def sample_seed(seed: int, prompt: int, sample: int) -> int:
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """Rows that `generate` wrote. Raises `ValueError` for other rows."""
     rows = list(read_lines(path))
-    keys = {"prompt", "sample", "checkpoint", "seed", "messages", "tokens", "finish"}
     for number, row in enumerate(rows, start=1):
-        if not keys <= row.keys():
-            raise ValueError(f"{path}:{number}: no sample: {sorted(keys - row.keys())} missing")
+        with reading(f"{path}:{number}: no sample"):
+            _Sample.model_validate(row)
     return rows
 
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import OmegaConf
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from megatron_post.config.load import parse, read_tree
+from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.config.schema import Model, Section
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.open_source import open_model
@@ -114,7 +113,7 @@ class MethodMerge(Merge):
 
 def load_merge(path: str | Path, method: Method) -> MethodMerge:
     """Read a merge file. Raises `ConfigError` with every error at once."""
-    values = OmegaConf.to_container(read_tree(path), resolve=True)
+    values = completed(read_tree(path), origin=str(path))
     assert isinstance(values, dict)
     parse(Merge, values, origin=str(path))
     return parse(MethodMerge, values | {"method": method}, origin=str(path))

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_post.data.dialog import BadRow, Dialog, Message
 from megatron_post.data.row_refusals import template_mark
 from megatron_post.data.rows import BadRows
-from megatron_post.storage.reading import plain_file
+from megatron_post.storage.reading import plain_file, reading
 
 _KEYS = {"prompt", "capability", "answer", "solution"}
 
@@ -49,7 +49,9 @@ def read_prompts(
     bad_rows, prompts = BadRows(max_bad_rows, key="max_bad_rows"), []
     lines: dict[str, int] = {}  # by what they ask
     file = plain_file(Path(path), "prompts")
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    with reading(file):
+        content = file.read_bytes()
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:

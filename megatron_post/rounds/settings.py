@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from omegaconf import OmegaConf
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from megatron_post.config.load import parse, read_tree
+from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.config.schema import Section, Source
 from megatron_post.rounds.backends import BackendSettings, Sampling, ServerBackend, TransformersBackend
 from megatron_post.rounds.merge import Method
@@ -130,5 +129,4 @@ class RoundSettings(Section):
 
 def load_round(path: str | Path, overrides: Sequence[str] = ()) -> RoundSettings:
     """Read a round file and dotted overrides. Raises `ConfigError` with every error at once."""
-    tree: Any = OmegaConf.merge(read_tree(path), OmegaConf.from_dotlist(list(overrides)))
-    return parse(RoundSettings, OmegaConf.to_container(tree, resolve=True), origin=str(path))
+    return parse(RoundSettings, completed(read_tree(path), overrides, origin=str(path)), origin=str(path))

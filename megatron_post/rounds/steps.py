@@ -25,7 +25,7 @@ from megatron_post.rounds.merge import MethodMerge, merge
 from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.select import PREFERENCES, SFT, Samples, Select, best_of, candidates, select
 from megatron_post.rounds.settings import RoundSettings, StageName
-from megatron_post.storage.reading import read_object
+from megatron_post.storage.reading import read_object, reading
 
 
 @dataclass(frozen=True)
@@ -338,9 +338,12 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """The metrics of each step of a training run, in order; of a step that was repeated, the last."""
     path = run_dir / "metrics.jsonl"
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a line that a kill or a full disk has cut
+    with reading(path):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        # a kill or a full disk has cut such a line
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             if row["kind"] == "train":
-                rows[row["step"]] = row
+                rows[int(row["step"])] = row
     return [rows[step] for step in sorted(rows)]

@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 LARGEST_JSON = 256 * 2**20  # bytes; the largest that is read, a tokenizer of 256,000 tokens, has 35 million
+LARGEST_YAML, DEEPEST_YAML, MOST_NODES = 16 * 2**20, 100, 1_000_000
 LARGEST_LINE = 64 * 2**20  # bytes of a line of JSON
 
 # what wrong bytes and wrong values lead to, in our own code and in that of libraries
 _SYMPTOMS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, EOFError, RuntimeError,
-    MemoryError, csv.Error, zlib.error, struct.error, pickle.UnpicklingError,
+    MemoryError, csv.Error, zlib.error, struct.error, pickle.UnpicklingError, yaml.YAMLError,
 )  # fmt: skip
 
 
@@ -54,6 +57,16 @@ def plain_file(path: Path, what: str) -> Path:
     raise ValueError(f"{what} {path} does not exist{did_you_mean_path(path)}")
 
 
+def plain_files(directory: Path, *, unseen: str = "") -> None:
+    """Raises `ValueError` unless everything below a directory is a plain file, or a directory. unseen: what
+    lies in directories below one of this name is not looked at."""
+    for folder, directories, files in os.walk(directory):
+        if Path(folder).name == unseen:
+            directories.clear()
+        for name in files:
+            plain_file(Path(folder, name), "file")
+
+
 def read_json(path: Path, expected: str) -> Any:
     """The value in a JSON file. Raises `ValueError` naming the file."""
     with reading(path, expected):
@@ -69,6 +82,43 @@ def read_object(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not {expected}: it holds a {type(value).__name__} and no object")
     return value
+
+
+def read_yaml_text(path: Path) -> str:
+    """The text of a YAML file that can be parsed without harm. Raises `ValueError` naming the file.
+
+    The parser of lists in lists recurses in C without a limit, and a process that exhausts its stack is
+    killed. An alias in an alias in an alias makes a few lines as large as memory.
+    """
+    with reading(path, "YAML that can be read"):
+        size = path.stat().st_size
+        if size > LARGEST_YAML:
+            raise ValueError(f"it has {size:,} bytes, and no more than {LARGEST_YAML:,} are read")
+        text = path.read_bytes().decode("utf-8-sig")
+        _check_yaml(text)
+        return text
+
+
+def _check_yaml(text: str) -> None:
+    anchors: dict[str, int] = {}  # the nodes below each
+    nodes: list[tuple[str | None, int]] = [(None, 0)]  # of the collections that are open
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        size = 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            nodes.append((event.anchor, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = nodes.pop()
+            anchors |= {anchor: size} if anchor else {}
+        elif isinstance(event, yaml.AliasEvent):
+            size = anchors.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+            anchors |= {event.anchor: 1} if event.anchor else {}
+        nodes[-1] = (nodes[-1][0], nodes[-1][1] + size)
+        if len(nodes) > DEEPEST_YAML:
+            raise ValueError(f"it is nested more than {DEEPEST_YAML} deep")
+        if nodes[-1][1] > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES:,} values, aliases followed")
 
 
 def did_you_mean(name: str, known: Iterator[str] | list[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_post.display import say
+from megatron_post.storage.reading import read_object
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -200,10 +201,10 @@ def _put_into_place(partial: Path, final: Path) -> None:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises `DamagedCheckpoint` where there is none or it cannot be read."""
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
-        digest = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{directory / MANIFEST}: not readable: {error}") from error
+        manifest = read_object(directory / MANIFEST, "the manifest of a checkpoint")
+    except ValueError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    digest = manifest.pop("sha256", None)
     if digest != _digest(manifest):
         raise DamagedCheckpoint(f"{directory / MANIFEST}: content differs from its own checksum")
     return manifest

@@ -1,0 +1,179 @@
+"""Junk at every command: a message and status 2, or success; never a traceback, never a hang.
+
+JUNK_INPUTS=N tries N inputs for each command in place of the default, JUNK_SEED=N others. Both hold for
+test_readers.py too.
+"""
+
+import random
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from megatron_post import cli
+from tests.unit.junk.junk import junk_argument, replace_by_junk
+from tests.unit.junk.runner import SEED, Copy, inputs, limits
+from tests.unit.test_display import RICH, unsafe
+
+CONFIG = ["sft.yaml", "base.yaml"]
+WEIGHTS = ["model/config.json", "model/model.safetensors"]
+TOKENIZER = ["tokenizer/tokenizer.json"]
+STORE = [f"store/{name}" for name in
+         ("zarr.json", "checksums.json", "train/zarr.json", "train/segment/length/zarr.json",
+          "train/tokens/c/0/0", "train/segment/length/c/0", "train/segment_offsets/c/0")]  # fmt: skip
+PAIRS = [name.replace("store", "pairs", 1) for name in STORE]
+CONVERTED = [f"converted/step-00000000/{name}" for name in
+             ("manifest.json", ".metadata", "config.json", "__0_0.distcp", "tokenizer.json")]  # fmt: skip
+ROWS = [
+    "rows.jsonl",
+    "rows.jsonl.gz",
+    "rows.csv",
+    "rows.csv.gz",
+    "rows.parquet",
+    "array.json",
+    "folder/train.jsonl",
+]
+ROUND = ["round.yaml", "reward.yaml", "sft.yaml", "dpo.yaml", "base.yaml", "prompts.jsonl",
+         "model/config.json", "model/tokenizer.json", "rounds/state.json"]  # fmt: skip
+RUN = ["run/slurm/jobs.jsonl", "run/slurm/1.log"]
+SELECT = ["select.yaml", "rules.yaml", "prompts.jsonl", "samples.jsonl", "scores.jsonl"]
+
+# command -> its words, the files that it reads, and inputs by default. Every command must have an entry.
+COMMANDS: dict[str, tuple[str, list[str], int]] = {
+    "train": ("sft.yaml", [*CONFIG, *TOKENIZER, *STORE], 30),
+    "doctor": ("", [], 3),
+    "demo": ("--config sft.yaml --run-dir demo", CONFIG, 20),
+    "data pack": ("sft.yaml --overwrite", [*CONFIG, *TOKENIZER, *ROWS], 60),
+    "data show": ("store --pack 0", [*TOKENIZER, *STORE], 60),
+    "data stats": ("store", STORE, 60),
+    "data verify": ("store", STORE, 60),
+    "config show": ("sft.yaml train.steps=3", CONFIG, 60),
+    "config schema": ("", [], 2),
+    "bench step": ("sft.yaml --steps 1 --warmup 0", CONFIG, 20),
+    "bench data": ("--rounds 1 --output bench", [], 10),
+    "bench balance": ("", [], 1),
+    "bench trl": ("--rounds 1 --output bench", [], 10),
+    "bench kernels": ("--output bench", [], 5),
+    "bench convert": ("--model 8b --rounds 1 --directory scratch --output bench", [], 10),
+    "bench merge": ("--gigabytes 1 --directory scratch --output bench", [], 10),
+    "bench checkpoint": ("sft.yaml --directory scratch --output bench", CONFIG, 10),
+    "bench report": ("bench --html report.html", ["bench/*.json"], 60),
+    "convert hf-to-megatron": ("model new", [*WEIGHTS, "model/tokenizer.json"], 40),
+    "convert megatron-to-hf": ("converted hf", [*CONVERTED, ".converting-hf/conversion.json"], 40),
+    "convert verify": ("model converted", [*WEIGHTS, *CONVERTED], 40),
+    "convert inspect": ("converted", CONVERTED, 40),
+    "convert plan": ("model --max-shard-size 5GB", WEIGHTS, 40),
+    "launch submit": ("sft.yaml --cluster cluster.yaml --dry-run", [*CONFIG, "cluster.yaml"], 60),
+    "launch status": ("run", RUN, 40),
+    "launch cancel": ("run", RUN, 40),
+    "launch logs": ("run --lines 3", RUN, 40),
+    "launch check-nodes": ("sft.yaml", CONFIG, 10),
+    "launch round": ("chain.yaml --cluster cluster.yaml --dry-run",
+                     ["chain.yaml", "cluster.yaml", *CONFIG], 60),
+    "plan show": ("sft.yaml --gpus 2 --html plan.html", CONFIG, 40),
+    "plan search": ("sft.yaml --gpus 2 --output best.yaml", CONFIG, 20),
+    "plan dry-run": ("sft.yaml --gpus 1", CONFIG, 20),
+    "reference": ("pairs --model model", [*WEIGHTS, *PAIRS], 20),
+    "score": ("reward rows.jsonl --output scored.jsonl",
+              ["reward/config.json", "reward/model.safetensors", "reward/tokenizer.json", "rows.jsonl",
+               "scored.jsonl", "scored.jsonl.origin.json"], 20),
+    "merge": ("linear --config merge.yaml --output merged",
+              [*WEIGHTS, "merge.yaml", ".converting-merged/conversion.json"], 40),
+    "generate": ("generate.yaml --output drawn.jsonl",
+                 ["generate.yaml", "prompts.jsonl", *WEIGHTS, "model/tokenizer.json",
+                  ".partial-drawn.jsonl/settings.json"], 40),
+    "select": ("select.yaml --output selected", SELECT, 80),
+    "round": ("round.yaml --only round-01/report", ROUND, 60),
+}  # fmt: skip
+
+
+@pytest.fixture
+def copy(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
+    monkeypatch.chdir(tmp_path)  # and back at the end
+    return Copy(world, tmp_path / "w")
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What measures or trains for minutes ends with a message at the point where its input has been read."""
+
+    def enough(*_: object, **__: object) -> Any:
+        raise ValueError("all input has been read")
+
+    for name in (
+        "megatron_post.demo.run.make_problems",
+        "megatron_post.bench.data.measure_data",
+        "megatron_post.bench.beside_trl.measure_beside_trl",
+        "megatron_post.bench.convert.measure_conversions",
+        "megatron_post.bench.merge.measure_merges",
+        "megatron_post.bench.checkpoint.measure_checkpoints",
+    ):
+        monkeypatch.setattr(name, enough)
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The status of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["megatron-post", *words])
+    with limits(), pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def commands() -> list[str]:
+    """Every command of the application, as a user types it."""
+
+    def below(group: Any, words: str) -> Iterator[str]:
+        for name, command in group.commands.items():
+            path = f"{words} {name}".strip()
+            yield from below(command, path) if hasattr(command, "commands") else [path]
+
+    return sorted(below(typer.main.get_command(cli.app), ""))
+
+
+def test_every_command_is_tried() -> None:
+    assert commands() == sorted(COMMANDS), "give a new command an entry in COMMANDS"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(
+    command: str,
+    copy: Copy,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words, patterns, count = COMMANDS[command]
+    faults, tried = [], inputs(count)
+    for number in range(tried):
+        rng = random.Random(f"{SEED}/{command}/{number}")
+        copy.heal()
+        argv = [*command.split(), *words.split()]
+        done = []
+        files = [path for pattern in patterns for path in sorted(Path().glob(pattern))]
+        places = range(len(command.split()), len(argv))
+        if files and (rng.random() < 0.8 or not places):
+            done.append(replace_by_junk(rng, rng.choice(files)))
+        elif places and number:
+            known = [word for word in argv if not word.startswith("-")] + [*map(str, files)]
+            argv[rng.choice(places)] = junk_argument(rng, known)
+        try:
+            status = run(argv, monkeypatch)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            status, text = 1, "".join(traceback.format_exception(error))
+        else:
+            text = ""
+        out, err = capfd.readouterr()
+        text += err
+        allowed = (0, 1, 2) if command == "plan show" else (0, 2)
+        ugly = unsafe(RICH.sub("", out + err))
+        if status not in allowed or "Traceback" in text or ugly:
+            end = "\n".join(text.splitlines()[-12:])
+            faults.append(f"input {number}: {argv} {done}: status {status} {ugly}\n{end}")
+    with capfd.disabled():
+        print(f"\njunk: {command}: {tried} inputs, {len(faults)} tracebacks", end="")
+    assert not faults, "\n\n".join(faults[:5])

@@ -1,0 +1,129 @@
+"""Junk at every reader: its value, or an error of the user's that names the file or its directory."""
+
+import random
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_post.bench.record import read_records
+from megatron_post.config.load import load_config
+from megatron_post.config.schema import Source
+from megatron_post.convert.hf_directory import HuggingFaceDirectory
+from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
+from megatron_post.convert.meta_source import MetaDirectory
+from megatron_post.convert.metadata_file import read_metadata
+from megatron_post.convert.safetensors_file import read_header
+from megatron_post.convert.source import read_rows as read_weights
+from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.data.store import open_store
+from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.errors import message_of
+from megatron_post.launch.chain import load_chain
+from megatron_post.launch.cluster import load_cluster
+from megatron_post.launch.record import last_word, submitted_jobs
+from megatron_post.models.hf_config import from_hf_config
+from megatron_post.rounds.cleaning import load_rules
+from megatron_post.rounds.files import read_lines
+from megatron_post.rounds.generate import read_samples
+from megatron_post.rounds.merge import load_merge
+from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.settings import load_round
+from megatron_post.rounds.state import State
+from megatron_post.rounds.steps import metrics_of
+from megatron_post.train.manifest import read_manifest, verify
+from tests.unit.junk.junk import replace_by_junk
+from tests.unit.junk.runner import SEED, Copy, inputs, limits
+
+STEP = "converted/step-00000000"
+
+
+def _rows(name: str) -> Callable[[], Any]:
+    columns = {"user": "question", "assistant": "answer"} if ".csv" in name else {}
+    return lambda: list(read_rows(Source(name=name, path=name, columns=columns), bad_rows=BadRows(10**6)))
+
+
+def _packs() -> None:
+    store = open_store("store", "train")
+    for index in range(len(store)):
+        store.read(index)
+
+
+def _weights(source: Any) -> None:
+    for name in source.tensors:
+        read_weights(source, name, 0, 1)
+
+
+# what is read, by which call; a directory stands for what the error must name
+READERS: dict[str, tuple[str, Callable[[], Any], int]] = {
+    "config": ("sft.yaml", lambda: load_config("sft.yaml"), 60),
+    "base of sft.yaml": ("base.yaml", lambda: load_config("sft.yaml"), 60),
+    "cluster": ("cluster.yaml", lambda: load_cluster("cluster.yaml"), 60),
+    "chain": ("chain.yaml", lambda: load_chain("chain.yaml"), 60),
+    "round": ("round.yaml", lambda: load_round("round.yaml"), 60),
+    "merge": ("merge.yaml", lambda: load_merge("merge.yaml", "linear"), 60),
+    "rules": ("rules.yaml", lambda: load_rules("rules.yaml"), 60),
+    "tokenizer.json": ("tokenizer/tokenizer.json", lambda: load_tokenizer("tokenizer").fingerprint, 60),
+    "tokenizer.model": ("meta/tokenizer.model", lambda: load_tokenizer("meta/tokenizer.model"), 60),
+    "JSON lines": ("rows.jsonl", _rows("rows.jsonl"), 60),
+    "gzip": ("rows.jsonl.gz", _rows("rows.jsonl.gz"), 60),
+    "array": ("array.json", _rows("array.json"), 60),
+    "CSV": ("rows.csv", _rows("rows.csv"), 20),
+    "CSV, gzip": ("rows.csv.gz", _rows("rows.csv.gz"), 20),
+    "Parquet": ("rows.parquet", _rows("rows.parquet"), 20),
+    "pairs": ("pairs.jsonl", _rows("pairs.jsonl"), 60),
+    "prompts": ("prompts.jsonl", lambda: read_prompts("prompts.jsonl"), 60),
+    "samples": ("samples.jsonl", lambda: read_samples(Path("samples.jsonl")), 60),
+    "scores": ("scores.jsonl", lambda: list(read_lines(Path("scores.jsonl"))), 60),
+    "packs": ("store/train/tokens/c/0/0", _packs, 20),
+    "store": ("store/zarr.json", _packs, 40),
+    "columns": ("store/train/segment/length/c/0", _packs, 40),
+    "safetensors": ("model/model.safetensors", lambda: read_header(Path("model/model.safetensors")), 60),
+    "config of a model": ("model/config.json", lambda: from_hf_config(Path("model")), 60),
+    "Hugging Face": ("model/config.json", lambda: _weights(HuggingFaceDirectory("model")), 40),
+    "Meta's parameters": ("meta/params.json", lambda: _weights(MetaDirectory("meta")), 40),
+    "Meta's weights": ("meta/consolidated.00.pth", lambda: _weights(MetaDirectory("meta")), 40),
+    "manifest": (f"{STEP}/manifest.json", lambda: read_manifest(Path(STEP)), 60),
+    "metadata": (f"{STEP}/.metadata", lambda: read_metadata(Path(STEP, ".metadata")), 60),
+    "files of a checkpoint": (f"{STEP}/config.json", lambda: verify(Path(STEP)), 40),
+    "checkpoint": (f"{STEP}/__0_0.distcp", lambda: _weights(MegatronCheckpoint("converted")), 40),
+    "record": ("bench/step-2026.json", lambda: read_records("bench"), 60),
+    "jobs": ("run/slurm/jobs.jsonl", lambda: submitted_jobs("run"), 60),
+    "log": ("run/slurm/1.log", lambda: last_word(Path("run/slurm/1.log")), 60),
+    "state of rounds": ("rounds/state.json", lambda: State(Path("rounds"), {}), 60),
+    "metrics": ("run/metrics.jsonl", lambda: metrics_of(Path("run")), 60),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers(
+    name: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, read, count = READERS[name]
+    monkeypatch.chdir(tmp_path)
+    copy, faults, tried = Copy(world, tmp_path / "w"), [], inputs(count)
+    copy.heal()
+    read()  # what is valid is read
+    for number in range(tried):
+        rng = random.Random(f"{SEED}/{name}/{number}")
+        copy.heal()
+        done = replace_by_junk(rng, Path(file))
+        try:
+            with limits():
+                read()
+        except BaseException as error:
+            message = message_of(error)
+            names = (*Path(file).parts, *name.split())
+            if message is None or not any(part in message for part in names):
+                faults.append(
+                    f"input {number}: {done}:\n{''.join(traceback.format_exception(error))[-1500:]}"
+                )
+    with capsys.disabled():
+        print(f"\njunk: {name}: {tried} inputs, {len(faults)} errors that do not name the file", end="")
+    assert not faults, "\n\n".join(faults[:5])

@@ -1,0 +1,148 @@
+"""A directory with one small valid file of every kind that a command reads, named relative to it."""
+
+import base64
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import yaml
+
+from megatron_post.bench.record import Record, once, write_record
+from megatron_post.config.load import load_config
+from megatron_post.convert.to_megatron import ToMegatron
+from megatron_post.convert.work import convert
+from megatron_post.data.build import build_store
+from megatron_post.display import make_console
+from tests.tiny import MODEL
+from tests.unit.convert.models import shaped_like, weights_of
+from tests.unit.convert.test_meta_source import _meta
+from tests.unit.rounds.models import tiny_policy
+
+ANSWER = "The answer is 2."
+SIZES = {**MODEL, "num_layers": 2, "vocab_size": 288, "rope_scaling": None}
+TRAINING: dict[str, Any] = {
+    "run_dir": "run",
+    "model": SIZES,
+    "tokenizer": {"path": "tokenizer/tokenizer.json"},
+    "precision": {"dtype": "fp32"},
+    "optimizer": {"lr": 1e-3, "schedule": "constant"},
+    "train": {"steps": 2, "global_batch": 2, "export_hf": False},
+    "checkpoint": {"every": 1, "keep": 1},
+}
+
+
+def make_world(root: Path) -> None:
+    """Write the files below `root`, which is the working directory."""
+    _write_rows(root)
+    tiny_policy(root / "model", text=ANSWER)
+    tiny_policy(root / "reward", scalar_head=True, text=ANSWER)
+    (root / "tokenizer").mkdir()
+    (root / "model" / "tokenizer.json").rename(root / "tokenizer" / "tokenizer.json")
+    (root / "model" / "tokenizer.json").write_bytes((root / "tokenizer" / "tokenizer.json").read_bytes())
+    _write_configs(root)
+    for name in ("sft.yaml", "dpo.yaml"):
+        build_store(load_config(root / name), console=make_console(quiet=True))
+    job = ToMegatron("model", "converted", None)
+    assert convert(job, workers=1, report=lambda text: None)
+    record = Record("step", "a run", {"steps": "2"}, {"seconds": once("s", 1.0, "lower")}, {"date": "2026"})
+    write_record(root / "bench", record)
+    write_record(root / "bench", record)
+    _write_run(root)
+    _write_meta(root / "meta")
+
+
+def _write_meta(directory: Path) -> None:
+    """A model of Meta's, with a tokenizer of three words."""
+    directory.mkdir()
+    model = shaped_like("8b")
+    tensors = _meta(weights_of(model), model)
+    torch.save(tensors, directory / "consolidated.00.pth")
+    params = {"dim": 64, "n_layers": 3, "n_heads": 32, "n_kv_heads": 8, "norm_eps": 1e-5, "rope_theta": 1e3}
+    (directory / "params.json").write_text(json.dumps(params))
+    words = (base64.b64encode(word).decode() for word in (b"a", b"b", b"ab"))
+    (directory / "tokenizer.model").write_text("".join(f"{word} {n}\n" for n, word in enumerate(words)))
+
+
+def _write_rows(root: Path) -> None:
+    said = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": ANSWER}]
+    rows = [{"messages": said}] * 4
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "rows.jsonl").write_text(lines)
+    (root / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (root / "array.json").write_text(json.dumps(rows))
+    (root / "rows.csv").write_text(f"question,answer\n1 + 1?,{ANSWER}\n")
+    (root / "rows.csv.gz").write_bytes(gzip.compress((root / "rows.csv").read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "rows.parquet")
+    (root / "folder").mkdir()
+    (root / "folder" / "train.jsonl").write_text(lines)
+    pair = {"prompt": said[:1], "chosen": said[1:], "rejected": [{"role": "assistant", "content": "No."}]}
+    (root / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
+    prompts = [{"prompt": f"{number} + 1?", "answer": number + 1} for number in (1, 2)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    samples = [
+        {"prompt": n, "sample": k, "checkpoint": "model", "seed": k, "tokens": 5, "finish": "stop",
+         "messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": text}]}
+        for n in (1, 2) for k, text in enumerate((ANSWER, "The answer is 3."))
+    ]  # fmt: skip
+    (root / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    scores = [{"row": row, "scores": [row / 8]} for row in range(1, 5)]
+    (root / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
+
+
+def _write_configs(root: Path) -> None:
+    columns = {"user": "question", "assistant": "answer"}
+    files = ("rows.jsonl", "rows.jsonl.gz", "array.json", "rows.parquet", "folder")
+    sources: list[dict[str, Any]] = [{"name": name, "path": name} for name in files]
+    sources += [{"name": name, "path": name, "columns": columns} for name in ("rows.csv", "rows.csv.gz")]
+    verifier = {"kind": "exact", "pattern": r"is (\d+)\."}
+    model = {"model": "model", "weight": 1.0}
+    files_of = {
+        "base.yaml": TRAINING,
+        "sft.yaml": {"base": "base.yaml", "stage": "sft",
+                     "data": {"store": "store", "pack_length": 128, "sources": sources}},
+        "dpo.yaml": {"base": "base.yaml", "stage": "dpo", "dpo": {"reference": "frozen"},
+                     "data": {"store": "pairs", "pack_length": 128,
+                              "sources": [{"name": "pairs", "path": "pairs.jsonl"}]}},
+        "reward.yaml": {"base": "base.yaml", "stage": "reward",
+                        "data": {"store": "pairs", "pack_length": 128}},
+        "generate.yaml": {"model": "model", "prompts": "prompts.jsonl",
+                          "sampling": {"samples": 1, "max_tokens": 2}},
+        "select.yaml": {"prompts": "prompts.jsonl", "verifier": verifier, "cleaning": "rules.yaml",
+                        "samples": [{"responses": "samples.jsonl", "scores": "scores.jsonl"}]},
+        "rules.yaml": {"rules": [{"name": "sorry", "pattern": "sorry", "max_share": 0.5}]},
+        "merge.yaml": {"models": [model, model | {"layers": [{"tensors": "*.mlp.*", "weight": 2.0}]}]},
+        "round.yaml": {"run_dir": "rounds", "start": {"policy": "model"},
+                       "data": {"prompts": "prompts.jsonl", "held_out": "prompts.jsonl"},
+                       "select": {"verifier": verifier}, "average": {"weights": {"sft": 1.0, "dpo": 1.0}},
+                       "stages": {"reward": "reward.yaml", "sft": "sft.yaml", "dpo": "dpo.yaml"}},
+        "chain.yaml": {"run_dir": "chain", "steps": [
+            {"name": "one", "command": ["train", "sft.yaml"]},
+            {"name": "two", "command": ["train", "dpo.yaml"], "after": ["one"]}]},
+        "cluster.yaml": {"gpus_per_node": 0, "ranks_per_node": 2, "cpus_per_node": 2, "time_limit": "30:00",
+                         "warning_seconds": 60, "environment": {"A": "b"}},
+    }  # fmt: skip
+    for name, values in files_of.items():
+        (root / name).write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _write_run(root: Path) -> None:
+    """What earlier commands have left: a launched run, unfinished outputs, the record of a round."""
+    slurm = root / "run" / "slurm"
+    slurm.mkdir(parents=True)
+    (slurm / "1.log").write_text("step 1/2\nlaunch: 12:00:00 done\n")
+    job = {"job_id": 1, "name": "run", "log": "run/slurm/1.log", "run_dir": "run", "after": [], "command": []}
+    (slurm / "jobs.jsonl").write_text(json.dumps(job) + "\n")
+    (root / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    (root / "scored.jsonl").write_text('{"row": 1, "scores": [0.5]}\n')
+    (root / "scored.jsonl.origin.json").write_text("{}")
+    for unfinished in (".partial-drawn.jsonl", ".converting-hf", ".converting-merged"):
+        (root / unfinished).mkdir()
+    (root / ".partial-drawn.jsonl" / "settings.json").write_text("{}")
+    (root / ".converting-hf" / "conversion.json").write_text("{}")
+    (root / ".converting-merged" / "conversion.json").write_text("{}")
+    (root / "rounds").mkdir()
+    (root / "rounds" / "state.json").write_text('{"settings": {}, "done": {}}')
