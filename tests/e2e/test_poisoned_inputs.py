@@ -1,5 +1,6 @@
 """No byte of a model, a tokenizer or a store is run. Checkpoints are in test_poison.py."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -29,8 +30,8 @@ READERS = {
     "hf": ("inspect", "verify", "hf-to-megatron", "merge", "train", "generate", "reference"),
     "reward": ("score",),
     "meta": ("inspect", "verify", "hf-to-megatron"),
-    "store": ("train", "stats", "show"),
-    "pairs": ("reference",),
+    "store": ("train", "stats", "show", "data verify"),
+    "pairs": ("reference", "data verify"),
 }
 
 
@@ -91,6 +92,7 @@ def _commands(base: Path, changed: Path, work: Path) -> dict[str, tuple[object, 
         "score": ("score", changed, base / "pairs.jsonl", "--output", work / "scores.jsonl"),
         "stats": ("data", "stats", changed),
         "show": ("data", "show", changed),
+        "data verify": ("data", "verify", changed),
     }
 
 
@@ -208,33 +210,67 @@ def test_an_object_among_metas_tensors(base: Path, tmp_path: Path) -> None:
         check(case, named="consolidated.00.pth: not a file of plain tensors; nothing in it was run")
 
 
-def _pickled_array(store: Path, *, array: str, dtype: str, filters: list[str], content: bytes) -> None:
-    """An array in zarr's older format, whose codecs unpickle."""
-    shutil.rmtree(store / array)
-    for group in (store, (store / array).parent):
-        _write(group, name=".zgroup", content=b'{"zarr_format": 2}')
+def _sign_store(store: Path) -> None:
+    """Checksums that fit the files that are there now, as anyone can write them."""
+    content = json.loads((store / "checksums.json").read_text())
+    content.pop("sha256")
+    for name in content["files"]:
+        if (store / name).is_file():
+            content["files"][name] = hashlib.sha256((store / name).read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (store / "checksums.json").write_text(json.dumps({"sha256": digest, **content}))
+
+
+def _write_and_sign(store: Path, *, name: str, content: bytes) -> None:
+    _write(store, name=name, content=content)
+    if name != "checksums.json":
+        _sign_store(store)
+
+
+def _pickling_codec(store: Path, *, codec: str, content: bytes) -> None:
+    """An array whose codec would unpickle."""
+    array = store / "train" / "segment_offsets"
+    _config(array, name="zarr.json", codecs=[{"name": codec, "configuration": {"protocol": 5}}])
+    _write(array, name="c/0", content=content)
+    _sign_store(store)
+
+
+def _older_array(store: Path, *, dtype: str, filters: list[str], content: bytes) -> None:
+    """The same in zarr's older format, in which arrays of objects are pickled."""
+    shutil.rmtree(store / "train" / "segment_offsets")
+    for group in (store, store / "train"):
         attributes = json.loads((group / "zarr.json").read_text())["attributes"]
+        _write(group, name=".zgroup", content=b'{"zarr_format": 2}')
         _write(group, name=".zattrs", content=json.dumps(attributes).encode())
-        if group != store:
-            (group / "zarr.json").unlink()
+    (store / "train" / "zarr.json").unlink()
     meta = {
         "zarr_format": 2, "shape": [1], "chunks": [1], "dtype": dtype, "compressor": None, "fill_value": 0,
         "order": "C", "filters": [{"id": name} for name in filters],
     }  # fmt: skip
-    _write(store / array, name=".zarray", content=json.dumps(meta).encode())
-    _write(store / array, name="0", content=content)
+    _write(store / "train" / "segment_offsets", name=".zarray", content=json.dumps(meta).encode())
+    _write(store / "train" / "segment_offsets", name="0", content=content)
+    _sign_store(store)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["store", "pairs"])
 def test_every_file_of_a_store(base: Path, tmp_path: Path, kind: str) -> None:
-    """Each file as a pickle, and arrays whose codecs would unpickle."""
-    changes = _files(base, tmp_path, kind, ["a plain pickle"])
+    """Each file as a pickle, and arrays whose codecs would unpickle. Every command reads all metadata, and
+    of the arrays what it needs; `data verify` reads all."""
     content = pickle.dumps(Call(Path.touch, tmp_path / "witness"))
+    names = [path.relative_to(base / kind) for path in sorted((base / kind).rglob("*")) if path.is_file()]
+    changes: dict[str, Change] = {
+        str(name): partial(_write_and_sign, name=str(name), content=content) for name in names
+    }
+    for codec in ("pickle", "numcodecs.pickle"):
+        changes[f"{codec}.json"] = partial(_pickling_codec, codec=codec, content=content)
     for dtype, filters in (("|O", ["pickle"]), ("|O", ["vlen-utf8", "pickle"]), ("<i8", ["pickle"])):
-        changes[f"{dtype} {filters}"] = partial(
-            _pickled_array, array="train/segment_offsets", dtype=dtype, filters=filters, content=content
+        changes[f"{dtype} {filters}.json"] = partial(
+            _older_array, dtype=dtype, filters=filters, content=content
         )
     (cases,) = run_ranks(_walk, 1, base, tmp_path, kind, changes)
     for case in cases:
-        assert not case.ran, case
+        if case.reader == "data verify":  # which lists all damaged packs
+            assert case.status == 2 and not case.ran and "Traceback" not in case.output, case
+        else:
+            check(case, named=f"/{kind}" if case.what.endswith(".json") or case.status else None)
