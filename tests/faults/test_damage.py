@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.train import manifest
 from megatron_post.train.manifest import DamagedCheckpoint
+from tests.e2e.poison import entries, replace_entry, saved
 from tests.faults.conftest import FIGURES, STEPS, Run
 
 # Every byte of files up to this size is tried, and of larger ones every 101st.
@@ -97,7 +98,13 @@ def test_a_run_falls_back_from_each_damage(whole_set: None, finished: Run) -> No
     FIGURES.append(f"damaged checkpoints: {tried} tried, {tried} runs fell back one checkpoint")
 
 
-POISONS = ["pickle in .metadata", "pickle in common.pt", "path outside", "half there"]
+POISONS = [
+    "pickle in .metadata",
+    "pickle in common.pt",
+    "pickle beside tensors",
+    "path outside",
+    "half there",
+]
 
 
 class _Payload:
@@ -124,6 +131,10 @@ def test_a_poisoned_checkpoint_runs_nothing(whole_set: None, finished: Run, pois
     elif poison == "pickle in common.pt":
         torch.save({"optimizer": _Payload(witness)}, directory / "common.pt")
         named = "common.pt"
+    elif poison == "pickle beside tensors":
+        beside = next(index for index, is_object in entries(directory).items() if is_object)
+        replace_entry(directory, beside, saved([_Payload(witness)]))
+        named = beside.fqn
     elif poison == "path outside":
         metadata = read_metadata(directory / named)
         index = next(iter(metadata.storage_data))
