@@ -73,10 +73,12 @@ def incarnation_from_environment() -> str:
 def claim(run_dir: str | Path, incarnation: str) -> Fence:
     """Take over a run: the next epoch, and what older epochs were writing removed. One rank calls it.
 
-    Raises `Superseded` for an incarnation that has been superseded already and is started again.
+    Raises `Superseded` for an incarnation that has been superseded already and is started again, and
+    `OSError` where the run's directories cannot be made.
     """
     directory = Path(run_dir) / "incarnations"
     directory.mkdir(parents=True, exist_ok=True)
+    (Path(run_dir) / "checkpoints").mkdir(exist_ok=True)  # or else the first save would find out
     epochs = _epochs(directory)
     if any(_read(directory, epoch).get("incarnation") == incarnation for epoch in epochs[:-1]):
         latest = _read(directory, epochs[-1]).get("incarnation")

@@ -121,3 +121,9 @@ def test_strays_among_claims_are_no_epochs(tmp_path: Path) -> None:
     for name in ("7", "0000009", "000008.bak", "00000²", ".DS_Store"):
         (tmp_path / "incarnations" / name).touch()
     assert claim(tmp_path, "1.1").epoch == 2
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        claim(tmp_path, "1.0")
