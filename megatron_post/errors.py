@@ -25,7 +25,7 @@ _REMEDIES = {
     errno.EACCES: "change its permissions, or choose another path",
     errno.EPERM: "change its permissions, or choose another path",
     errno.EROFS: "choose a path on a disk that can be written",
-    errno.EEXIST: "remove it, or choose another path",
+    errno.EEXIST: "choose another path",
     errno.EISDIR: "name a file",
     errno.ENOTDIR: "name a directory, and no file before the last part of a path",
     errno.ENAMETOOLONG: "choose a shorter name",

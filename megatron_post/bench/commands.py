@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_post.display import make_console, say
+from megatron_post.storage.writing import write_text
 
 if TYPE_CHECKING:
     from megatron_post.bench.record import Record
@@ -199,7 +200,7 @@ def report(
 
     records = read_records(directory)
     target = Path(html) if html else Path(directory) / "report.html"
-    target.write_text(page(records))
+    write_text(target, page(records))
     say("\n".join([*summary(records), f"{len(records)} records on {target}"]))
 
 

@@ -7,13 +7,14 @@ from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.meta_source import PARAMS, MetaDirectory
 from megatron_post.convert.source import ModelSource
+from megatron_post.storage.reading import did_you_mean_path
 from megatron_post.train import manifest
 
 
 def open_weights_directory(directory: Path) -> ModelSource:
     """Hugging Face's safetensors or Meta's original files. Raises `ValueError` for anything else."""
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory")
+        raise ValueError(f"{directory} is no directory{did_you_mean_path(directory)}")
     if os.path.lexists(directory / PARAMS) and not os.path.lexists(directory / "config.json"):
         return MetaDirectory(directory)
     if not os.path.lexists(directory / "config.json"):

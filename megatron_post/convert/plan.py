@@ -15,6 +15,7 @@ from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.shards import plan_shards
 from megatron_post.convert.source import DTYPE_NAMES, Kind, check_names
 from megatron_post.convert.to_megatron import PART_BYTES
+from megatron_post.storage.reading import did_you_mean, did_you_mean_path
 
 # Resident memory of a worker, measured at about 330 MiB whatever the model: Python, torch, headers, buffers.
 BASE_BYTES = 400 * 1024**2
@@ -77,7 +78,8 @@ def _model(source: str) -> Model:
         return Model(preset=source)  # type: ignore[call-arg]
     directory = Path(source)
     if not directory.is_dir():
-        raise ValueError(f"{source} is neither a directory nor one of {', '.join(PRESETS)}")
+        meant = did_you_mean(source, list(PRESETS)) or did_you_mean_path(directory)
+        raise ValueError(f"{source} is neither a directory nor one of {', '.join(PRESETS)}{meant}")
     model = read_model(directory)
     try:
         weight_map = read_index(directory)

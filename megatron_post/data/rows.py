@@ -24,7 +24,7 @@ from megatron_post.data.row_keys import KeyCounts
 from megatron_post.storage.reading import did_you_mean_path, plain_file, reading
 
 _MAX_LINE_BYTES = 8 * MAX_CHARACTERS  # JSON writes a character in up to 6 bytes, 12 outside the basic plane
-_MAX_ARRAY_BYTES = 2**32
+_MAX_ARRAY_BYTES, _PIECE_BYTES = 2**32, 2**24
 
 # A row and where it is ("file:line"); a row that could not be decoded is its `BadRow`.
 _Record = tuple[int, str, Any]
@@ -172,9 +172,11 @@ def _from_json(file: Path) -> Iterator[_Record]:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         stream.seek(0)
         if start == b"[":
-            content = stream.read(_MAX_ARRAY_BYTES)
-            if len(content) == _MAX_ARRAY_BYTES:
-                raise ValueError(f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write a row a line")
+            content = bytearray()
+            while piece := stream.read(_PIECE_BYTES):  # one read of the limit would take its memory at once
+                content += piece
+                if len(content) > _MAX_ARRAY_BYTES:
+                    raise ValueError(f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write a row a line")
             for number, row in enumerate(json.loads(content.decode("utf-8-sig")), start=1):
                 yield number, f"{file}:{number}", row
             return

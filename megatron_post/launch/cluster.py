@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_
 
 from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.config.schema import Section
+from megatron_post.display import printable
 
 _TIME_LIMIT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -19,8 +20,9 @@ _OF_A_RANK = re.compile(
 
 
 def one_line(text: str) -> str:
-    """A value that Slurm or a script takes as one line. Raises `ValueError` for control characters."""
-    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+    """A value that Slurm or a script takes as one line. Raises `ValueError` for control characters, and for
+    others that a terminal does not show."""
+    if set(text) & set("\n\t") or printable(text) != text:
         raise ValueError(f"{text!r} holds a newline or another control character")
     return text
 

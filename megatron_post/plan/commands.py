@@ -1,5 +1,6 @@
 """`megatron-post plan`: its options, and what it prints."""
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_post.display import make_console, say_json
+from megatron_post.storage.writing import write_text
 
 
 def with_default(name: str) -> type[TyperGroup]:
@@ -15,7 +17,10 @@ def with_default(name: str) -> type[TyperGroup]:
 
     class Group(TyperGroup):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            word = args[0] if args else "--help"
+            # a misspelt command is left to the group, which names the one that was meant
+            is_misspelt = bool(difflib.get_close_matches(word, self.commands)) and not Path(word).exists()
+            if word not in (*self.commands, "--help", "-h") and not is_misspelt:
                 args = [name, *args]
             return super().parse_args(ctx, args)
 
@@ -59,7 +64,7 @@ def show(
         load_config(config, overrides or ()), gpus=gpus, gpu=gpu_of(gpu), segment_length=segment_length
     )
     if html is not None:
-        Path(html).write_text(page(plan))
+        write_text(html, page(plan))
     if as_json:
         say_json(report.plan_json(plan))
     else:
@@ -95,7 +100,7 @@ def search(
         fp8=fp8,
     )
     if output is not None:
-        Path(output).write_text(report.winner_config(found, config, overrides or ()))
+        write_text(output, report.winner_config(found, config, overrides or ()))
     if as_json:
         say_json(report.search_json(found))
     else:

@@ -8,6 +8,8 @@ they are from. Only H100 steps were there to fit; what is said of H200 and B200 
 
 from dataclasses import dataclass
 
+from megatron_post.storage.reading import did_you_mean
+
 GIB = 2**30
 # Fitted to two of the six published H100 steps; docs/planner.md has the fit and what was held out of it.
 MATRIX_EFFICIENCY = 0.809
@@ -95,7 +97,10 @@ GPUS = {
 def gpu(name: str) -> GPU:
     """By name. Raises `ValueError` for one that is not in the table."""
     if name not in GPUS:
-        raise ValueError(f"GPU {name!r} is not in the planner's table: choose one of {', '.join(GPUS)}")
+        meant = did_you_mean(name, list(GPUS))
+        raise ValueError(
+            f"GPU {name!r} is not in the planner's table{meant}: choose one of {', '.join(GPUS)}"
+        )
     return GPUS[name]
 
 

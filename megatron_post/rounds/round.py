@@ -26,6 +26,7 @@ from megatron_post.rounds.ranks import run_on_ranks
 from megatron_post.rounds.settings import RoundSettings, StageName, load_round
 from megatron_post.rounds.state import State, alone
 from megatron_post.rounds.steps import Round
+from megatron_post.storage.reading import did_you_mean
 
 # the step before's, the fence's numbers, and what the launcher knows of a run
 _NOT_OF_TRAINING = ("config.yaml", "store", "incarnations", "slurm")
@@ -83,7 +84,7 @@ def run_rounds(
     names = [step.name for step in steps]
     for name in (only, again_from):
         if name is not None and name not in names:
-            raise ValueError(f"no step {name!r}; steps are {', '.join(names)}")
+            raise ValueError(f"no step {name!r}{did_you_mean(name, names)}; steps are {', '.join(names)}")
     if size > 1:
         if again_from is not None:
             raise ValueError("--again-from is for one process, which starts the ranks of its steps")

@@ -69,11 +69,12 @@ class Round:
         tree = read_tree(getattr(self.settings.stages, name))
         values: Any = OmegaConf.to_container(tree, resolve=False)
         origin = str(getattr(self.settings.stages, name))
-        return (
-            parse(Parallel, values.get("parallel", {}), origin=origin),
-            parse(Precision, values.get("precision", {}), origin=origin),
-            int(values.get("data", {}).get("pack_length", 8192)),
-        )
+        with reading(origin, "the config of a stage"):
+            return (
+                parse(Parallel, values.get("parallel", {}), origin=origin),
+                parse(Precision, values.get("precision", {}), origin=origin),
+                int(values.get("data", {}).get("pack_length", 8192)),
+            )
 
     @property
     def stores_reference(self) -> bool:

@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ def _check_yaml(text: str) -> None:
             raise ValueError(f"it has more than {MOST_NODES:,} values, aliases followed")
 
 
-def did_you_mean(name: str, known: Iterator[str] | list[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
     """` (did you mean 'x'?)` for the known name that is most like this one; nothing where none is."""
-    found = difflib.get_close_matches(name, list(known), n=1)
+    found = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

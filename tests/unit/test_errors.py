@@ -127,3 +127,33 @@ def test_a_pipe_that_is_closed_and_a_terminal_without_unicode(tmp_path: Path) ->
     command = [sys.executable, "-m", "megatron_post", "train", "größe.yaml"]
     shown = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert shown.returncode == 2 and r"gr\xf6\xdfe.yaml" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["plan", "serch", "--gpus", "8"], "'search'"),
+        (["launch", "statsu", "runs/a"], "'status'"),
+        (["plan", "show", "CONFIG", "--gpus", "8", "--gpu", "h100-80bg"], "'h100-80gb'"),
+        (["convert", "plan", "llama3_8d"], "'llama3_8b'"),
+        (["convert", "inspect", "modle"], "model"),
+        (["train", "stf.yaml"], "sft.yaml"),
+    ],
+)
+def test_did_you_mean(
+    arguments: list[str],
+    meant: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("sft.yaml").write_text("stage: sft\n")
+    config = str(Path(__file__).resolve().parents[2] / "configs" / "llama3_8b" / "sft.yaml")
+    words = [config if word == "CONFIG" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["megatron-post", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown = capsys.readouterr().err.lower()
+    assert ended.value.code == 2 and "did you mean" in shown and meant in shown.split("did you mean")[1]

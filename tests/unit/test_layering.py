@@ -70,7 +70,7 @@ ALLOWED = {
         "train",
         "rounds",
     },
-    "plan": {"config", "display", "models", "parallel"},
+    "plan": {"config", "display", "models", "parallel", "storage"},
     "rounds": {
         "config",
         "data",

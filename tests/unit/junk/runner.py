@@ -13,6 +13,7 @@ from pathlib import Path
 SEED = int(os.environ.get("JUNK_SEED", 0))
 SECONDS = 20  # for one input; the slowest valid one takes two on an idle machine
 GIGABYTES = 2  # that one input may take
+ENOUGH = "not enough memory"  # no small file may ask for more
 
 
 class TooSlow(BaseException):

@@ -117,7 +117,9 @@ def _write_configs(root: Path) -> None:
         "merge.yaml": {"models": [model, model | {"layers": [{"tensors": "*.mlp.*", "weight": 2.0}]}]},
         "round.yaml": {"run_dir": "rounds", "start": {"policy": "model"},
                        "data": {"prompts": "prompts.jsonl", "held_out": "prompts.jsonl"},
-                       "select": {"verifier": verifier}, "average": {"weights": {"sft": 1.0, "dpo": 1.0}},
+                       "select": {"verifier": verifier},
+                       "generate": {"sampling": {"max_tokens": 8}},
+                       "average": {"weights": {"sft": 1.0, "dpo": 1.0}},
                        "stages": {"reward": "reward.yaml", "sft": "sft.yaml", "dpo": "dpo.yaml"}},
         "chain.yaml": {"run_dir": "chain", "steps": [
             {"name": "one", "command": ["train", "sft.yaml"]},
