@@ -262,7 +262,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ValueError, match=message):
             run_rounds(config, overrides, console=console)
     assert not (tmp_path / "round" / "run").exists()
-    with pytest.raises(ValueError, match="no step 'round-01/rest'; steps are round-01/collect, "):
+    with pytest.raises(ValueError, match=r"'round-01/rest' \(did you mean 'round-01/report'\?\); steps are"):
         run_rounds(config, console=console, only="round-01/rest")
     monkeypatch.setattr(round_module, "rank_from_environment", lambda: (1, 2, 1))
     for options, message in (

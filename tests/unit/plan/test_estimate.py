@@ -77,7 +77,7 @@ def test_what_cannot_run_is_refused() -> None:
     config = llama_config("llama3.1_8b", {"tensor": 2})
     with pytest.raises(ConfigError, match="9 ranks are not a multiple"):
         make_plan(config, gpus=9, gpu=H100)
-    with pytest.raises(ValueError, match="GPU 'h100' is not in the planner's table: choose one of h100-80gb"):
+    with pytest.raises(ValueError, match=r"'h100' is not .* \(did you mean 'h100-80gb'\?\): choose one"):
         gpu("h100")
     with pytest.raises(ValueError, match="a segment of 9000 tokens"):
         make_plan(config, gpus=8, gpu=H100, segment_length=9000)
