@@ -19,8 +19,7 @@ path, so one whose store was replaced meanwhile gets an error and never a mixtur
 
 import contextlib
 import dataclasses
-import hashlib
-import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,13 @@ import numpy as np
 import zarr
 
 from megatron_post.config.schema import Reasoning
-from megatron_post.data.store_checksums import StoreChecksums, StoreError, array_digest, read_checksums
+from megatron_post.data.store_checksums import (
+    StoreChecksums,
+    StoreError,
+    array_digest,
+    json_digest,
+    read_checksums,
+)
 from megatron_post.data.template import TokenRole
 from megatron_post.storage.reading import plain_file, plain_files, read_object, reading
 
@@ -159,8 +164,7 @@ class PackStore:
             if item.compare
         }
         sources = [dataclasses.asdict(source) for source in self.sources]
-        content = {"settings": settings, "sources": sources, "arrays": self._digests}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return json_digest({"settings": settings, "sources": sources, "arrays": dict(self._digests)})
 
     def column(self, name: str) -> np.ndarray:
         """A per-segment column of `COLUMNS`, [segments], held in memory from the first use on.
@@ -221,8 +225,8 @@ class PackStore:
         )
         if not possible:
             raise self._damaged(index, "its segments do not fit it or the store's sources")
-        largest = None if self._vocab_size is None else self._vocab_size - 1
-        if pack.tokens.min() < 0 or (largest is not None and pack.tokens.max() > largest):
+        largest = np.iinfo(np.int32).max if self._vocab_size is None else self._vocab_size - 1
+        if pack.tokens.min() < 0 or pack.tokens.max() > largest:
             raise self._damaged(index, f"it holds token ids that are not from 0 to {largest}")
         if pack.roles.max() > max(TokenRole):
             raise self._damaged(index, f"it holds the role {pack.roles.max()}, which there is not")
@@ -366,7 +370,7 @@ def read_settings(path: str | Path) -> StoreSettings:
     """What a store was made for. Raises `StoreError` if `path` is no store of this format and version."""
     path = Path(path)
     if not path.exists():
-        aside = ", ".join(map(str, path.parent.glob(f".{path.name}.*.replaced")))
+        aside = ", ".join(map(str, leftovers(path, "replaced")))
         if aside:
             raise StoreError(
                 f"data.store={path}: `megatron-post data pack` was interrupted when it replaced the store; "
@@ -382,6 +386,15 @@ def read_settings(path: str | Path) -> StoreSettings:
     with damage(path):
         values = {item.name: attributes[item.name] for item in dataclasses.fields(StoreSettings)}
         return StoreSettings(**values | {"content_tokens": tuple(values["content_tokens"])})
+
+
+def leftovers(path: Path, kind: Literal["partial", "replaced"]) -> list[Path]:
+    """What writers of the store at `path` are writing or have set aside, `.NAME.PROCESS.KIND` beside it.
+
+    Another store's name may begin with this one's, so what stands between must be a process number alone.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.{kind}", re.ASCII)
+    return [entry for entry in path.parent.glob(".*") if name.fullmatch(entry.name)]
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

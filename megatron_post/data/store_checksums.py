@@ -46,6 +46,11 @@ def array_digest(values: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
+def json_digest(content: Any) -> str:
+    """SHA-256, in hex, of what JSON can hold, in whatever order its keys are."""
+    return _sha256(json.dumps(content, sort_keys=True).encode())
+
+
 def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Write the file for the store at `path`. groups: the values of each group's columns, by their name."""
     files = [Path("zarr.json")]
@@ -58,7 +63,7 @@ def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) 
             for group, arrays in groups.items()
         },
     }
-    text = json.dumps({"sha256": _digest(content), **content}, indent=1)
+    text = json.dumps({"sha256": json_digest(content), **content}, indent=1)
     with (path / FILE).open("w") as file:
         file.write(text)
         file.flush()
@@ -74,7 +79,7 @@ def read_checksums(path: Path) -> StoreChecksums:
     try:
         content = read_object(path / FILE, "the checksums of a packed store")
         stated = content.pop("sha256", None)
-        if stated != _digest(content):
+        if stated != json_digest(content):
             raise StoreError(f"{path / FILE}: its content differs from its own checksum")
         checksums = StoreChecksums(
             files=_texts(content, "files"),
@@ -122,10 +127,6 @@ def _texts(content: Any, key: str) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise ValueError(f"{key} holds something else than checksums")
     return values
-
-
-def _digest(content: Any) -> str:
-    return _sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def _sha256(content: bytes) -> str:

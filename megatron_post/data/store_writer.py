@@ -25,6 +25,7 @@ from megatron_post.data.store import (
     GroupName,
     SourceCounts,
     StoreSettings,
+    leftovers,
     open_store,
     read_attributes,
     read_settings,
@@ -56,21 +57,26 @@ class StoreWriter:
         self._settings = settings
         self._beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
         self._held = contextlib.ExitStack()
-        self._extends = append and self._path.exists()
+        self._overwrites, self._appends = overwrite, append
         if overwrite and append:
             raise StoreError("overwrite and append exclude each other; give one of them")
-        if self._path.exists():
-            read_attributes(self._path)  # never replace what is no store
-            if not overwrite and not append:
-                raise StoreError(
-                    f"store {self._path} exists; give --append to add packs, --overwrite to replace it, or "
-                    "another data.store"
-                )
-            if append and (existing := read_settings(self._path)) != settings:
-                raise StoreError(
-                    f"store {self._path} was made with {_differences(existing, settings)}; packs of other "
-                    "settings cannot be added: give --overwrite, or another data.store"
-                )
+        self._check_existing()
+
+    def _check_existing(self) -> None:
+        """Raises `StoreError` unless what is at the path may be replaced or extended as asked."""
+        if not self._path.exists():
+            return
+        read_attributes(self._path)  # never replace what is no store
+        if not self._overwrites and not self._appends:
+            raise StoreError(
+                f"store {self._path} exists; give --append to add packs, --overwrite to replace it, or "
+                "another data.store"
+            )
+        if self._appends and (existing := read_settings(self._path)) != self._settings:
+            raise StoreError(
+                f"store {self._path} was made with {_differences(existing, self._settings)}; packs of other "
+                "settings cannot be added: give --overwrite, or another data.store"
+            )
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +89,9 @@ class StoreWriter:
         with contextlib.ExitStack() as stack:
             stack.push(self._held)
             self._recover()
-            if self._extends:
+            # again: recovery or another writer may have put a store here since
+            self._check_existing()
+            if self._appends and self._path.exists():
                 for group in GROUPS:  # what is damaged must not get new checksums
                     store = open_store(self._path, group)
                     for name in COLUMNS:
@@ -97,11 +105,11 @@ class StoreWriter:
 
     def _recover(self) -> None:
         """Undo and remove what earlier writers have left, of which none is alive: this one holds the lock."""
-        for aside in self._path.parent.glob(f".{self._path.name}.*.replaced"):
+        for aside in leftovers(self._path, "replaced"):
             if not self._path.exists():
                 aside.rename(self._path)
             shutil.rmtree(aside, ignore_errors=True)
-        for partial in self._path.parent.glob(f".{self._path.name}.*.partial"):
+        for partial in leftovers(self._path, "partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
     def __exit__(

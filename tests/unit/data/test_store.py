@@ -388,7 +388,33 @@ def test_a_writer_killed_when_it_replaces_a_store(
             open_store(tmp_path / "s", "train")
     else:
         assert len(open_store(tmp_path / "s", "train")) == (3 if exchanges else 2)
-    with StoreWriter(tmp_path / "s", SETTINGS, append=(tmp_path / "s").exists()) as writer:
+    with StoreWriter(tmp_path / "s", SETTINGS, append=True) as writer:
         assert len(open_store(tmp_path / "s", "train")) == (3 if exchanges else 2)
         write_packs(writer, 1, names=("c", "d"))
+    assert len(open_store(tmp_path / "s", "train")) == (4 if exchanges else 3), "nothing of before is lost"
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_store_that_was_put_back_is_not_replaced_unasked(tmp_path: Path) -> None:
+    """An interrupted replacement leaves the earlier store under another name. Recovery puts it back, and from
+    then on it is a store that exists."""
+    small_store(tmp_path / "s", 2)
+    (tmp_path / "s").rename(tmp_path / ".s.123.replaced")
+    with pytest.raises(StoreError, match="exists; give --append"), StoreWriter(tmp_path / "s", SETTINGS):
+        pass
+    assert len(open_store(tmp_path / "s", "train")) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_stores_with_similar_names_leave_each_other_alone(tmp_path: Path) -> None:
+    """The files of a live writer of `s.v2` begin like those of `s`, and a name may hold signs of patterns."""
+    with StoreWriter(tmp_path / "s.v2", SETTINGS) as other:
+        small_store(tmp_path / "s", 2)
+        write_packs(other, 3)
+    (tmp_path / "s.v2").rename(tmp_path / ".s.v2.123.replaced")
+    with pytest.raises(StoreError, match="there is no store; run"):
+        open_store(tmp_path / "t", "train")
+    small_store(tmp_path / "[s]", 1)
+    with StoreWriter(tmp_path / "s", SETTINGS, overwrite=True) as writer:
+        write_packs(writer, 1)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".s.v2.123.replaced", "[s]", "s"]
