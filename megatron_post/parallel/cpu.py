@@ -6,8 +6,7 @@ GPU present it is never touched. Three things are replaced:
 * torch calls that name a CUDA device or pinned memory (a `TorchFunctionMode`),
 * `torch.cuda` bookkeeping (streams, events, memory counters) and the generator state that megatron-core's RNG
   tracker keeps,
-* megatron-core's fallback Adam. Its distributed optimizer loads checkpoints correctly only for an Adam with
-  Apex's interface (`step` in the parameter group), which `ApexStyleAdam` has.
+* megatron-core's Adam, by the one of parallel/adam.py.
 
 Its advice on the order of CUDA kernels is not shown: there are none.
 """
@@ -20,6 +19,8 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_post.parallel.adam import resumable_adam
 
 _CUDA_TYPES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -86,50 +87,6 @@ class _NoStream:
         return True
 
 
-class ApexStyleAdam(torch.optim.Optimizer):
-    """AdamW with the interface of Apex's FusedAdam: `step` lives in the group, the state is the two moments
-    alone."""
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **_: Any,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            step = float(group["step"])
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(step) for _ in params],
-                amsgrad=False,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-
-
 def _rng_state(device: Any = None, **_: Any) -> torch.Tensor:
     return torch.default_generator.get_state()
 
@@ -148,8 +105,6 @@ def cpu_as_cuda() -> Iterator[None]:
     present."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adapter must not be entered on a machine with a GPU")
-    import megatron.core.optimizer as core_optimizer
-    import megatron.core.optimizer.distrib_optimizer as core_distributed
     import megatron.core.tensor_parallel.random as core_random
 
     cuda: dict[str, Any] = {
@@ -180,18 +135,7 @@ def cpu_as_cuda() -> Iterator[None]:
                 core_random, _get_cuda_rng_state=_rng_state, _set_cuda_rng_state=_set_rng_state
             )
         )
-        stack.enter_context(
-            mock.patch.multiple(core_optimizer, Adam=ApexStyleAdam, USING_PYTORCH_OPTIMIZER=False)
-        )
-        stack.enter_context(
-            mock.patch.multiple(
-                core_distributed,
-                Adam=ApexStyleAdam,
-                HAVE_APEX_OR_TE=True,
-                USING_APEX_OPTIMIZER=True,
-                create=True,
-            )
-        )
+        stack.enter_context(resumable_adam(has_gpu=False))
         stack.enter_context(_CudaCallsToCpu())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")

@@ -267,6 +267,9 @@ def _set_generators(states: dict[str, Tensor]) -> None:
         ("MT19937", states["numpy"].numpy().astype(np.uint32), int(position), int(has_gauss), cached)
     )
     random.setstate((3, tuple(states["python"].tolist()), None))
+    if ("cuda" in states) != torch.cuda.is_available():
+        # the states that follow are of another kind of device's generators: here they begin at the seed
+        return
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
     tracked = {k.removeprefix("tracked."): v for k, v in states.items() if k.startswith("tracked.")}

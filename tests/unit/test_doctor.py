@@ -82,7 +82,7 @@ def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> No
         engine, adam, triton = doctor.fused_parts(has_gpu=has_gpu)
         assert {engine.state, adam.state, triton.state} == {state}
         assert "precision.fp8 and recompute.modules with layernorm are refused" in engine.meaning
-        assert "cannot resume" in adam.meaning
+        assert "torch's fused kernel" in adam.meaning and "a run resumes" in adam.meaning
         assert "FlexAttention" in triton.meaning
 
 

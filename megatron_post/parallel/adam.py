@@ -1,0 +1,84 @@
+"""The Adam that megatron-core gets where neither Transformer Engine nor Apex brings a fused one.
+
+By itself megatron-core then takes torch's AdamW, and its distributed optimizer loads that state wrongly: all
+parameters of a resumed run share one counter of steps, and each of them increments it. A run of 20 parameters
+that was saved at step 3 goes on as at step 23. An Adam with Apex's interface keeps the counter in the
+parameter group, and is loaded correctly.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+class ApexStyleAdam(torch.optim.Optimizer):
+    """AdamW with the interface of Apex's FusedAdam, by torch's fused kernel on any device.
+
+    The group holds `step`. The state of a parameter is its two moments alone.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient. On a GPU nothing waits for it."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # the kernel reads the counter on the device of the parameters, and does not write it
+            step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [step for _ in params],
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+@contextlib.contextmanager
+def resumable_adam(*, has_gpu: bool) -> Iterator[None]:
+    """Within this context megatron-core builds `ApexStyleAdam`, unless it has a fused Adam that runs here.
+
+    has_gpu: fused ones run on GPUs alone. Apex's needs its CUDA extensions, which a copy of it may lack.
+    """
+    import megatron.core.optimizer as core_optimizer
+    import megatron.core.optimizer.distrib_optimizer as core_distributed
+
+    has_apex = core_distributed.USING_APEX_OPTIMIZER and importlib.util.find_spec("amp_C") is not None
+    if has_gpu and (core_distributed.USING_TE_OPTIMIZER or has_apex):
+        yield
+        return
+    with (
+        mock.patch.multiple(core_optimizer, Adam=ApexStyleAdam, USING_PYTORCH_OPTIMIZER=False),
+        mock.patch.multiple(
+            core_distributed, Adam=ApexStyleAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True
+        ),
+    ):
+        yield
