@@ -53,6 +53,16 @@ def tiny_config(run_dir: str | Path = "unused", *, stage: str = "sft", **section
     return validate(values, origin="tiny")
 
 
+def switched(config: Config, switches: dict[str, Any]) -> Config:
+    """The config with dotted keys replaced and nothing checked, as for a switch that fp32 cannot have on a
+    GPU."""
+    for key, value in switches.items():
+        section, name = key.split(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
 def tiny_packs(count: int = 4, *, seed: int = 0, vocab_size: int = 250) -> list[Pack]:
     """Packs of 3 to 5 segments of unequal lengths (multiples of 4), each with prompt, body, terminator and
     padding."""

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+from megatron_post.config.switches import switch_errors, switch_machine_errors
 from megatron_post.installation import install_command
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def layout_errors(config: "Config") -> list[str]:
             f"reward.layout={config.reward.layout}; set reward.layout=separate or precision.fp8=null",
         ),
     ]
-    return [message for ok, message in checks if not ok] + _pipeline_errors(config)
+    found = [message for ok, message in checks if not ok]
+    return found + _pipeline_errors(config) + switch_errors(config)
 
 
 def _pipeline_errors(config: "Config") -> list[str]:
@@ -125,6 +127,7 @@ def world_errors(
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
         missing = "a GPU" if not has_gpu else f"Transformer Engine (install it: {install_command('cuda')})"
         errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
+    errors += switch_machine_errors(config, has_gpu=has_gpu, has_transformer_engine=has_transformer_engine)
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:
         # megatron-core 0.16 asks Transformer Engine for the state of FP8 there, whether FP8 is on or not

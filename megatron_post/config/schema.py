@@ -186,6 +186,11 @@ class Optimizer(Section):
     overlap: bool = Field(
         False, description="overlap gradient reduce-scatter and parameter all-gather with compute"
     )
+    gradient_accumulation_fusion: bool = Field(
+        False,
+        description="the multiplication that makes a layer's weight gradient adds it to the fp32 buffer "
+        "itself; needs Transformer Engine",
+    )
 
 
 class Loss(Section):

@@ -8,7 +8,7 @@ from megatron_post.config.schema import Config
 from megatron_post.models.llama import Llama
 from megatron_post.models.reward_head import RewardHead
 from megatron_post.models.rotary import PositionRotary
-from megatron_post.models.specs import block_spec, has_transformer_engine
+from megatron_post.models.specs import block_spec, fuse_weight_gradients, has_transformer_engine
 from megatron_post.parallel.topology import Topology
 
 
@@ -116,5 +116,7 @@ def _chunk(
     model.loss_impl = config.loss.impl
     if scalar and model.post_process:
         model.output_layer = RewardHead(core, tensor_group=topology.groups.tp)
+    if config.optimizer.gradient_accumulation_fusion:
+        fuse_weight_gradients(model)
     model.rotary_pos_emb = PositionRotary(m, device=topology.device, context_group=topology.groups.cp)
     return model.to(topology.device)

@@ -56,6 +56,18 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let the multiplications of Transformer Engine's layers add weight gradients to the fp32 buffers of data
+    parallelism.
+
+    megatron-core's `gradient_accumulation_fusion` does the same, and also asks for Apex's kernel for the
+    output layer, whose gradient our loss computes.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+
+
 def portable_layer() -> ModuleSpec:
     """A Llama layer of plain torch parts that is exact under TP, SP, CP, PP and packing on any device.
 

@@ -171,7 +171,8 @@ class Activations:
         z = self._sizes
         stream = z.s * z.h * z.element
         ffn = z.t * z.f * z.element
-        mlp = max(2 * ffn, ffn + z.f * z.h * z.element)
+        gradient = 0 if self.config.optimizer.gradient_accumulation_fusion else z.f * z.h * z.element
+        mlp = max(2 * ffn, ffn + gradient)
         recomputed_mlp = self._mlp() if self._selective("mlp") else 0
         core = self._core_attention() if self._selective("core_attn") else 0
         working = 2 * stream + max(mlp + recomputed_mlp, core + 3 * z.t * z.a * z.element - self.mlp())

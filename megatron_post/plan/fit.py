@@ -50,7 +50,7 @@ def _published(row: dict[str, str]) -> Published:
             "embedding_and_loss_as_layers": layers % chunks != 0,
         },
         "precision": {"fp8": "delayed" if row["precision"] == "fp8" else None},
-        "optimizer": {"overlap": True},
+        "optimizer": {"overlap": True, "gradient_accumulation_fusion": True},
         "train": {"steps": 1, "global_batch": number["gbs"]},
     }
     name = f"{row['model']} {row['precision']} on {row['gpus']}"

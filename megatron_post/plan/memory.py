@@ -82,6 +82,9 @@ def static_kinds(
     matrices = sum(chunk.layers for chunk in parts) * sum(layer_matrices(config).values())
     if config.precision.fp8:
         kinds["fp8 weights"] = matrices * fp8_copies
+    if config.optimizer.gradient_accumulation_fusion:
+        # Transformer Engine returns an unused tensor for autograd, and keeps one for every shape of a weight
+        kinds["unused gradients"] = sum(layer_matrices(config).values()) * element
     if config.runs_reference:
         kinds["reference"] = count * element + (matrices * fp8_copies if config.precision.fp8 else 0)
     return kinds

@@ -22,15 +22,13 @@ from megatron_post.plan.shape import Chunk, layer_matrices, vocabulary_rows
 
 @dataclass(frozen=True)
 class Software:
-    """fused_gradients: a weight's gradient is added to its buffer by the multiplication itself; chunked_loss:
-    logits of one chunk at a time, computed again in the backward pass."""
+    """chunked_loss: logits of one chunk at a time, computed again in the backward pass."""
 
-    fused_gradients: bool
     chunked_loss: bool
 
 
-OURS = Software(fused_gradients=False, chunked_loss=True)
-NEMO = Software(fused_gradients=True, chunked_loss=False)
+OURS = Software(chunked_loss=True)
+NEMO = Software(chunked_loss=False)
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Costs:
         if not backward:
             return one, self._exposed(before=name in ("qkv", "fc1"))
         gradient = max(one, self._bytes(8 * parameters))  # read and added to in fp32
-        if not self.software.fused_gradients:
+        if not self.config.optimizer.gradient_accumulation_fusion:
             gradient = one + self._bytes((2 + 2 + 8) * parameters)
         gather = self._tensor_collective()
         if name in ("qkv", "fc1"):

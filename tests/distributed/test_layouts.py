@@ -15,7 +15,7 @@ from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_post.train.step import Stepper
 from tests.distributed.gradients import gather_shards
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config, tiny_packs
+from tests.tiny import switched, tiny_config, tiny_packs
 
 LAYOUTS = {
     "TP2": (2, {"tensor": 2}, {}),
@@ -39,13 +39,19 @@ LAYOUTS = {
 
 
 def gradients(
-    parallel: dict[str, Any], sections: dict[str, Any], *, portable: bool = True, frees_outputs: bool = False
+    parallel: dict[str, Any],
+    sections: dict[str, Any],
+    switches: dict[str, Any] | None = None,
+    *,
+    portable: bool = True,
+    frees_outputs: bool = False,
 ) -> tuple[dict[str, Any], float, dict[str, Any]]:
     """(metrics, gradient norm, gradients by Hugging Face name) of one step over four packs.
 
-    frees_outputs: free what was sent to the next pipeline stage, as runs on GPUs do.
+    switches: performance switches. frees_outputs: free what was sent to the next pipeline stage, as runs on
+    GPUs do.
     """
-    config = tiny_config(parallel=parallel, **sections)
+    config = switched(tiny_config(parallel=parallel, **sections), switches or {})
     with parallel_run(config.parallel, seed=1) as topology:
         models = build_model(config, topology, portable=portable)
         load_weights(models, open_weights(config.model, seed=3), config.model)

@@ -267,6 +267,7 @@ def install(version: str = "2.11.0") -> None:
 
     transformer_engine.common.load_framework_extension = lambda _: None
     _replace_attention()
+    _replace_unused_gradients()
 
 
 def _define_missing(wheel: Path) -> None:
@@ -330,6 +331,17 @@ def _replace_attention() -> None:
         return packed_attention(query, key, value, group=self.cp_group, **kwargs)
 
     attention.forward = forward
+
+
+def _replace_unused_gradients() -> None:
+    """Transformer Engine asks for device "cuda" there, inside a backward pass, where the CPU adapter is not
+    asked."""
+    from transformer_engine.pytorch.module import layernorm_linear, linear
+
+    def unused(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
+        return torch.full(shape, 0.0 if zero else torch.nan, dtype=dtype)
+
+    linear.get_dummy_wgrad = layernorm_linear.get_dummy_wgrad = unused
 
 
 def packed_attention(

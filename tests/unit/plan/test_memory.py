@@ -118,6 +118,21 @@ def test_static_memory_by_hand() -> None:
     assert found.kinds["optimizer"] == 12 * count // 4
 
 
+def test_fused_gradients_by_hand() -> None:
+    """An unused bf16 tensor for each of the four shapes of a layer's weights lives on. While fc2's backward
+    pass runs, its weight gradient of 14,336 x 4,096 is no longer there: the next most are two gradients of
+    1,024 x 14,336 in place of one."""
+    plain, fused = (
+        llama_config("llama3.1_8b", {}, pack_length=1024, optimizer={"gradient_accumulation_fusion": fusion})
+        for fusion in (False, True)
+    )
+    (found,) = memory(fused, data_size=1)
+    assert found.kinds["unused gradients"] == 2 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    ledgers = (Activations(config, "transformer_engine", (Segment(1024),)) for config in (plain, fused))
+    before, after = (ledger.layer_backward() for ledger in ledgers)
+    assert before - after == 14336 * 4096 * 2 - 1024 * 14336 * 2
+
+
 def test_fused_loss_chunk_is_512_mib() -> None:
     """128,256 rows over 8 ranks are 16,128 with padding (1,024s): 512 MiB hold 16,640 of them in bf16, in
     whole 128s, and 131,072 / 8 = 16,384 tokens are one chunk. On one rank with 128,256 rows: 2,048 tokens

@@ -30,22 +30,37 @@ ROUND = GPU(
     link_efficiency=1.0,
     latency=0.0,
 )
-FUSED = Software(fused_gradients=True, chunked_loss=False)
+NOT_CHUNKED = Software(chunked_loss=False)
 
 
 def test_matrices_of_a_layer() -> None:
     """8B: 218,103,808 parameters a layer less two norms of 4,096; 2 FLOPs each a token, twice that
     backward."""
-    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, FUSED)
+    config = llama_config("llama3.1_8b", {}, optimizer={"gradient_accumulation_fusion": True})
+    costs = Costs(config, ROUND, 1, NOT_CHUNKED)
     matrices = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
     pack = [Segment(8192)]
     assert costs.layer(pack, "forward").matrices == pytest.approx(2 * 8192 * matrices / 1e15)
     assert costs.layer(pack, "backward").matrices == pytest.approx(4 * 8192 * matrices / 1e15)
 
 
+def test_a_gradient_of_its_own_is_written_and_read_again() -> None:
+    """Without fusion each of 218,103,808 parameters costs 2 bytes written, 2 read, and 4 + 4 to add it in
+    fp32; with it the addition hides behind the arithmetic of 8,192 tokens."""
+    pack = [Segment(8192)]
+    plain, fused = (
+        Costs(
+            llama_config("llama3.1_8b", {}, optimizer={"gradient_accumulation_fusion": fusion}), ROUND, 1
+        ).layer(pack, "backward")
+        for fusion in (False, True)
+    )
+    matrices = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    assert plain.matrices - fused.matrices == pytest.approx(12 * matrices / 1e12)
+
+
 def test_fp8_halves_the_layers_and_not_the_head() -> None:
-    bf16 = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, FUSED)
-    fp8 = Costs(llama_config("llama3.1_8b", {}, precision={"fp8": "tensorwise"}), ROUND, 1, FUSED)
+    bf16 = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, NOT_CHUNKED)
+    fp8 = Costs(llama_config("llama3.1_8b", {}, precision={"fp8": "tensorwise"}), ROUND, 1, NOT_CHUNKED)
     pack = [Segment(8192)]
     a, b = bf16.layer(pack, "forward"), fp8.layer(pack, "forward")
     assert b.matrices == pytest.approx(a.matrices / 2) and b.attention == a.attention
@@ -56,7 +71,7 @@ def test_fp8_halves_the_layers_and_not_the_head() -> None:
 def test_attention_costs_what_its_segments_cost() -> None:
     """2 L^2 h FLOPs causal: 8,192 tokens in one segment 2 x 8192^2 x 4096, in four a quarter of it; a
     response of 1,024 behind a prompt of 1,024 that it sees costs three times one that stands alone."""
-    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, FUSED)
+    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, NOT_CHUNKED)
     whole = costs.layer([Segment(8192)], "forward").attention
     assert whole == pytest.approx(2 * 8192**2 * 4096 / 1e15)
     assert costs.layer([Segment(2048)] * 4, "forward").attention == pytest.approx(whole / 4)
