@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
-        "dali": ["nvidia-dali-cuda120"],
+        "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
         "bench": PEERS,
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", TRITON, *PEERS],

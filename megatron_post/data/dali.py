@@ -1,6 +1,7 @@
 """The loader's batches through NVIDIA DALI, which copies them to the GPU ahead of use (extra `dali`)."""
 
 import dataclasses
+import inspect
 from collections import deque
 from collections.abc import Iterator
 from types import ModuleType
@@ -22,7 +23,7 @@ class DaliLoader:
 
     device_id None: a CPU-only pipeline and NumPy arrays, as `PackLoader`'s. A GPU's number: `tokens`, `roles`
     and `cu_seqlens` are torch tensors on that GPU, `prefetch` packs of them copied ahead on DALI's own
-    stream. Raises `ValueError` where DALI is not installed.
+    stream. Raises `ValueError` where DALI is not installed, or is older than 1.53.
     """
 
     def __init__(self, loader: PackLoader, *, device_id: int | None = None, prefetch: int = 2) -> None:
@@ -50,12 +51,15 @@ class DaliLoader:
         self._loader.close()
 
     def _next_pack(self) -> Pack:
-        outputs = self._pipeline.run()
+        # on the stream that copies them, so that DALI fills a buffer again only behind that copy. Without a
+        # stream the buffer is free as soon as the host lets go of it, when the copy may not have begun
+        stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
+        outputs = self._pipeline.run(stream)
         moved = {name: self._hand_over(output) for name, output in zip(_MOVED, outputs, strict=True)}
         return dataclasses.replace(self._inside.popleft(), **moved)
 
     def _hand_over(self, output: Any) -> Any:
-        """A copy, for DALI uses its buffers again."""
+        """A copy, since DALI uses its buffers again."""
         if self._device_id is None:
             return np.array(output.at(0))
         return torch.from_dlpack(output[0]).clone()
@@ -69,6 +73,11 @@ def _import_dali() -> ModuleType:
             f"data.backend=dali needs NVIDIA DALI: {error}; install it ({install_command('dali')}), or set "
             "data.backend=torch"
         ) from error
+    if "cuda_stream" not in inspect.signature(nvidia.dali.Pipeline.run).parameters:
+        raise ValueError(
+            f"data.backend=dali: NVIDIA DALI {nvidia.dali.__version__} cannot give a batch on a CUDA stream; "
+            f"install 1.53 or later ({install_command('dali')}), or set data.backend=torch"
+        )
     return nvidia.dali
 
 

@@ -1,0 +1,164 @@
+"""DALI on a GPU gives the plain loader's packs however the GPU orders its work, by stand-ins for both.
+
+The stand-in for DALI has the default execution model of DALI 2.4, by its sources and docstrings. It copies
+packs ahead into buffers of a pool, on a stream of its own. Where outputs are bound to a stream, that stream
+waits for them, and their buffer is free behind the work that the stream has when nothing holds them any more.
+Where they are bound to none, the host waits for them, and their buffer is free at once.
+"""
+
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_post.data.dali import DaliLoader
+from megatron_post.data.loader import PackLoader
+from megatron_post.data.store import PackStore
+from tests.fake_streams import FakeDevice, FakeEvent, FakeStream, fake_streams
+from tests.unit.data.small_store import small_store
+
+SEEDS = range(12)
+
+
+class _Node:
+    def gpu(self) -> Self:
+        return self
+
+
+class _Pipeline:
+    """NVIDIA DALI's `Pipeline`, as far as the loader uses it."""
+
+    def __init__(self, device: FakeDevice, *, prefetch_queue_depth: int, binds: bool, **_: Any) -> None:
+        self._own, self._depth, self._binds = FakeStream(device), prefetch_queue_depth, binds
+        self._source: Iterator[tuple[list[np.ndarray], ...]] = iter(())
+        self._free: list[tuple[np.ndarray, FakeEvent | None]] = []
+        self._ahead: deque[list[tuple[np.ndarray, np.ndarray]]] = deque()
+        self._done: deque[FakeEvent] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def external_source(self, *, source: Any, num_outputs: int, no_copy: bool, **_: Any) -> list[_Node]:
+        assert not no_copy
+        self._source = source
+        return [_Node()] * num_outputs
+
+    def set_outputs(self, *_: _Node) -> None:
+        pass
+
+    def build(self) -> None:
+        pass
+
+    def run(self, cuda_stream: FakeStream | None = None, /) -> list[list[np.ndarray]]:
+        stream = cuda_stream if self._binds else None
+        while len(self._ahead) <= self._depth:
+            self._ahead.append([self._copied(array) for (array,) in next(self._source)])
+            self._done.append(self._own.record_event())
+        done = self._done.popleft()
+        if stream is None:
+            done.synchronize()
+        else:
+            stream.wait_event(done)
+        outputs = []
+        for buffer, content in self._ahead.popleft():
+            weakref.finalize(content, self._release, buffer, stream).atexit = False
+            outputs.append([content])
+            del content
+        return outputs
+
+    def _copied(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A buffer, and the part of it that will hold the array."""
+        buffer, free = self._free.pop() if self._free else (np.zeros(1024, np.uint8), None)
+        if free is not None:
+            self._own.wait_event(free)
+        held = array.copy()  # to pinned memory, at once
+        self._own.launch(lambda: buffer[: held.nbytes].__setitem__(slice(None), held.view(np.uint8)))
+        return buffer, buffer[: held.nbytes].view(held.dtype)
+
+    def _release(self, buffer: np.ndarray, stream: FakeStream | None) -> None:
+        self._free.append((buffer, None if stream is None else stream.record_event()))
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, *, binds: bool = True) -> None:
+    """The stand-in for `nvidia.dali`. binds: whether outputs are bound to the stream that is named."""
+    made: list[_Pipeline] = []
+
+    class Pipeline(_Pipeline):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(device, binds=binds, **settings)
+            made.append(self)
+
+    fake = types.ModuleType("nvidia.dali")
+    fake.Pipeline = Pipeline  # type: ignore[attr-defined]
+    fake.fn = types.SimpleNamespace(external_source=lambda **settings: made[-1].external_source(**settings))  # type: ignore[attr-defined]
+    fake.types = types.SimpleNamespace(INT32="INT32", UINT8="UINT8")  # type: ignore[attr-defined]
+    nvidia = types.ModuleType("nvidia")
+    nvidia.dali = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nvidia", nvidia)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", fake)
+
+
+def _is_right(store: PackStore, device: FakeDevice) -> bool:
+    """Whether seven steps of packs, all taken ahead of the GPU, have the plain loader's content."""
+
+    def plain() -> PackLoader:
+        return PackLoader(store, seed=3, global_batch=4, data_rank=1, data_size=2, consumed_packs=4)
+
+    with plain() as expected, DaliLoader(plain(), device_id=0, prefetch=2) as loader:
+        taken = [pack for packs in islice(loader, 7) for pack in packs]
+        device.synchronize()
+        wanted = [pack for packs in islice(expected, 7) for pack in packs]
+    for pack, other in zip(taken, wanted, strict=True):
+        assert np.array_equal(pack.lengths, other.lengths)
+        for name in ("tokens", "roles", "cu_seqlens"):
+            moved: Any = getattr(pack, name)
+            assert isinstance(moved, torch.Tensor)
+            if not np.array_equal(moved.numpy(), getattr(other, name)):
+                return False
+    return True
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PackStore:
+    return small_store(tmp_path / "s", 7)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_packs_are_right_in_any_order_of_work(
+    store: PackStore, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    with fake_streams(seed) as device:
+        _install(monkeypatch, device)
+        assert _is_right(store, device)
+
+
+def test_outputs_without_a_stream_are_overwritten(store: PackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault that the loader had, and that the test above must be able to see."""
+    found = []
+    for seed in SEEDS:
+        with fake_streams(seed) as device, monkeypatch.context() as patch:
+            _install(patch, device, binds=False)
+            found.append(_is_right(store, device))
+    assert not all(found)
+
+
+def test_a_dali_without_streams_is_refused(store: PackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_streams(0) as device:
+        _install(monkeypatch, device)
+        fake = sys.modules["nvidia.dali"]
+        fake.__version__ = "1.44.0"  # type: ignore[attr-defined]
+        monkeypatch.setattr(fake, "Pipeline", type("Pipeline", (), {"run": lambda self, **inputs: None}))
+        loader = PackLoader(store, seed=3, global_batch=4, data_rank=1, data_size=2, consumed_packs=4)
+        with loader, pytest.raises(ValueError, match=r"DALI 1\.44\.0 cannot .* 1\.53.*\[dali\]"):
+            DaliLoader(loader, device_id=0)
