@@ -9,6 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_post.config.fp8 import RECIPES, refusal
 from megatron_post.display import printable
 from megatron_post.installation import install_command
 
@@ -30,6 +33,7 @@ PACKAGES = (
 )  # fmt: skip
 
 ENGINE_VERSIONS = ((2, 9), (2, 12))  # megatron-core 0.16's range, the second not in it
+IMPORT_SECONDS = 300  # of megatron-core, from a cold disk that many nodes share
 
 T = TypeVar("T")
 ApexKind = Literal["absent", "nvidia", "nvidia without CUDA extensions", "unrelated"]
@@ -47,12 +51,12 @@ class Part:
 
 def diagnose(console: Console) -> None:
     """Print everything. Never raises."""
-    has_gpu = _or(False, _has_gpu)
+    has_gpu, failure = _or(False, _has_gpu), import_failure()
     _print(console, "versions", versions())
     _print(console, "machine", machine())
     table = Table("fused part", "state", "what it means here", box=SIMPLE)
     colours = {"active": "green", "missing": "yellow", "not needed": "dim"}
-    parts = fused_parts(has_gpu=has_gpu)
+    parts = fused_parts(has_gpu=has_gpu, core_loads=failure is None)
     for part in parts:
         table.add_row(part.name, Text(part.state, style=colours[part.state]), part.meaning)
     console.print(table)
@@ -60,7 +64,7 @@ def diagnose(console: Console) -> None:
     for part in parts:
         if part.remedy:
             console.print(f"to add {part.name}: {part.remedy}", highlight=False, soft_wrap=True)
-    problems = list(find_problems())
+    problems = [*([] if failure is None else [failure]), *find_problems()]
     for problem in problems:
         text = Text.assemble(("problem: ", "red"), printable(problem))
         console.print(text, highlight=False, soft_wrap=True)
@@ -110,10 +114,55 @@ def apex_kind() -> ApexKind:
     return "nvidia" if importlib.util.find_spec("amp_C") else "nvidia without CUDA extensions"
 
 
-def fused_parts(*, has_gpu: bool) -> list[Part]:
-    """Transformer Engine, Apex's FusedAdam and Triton on this machine."""
+def fused_parts(*, has_gpu: bool, core_loads: bool = True) -> list[Part]:
+    """Transformer Engine, Apex's FusedAdam and Triton on this machine. core_loads: whether megatron-core can
+    be imported beside them."""
     engine = _found("transformer_engine")
-    return [_engine(engine, has_gpu), _fused_adam(engine, has_gpu), _triton(has_gpu)]
+    return [_engine(engine, has_gpu, core_loads), _fused_adam(engine, has_gpu), _triton(has_gpu)]
+
+
+def import_failure() -> str | None:
+    """Why megatron-core cannot be imported, with the remedy; None where it can, or is not there.
+
+    It is imported in a process of its own. megatron-core imports an installed Transformer Engine and guards
+    against its absence alone: one whose extension for torch is missing, or was built for another torch, ends
+    every run.
+    """
+    if not (_found("megatron.core") and _found("torch")):
+        return None  # which is another problem
+    code = "import megatron.core, megatron.core.extensions.transformer_engine"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=IMPORT_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"megatron.core could not be imported: {error}"
+    if not done.returncode:
+        return None
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1].rstrip(".")
+    if not _found("transformer_engine") or "transformer_engine" not in done.stderr:
+        return f"megatron.core cannot be imported, nothing can be trained ({reason}); {install_command()}"
+    part = "" if _engine_is_whole() else "its extension for torch, transformer_engine_torch, is missing: "
+    return (
+        f"Transformer Engine {installed_version('transformer-engine')} is installed and cannot be loaded, "
+        f"and megatron.core cannot be imported beside it: {part}{reason}. Build it for this torch: "
+        f"{install_command('cuda')}; or remove it: pip uninstall transformer-engine"
+    )
+
+
+def _engine_is_whole() -> bool:
+    """Whether the extension for torch lies where Transformer Engine looks for it: beside its package, in it,
+    or among all packages."""
+    spec = importlib.util.find_spec("transformer_engine")
+    package = Path(spec.origin).parent if spec is not None and spec.origin else Path()
+    folders = (package.parent, package, package / "wheel_lib", Path(sysconfig.get_path("purelib")))
+    return any(True for folder in folders for _ in folder.glob("transformer_engine_torch*.so"))
 
 
 def find_problems() -> Iterable[str]:
@@ -142,7 +191,10 @@ def _engine_fits() -> bool:
     return ENGINE_VERSIONS[0] <= (int(major), int(minor)) < ENGINE_VERSIONS[1]
 
 
-def _engine(found: bool, has_gpu: bool) -> Part:
+def _engine(found: bool, has_gpu: bool, core_loads: bool) -> Part:
+    if found and has_gpu and not core_loads:
+        meaning = "installed, but megatron-core cannot be imported beside it; see the problem below"
+        return Part("Transformer Engine", "missing", meaning)
     cost = (
         "the portable layers run instead: unfused norms, activations and rotary embedding, FlexAttention "
         "(compiled when a run starts), keys and values gathered over context-parallel ranks; precision.fp8 "
@@ -152,10 +204,21 @@ def _engine(found: bool, has_gpu: bool) -> Part:
         "Transformer Engine",
         found=found,
         has_gpu=has_gpu,
-        active="fused norms, linears, rotary embedding and packed attention; precision.fp8 can be set",
+        active="fused norms, linears, rotary embedding and packed attention; " + _or("", _fp8_recipes),
         cost=cost,
         remedy=install_command("cuda"),
     )
+
+
+def _fp8_recipes() -> str:
+    """Which values `precision.fp8` may have on this GPU, and what the others need."""
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    found = {name: refusal(name, capability=capability, cuda=torch.version.cuda) for name in RECIPES}
+    possible = ", ".join(name for name, reason in found.items() if reason is None) or "nothing but null"
+    others = "".join(f"; {name} needs {reason}" for name, reason in found.items() if reason is not None)
+    return f"precision.fp8 can be {possible}{others}"
 
 
 def _fused_adam(engine: bool, has_gpu: bool) -> Part:

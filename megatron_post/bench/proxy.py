@@ -26,13 +26,13 @@ from megatron_post.bench.synthetic import write_synthetic
 from megatron_post.config.load import parse, raise_for
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
-from megatron_post.models.build import build_model
+from megatron_post.models.build import build_model, uses_portable_layers
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.estimate import layout_line
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.shape import chunks
 from megatron_post.train.optimizer import wrap_data_parallel
-from megatron_post.train.run import make_stage, rank_errors, uses_portable_layers
+from megatron_post.train.run import make_stage, rank_errors
 from megatron_post.train.step import Microbatch, Stepper
 
 LOUD = (
@@ -96,7 +96,7 @@ def with_layers(config: Config, layers: int) -> Config:
 
 
 def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tuple[Share, list[Passes]]:
-    models = build_model(config, topology, portable=uses_portable_layers(config))
+    models = build_model(config, topology)
     for parameter in (p for model in models for p in model.parameters()):
         torch.nn.init.normal_(parameter, std=config.model.initializer_range)
     share = Share(

@@ -3,14 +3,12 @@
 import math
 from typing import TYPE_CHECKING
 
+from megatron_post.config import fp8
 from megatron_post.config.switches import switch_errors, switch_machine_errors
 from megatron_post.installation import install_command
 
 if TYPE_CHECKING:
     from megatron_post.config.schema import Config
-
-# Rows of a GEMM operand that each FP8 recipe needs as a multiple, on the local shard.
-FP8_MULTIPLE = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
 def store_layout(config: "Config") -> str:
@@ -32,7 +30,7 @@ def pack_multiple(config: "Config") -> int:
     """
     p = config.parallel
     shards = p.context * (p.tensor if p.sequence else 1)
-    return math.lcm(segment_multiple(config), shards * FP8_MULTIPLE[config.precision.fp8])
+    return math.lcm(segment_multiple(config), shards * fp8.multiple_of(config.precision.fp8))
 
 
 def layout_errors(config: "Config") -> list[str]:
@@ -77,17 +75,13 @@ def layout_errors(config: "Config") -> list[str]:
             f"context={p.context}, tensor={p.tensor}, sequence={p.sequence}, fp8={config.precision.fp8} need",
         ),
         (
-            config.precision.fp8 is None or config.precision.dtype == "bf16",
-            f"precision.fp8={config.precision.fp8} needs precision.dtype=bf16, not {config.precision.dtype}",
-        ),
-        (
             config.precision.fp8 is None or not config.shares_prompts,
             f"precision.fp8={config.precision.fp8} needs Transformer Engine's layers, which cannot run "
             f"reward.layout={config.reward.layout}; set reward.layout=separate or precision.fp8=null",
         ),
     ]
     found = [message for ok, message in checks if not ok]
-    return found + _pipeline_errors(config) + switch_errors(config)
+    return found + fp8.setting_errors(config) + _pipeline_errors(config) + switch_errors(config)
 
 
 def _pipeline_errors(config: "Config") -> list[str]:
@@ -102,10 +96,26 @@ def _pipeline_errors(config: "Config") -> list[str]:
     ]
 
 
+def uses_portable_layers(config: "Config", *, has_transformer_engine: bool) -> bool:
+    """Whether a run has the portable layers: where Transformer Engine is not there, in fp32, for which it has
+    no attention over packed rows, and where responses share a prompt."""
+    return not has_transformer_engine or config.precision.dtype == "fp32" or config.shares_prompts
+
+
 def world_errors(
-    config: "Config", *, world_size: int, has_gpu: bool, has_transformer_engine: bool
+    config: "Config",
+    *,
+    world_size: int,
+    has_gpu: bool,
+    has_transformer_engine: bool,
+    capability: tuple[int, int] | None = None,
+    cuda: str | None = None,
 ) -> list[str]:
-    """Every reason why this config cannot run on these ranks; empty if it can."""
+    """Every reason why this config cannot run on these ranks; empty if it can.
+
+    capability: compute capability of the GPUs; cuda: version of CUDA that torch is built for; None where it
+    is not known.
+    """
     p, errors = config.parallel, []
     if world_size % p.model_size:
         errors.append(
@@ -127,6 +137,8 @@ def world_errors(
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
         missing = "a GPU" if not has_gpu else f"Transformer Engine (install it: {install_command('cuda')})"
         errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
+    else:
+        errors += fp8.device_errors(config, capability=capability, cuda=cuda)
     errors += switch_machine_errors(config, has_gpu=has_gpu, has_transformer_engine=has_transformer_engine)
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:

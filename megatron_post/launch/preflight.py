@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_post.config.layout import segment_multiple, store_layout, world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
@@ -48,6 +50,8 @@ def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
         world_size=nodes * cluster.ranks,
         has_gpu=cluster.gpus_per_node > 0,
         has_transformer_engine=True,  # the nodes' affair: a login node may have none
+        capability=gpu(cluster.gpu).capability if cluster.gpus_per_node and cluster.gpu else None,
+        cuda=torch.version.cuda if cluster.python is None and cluster.container is None else None,
     )
     if nodes * cluster.ranks % config.parallel.model_size == 0:
         found += place(config.parallel, nodes=nodes, ranks_per_node=cluster.ranks).errors()

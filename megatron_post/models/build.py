@@ -4,12 +4,18 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_post.config import layout
 from megatron_post.config.schema import Config
 from megatron_post.models.llama import Llama
 from megatron_post.models.reward_head import RewardHead
 from megatron_post.models.rotary import PositionRotary
 from megatron_post.models.specs import block_spec, fuse_weight_gradients, has_transformer_engine
 from megatron_post.parallel.topology import Topology
+
+
+def uses_portable_layers(config: Config) -> bool:
+    """Whether a run on this machine has the portable layers instead of Transformer Engine's."""
+    return layout.uses_portable_layers(config, has_transformer_engine=has_transformer_engine())
 
 
 def padded_vocab_size(config: Config) -> int:
@@ -85,9 +91,9 @@ def build_model(config: Config, topology: Topology, *, portable: bool | None = N
     """The model chunks of this rank, one for each virtual pipeline stage; their values are still to be
     loaded.
 
-    portable: use the portable layers; by default where Transformer Engine cannot run.
+    portable: use the portable layers; by default where `uses_portable_layers` says so.
     """
-    portable = not has_transformer_engine() if portable is None else portable
+    portable = uses_portable_layers(config) if portable is None else portable
     core, virtual = transformer_config(config), config.parallel.virtual_pipeline
     stages = range(virtual) if virtual > 1 else [None]
     return [_chunk(config, core, topology, virtual_stage=stage, portable=portable) for stage in stages]

@@ -13,10 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import random as core_random
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -165,6 +167,10 @@ def _fake_modules() -> Iterator[None]:
     not, and modules stay on the device on which they were made."""
     with (
         mock.patch.object(torch.nn.Module, "to", lambda module, *_: module),
+        # made without `fp8=None`, a recomputed norm asks Transformer Engine for FP8's state
+        mock.patch.object(
+            tensor_parallel, "CheckpointWithoutOutput", partial(core_random.CheckpointWithoutOutput, fp8=None)
+        ),
         mock.patch.object(core_random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext()),
         mock.patch.multiple(
             core_random,

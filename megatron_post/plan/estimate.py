@@ -7,7 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_post.config.layout import layout_errors, segment_multiple, world_errors
+from megatron_post.config.layout import (
+    layout_errors,
+    segment_multiple,
+    uses_portable_layers,
+    world_errors,
+)
 from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Layers, Segment
@@ -113,7 +118,9 @@ def make_plan(config: Config, *, gpus: int, gpu: GPU, segment_length: int | None
 
 
 def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:
-    errors = world_errors(config, world_size=gpus, has_gpu=True, has_transformer_engine=True)
+    errors = world_errors(
+        config, world_size=gpus, has_gpu=True, has_transformer_engine=True, capability=gpu.capability
+    )
     if gpu.per_node % config.parallel.tensor:
         errors.append(
             f"parallel.tensor={config.parallel.tensor} does not divide the {gpu.per_node} GPUs of a node: "
@@ -133,9 +140,8 @@ def layout_line(config: Config, data_size: int) -> str:
 
 
 def layers_on_gpu(config: Config) -> Layers:
-    """Transformer Engine's, but for rows in which responses share a prompt
-    (`train.run.uses_portable_layers`)."""
-    return "portable" if config.shares_prompts else "transformer_engine"
+    """The layers that run on a GPU with Transformer Engine."""
+    return "portable" if uses_portable_layers(config, has_transformer_engine=True) else "transformer_engine"
 
 
 def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
@@ -153,7 +159,7 @@ def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
     length = -(-length // multiple) * multiple
     count, rest = divmod(total, length)
     lengths = [length] * count + [rest] * (rest > 0)
-    if layers_on_gpu(config) == "transformer_engine":
+    if not config.shares_prompts:
         return tuple(Segment(size) for size in lengths)
     result: list[Segment] = []
     for size in lengths:

@@ -32,6 +32,7 @@ class GPU:
     memory_bandwidth: float
     nvlink: float
     network: float
+    capability: tuple[int, int]
     transposed_fp8: bool  # FP8 multiplications need a transposed copy of the weights
     source: str
     per_node: int = 8
@@ -61,6 +62,7 @@ GPUS = {
             memory_bandwidth=3.35e12,
             nvlink=450e9,
             network=50e9,
+            capability=(9, 0),
             transposed_fp8=True,
             source=f"NVIDIA H100 SXM data sheet, one 400 Gb/s card a GPU (DGX H100); {_MEASURED}",
         ),
@@ -74,6 +76,7 @@ GPUS = {
             memory_bandwidth=4.8e12,
             nvlink=450e9,
             network=50e9,
+            capability=(9, 0),
             transposed_fp8=True,
             source="NVIDIA H200 SXM data sheet; network of DGX H200; multiplications as the H100's",
         ),
@@ -87,6 +90,7 @@ GPUS = {
             memory_bandwidth=8.0e12,
             nvlink=900e9,
             network=50e9,
+            capability=(10, 0),
             transposed_fp8=False,
             source=f"NVIDIA DGX B200 data sheet (8 GPUs: 1,440 GB, 64 TB/s); {_MEASURED} (bf16)",
         ),

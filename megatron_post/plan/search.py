@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_post.config.fp8 import device_errors
 from megatron_post.config.layout import world_errors
-from megatron_post.config.load import ConfigError, parse
+from megatron_post.config.load import ConfigError, parse, raise_for
 from megatron_post.config.schema import Config, Precision
 from megatron_post.plan.estimate import Plan, changed, layout_line, verdict
 from megatron_post.plan.hardware import GPU
@@ -41,9 +42,12 @@ def search(
 ) -> Found:
     """The fastest layouts that fit. fp8: a recipe that is tried besides the config's own and none.
 
-    Raises `ConfigError` for no such recipe, and where no layout fits, with the one that misses by least.
+    Raises `ConfigError` for no such recipe, for one that the GPU does not have, and where no layout fits,
+    with the one that misses by least.
     """
-    parse(Precision, {"fp8": fp8}, origin="--fp8")
+    precision = parse(Precision, {"fp8": fp8}, origin="--fp8")
+    for asked in (config, config.model_copy(update={"precision": precision})):
+        raise_for(device_errors(asked, capability=gpu.capability, cuda=None))
     fitting: list[tuple[float, Plan]] = []
     closest: Plan | None = None
     possible = 0

@@ -10,10 +10,11 @@ import torch
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.convert.configs import read_model
+from megatron_post.models.build import uses_portable_layers
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.stages.base import Stage
-from megatron_post.train.run import check_run, load_model, make_stage, uses_portable_layers
+from megatron_post.train.run import check_run, load_model, make_stage
 from megatron_post.train.step import Stepper
 
 

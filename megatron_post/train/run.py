@@ -16,7 +16,7 @@ from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
 from megatron_post.data.store import GroupName, Pack, PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
-from megatron_post.models.build import build_model
+from megatron_post.models.build import build_model, uses_portable_layers
 from megatron_post.models.llama import Llama
 from megatron_post.models.specs import has_transformer_engine
 from megatron_post.parallel.context import sum_over_ranks
@@ -123,11 +123,14 @@ def check_run(config: Config) -> Tokenizer:
 
 def rank_errors(config: Config, *, world_size: int) -> list[str]:
     """Why this config cannot run on so many ranks of this machine's kind; empty if it can."""
+    has_gpu = torch.cuda.is_available()
     return world_errors(
         config,
         world_size=world_size,
-        has_gpu=torch.cuda.is_available(),
+        has_gpu=has_gpu,
         has_transformer_engine=has_transformer_engine(),
+        capability=torch.cuda.get_device_capability(rank_from_environment()[2]) if has_gpu else None,
+        cuda=torch.version.cuda,
     )
 
 
@@ -190,7 +193,6 @@ def build_trainer(
     """
     fence = claim_together(config.run_dir, topology)
     guard = Guard(config, topology, stop or StopRequest(), sources, fence)
-    portable = uses_portable_layers(config)
     stage = make_stage(config, topology)
     models = load_model(config, topology)
     reference = None
@@ -209,7 +211,7 @@ def build_trainer(
         config,
         topology,
         chunks=chunks,
-        stepper=Stepper(chunks, stage, topology, portable=portable, reference=reference),
+        stepper=Stepper(chunks, stage, topology, portable=uses_portable_layers(config), reference=reference),
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=checkpoints,
@@ -221,15 +223,10 @@ def build_trainer(
 
 def load_model(config: Config, topology: Topology) -> list[Llama]:
     """This rank's model chunks with the initial weights."""
-    chunks = build_model(config, topology, portable=uses_portable_layers(config))
+    chunks = build_model(config, topology)
     weights = open_weights(config.model, seed=config.seed, scalar_head=config.stage == "reward")
     load_weights(chunks, weights, config.model)
     return chunks
-
-
-def uses_portable_layers(config: Config) -> bool:
-    """Instead of Transformer Engine's: where it is not there, or cannot do what the config asks for."""
-    return not has_transformer_engine() or config.shares_prompts
 
 
 def describe(config: Config, topology: Topology, store: PackStore) -> str:
@@ -245,5 +242,6 @@ def describe(config: Config, topology: Topology, store: PackStore) -> str:
     layout = " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
     return (
         f"{config.stage} on {layout}{' + SP' if p.sequence else ''}, {config.train.steps} steps of "
-        f"{config.train.global_batch} packs of {config.data.pack_length} tokens, {len(store)} packs stored"
+        f"{config.train.global_batch} packs of {config.data.pack_length} tokens, {len(store)} packs stored, "
+        f"{'portable' if uses_portable_layers(config) else 'Transformer Engine'} layers"
     )

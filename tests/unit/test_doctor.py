@@ -10,6 +10,8 @@ from megatron_post import doctor
 from megatron_post.display import make_console
 from megatron_post.installation import install_command
 
+import_failure = doctor.import_failure
+
 
 def _install(
     site: Path, files: dict[str, str], *, name: str = "", version: str = "", requires: str = ""
@@ -30,6 +32,12 @@ def _install(
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def core_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is not about the import of megatron-core does not wait for it."""
+    monkeypatch.setattr(doctor, "import_failure", lambda: None)
 
 
 def _report() -> str:
@@ -73,6 +81,46 @@ def test_transformer_engine_brings_its_own_adam(site: Path) -> None:
     assert doctor.installed_version("transformer-engine") == "2.9.0"
     engine, adam, _ = doctor.fused_parts(has_gpu=True)
     assert (engine.state, adam.state) == ("active", "not needed")
+
+
+def test_transformer_engine_without_its_extension(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip leaves it where the extension for torch was not built: megatron-core's import ends in an error
+    that it does not expect. Doctor imports it elsewhere, and so goes on."""
+    text = 'raise FileNotFoundError("Could not find shared object file for Transformer Engine torch lib.")'
+    _install(site, {"transformer_engine/__init__.py": text}, name="transformer_engine", version="2.11.0")
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
+    monkeypatch.setattr(doctor, "import_failure", import_failure)
+    report = _report()
+    (problem,) = [line for line in report.splitlines() if line.startswith("problem: Transformer Engine")]
+    assert "2.11.0 is installed and cannot be loaded" in problem
+    assert "its extension for torch, transformer_engine_torch, is missing: FileNotFoundError" in problem
+    assert f"Build it for this torch: {install_command('cuda')}; or remove it: pip uninstall" in problem
+    assert "installed, but megatron-core cannot be imported beside it" in report
+    _install(site, {"transformer_engine/wheel_lib/transformer_engine_torch.cpython-311.so": "another's"})
+    failure = import_failure()
+    assert failure is not None and "FileNotFoundError" in failure and "is missing" not in failure
+
+
+def test_megatron_core_loads_here() -> None:
+    assert import_failure() is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "expected"),
+    [
+        ((9, 0), "12.8", "can be delayed, tensorwise; blockwise needs CUDA 12.9 or newer, and this torch is "
+         "built for 12.8; mxfp8 needs GPUs of compute capability 10.0"),
+        ((10, 0), "13.0", "can be delayed, tensorwise, blockwise, mxfp8"),
+        ((8, 0), "13.0", "can be nothing but null; delayed needs"),
+    ],
+)  # fmt: skip
+def test_fp8_recipes_of_this_gpu(
+    site: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str, expected: str
+) -> None:
+    _install(site, {"transformer_engine/__init__.py": ""})
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: capability)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    assert expected in doctor.fused_parts(has_gpu=True)[0].meaning
 
 
 def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ ALLOWED = {
     "installation": set(),
     "storage": set(),
     "losses": set(),
-    "doctor": {"display", "installation"},
+    "doctor": {"config.fp8", "display", "installation"},
     "errors": {"config.secrets", "display"},
     "data": {"config", "display", "installation", "storage"},
     "parallel": {"config"},

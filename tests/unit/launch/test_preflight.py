@@ -63,6 +63,27 @@ def test_memory_that_does_not_fit() -> None:
         memory_findings(config, H100.model_copy(update={"gpu": "mi300x"}), nodes=8)
 
 
+def test_fp8_that_the_clusters_gpu_does_not_have() -> None:
+    """MXFP8 on nodes of H100s, known before the job queues. Nothing is known of a GPU without a name."""
+    config = load_config(CONFIGS / "llama3_8b" / "sft.yaml", ["precision.fp8=mxfp8"])
+    (found,) = layout_findings(config, H100, nodes=1)
+    assert found.startswith("precision.fp8=mxfp8 needs GPUs of compute capability 10.0")
+    for gpu in ("b200-180gb", None):
+        assert layout_findings(config, H100.model_copy(update={"gpu": gpu}), nodes=1) == []
+
+
+def test_fp8_that_the_torch_of_the_ranks_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks run this interpreter, unless the cluster file names another or a container."""
+    config = load_config(CONFIGS / "llama3_8b" / "sft.yaml", ["precision.fp8=blockwise"])
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    (found,) = layout_findings(config, H100, nodes=1)
+    assert "precision.fp8=blockwise needs CUDA 12.9 or newer" in found
+    other = H100.model_copy(update={"python": "/opt/venv/bin/python"})
+    assert layout_findings(config, other, nodes=1) == []
+    monkeypatch.setattr("torch.version.cuda", "12.9")
+    assert layout_findings(config, H100, nodes=1) == []
+
+
 def test_more_nodes_as_a_remedy() -> None:
     """405B's DPO on 64 GPUs: the optimizer's shards want four times as many."""
     config = load_config(CONFIGS / "llama3_405b" / "dpo.yaml")

@@ -55,6 +55,17 @@ def test_collectives_of_a_layer() -> None:
     assert rows["reduce-scatter", "tensor"] == (5, 5 * one)
 
 
+def test_recomputed_norms() -> None:
+    """Their output is freed and made again: a layer keeps less and calls the same collectives. megatron-core
+    asked Transformer Engine, which is not here, for the state of FP8."""
+    parallel = {"tensor": 2, "sequence": True}
+    kept = dry_run(tiny_config(parallel=parallel), world_size=2, per_node=2).stages[0]
+    config = tiny_config(parallel=parallel, recompute={"mode": "selective", "modules": ["layernorm"]})
+    recomputed = dry_run(config, world_size=2, per_node=2).stages[0]
+    assert recomputed.collectives == kept.collectives
+    assert recomputed.activation_bytes < kept.activation_bytes
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_stages_hold_the_model(stage: str, mode: str) -> None:

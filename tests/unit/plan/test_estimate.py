@@ -9,7 +9,14 @@ import pytest
 
 from megatron_post.config.load import ConfigError, load_config, to_yaml
 from megatron_post.plan.activations import Segment
-from megatron_post.plan.estimate import changed, make_plan, pack_segments, single_changes, verdict
+from megatron_post.plan.estimate import (
+    changed,
+    layers_on_gpu,
+    make_plan,
+    pack_segments,
+    single_changes,
+    verdict,
+)
 from megatron_post.plan.hardware import GIB, gpu
 from megatron_post.plan.page import page
 from megatron_post.plan.report import plan_json, time_rows, winner_config
@@ -36,6 +43,28 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
             assert changed(config, change) == other.config
     fixed = changed(config, {"recompute.mode": "full"})
     assert fixed is not None and "fits" in verdict(make_plan(fixed, gpus=512, gpu=H100))
+
+
+def test_fp8_that_the_gpu_does_not_have() -> None:
+    """MXFP8 on H100, for a plan, for a search of the config's own recipe and for one of another."""
+    config = llama_config("llama3.1_8b", {"tensor": 2}, pack_length=8192)
+    mxfp8 = changed(config, {"precision.fp8": "mxfp8"})
+    assert mxfp8 is not None and make_plan(mxfp8, gpus=8, gpu=gpu("b200-180gb")).time.seconds
+    refused = "precision.fp8=mxfp8 needs GPUs of compute capability 10.0 or higher and below 12.0, and these "
+    with pytest.raises(ConfigError, match=refused):
+        make_plan(mxfp8, gpus=8, gpu=H100)
+    with pytest.raises(ConfigError, match=refused):
+        search(mxfp8, gpus=8, gpu=H100)
+    with pytest.raises(ConfigError, match=refused):
+        search(config, gpus=8, gpu=H100, fp8="mxfp8")
+
+
+def test_fp32_is_planned_with_the_layers_that_run() -> None:
+    """Transformer Engine has no attention over packed rows of fp32; a row without a shared prompt stays one
+    segment."""
+    config = llama_config("llama3.1_8b", {"tensor": 2}, pack_length=8192, precision={"dtype": "fp32"})
+    assert layers_on_gpu(config) == "portable"
+    assert pack_segments(config, None) == (Segment(8192),)
 
 
 def test_any_number_of_chunks_a_rank_is_tried() -> None:

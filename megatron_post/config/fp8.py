@@ -1,0 +1,117 @@
+"""What each FP8 recipe needs of the model's widths, of the GPU and of CUDA.
+
+Transformer Engine checks the same when the first layer runs, on the nodes. `tests/transformer_engine/`
+compares the two in test_fp8.py.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_post.config.schema import Config
+
+Version = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one recipe needs.
+
+    multiple: both dimensions of every matrix that a rank multiplies are multiples of it.
+    capability, before: GPUs from the first compute capability to below the second have the multiplication.
+    cuda: the oldest version of CUDA that has it, where that is newer than all that torch 2.13 is built for.
+    """
+
+    multiple: int
+    capability: Version
+    before: Version | None = None
+    cuda: Version | None = None
+
+
+RECIPES = {
+    "delayed": Recipe(16, (8, 9)),
+    "tensorwise": Recipe(16, (8, 9)),
+    "blockwise": Recipe(128, (9, 0), cuda=(12, 9)),
+    "mxfp8": Recipe(32, (10, 0), before=(12, 0)),
+}
+
+
+def multiple_of(recipe: str | None) -> int:
+    """Multiple that FP8 asks of the rows of a matrix, 1 without FP8."""
+    return 1 if recipe is None else RECIPES[recipe].multiple
+
+
+def setting_errors(config: "Config") -> list[str]:
+    """Every setting of this config that its FP8 recipe cannot run with, on any GPU; empty without FP8."""
+    recipe, r = config.precision.fp8, config.recompute
+    if recipe is None:
+        return []
+    errors = _width_errors(config, recipe)
+    if config.precision.dtype != "bf16":
+        errors.append(
+            f"precision.fp8={recipe} needs precision.dtype=bf16, not {config.precision.dtype}; "
+            "set precision.dtype=bf16 or precision.fp8=null"
+        )
+    if recipe == "delayed" and r.mode == "selective" and "layernorm" in r.modules:
+        # scales of a delayed recipe move at every forward pass, and a recomputed norm would get other ones
+        errors.append(
+            "precision.fp8=delayed cannot recompute norms (recompute.modules has layernorm); "
+            "set precision.fp8=tensorwise or remove layernorm from recompute.modules"
+        )
+    return errors
+
+
+def _width_errors(config: "Config", recipe: str) -> list[str]:
+    m, tensor = config.model, config.parallel.tensor
+    multiple = RECIPES[recipe].multiple
+    widths = {
+        f"model.hidden_size={m.hidden_size}": m.hidden_size,
+        f"model.ffn_hidden_size={m.ffn_hidden_size}": m.ffn_hidden_size,
+        f"model.num_key_value_heads={m.num_key_value_heads} (queries, keys and values together)": m.head_dim
+        * (m.num_attention_heads + 2 * m.num_key_value_heads),
+    }
+    errors = []
+    for name, width in widths.items():
+        share, rest = divmod(width, tensor)
+        if rest or share % multiple == 0:  # a width that tensor parallelism cannot cut is another error
+            continue
+        remedy = "tensorwise" if share % RECIPES["tensorwise"].multiple == 0 else "null"
+        fewer = " or lower parallel.tensor" if width % multiple == 0 else ""
+        errors.append(
+            f"precision.fp8={recipe} needs matrices whose widths on a rank are multiples of {multiple}, and "
+            f"{name} gives {share} with parallel.tensor={tensor}; set precision.fp8={remedy}{fewer}"
+        )
+    return errors
+
+
+def device_errors(config: "Config", *, capability: Version | None, cuda: str | None) -> list[str]:
+    """Why GPUs of this compute capability, or torch built for this version of CUDA, cannot run the config's
+    FP8 recipe. None: not known."""
+    recipe = config.precision.fp8
+    reason = None if recipe is None else refusal(recipe, capability=capability, cuda=cuda)
+    if reason is None:
+        return []
+    remedy = "null" if refusal("tensorwise", capability=capability, cuda=cuda) else "tensorwise"
+    return [f"precision.fp8={recipe} needs {reason}; set precision.fp8={remedy}"]
+
+
+def refusal(recipe: str, *, capability: Version | None, cuda: str | None) -> str | None:
+    """What the recipe needs and does not have here, or None where it runs as far as is known."""
+    needed = RECIPES[recipe]
+    if capability is not None:
+        low, high = needed.capability, needed.before
+        if capability < low or (high is not None and capability >= high):
+            bounds = f"{_text(low)} or higher" + (f" and below {_text(high)}" if high else "")
+            return f"GPUs of compute capability {bounds}, and these have {_text(capability)}"
+    if cuda is not None and needed.cuda is not None and _version(cuda) < needed.cuda:
+        return f"CUDA {_text(needed.cuda)} or newer, and this torch is built for {cuda}"
+    return None
+
+
+def _version(text: str) -> Version:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))

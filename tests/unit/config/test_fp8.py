@@ -1,0 +1,118 @@
+"""FP8 recipes are refused with settings, widths, GPUs and versions of CUDA that cannot run them."""
+
+from typing import Any
+
+import pytest
+
+from megatron_post.config.fp8 import RECIPES, refusal
+from megatron_post.config.layout import uses_portable_layers, world_errors
+from megatron_post.config.load import ConfigError
+from megatron_post.config.schema import Config
+from tests.tiny import tiny_config
+
+
+def _config(recipe: str | None, **sections: Any) -> Config:
+    return tiny_config(precision={"dtype": "bf16", "fp8": recipe}, **sections)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "tensor", "expected"),
+    [
+        # 4 heads of 18, and 4 x 18 + 2 x 2 x 18 = 144 = 9 x 16
+        ("tensorwise", {"hidden_size": 72}, 1, "model.hidden_size=72 gives 72 with parallel.tensor=1"),
+        ("delayed", {"ffn_hidden_size": 100}, 1, "ffn_hidden_size=100 gives 100 with"),
+        # 96 = 3 x 32 = 6 x 16; 48 on each of two ranks is 3 x 16 and not a multiple of 32
+        (
+            "mxfp8",
+            {},
+            2,
+            "ffn_hidden_size=96 gives 48 with parallel.tensor=2; set precision.fp8=tensor",
+        ),
+        ("blockwise", {"hidden_size": 128, "ffn_hidden_size": 128}, 2, "hidden_size=128 gives 64"),
+        # 8 heads of 8 and one group: 64 + 2 x 8 = 80 = 5 x 16
+        (
+            "mxfp8",
+            {"num_attention_heads": 8, "num_key_value_heads": 1},
+            1,
+            "num_key_value_heads=1 (queries, keys and values together) gives 80",
+        ),
+    ],
+)
+def test_widths(recipe: str, model: dict[str, int], tensor: int, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        _config(recipe, model=model, parallel={"tensor": tensor}, data={"pack_length": 256})
+    assert expected in str(error.value)
+    assert f"multiples of {RECIPES[recipe].multiple}" in str(error.value)
+
+
+def test_a_width_that_no_recipe_takes() -> None:
+    """Lower parallel.tensor is no remedy where the whole width is not a multiple either."""
+    with pytest.raises(ConfigError) as error:
+        _config("tensorwise", model={"ffn_hidden_size": 100}, parallel={"tensor": 2})
+    (line,) = [line for line in str(error.value).splitlines() if "ffn" in line]
+    assert line.endswith("gives 50 with parallel.tensor=2; set precision.fp8=null")
+
+
+def test_widths_that_fit() -> None:
+    """64, 64 + 2 x 2 x 16 = 128 and 96 are multiples of 32, their halves of 16."""
+    _config("mxfp8")
+    _config("tensorwise", parallel={"tensor": 2})
+    _config("delayed", recompute={"mode": "full", "modules": ["layernorm"]})
+
+
+def test_delayed_scaling_recomputes_no_norms() -> None:
+    values: dict[str, Any] = {"recompute": {"mode": "selective", "modules": ["mlp", "layernorm"]}}
+    with pytest.raises(ConfigError, match=r"set precision.fp8=tensorwise or remove layernorm from recompute"):
+        _config("delayed", **values)
+    _config("tensorwise", **values)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "expected"),
+    [
+        ("mxfp8", (9, 0), "13.0", "capability 10.0 or higher and below 12.0, and these have 9.0; set "
+         "precision.fp8=tensorwise"),
+        ("mxfp8", (12, 0), "13.0", "these have 12.0; set precision.fp8=tensorwise"),
+        ("blockwise", (9, 0), "12.8", "needs CUDA 12.9 or newer, and this torch is built for 12.8; set "
+         "precision.fp8=tensorwise"),
+        ("delayed", (8, 0), "12.8", "capability 8.9 or higher, and these have 8.0; set precision.fp8=null"),
+    ],
+)  # fmt: skip
+def test_devices(recipe: str, capability: tuple[int, int], cuda: str, expected: str) -> None:
+    data = {"pack_length": 128}
+    model = {"hidden_size": 128, "ffn_hidden_size": 128}
+    (error,) = world_errors(
+        _config(recipe, data=data, model=model),
+        world_size=1,
+        has_gpu=True,
+        has_transformer_engine=True,
+        capability=capability,
+        cuda=cuda,
+    )
+    assert error.startswith(f"precision.fp8={recipe} needs ") and error.endswith(expected)
+
+
+def test_what_is_not_known_is_not_refused() -> None:
+    assert all(refusal(recipe, capability=None, cuda=None) is None for recipe in RECIPES)
+    assert refusal("blockwise", capability=(9, 0), cuda=None) is None
+    assert refusal("blockwise", capability=(10, 0), cuda="13.0") is None
+
+
+def test_which_layers() -> None:
+    """Transformer Engine has no attention over packed rows of fp32."""
+    assert uses_portable_layers(tiny_config(), has_transformer_engine=True)
+    assert not uses_portable_layers(_config(None), has_transformer_engine=True)
+    assert uses_portable_layers(_config(None), has_transformer_engine=False)
+
+
+def test_ranks_ask_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no config and no planner can know: the GPU and the CUDA of the node on which a run starts."""
+    from megatron_post.train import run
+
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run.torch.cuda, "get_device_capability", lambda device: {0: (9, 0)}[device])
+    monkeypatch.setattr(run, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(run.torch.version, "cuda", "12.8")
+    (error,) = run.rank_errors(_config("mxfp8"), world_size=1)
+    assert "these have 9.0" in error
+    assert run.rank_errors(_config("delayed"), world_size=1) == []
