@@ -20,7 +20,7 @@ from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.overlong import Fitting
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.data.store import GroupName, SourceCounts, StoreSettings
+from megatron_post.data.store import GROUPS, GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import texts_of
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
@@ -73,12 +73,8 @@ def build_store(
         StoreWriter(config.data.store, settings, overwrite=overwrite, append=append) as writer,
         _progress(console) as progress,
     ):
-        sources_of: dict[GroupName, tuple[Source, ...]] = {
-            "train": config.data.sources,
-            "eval": config.data.eval_sources,
-        }
-        for group, named in sources_of.items():
-            sources = _newest(named) if config.data.preferences.newest_batch_only else named
+        for group in GROUPS:
+            sources = packed_sources(config, group)
             units, counts, keys = _read(group, sources, config, tokenizer, bad_rows, progress)
             summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
     _print(summaries, bad_rows, config, console)
@@ -166,9 +162,13 @@ def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> Exam
     )
 
 
-def _newest(sources: Sequence[Source]) -> tuple[Source, ...]:
-    newest = max((source.batch for source in sources), default=0)
-    return tuple(source for source in sources if source.batch == newest)
+def packed_sources(config: Config, group: GroupName) -> tuple[Source, ...]:
+    """The sources that are packed into a group: all that the config names for it, or the newest batch."""
+    named = config.data.sources if group == "train" else config.data.eval_sources
+    if not config.data.preferences.newest_batch_only:
+        return named
+    newest = max((source.batch for source in named), default=0)
+    return tuple(source for source in named if source.batch == newest)
 
 
 def _write(

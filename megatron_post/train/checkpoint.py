@@ -5,6 +5,7 @@ import io
 import json
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial as partial_function
 from pathlib import Path
@@ -23,17 +24,16 @@ from torch import Tensor
 
 from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
-from megatron_post.convert.dist_checkpoint import DistCheckpoint
-from megatron_post.convert.torch_file import load_plain
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
-from megatron_post.train.converted import check_weights
 from megatron_post.train.fence import Fence, Superseded
 from megatron_post.train.loading import METADATA, load_checkpoint
 from megatron_post.train.optimizer import place_scheduler
+from megatron_post.train.resume import Found, Resuming, State, change_lines
 from megatron_post.train.shards import optimizer_parts, own_objects, own_shards
+from megatron_post.train.step_lines import StepLines
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,19 @@ class Position:
 class Checkpoints:
     """Checkpoints of one run, in `run_dir/checkpoints`."""
 
-    def __init__(self, config: Config, topology: Topology, fence: Fence) -> None:
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        fence: Fence,
+        *,
+        content: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """content: digests of the data and weights that the config names, see `RunSettings`."""
         self._config, self._topology, self._fence = config, topology, fence
         self.root = Path(config.run_dir) / "checkpoints"
+        self._resuming = Resuming(config, topology, self.root, fence.run, content or {})
+        self._passed_over: frozenset[int] = frozenset()
         self._saver = Saver(topology.rank, topology.world_size, topology.device)
         self._attempts = 0
 
@@ -72,22 +82,27 @@ class Checkpoints:
         publish = None
         if rank == 0:
             small |= self._common_files(optimizer)
-            state = {
-                "consumed_packs": position.consumed_packs,
-                "world_size": self._topology.world_size,
-                "incarnation": self._fence.incarnation,
-                **self._stream(),
-            }
+            run = self._resuming.settings
+            state = State(
+                run=self._fence.run,
+                incarnation=self._fence.incarnation,
+                settings=dict(run.values),
+                content=dict(run.content),
+                consumed_packs=position.consumed_packs,
+                world_size=self._topology.world_size,
+            )
+            self._passed_over -= {step}
             settings = self._config.checkpoint
             publish = partial_function(
                 manifest.publish,
                 self.root,
                 step,
-                state=state,
+                state=state.model_dump(),
                 keep=settings.keep,
                 keep_every=settings.keep_every,
                 partial=partial,
                 check=self._fence.check,
+                passed_over=self._passed_over,
             )
         shards, objects = list(own_shards(model_state, optimizer)), own_objects(model_state)
         save = Save(partial, shards, objects, small, publish)
@@ -139,32 +154,49 @@ class Checkpoints:
                 return superseded
         return self._saver.error
 
-    def resume(
-        self, chunks: list[Any], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-    ) -> Position:
-        """Load the newest intact checkpoint. Returns its position; the start where there is none.
+    def find(self) -> Found | None:
+        """The checkpoint to go on from, see `Resuming.find`. All ranks call it."""
+        self._saver.wait()  # a save that is under way may be the one
+        found = self._resuming.find()
+        self._passed_over = frozenset() if found is None else found.passed_over
+        return found
 
-        Damaged checkpoints are named and passed over. Raises `ValueError` where the config would continue
-        another stream of samples than the checkpoint's, or another model.
+    def load(
+        self,
+        found: Found | None,
+        chunks: list[Any],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> Position:
+        """Load what `find` has found. Returns its position; the start where there is none.
+
+        Raises `DamagedCheckpoint` where it is of another model.
         """
-        self._saver.wait()  # what it copies is about to change
-        source = self._newest_intact()
-        if source is None:
+        if found is None:
             return Position()
-        directory = source.directory
-        stored = manifest.read_manifest(directory)
-        if stored["state"].get("weights_only", False):
-            check_weights(directory, stored["state"], self._config)
-            load_checkpoint(source, chunks, optimizer, weights_only=True)
+        load_checkpoint(found.source, chunks, optimizer, weights_only=found.state.weights_only)
+        directory = found.source.directory
+        if found.state.weights_only:
             if self._topology.rank == 0:
                 say(f"starting from the weights in {directory}")
             return Position()
-        self._check_stream(directory, stored["state"])
-        load_checkpoint(source, chunks, optimizer, weights_only=False)
-        place_scheduler(scheduler, after=stored["step"])
-        if stored["state"]["world_size"] == self._topology.world_size:
+        place_scheduler(scheduler, after=found.step)
+        if found.state.world_size == self._topology.world_size:
             _restore_generators(directory / f"generators-{self._topology.rank}.safetensors")
-        return Position(stored["step"], stored["state"]["consumed_packs"])
+        if found.changes and self._topology.rank == 0:
+            self._record(found)
+        return Position(found.step, found.state.consumed_packs)
+
+    def _record(self, found: Found) -> None:
+        """Say what is applied from here on, and keep it in `run_dir/changes.jsonl`."""
+        for line in change_lines(found.step, found.changes):
+            say(line)
+        StepLines(self.root.parent / "changes.jsonl").write(
+            step=found.step,
+            time=time.time(),
+            incarnation=self._fence.incarnation,
+            changes={change.key: [change.before, change.after] for change in found.changes},
+        )
 
     def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
         """What is the same on all ranks, under the names where megatron-core looks for it."""
@@ -178,60 +210,6 @@ class Checkpoints:
             "common.pt": common.getvalue(),
             "metadata.json": json.dumps(backends).encode(),
         }
-
-    def _newest_intact(self) -> DistCheckpoint | None:
-        """Raises `DamagedCheckpoint` where there are checkpoints and none of them is intact."""
-        first = None
-        for step in reversed(manifest.published_steps(self.root)):
-            directory = manifest.step_directory(self.root, step)
-            source, problem = self._open(directory)
-            problems: list[Any] = [None] * self._topology.world_size
-            torch.distributed.all_gather_object(problems, problem)
-            found = [text for text in problems if text is not None]
-            if not found:
-                return source
-            first = first or found[0]
-            if self._topology.rank == 0:
-                say(f"checkpoint of step {step} is damaged and passed over: {found[0]}")
-        if first is not None:
-            raise manifest.DamagedCheckpoint(
-                f"{self.root} has no intact checkpoint: {first}; restore one, or move all of them "
-                "away to begin again"
-            )
-        return None
-
-    def _open(self, directory: Path) -> tuple[DistCheckpoint | None, str | None]:
-        """A checkpoint of which this rank has looked at its part, or what is wrong with it."""
-        share = {"part": self._topology.rank, "parts": self._topology.world_size}
-        try:
-            manifest.verify(directory, **share)
-            # checksums do not help against who can write checksums: all else too must be plain data
-            load_plain(directory / "common.pt")
-            source = DistCheckpoint(directory, is_verified=True)
-            source.check_objects(**share)
-        except ValueError as error:
-            return None, str(error)
-        except Exception as error:  # what another process has written may be wrong in any way
-            return None, f"{directory}: {error or type(error).__name__}".splitlines()[0]
-        return source, None
-
-    def _stream(self) -> dict[str, Any]:
-        """What fixes the order of samples besides the step, and what shapes do not tell of a model."""
-        c = self._config
-        model = {"vocab_size": c.model.vocab_size, "tie_word_embeddings": c.model.tie_word_embeddings}
-        return {"seed": c.seed, "store": str(Path(c.data.store).resolve()), "stage": c.stage, **model}
-
-    def _check_stream(self, directory: Path, stored: dict[str, Any]) -> None:
-        changed = [
-            f"{k}: {stored.get(k)!r} there, {v!r} here"
-            for k, v in self._stream().items()
-            if stored.get(k, v) != v
-        ]
-        if changed:
-            raise ValueError(
-                f"{directory} is of another run ({'; '.join(changed)}): "
-                "restore these values, or choose another run_dir and start from an export"
-            )
 
 
 def _generator_states() -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ import os
 import re
 import socket
 import time
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,13 @@ class Superseded(ValueError):
 
 @dataclass(frozen=True)
 class Fence:
-    """One incarnation's claim to a run. directory: where claims are; epoch: its number, from 1."""
+    """One incarnation's claim to a run. directory: where claims are; epoch: its number, from 1; run: an id
+    that all incarnations of the run share, and no other run has."""
 
     directory: Path
     epoch: int
     incarnation: str
+    run: str
 
     @property
     def stands(self) -> bool:
@@ -84,14 +88,14 @@ def claim(run_dir: str | Path, incarnation: str) -> Fence:
         latest = _read(directory, epochs[-1]).get("incarnation")
         if latest != incarnation:
             raise Superseded(f"incarnation {incarnation} was superseded by {latest} and cannot start again")
-    epoch = _create_next(directory, incarnation)
     root = Path(run_dir) / "checkpoints"
+    epoch, run = _create_next(directory, incarnation, root)
     for partial in manifest.partial_directories(root, before_epoch=epoch):
         manifest.remove(partial)
     manifest.remove_leftovers(root)
     if strays := manifest.stray_names(root):
         say(f"{root}: passed over, for these are no checkpoints: {', '.join(map(repr, strays))}")
-    return Fence(directory, epoch, incarnation)
+    return Fence(directory, epoch, incarnation, run)
 
 
 def claim_together(run_dir: str | Path, topology: Topology) -> Fence:
@@ -109,22 +113,48 @@ def claim_together(run_dir: str | Path, topology: Topology) -> Fence:
     return fence
 
 
-def _create_next(directory: Path, incarnation: str) -> int:
-    content = {
+def _create_next(directory: Path, incarnation: str, root: Path) -> tuple[int, str]:
+    """The next epoch, and the id of the run."""
+    content: dict[str, Any] = {
         "incarnation": incarnation,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": time.time(),
     }
     while True:
-        epoch = max(_epochs(directory), default=0) + 1
+        epochs = _epochs(directory)
+        epoch = max(epochs, default=0) + 1
+        content["run"] = _run_of_claims(directory, epochs) or uuid.uuid4().hex[:16]
+        if not epochs:
+            # the checkpoints of another run were brought here, and that run goes on from them
+            content["run"] = _run_of_checkpoints(root) or content["run"]
         with contextlib.suppress(FileExistsError), (directory / f"{epoch:06d}").open("x") as file:
             json.dump(content, file)
             file.flush()
             os.fsync(file.fileno())
             break
     manifest.sync_directory(directory)
-    return epoch
+    return epoch, content["run"]
+
+
+def _run_of_claims(directory: Path, epochs: Sequence[int]) -> str | None:
+    found = (_read(directory, epoch).get("run") for epoch in reversed(epochs))
+    return next((run for run in found if isinstance(run, str)), None)
+
+
+def _run_of_checkpoints(root: Path) -> str | None:
+    """The run that has published the newest checkpoint which names one. The one that `latest` names comes
+    first: who copies a step does not move it."""
+    steps = [manifest.step_directory(root, step) for step in reversed(manifest.published_steps(root))]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        latest = (root / manifest.LATEST).read_text().strip()
+        steps.sort(key=lambda step: step.name != latest)
+    for step in steps:
+        with contextlib.suppress(manifest.DamagedCheckpoint, KeyError, AttributeError):
+            run = manifest.read_manifest(step)["state"].get("run")
+            if isinstance(run, str):
+                return run
+    return None
 
 
 def _epochs(directory: Path) -> list[int]:

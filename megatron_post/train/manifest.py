@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,14 @@ def publish(
     keep_every: int = 0,
     partial: Path | None = None,
     check: Callable[[], None] = lambda: None,
+    passed_over: Collection[int] = (),
 ) -> Path:
     """Write the manifest, rename the partial directory into place, move `latest`, drop older checkpoints.
 
     Of the steps up to this one the newest `keep` stay, and every multiple of `keep_every`. partial: what has
     been written, if it is not in `partial_directory(root, step)`. check: called at the last moment; what it
-    raises leaves everything as it is.
+    raises leaves everything as it is. passed_over: steps that the run cannot use; they are left alone, and
+    do not count.
     """
     partial, final = partial or partial_directory(root, step), step_directory(root, step)
     content = {"step": step, "state": state, "files": files}
@@ -129,7 +131,7 @@ def publish(
     (root / f".{LATEST}").replace(root / LATEST)
     sync_directory(root)
     # a newer one is damaged, or this run would have gone on from it: it must not push out a good one
-    past = [old for old in published_steps(root) if old <= step]
+    past = [old for old in published_steps(root) if old <= step and old not in passed_over]
     stale = [path for path in _entries(root) if path.name.startswith(".stale-")]
     for old in past[:-keep]:
         if not keep_every or old % keep_every:
@@ -199,7 +201,8 @@ def _put_into_place(partial: Path, final: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises `DamagedCheckpoint` where there is none or it cannot be read."""
+    """Raises `DamagedCheckpoint` where there is none, it cannot be read, or it is of another step than the
+    directory's name says: then the directory was copied or renamed."""
     try:
         manifest = read_object(directory / MANIFEST, "the manifest of a checkpoint")
     except ValueError as error:
@@ -207,6 +210,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     digest = manifest.pop("sha256", None)
     if digest != _digest(manifest):
         raise DamagedCheckpoint(f"{directory / MANIFEST}: content differs from its own checksum")
+    named = re.fullmatch(r"step-(\d+)", directory.name, re.ASCII)
+    if named and int(named[1]) != manifest.get("step"):
+        raise DamagedCheckpoint(
+            f"{directory / MANIFEST}: it is of step {manifest.get('step')}, so the directory has been copied "
+            "or renamed"
+        )
     return manifest
 
 

@@ -19,10 +19,17 @@ from megatron_post.storage.reading import read_object
 from megatron_post.train.step import Stepper
 
 
-def attach_reference(config: Config, topology: Topology, stores: Sequence[PackStore | None]) -> None:
+def attach_reference(
+    config: Config,
+    topology: Topology,
+    stores: Sequence[PackStore | None],
+    *,
+    digests: dict[str, str] | None = None,
+) -> None:
     """Have stores hand out reference log-probabilities, if this run takes them from there.
 
-    The reference is the model that training starts from. Raises `ValueError` where there is none, and
+    The reference is the model that training starts from. digests: what `weights_digests` says of it, where
+    that is known already. Raises `ValueError` where there is none, and
     `StoreError` where the store has none or another's.
     """
     if not config.stores_reference:
@@ -32,18 +39,16 @@ def attach_reference(config: Config, topology: Topology, stores: Sequence[PackSt
             "dpo.reference=store needs model.init_from, the model that training starts from and whose "
             "log-probabilities `megatron-post reference` has stored; or set dpo.reference=frozen"
         )
-    key = reference_key(config.model.init_from, config.precision, topology)
+    key = reference_key(config.model.init_from, config.precision, topology, digests=digests)
     for store in stores:
         if store is not None:
             store.read_reference(key)
 
 
-def reference_key(directory: str | Path, precision: Precision, topology: Topology) -> str:
-    """SHA-256 over what decides a model's values: the weights and config of a Hugging Face directory, and the
-    precision that it computes in. Ranks share the reading.
+def weights_digests(directory: str | Path, topology: Topology) -> dict[str, str]:
+    """SHA-256 of each file of weights in a Hugging Face directory, by its name. Ranks share the reading.
 
-    The tokenizer is in the store's own settings, and every token is stored, so that no choice of trained
-    roles makes the values stale.
+    Raises `ValueError` where there are none.
     """
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
@@ -51,7 +56,19 @@ def reference_key(directory: str | Path, precision: Precision, topology: Topolog
     own = {file.name: _sha256(file) for file in files[topology.rank :: topology.world_size]}
     parts: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(parts, own)
-    weights = {name: digest for part in parts for name, digest in part.items()}
+    return {name: digest for part in parts for name, digest in part.items()}
+
+
+def reference_key(
+    directory: str | Path, precision: Precision, topology: Topology, *, digests: dict[str, str] | None = None
+) -> str:
+    """SHA-256 over what decides a model's values: the weights and config of a Hugging Face directory, and the
+    precision that it computes in. Ranks share the reading.
+
+    The tokenizer is in the store's own settings, and every token is stored, so that no choice of trained
+    roles makes the values stale. digests: what `weights_digests` says, where that is known already.
+    """
+    weights = weights_digests(directory, topology) if digests is None else digests
     shape = read_object(Path(directory) / "config.json", "the config of a Llama")
     names = (
         "hidden_size",
@@ -70,6 +87,11 @@ def reference_key(directory: str | Path, precision: Precision, topology: Topolog
         "model": {name: shape.get(name) for name in names},
         "precision": precision.model_dump(),
     }
+    return digest_of(content)
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256, in hex, of what JSON can write."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

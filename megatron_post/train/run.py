@@ -1,6 +1,6 @@
 """From a config to a finished run: checks first, then every part built once and handed to the trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from megatron_post.stages.dpo import DPO
 from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
 from megatron_post.train.checkpoint import Checkpoints, Position
+from megatron_post.train.data_checks import check_sources, check_trained
 from megatron_post.train.fence import claim_together
 from megatron_post.train.guard import Guard
 from megatron_post.train.metrics import MetricsWriter
@@ -36,7 +37,7 @@ from megatron_post.train.optimizer import (
     gather_weights,
     wrap_data_parallel,
 )
-from megatron_post.train.reference import attach_reference
+from megatron_post.train.reference import attach_reference, digest_of, weights_digests
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
 from megatron_post.train.step import Stepper
@@ -51,10 +52,22 @@ def train(config: Config) -> None:
     """
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
+    open_weights(
+        config.model, seed=config.seed, scalar_head=config.stage == "reward"
+    )  # are they this model's?
     with StopRequest() as stop, parallel_run(config.parallel, seed=config.seed) as topology:
-        attach_reference(config, topology, [train_store, held_out])
+        check_trained(config, make_stage(config, topology), [train_store, held_out], topology)
+        start_from = config.model.init_from
+        digests = None if start_from is None else weights_digests(start_from, topology)
+        attach_reference(config, topology, [train_store, held_out], digests=digests)
+        content = {
+            "data.store": train_store.digest,
+            "data.eval_sources": None if held_out is None else held_out.digest,
+            "tokenizer.path": tokenizer.fingerprint,
+            "model.init_from": None if digests is None else digest_of(digests),
+        }
         sources = [source.name for source in train_store.sources]
-        trainer, start = build_trainer(config, topology, stop=stop, sources=sources)
+        trainer, start = build_trainer(config, topology, stop=stop, sources=sources, content=content)
         metrics = trainer.metrics
         metrics.console(f"{config.run_dir}: {describe(config, topology, train_store)}")
         if start.step:
@@ -98,7 +111,8 @@ def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, star
                 trainer.fit(loader, held_out, start=start)
                 return
             except RollBack:
-                start = trainer.checkpoints.resume(trainer.chunks, trainer.optimizer, trainer.scheduler)
+                found = trainer.checkpoints.find()
+                start = trainer.checkpoints.load(found, trainer.chunks, trainer.optimizer, trainer.scheduler)
         if not start.step:
             trainer.metrics.console(
                 "train.on_not_finite=rollback: no checkpoint to go back to, to be requeued. The same command "
@@ -135,10 +149,13 @@ def rank_errors(config: Config, *, world_size: int) -> list[str]:
 
 
 def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackStore | None]:
-    """The packed training data, and the held-out data if `data.eval_sources` names any."""
+    """The packed training data, and the held-out data if `data.eval_sources` names any.
+
+    Raises `StoreError` where a store does not fit the config, or is not of the sources that it names.
+    """
 
     def opened(group: GroupName) -> PackStore:
-        return open_store(
+        store = open_store(
             config.data.store,
             group,
             pack_length=config.data.pack_length,
@@ -148,6 +165,8 @@ def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackSt
             reasoning=config.data.reasoning,
             vocab_size=config.model.vocab_size,
         )
+        check_sources(config, store)
+        return store
 
     return opened("train"), opened("eval") if config.data.eval_sources else None
 
@@ -184,14 +203,22 @@ def make_stage(config: Config, topology: Topology) -> Stage:
 
 
 def build_trainer(
-    config: Config, topology: Topology, *, stop: StopRequest | None = None, sources: Sequence[str] = ()
+    config: Config,
+    topology: Topology,
+    *,
+    stop: StopRequest | None = None,
+    sources: Sequence[str] = (),
+    content: Mapping[str, str | None] | None = None,
 ) -> tuple[Trainer, Position]:
     """A trainer at the newest intact checkpoint or at the initial weights, and how far that is.
 
     The run belongs to this incarnation from then on. stop: what has been asked from outside; sources: names
-    of the store's sources, for messages. Raises `Superseded` where a newer incarnation has the run.
+    of the store's sources, for messages; content: digests of what the config names, see `RunSettings`. Raises
+    `Superseded` where a newer incarnation has the run, and `ValueError` where the config is another run's.
     """
     fence = claim_together(config.run_dir, topology)
+    checkpoints = Checkpoints(config, topology, fence, content=content)
+    found = checkpoints.find()
     guard = Guard(config, topology, stop or StopRequest(), sources, fence)
     stage = make_stage(config, topology)
     models = load_model(config, topology)
@@ -205,8 +232,7 @@ def build_trainer(
     scheduler = build_scheduler(optimizer, config)
     core = get_model_config(chunks[0])
     core.finalize_model_grads_func = guard.pulse.entering("reduce gradients", core.finalize_model_grads_func)
-    checkpoints = Checkpoints(config, topology, fence)
-    start = checkpoints.resume(chunks, optimizer, scheduler)
+    start = checkpoints.load(found, chunks, optimizer, scheduler)
     trainer = Trainer(
         config,
         topology,

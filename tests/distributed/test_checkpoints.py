@@ -20,7 +20,7 @@ from megatron_post.convert.safetensors_file import OpenFiles
 from megatron_post.models import specs
 from megatron_post.models.specs import RMSNorm
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train import loading, manifest
+from megatron_post.train import loading, manifest, resume
 from megatron_post.train.loading import METADATA, _read
 from megatron_post.train.run import build_trainer
 from megatron_post.train.shards import checkpoint_bytes, own_shards
@@ -60,6 +60,7 @@ def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> Non
             model={"vocab_size": 256},
             parallel=parallel,
             precision={"dtype": dtype},
+            train={"steps": len(LAYOUTS)},
             checkpoint={"keep": len(LAYOUTS)},
         )
         run_ranks(_train_or_resume_and_save, ranks, config)
@@ -138,6 +139,12 @@ def _resume_where_one_cannot_read(config: Config) -> None:
             build_trainer(config, topology)
 
 
+def _resume_whatever_the_settings_say(config: Config) -> None:
+    """A manifest can say that its settings are the config's, and hold tensors of others."""
+    with mock.patch.object(resume, "compare", return_value=([], [])):
+        _train_or_resume_and_save(config)
+
+
 def test_all_ranks_hear_why_one_cannot_resume(tmp_path: Path) -> None:
     """A disk that fails on one of two; a model with other sizes."""
     config = tiny_config(tmp_path / "run")
@@ -146,10 +153,11 @@ def test_all_ranks_hear_why_one_cannot_resume(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=said):
         run_ranks(_resume_where_one_cannot_read, 2, config)
     wider = tiny_config(tmp_path / "run", model={"ffn_hidden_size": 128})
-    with pytest.raises(
-        AssertionError, match=r"2 ranks say so, first rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
-    ):
+    with pytest.raises(AssertionError, match=r"model.ffn_hidden_size: 96 there, 128 here"):
         run_ranks(_train_or_resume_and_save, 2, wider)
+    said = r"2 ranks say so, first rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
+    with pytest.raises(AssertionError, match=said):
+        run_ranks(_resume_whatever_the_settings_say, 2, wider)
 
 
 def test_rows_that_only_pad(tmp_path: Path) -> None:

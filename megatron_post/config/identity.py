@@ -1,0 +1,170 @@
+"""What each setting is to a run that resumes, in one table.
+
+identity: part of what the run is. Another value is another run, and the resume is refused.
+free:     may change from one start to the next. The new value is applied; the change is said and recorded.
+harmless: nothing that is trained, measured or saved depends on it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["identity", "free", "harmless"]
+Settings = Mapping[str, Any]  # every key of a config, as `settings.flatten` writes it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys of one kind, and why they are. A `*` stands for the number of an entry in a list.
+
+    applies: whether they have an effect on a run of these settings; where they have none they are
+    `otherwise`.
+    """
+
+    kind: Kind
+    why: str
+    keys: tuple[str, ...]
+    applies: Callable[[Settings], bool] = lambda settings: True
+    otherwise: Kind = "harmless"
+
+
+def _keys(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
+def _is(*stages: str) -> Callable[[Settings], bool]:
+    return lambda settings: settings["stage"] in stages
+
+
+def _has_reference(settings: Settings) -> bool:
+    return settings["stage"] == "dpo" and settings["dpo.loss"] != "simpo"
+
+
+def _draws_weights(settings: Settings) -> bool:
+    return settings["model.init_from"] is None or settings["stage"] == "reward"
+
+
+_ROWS = "split subset format columns epochs weight max_rows train_on templated ignore batch"
+
+RULES = (
+    Rule("identity", "the stage decides the loss", ("stage",)),
+    Rule("identity", "the seed orders the samples, and random weights are drawn from it", ("seed",)),
+    Rule(
+        "identity",
+        "the function that the weights are trained for",
+        (
+            *_keys("model", "num_layers hidden_size ffn_hidden_size num_attention_heads"),
+            *_keys("model", "num_key_value_heads vocab_size rope_theta rms_norm_eps tie_word_embeddings"),
+            *_keys("model.rope_scaling", "factor low_freq_factor high_freq_factor"),
+            "model.rope_scaling.original_max_position_embeddings",
+        ),
+    ),
+    Rule(
+        "identity",
+        "the weights that the run began with, and a reference, by content: the path may change",
+        ("model.init_from",),
+    ),
+    Rule(
+        "identity",
+        "random weights are drawn with it; free where none are drawn, for then it is only exported",
+        ("model.initializer_range",),
+        applies=_draws_weights,
+        otherwise="free",
+    ),
+    Rule("identity", "the number format of weights and gradients", ("precision.dtype",)),
+    Rule(
+        "identity",
+        "a policy and its reference compute alike; free where there is no reference",
+        ("precision.fp8",),
+        applies=_has_reference,
+        otherwise="free",
+    ),
+    Rule(
+        "identity",
+        "the packs, their order and their roles, by content: the path may change",
+        ("data.store",),
+    ),
+    Rule("identity", "what decides token ids, by content: the path may change", ("tokenizer.path",)),
+    Rule(
+        "identity",
+        "what the store was packed from; another value needs another store, and so is another run",
+        (
+            *_keys("data", "pack_length overlong train_on reasoning"),
+            *_keys("data.preferences", "min_rating max_similarity newest_batch_only"),
+            *_keys("data.sources.*", f"name {_ROWS}"),
+            "tokenizer.content_tokens",
+        ),
+    ),
+    Rule("identity", "the loss of SFT", ("loss.trained_roles",), applies=_is("sft")),
+    Rule("identity", "the loss of a reward model", ("reward.layout",), applies=_is("reward")),
+    Rule(
+        "identity",
+        "the loss of DPO, and what its reference is",
+        _keys(
+            "dpo",
+            "loss beta label_smoothing margin nll_weight nll_normalization trained_roles reference",
+        ),
+        applies=_is("dpo"),
+    ),
+    Rule(
+        "free",
+        "the schedule, weight decay and Adam; the checkpoint gives the position and the moments alone",
+        _keys("optimizer", "lr min_lr schedule warmup_steps weight_decay beta1 beta2 eps clip_grad overlap"),
+    ),
+    Rule("free", "a part of the schedule", ("reward.head_lr_multiplier",), applies=_is("reward")),
+    Rule(
+        "free",
+        "the run's length and its batch; no sample is repeated or skipped",
+        _keys("train", "steps global_batch"),
+    ),
+    Rule(
+        "free",
+        "the layout; checkpoints have none, and every layout has the same gradients",
+        (
+            *_keys(
+                "parallel", "tensor pipeline virtual_pipeline embedding_and_loss_as_layers context sequence"
+            ),
+            *_keys("recompute", "mode modules"),
+            *_keys("data", "backend prefetch"),
+        ),
+    ),
+    Rule(
+        "free",
+        "how fast the same is computed",
+        _keys("optimizer", "gradient_accumulation_fusion"),
+    ),
+    Rule("free", "two ways to compute the same", ("loss.impl",), applies=_is("sft", "dpo")),
+    Rule(
+        "free",
+        "when checkpoints are written, and which are kept",
+        _keys("checkpoint", "every keep keep_every asynchronous"),
+    ),
+    Rule(
+        "free", "what a run does about faults", _keys("train", "on_not_finite max_skips spike step_deadline")
+    ),
+    Rule(
+        "free",
+        "what is measured on the way; nothing is trained on it",
+        (*_keys("train", "eval_every eval_packs"), *_keys("data.eval_sources.*", f"name {_ROWS}")),
+    ),
+    Rule("free", "what is exported at the end", ("train.export_hf", "model.max_position_embeddings")),
+    Rule(
+        "harmless",
+        "where things lie, how often a line is printed, and names for what other keys say",
+        (
+            *("run_dir", "model.preset", "train.log_every", "data.max_bad_rows"),
+            *("data.sources.*.path", "data.eval_sources.*.path"),
+        ),
+    ),
+)
+
+_RULE_OF = {key: rule for rule in RULES for key in rule.keys}
+
+
+def kind_of(key: str, settings: Settings) -> Kind | None:
+    """The kind of a key of `settings.schema_keys` in a run of these settings; None for a key that is in no
+    rule."""
+    rule = _RULE_OF.get(key)
+    if rule is None:
+        return None
+    return rule.kind if rule.applies(settings) else rule.otherwise

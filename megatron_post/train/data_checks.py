@@ -1,0 +1,76 @@
+"""Whether the packed data is what the configuration names, and holds anything to learn from."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from megatron_post.config.schema import Config
+from megatron_post.data.build import packed_sources
+from megatron_post.data.store import Pack, PackStore, StoreError
+from megatron_post.parallel.topology import Topology
+from megatron_post.stages.base import Stage
+
+
+def check_sources(config: Config, store: PackStore) -> None:
+    """Raises `StoreError` where a group of the store has other sources than the config names for it.
+
+    A config that names no sources to train on takes the store as it is.
+    """
+    key = {"train": "data.sources", "eval": "data.eval_sources"}[store.group]
+    named = {source.name for source in packed_sources(config, store.group)}
+    held = {source.name for source in store.sources}
+    name = f"store {store.path}/{store.group}"
+    if missing := sorted(named - held):
+        raise StoreError(
+            f"{key} names {', '.join(missing)}, which {name} does not hold (it holds "
+            f"{', '.join(sorted(held)) or 'nothing'}); run `megatron-post data pack`, or leave it out"
+        )
+    if named and (extra := sorted(held - named)):
+        raise StoreError(
+            f"{name} holds {', '.join(extra)}, which {key} does not name; add it there, or pack a store "
+            "without it"
+        )
+    if named and not len(store):
+        raise StoreError(f"{key} names {', '.join(sorted(named))}, and {name} has no pack of it")
+
+
+def check_trained(
+    config: Config, stage: Stage, stores: Iterable[PackStore | None], topology: Topology
+) -> None:
+    """Raises `StoreError`, on all ranks, where no token or no pair of a store is trained.
+
+    Of held-out data only what is evaluated counts. All ranks call it, and the first one reads, until it has
+    found a pack of each store that is trained.
+    """
+    reasons: list[Any] = [None]
+    if topology.rank == 0:
+        try:
+            for store in stores:
+                if store is not None:
+                    _check_trained(config, stage, store)
+        except (ValueError, OSError) as error:
+            reasons = [error]
+    torch.distributed.broadcast_object_list(reasons, src=0)
+    if reasons[0] is not None:
+        raise reasons[0]
+
+
+def _check_trained(config: Config, stage: Stage, store: PackStore) -> None:
+    count = min(len(store), config.train.eval_packs) if store.group == "eval" else len(store)
+    if any(_is_trained(store.read(number), stage) for number in range(count)):
+        return
+    roles = {"sft": config.loss.trained_roles, "dpo": config.dpo.trained_roles}.get(config.stage)
+    key = "loss.trained_roles" if config.stage == "sft" else "dpo.trained_roles"
+    what = "no pair" if roles is None else f"no token with {key}=[{','.join(roles)}]"
+    raise StoreError(
+        f"store {store.path}/{store.group} has {what} in any of its {count} packs, so there is nothing to "
+        f"{'train' if store.group == 'train' else 'evaluate'}; `megatron-post data stats {store.path}` shows "
+        "what it holds"
+    )
+
+
+def _is_trained(pack: Pack, stage: Stage) -> bool:
+    batch = stage.collate(pack)
+    has_pairs = batch.comparisons is None or bool(batch.comparisons.examples > 0)
+    return has_pairs and bool(batch.trained.any())
