@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_post.convert.part_file import PartFile
@@ -17,7 +17,6 @@ from megatron_post.convert.torch_archive import ArchiveFile, joined_crc32
 from megatron_post.convert.torch_file import BadTorchFile, saved_tensors
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=50), st.binary(max_size=300))
 def test_joined_checksums(first: bytes, second: bytes) -> None:
     joined = joined_crc32(zlib.crc32(first), zlib.crc32(second), len(second))

@@ -158,7 +158,7 @@ def rows(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(row=rows())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 def test_every_form_of_a_row_gives_the_ids_of_training(
     row: dict[str, Any], tokenizer: Tokenizer, theirs: Any
 ) -> None:
@@ -201,7 +201,7 @@ pieces = st.sampled_from(
 @example(text='{"a": 1, "b": {"c": []}, "a": [{}, -0, -0.0, 1E400, 1e5]}')
 @example(text='["\\ud83d\\ude00 \\\\u0041 \\" \\\\"]')
 @example(text='["\\u12"]')
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=1500, derandomize=True)
 def test_json_is_read_as_python_reads_it(text: str, read_json: Callable[[str], str]) -> None:
     """Beside `json.loads`: the same value, or refused by both. Half a surrogate pair is no text."""
     try:
@@ -327,7 +327,7 @@ def of_each_rule(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict
     thoughts=st.lists(texts, min_size=3, max_size=3),
     key=st.sampled_from([*THOUGHTS, "part"]),
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_reasoning_is_what_the_configuration_makes_of_it(
     row: dict[str, Any], places: list[int], thoughts: list[str], key: str, of_each_rule: dict[Reasoning, Any]
 ) -> None:

@@ -105,7 +105,7 @@ def dealt(store: PackStore, count: int, *, batch: int, size: int, consumed: int 
         max_size=3,
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ranks_that_come_and_go_see_what_one_sees(
     uneven: PackStore, phases: list[tuple[int, int, int]]
 ) -> None:

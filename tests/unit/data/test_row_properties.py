@@ -19,7 +19,7 @@ from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.template import render_batch
 from megatron_post.data.tokenizer import Tokenizer, train_small_tokenizer
 
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WORDS = st.text('ab 1?.\n"\\ä', min_size=1, max_size=12).filter(str.strip)
 Row = dict[str, Any]
 
