@@ -131,7 +131,7 @@ RULES = (
     Rule(
         "free",
         "how fast the same is computed",
-        _keys("optimizer", "gradient_accumulation_fusion"),
+        _keys("optimizer", "gradient_accumulation_fusion overlap_param_gather_with_optimizer_step"),
     ),
     Rule("free", "two ways to compute the same", ("loss.impl",), applies=_is("sft", "dpo")),
     Rule(

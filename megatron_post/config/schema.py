@@ -191,6 +191,11 @@ class Optimizer(Section):
         description="the multiplication that makes a layer's weight gradient adds it to the fp32 buffer "
         "itself; needs Transformer Engine",
     )
+    overlap_param_gather_with_optimizer_step: bool = Field(
+        False,
+        description="gather the first model chunk's parameters while the other chunks are updated; needs "
+        "`overlap` and parallel.virtual_pipeline > 1",
+    )
 
 
 class Loss(Section):

@@ -17,6 +17,10 @@ _OF_TRANSFORMER_ENGINE = ("optimizer.gradient_accumulation_fusion",)
 
 def switch_errors(config: "Config") -> list[str]:
     """Every reason why a switch that is on cannot work in this config; empty if all can."""
+    return _layer_errors(config) + _gather_errors(config)
+
+
+def _layer_errors(config: "Config") -> list[str]:
     reasons = {
         "precision.dtype=fp32": config.precision.dtype == "fp32",
         f"reward.layout={config.reward.layout}": config.shares_prompts,
@@ -29,6 +33,17 @@ def switch_errors(config: "Config") -> list[str]:
         f"{key}={_text(off)}"
         for key, value, off in _on(config)
     ]
+
+
+def _gather_errors(config: "Config") -> list[str]:
+    key, o, p = "optimizer.overlap_param_gather_with_optimizer_step", config.optimizer, config.parallel
+    if not o.overlap_param_gather_with_optimizer_step:
+        return []
+    needs = {
+        "optimizer.overlap=true": o.overlap,
+        f"parallel.virtual_pipeline > 1, not {p.virtual_pipeline}": p.virtual_pipeline > 1,
+    }
+    return [f"{key}=true needs {text}; set {key}=false" for text, holds in needs.items() if not holds]
 
 
 def switch_machine_errors(config: "Config", *, has_gpu: bool, has_transformer_engine: bool) -> list[str]:

@@ -85,18 +85,22 @@ def around_the_pipeline(
 
     passes: seconds that the busiest rank computes. With `optimizer.overlap` the collectives run beside the
     last and the first microbatches (of the interleaved schedule: groups of `pipeline`), a third of whose time
-    is forward and two thirds backward.
+    is forward and two thirds backward. The first chunk's parameters may be gathered beside the update of the
+    others.
     """
     config, p = costs.config, costs.config.parallel
     largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
     ranks = costs.data_size * p.context
     reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
     gather = costs.collective(2 * largest, ranks, spacing=p.tensor)
-    if config.optimizer.overlap:
-        window = passes * min(1.0, (p.pipeline if p.virtual_pipeline > 1 else 1) / microbatches)
-        reduce, gather = max(0.0, reduce - window * 2 / 3), max(0.0, gather - window / 3)
     # Adam reads gradient, master and moments and writes master, moments and parameter; buffers are zeroed
     update = (30 * largest / ranks + 4 * largest) / (
         costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
     )
+    if config.optimizer.overlap_param_gather_with_optimizer_step:
+        first = 1 / p.virtual_pipeline
+        gather -= min(gather * first, update * (1 - first))
+    if config.optimizer.overlap:
+        window = passes * min(1.0, (p.pipeline if p.virtual_pipeline > 1 else 1) / microbatches)
+        reduce, gather = max(0.0, reduce - window * 2 / 3), max(0.0, gather - window / 3)
     return reduce, gather, update

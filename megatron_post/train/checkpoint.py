@@ -30,7 +30,7 @@ from megatron_post.train import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
 from megatron_post.train.fence import Fence, Superseded
 from megatron_post.train.loading import METADATA, load_checkpoint
-from megatron_post.train.optimizer import place_scheduler
+from megatron_post.train.optimizer import common_optimizer_state, place_scheduler
 from megatron_post.train.resume import Found, Resuming, State, change_lines
 from megatron_post.train.shards import optimizer_parts, own_objects, own_shards
 from megatron_post.train.step_lines import StepLines
@@ -200,10 +200,10 @@ class Checkpoints:
 
     def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
         """What is the same on all ranks, under the names where megatron-core looks for it."""
-        (part,) = optimizer_parts(optimizer)
+        state = common_optimizer_state(optimizer_parts(optimizer))
         common = io.BytesIO()
         sharding = METADATA["distrib_optim_sharding_type"]
-        torch.save({"optimizer": part.state_dict() | {"param_state_sharding_type": sharding}}, common)
+        torch.save({"optimizer": state | {"param_state_sharding_type": sharding}}, common)
         backends = dataclasses.asdict(CheckpointingConfig("torch_dist", 1))
         return {
             "config.yaml": to_yaml(self._config).encode(),

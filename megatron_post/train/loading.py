@@ -60,8 +60,8 @@ def _read_own(
 ) -> None:
     if not weights_only:
         common = load_plain(source.directory / "common.pt")
-        (part,) = optimizer_parts(optimizer)
-        load_optimizer_state(part, common["optimizer"])
+        for part in optimizer_parts(optimizer):
+            load_optimizer_state(part, common["optimizer"])
     kinds = source.kinds
     for shard in needed_shards(states, optimizer, weights_only=weights_only):
         _check_shape(source.directory, shard, kinds.get(shard.key))

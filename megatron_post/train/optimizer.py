@@ -62,6 +62,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         params_dtype=core.params_dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=o.overlap,
+        overlap_param_gather_with_optimizer_step=o.overlap_param_gather_with_optimizer_step,
     )
     overrides = get_standard_config_overrides(settings)
     if config.stage == "reward":
@@ -118,6 +119,19 @@ def place_scheduler(scheduler: OptimizerParamScheduler, *, after: int) -> None:
     checkpoint's schedule, and so ignores what a resumed run has been given.
     """
     scheduler.step(increment=after + 1 - scheduler.num_steps)
+
+
+def common_optimizer_state(parts: Sequence[Any]) -> dict[str, Any]:
+    """What a checkpoint's `common.pt` has of the optimizer: the parameter groups, without tensors.
+
+    parts: the distributed optimizers, of which `overlap_param_gather_with_optimizer_step` makes two. Groups
+    that they share are there once, so that any number of parts can load them.
+    """
+    state: dict[str, Any] = parts[0].state_dict()
+    groups = state["optimizer"]["param_groups"]
+    for part in parts[1:]:
+        groups += [group for group in part.state_dict()["optimizer"]["param_groups"] if group not in groups]
+    return state
 
 
 def load_optimizer_state(part: Any, stored: dict[str, Any]) -> None:

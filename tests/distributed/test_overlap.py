@@ -45,21 +45,21 @@ class _Poisoned(SFT):
 
 
 def _train(
-    parallel: dict[str, Any], sections: dict[str, Any], overlap: bool
+    parallel: dict[str, Any], sections: dict[str, Any], optimizer_keys: dict[str, bool]
 ) -> tuple[int, list[int], dict[str, Any]]:
     """Four steps, the second with a bad pack and passed over, held-out packs behind the first and third.
 
     Returns this rank's place among the data-parallel ones, the packs that it calls bad, where the first pack
     of the second data-parallel rank is, and its weights as it would export them.
     """
-    config = tiny_config(parallel=parallel, optimizer={"overlap": overlap, "clip_grad": 0.0}, **sections)
+    config = tiny_config(parallel=parallel, optimizer={"clip_grad": 0.0, **optimizer_keys}, **sections)
     bucket_each = functools.partial(optimizer_module.DistributedDataParallelConfig, bucket_size=1)
     with parallel_run(config.parallel, seed=1) as topology:
         models = build_model(config, topology)
         load_weights(models, open_weights(config.model, seed=3), config.model)
         with mock.patch.object(optimizer_module, "DistributedDataParallelConfig", bucket_each):
             chunks = wrap_data_parallel(models, config, topology)
-        assert len(chunks[0].bucket_groups) > 3 or not overlap or topology.pipeline_rank
+        assert len(chunks[0].bucket_groups) > 3 or not optimizer_keys or topology.pipeline_rank
         optimizer = build_optimizer(chunks, config)
         stage = _Poisoned(config.loss.trained_roles)
         stepper = Stepper(chunks, stage, topology, portable=True)
@@ -75,6 +75,9 @@ def _train(
                 bad = stepper.bad_gradients(packs)
                 continue
             optimizer.step()
+            under_way = [bool(chunk.bucket_groups[0].param_gather_handle) for chunk in chunks]
+            beside = config.optimizer.overlap_param_gather_with_optimizer_step
+            assert under_way == [beside] + [False] * (len(chunks) - 1)
             if step != 3:
                 stepper(packs, forward_only=True)
         gather_weights(chunks)
@@ -82,13 +85,17 @@ def _train(
         return topology.data_rank, bad, {name: value.clone().numpy() for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_and_search_as_without_overlap(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [(name, None) for name in LAYOUTS] + [("PP2 x VPP2 x DP2", "overlap_param_gather_with_optimizer_step")],
+)
+def test_weights_and_search_as_without_overlap(name: str, switch: str | None) -> None:
     """Two ranks' gradients are added in either order alike, Adam is by element, nothing is clipped: equal to
     the last bit. Every stage of the rank with the bad pack finds it, and no other rank."""
     world_size, parallel, sections = LAYOUTS[name]
-    expected = run_ranks(_train, world_size, parallel, sections, False)
-    found = run_ranks(_train, world_size, parallel, sections, True)
+    expected = run_ranks(_train, world_size, parallel, sections, {})
+    keys = {"overlap": True} | ({switch: True} if switch else {})
+    found = run_ranks(_train, world_size, parallel, sections, keys)
     for (data_rank, bad, weights), (_, plain_bad, plain_weights) in zip(found, expected, strict=True):
         assert bad == plain_bad == ([0] if data_rank == 1 else [])
         assert weights.keys() == plain_weights.keys() != set()

@@ -15,6 +15,20 @@ OF_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
 }
 
 
+def test_gather_beside_the_update() -> None:
+    """megatron-core makes two optimizers of the first chunk and the others, and leaves the gather to them."""
+    key = "overlap_param_gather_with_optimizer_step"
+    interleaved = {"pipeline": 2, "virtual_pipeline": 2}
+    tiny_config(parallel=interleaved, optimizer={"overlap": True, key: True})
+    for parallel, overlap, missing in (
+        (interleaved, False, "optimizer.overlap=true"),
+        ({"pipeline": 2}, True, "parallel.virtual_pipeline > 1, not 1"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            tiny_config(parallel=parallel, optimizer={"overlap": overlap, key: True})
+        assert f"optimizer.{key}=true needs {missing}; set optimizer.{key}=false" in str(caught.value)
+
+
 @pytest.mark.parametrize("switch", OF_TRANSFORMER_ENGINE)
 def test_layers_of_transformer_engine(switch: str) -> None:
     """On a GPU without it, without a GPU, in fp32 and in rows that share a prompt the portable layers run."""

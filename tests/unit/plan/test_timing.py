@@ -6,7 +6,8 @@ import pytest
 
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.hardware import GPU
-from megatron_post.plan.step import step_time
+from megatron_post.plan.shape import chunk_parameters, chunks
+from megatron_post.plan.step import around_the_pipeline, step_time
 from megatron_post.plan.timing import Costs, Software
 from tests.unit.plan.test_memory import llama_config
 
@@ -133,6 +134,25 @@ def test_gradients_reduce_beside_the_backward_pass() -> None:
     assert waits.reduce_gradients == pytest.approx(4 * 8_030_261_248 / 2 / 100e9)
     assert waits.gather_parameters == pytest.approx(2 * 8_030_261_248 / 2 / 100e9)
     assert step_time(Costs(overlapped, ROUND, 2), packs).reduce_gradients < waits.reduce_gradients
+
+
+def test_the_first_chunk_is_gathered_beside_the_update_of_the_others() -> None:
+    """2 chunks, and no passes beside which anything is gathered. Half of the gather hides behind half of the
+    update, of 30 / 2 + 4 bytes a parameter: all of it on these links, and a part on links of a tenth."""
+    keys = {"overlap": True, "overlap_param_gather_with_optimizer_step": True}
+    parallel = {"pipeline": 2, "virtual_pipeline": 2}
+    plain, beside = (
+        llama_config("llama3.1_8b", parallel, optimizer=optimizer) for optimizer in ({"overlap": True}, keys)
+    )
+    parts = chunks(plain)
+    largest = max(sum(chunk_parameters(plain, c) for c in rank) for rank in parts)
+    for link, saved in ((100e9, largest / 100e9 / 2), (10e9, (30 / 2 + 4) * largest / 1e12 / 2)):
+        device = dataclasses.replace(ROUND, nvlink=link)
+        (_, gather, _), (_, less, _) = (
+            around_the_pipeline(Costs(config, device, 2), parts, passes=0.0, microbatches=4)
+            for config in (plain, beside)
+        )
+        assert gather - less == pytest.approx(saved)
 
 
 def test_uneven_packs_take_longer_than_their_mean() -> None:
