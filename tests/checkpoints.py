@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 
 
 def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:

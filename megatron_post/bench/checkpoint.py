@@ -15,7 +15,7 @@ from megatron_post.config.schema import Config
 from megatron_post.data.store import PackStore
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.estimate import layout_line
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.fence import claim_together
 from megatron_post.train.run import build_trainer, open_loader

@@ -16,6 +16,7 @@ from megatron_post.convert.contained import contained_file
 from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.models.hf_config import from_hf_config, to_hf_config
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import read_object, reading
 
 CONFIG = "config.json"
@@ -87,7 +88,7 @@ def with_dtype(companions: dict[str, bytes], dtype: torch.dtype) -> dict[str, by
 def fingerprint_of(companions: dict[str, bytes]) -> str:
     """Changes when a name or the content of a file does."""
     digests = [[name, hashlib.sha256(content).hexdigest()] for name, content in sorted(companions.items())]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return sha256_of_json(digests)
 
 
 def index_of(weight_map: dict[str, str], kinds: Mapping[str, Kind]) -> bytes:

@@ -23,7 +23,7 @@ from megatron_post.convert.module_state import UnsafeState, safe_state
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, Kind
 from megatron_post.convert.torch_file import BadTorchFile, load_plain, saved_tensors
-from megatron_post.train.manifest import DamagedCheckpoint
+from megatron_post.storage.manifest import DamagedCheckpoint
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """A Hugging Face directory of safetensors as a source, trusted in nothing."""
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -16,6 +14,7 @@ from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names, row_blocks
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import read_object, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -63,7 +62,7 @@ class HuggingFaceDirectory:
         files = {path for path, _ in self._places.values()}
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)]
         places = [[n, p.name, str(s.dtype), s.shape, s.offset] for n, (p, s) in sorted(self._places.items())]
-        return hashlib.sha256(json.dumps([stamps, places]).encode()).hexdigest()
+        return sha256_of_json([stamps, places])
 
     def companions(self) -> dict[str, bytes]:
         return companion_files(self.directory)

@@ -1,7 +1,5 @@
 """A checkpoint of the trainer, or one converted before, as a source of Hugging Face tensors."""
 
-import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -15,8 +13,9 @@ from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import CoreTensor, Run, core_tensors, hf_shapes, row_runs
 from megatron_post.convert.source import COMPANIONS, Kind
 from megatron_post.data.tokenizer import tokenizer_of
+from megatron_post.storage import manifest
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import reading
-from megatron_post.train import manifest
 
 
 class MegatronCheckpoint:
@@ -52,7 +51,7 @@ class MegatronCheckpoint:
     @property
     def fingerprint(self) -> str:
         """The manifest has checksums of everything."""
-        return hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(self._manifest)
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
         for core, run in self._runs[name]:

@@ -1,7 +1,5 @@
 """Meta's original files, `consolidated.*.pth` and `params.json`, as a source of Hugging Face tensors."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import Kind, check_names
 from megatron_post.convert.torch_file import saved_tensors
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import read_object, reading
 
 PARAMS = "params.json"
@@ -53,7 +52,7 @@ class MetaDirectory:
     @property
     def fingerprint(self) -> str:
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self._files]
-        return hashlib.sha256(json.dumps([stamps, self._params], sort_keys=True).encode()).hexdigest()
+        return sha256_of_json([stamps, self._params])
 
     def companions(self) -> dict[str, bytes]:
         """The configs, and the tokenizer if its `tokenizer.model` lies beside the weights."""

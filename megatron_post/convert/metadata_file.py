@@ -5,8 +5,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import IO, Any
 
+from megatron_post.storage.manifest import DamagedCheckpoint
 from megatron_post.storage.reading import plain_file
-from megatron_post.train.manifest import DamagedCheckpoint
 
 # Exact names only: a pickle may ask for "os.system" inside any module that imports os.
 _ALLOWED = {

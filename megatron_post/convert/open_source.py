@@ -7,8 +7,8 @@ from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.meta_source import PARAMS, MetaDirectory
 from megatron_post.convert.source import ModelSource
+from megatron_post.storage import manifest
 from megatron_post.storage.reading import did_you_mean_path
-from megatron_post.train import manifest
 
 
 def open_weights_directory(directory: Path) -> ModelSource:

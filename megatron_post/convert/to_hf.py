@@ -18,7 +18,7 @@ from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import BLOCK_BYTES, ModelSource, row_blocks
 from megatron_post.convert.work import Part
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from megatron_post.convert.safetensors_file import raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
 from megatron_post.convert.torch_archive import ArchiveFile
 from megatron_post.convert.work import ConversionError, Part
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 
 PART_BYTES = 2 * 1024**3
 # Ranks that load a checkpoint read whole chunks and cut their slices out of them.

@@ -34,10 +34,10 @@ from megatron_post.data.store_checksums import (
     StoreChecksums,
     StoreError,
     array_digest,
-    json_digest,
     read_checksums,
 )
 from megatron_post.data.template import TokenRole
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import plain_file, plain_files, read_object, reading
 
 FORMAT = "megatron-post-packs"
@@ -164,7 +164,7 @@ class PackStore:
             if item.compare
         }
         sources = [dataclasses.asdict(source) for source in self.sources]
-        return json_digest({"settings": settings, "sources": sources, "arrays": dict(self._digests)})
+        return sha256_of_json({"settings": settings, "sources": sources, "arrays": dict(self._digests)})
 
     def column(self, name: str) -> np.ndarray:
         """A per-segment column of `COLUMNS`, [segments], held in memory from the first use on.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 from megatron_post.storage.reading import read_object
 
 FILE = "checksums.json"
@@ -46,24 +47,19 @@ def array_digest(values: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
-def json_digest(content: Any) -> str:
-    """SHA-256, in hex, of what JSON can hold, in whatever order its keys are."""
-    return _sha256(json.dumps(content, sort_keys=True).encode())
-
-
 def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Write the file for the store at `path`. groups: the values of each group's columns, by their name."""
     files = [Path("zarr.json")]
     for group, arrays in groups.items():
         files += [Path(group) / name for name in _metadata_names(list(arrays))]
     content = {
-        "files": {str(file): _sha256((path / file).read_bytes()) for file in files},
+        "files": {str(file): sha256_of_file(path / file) for file in files},
         "groups": {
             group: {name: array_digest(values) for name, values in arrays.items()}
             for group, arrays in groups.items()
         },
     }
-    text = json.dumps({"sha256": json_digest(content), **content}, indent=1)
+    text = json.dumps({"sha256": sha256_of_json(content), **content}, indent=1)
     with (path / FILE).open("w") as file:
         file.write(text)
         file.flush()
@@ -79,7 +75,7 @@ def read_checksums(path: Path) -> StoreChecksums:
     try:
         content = read_object(path / FILE, "the checksums of a packed store")
         stated = content.pop("sha256", None)
-        if stated != json_digest(content):
+        if stated != sha256_of_json(content):
             raise StoreError(f"{path / FILE}: its content differs from its own checksum")
         checksums = StoreChecksums(
             files=_texts(content, "files"),
@@ -113,7 +109,7 @@ def _check_metadata(path: Path, name: str, digest: str) -> None:
         content = (path / name).read_bytes()
     except OSError as error:
         raise StoreError(f"store {path}: {name} cannot be read: {error.strerror}") from error
-    if _sha256(content) != digest:
+    if hashlib.sha256(content).hexdigest() != digest:
         raise StoreError(f"store {path}: {name} differs from its checksum")
     codecs = {str(codec["name"]) for codec in json.loads(content).get("codecs", [])}
     if codecs - _CODECS:
@@ -127,7 +123,3 @@ def _texts(content: Any, key: str) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
         raise ValueError(f"{key} holds something else than checksums")
     return values
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import contextlib
-import hashlib
 import json
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from megatron_post.config.schema import Config, Reasoning
 from megatron_post.data.chat_template import chat_template
 from megatron_post.data.dialog import THINK
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import plain_file, reading
 
 BOS, END_OF_TEXT, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
@@ -115,7 +115,7 @@ class Tokenizer:
         """SHA-256 of everything that decides ids: vocabulary, merges, special tokens, split."""
         state = json.loads(self._backend.to_str())
         decisive = {key: state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(decisive)
 
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which plain `transformers.AutoTokenizer` loads.

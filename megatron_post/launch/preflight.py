@@ -21,7 +21,7 @@ from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
 from megatron_post.plan.estimate import make_plan, verdict
 from megatron_post.plan.hardware import gpu
-from megatron_post.train.manifest import published_steps
+from megatron_post.storage.manifest import published_steps
 
 
 def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:

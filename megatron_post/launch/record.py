@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron_post.launch import slurm
 from megatron_post.launch.script import Job, launch_folder
+from megatron_post.storage.manifest import published_steps
 from megatron_post.storage.reading import reading
-from megatron_post.train.manifest import published_steps
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from megatron_post.rounds.failures import (
 from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.state import alone
+from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.reading import read_object, reading
 
 OpenBackend = Callable[[BackendSettings, str, Sequence[str]], Backend]
@@ -316,7 +317,7 @@ def _record(settings: Generate) -> dict[str, Any]:
     """What parts must have in common."""
     return {
         "settings": json.loads(settings.model_dump_json(exclude={"max_failed"})),
-        "prompts": hashlib.sha256(Path(settings.prompts).read_bytes()).hexdigest(),
+        "prompts": sha256_of_file(Path(settings.prompts)),
         "model": None if isinstance(settings.backend, ServerBackend) else _weights(settings.model),
     }
 

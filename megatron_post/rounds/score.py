@@ -1,7 +1,6 @@
 """`megatron-post score`: a reward model's scores of responses, packed, in the order of their rows,
 resumable."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from megatron_post.parallel.topology import Topology
 from megatron_post.rounds.files import full_disk_explained, write_json
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
+from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.reading import plain_file, read_object, reading
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
@@ -196,10 +196,7 @@ def _resume(output: Path, origin: Mapping[str, str]) -> int:
 
 def _rows_key(rows: Path) -> str:
     """SHA-256 of a file of rows; a directory or a name on the hub stands for itself."""
-    if not rows.is_file():
-        return str(rows)
-    with rows.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_file(rows) if rows.is_file() else str(rows)
 
 
 def _from_reporter(value: int, topology: Topology) -> int:

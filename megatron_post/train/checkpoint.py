@@ -26,7 +26,7 @@ from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
 from megatron_post.train.fence import Fence, Superseded
 from megatron_post.train.loading import METADATA, load_checkpoint

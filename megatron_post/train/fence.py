@@ -23,7 +23,7 @@ import torch
 
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 
 _EPOCH = re.compile(r"\d{6,}", re.ASCII)
 

@@ -13,7 +13,7 @@ from megatron.core.utils import unwrap_model
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.source import Kind
 from megatron_post.convert.torch_file import load_plain
-from megatron_post.train.manifest import DamagedCheckpoint
+from megatron_post.storage.manifest import DamagedCheckpoint
 from megatron_post.train.optimizer import gather_weights, load_optimizer_state
 from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
 

@@ -1,7 +1,5 @@
 """Reference log-probabilities: computed once, in any layout, into the store, and found again by a key."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from megatron_post.data.store import PackStore
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
 from megatron_post.parallel.topology import Topology
+from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 from megatron_post.storage.reading import read_object
 from megatron_post.train.step import Stepper
 
@@ -53,7 +52,7 @@ def weights_digests(directory: str | Path, topology: Topology) -> dict[str, str]
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory} holds no safetensors files")
-    own = {file.name: _sha256(file) for file in files[topology.rank :: topology.world_size]}
+    own = {file.name: sha256_of_file(file) for file in files[topology.rank :: topology.world_size]}
     parts: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(parts, own)
     return {name: digest for part in parts for name, digest in part.items()}
@@ -87,12 +86,7 @@ def reference_key(
         "model": {name: shape.get(name) for name in names},
         "precision": precision.model_dump(),
     }
-    return digest_of(content)
-
-
-def digest_of(content: Any) -> str:
-    """SHA-256, in hex, of what JSON can write."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(content)
 
 
 def compute_reference(
@@ -128,8 +122,3 @@ def whole_pack(values: Tensor, cu_seqlens: Tensor, topology: Topology) -> Tensor
     whole = values.new_zeros(int(cu_seqlens[-1]))
     whole[indices] = values.detach()
     return sum_over_ranks(whole, group)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

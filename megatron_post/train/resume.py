@@ -16,7 +16,7 @@ from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.torch_file import load_plain
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.converted import check_weights
 
 

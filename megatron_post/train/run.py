@@ -26,6 +26,7 @@ from megatron_post.stages.comparisons import SegmentSums
 from megatron_post.stages.dpo import DPO
 from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
+from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.data_checks import check_sources, check_trained
 from megatron_post.train.fence import claim_together
@@ -37,7 +38,7 @@ from megatron_post.train.optimizer import (
     gather_weights,
     wrap_data_parallel,
 )
-from megatron_post.train.reference import attach_reference, digest_of, weights_digests
+from megatron_post.train.reference import attach_reference, weights_digests
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
 from megatron_post.train.step import Stepper
@@ -64,7 +65,7 @@ def train(config: Config) -> None:
             "data.store": train_store.digest,
             "data.eval_sources": None if held_out is None else held_out.digest,
             "tokenizer.path": tokenizer.fingerprint,
-            "model.init_from": None if digests is None else digest_of(digests),
+            "model.init_from": None if digests is None else sha256_of_json(digests),
         }
         sources = [source.name for source in train_store.sources]
         trainer, start = build_trainer(config, topology, stop=stop, sources=sources, content=content)

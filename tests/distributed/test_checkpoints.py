@@ -20,7 +20,8 @@ from megatron_post.convert.safetensors_file import OpenFiles
 from megatron_post.models import specs
 from megatron_post.models.specs import RMSNorm
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train import loading, manifest, resume
+from megatron_post.storage import manifest
+from megatron_post.train import loading, resume
 from megatron_post.train.loading import METADATA, _read
 from megatron_post.train.run import build_trainer
 from megatron_post.train.shards import checkpoint_bytes, own_shards

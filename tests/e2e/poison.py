@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_post import cli
 from megatron_post.convert.metadata_file import read_metadata
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
+from megatron_post.storage.checksums import sha256_of_json
 
 
 class Call:
@@ -63,7 +64,7 @@ def sign(step: Path, names: Iterable[str] | None = None) -> None:
     """A manifest that fits what is there now, as anyone can write it. names: of other files than before."""
     content = manifest.read_manifest(step)
     content["files"] = manifest.checksums(step, sorted(content["files"] if names is None else names))
-    (step / manifest.MANIFEST).write_text(json.dumps({"sha256": manifest._digest(content), **content}))
+    (step / manifest.MANIFEST).write_text(json.dumps({"sha256": sha256_of_json(content), **content}))
 
 
 def entries(step: Path) -> dict[MetadataIndex, bool]:

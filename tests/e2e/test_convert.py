@@ -17,7 +17,7 @@ from megatron_post.convert.work import convert
 from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.converted import check_weights
 from megatron_post.train.loading import load_checkpoint
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel

@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_post.config.load import load_config
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.loading import METADATA
 from megatron_post.train.run import build_trainer
 from tests.e2e.poison import Call, Case, check, entries, meet, poisons, replace_entry, saved, sign, succeed

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load
 
 from megatron_post.convert.metadata_file import read_metadata
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from tests.e2e.runs import kill_9, small_run, start
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from tests.e2e.runs import small_run
 from tests.faults.incarnation import Incarnation
 

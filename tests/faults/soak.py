@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.signals import REQUEUE
 from tests.checkpoints import checkpoint_tensors
 from tests.e2e.runs import small_run

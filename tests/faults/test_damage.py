@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_post.convert.metadata_file import read_metadata
-from megatron_post.train import manifest
-from megatron_post.train.manifest import DamagedCheckpoint
+from megatron_post.storage import manifest
+from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.manifest import DamagedCheckpoint
 from tests.e2e.poison import entries, replace_entry, saved
 from tests.faults.conftest import FIGURES, STEPS, Run
 
@@ -119,7 +120,7 @@ def _sign(directory: Path) -> None:
     """A manifest that fits what is there now, as anyone can write it."""
     content = manifest.read_manifest(directory)
     content["files"] = manifest.checksums(directory, sorted(content["files"]))
-    (directory / manifest.MANIFEST).write_text(json.dumps({"sha256": manifest._digest(content), **content}))
+    (directory / manifest.MANIFEST).write_text(json.dumps({"sha256": sha256_of_json(content), **content}))
 
 
 @pytest.mark.parametrize("poison", POISONS)

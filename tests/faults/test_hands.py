@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.signals import REQUEUE
 from tests.faults.conftest import FIGURES, STEPS, Run, losses
 from tests.faults.injections import BAD_STEP, nan_loss, slow_steps

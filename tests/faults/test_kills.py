@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from tests.faults.conftest import FIGURES, Run, prepare
 from tests.faults.incarnation import Incarnation
 

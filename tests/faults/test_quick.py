@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.signals import REQUEUE
 from tests.faults.conftest import Run, weights
 from tests.faults.injections import nan_gradient, nan_loss

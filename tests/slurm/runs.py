@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from megatron_post.launch.launch import launch_run
 from megatron_post.launch.record import Submitted, submitted_jobs
-from megatron_post.train.manifest import published_steps
+from megatron_post.storage.manifest import published_steps
 from tests.slurm.lab import Lab, wait_until
 
 

@@ -19,7 +19,8 @@ from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.torch_file import saved_tensors
 from megatron_post.convert.verify import verify
 from megatron_post.convert.work import convert
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
+from megatron_post.storage.checksums import sha256_of_json
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 MODEL = shaped_like("8b")
@@ -183,7 +184,7 @@ def _resign(step: Path, name: str, content: bytes) -> None:
     (step / name).write_bytes(content)
     found = manifest.read_manifest(step)
     found["files"][name] = manifest.checksums(step, [name])[name]
-    text = json.dumps({"sha256": manifest._digest(found), **found})
+    text = json.dumps({"sha256": sha256_of_json(found), **found})
     (step / manifest.MANIFEST).write_text(text)
 
 
@@ -247,7 +248,7 @@ def test_malformed_manifests(tmp_path: Path, name: str) -> None:
     step, (change, message) = root / "step-00000000", MALFORMED[name]
     found = manifest.read_manifest(step)
     change(found)
-    (step / manifest.MANIFEST).write_text(json.dumps({"sha256": manifest._digest(found), **found}))
+    (step / manifest.MANIFEST).write_text(json.dumps({"sha256": sha256_of_json(found), **found}))
     _refused(
         tmp_path, ToHuggingFace(str(step), str(tmp_path / "back")), f"{step}: not a checkpoint .*{message}"
     )

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.serialization import _get_layout
 
 from megatron_post.convert.metadata_file import read_metadata
-from megatron_post.train.manifest import DamagedCheckpoint
+from megatron_post.storage.manifest import DamagedCheckpoint
 
 
 def test_paths_outside_are_refused(tmp_path: Path) -> None:

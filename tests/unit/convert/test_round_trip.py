@@ -13,7 +13,7 @@ from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.open_source import open_model
 from megatron_post.convert.source import read_rows
 from megatron_post.convert.verify import verify
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 

@@ -33,7 +33,7 @@ from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
 from megatron_post.rounds.steps import metrics_of
-from megatron_post.train.manifest import read_manifest, verify
+from megatron_post.storage.manifest import read_manifest, verify
 from tests.unit.junk.junk import replace_by_junk
 from tests.unit.junk.runner import ENOUGH, SEED, Copy, inputs, limits
 

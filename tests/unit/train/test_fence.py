@@ -9,7 +9,7 @@ import torch
 
 from megatron_post.config.schema import Config
 from megatron_post.parallel.topology import Topology
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 from megatron_post.train.async_save import SaveFailed
 from megatron_post.train.checkpoint import Checkpoints
 from megatron_post.train.fence import Fence, Superseded, claim

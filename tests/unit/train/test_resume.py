@@ -17,7 +17,9 @@ from megatron_post.data.store import COLUMNS, GROUPS, GroupName, SourceCounts, r
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import TokenRole
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train import manifest, resume
+from megatron_post.storage import manifest
+from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.train import resume
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.fence import claim
 from megatron_post.train.run import build_trainer, train
@@ -141,7 +143,7 @@ def test_a_run_cannot_end_before_its_checkpoint(tmp_path: Path) -> None:
 def _sign(directory: Path, state: object) -> None:
     """Put another state into a manifest, whose checksum fits it."""
     content = manifest.read_manifest(directory) | {"state": state}
-    signed = {"sha256": manifest._digest(content), **content}
+    signed = {"sha256": sha256_of_json(content), **content}
     (directory / manifest.MANIFEST).write_text(json.dumps(signed))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_post.train import manifest
+from megatron_post.storage import manifest
 
 
 def _publish(root: Path, step: int, *, keep: int = 2, keep_every: int = 0) -> Path:

@@ -4,18 +4,17 @@ Nothing here knows what the files hold.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_post.display import say
+from megatron_post.storage.checksums import crc32_of_file, sha256_of_file, sha256_of_json
 from megatron_post.storage.reading import read_object
 
 MANIFEST = "manifest.json"
@@ -77,28 +76,16 @@ def _entries(root: Path) -> list[Path]:
         return []
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def crc32(path: Path) -> int:
-    """CRC-32 of a file."""
-    value, buffer = 0, memoryview(bytearray(2**20))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            value = zlib.crc32(buffer[:count], value)
-    return value
-
-
 def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of files of a directory; each is flushed to the disk first."""
     result = {}
     for name in names:
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
-        result[name] = {"bytes": (directory / name).stat().st_size, "sha256": checksum(directory / name)}
+        result[name] = {
+            "bytes": (directory / name).stat().st_size,
+            "sha256": sha256_of_file(directory / name),
+        }
     return result
 
 
@@ -123,7 +110,7 @@ def publish(
     """
     partial, final = partial or partial_directory(root, step), step_directory(root, step)
     content = {"step": step, "state": state, "files": files}
-    _write_durably(partial / MANIFEST, json.dumps({"sha256": _digest(content), **content}, indent=1))
+    _write_durably(partial / MANIFEST, json.dumps({"sha256": sha256_of_json(content), **content}, indent=1))
     sync_directory(partial)
     check()
     _put_into_place(partial, final)
@@ -208,7 +195,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
     digest = manifest.pop("sha256", None)
-    if digest != _digest(manifest):
+    if digest != sha256_of_json(manifest):
         raise DamagedCheckpoint(f"{directory / MANIFEST}: content differs from its own checksum")
     named = re.fullmatch(r"step-(\d+)", directory.name, re.ASCII)
     if named and int(named[1]) != manifest.get("step"):
@@ -242,12 +229,11 @@ def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bo
     if path.stat().st_size != entry["bytes"]:
         raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} in the manifest")
     # converted weights carry CRC-32, which keeps up with the disk where the processor has no SHA instructions
-    if content and (crc32(path) != entry["crc32"] if "crc32" in entry else checksum(path) != entry["sha256"]):
+    if not content:
+        return
+    kind, of_file = ("crc32", crc32_of_file) if "crc32" in entry else ("sha256", sha256_of_file)
+    if of_file(path) != entry[kind]:
         raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:
