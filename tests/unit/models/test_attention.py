@@ -94,6 +94,42 @@ def test_flex_equals_blocks(size: int, shared_prompt: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("lengths", [(130, 7, 200), (1, 127, 129, 44)])
+def test_flex_equals_blocks_over_several_tiles(
+    monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
+) -> None:
+    """Outputs and gradients of a pack that 128, a tile's width, divides neither as a whole nor by segment.
+
+    FlexAttention refuses gradients on a CPU, although its plain implementation has them.
+    """
+    from torch.nn.attention import flex_attention as module
+
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    segments, total = segment_numbers(cu_seqlens), sum(lengths)
+    nothing = torch.zeros(total, dtype=torch.long)
+    batch = PackedBatch(
+        tokens=nothing,
+        labels=nothing,
+        trained=nothing.bool(),
+        positions=torch.arange(total) - cu_seqlens[segments],
+        segments=segments,
+        cu_seqlens=cu_seqlens,
+        lengths=cu_seqlens.diff(),
+        seen=None,
+    )
+    packed = portable_segments(batch, context_rank=0, context_size=1)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (torch.randn(n, total, 8, generator=generator) for n in (4, 2, 2, 4))
+    found = []
+    for attend in (flex_attention, block_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        output = attend(*inputs, packed, scale=0.3)
+        found.append([output, *torch.autograd.grad((output * weights).sum(), inputs)])
+    for flex, blocks in zip(*found, strict=True):
+        torch.testing.assert_close(flex, blocks, rtol=0, atol=1e-5)
+
+
 def test_flex_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of one length and 4 to 10 segments: a mask whose shapes changed with them would be compiled anew
     for each, and after 8 of them FlexAttention would hold all scores of the pack."""
