@@ -7,7 +7,7 @@ the statistics off them (vocabulary_softmax.py has the equations). One collectiv
 forward pass, which keeps hidden, weight, two numbers a token and the buffer with the last chunk's logits. The
 backward pass begins with that chunk and computes the logits of the others again. It turns them in place into
 their gradient dx, and adds
-    dh_t = W^T dx_t         dW = sum_t dx_t h_t^T   (in fp32 over all chunks)
+    dh_t = W^T dx_t         dW = sum_t dx_t h_t^T   (in fp32 over several chunks)
 With n chunks that is (8 - 2/n) t v h floating-point operations, where keeping all logits takes 6 and 2 t v
 bytes. Tokens that fit in one chunk, as 8,192 on 8 tensor-parallel ranks do, cost no multiplication twice.
 Shapes: t tokens, h hidden, v padded vocabulary, tp ranks.
@@ -83,13 +83,16 @@ class _LinearLogprob(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         all_hidden = _gathered(hidden, shard) if ctx.sequence_parallel else hidden
         hidden_grad = all_hidden.new_empty(all_hidden.shape) if needs_hidden else None
+        chunks = _chunks(len(labels), ctx.chunk_tokens)
+        is_whole = weight_grad is None and len(chunks) == 1  # one product is the weight's gradient
         if needs_weight and weight_grad is None:
-            weight_grad = torch.zeros_like(weight, dtype=accumulation_dtype(weight))
+            wide = accumulation_dtype(weight)
+            weight_grad = torch.empty_like(weight) if is_whole else torch.zeros_like(weight, dtype=wide)
         buffer, ctx.buffer = ctx.buffer, None  # its logits serve once: a second backward pass begins anew
         written = buffer is not None
         if buffer is None:
             buffer = _logits_buffer(all_hidden, weight, ctx.chunk_tokens, shard)
-        for chunk in reversed(_chunks(len(labels), ctx.chunk_tokens)):
+        for chunk in reversed(chunks):
             logits = buffer[: chunk.stop - chunk.start]
             if not written:
                 _write_logits(buffer, all_hidden[chunk], weight, shard)
@@ -97,7 +100,10 @@ class _LinearLogprob(torch.autograd.Function):
             write_gradient(logits, labels[chunk], normalizers[:, chunk], logps_grad[chunk], shard)
             if hidden_grad is not None:
                 torch.mm(logits, weight[: shard.valid_rows], out=hidden_grad[chunk])
-            if needs_weight:
+            if needs_weight and is_whole:
+                torch.mm(logits.T, all_hidden[chunk], out=weight_grad[: shard.valid_rows])
+                weight_grad[shard.valid_rows :].zero_()
+            elif needs_weight:
                 _add_product(weight_grad[: shard.valid_rows], logits.T, all_hidden[chunk])
         if hidden_grad is not None and shard.group_size > 1:
             hidden_grad = _summed(hidden_grad, hidden.shape, ctx.sequence_parallel, shard)
@@ -189,8 +195,9 @@ def linear_logprob(
       (2,048 tokens of 128,256 rows in bf16); the last chunk's stay until the backward pass. Small chunks are
       slow: each reads the weight three times, and reads and writes its gradient.
     weight_grad: fp32 [v/tp, h] into which the backward pass adds the weight's gradient, such as Megatron's
-      `main_grad`; autograd then gets None for the weight. Without it, the sum over chunks is kept in an fp32
-      buffer of the backward pass, rounded once to the weight's dtype. Untouched where the weight is frozen.
+      `main_grad`; autograd then gets None for the weight. Without it, the sum over several chunks is kept in
+      an fp32 buffer of the backward pass, rounded once to the weight's dtype, and one chunk's gradient is
+      written in that dtype. Untouched where the weight is frozen.
     What needs no gradient costs none: neither a frozen weight's nor a frozen hidden's is computed or
     allocated, and under `torch.no_grad` nothing is kept.
     Returns fp32 [t] (float64 for float64), 0 where the label is `ignore_index`, -inf for a label that no rank

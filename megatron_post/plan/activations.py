@@ -153,9 +153,11 @@ class Activations:
         hidden = z.t * z.h * z.element * (2 if z.sequence else 1)
         if self.config.loss.impl == "unfused":
             return max(self._softmax(z.t), hidden + z.rows * z.h * z.element)
-        weight = z.rows * z.h * (FP32 + (0 if z.element == FP32 else z.element))
-        if self.layers == "portable" and z.element != FP32:
-            weight += self.loss_chunk() * (z.rows + z.h) * FP32  # a CPU multiplies in fp32
+        weight = z.rows * z.h * z.element
+        if self.loss_chunk() < z.t and z.element != FP32:  # the sum over chunks, rounded at the end
+            weight += z.rows * z.h * FP32
+            if self.layers == "portable":
+                weight += self.loss_chunk() * (z.rows + z.h) * FP32  # a CPU multiplies in fp32
         return hidden + max(weight, self._softmax(self.loss_chunk()))
 
     def _softmax(self, tokens: int) -> int:

@@ -169,6 +169,19 @@ def test_weight_grad_accumulates(impl: Implementation) -> None:
     assert main_grad[10:].eq(1).all()
 
 
+def test_one_chunk_makes_no_wider_gradient() -> None:
+    """Of the weight's size its gradient in bf16 is allocated, and no sum in fp32 to zero and to round."""
+    case = _case(8, 500, torch.bfloat16, valid=490, hidden=1024)
+    inputs = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    with AllocationTracker() as tracker:
+        logps = linear_logprob(*inputs, case["labels"], valid_rows=490)
+        _, found = torch.autograd.grad(logps, inputs, case["gradient"])
+    assert tracker.peak_bytes < 1.2 * case["weight"].nbytes
+    expected = _expected(case, valid=490)[2]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ERROR[torch.bfloat16])
+    assert found[490:].eq(0).all()
+
+
 def test_frozen_weight() -> None:
     """Hidden's gradient as before; nothing of the weight's size is allocated, and weight_grad stays."""
     case = _case(6, 400, torch.float32, valid=400)

@@ -16,8 +16,9 @@ from megatron_post.parallel.adam import ApexStyleAdam
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_post"
 
-# vLLM 0.32.0: LLM.__init__ and LLM.generate (vllm/entrypoints/llm.py), EngineArgs, which takes what LLM does not
-# name (vllm/engine/arg_utils.py), SamplingParams (vllm/sampling_params.py), shutdown (v1/engine/core_client.py)
+# vLLM 0.32.0: LLM.__init__ and LLM.generate (vllm/entrypoints/llm.py); EngineArgs, which takes what LLM does
+# not name (vllm/engine/arg_utils.py); SamplingParams (vllm/sampling_params.py); shutdown of the client of the
+# engine (vllm/v1/engine/core_client.py)
 VLLM = {
     "LLM": {
         "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "tensor_parallel_size", "dtype",
