@@ -22,6 +22,7 @@ ROUND = GPU(
     memory_bandwidth=1e12,
     nvlink=100e9,
     network=10e9,
+    capability=(9, 0),
     transposed_fp8=True,
     source="made up",
     matrix_efficiency=1.0,
