@@ -18,13 +18,13 @@ from megatron_post.bench.tables import titled
 from megatron_post.config.schema import Model
 from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
+from megatron_post.convert.jobs import Job, convert
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.safetensors_file import header_of
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import Kind
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
-from megatron_post.convert.work import Job, convert
 
 # About 1, 2 and 4 GB of the 8B's layers, and one layer of the 405B
 MODELS: dict[str, dict[str, Any]] = {

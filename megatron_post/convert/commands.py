@@ -24,8 +24,8 @@ def hf_to_megatron(
     workers: Workers = 1,
 ) -> None:
     """Write step 0 of a run. The same command again goes on with an interrupted one."""
+    from megatron_post.convert.jobs import convert
     from megatron_post.convert.to_megatron import ToMegatron
-    from megatron_post.convert.work import convert
 
     job = ToMegatron(hf_dir, ckpt_dir, dtype)
     job.check()
@@ -41,9 +41,9 @@ def megatron_to_hf(
     workers: Workers = 1,
 ) -> None:
     """Write a directory that plain `transformers` loads."""
+    from megatron_post.convert.jobs import convert
     from megatron_post.convert.shards import parse_size
     from megatron_post.convert.to_hf import ToHuggingFace
-    from megatron_post.convert.work import convert
 
     convert(ToHuggingFace(ckpt_dir, hf_dir, step, parse_size(max_shard_size)), workers=workers, report=say)
 

@@ -13,9 +13,9 @@ import torch
 
 from megatron_post.config.schema import Model
 from megatron_post.convert.contained import contained_file
+from megatron_post.convert.hf_config import from_hf_config, to_hf_config
 from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
-from megatron_post.models.hf_config import from_hf_config, to_hf_config
 from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import read_object, reading
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_post.config.schema import Model
 from megatron_post.convert.configs import read_model
+from megatron_post.convert.hf_config import differences
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.mapping import SCORE, hf_shapes, rule_for, shard_from_hf
-from megatron_post.models.hf_config import differences
 from megatron_post.models.llama import Llama
 
 

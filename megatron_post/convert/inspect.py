@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.meta_source import MetaDirectory
-from megatron_post.convert.open_source import open_model
+from megatron_post.convert.open_model import open_model
 from megatron_post.convert.source import Kind, ModelSource
 
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")

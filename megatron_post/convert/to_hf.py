@@ -12,18 +12,18 @@ import torch
 
 from megatron_post.convert.configs import fingerprint_of, index_of
 from megatron_post.convert.hf_directory import INDEX
+from megatron_post.convert.jobs import Part
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import BLOCK_BYTES, ModelSource, row_blocks
-from megatron_post.convert.work import Part
 from megatron_post.storage import manifest
 
 
 @dataclass(frozen=True)
 class ToHuggingFace:
-    """A `work.Job`. source: checkpoints of a run (`step`, by default the newest), or one step's directory."""
+    """A `jobs.Job`. source: checkpoints of a run (`step`, by default the newest), or one step's directory."""
 
     source: str
     directory: str

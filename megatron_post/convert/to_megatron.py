@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_post.convert.configs import fingerprint_of, with_dtype
+from megatron_post.convert.jobs import ConversionError, Part
 from megatron_post.convert.mapping import CoreTensor, core_tensors, row_runs
-from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.safetensors_file import raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
 from megatron_post.convert.torch_archive import ArchiveFile
-from megatron_post.convert.work import ConversionError, Part
 from megatron_post.storage import manifest
 
 PART_BYTES = 2 * 1024**3
@@ -50,7 +50,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class ToMegatron:
-    """A `work.Job`. source: directory of weights. root: directory of a run's checkpoints; this is step 0.
+    """A `jobs.Job`. source: directory of weights. root: directory of a run's checkpoints; this is step 0.
 
     dtype: "bf16", "fp16" or "fp32"; None keeps the source's.
     """

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_post.convert.hf_config import differences
+from megatron_post.convert.jobs import Report
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_post.convert.open_source import open_model
+from megatron_post.convert.open_model import open_model
 from megatron_post.convert.source import Kind, ModelSource, read_rows, row_blocks
-from megatron_post.convert.work import Report
-from megatron_post.models.hf_config import differences
 
 # Lines of a report of differences; the rest are counted.
 _LINES = 20

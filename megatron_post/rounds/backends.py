@@ -21,13 +21,13 @@ from torch import Tensor
 
 from megatron_post.config.schema import Section
 from megatron_post.convert.configs import dtype_name
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.source import read_rows
 from megatron_post.data.dialog import Message
 from megatron_post.data.template import render_prompt
 from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, Tokenizer, load_tokenizer
 from megatron_post.installation import install_command
-from megatron_post.models.hf_config import to_hf_config
 from megatron_post.parallel.environment import rank_from_environment
 
 _SECONDS_TO_END = 120.0  # of a vLLM engine's processes

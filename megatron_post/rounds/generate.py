@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from megatron_post.config.schema import Section
-from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.backends import (

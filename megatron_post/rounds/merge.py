@@ -21,13 +21,13 @@ from torch import Tensor
 from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.config.schema import Model, Section
 from megatron_post.convert.configs import fingerprint_of, with_dtype
-from megatron_post.convert.open_source import open_model
+from megatron_post.convert.hf_config import differences
+from megatron_post.convert.jobs import Report, convert
+from megatron_post.convert.open_model import open_model
 from megatron_post.convert.shards import SHARD_BYTES
 from megatron_post.convert.source import DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
 from megatron_post.convert.to_hf import ToHuggingFace
-from megatron_post.convert.work import Report, convert
 from megatron_post.data.tokenizer import load_tokenizer
-from megatron_post.models.hf_config import differences
 from megatron_post.rounds.merge_methods import (
     MagnitudeThreshold,
     dare_mask,

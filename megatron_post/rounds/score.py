@@ -14,7 +14,7 @@ import torch
 from megatron_post.config.layout import segment_multiple
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config, Data, Source
-from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.loose_pack import loose_pack
 from megatron_post.data.packing import pack_units

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megatron_post.config.schema import RoleName
 from megatron_post.data.batch import PackedBatch, batch_of_pack, role_numbers
 from megatron_post.data.store import Pack
-from megatron_post.losses.sft import sft_loss
 from megatron_post.stages.base import Metrics
 
 
@@ -28,3 +28,15 @@ class SFT:
         """output: logps [t / cp] of the labels."""
         loss_sum, count = sft_loss(output, batch.trained)
         return loss_sum, count, {"loss": (loss_sum.detach(), count)}
+
+
+def sft_loss(logps: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log p over trained tokens, and their count.
+
+    logps: [t], log-probability of each token's label (any value, NaN included, where untrained).
+    trained: bool [t].
+    Returns (loss sum [], count int []). A rank without trained tokens gives 0 and 0, and zero gradients.
+    The gradient is divided by the count summed over all ranks and microbatches, never by a mean of means.
+    """
+    losses = torch.where(trained, -logps, torch.zeros_like(logps))
+    return losses.sum(), trained.sum().to(torch.int32)

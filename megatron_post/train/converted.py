@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_post.config.schema import Config
 from megatron_post.convert.configs import read_model
-from megatron_post.models.hf_config import differences
+from megatron_post.convert.hf_config import differences
 
 
 def check_weights(directory: Path, stored: dict[str, Any], config: Config) -> None:

@@ -8,11 +8,11 @@ import torch
 from megatron.core.utils import unwrap_model
 
 from megatron_post.config.schema import Config
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_reader import RandomWeights, load_weights
 from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.models.build import build_model
-from megatron_post.models.hf_config import to_hf_config
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_post.train.run import make_stage

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from megatron_post.config.schema import Config
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.hf_reader import load_weights, open_weights
+from megatron_post.convert.jobs import convert
 from megatron_post.convert.to_hf import ToHuggingFace
-from megatron_post.convert.work import convert
 from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT

@@ -143,9 +143,9 @@ def _initial_policy(directory: Path, config: Config) -> Path:
     """Weights to start from, as a Hugging Face directory."""
     from safetensors.torch import save_file
 
+    from megatron_post.convert.hf_config import to_hf_config
     from megatron_post.convert.hf_reader import RandomWeights
     from megatron_post.convert.mapping import hf_shapes
-    from megatron_post.models.hf_config import to_hf_config
 
     target = directory / "policy"
     target.mkdir()

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_post.config.schema import Config
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf, gathered_tensors
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.models.build import build_model
-from megatron_post.models.hf_config import to_hf_config
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT
 from megatron_post.train.step import Stepper

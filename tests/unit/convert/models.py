@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_post.config.schema import Model
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_reader import RandomWeights
+from megatron_post.convert.jobs import convert
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
-from megatron_post.convert.work import convert
-from megatron_post.models.hf_config import to_hf_config
 
 # Heads, groups and ratios of feed-forward to hidden size are the real models'; a head is 2 wide, and the
 # vocabulary odd.

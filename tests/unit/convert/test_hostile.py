@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_post.convert.jobs import convert
 from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.torch_file import saved_tensors
 from megatron_post.convert.verify import verify
-from megatron_post.convert.work import convert
 from megatron_post.storage import manifest
 from megatron_post.storage.checksums import sha256_of_json
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf

@@ -96,7 +96,7 @@ def _write_hf(directory) -> None:
 
     from safetensors.torch import save_file
 
-    from megatron_post.models.hf_config import to_hf_config
+    from megatron_post.convert.hf_config import to_hf_config
 
     source = RandomWeights(MODEL, seed=0)
     save_file(

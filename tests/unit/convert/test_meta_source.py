@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_post.config.schema import Model
 from megatron_post.convert.mapping import META_NAMES
 from megatron_post.convert.meta_source import MetaDirectory
-from megatron_post.convert.open_source import open_weights_directory
+from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.convert.source import read_rows
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_post.convert.configs import read_model
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.plan import plan
 from megatron_post.convert.verify import verify
-from megatron_post.models.hf_config import to_hf_config
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 TIED, UNTIED = shaped_like("8b", tied=True), shaped_like("8b")

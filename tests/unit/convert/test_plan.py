@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 
 from megatron_post.config.schema import Model
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.inspect import inspect
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.plan import plan, print_plan
 from megatron_post.convert.shards import parse_size, plan_shards, shard_name
 from megatron_post.convert.source import Kind
-from megatron_post.models.hf_config import to_hf_config
 from tests.unit.convert.models import shaped_like, to_megatron, weights_of, write_hf
 
 

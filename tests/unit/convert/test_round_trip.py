@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megatron_post.convert.hf_reader import RandomWeights
 from megatron_post.convert.mapping import core_tensors, row_runs, shard_from_hf
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
-from megatron_post.convert.open_source import open_model
+from megatron_post.convert.open_model import open_model
 from megatron_post.convert.source import read_rows
 from megatron_post.convert.verify import verify
 from megatron_post.storage import manifest

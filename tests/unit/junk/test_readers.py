@@ -11,6 +11,7 @@ import pytest
 from megatron_post.bench.record import read_records
 from megatron_post.config.load import load_config
 from megatron_post.config.schema import Source
+from megatron_post.convert.hf_config import from_hf_config
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.meta_source import MetaDirectory
@@ -24,7 +25,6 @@ from megatron_post.errors import message_of
 from megatron_post.launch.chain import load_chain
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_word, submitted_jobs
-from megatron_post.models.hf_config import from_hf_config
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.files import read_lines
 from megatron_post.rounds.generate import read_samples

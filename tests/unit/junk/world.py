@@ -13,8 +13,8 @@ import yaml
 
 from megatron_post.bench.record import Record, once, write_record
 from megatron_post.config.load import load_config
+from megatron_post.convert.jobs import convert
 from megatron_post.convert.to_megatron import ToMegatron
-from megatron_post.convert.work import convert
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
 from tests.tiny import MODEL

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_post.config.load import parse
-from megatron_post.convert import work
+from megatron_post.convert import jobs
 from megatron_post.rounds.files import read_lines
 from megatron_post.rounds.generate import Generate, generate
 from megatron_post.rounds.merge import MergeJob, load_merge
@@ -109,18 +109,18 @@ def test_merge(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> N
     output = disk(size // 2) / "merged"
     job = MergeJob(load_merge(plan, "linear").model_dump_json(), str(output), None, 1024 * size // 8)
     with pytest.raises(ValueError, match=r"needs another [\d,]+ bytes and its disk has [\d,]+ free"):
-        work.convert(job, workers=1, report=print)
+        jobs.convert(job, workers=1, report=print)
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(2**40))
         with pytest.raises(
             ValueError, match=rf"No space left on device; .* [1-9] of {len(job.parts)} parts are"
         ):
-            work.convert(job, workers=1, report=print)
+            jobs.convert(job, workers=1, report=print)
     assert not output.exists()
     disk(4 * size)
     said: list[str] = []
-    work.convert(job, workers=1, report=said.append)
+    jobs.convert(job, workers=1, report=said.append)
     assert "parts are there" in said[0]
     merged = {n: t for file in output.glob("*.safetensors") for n, t in load_file(file).items()}
     assert all(torch.equal(merged[n], t) for n, t in load_file(tmp_path / "a" / "model.safetensors").items())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_post.config.load import ConfigError
-from megatron_post.convert import work
+from megatron_post.convert import jobs
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.rounds import merge as module
 from megatron_post.rounds.merge import load_merge, merge
@@ -117,11 +117,11 @@ def test_a_killed_merge_goes_on(models: Path, tmp_path: Path, monkeypatch: pytes
         module.MergeJob, "write_part", lambda self, n, file: 1 / 0 if n == 2 else write(self, n, file)
     )
     with pytest.raises(ZeroDivisionError):
-        work.convert(job, workers=1, report=print)
+        jobs.convert(job, workers=1, report=print)
     assert not (tmp_path / "out").exists() and len(job.parts) > 3
     monkeypatch.undo()
     said: list[str] = []
-    work.convert(job, workers=1, report=said.append)
+    jobs.convert(job, workers=1, report=said.append)
     assert f"2 of {len(job.parts)} parts are there" in said[0]
     whole = _merged(models, tmp_path / "whole", "linear", _values(models))
     assert all(torch.equal(whole[name], tensor) for name, tensor in _loaded(tmp_path / "out").items())

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
-from megatron_post.models.hf_config import to_hf_config
+from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.rounds.score import score_file
 from megatron_post.rounds.trained_model import config_of_model
 from tests.tiny import tiny_config

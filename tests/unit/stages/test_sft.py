@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_post.losses.sft import sft_loss
+from megatron_post.stages.sft import sft_loss
 
 
 def test_worked_by_hand() -> None:

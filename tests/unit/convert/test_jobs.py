@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from megatron_post.convert.jobs import ConversionError, convert, worker_environment
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.verify import verify
-from megatron_post.convert.work import ConversionError, convert, worker_environment
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 ROOT = Path(__file__).resolve().parents[3]
