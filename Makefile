@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test soak-test plan-check
+.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test soak-test plan-check
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,16 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(VENV)/transformer_engine/2.11.0 transformer_engine==2.11.0
+	touch $@
+
+# the pages of docs/ as a site in site/. It needs nothing of the package, so it has an environment of its own
+DOCS := $(VENV)-docs
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check mkdocs-material -c constraints.txt
 	touch $@
 
 # two ranks: the demo is meant for two cores. SEEDS=3: the whole demo three times, and their spread

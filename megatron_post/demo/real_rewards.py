@@ -1,7 +1,10 @@
 """A tiny reward model on real preferences: GSM8K's model solutions and HH-RLHF, with honest held-out
 accuracy.
 
-    python -m megatron_post.demo.real_rewards --data ../shared/data
+    python -m megatron_post.demo.real_rewards --data data
+
+data/gsm8k/example_model_solutions.jsonl is from github.com/openai/grade-school-math, and
+data/hh_rlhf/harmless_base.jsonl.gz is harmless-base/train.jsonl.gz of the hub's Anthropic/hh-rlhf.
 
 GSM8K: the ground truth is `edited`, a model's correct solution `chosen`, a wrong one `rejected`. HH-RLHF:
 chosen and rejected transcripts. A fifth of the problems (conversations) is held out.
@@ -86,7 +89,7 @@ def run(name: str, rows: list[dict[str, str]], *, run_dir: Path, console: Consol
 def main() -> None:
     """Train and score both datasets, and print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/real_rewards"))
     arguments = parser.parse_args()
     console = make_console()

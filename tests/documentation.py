@@ -1,0 +1,94 @@
+"""What the tests read out of README.md, CONTRIBUTING.md and docs/: code blocks, commands, links, headings."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LANGUAGES = {"bash", "json", "jinja", "python", "text", "yaml"}
+_FENCE = re.compile(r"^ *```(?P<info>.*)$")
+_END = {"&&", "||", "|", ";", ">", ">>", "&", "<"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. `title` is the name of the file that the reader is told to write, or empty."""
+
+    page: Path
+    line: int
+    language: str
+    title: str
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> list[Block]:
+    found: list[Block] = []
+    start, info, lines = 0, "", []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = _FENCE.match(line)
+        if fence and not start:
+            start, info, lines = number, fence["info"], []
+        elif fence:
+            title = re.search(r'title="([^"]+)"', info)
+            language = info.split()[0] if info.strip() else ""
+            found.append(Block(page, start, language, title[1] if title else "", "\n".join(lines) + "\n"))
+            start = 0
+        else:
+            lines.append(line)
+    assert not start, f"{page}:{start}: a block without an end"
+    return found
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(page: Path) -> list[str]:
+    """Texts between single backticks."""
+    return [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose(page))]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Simple commands of a shell text as lists of words, without comments, assignments and redirections.
+    Text between <<'WORD' and WORD is passed over, because it is the content of a file."""
+    text = re.sub(r"<<-?'?(\w+)'?[^\n]*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for line in text.replace("\\\n", " ").splitlines():
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), ";"]:
+            if word not in _END:
+                words.append(word)
+                continue
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words.pop(0)
+            if words:
+                yield words
+            words = []
+
+
+def arguments(words: list[str]) -> list[str] | None:
+    """What follows `megatron-post` or `-m megatron_post` in a command; None where neither is in it."""
+    if "megatron-post" in words:
+        return words[words.index("megatron-post") + 1 :]
+    if "megatron_post" in words and words[words.index("megatron_post") - 1] == "-m":
+        return words[words.index("megatron_post") + 1 :]
+    return None
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub and mkdocs both make them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+)$", prose(page), flags=re.MULTILINE):
+        text = re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower()
+        found.add(re.sub(r"[\s]+", "-", text))
+    return found
