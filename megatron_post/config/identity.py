@@ -122,7 +122,8 @@ RULES = (
         "the layout; checkpoints have none, and every layout has the same gradients",
         (
             *_keys(
-                "parallel", "tensor pipeline virtual_pipeline embedding_and_loss_as_layers context sequence"
+                "parallel",
+                "tensor pipeline virtual_pipeline embedding_and_loss_as_layers context sequence cp_comm_type",
             ),
             *_keys("recompute", "mode modules"),
             *_keys("data", "backend prefetch"),

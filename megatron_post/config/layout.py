@@ -110,11 +110,12 @@ def world_errors(
     has_transformer_engine: bool,
     capability: tuple[int, int] | None = None,
     cuda: str | None = None,
+    transformer_engine: str | None = None,
 ) -> list[str]:
     """Every reason why this config cannot run on these ranks; empty if it can.
 
-    capability: compute capability of the GPUs; cuda: version of CUDA that torch is built for; None where it
-    is not known.
+    capability: compute capability of the GPUs; cuda: version of CUDA that torch is built for;
+    transformer_engine: its version; None where it is not known.
     """
     p, errors = config.parallel, []
     if world_size % p.model_size:
@@ -139,7 +140,12 @@ def world_errors(
         errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
     else:
         errors += fp8.device_errors(config, capability=capability, cuda=cuda)
-    errors += switch_machine_errors(config, has_gpu=has_gpu, has_transformer_engine=has_transformer_engine)
+    errors += switch_machine_errors(
+        config,
+        has_gpu=has_gpu,
+        has_transformer_engine=has_transformer_engine,
+        version=transformer_engine,
+    )
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:
         # megatron-core 0.16 asks Transformer Engine for the state of FP8 there, whether FP8 is on or not

@@ -156,6 +156,12 @@ class Parallel(Section):
     sequence: bool = Field(
         False, description="shard activations between tensor-parallel regions over the sequence"
     )
+    cp_comm_type: Literal["p2p", "a2a", "a2a+p2p", "all_gather"] = Field(
+        "p2p",
+        description="how context-parallel ranks share attention in Transformer Engine. p2p: keys and values "
+        "go round a ring; a2a: each rank has all tokens of some heads. It has the others for unpacked rows "
+        "alone, so they are refused. The portable layers gather keys and values",
+    )
 
     @property
     def model_size(self) -> int:

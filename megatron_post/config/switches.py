@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from megatron_post.config.schema import Config
 
 # Switches of Transformer Engine's modules, which the portable layers do not have.
-_OF_TRANSFORMER_ENGINE = ("optimizer.gradient_accumulation_fusion",)
+_OF_TRANSFORMER_ENGINE = ("optimizer.gradient_accumulation_fusion", "parallel.cp_comm_type")
+# The first version that divides the heads of packed rows over context-parallel ranks.
+_PACKED_ALL_TO_ALL = (2, 10)
 
 
 def switch_errors(config: "Config") -> list[str]:
     """Every reason why a switch that is on cannot work in this config; empty if all can."""
-    return _layer_errors(config) + _gather_errors(config)
+    return _layer_errors(config) + _context_errors(config) + _gather_errors(config)
 
 
 def _layer_errors(config: "Config") -> list[str]:
@@ -35,6 +37,33 @@ def _layer_errors(config: "Config") -> list[str]:
     ]
 
 
+def _context_errors(config: "Config") -> list[str]:
+    m, p = config.model, config.parallel
+    key = f"parallel.cp_comm_type={p.cp_comm_type}"
+    if p.cp_comm_type == "p2p":
+        return []
+    if p.cp_comm_type != "a2a":
+        # transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py, 2.9 to 2.11:
+        # `assert qkv_format != "thd"` in attn_forward_func_with_cp and AttnFuncWithCPAndKVAllGather
+        return [
+            f"{key} is not for packed rows: Transformer Engine 2.9 to 2.11 refuses them; set "
+            "parallel.cp_comm_type=p2p or a2a"
+        ]
+    if p.context == 1:
+        return [f"{key} needs parallel.context > 1, not 1; set parallel.cp_comm_type=p2p"]
+    heads = {
+        "num_attention_heads": m.num_attention_heads,
+        "num_key_value_heads": m.num_key_value_heads,
+    }
+    return [
+        f"{key} divides the heads of a tensor-parallel rank over parallel.context={p.context} ranks, and "
+        f"model.{name}={count} over parallel.tensor={p.tensor} is not a multiple of it; set "
+        "parallel.cp_comm_type=p2p, or lower parallel.tensor or parallel.context"
+        for name, count in heads.items()
+        if count % (p.tensor * p.context)
+    ]
+
+
 def _gather_errors(config: "Config") -> list[str]:
     key, o, p = "optimizer.overlap_param_gather_with_optimizer_step", config.optimizer, config.parallel
     if not o.overlap_param_gather_with_optimizer_step:
@@ -46,9 +75,20 @@ def _gather_errors(config: "Config") -> list[str]:
     return [f"{key}=true needs {text}; set {key}=false" for text, holds in needs.items() if not holds]
 
 
-def switch_machine_errors(config: "Config", *, has_gpu: bool, has_transformer_engine: bool) -> list[str]:
-    """Every reason why a switch that is on cannot work on this machine; empty if all can."""
+def switch_machine_errors(
+    config: "Config", *, has_gpu: bool, has_transformer_engine: bool, version: str | None
+) -> list[str]:
+    """Every reason why a switch that is on cannot work on this machine; empty if all can.
+
+    version: of Transformer Engine; None where it is not known.
+    """
     if has_gpu and has_transformer_engine:
+        known = tuple(map(int, version.split(".")[:2])) if version else _PACKED_ALL_TO_ALL
+        if config.parallel.cp_comm_type == "a2a" and known < _PACKED_ALL_TO_ALL:
+            return [
+                f"parallel.cp_comm_type=a2a needs Transformer Engine 2.10 or newer for packed rows, and this "
+                f"is {version}; set parallel.cp_comm_type=p2p or install it: {install_command('cuda')}"
+            ]
         return []
     missing = "a GPU" if not has_gpu else f"Transformer Engine (install it: {install_command('cuda')})"
     return [

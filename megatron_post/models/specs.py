@@ -4,6 +4,7 @@ The only module that imports Transformer Engine, and only when asked to.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 from typing import Any
 
@@ -26,6 +27,14 @@ from megatron_post.models.attention import PackedAttention
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine is installed and there is a GPU to run it on."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_engine_version() -> str | None:
+    """As its package states it; None where it is not installed."""
+    try:
+        return importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class RMSNorm(torch.nn.Module):

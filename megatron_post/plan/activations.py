@@ -76,8 +76,10 @@ class Activations:
         z = self._sizes
         normalizers = FP32 * z.t * z.heads
         if self.layers == "transformer_engine":
-            # its output is the projection's input; a context-parallel ring keeps no other rank's keys
-            return normalizers
+            # its output is the projection's input; a context-parallel ring keeps no other rank's keys.
+            # With all tokens of some heads, the output is kept as well before it is exchanged.
+            exchanged = self.config.parallel.cp_comm_type == "a2a"
+            return normalizers + (z.element * z.t * z.a if exchanged else 0)
         gathered = 2 * z.T * z.k if z.context > 1 else 0
         return normalizers + z.element * (z.t * z.a + gathered + self._blocks())
 

@@ -82,8 +82,16 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the figures must know."""
-        slow = "times are those of bf16: fp32 takes several times as long, and is not timed"
-        return (slow,) if self.config.precision.dtype == "fp32" else ()
+        notes = {
+            "times are those of bf16: fp32 takes several times as long, and is not timed": (
+                self.config.precision.dtype == "fp32"
+            ),
+            "parallel.cp_comm_type=a2a: Transformer Engine makes the order of tokens on the host, and waits "
+            "for the GPU for every segment of a pack in every layer, which is not timed": (
+                self.config.parallel.cp_comm_type == "a2a"
+            ),
+        }
+        return tuple(note for note, holds in notes.items() if holds)
 
     @property
     def tokens(self) -> int:

@@ -82,7 +82,17 @@ class Costs:
             matrices=matrices,
             attention=self._attention(segments, backward=backward),
             elementwise=self._bytes(self._traffic(backward=backward)),
-            communication=sum(exposed for _, exposed in times),
+            communication=sum(exposed for _, exposed in times) + self._exchange(),
+        )
+
+    def _exchange(self) -> float:
+        """Seconds in which context-parallel ranks exchange heads for tokens (`cp_comm_type=a2a`) and back,
+        which nothing hides: queries, keys, values and output, or as many gradients."""
+        z = self._z
+        if self.config.parallel.cp_comm_type != "a2a":
+            return 0.0
+        return sum(
+            self.collective(2 * z.t * width, z.context, spacing=z.tensor) for width in (z.a, z.k, z.k, z.a)
         )
 
     def _matrix(self, name: str, parameters: int, backward: bool) -> tuple[float, float]:
@@ -127,6 +137,8 @@ class Costs:
         share = self.gpu.attention_backward if backward else self.gpu.attention_forward
         flops = attention_forward(self.config, squares) * (ATTENTION_BACKWARD if backward else 1.0)
         seconds = flops / (self.gpu.bf16 * share)
+        if self.config.parallel.cp_comm_type == "a2a":
+            return seconds
         # the ring of context parallelism sends keys and values beside the attention of those before
         ring = self.collective(
             4 * z.t * z.context * z.k * (2 if backward else 1), z.context, spacing=z.tensor
@@ -163,6 +175,7 @@ class Costs:
         again = PassTime(
             attention=forward.attention * ("core_attn" in r.modules),
             elementwise=self._bytes(2 * 4 * z.s * z.h) * ("layernorm" in r.modules),
+            communication=self._exchange() * ("core_attn" in r.modules),
         )
         if "mlp" in r.modules:
             names = ("fc1", "fc2")

@@ -18,7 +18,7 @@ from megatron_post.data.store import GroupName, Pack, PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.models.build import build_model, uses_portable_layers
 from megatron_post.models.llama import Llama
-from megatron_post.models.specs import has_transformer_engine
+from megatron_post.models.specs import has_transformer_engine, transformer_engine_version
 from megatron_post.parallel.context import sum_over_ranks
 from megatron_post.parallel.topology import Topology, parallel_run, rank_from_environment
 from megatron_post.stages.base import Stage
@@ -146,6 +146,7 @@ def rank_errors(config: Config, *, world_size: int) -> list[str]:
         has_transformer_engine=has_transformer_engine(),
         capability=torch.cuda.get_device_capability(rank_from_environment()[2]) if has_gpu else None,
         cuda=torch.version.cuda,
+        transformer_engine=transformer_engine_version(),
     )
 
 

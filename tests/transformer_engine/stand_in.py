@@ -328,7 +328,7 @@ def _replace_attention() -> None:
         self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **kwargs: Any
     ) -> Tensor:
         signature.bind(self, query, key, value, mask, **kwargs)
-        return packed_attention(query, key, value, group=self.cp_group, **kwargs)
+        return packed_attention(query, key, value, group=self.cp_group, kind=self.cp_comm_type, **kwargs)
 
     attention.forward = forward
 
@@ -350,6 +350,7 @@ def packed_attention(
     value: Tensor,
     *,
     group: Any,
+    kind: str,
     qkv_format: str,
     attn_mask_type: str,
     cu_seqlens_q: Tensor,
@@ -371,6 +372,8 @@ def packed_attention(
         assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None
         return _attend(query, key, value, cu_seqlens_q, scale).flatten(1)
     assert cu_seqlens_q_padded is not None and cu_seqlens_kv_padded is not None
+    if kind == "a2a":
+        return _exchanged_attention(query, key, value, cu_seqlens_q, max_seqlen_q, group).flatten(1)
     # torch's own differentiable all-gather cannot take a group that rank 0 is not in
     from megatron_post.models.attention import gather_sequence
 
@@ -387,6 +390,45 @@ def packed_attention(
     whole = [gather_sequence(x.transpose(0, 1), order, group).transpose(0, 1) for x in (query, key, value)]
     output = _attend(*whole, cu_seqlens_q, scale)
     return output[torch.cat(held[torch.distributed.get_rank(group)])].flatten(1)
+
+
+def _exchanged_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, group: Any
+) -> Tensor:
+    """Transformer Engine's own exchange of heads for tokens, around torch's attention. [t/cp, heads, d]."""
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel
+
+    def forward(training: bool, _q: int, _k: int, cu: Tensor, _cu: Tensor, *tensors: Any, **keys: Any) -> Any:
+        return _attend(*tensors[:3], cu, keys["attn_scale"]), []
+
+    def backward(_q: int, _k: int, cu: Tensor, _cu: Tensor, *tensors: Any, **keys: Any) -> Any:
+        inputs = [x.detach().requires_grad_() for x in tensors[:3]]
+        with torch.enable_grad():
+            output = _attend(*inputs, cu, keys["attn_scale"])
+        return torch.autograd.grad(output, inputs, tensors[4])
+
+    context_parallel.fused_attn_fwd, context_parallel.fused_attn_bwd = forward, backward
+    return context_parallel.attn_forward_func_with_cp(
+        True,
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        cu_seqlens,
+        cu_seqlens,
+        0.0,
+        group,
+        torch.distributed.get_process_group_ranks(group),
+        torch.cuda.Stream(),
+        "a2a",
+        softmax_scale=query.shape[-1] ** -0.5,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        use_fused_attention=True,
+    )
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:

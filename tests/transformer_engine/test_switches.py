@@ -39,6 +39,26 @@ def test_gradient_accumulation_fusion(name: str, plain: tuple[dict, float, dict]
     assert sum(count for _, count in results) == 4 * layers * packs, "QKV, projection, fc1 and fc2"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "recompute"),
+    [
+        (2, {"context": 2}, {}),
+        (4, {"context": 2, "pipeline": 2}, {"mode": "selective"}),
+        (4, {"context": 2, "tensor": 2, "sequence": True}, {"mode": "full"}),
+    ],
+)
+def test_heads_over_context_parallel_ranks(ranks: int, parallel: dict[str, Any], recompute: dict) -> None:
+    """`cp_comm_type=a2a`: Transformer Engine's order of tokens and heads is that of our zigzag split, forward
+    and backward, on segments of unequal lengths."""
+    model = {"num_key_value_heads": 4}
+    expected = joined(run_ranks(gradients, 1, {}, {"model": model}))
+    run = partial(gradients, portable=False)
+    sections = {"model": model, "recompute": recompute}
+    switches = {"parallel.cp_comm_type": "a2a"}
+    found = joined(run_with_transformer_engine(run, ranks, parallel, sections, switches))
+    check_equal(found, expected)
+
+
 def _fused_gradients(parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[Any, int]:
     """`gradients`, and how many multiplications wrote into a gradient buffer."""
     from tests.transformer_engine.stand_in import tex

@@ -12,7 +12,45 @@ BF16 = {"precision": {"dtype": "bf16"}}
 # switch -> sections of a config in which it works
 OF_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
     "optimizer.gradient_accumulation_fusion=true": {"optimizer": {"gradient_accumulation_fusion": True}},
+    "parallel.cp_comm_type=a2a": {"parallel": {"context": 2, "cp_comm_type": "a2a"}},
 }
+
+
+@pytest.mark.parametrize("kind", ["a2a+p2p", "all_gather"])
+def test_kinds_of_context_parallelism_that_unpacked_rows_alone_have(kind: str) -> None:
+    """Transformer Engine asserts that rows are not packed, in `attn_forward_func_with_cp` and in
+    `AttnFuncWithCPAndKVAllGather`."""
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(parallel={"context": 2, "cp_comm_type": kind}, **BF16)
+    assert f"parallel.cp_comm_type={kind} is not for packed rows" in str(caught.value)
+    assert "set parallel.cp_comm_type=p2p or a2a" in str(caught.value)
+
+
+def test_heads_over_context_parallel_ranks() -> None:
+    """4 heads of queries and 2 of keys: 2 ranks can share them, 4 cannot, nor 2 with tensor parallelism."""
+    tiny_config(parallel={"context": 2, "cp_comm_type": "a2a"}, **BF16)
+    for parallel, lines in (
+        ({"context": 4}, ["model.num_key_value_heads=2 over parallel.tensor=1"]),
+        (
+            {"context": 4, "tensor": 2},
+            ["model.num_attention_heads=4 over parallel.tensor=2", "model.num_key_value_heads=2 over"],
+        ),
+        ({"context": 1}, ["parallel.cp_comm_type=a2a needs parallel.context > 1, not 1"]),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            tiny_config(parallel=parallel | {"cp_comm_type": "a2a"}, **BF16)
+        assert [line in str(caught.value) for line in lines] == [True] * len(lines)
+        assert str(caught.value).count("parallel.cp_comm_type=a2a") == len(lines)
+
+
+def test_transformer_engine_2_9_has_no_exchange_of_packed_heads() -> None:
+    config = tiny_config(parallel={"context": 2, "cp_comm_type": "a2a"}, **BF16)
+    known = {"world_size": 4, "has_gpu": True, "has_transformer_engine": True}
+    assert [world_errors(config, transformer_engine=v, **known) for v in ("2.10.0", "2.11.0", None)] == [
+        []
+    ] * 3
+    (error,) = world_errors(config, transformer_engine="2.9.0", **known)
+    assert error.startswith("parallel.cp_comm_type=a2a needs Transformer Engine 2.10 or newer")
 
 
 def test_gather_beside_the_update() -> None:

@@ -118,6 +118,20 @@ def test_static_memory_by_hand() -> None:
     assert found.kinds["optimizer"] == 12 * count // 4
 
 
+def test_an_exchanged_output_is_kept_twice() -> None:
+    """2,048 of 8,192 tokens by 4,096 numbers of 2 bytes, a layer."""
+    ledgers = (
+        Activations(
+            llama_config("llama3.1_8b", {"context": 4, "cp_comm_type": kind}),
+            "transformer_engine",
+            (Segment(8192),),
+        )
+        for kind in ("p2p", "a2a")
+    )
+    before, after = (ledger.whole_layer() for ledger in ledgers)
+    assert after - before == 2048 * 4096 * 2
+
+
 def test_fused_gradients_by_hand() -> None:
     """An unused bf16 tensor for each of the four shapes of a layer's weights lives on. While fc2's backward
     pass runs, its weight gradient of 14,336 x 4,096 is no longer there: the next most are two gradients of

@@ -137,6 +137,25 @@ def test_gradients_reduce_beside_the_backward_pass() -> None:
     assert step_time(Costs(overlapped, ROUND, 2), packs).reduce_gradients < waits.reduce_gradients
 
 
+def test_heads_exchanged_for_tokens() -> None:
+    """CP 4 on 8B, 8,192 tokens: of 2,048 tokens each rank sends 3/4 of 4,096 + 2 x 1,024 + 4,096 numbers of 2
+    bytes in either pass, and again where the attention is recomputed. What a rank computes is as much."""
+    pack = [Segment(8192)]
+    ring, exchange, again = (
+        Costs(
+            llama_config("llama3.1_8b", {"context": 4, "cp_comm_type": kind}, recompute=recompute), ROUND, 1
+        )
+        for kind, recompute in (("p2p", {}), ("a2a", {}), ("a2a", {"mode": "selective"}))
+    )
+    sent = 2048 * (4096 + 2 * 1024 + 4096) * 2 * 3 / 4 / 100e9
+    for kind, times in (("forward", 1), ("backward", 2.5)):
+        a, b = ring.layer(pack, kind), exchange.layer(pack, kind)
+        assert b.communication - a.communication == pytest.approx(sent)
+        assert b.attention == pytest.approx(times * 2 * 8192**2 * 4096 / 4 / 1e15)
+    backward = again.layer(pack, "backward").communication
+    assert backward - ring.layer(pack, "backward").communication == pytest.approx(2 * sent)
+
+
 def test_the_first_chunk_is_gathered_beside_the_update_of_the_others() -> None:
     """2 chunks, and no passes beside which anything is gathered. Half of the gather hides behind half of the
     update, of 30 / 2 + 4 bytes a parameter: all of it on these links, and a part on links of a tenth."""
