@@ -28,9 +28,9 @@ def without_gpu() -> str:
     names = ", ".join(path.stem.removeprefix("bench_") for path in scripts())
     return (
         f"no GPU here: time, memory and bandwidth of the kernels ({names}) cannot be measured, and a CPU's "
-        "say nothing about them. Registers and spills on sm_90 need none: "
-        "`pytest tests/kernels/test_compile.py tests/kernels/test_pair_kernels_sm90.py` compiles and checks "
-        "them; docs/benchmarks.md has the table"
+        "say nothing about them. Registers and spills need none: `pytest tests/kernels/test_compile.py "
+        "tests/kernels/test_pair_kernels_compile.py` compiles for sm_90 and sm_100 and checks them; "
+        "docs/benchmarks.md has the table"
     )
 
 

@@ -1,10 +1,10 @@
 """Runs a test of Triton kernels on the GPU, or else in a process that has Triton's interpreter.
 
 `TRITON_INTERPRET=1` counts when Triton is imported and when a kernel is decorated, and what was decorated
-under it can no longer be compiled. So the process of the tests never sets it, and compiles for sm_90
-(tests/kernels/sm90.py). A test under `@on_kernels` runs in one child, spawned at the first such test, that
-sets the variable before it imports torch or Triton. Ranks that such a test starts (tests/ranks.py) inherit
-the variable, as the child has a fork server of its own.
+under it can no longer be compiled. So the process of the tests never sets it, and compiles for GPUs
+(tests/kernels/compiling.py). A test under `@on_kernels` runs in one child, spawned at the first such test,
+that sets the variable before it imports torch or Triton. Ranks that such a test starts (tests/ranks.py)
+inherit the variable, as the child has a fork server of its own.
 """
 
 import functools

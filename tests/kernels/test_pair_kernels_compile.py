@@ -1,11 +1,11 @@
-"""The kernels of `dpo_loss` and `ranking_loss` compile for sm_90 and spill nothing."""
+"""The kernels of `dpo_loss` and `ranking_loss` compile for Hopper and Blackwell and spill nothing."""
 
 from typing import Any
 
 import pytest
 from megatron_post_kernels.pair_losses import LOSSES
 
-from tests.kernels.sm90 import Resources, compiled_resources
+from tests.kernels.compiling import CAPABILITIES, Resources, compiled_resources
 
 pytest.importorskip("triton")
 
@@ -24,35 +24,39 @@ KINDS = {
 TOKENS = {"MAX_LOG_RATIO": 60.0, "BLOCK": 1024}  # as dpo_loss.py launches them
 
 
-def _compiled(kernel: Any, constants: dict[str, Any]) -> Resources:
+def _compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Resources:
     """Nothing spilled; the sums over four warps pass a few numbers through shared memory."""
     signature = {name: KINDS[name] for name in kernel.arg_names if name not in constants}
-    used = compiled_resources(kernel, signature, constants, num_warps=4)
+    used = compiled_resources(kernel, signature, constants, num_warps=4, capability=capability)
     assert used.stack_bytes == used.local_bytes == 0
     assert used.shared_bytes <= 4096
     return used
 
 
+@CAPABILITIES
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("split", [False, True])
-def test_take_pairs(name: str, split: bool) -> None:
+def test_take_pairs(name: str, split: bool, capability: int) -> None:
     """Four sums of 1,024 lanes on 128 threads are 32 registers a thread, the values in flight as many: 128 at
     most, and four programs share a multiprocessor. Where context parallelism gives the sums no block is left,
     and 64 are plenty."""
     constants = {**TOKENS, "LOSS": name, "NLL_PER_TOKEN": True} | ({} if split else {"sums": None})
-    assert _compiled(take_pairs, constants).registers <= (64 if split else 128)
+    assert _compiled(take_pairs, constants, capability).registers <= (64 if split else 128)
 
 
+@CAPABILITIES
 @pytest.mark.parametrize("has_reference", [False, True])
-def test_sum_segments(has_reference: bool) -> None:
+def test_sum_segments(has_reference: bool, capability: int) -> None:
     constants = TOKENS if has_reference else {**TOKENS, "reference": None}
-    assert _compiled(sum_segments, constants).registers <= 128
+    assert _compiled(sum_segments, constants, capability).registers <= 128
 
 
-def test_spread_slopes() -> None:
-    assert _compiled(spread_slopes, {"BLOCK": 1024, "PAIR_BLOCK": 128}).registers <= 64
+@CAPABILITIES
+def test_spread_slopes(capability: int) -> None:
+    assert _compiled(spread_slopes, {"BLOCK": 1024, "PAIR_BLOCK": 128}, capability).registers <= 64
 
 
-def test_rank_pairs() -> None:
+@CAPABILITIES
+def test_rank_pairs(capability: int) -> None:
     """A tile of 32 x 64 fp32 is 16 registers on each of 128 threads."""
-    assert _compiled(rank_pairs, {"SCORES": 32, "PAIRS": 64}).registers <= 128
+    assert _compiled(rank_pairs, {"SCORES": 32, "PAIRS": 64}, capability).registers <= 128

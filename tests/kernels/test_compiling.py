@@ -6,7 +6,7 @@ triton = pytest.importorskip("triton")
 
 from triton import language as tl  # noqa: E402
 
-from tests.kernels.sm90 import compiled_resources  # noqa: E402
+from tests.kernels.compiling import compiled_resources  # noqa: E402
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def scale_rows(pointer, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-
 def test_a_small_kernel_fits() -> None:
     """512 fp32 over 4 warps are 4 a thread; the sum over warps passes one fp32 a warp, in shared memory."""
     used = compiled_resources(
-        scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 512}, num_warps=4
+        scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 512}, num_warps=4, capability=90
     )
     assert used.registers <= 40
     assert 16 <= used.shared_bytes <= 2048
@@ -29,11 +29,11 @@ def test_a_small_kernel_fits() -> None:
 def test_a_spill_is_seen() -> None:
     """16,384 fp32 on one warp are 512 a thread: 2,048 bytes, and a thread has 255 registers of 4 bytes."""
     used = compiled_resources(
-        scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 16384}, num_warps=1
+        scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 16384}, num_warps=1, capability=90
     )
     assert used.stack_bytes >= 4 * (512 - 255)
 
 
 def test_arguments_must_match() -> None:
     with pytest.raises(AssertionError, match="stride"):
-        compiled_resources(scale_rows, {"pointer": "*fp32"}, {"SIZE": 512}, num_warps=4)
+        compiled_resources(scale_rows, {"pointer": "*fp32"}, {"SIZE": 512}, num_warps=4, capability=90)

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for Hopper (sm_90) on a machine without a GPU, and reads what they use.
+"""Compiles Triton kernels for Hopper and Blackwell on a machine without a GPU, and reads what they use.
 
 Kernels are compiled in the process of the tests, where Triton is itself. The interpreter
 (`TRITON_INTERPRET=1`) replaces every kernel and Triton's own functions when they are decorated, so it lives
@@ -11,6 +11,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import pytest
+
+CAPABILITIES = pytest.mark.parametrize("capability", [90, 100], ids=["sm_90", "sm_100"])
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ def compiled_resources(
     constexprs: Mapping[str, Any],
     *,
     num_warps: int,
+    capability: int,
     num_stages: int = 3,
 ) -> Resources:
-    """Compiles `kernel` for compute capability 9.0 and reads its registers, shared and spilled bytes.
+    """Compiles `kernel` and reads its registers, shared and spilled bytes.
 
     kernel: a function under `@triton.jit`.
     signature: type by argument, as `triton.compile` wants it: "*bf16", "i32", "fp32". ":16" behind a type
       says that the value is a multiple of 16, which a launch finds out by itself: "*bf16:16", "i64:16".
     constexprs: value by `tl.constexpr` argument.
+    capability: 90 for Hopper, 100 for Blackwell.
     Raises `AssertionError` where the two do not name exactly the kernel's arguments.
     """
     import triton
@@ -63,7 +69,7 @@ def compiled_resources(
     )
     compiled = triton.compile(
         source,
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
