@@ -107,7 +107,7 @@ def trl(
     output: Output = OUTPUT,
 ) -> None:
     """Training steps and DPO beside TRL's SFTTrainer and DPOTrainer, on the CPU."""
-    from megatron_post.bench.beside_trl import measure_beside_trl
+    from megatron_post.bench.trl.steps import measure_beside_trl
 
     _quiet()
     for table, record in measure_beside_trl(

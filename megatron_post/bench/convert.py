@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from megatron_post.bench import beside_cp
+from megatron_post.bench import beside_copy
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.tables import titled
@@ -123,11 +123,11 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
     try:
         _write_random(source, model, kinds)
         for _ in range(rounds):
-            plain, durable = beside_cp.copy(source, copy)
+            plain, durable = beside_copy.copy(source, copy)
             there = ToMegatron(str(source), str(root))
-            forth, forth_peak = beside_cp.in_own_process(_convert, there, workers, workers=workers)
+            forth, forth_peak = beside_copy.in_own_process(_convert, there, workers, workers=workers)
             home = ToHuggingFace(str(root), str(back))
-            back_seconds, back_peak = beside_cp.in_own_process(_convert, home, workers, workers=workers)
+            back_seconds, back_peak = beside_copy.in_own_process(_convert, home, workers, workers=workers)
             _, wrong, missing = filecmp.cmpfiles(
                 source, back, [file.name for file in source.iterdir()], shallow=False
             )

@@ -10,7 +10,7 @@ from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
 
 _KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-_NAME = 32  # columns of a row that are the contender's name
+_NAME = 32  # columns of a row that are the implementation's name
 
 
 def scripts() -> list[Path]:
@@ -53,7 +53,7 @@ def measure_kernels(*, tiny: bool = False) -> Record:
 
 def read_tables(text: str) -> Iterator[tuple[str, Figure]]:
     """The milliseconds of `kernels/benchmarks/timing.py:print_table`: a title, a line that names the
-    columns, then a row a contender."""
+    columns, then a row for each."""
     title, before, inside = "", "", False
     for line in text.splitlines():
         values = line[_NAME:].split()

@@ -10,7 +10,7 @@ import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
-from megatron_post.bench import beside_cp
+from megatron_post.bench import beside_copy
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Record, once
 from megatron_post.config.load import parse
@@ -50,8 +50,8 @@ def measure_merges(directory: Path, gigabytes: int) -> list[MergeFigures]:
     try:
         total, *_ = [_write_random(path, model, seed=i) for i, path in enumerate(paths)]
         for method in METHODS:
-            _, copied = beside_cp.copy(paths[1], copy)
-            seconds, peak = beside_cp.in_own_process(_merge, _plan(method, paths), output)
+            _, copied = beside_copy.copy(paths[1], copy)
+            seconds, peak = beside_copy.in_own_process(_merge, _plan(method, paths), output)
             figures.append(MergeFigures(method, total, total / 1e6 / copied, total / 1e6 / seconds, peak))
             shutil.rmtree(copy)
             shutil.rmtree(output)

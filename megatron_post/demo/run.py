@@ -13,9 +13,9 @@ from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.demo.evaluate import accuracy, answer_with_transformers, working_share
-from megatron_post.demo.ours import export_initial_weights, says_the_same
+from megatron_post.demo.in_process import export_initial_weights, says_the_same
+from megatron_post.demo.printing import Story, print_accuracies, print_chat, print_samples
 from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
-from megatron_post.demo.telling import Story, print_accuracies, print_chat, print_samples
 from megatron_post.demo.training import RANKS, pack, train
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.files import write_json

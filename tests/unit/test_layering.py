@@ -116,7 +116,7 @@ ONLY = {
 ONLY_IN = {
     "transformer_engine": {"models/specs.py"},
     "megatron.core.extensions.transformer_engine": {"models/specs.py"},
-    "trl": {"bench/peer.py", "bench/preferences.py"},
+    "trl": {"bench/trl/trl_side.py", "bench/trl/preferences.py"},
     "nvidia.dali": {"data/dali.py"},
     "megatron.bridge": set(),
     "apex": set(),

@@ -11,7 +11,12 @@ ALLOWED: dict[str, set[str]] = {
     "torch.load": {"convert/torch_file.py", "convert/module_state.py"},
     "pickle.Unpickler": {"convert/metadata_file.py", "convert/module_state.py"},
     # without a directory; with trust_remote_code=False; or with weights in safetensors alone
-    "from_pretrained": {"rounds/backends.py", "demo/evaluate.py", "bench/preferences.py", "bench/peer.py"},
+    "from_pretrained": {
+        "rounds/backends.py",
+        "demo/evaluate.py",
+        "bench/trl/preferences.py",
+        "bench/trl/trl_side.py",
+    },
 }
 NOWHERE = (
     "pickle.load", "pickle.loads", "pickle._Unpickler", "jit.load", "hub.load", "dist_checkpointing.load",

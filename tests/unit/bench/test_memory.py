@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_post.bench.beside_cp import in_own_process
+from megatron_post.bench.beside_copy import in_own_process
 from megatron_post.bench.memory import peak_rss
 
 MIB = 2**20

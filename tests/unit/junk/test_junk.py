@@ -93,7 +93,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
 # what a benchmark calls once it has read its input
 MEASURED = {
     "data": "bench.data.measure_data",
-    "trl": "bench.beside_trl.measure_beside_trl",
+    "trl": "bench.trl.steps.measure_beside_trl",
     "convert": "bench.convert.measure_conversions",
     "merge": "bench.merge.measure_merges",
     "checkpoint": "bench.checkpoint.measure_checkpoints",

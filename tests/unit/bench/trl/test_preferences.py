@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_post.bench import preferences
-from megatron_post.bench.beside_trl import OURS
-from megatron_post.bench.contender import Input, Round
-from megatron_post.bench.preferences import measure_pairs, pair_table, pair_workload, pairs
-from megatron_post.bench.workload import Workload, count_tokens, make_workload, open_train_store
+from megatron_post.bench.trl import preferences
+from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload, pairs
+from megatron_post.bench.trl.side import Input, Round
+from megatron_post.bench.trl.steps import OURS
+from megatron_post.bench.trl.workload import Workload, count_tokens, make_workload, open_train_store
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.display import make_console
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k" / "train.jsonl"
 VOCAB_SIZE = 2048
 ROWS = 4000
 

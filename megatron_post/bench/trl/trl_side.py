@@ -7,12 +7,12 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from megatron_post.bench.contender import Contender, Gate, Input
 from megatron_post.bench.data import one_core
-from megatron_post.bench.workload import Workload, open_train_store, segments
+from megatron_post.bench.trl.side import Gate, Input, Side
+from megatron_post.bench.trl.workload import Workload, open_train_store, segments
 
 
-def trl_packed() -> Contender:
+def trl_packed() -> Side:
     """`packing=True` (best-fit decreasing, `sdpa`), one pack a microbatch as on our side.
 
     `transformers` finds the segments in the positions and masks attention between them. Several packs a
@@ -21,7 +21,7 @@ def trl_packed() -> Contender:
     return partial(_train_trl, packing=True)
 
 
-def trl_padded() -> Contender:
+def trl_padded() -> Side:
     """`packing=False`: dialogs padded to the longest of their batch; about as many tokens a step as ours."""
     return partial(_train_trl, packing=False)
 

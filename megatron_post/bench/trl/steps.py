@@ -9,13 +9,13 @@ from statistics import median
 
 from rich.table import Table
 
-from megatron_post.bench.contender import Contender, Input, Round, interleave
 from megatron_post.bench.environment import environment
-from megatron_post.bench.ours import train_ours
-from megatron_post.bench.peer import trl_packed, trl_padded
 from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.tables import titled
-from megatron_post.bench.workload import Workload, make_workload
+from megatron_post.bench.trl.own_side import train_ours
+from megatron_post.bench.trl.side import Input, Round, Side, interleave
+from megatron_post.bench.trl.trl_side import trl_packed, trl_padded
+from megatron_post.bench.trl.workload import Workload, make_workload
 from megatron_post.installation import install_command
 
 OURS = "Megatron-Post"
@@ -40,7 +40,7 @@ class StepFigures:
     ratios: tuple[float, ...]
 
 
-def contenders() -> dict[str, Contender]:
+def all_sides() -> dict[str, Side]:
     """Who runs. Raises `ValueError` where TRL is not installed."""
     if importlib.util.find_spec("trl") is None:
         raise ValueError(
@@ -56,11 +56,11 @@ def measure_beside_trl(
 
     Raises `ValueError` where TRL is not installed, and for counts that make no measurement.
     """
-    from megatron_post.bench.preferences import measure_pairs, pair_table, pair_workload
+    from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload
 
     if min(threads, rounds, steps, pair_rounds) < 1:
         raise ValueError("--threads, --rounds, --steps, --pair-rounds: want at least 1 of each")
-    sides = contenders()
+    sides = all_sides()
     with tempfile.TemporaryDirectory() as directory:
         workload = make_workload(Path(directory), threads=threads, steps_per_round=steps)
         figures = measure(workload, sides, rounds=rounds)
@@ -72,7 +72,7 @@ def measure_beside_trl(
         yield pair_table(preferences, figures, rounds=pair_rounds), record
 
 
-def measure(workload: Workload, sides: dict[str, Contender], *, rounds: int) -> list[StepFigures]:
+def measure(workload: Workload, sides: dict[str, Side], *, rounds: int) -> list[StepFigures]:
     """Every side's figures, ours first."""
     inputs, results = interleave(sides, workload, rounds=rounds)
     return [summarise(name, inputs[name], results[name], ours=results[OURS]) for name in sides]

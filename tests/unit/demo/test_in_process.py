@@ -8,7 +8,7 @@ import pytest
 from megatron_post.config.load import load_config
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.demo.evaluate import answer_with_transformers
-from megatron_post.demo.ours import export_initial_weights, says_the_same
+from megatron_post.demo.in_process import export_initial_weights, says_the_same
 from megatron_post.demo.task import make_problems
 from tests.ranks import run_ranks
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_post.bench.workload import Workload
+from megatron_post.bench.trl.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Round:
     loss: float
 
 
-Contender = Callable[[Workload, "Gate"], None]
+Side = Callable[[Workload, "Gate"], None]
 
 
 class Gate:
-    """The contender's end of the pipe.
+    """The side's end of the pipe.
 
     `ready`, and `step` after each optimizer step, wait where a round ends until the next is called, and
     return False when no more are wanted.
@@ -69,28 +69,28 @@ class Gate:
 
 
 def interleave(
-    contenders: dict[str, Contender],
+    sides: dict[str, Side],
     workload: Workload,
     *,
     rounds: int,
     progress: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Input], dict[str, list[Round]]]:
-    """`rounds` rounds of every contender in turn: A B A B. A first round of each warms up and is not counted.
+    """`rounds` rounds of every side in turn: A B A B. A first round of each warms up and is not counted.
 
-    Only one contender works at a time, and a slow minute of the machine hits all of them.
-    Raises `RuntimeError` with the traceback of a contender that fails.
+    Only one side works at a time, and a slow minute of the machine hits all of them.
+    Raises `RuntimeError` with the traceback of a side that fails.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:
         inputs = {}
-        for name, contender in contenders.items():
+        for name, side in sides.items():
             pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(contender, workload, theirs), daemon=True))
+            processes.append(context.Process(target=_serve, args=(side, workload, theirs), daemon=True))
             processes[-1].start()
             theirs.close()
             inputs[name] = _receive(name, pipes[name])
-        results: dict[str, list[Round]] = {name: [] for name in contenders}
+        results: dict[str, list[Round]] = {name: [] for name in sides}
         for number in range(rounds + 1):
             for name, pipe in pipes.items():
                 pipe.send(True)
@@ -108,7 +108,7 @@ def interleave(
             process.kill()
 
 
-def _serve(contender: Contender, workload: Workload, connection: Connection) -> None:
+def _serve(side: Side, workload: Workload, connection: Connection) -> None:
     import torch
 
     silence = os.open(
@@ -118,7 +118,7 @@ def _serve(contender: Contender, workload: Workload, connection: Connection) -> 
     os.dup2(silence, 2)
     torch.set_num_threads(workload.threads)
     try:
-        contender(workload, Gate(connection, workload.steps_per_round))
+        side(workload, Gate(connection, workload.steps_per_round))
     except BaseException:
         connection.send(traceback.format_exc())
 

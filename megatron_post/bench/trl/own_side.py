@@ -3,9 +3,9 @@
 import time
 from itertools import islice
 
-from megatron_post.bench.contender import Gate, Input
 from megatron_post.bench.data import one_core
-from megatron_post.bench.workload import Workload, count_tokens, open_train_store
+from megatron_post.bench.trl.side import Gate, Input
+from megatron_post.bench.trl.workload import Workload, count_tokens, open_train_store
 from megatron_post.data.loader import PackLoader
 from megatron_post.data.store import PackStore
 from megatron_post.parallel.topology import parallel_run

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from megatron_post.bench.beside_trl import OURS, StepFigures, summarise
-from megatron_post.bench.contender import Contender, Gate, Input, interleave
-from megatron_post.bench.peer import real_tokens
 from megatron_post.bench.tables import titled
-from megatron_post.bench.workload import GSM8K, Workload, open_train_store
+from megatron_post.bench.trl.side import Gate, Input, Side, interleave
+from megatron_post.bench.trl.steps import OURS, StepFigures, summarise
+from megatron_post.bench.trl.trl_side import real_tokens
+from megatron_post.bench.trl.workload import GSM8K, Workload, open_train_store
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.data.build import build_store
@@ -82,7 +82,7 @@ def measure_pairs(workload: Workload, *, rounds: int) -> list[StepFigures]:
     """
     packs = workload.config.train.global_batch
     in_a_pack = round(len(list(pairs(open_train_store(workload.config)))) / packs)
-    sides: dict[str, Contender] = {}
+    sides: dict[str, Side] = {}
     ours: dict[str, str] = {}  # of each side
     for reference in ("frozen", "store"):
         own = f"{OURS}, {reference}"

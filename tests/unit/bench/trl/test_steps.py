@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_post.bench import beside_trl, preferences
-from megatron_post.bench.beside_trl import (
+from megatron_post.bench.trl import preferences, steps
+from megatron_post.bench.trl.side import Gate, Input, Round, interleave
+from megatron_post.bench.trl.steps import (
     OURS,
-    contenders,
+    all_sides,
     measure,
     measure_beside_trl,
     side_record,
     step_table,
     summarise,
 )
-from megatron_post.bench.contender import Gate, Input, Round, interleave
-from megatron_post.bench.workload import Workload, count_tokens, make_workload, open_train_store, segments
+from megatron_post.bench.trl.workload import Workload, count_tokens, make_workload, open_train_store, segments
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,9 @@ def test_sft_then_dpo(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> No
     """A table and a record of each, with what each counts. (The sides themselves run in the slow tests.)"""
     rounds = [Round(1.0, 200, 100, 2.0)]
     sides = [summarise(OURS, Input(0.5, 9.0), rounds, ours=rounds)]
-    monkeypatch.setattr(beside_trl, "contenders", dict)
-    monkeypatch.setattr(beside_trl, "make_workload", lambda *_, **__: workload)
-    monkeypatch.setattr(beside_trl, "measure", lambda *_, **__: sides)
+    monkeypatch.setattr(steps, "all_sides", dict)
+    monkeypatch.setattr(steps, "make_workload", lambda *_, **__: workload)
+    monkeypatch.setattr(steps, "measure", lambda *_, **__: sides)
     monkeypatch.setattr(preferences, "pair_workload", lambda base, _: base)
     monkeypatch.setattr(preferences, "measure_pairs", lambda *_, **__: sides)
     found = list(measure_beside_trl(threads=1, rounds=1, steps=1, pair_rounds=1))
@@ -122,7 +122,7 @@ def test_a_round_beside_trl(workload: Workload) -> None:
     """Untrained, either side's loss is near that of a guess, ln 2048 = 7.62; after four steps both have
     fallen, and by about as much, for they train the same tokens with the same optimizer."""
     pytest.importorskip("trl")
-    figures = measure(workload, contenders(), rounds=1)
+    figures = measure(workload, all_sides(), rounds=1)
     losses = {side.name: side.loss for side in figures}
     assert figures[0].name == OURS and figures[0].speed == 1.0
     assert all(4.0 < loss < 7.5 for loss in losses.values()), losses
