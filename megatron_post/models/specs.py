@@ -22,6 +22,13 @@ from torch import Tensor
 
 from megatron_post.models.attention import PackedAttention
 
+# All layers have the same names in checkpoints, so that they resume each other's: those that norms have where
+# Transformer Engine fuses them into linear layers.
+_NAMES_OF_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 
 @functools.cache
 def has_transformer_engine() -> bool:
@@ -60,7 +67,7 @@ def block_spec(
     if portable:
         layer, norm = portable_layer(), RMSNorm
     else:
-        layer, norm = _transformer_engine_layer()
+        layer, norm = _transformer_engine_layer(config)
     layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -78,11 +85,7 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
 
 
 def portable_layer() -> ModuleSpec:
-    """A Llama layer of plain torch parts that is exact under TP, SP, CP, PP and packing on any device.
-
-    Parameters keep the names of the Transformer Engine layer in checkpoints, so that either resumes the
-    other's.
-    """
+    """A Llama layer of plain torch parts that is exact under TP, SP, CP, PP and packing on any device."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -105,16 +108,25 @@ def portable_layer() -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=_NAMES_OF_NORMS,
         ),
     )
 
 
-def _transformer_engine_layer() -> tuple[ModuleSpec, Any]:
-    from megatron.core.extensions.transformer_engine import TENorm
+def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
+    """megatron-core's layer of Transformer Engine's parts, and the norm.
+
+    Norms that are recomputed stand beside the linear layers: megatron-core recomputes no norm that is fused
+    into one, and would ignore the setting.
+    """
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(), TENorm
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    parts = layer.submodules
+    if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules:
+        parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
+        parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+        parts.sharded_state_dict_keys_map = _NAMES_OF_NORMS
+    return layer, TENorm

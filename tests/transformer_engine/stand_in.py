@@ -11,12 +11,14 @@ NCCL, and speed. Any function that is missing here raises `NotImplementedError` 
 """
 
 import enum
+import functools
 import importlib
 import importlib.machinery
 import inspect
 import os
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -83,10 +85,22 @@ _TORCH_DTYPE = {
 }
 
 
+CALLS: Counter[str] = Counter()  # of each function that is replaced here, in this process
+
+
 def _compiled(function: Any) -> Any:
-    """Register a function of the compiled module under its own name."""
-    setattr(tex, function.__name__, function)
+    """Register a function of the compiled module under its own name, and count its calls."""
+    setattr(tex, function.__name__, _counted(function))
     return function
+
+
+def _counted(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        CALLS[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    return call
 
 
 for _name, _value in {
@@ -344,6 +358,7 @@ def _replace_unused_gradients() -> None:
     linear.get_dummy_wgrad = layernorm_linear.get_dummy_wgrad = unused
 
 
+@_counted
 def packed_attention(
     query: Tensor,
     key: Tensor,

@@ -1,6 +1,7 @@
 """Transformer Engine's layers give the portable layers' loss, gradient norm and gradients in every layout."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,11 @@ LAYOUTS = {
         )
         for module in ("core_attn", "mlp", "layernorm")
     },
+    "recomputed norms, TP2 + SP": (
+        2,
+        {"tensor": 2, "sequence": True},
+        {"recompute": {"mode": "selective", "modules": ["layernorm"]}},
+    ),
     "tied embeddings, PP2": (2, {"pipeline": 2}, {"model": {"tie_word_embeddings": True}}),
     "CP2 x PP2": (4, {"context": 2, "pipeline": 2}, {}),
 }
@@ -46,3 +52,36 @@ def test_layout_equals_portable_layers(name: str, portable: dict[str, tuple[dict
     run = partial(gradients, portable=False, frees_outputs=name in FREES_OUTPUTS)
     found = joined(run_with_transformer_engine(run, world_size, parallel, sections))
     check_equal(found, portable["tied" if "model" in sections else "untied"])
+
+
+def _calls(sections: dict[str, Any]) -> dict[str, int]:
+    """How often one step over four packs computes norms, matrix products and attention."""
+    from tests.transformer_engine.stand_in import CALLS
+
+    CALLS.clear()
+    gradients({}, sections, portable=False)
+    return dict(CALLS)
+
+
+def _calls_of_each(modes: list[dict[str, Any]]) -> list[dict[str, int]]:
+    return [_calls({"recompute": mode}) for mode in modes]
+
+
+def test_what_is_recomputed() -> None:
+    """4 layers, 4 packs. A layer has 2 norms, 4 matrices that are multiplied three times, and one attention;
+    the last norm is recomputed by no mode. A module that is recomputed runs its forward pass once more, and
+    the MLP's includes the norm that is fused into its first matrix."""
+    modes: list[dict[str, Any]] = [
+        {"mode": "none"},
+        *({"mode": "selective", "modules": [module]} for module in ("core_attn", "mlp", "layernorm")),
+        {"mode": "full"},
+    ]
+    (found,) = run_with_transformer_engine(_calls_of_each, 1, modes)
+    names = ("rmsnorm_fwd", "generic_gemm", "packed_attention")
+    assert [tuple(calls[name] for name in names) for calls in found] == [
+        (4 * (4 * 2 + 1), 4 * 4 * 12, 4 * 4),
+        (4 * (4 * 2 + 1), 4 * 4 * 12, 4 * 4 * 2),
+        (4 * (4 * 3 + 1), 4 * 4 * (12 + 2), 4 * 4),
+        (4 * (4 * 4 + 1), 4 * 4 * 12, 4 * 4),
+        (4 * (4 * 4 + 1), 4 * 4 * (12 + 4), 4 * 4 * 2),
+    ]
