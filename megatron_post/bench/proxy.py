@@ -26,7 +26,7 @@ from megatron_post.bench.synthetic import write_synthetic
 from megatron_post.config.load import parse, raise_for
 from megatron_post.config.schema import Config
 from megatron_post.data.store import Pack
-from megatron_post.models.build import build_model, uses_portable_layers
+from megatron_post.models.build import build_model, uses_portable_attention
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.estimate import layout_line
 from megatron_post.plan.fake_ranks import fake_rank
@@ -110,7 +110,7 @@ def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tupl
     )
     stage = make_stage(config, topology)
     wrapped = wrap_data_parallel(models, config, topology)
-    stepper = Stepper(wrapped, stage, topology, portable=uses_portable_layers(config))
+    stepper = Stepper(wrapped, stage, topology, portable=uses_portable_attention(config))
     packs = _packs(config, count=min(_PACKS, steps + warmup))
     batches = [(stepper.prepare(pack), count_packs([pack], stage)) for pack in packs]
     taken = []

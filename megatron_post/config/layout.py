@@ -74,11 +74,6 @@ def layout_errors(config: "Config") -> list[str]:
             f"data.pack_length={config.data.pack_length} is not a multiple of {pack_multiple(config)}, which "
             f"context={p.context}, tensor={p.tensor}, sequence={p.sequence}, fp8={config.precision.fp8} need",
         ),
-        (
-            config.precision.fp8 is None or not config.shares_prompts,
-            f"precision.fp8={config.precision.fp8} needs Transformer Engine's layers, which cannot run "
-            f"reward.layout={config.reward.layout}; set reward.layout=separate or precision.fp8=null",
-        ),
     ]
     found = [message for ok, message in checks if not ok]
     return found + fp8.setting_errors(config) + _pipeline_errors(config) + switch_errors(config)
@@ -97,9 +92,17 @@ def _pipeline_errors(config: "Config") -> list[str]:
 
 
 def uses_portable_layers(config: "Config", *, has_transformer_engine: bool) -> bool:
-    """Whether a run has the portable layers: where Transformer Engine is not there, in fp32, for which it has
-    no attention over packed rows, and where responses share a prompt."""
-    return not has_transformer_engine or config.precision.dtype == "fp32" or config.shares_prompts
+    """Whether a run has the portable layers: where Transformer Engine is not there, and in fp32, for which it
+    has no attention over packed rows."""
+    return not has_transformer_engine or config.precision.dtype == "fp32"
+
+
+def uses_portable_attention(config: "Config", *, has_transformer_engine: bool) -> bool:
+    """Whether a run has the portable layers' attention: with those layers, and inside Transformer Engine's
+    where responses share a prompt, which is beyond its own attention over packed rows."""
+    return config.shares_prompts or uses_portable_layers(
+        config, has_transformer_engine=has_transformer_engine
+    )
 
 
 def world_errors(

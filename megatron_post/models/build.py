@@ -18,6 +18,11 @@ def uses_portable_layers(config: Config) -> bool:
     return layout.uses_portable_layers(config, has_transformer_engine=has_transformer_engine())
 
 
+def uses_portable_attention(config: Config) -> bool:
+    """Whether a run on this machine has the portable layers' attention; see `layout`."""
+    return layout.uses_portable_attention(config, has_transformer_engine=has_transformer_engine())
+
+
 def padded_vocab_size(config: Config) -> int:
     """Rows of the embedding: the vocabulary rounded up so that it divides over tensor-parallel ranks in 128s.
 
@@ -107,7 +112,9 @@ def _chunk(
     stage, last = virtual_stage or 0, config.parallel.virtual_pipeline - 1
     model = Llama(
         config=core,
-        transformer_layer_spec=block_spec(core, portable=portable, virtual_stage=virtual_stage),
+        transformer_layer_spec=block_spec(
+            core, portable=portable, shares_prompts=config.shares_prompts, virtual_stage=virtual_stage
+        ),
         vocab_size=padded_vocab_size(config),
         max_sequence_length=m.max_position_embeddings,
         pre_process=topology.pipeline_rank == 0 and stage == 0,

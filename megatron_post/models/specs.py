@@ -1,4 +1,5 @@
-"""Layer specifications: Transformer Engine's on a GPU that has it, portable ones everywhere else.
+"""Layer specifications: Transformer Engine's on a GPU that has it, portable ones everywhere else, and between
+them Transformer Engine's with the portable attention.
 
 The only module that imports Transformer Engine, and only when asked to.
 """
@@ -61,13 +62,16 @@ class RMSNorm(torch.nn.Module):
 
 
 def block_spec(
-    config: TransformerConfig, *, portable: bool, virtual_stage: int | None
+    config: TransformerConfig, *, portable: bool, shares_prompts: bool, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline chunk and the norm behind the last of them."""
+    """The layers of one pipeline chunk and the norm behind the last of them.
+
+    shares_prompts: rows hold responses that see one prompt, which the portable attention alone can compute.
+    """
     if portable:
         layer, norm = portable_layer(), RMSNorm
     else:
-        layer, norm = _transformer_engine_layer(config)
+        layer, norm = _transformer_engine_layer(config, shares_prompts=shares_prompts)
     layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -113,17 +117,20 @@ def portable_layer() -> ModuleSpec:
     )
 
 
-def _transformer_engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, Any]:
+def _transformer_engine_layer(config: TransformerConfig, *, shares_prompts: bool) -> tuple[ModuleSpec, Any]:
     """megatron-core's layer of Transformer Engine's parts, and the norm.
 
-    Norms that are recomputed stand beside the linear layers: megatron-core recomputes no norm that is fused
-    into one, and would ignore the setting.
+    Where rows share prompts its attention is the portable one. FP8 loses nothing by that, since it is for
+    linear layers alone. Norms that are recomputed stand beside the linear layers: megatron-core recomputes no
+    norm that is fused into one, and would ignore the setting.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     layer = get_gpt_layer_with_transformer_engine_spec()
     parts = layer.submodules
+    if shares_prompts:
+        parts.self_attention.submodules.core_attention = PackedAttention
     if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules:
         parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
         parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear

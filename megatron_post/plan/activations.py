@@ -1,11 +1,12 @@
 """What a forward pass keeps for its backward pass, module by module, and what either needs while it runs.
 
-Two kinds of layers, for they keep different things:
+Three kinds of layers, for they keep different things:
 * "portable" (models/specs.py), read off its operations on a CPU and checked against them by
   tests/unit/plan/test_memory.py. Its norms compute in fp32 and keep three tensors, its SwiGLU keeps five of
   f.
 * "transformer_engine", from what its modules and megatron-core's fused SwiGLU and RoPE save in their source
   (TE 2.x); **not measured**, for no GPU was at hand.
+* "mixed": the second with the attention of the first, as FlexAttention computes it; **not measured** either.
 
 t: tokens of this context-parallel rank, s: the share of them that it holds between tensor-parallel regions (t
 / tp with sequence parallelism, else t), T: tokens of the whole pack; a, k, f: its heads', key-value heads'
@@ -19,7 +20,7 @@ from typing import Literal
 from megatron_post.config.schema import Config
 from megatron_post.plan.shape import vocabulary_rows
 
-Layers = Literal["portable", "transformer_engine"]
+Layers = Literal["portable", "transformer_engine", "mixed"]
 FP32, INT64 = 4, 8
 CHUNK_BYTES = 512 * 2**20  # of logits: megatron_post_kernels.linear_logprob
 CPU_BLOCK = 2**22  # logits that its torch implementation takes at a time
@@ -66,7 +67,8 @@ class Activations:
         mixed, rotated, projected = z.t * (z.a + 2 * z.k), z.t * (z.a + z.k), z.t * z.a
         if self.layers == "transformer_engine":
             return z.element * (mixed + rotated + projected)
-        angles = 4 * z.t * z.d  # cosine and sine, of queries and of keys
+        # cosine and sine, of queries and of keys, which the fused rotation does not keep
+        angles = 4 * z.t * z.d if self.layers == "portable" else 0
         if z.context > 1 and not self._selective("core_attn"):
             mixed, rotated = 0, z.t * z.a  # keys and values are kept gathered
         return z.element * (mixed + angles + rotated + projected)
@@ -85,7 +87,9 @@ class Activations:
 
     def _blocks(self) -> int:
         """Elements of masks, of blocks that are no squares, and of keys and values that are put together from
-        several segments. Chunk r of a segment's 2 cp sees r + 1 of them."""
+        several segments. Chunk r of a segment's 2 cp sees r + 1 of them. FlexAttention keeps none of it."""
+        if self.layers == "mixed":
+            return 0
         z = self._sizes
         positions = (z.context_rank, 2 * z.context - 1 - z.context_rank) if z.context > 1 else (0,)
         elements = 0
@@ -125,7 +129,7 @@ class Activations:
         what it has sent, its output."""
         z = self._sizes
         one = z.s * z.h * z.element
-        if self.layers == "transformer_engine":
+        if self.layers != "portable":
             return 0  # the input is the first norm's, the output is freed
         kept_anyhow = z.element == FP32 or self.config.recompute.mode == "full"
         return one * ((not first and not kept_anyhow) + (not last))
@@ -191,10 +195,10 @@ class Activations:
         return z.t * z.h * z.element if z.sequence else 0
 
     def batch(self) -> int:
-        """A pack as tensors, which the portable layers describe token by token."""
+        """A pack as tensors, which the portable attention wants described token by token."""
         z = self._sizes
         mine = z.t * (4 * INT64 + 1) + (z.t * FP32 if self.config.stage == "dpo" else 0)
-        return mine + (z.t * INT64 + z.T * (2 * INT64 + 1) if self.layers == "portable" else 0)
+        return mine + (z.t * INT64 + z.T * (2 * INT64 + 1) if self.layers != "transformer_engine" else 0)
 
     def angles(self) -> int:
         """Rotary angles that every recomputed layer of a chunk is given again."""

@@ -149,7 +149,9 @@ def layout_line(config: Config, data_size: int) -> str:
 
 def layers_on_gpu(config: Config) -> Layers:
     """The layers that run on a GPU with Transformer Engine."""
-    return "portable" if uses_portable_layers(config, has_transformer_engine=True) else "transformer_engine"
+    if uses_portable_layers(config, has_transformer_engine=True):
+        return "portable"
+    return "mixed" if config.shares_prompts else "transformer_engine"
 
 
 def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:

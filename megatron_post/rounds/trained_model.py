@@ -10,7 +10,7 @@ import torch
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.convert.configs import read_model
-from megatron_post.models.build import uses_portable_layers
+from megatron_post.models.build import uses_portable_attention
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.stages.base import Stage
@@ -41,4 +41,4 @@ def running_model(config: Config) -> Iterator[tuple[Stepper, Stage, Topology]]:
         chunks = load_model(config, topology)
         for chunk in chunks:
             chunk.eval()
-        yield Stepper(chunks, stage, topology, portable=uses_portable_layers(config)), stage, topology
+        yield Stepper(chunks, stage, topology, portable=uses_portable_attention(config)), stage, topology

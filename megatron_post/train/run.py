@@ -16,7 +16,7 @@ from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
 from megatron_post.data.store import GroupName, Pack, PackStore, open_store
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
-from megatron_post.models.build import build_model, uses_portable_layers
+from megatron_post.models.build import build_model, uses_portable_attention, uses_portable_layers
 from megatron_post.models.llama import Llama
 from megatron_post.models.specs import has_transformer_engine, transformer_engine_version
 from megatron_post.parallel.context import sum_over_ranks
@@ -239,7 +239,9 @@ def build_trainer(
         config,
         topology,
         chunks=chunks,
-        stepper=Stepper(chunks, stage, topology, portable=uses_portable_layers(config), reference=reference),
+        stepper=Stepper(
+            chunks, stage, topology, portable=uses_portable_attention(config), reference=reference
+        ),
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=checkpoints,

@@ -41,6 +41,8 @@ class Microbatch:
 class Stepper:
     """Runs packs forward, or forward and backward, through the model chunks of this rank.
 
+    portable: the chunks have the portable layers' attention, which is told of packs otherwise than
+    Transformer Engine's.
     reference: a frozen policy whose log-probabilities each batch gets before the loss is taken. `losses` are
     the mean losses of this rank's packs of the last call, on the last pipeline stage.
     """

@@ -38,25 +38,28 @@ PAIRS = examples(12)
 RANKED = examples(12, sizes=(3, 2, 2))
 
 
-def _config(stage: str, parallel: dict[str, Any], **sections: Any) -> Config:
+def preference_config(stage: str, parallel: dict[str, Any], **sections: Any) -> Config:
     values = {"data": {"pack_length": PACK_LENGTH}, "parallel": parallel, **sections}
     return tiny_config(stage=stage, **values)
 
 
-def _step(config: Config, counts: list[int], layout: str) -> tuple[dict, float, dict]:
+def step(
+    config: Config, counts: list[int], layout: str, *, portable: bool = True
+) -> tuple[dict, float, dict]:
     """Metrics, gradient norm and gradients of one step over 12 examples packed as `counts`."""
     scalar = config.stage == "reward"
     with parallel_run(config.parallel, seed=1) as topology:
-        models = build_model(config, topology)
+        models = build_model(config, topology, portable=portable)
         load_weights(models, RandomWeights(config.model, seed=POLICY, scalar_head=scalar), config.model)
         reference = None
         if not scalar:
-            reference = build_model(config, topology)
+            reference = build_model(config, topology, portable=portable)
             load_weights(reference, RandomWeights(config.model, seed=REFERENCE), config.model)
         chunks = wrap_data_parallel(models, config, topology)
         optimizer = build_optimizer(chunks, config)
         stage = make_stage(config, topology)
-        stepper = Stepper(chunks, stage, topology, portable=True, reference=reference)
+        own_attention = portable or config.shares_prompts
+        stepper = Stepper(chunks, stage, topology, portable=own_attention, reference=reference)
         made = packs(RANKED if scalar else PAIRS, counts=counts, layout=layout)
         metrics = stepper(made[topology.data_rank :: topology.data_size])
         optimizer.prepare_grads()
@@ -68,7 +71,7 @@ def _step(config: Config, counts: list[int], layout: str) -> tuple[dict, float, 
 
 
 def _run(world_size: int, config: Config, counts: list[int], layout: str) -> tuple[dict, dict]:
-    results = run_ranks(_step, world_size, config, counts, layout)
+    results = run_ranks(step, world_size, config, counts, layout)
     metrics = next(m for m, _, _ in reversed(results) if m)
     return metrics, {name: g for _, _, part in results for name, g in part.items()}
 
@@ -88,7 +91,7 @@ def _float64(config: Config, seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def dpo_float64() -> tuple[dict, dict]:
-    config = _config("dpo", {})
+    config = preference_config("dpo", {})
     policy, reference = _float64(config, POLICY), _float64(config, REFERENCE)
     sums = dpo_by_hand(policy, reference, PAIRS, config.dpo)
     (sums["loss"] / len(PAIRS)).backward()
@@ -97,7 +100,7 @@ def dpo_float64() -> tuple[dict, dict]:
 
 @pytest.fixture(scope="module")
 def reward_float64() -> tuple[dict, dict]:
-    model = _float64(_config("reward", {}), POLICY)
+    model = _float64(preference_config("reward", {}), POLICY)
     sums = ranking_by_hand(model, RANKED)
     (sums["loss"] / len(RANKED)).backward()
     return sums, {name: p.grad.numpy() for name, p in model.named_parameters()}
@@ -118,7 +121,7 @@ def _assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict], *, coun
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_dpo(name: str, dpo_float64: tuple[dict, dict]) -> None:
     world_size, parallel = LAYOUTS[name]
-    found = _run(world_size, _config("dpo", parallel), [2, 10], "separate")
+    found = _run(world_size, preference_config("dpo", parallel), [2, 10], "separate")
     _assert_equal(found, dpo_float64, count=12)
 
 
@@ -126,14 +129,14 @@ def test_dpo(name: str, dpo_float64: tuple[dict, dict]) -> None:
 def test_reward_isolated(name: str, reward_float64: tuple[dict, dict]) -> None:
     """The prompt once, responses blind to each other: the loss and gradients of separate rows."""
     world_size, parallel = LAYOUTS[name]
-    found = _run(world_size, _config("reward", parallel), [3, 9], "isolated")
+    found = _run(world_size, preference_config("reward", parallel), [3, 9], "isolated")
     _assert_equal(found, reward_float64, count=12)
 
 
 @pytest.mark.parametrize("name", ["one rank", "CP2", "TP2 + SP"])
 def test_reward_separate(name: str, reward_float64: tuple[dict, dict]) -> None:
     world_size, parallel = LAYOUTS[name]
-    config = _config("reward", parallel, reward={"layout": "separate"})
+    config = preference_config("reward", parallel, reward={"layout": "separate"})
     _assert_equal(_run(world_size, config, [5, 7], "separate"), reward_float64, count=12)
 
 
@@ -143,7 +146,7 @@ def test_reward_separate(name: str, reward_float64: tuple[dict, dict]) -> None:
 )
 def test_a_pair_weighs_a_pair(world_size: int, parallel: dict, counts: list[int], dpo_float64: tuple) -> None:
     """However the twelve pairs are packed, and over however many ranks and microbatches."""
-    found = _run(world_size, _config("dpo", parallel), counts, "separate")
+    found = _run(world_size, preference_config("dpo", parallel), counts, "separate")
     _assert_equal(found, dpo_float64, count=12)
 
 
@@ -161,7 +164,7 @@ def _first_loss(config: Config) -> dict[str, float]:
 def test_first_step_is_ln_2(name: str) -> None:
     """With policy = reference: ln 2 + 0.2 NLL, to 1e-6, and no margin."""
     world_size, parallel = LAYOUTS[name]
-    results = run_ranks(_first_loss, world_size, _config("dpo", parallel))
+    results = run_ranks(_first_loss, world_size, preference_config("dpo", parallel))
     metrics = next(m for m in reversed(results) if m)
     assert metrics["loss"] / 12 == pytest.approx(np.log(2) + 0.2 * metrics["nll"] / 12, abs=1e-6)
     assert metrics["margin"] == 0 and metrics["kl"] == 0
@@ -170,9 +173,9 @@ def test_first_step_is_ln_2(name: str) -> None:
 def test_concatenated_sees_earlier_responses() -> None:
     """The report's approximation: one row a prompt, where a response sees those before it. The first response
     of each row scores as alone, the second does not."""
-    config = _config("reward", {}, reward={"layout": "concatenated"})
+    config = preference_config("reward", {}, reward={"layout": "concatenated"})
     (scores,) = run_ranks(_scores, 1, config)
-    ((alone),) = run_ranks(_scores, 1, _config("reward", {}))
+    ((alone),) = run_ranks(_scores, 1, preference_config("reward", {}))
     np.testing.assert_allclose(scores[1], alone[1], atol=1e-5)
     assert abs(scores[2] - alone[2]) > 1e-3
 

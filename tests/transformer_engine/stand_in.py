@@ -183,25 +183,34 @@ def rmsnorm_bwd(
 def fused_rope_forward(
     x: Tensor, angles: Tensor, start: Any, form: Any, interleaved: bool, cu_seqlens: Any, size: int, rank: int
 ) -> Tensor:
-    assert angles.dtype == torch.float32 and not interleaved and form == tex.NVTE_QKV_Format.NVTE_THD
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    assert longest <= len(angles), f"a segment of {longest} tokens has angles for {len(angles)}"
-    return _rotate(x, angles, cu_seqlens, size=size, rank=rank, sign=1)
+    assert angles.dtype == torch.float32 and not interleaved
+    if form == tex.NVTE_QKV_Format.NVTE_THD:
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        assert longest <= len(angles), f"a segment of {longest} tokens has angles for {len(angles)}"
+    return _rotate(x, angles, form, cu_seqlens, size=size, rank=rank, sign=1)
 
 
 @_compiled
 def fused_rope_backward(
     gradient: Tensor, angles: Tensor, start: Any, form: Any, interleaved: bool, cu: Any, size: int, rank: int
 ) -> Tensor:
-    return _rotate(gradient, angles, cu, size=size, rank=rank, sign=-1)
+    return _rotate(gradient, angles, form, cu, size=size, rank=rank, sign=-1)
 
 
-def _rotate(x: Tensor, angles: Tensor, cu_seqlens: Tensor, *, size: int, rank: int, sign: int) -> Tensor:
-    """x: [t/cp, heads, d]. Positions restart at each segment; a rank holds two zigzag chunks of each."""
-    positions = torch.cat(
-        [chunk for n in cu_seqlens.diff().tolist() for chunk in _zigzag(n, size=size, rank=rank)]
-    )
-    chosen = angles[positions][:, 0]  # [t/cp, 1, rotated part of d]
+def _rotate(
+    x: Tensor, angles: Tensor, form: Any, cu_seqlens: Tensor | None, *, size: int, rank: int, sign: int
+) -> Tensor:
+    """x: [t/cp, heads, d] of packed segments, in each of which positions restart and of each of which a rank
+    holds two zigzag chunks; or [t/cp, 1, heads, d] with angles of its own for every token."""
+    if form == tex.NVTE_QKV_Format.NVTE_THD:
+        assert cu_seqlens is not None
+        positions = torch.cat(
+            [chunk for n in cu_seqlens.diff().tolist() for chunk in _zigzag(n, size=size, rank=rank)]
+        )
+        chosen = angles[positions][:, 0]  # [t/cp, 1, rotated part of d]
+    else:
+        assert form == tex.NVTE_QKV_Format.NVTE_SBHD and size == 1 and len(angles) == len(x)
+        chosen = angles
     width = chosen.shape[-1]
     turned, rest = x[..., :width].float(), x[..., width:]
     first, second = turned.chunk(2, -1)
