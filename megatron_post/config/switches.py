@@ -23,16 +23,11 @@ def switch_errors(config: "Config") -> list[str]:
 
 
 def _layer_errors(config: "Config") -> list[str]:
-    reasons = {
-        "precision.dtype=fp32": config.precision.dtype == "fp32",
-        f"reward.layout={config.reward.layout}": config.shares_prompts,
-    }
-    reason = next((text for text, holds in reasons.items() if holds), None)
-    if reason is None:
+    if config.precision.dtype != "fp32":
         return []
     return [
-        f"{key}={_text(value)} needs Transformer Engine's layers, and {reason} runs the portable ones; set "
-        f"{key}={_text(off)}"
+        f"{key}={_text(value)} needs Transformer Engine's layers, and precision.dtype=fp32 runs the portable "
+        f"ones; set {key}={_text(off)}"
         for key, value, off in _on(config)
     ]
 

@@ -327,12 +327,15 @@ def _pretend_a_gpu(*, capability: tuple[int, int]) -> None:
 
 
 def _replace_attention() -> None:
-    from transformer_engine.pytorch import utils
+    from transformer_engine.pytorch import distributed, utils
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
     from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module import base
 
     utils._empty_tensor = torch.Tensor
+    # its recomputation of whole modules, which megatron-core uses with FP8, restores the generator's state
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.default_generator.get_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.default_generator.set_state(state)
     workspace = torch.empty(16, dtype=torch.uint8)
     gemm.get_cublas_workspace = lambda *_: workspace
     # modules assert that CUDA is there when they are made, and at no other time

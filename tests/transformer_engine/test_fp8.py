@@ -1,5 +1,10 @@
-"""Transformer Engine refuses the GPUs, versions of CUDA and widths that we refuse for each FP8 recipe."""
+"""What megatron-core and Transformer Engine do with FP8, but for the numbers.
 
+Transformer Engine refuses the GPUs, versions of CUDA and widths that we refuse for each recipe. The branches
+that megatron-core has for FP8, such as another recomputation, give in fp32 the result of the others.
+"""
+
+import contextlib
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -10,6 +15,8 @@ from torch import Tensor
 
 from megatron_post.config.fp8 import RECIPES, refusal
 from megatron_post.config.load import ConfigError
+from tests.distributed.test_layouts import check_equal, gradients, joined
+from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 from tests.transformer_engine.ranks import needs_wheel, run_with_transformer_engine
 
@@ -146,3 +153,33 @@ def test_widths(answers: Any) -> None:
     ours = [{recipe for recipe in RECIPES if _refused_by_us(recipe, model)} for model in MODELS]
     assert ours == answers[2]
     assert ours[0] == set() and {len(refused) for refused in ours} == {0, 1, 2, 4}
+
+
+def _gradients_without_quantization(sections: dict[str, Any]) -> Any:
+    """`gradients` with FP8 configured, and layers that run outside of Transformer Engine's FP8 context."""
+    import megatron.core.transformer.transformer_block as block
+
+    outside = mock.patch.object(block, "get_fp8_context", lambda *_, **__: contextlib.nullcontext())
+    with outside:
+        return gradients({}, sections, {"precision.fp8": "tensorwise"}, portable=False)
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"mode": "none"},
+        {"mode": "full"},
+        {"mode": "selective", "modules": ["core_attn", "mlp", "layernorm"]},
+    ],
+    ids=lambda recompute: recompute["mode"],
+)
+def test_branches_of_fp8(recompute: dict[str, Any], plain: tuple[dict, float, dict]) -> None:
+    """Recomputation is Transformer Engine's there, and matrices behind recomputed norms keep their input."""
+    found = run_with_transformer_engine(_gradients_without_quantization, 1, {"recompute": recompute})
+    check_equal(joined(found), plain)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[dict, float, dict]:
+    """What one rank of portable layers gives."""
+    return joined(run_ranks(gradients, 1, {}, {}))

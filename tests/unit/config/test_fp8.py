@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_post.config.fp8 import RECIPES, refusal
-from megatron_post.config.layout import uses_portable_layers, world_errors
+from megatron_post.config.layout import uses_portable_attention, uses_portable_layers, world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from tests.tiny import tiny_config
@@ -58,6 +58,8 @@ def test_widths_that_fit() -> None:
     _config("mxfp8")
     _config("tensorwise", parallel={"tensor": 2})
     _config("delayed", recompute={"mode": "full", "modules": ["layernorm"]})
+    for layout in ("separate", "isolated", "concatenated"):
+        _config("tensorwise", stage="reward", reward={"layout": layout})
 
 
 def test_delayed_scaling_recomputes_no_norms() -> None:
@@ -103,6 +105,16 @@ def test_which_layers() -> None:
     assert uses_portable_layers(tiny_config(), has_transformer_engine=True)
     assert not uses_portable_layers(_config(None), has_transformer_engine=True)
     assert uses_portable_layers(_config(None), has_transformer_engine=False)
+
+
+def test_which_attention() -> None:
+    """Rows that share a prompt have the portable attention in Transformer Engine's layers."""
+    for layout, portable in (("separate", False), ("isolated", True), ("concatenated", True)):
+        config = _config("tensorwise", stage="reward", reward={"layout": layout})
+        assert not uses_portable_layers(config, has_transformer_engine=True)
+        assert uses_portable_attention(config, has_transformer_engine=True) == portable
+        assert uses_portable_attention(config, has_transformer_engine=False)
+    assert uses_portable_attention(tiny_config(), has_transformer_engine=True)
 
 
 def test_ranks_ask_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_post.config.load import ConfigError, load_config, to_yaml
-from megatron_post.plan.activations import Segment
+from megatron_post.plan.activations import Activations, Segment
 from megatron_post.plan.estimate import (
     changed,
     layers_on_gpu,
@@ -65,6 +65,22 @@ def test_fp32_is_planned_with_the_layers_that_run() -> None:
     config = llama_config("llama3.1_8b", {"tensor": 2}, pack_length=8192, precision={"dtype": "fp32"})
     assert layers_on_gpu(config) == "portable"
     assert pack_segments(config, None) == (Segment(8192),)
+
+
+@pytest.mark.parametrize("fp8", [None, "tensorwise"])
+def test_rows_that_share_a_prompt(fp8: str | None) -> None:
+    """Transformer Engine's layers and our attention: of one layer without context parallelism, more by the
+    attention's own output, which the projection keeps as well. FP8 takes hold of the matrices."""
+    precision = {"precision": {"fp8": fp8}}
+    shared = llama_config("llama3.1_8b", {"tensor": 2}, stage="reward", **precision)
+    separate = llama_config(
+        "llama3.1_8b", {"tensor": 2}, stage="reward", reward={"layout": "separate"}, **precision
+    )
+    assert (layers_on_gpu(shared), layers_on_gpu(separate)) == ("mixed", "transformer_engine")
+    ledgers = [Activations(c, layers_on_gpu(c), pack_segments(c, None)) for c in (shared, separate)]
+    assert ledgers[0].whole_layer() - ledgers[1].whole_layer() == 2 * 8192 * 4096 // 2
+    plans = [make_plan(c, gpus=8, gpu=H100) for c in (shared, separate)]
+    assert plans[0].time.passes.matrices == plans[1].time.passes.matrices
 
 
 def test_any_number_of_chunks_a_rank_is_tried() -> None:
