@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Switches of Transformer Engine's modules, which the portable layers do not have.
 _OF_TRANSFORMER_ENGINE = ("optimizer.gradient_accumulation_fusion", "parallel.cp_comm_type")
+_OF_ATTENTION = ("parallel.cp_comm_type",)
 # The first version that divides the heads of packed rows over context-parallel ranks.
 _PACKED_ALL_TO_ALL = (2, 10)
 
@@ -23,12 +24,16 @@ def switch_errors(config: "Config") -> list[str]:
 
 
 def _layer_errors(config: "Config") -> list[str]:
-    if config.precision.dtype != "fp32":
+    if config.precision.dtype == "fp32":
+        part, other = "layers", "precision.dtype=fp32 runs the portable ones"
+    elif config.shares_prompts:
+        part, other = "attention", f"reward.layout={config.reward.layout} runs the portable one"
+    else:
         return []
     return [
-        f"{key}={_text(value)} needs Transformer Engine's layers, and precision.dtype=fp32 runs the portable "
-        f"ones; set {key}={_text(off)}"
+        f"{key}={_text(value)} needs Transformer Engine's {part}, and {other}; set {key}={_text(off)}"
         for key, value, off in _on(config)
+        if part == "layers" or key in _OF_ATTENTION
     ]
 
 

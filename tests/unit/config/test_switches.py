@@ -80,6 +80,14 @@ def test_layers_of_transformer_engine(switch: str) -> None:
         tiny_config(**sections | {"precision": {"dtype": "fp32"}})
     assert f"{switch} needs Transformer Engine's layers" in str(caught.value)
     assert "precision.dtype=fp32 runs the portable ones" in str(caught.value)
-    tiny_config(
-        stage="reward", **sections
-    )  # rows that share a prompt have Transformer Engine's linear layers
+
+
+def test_rows_that_share_a_prompt() -> None:
+    """They have Transformer Engine's linear layers, and the portable attention."""
+    tiny_config(stage="reward", optimizer={"gradient_accumulation_fusion": True}, **BF16)
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(stage="reward", parallel={"context": 2, "cp_comm_type": "a2a"}, **BF16)
+    assert (
+        "parallel.cp_comm_type=a2a needs Transformer Engine's attention, and reward.layout=isolated"
+        in str(caught.value)
+    )
