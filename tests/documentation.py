@@ -73,6 +73,9 @@ def commands(text: str) -> Iterator[list[str]]:
                 words.pop(0)
             if words:
                 yield words
+            for inner in words:  # sbatch --wrap "megatron-post ..."
+                if "megatron-post " in inner:
+                    yield from commands(inner)
             words = []
 
 
