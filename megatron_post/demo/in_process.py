@@ -18,6 +18,7 @@ from megatron_post.demo.evaluate import Response
 from megatron_post.models.build import build_model
 from megatron_post.models.llama import Llama
 from megatron_post.models.packing import portable_segments
+from megatron_post.parallel.context import ContextSplit
 from megatron_post.parallel.topology import parallel_run
 
 _TOKENS_AT_ONCE = 8192
@@ -51,7 +52,7 @@ def _compare(llama: Llama, pack: Sequence[Response]) -> Iterator[bool]:
     rows = [np.array(response.prompt_ids + response.response_ids, dtype=np.int32) for response in pack]
     segments = [Rendered(row, np.ones(len(row), dtype=np.uint8)) for row in rows]
     batch = batch_of_pack(loose_pack(segments, pack_length=sum(map(len, rows))), role_numbers(()))
-    packed = portable_segments(batch, context_rank=0, context_size=1)
+    packed = portable_segments(batch, ContextSplit(batch.cu_seqlens, 1), rank=0, device=batch.tokens.device)
     logits: Tensor = llama(
         batch.tokens[None], batch.positions[None], None, packed_seq_params=packed
     )  # [t, 1, v]

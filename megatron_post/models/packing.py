@@ -7,8 +7,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_post.data.batch import PackedBatch, segment_numbers
-from megatron_post.parallel.context import gathered_order, zigzag_indices
+from megatron_post.data.batch import PackedBatch
+from megatron_post.parallel.context import ContextSplit
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,30 @@ class PackedSegments(PackedSeqParams):
     blocks: tuple[AttentionBlock, ...] = ()
 
 
-def portable_segments(batch: PackedBatch, *, context_rank: int, context_size: int) -> PackedSegments:
-    """Packed parameters for the portable layers, from this rank's part of a batch."""
-    cu_seqlens = batch.cu_seqlens
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    segments = segment_numbers(cu_seqlens)
-    within = torch.arange(len(segments), device=segments.device) - starts[segments]
+def portable_segments(
+    whole: PackedBatch, split: ContextSplit, *, rank: int, device: torch.device
+) -> PackedSegments:
+    """Packed parameters on `device` for the portable layers of a context-parallel rank. whole: the pack,
+    before it is split."""
+    starts = whole.cu_seqlens[:-1].long()
+    within = torch.arange(len(whole.segments), device=starts.device) - starts[whole.segments]
+    real = within < whole.lengths.long()[whole.segments]
+    indices = split.indices(rank)
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(device, non_blocking=True)
+
     return PackedSegments(
         qkv_format="sbhd",
         cp_group=None,
-        positions=batch.positions,
-        indices=zigzag_indices(cu_seqlens, rank=context_rank, size=context_size),
-        segments=segments,
-        real=within < batch.lengths.long()[segments],
-        seen=batch.seen,
-        gather_order=gathered_order(cu_seqlens, size=context_size) if context_size > 1 else None,
-        segment_lengths=tuple(lengths.tolist()),
-        blocks=_blocks(batch, rank=context_rank, size=context_size),
+        positions=moved(whole.positions[indices]),
+        indices=moved(indices),
+        segments=moved(whole.segments),
+        real=moved(real),
+        seen=None if whole.seen is None else moved(whole.seen),
+        gather_order=moved(split.order) if split.size > 1 else None,
+        segment_lengths=tuple(whole.cu_seqlens.diff().tolist()),
+        blocks=_blocks(whole, split, rank=rank),
     )
 
 
@@ -89,17 +96,12 @@ def transformer_engine_segments(
     )
 
 
-def _blocks(batch: PackedBatch, *, rank: int, size: int) -> tuple[AttentionBlock, ...]:
-    real = batch.lengths.tolist()
-    seen = batch.seen.tolist() if batch.seen is not None else [(0, 0)] * len(real)
+def _blocks(whole: PackedBatch, split: ContextSplit, *, rank: int) -> tuple[AttentionBlock, ...]:
+    real = whole.lengths.tolist()
+    seen = whole.seen.tolist() if whole.seen is not None else [(0, 0)] * len(real)
     blocks = []
-    for segment, length in enumerate(batch.cu_seqlens.diff().tolist()):
+    for segment, start, end in split.chunks(rank):
         # of earlier segments only real tokens: their padding stands between them and what continues them
         earlier = tuple((other, real[other]) for other in range(*seen[segment]))
-        if size == 1:
-            blocks.append(AttentionBlock(length, (*earlier, (segment, length))))
-            continue
-        chunk = length // (2 * size)
-        for position in (rank, 2 * size - 1 - rank):  # the zigzag split
-            blocks.append(AttentionBlock(chunk, (*earlier, (segment, (position + 1) * chunk))))
+        blocks.append(AttentionBlock(end - start, (*earlier, (segment, end))))
     return tuple(blocks)

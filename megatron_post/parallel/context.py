@@ -5,44 +5,72 @@ carries the same share of every segment's causal triangle. It is the layout that
 attention expects.
 """
 
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def zigzag_indices(cu_seqlens: Tensor, *, rank: int, size: int) -> Tensor:
-    """Indices in the pack of the tokens that a context-parallel rank holds, in the order in which it holds
-    them.
+class ContextSplit:
+    """The split of one pack over `size` ranks. Everything is computed once, for all ranks.
 
     cu_seqlens: int [n + 1], offsets of the pack's segments, each length a multiple of 2 x size (any, if size
-    is 1). Returns int64 [t / size], on the device of `cu_seqlens`.
+    is 1). Results are on its device.
     Raises `ValueError` for a segment that the split does not divide.
     """
-    device = cu_seqlens.device
-    if size == 1:
-        return torch.arange(int(cu_seqlens[-1]), device=device)
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    if bool((lengths % (2 * size)).any()):
-        bad = int(lengths[(lengths % (2 * size)) != 0][0])
-        raise ValueError(
-            f"a segment of {bad} tokens cannot be split over {size} context-parallel ranks: pack again with "
-            f"segments padded to a multiple of {2 * size}"
+
+    def __init__(self, cu_seqlens: Tensor, size: int) -> None:
+        self.size = size
+        self._starts, self._lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        self._tokens = int(cu_seqlens[-1])
+        if size > 1 and bool((self._lengths % (2 * size)).any()):
+            bad = int(self._lengths[(self._lengths % (2 * size)) != 0][0])
+            raise ValueError(
+                f"a segment of {bad} tokens cannot be split over {size} context-parallel ranks: pack again "
+                f"with segments padded to a multiple of {2 * size}"
+            )
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where each token of the pack stands in the concatenation of all ranks' parts, rank 0 first. int64
+        [t]."""
+        tokens = torch.arange(self._tokens, device=self._lengths.device)
+        if self.size == 1:
+            return tokens
+        segment_start = self._starts.repeat_interleave(self._lengths, output_size=self._tokens)
+        chunk_length = (self._lengths // (2 * self.size)).repeat_interleave(
+            self._lengths, output_size=self._tokens
         )
-    pieces = []
-    for start, chunk in zip(starts.tolist(), (lengths // (2 * size)).tolist(), strict=True):
-        for position in (rank, 2 * size - 1 - rank):
-            pieces.append(torch.arange(start + position * chunk, start + (position + 1) * chunk))
-    return torch.cat(pieces).to(device)
+        within = tokens - segment_start
+        chunk = within // chunk_length
+        is_second = chunk >= self.size
+        rank = torch.where(is_second, 2 * self.size - 1 - chunk, chunk)
+        # a rank's part holds its two chunks of every earlier segment, which are 1 / size of these segments
+        before = rank * (self._tokens // self.size) + segment_start // self.size
+        return before + is_second * chunk_length + within % chunk_length
 
+    @cached_property
+    def _parts(self) -> Tensor:
+        parts = torch.empty_like(self.order)
+        parts[self.order] = torch.arange(self._tokens, device=parts.device)
+        return parts.view(self.size, -1)
 
-def gathered_order(cu_seqlens: Tensor, *, size: int) -> Tensor:
-    """Where each token of the pack stands in the concatenation of all ranks' parts, rank 0 first. int64
-    [t]."""
-    parts = torch.cat([zigzag_indices(cu_seqlens, rank=rank, size=size) for rank in range(size)])
-    order = torch.empty_like(parts)
-    order[parts] = torch.arange(parts.numel(), device=parts.device)
-    return order
+    def indices(self, rank: int) -> Tensor:
+        """Indices in the pack of the tokens that a rank holds, in the order in which it holds them. int64
+        [t / size]."""
+        return self._parts[rank]
+
+    def chunks(self, rank: int) -> Iterator[tuple[int, int, int]]:
+        """The chunks of a rank in the order of its tokens: segment, and the chunk's start and end in it."""
+        for segment, length in enumerate(self._lengths.tolist()):
+            if self.size == 1:
+                yield segment, 0, length
+                continue
+            chunk = length // (2 * self.size)
+            for number in (rank, 2 * self.size - 1 - rank):
+                yield segment, number * chunk, (number + 1) * chunk
 
 
 def sum_over_ranks(x: Tensor, group: Any) -> Tensor:

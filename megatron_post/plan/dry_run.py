@@ -26,9 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError, raise_for
 from megatron_post.config.schema import Config, Parallel
+from megatron_post.data.batch import PackedBatch
 from megatron_post.models.build import build_model
-from megatron_post.models.packing import AttentionBlock, PackedSegments
-from megatron_post.parallel.context import gathered_order, zigzag_indices
+from megatron_post.models.packing import portable_segments
+from megatron_post.parallel.context import ContextSplit
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.shape import chunks, model_parameters
@@ -184,24 +185,19 @@ def _fake_modules() -> Iterator[None]:
 
 def _packed(config: Config, topology: Topology) -> PackedSeqParams:
     """What the portable layers must know of a pack that is one segment."""
-    length, size = config.data.pack_length, topology.groups.cp.size()
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-    chunk = length // (2 * size)
-    places = (topology.context_rank, 2 * size - 1 - topology.context_rank)
-    whole = (AttentionBlock(length, ((0, length),)),)
-    blocks = tuple(AttentionBlock(chunk, ((0, (place + 1) * chunk),)) for place in places)
-    indices = zigzag_indices(cu_seqlens, rank=topology.context_rank, size=size)
-    return PackedSegments(
-        qkv_format="sbhd",
-        cp_group=None,
-        positions=indices,
-        indices=indices,
-        segments=torch.zeros(length, dtype=torch.long),
-        real=torch.ones(length, dtype=torch.bool),
-        gather_order=gathered_order(cu_seqlens, size=size) if size > 1 else None,
-        segment_lengths=(length,),
-        blocks=blocks if size > 1 else whole,
+    tokens = torch.zeros(config.data.pack_length, dtype=torch.long)
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    whole = PackedBatch(
+        tokens=tokens,
+        labels=tokens,
+        trained=tokens.bool(),
+        positions=torch.arange(len(tokens)),
+        segments=tokens,
+        cu_seqlens=cu_seqlens,
+        lengths=cu_seqlens[1:],
     )
+    split = ContextSplit(cu_seqlens, topology.groups.cp.size())
+    return portable_segments(whole, split, rank=topology.context_rank, device=tokens.device)
 
 
 def _trace(model: Any, config: Config, topology: Topology, packed: PackedSeqParams) -> None:

@@ -11,7 +11,7 @@ from megatron_post.config.schema import Config, Precision
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore
 from megatron_post.display import make_console, make_progress
-from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
+from megatron_post.parallel.context import ContextSplit, sum_over_ranks
 from megatron_post.parallel.topology import Topology
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 from megatron_post.storage.reading import read_object
@@ -118,7 +118,6 @@ def compute_reference(
 def whole_pack(values: Tensor, cu_seqlens: Tensor, topology: Topology) -> Tensor:
     """Per-token values fp32 [t / cp] of this context-parallel rank to those of the whole pack, [t]."""
     group = topology.groups.cp
-    indices = zigzag_indices(cu_seqlens, rank=group.rank(), size=group.size())
     whole = values.new_zeros(int(cu_seqlens[-1]))
-    whole[indices] = values.detach()
+    whole[ContextSplit(cu_seqlens, group.size()).indices(group.rank())] = values.detach()
     return sum_over_ranks(whole, group)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_post.data.batch import PackedBatch
 from megatron_post.data.store import Pack
 from megatron_post.models.packing import portable_segments, transformer_engine_segments
-from megatron_post.parallel.context import zigzag_indices
+from megatron_post.parallel.context import ContextSplit
 from megatron_post.parallel.topology import Topology
 from megatron_post.stages.base import Metrics, Stage
 
@@ -106,14 +106,12 @@ class Stepper:
         """Collate a pack, take this context-parallel rank's tokens, move them to the device."""
         groups, device = self._topology.groups, self._topology.device
         whole = self._stage.collate(pack)
-        indices = zigzag_indices(whole.cu_seqlens, rank=groups.cp.rank(), size=groups.cp.size())
-        batch = whole.part(indices).to(device)
-        if not self._portable:
-            packed = transformer_engine_segments(
-                whole.cu_seqlens, context_size=groups.cp.size(), device=device
-            )
-            return Microbatch(batch, packed)
-        packed = portable_segments(batch, context_rank=groups.cp.rank(), context_size=groups.cp.size())
+        split = ContextSplit(whole.cu_seqlens, groups.cp.size())
+        batch = whole.part(split.indices(groups.cp.rank())).to(device)
+        if self._portable:
+            packed = portable_segments(whole, split, rank=groups.cp.rank(), device=device)
+        else:
+            packed = transformer_engine_segments(whole.cu_seqlens, context_size=split.size, device=device)
         return Microbatch(batch, packed)
 
     def _with_reference(self, microbatches: list[Microbatch], chunks: list[Any]) -> list[Microbatch]:

@@ -12,7 +12,7 @@ from megatron_post_kernels.dpo_loss import PairTerms, dpo_loss, pair_terms, segm
 from megatron_post_kernels.pair_losses import LOSSES, DPOSettings
 from torch import Tensor
 
-from megatron_post.parallel.context import sum_over_ranks, zigzag_indices
+from megatron_post.parallel.context import ContextSplit, sum_over_ranks
 from tests.kernels.interpreter import kernel_device, on_kernels
 from tests.ranks import run_ranks
 
@@ -261,7 +261,7 @@ def _context_rank(impl: str, name: str) -> Any:
     group = torch.distributed.group.WORLD
     pack = _split_pack()
     assert group is not None and pack.reference is not None
-    mine = zigzag_indices(pack.cu_seqlens, rank=group.rank(), size=2)
+    mine = ContextSplit(pack.cu_seqlens, 2).indices(group.rank())
     part = replace(
         pack,
         logps=pack.logps[mine],

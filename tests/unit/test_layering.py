@@ -67,7 +67,7 @@ ALLOWED = {
         "train",
         "rounds",
     },
-    "plan": {"config", "display", "models", "parallel", "storage"},
+    "plan": {"config", "data.batch", "display", "models", "parallel", "storage"},
     "rounds": {
         "config",
         "data",

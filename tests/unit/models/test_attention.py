@@ -9,7 +9,7 @@ from megatron_post.data.batch import PackedBatch, segment_numbers
 from megatron_post.models import attention
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import PackedSegments, portable_segments
-from megatron_post.parallel.context import zigzag_indices
+from megatron_post.parallel.context import ContextSplit
 
 CU_SEQLENS = torch.tensor([0, 4, 24, 32, 64], dtype=torch.int32)
 
@@ -25,7 +25,6 @@ def _packed(rank: int, size: int, *, shared_prompt: bool, more: int = 0) -> Pack
     cu_seqlens = torch.cat([CU_SEQLENS[:-1], cuts, CU_SEQLENS[-1:]])
     lengths = torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]])
     seen = torch.cat([SEEN, SEEN[-1:].expand(more, 2)])
-    indices = zigzag_indices(cu_seqlens, rank=rank, size=size)
     nothing, segments = torch.zeros(64, dtype=torch.long), segment_numbers(cu_seqlens)
     batch = PackedBatch(
         tokens=nothing,
@@ -36,8 +35,9 @@ def _packed(rank: int, size: int, *, shared_prompt: bool, more: int = 0) -> Pack
         cu_seqlens=cu_seqlens,
         lengths=lengths,
         seen=seen if shared_prompt else None,
-    ).part(indices)
-    return portable_segments(batch, context_rank=rank, context_size=size)
+    )
+    split = ContextSplit(cu_seqlens, size)
+    return portable_segments(batch, split, rank=rank, device=torch.device("cpu"))
 
 
 def _tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def test_flex_equals_blocks_over_several_tiles(
         lengths=cu_seqlens.diff(),
         seen=None,
     )
-    packed = portable_segments(batch, context_rank=0, context_size=1)
+    packed = portable_segments(batch, ContextSplit(batch.cu_seqlens, 1), rank=0, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     q, k, v, weights = (torch.randn(n, total, 8, generator=generator) for n in (4, 2, 2, 4))
     found = []
