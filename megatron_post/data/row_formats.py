@@ -76,10 +76,12 @@ class RowReader:
         if not self._columns.by_role:
             system = system or _system_of(row)
         example = _with_system(self._example(row), system)
-        refuse_unused_context(row)
-        messages = example.messages if isinstance(example, Dialog) else example.prompt
+        opening = example.messages if isinstance(example, Dialog) else example.prompt
         responses = () if isinstance(example, Dialog) else example.responses
-        for message in chain(messages, *responses) if self._source.templated == "refuse" else ():
+        messages = list(chain(opening, *responses))
+        said = "\n".join(message.text for message in messages)
+        refuse_unused_context(row, said, by_role=self._columns.by_role)
+        for message in messages if self._source.templated == "refuse" else ():
             refuse_templated(message)
         self._counts.unused.update(row.unused())
         return example

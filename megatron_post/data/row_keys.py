@@ -117,6 +117,24 @@ def from_json(value: Any, name: str) -> Any:
         raise BadRow(f"{name} are not JSON: {error}") from None
 
 
+def messages_in(text: str) -> list[Any] | None:
+    """The messages whose JSON a text is, in which each has a role and a content; None for another text."""
+    if not text.lstrip().startswith("[") or not ('"role"' in text or '"from"' in text):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if found and all(map(_is_message, found)) else None
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(
+        isinstance(value.get(role), str) and content in value
+        for role, content in (("role", "content"), ("from", "value"))
+    )
+
+
 def text_of(value: Any, name: str) -> str:
     """The value. Raises `BadRow` if it is no text."""
     if not isinstance(value, str):

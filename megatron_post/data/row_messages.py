@@ -7,7 +7,9 @@ from typing import Any
 
 from megatron_post.config.schema import Reasoning
 from megatron_post.data.dialog import BadRow, Message
-from megatron_post.data.row_keys import Keys, from_json, text_of
+from megatron_post.data.row_keys import Keys, from_json, is_blank, text_of
+from megatron_post.data.row_labels import refuse_label
+from megatron_post.data.row_marks import message_mark, words_of
 from megatron_post.data.row_tools import calls_in, calls_of
 
 _ROLES = {
@@ -28,11 +30,7 @@ _UNUSABLE = {
     ),
     "refusal": "no template renders it. Write it as the content if it should be trained, or",
 }
-# Keys that say whether a message is trained; those of masks say the contrary.
-MARKS = (
-    *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
-    *("loss_weight", "loss_scale", "mask", "masked"),
-)
+_THOUGHT = {"reasoning", "think", "thinking", "thought", "thoughts", "cot", "rationale", "scratchpad", "plan"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,10 @@ def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Sa
     messages, marks = [], []
     for number, (keys, role, more) in enumerate(zip(found, roles, followed, strict=True), start=1):
         refuse_unusable(keys, f"message {number}")
+        if role == "assistant":
+            refuse_label(keys, f" of message {number}")
+        if reasoning != "drop":
+            _refuse_unknown_thoughts(keys, number)
         thought = _reasoning(keys, number, reasoning)
         calls = calls_of(keys)
         text, part_thought = _content(keys, number, role, reasoning)
@@ -67,30 +69,10 @@ def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Sa
         messages.append(
             Message(role, text, calls, turn_ends, reasoning=thought or part_thought)  # type: ignore[arg-type]
         )
-        marks.append(trained_mark(keys, f"message {number}"))
+        marks.append(message_mark(keys, number))
         if marks[-1] and role != "assistant":
             raise BadRow(f"message {number} from {role} is marked as trained; only the assistant's can be")
     return Said(tuple(messages), tuple(marks))
-
-
-def trained_mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool | None:
-    """Whether a message, or a row, says that it is trained; None: it does not say. Raises `BadRow` for
-    contradictions and for weights between."""
-    said: dict[str, bool] = {}
-    for key in keys.among(MARKS):
-        if key in skip:
-            continue
-        value = keys.get(key)
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadRow(
-                f"{place} has {key}={value!r:.80}; it must be true, false, 1 or 0. If it does not say "
-                f"what is trained, list {key} under the source's `ignore`"
-            )
-        said[key] = bool(value) != key.startswith("mask")
-    if len(set(said.values())) > 1:
-        shown = ", ".join(f"{key}={keys.get(key)!r}" for key in said)
-        raise BadRow(f"{place} says that it is trained and that it is not: {shown}")
-    return next(iter(said.values()), None)
 
 
 def refuse_unusable(keys: Keys, place: str, *, skip: Container[str] = ()) -> None:
@@ -98,6 +80,18 @@ def refuse_unusable(keys: Keys, place: str, *, skip: Container[str] = ()) -> Non
     for key in keys.among(_UNUSABLE):
         if key not in skip and keys.says(key):
             raise BadRow(f"{place} has `{key}`; {_UNUSABLE[key]} list {key} under the source's `ignore`")
+
+
+def _refuse_unknown_thoughts(keys: Keys, number: int) -> None:
+    """Raise `BadRow` for a text or a list under a name that seems to hold what the assistant thought."""
+    for key in keys:
+        if key in REASONING or _THOUGHT.isdisjoint(words_of(key)):
+            continue
+        if isinstance(keys.peek(key), str | list | Mapping) and not is_blank(keys.peek(key)):
+            raise BadRow(
+                f"message {number} has `{key}`, which seems to hold reasoning: rename it to {REASONING[0]}, "
+                f"of which data.reasoning decides, or list {key} under the source's `ignore`"
+            )
 
 
 def _keys_of(message: Any, number: int, row: Keys) -> Keys:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_post.data.dialog import BadRow, Message, Preference
 from megatron_post.data.row_columns import Columns
-from megatron_post.data.row_keys import Keys, from_json, text_of
+from megatron_post.data.row_keys import Keys, from_json, messages_in, text_of
 from megatron_post.data.row_messages import Said
 from megatron_post.data.row_tools import tools_of
 
@@ -37,7 +37,7 @@ def transcript_turns(text: str) -> list[dict[str, str]]:
 
 
 def turns_of(value: Any, role: str) -> list[Any]:
-    """A text of one role, a transcript that is a prompt, one message or a list of them, as a list.
+    """A text of one role, a transcript that is a prompt, messages or their JSON text, as a list.
 
     Raises `BadRow` for anything else.
     """
@@ -46,7 +46,7 @@ def turns_of(value: Any, role: str) -> list[Any]:
         opens_response = turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
         return turns[:-1] if opens_response else turns
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return messages_in(value) or [{"role": role, "content": value}]
     if isinstance(value, dict) and ("role" in value or "from" in value):
         return [value]
     if not isinstance(value, list):

@@ -1,24 +1,35 @@
 """What a row may hold that would be trained wrongly: refused by name, with what to do about it."""
 
 import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
 
 from megatron_post.config.schema import Reasoning
 from megatron_post.data.dialog import BadRow, Message
 from megatron_post.data.row_columns import Columns
-from megatron_post.data.row_keys import Keys
-from megatron_post.data.row_messages import MARKS, REASONING, refuse_unusable, trained_mark
+from megatron_post.data.row_keys import Keys, messages_in
+from megatron_post.data.row_labels import refuse_label
+from megatron_post.data.row_marks import MARKS, row_mark
+from megatron_post.data.row_messages import REASONING, refuse_unusable
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
-_LABELS = (
-    *("label", "kto_tag", "kto_label", "desirable", "is_desirable", "good", "is_good", "correct"),
-    *("is_correct", "accepted", "is_accepted", "is_chosen", "upvoted", "thumbs_up"),
-)
-_GOOD = (True, "true", "1", "yes", "good", "desirable", "chosen")
-_BAD = (False, -1, "false", "0", "-1", "no", "bad", "undesirable", "rejected")
 # What cannot be used where it stands, and what to do instead.
 _TEMPLATES = dict.fromkeys(
     ("chat_template", "chat_template_kwargs"),
     "there is one chat template; give what it should say as messages",
+)
+# Of the prompt, beside a form that has another name for it; often the same text once more.
+_ASKED = (
+    "prompt",
+    "query",
+    "question",
+    "instruction",
+    "input",
+    "context",
+    "contexts",
+    "passage",
+    "documents",
 )
 _REASONING = dict.fromkeys(REASONING, "put it into its message, or leave it out with data.reasoning=drop")
 
@@ -44,6 +55,8 @@ _SIDES = re.compile(r"\A\s*(?:Human|User):.*\n\s*(?:Assistant|AI|Bot):", re.DOTA
 
 def template_mark(text: str, *, role: str) -> str | None:
     """What shows that the text of a role has been templated before; None where nothing does."""
+    if role != "ipython" and messages_in(text):
+        return "messages as JSON"
     if ":" not in text and "<" not in text and "INST]" not in text:  # as in many texts
         return None
     for pattern in (_MARKER, _TURN, _HEADINGS, *(() if role == "assistant" else (_SIDES,))):
@@ -64,10 +77,8 @@ def refuse_templated(message: Message) -> None:
 
 def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None:
     """Raise `BadRow` for keys of a row whose neglect would train what should not be trained."""
-    for name in row.among(_LABELS):
-        if name not in columns:
-            _refuse_label(row, name)
-    if trained_mark(row, "the row", skip=columns) is False:
+    refuse_label(row, skip=columns)
+    if row_mark(row, skip=columns) is False:
         marks = [f"{key}={row.peek(key)!r}" for key in row.among(MARKS) if key not in columns]
         raise BadRow(f"the row says that it is not trained: {', '.join(marks)}")
     refuse_unusable(row, "the row", skip=columns)
@@ -80,23 +91,37 @@ def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None
             )
 
 
-def refuse_unused_context(row: Keys) -> None:
-    """Raise `BadRow` for a part of the prompt that nothing has read: the rest would be another prompt."""
+def refuse_unused_context(row: Keys, said: str, *, by_role: bool) -> None:
+    """Raise `BadRow` for a part of the prompt that nothing has read: the rest would be another prompt.
+
+    said: all texts of the example. What stands there again is no other part. by_role: the source names the
+    columns of the prompt itself.
+    """
     for name in row.among((*SYSTEM, "history", "tools", "functions")):
         if row.says(name) and not row.is_used(name):
             raise BadRow(
                 f"the row has `{name}`, which its form does not use: name it in the source's `columns` where "
                 f"they can hold it, write it into the messages, or list {name} under the source's `ignore`"
             )
+    for name in () if by_role else row.among(_ASKED):
+        if not row.is_used(name) and not all(text in _one_line(said) for text in _texts_in(row.peek(name))):
+            raise BadRow(
+                f"the row has `{name}`, which its form does not use and whose text is not in the messages: "
+                "write it into them, name it in the source's `columns` where they can hold it, or list "
+                f"{name} under the source's `ignore`"
+            )
 
 
-def _refuse_label(row: Keys, name: str) -> None:
-    value = row.peek(name)
-    said = value.strip().lower() if isinstance(value, str) else value
-    if said in _BAD:
-        raise BadRow(
-            f"{name}={value!r} says that the response is bad: it is not trained. data.max_bad_rows leaves "
-            f"such rows out; if {name} says something else, list it under the source's `ignore`"
-        )
-    if said in _GOOD:
-        row.get(name)
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value, in one line, without the names of roles and kinds."""
+    if isinstance(value, str):
+        yield _one_line(value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts_in(inner) if key not in ("role", "from", "type") else ()
+    elif isinstance(value, list):
+        yield from chain.from_iterable(map(_texts_in, value))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_post.data.dialog import CODE_INTERPRETER, BadRow, ToolCall
-from megatron_post.data.row_keys import Keys, from_json
+from megatron_post.data.row_keys import Keys, from_json, is_blank
 
 
 def tools_of(row: Keys, mapped: Any = None) -> tuple[dict[str, Any], ...]:
@@ -51,7 +51,8 @@ def _call(call: Any, message: Keys) -> ToolCall:
         raise BadRow(f"a tool call needs a function with a name, not {call!r:.80}")
     if (kind := keys.get("type")) not in (None, "function"):
         raise BadRow(f"a tool call of type {kind!r} cannot be written; only functions can be called")
-    name, arguments = inner.get("name"), inner.one_of("arguments", "parameters") or {}
+    name, arguments = inner.get("name"), inner.one_of("arguments", "parameters")
+    arguments = {} if is_blank(arguments) else arguments
     if name == CODE_INTERPRETER and isinstance(arguments, str) and not arguments.lstrip().startswith("{"):
         return ToolCall(name, {"code": arguments})
     return ToolCall(name, ToolCall("" if name == CODE_INTERPRETER else name, arguments).parameters)

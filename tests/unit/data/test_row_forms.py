@@ -53,6 +53,8 @@ def reason(directory: Path, row: Any, **fields: Any) -> str:
         {"messages": TURNS, "conversations": SAID},
         {"messages": TURNS, "prompt": "Sky?", "completion": "Blue."},
         {"prompt": "Sky?", "completion": TURNS[1]},
+        {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(SAID[1:])},
+        {"query": json.dumps(SAID[:1]), "response": "Blue."},
         {"prompt": "\n\nHuman: Sky?\n\nAssistant:", "completion": " Blue."},
         {"query": "Sky?", "response": "Blue."},
         {"query": "Sky?", "response": "Blue.", "history": [], "system": ""},
@@ -200,6 +202,20 @@ def test_a_text_before_an_older_call_stays(tmp_path: Path) -> None:
         ({"prompt": "Sky?", "completion": "Green.", "label": False}, "label=False says that"),
         ({"prompt": TURNS[:1], "completion": TURNS[1:], "kto_tag": "false"}, "kto_tag='false' says"),
         ({"messages": TURNS, "label": 0}, "label=0 says"),
+        ({"messages": TURNS, "label": "Negative"}, "label='Negative' says"),
+        ({"messages": TURNS, "label": [True, False]}, "label=[True, False] says"),
+        ({"messages": TURNS, "isAccepted": "x", "is-correct": "0.0"}, "is-correct='0.0' says"),
+        ({"messages": TURNS, "is_rejected": True}, "is_rejected=True says"),
+        ({"messages": [TURNS[0], TURNS[1] | {"label": False}]}, "label=False of message 2 says"),
+        ({"messages": TURNS, "use_for_training": False}, "the row has use_for_training=False, which seems"),
+        ({"messages": TURNS, "train_on_turn": [0]}, "the row has train_on_turn=[0], which seems to say what"),
+        ({"messages": [TURNS[0], TURNS[1] | {"no_loss": True}]}, "message 2 has no_loss=True, which seems"),
+        ({"messages": [TURNS[0], TURNS[1] | {"isTrained": 0}]}, "message 2 has isTrained=0, which seems"),
+        ({"messages": [TURNS[0], TURNS[1] | {"chain_of_thought": "Hm."}]}, "`chain_of_thought`, which seems"),
+        ({"messages": [TURNS[0], TURNS[1] | {"reasoning_details": [{"text": "Hm."}]}]}, "to hold reasoning"),
+        ({"messages": TURNS, "prompt": "Sea?"}, "`prompt`, which its form does not use and whose text"),
+        ({"prompt": "Sky?", "completion": "Blue.", "input": "By night."}, "`input`, which its form does not"),
+        ({"messages": TURNS, "documents": [{"title": "", "text": "It is grey."}]}, "`documents`, which its"),
         ({"messages": TURNS, "train": False}, "the row says that it is not trained: train=False"),
         ({"messages": TURNS, "weight": 0.5}, "the row has weight=0.5; it must be true"),
         ({"messages": TURNS, "chat_template_kwargs": {"system_message": "Hm."}}, "`chat_template_kwargs`"),
@@ -235,6 +251,7 @@ def test_a_text_before_an_older_call_stays(tmp_path: Path) -> None:
         ({"messages": [TURNS[0], {"from": "function_call", "value": "w(SF)"}]}, "tool calls are not JSON"),
         ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [CALL, CALL]}]}, "2 tool calls in one message"),
         ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [CALL | {"type": "custom"}]}]}, "type 'custom'"),
+        ({"messages": [TURNS[0], TURNS[1] | {"tool_calls": [{"name": "w", "arguments": 0}]}]}, "not JSON"),
         ({"messages": TURNS, "tools": [TOOL], "functions": [{"name": "v"}]}, "tools and functions contr"),
         ({"query": "Sky?", "response": "Blue.", "history": [["Hi"]]}, "pairs of question and answer"),
         ({"prompt": TURNS, "completion": "Yes."}, "the prompt ends with the assistant"),
@@ -258,6 +275,42 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(
     found = reason(tmp_path, row)
     assert "rows.jsonl:1: " in found
     assert said.replace("\\", "") in found
+
+
+@pytest.mark.parametrize(
+    ("row", "extra"),
+    [
+        (
+            {"messages": TURNS},
+            {"prompt": "Sky?", "question": " Sky?\n", "instruction": TURNS[:1], "input": ""},
+        ),
+        (
+            {"prompt": "See. Sky?", "completion": "Blue."},
+            {"question": "Sky?", "documents": [], "context": None},
+        ),
+        (
+            {"messages": TURNS},
+            {"label": "physics", "score": 0, "finish_reason": "stop", "loss_of_words": "x"},
+        ),
+    ],
+)
+def test_what_says_nothing_more_is_no_contradiction(
+    tmp_path: Path, row: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    plain, _ = read(tmp_path, row)
+    assert read(tmp_path, row | extra)[0] == plain
+
+
+def test_a_preference_may_be_messages_as_json_text(tmp_path: Path) -> None:
+    texts = {"chosen": json.dumps(TURNS), "rejected": json.dumps([TURNS[0], TURNS[1] | {"content": "Red."}])}
+    for prompt in ({}, {"prompt": "Sky?"}, {"prompt": json.dumps(TURNS[:1])}):
+        ((example,), _) = read(tmp_path, texts | prompt)
+        assert isinstance(example, Preference) and example.prompt == (USER,)
+        assert [[m.content for m in response] for response in example.responses] == [["Blue."], ["Red."]]
+    columns = {"user": "q", "assistant": "a"}
+    row = {"q": json.dumps(TURNS[:1]), "a": "Blue."}
+    assert "the user message holds 'messages as JSON'" in reason(tmp_path, row, columns=columns)
+    assert len(read(tmp_path, row, columns=columns, templated="keep")[0]) == 1
 
 
 @pytest.mark.parametrize(
