@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_post.config.schema import DPO
-from megatron_post.data.loose_pack import loose_pack
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack, pack_of_segments
 from megatron_post.data.template import Rendered, TokenRole
 
 PACK_LENGTH = 640
@@ -56,7 +55,7 @@ def packs(made: Sequence[Example], *, counts: Sequence[int], layout: str) -> lis
                 order = [-1, *order]
             units += [number] * len(order)
             ranks += order
-        pack = loose_pack(segments, pack_length=PACK_LENGTH, segment_multiple=4)
+        pack = pack_of_segments(segments, pack_length=PACK_LENGTH, segment_multiple=4)
         tail = [-1] * (len(pack.ranks) - len(ranks))
         result.append(
             replace(pack, unit_ids=np.array(units + tail), ranks=np.array(ranks + tail, dtype=np.int32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
 
 # 250 ids: not a multiple of anything, so that tensor parallelism pads the vocabulary. Grouped-query

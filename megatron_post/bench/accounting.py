@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_post.data.batch import PackedBatch
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.flops import Load
 from megatron_post.stages.base import Stage

@@ -16,7 +16,8 @@ from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.synthetic import MEAN_LENGTH, long_tailed_lengths, write_random_store
 from megatron_post.data.loader import PackLoader
 from megatron_post.data.packing import pack_units
-from megatron_post.data.store import PackStore, StoreSettings
+from megatron_post.data.store import PackStore
+from megatron_post.data.store_format import StoreSettings
 
 CAPACITY = 131072
 LENGTHS = 1_000_000

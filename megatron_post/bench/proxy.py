@@ -25,7 +25,7 @@ from megatron_post.bench.step_figures import FORMULA, model_settings
 from megatron_post.bench.synthetic import write_synthetic
 from megatron_post.config.load import parse, raise_for
 from megatron_post.config.schema import Config
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.models.build import build_model, uses_portable_attention
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.estimate import layout_line

@@ -17,7 +17,8 @@ from megatron_post.bench.memory import peak_memory
 from megatron_post.bench.synthetic import open_synthetic, write_synthetic
 from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
-from megatron_post.data.store import Pack, PackStore
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.train.checkpoint import Position

@@ -10,7 +10,8 @@ from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
 from megatron_post.data.reference_writer import ReferenceWriter
-from megatron_post.data.store import PackStore, SourceCounts, StoreLayout, StoreSettings, open_store
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import SourceCounts, StoreLayout, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import UnitPile

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_post.data.packing import Packing, pack_units
 from megatron_post.data.permutation import permutation
-from megatron_post.data.store import GroupName, StoreSettings
+from megatron_post.data.store_format import GroupName, StoreSettings
 from megatron_post.data.template import TokenRole
 from megatron_post.data.units import Units, round_up
 

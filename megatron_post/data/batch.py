@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
 
 

@@ -20,7 +20,7 @@ from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.overlong import Fitting
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.data.store import GROUPS, GroupName, SourceCounts, StoreSettings
+from megatron_post.data.store_format import GROUPS, GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import texts_of
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_post.data.loader import PackLoader
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.installation import install_command
 
 # What the model needs on the device, and DALI's names of their types; the rest of a pack does not pass DALI.

@@ -11,8 +11,9 @@ from typing import Self
 import numpy as np
 
 from megatron_post.data.balance import deal, squares
+from megatron_post.data.pack import Pack
 from megatron_post.data.permutation import permutation
-from megatron_post.data.store import Pack, PackStore
+from megatron_post.data.store import PackStore
 
 
 class PackLoader:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from megatron_post.data.store import CHECKSUMS, REFERENCE, PackStore
+from megatron_post.data.store import PackStore
 from megatron_post.data.store_checksums import array_digest
+from megatron_post.data.store_format import CHECKSUMS, REFERENCE
 
 
 class ReferenceWriter:

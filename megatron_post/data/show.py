@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from megatron_post.data.store import GroupName, open_store
+from megatron_post.data.store import open_store
+from megatron_post.data.store_format import GroupName
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.display import printable

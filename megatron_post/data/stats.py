@@ -9,7 +9,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_post.data.store import GROUPS, PackStore, open_store
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import GROUPS
 from megatron_post.data.template import TokenRole
 
 _TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)

@@ -1,16 +1,4 @@
-"""The packed store: a zarr v3 directory with a group of packs for training and one for evaluation.
-
-    STORE/checksums.json            of metadata and columns, see `store_checksums`
-    STORE/zarr.json                 attributes: format, version, what the packs were made for
-    STORE/{train,eval}/zarr.json    attributes: sources, by index, with their counts
-      tokens, roles                 int32, uint8 [packs, pack_length]
-      checksums                     uint32 [packs, 2]: CRC-32 of a pack's tokens and of its roles
-      segment_offsets               int64 [packs + 1]: pack i has the segments offsets[i]:offsets[i + 1]
-      segment/<column>              [segments], see `COLUMNS`
-
-Per-token arrays are uncompressed and unsharded on purpose: a pack is then one contiguous run of bytes in a
-chunk file and is read with one `pread`. zarr-python itself needs 0.8-1.5 ms a chunk (3.1.6, one 2.5 GHz
-core), twice a pack, which is 30 times slower; it still reads and writes the very same arrays.
+"""Reading packed stores, whose format is in `store_format`.
 
 Everything is compared with its checksum before it is used: metadata when the store is opened, a column when
 it is first used, a pack whenever it is read. `data verify` reads all of it. A reader opens files by their
@@ -21,106 +9,35 @@ import contextlib
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
 
-from megatron_post.config.schema import Reasoning
+from megatron_post.data.pack import Pack, pack_of_segments
 from megatron_post.data.store_checksums import (
     StoreChecksums,
     StoreError,
     array_digest,
     read_checksums,
 )
+from megatron_post.data.store_format import (
+    CHECKSUMS,
+    DTYPES,
+    FORMAT,
+    OFFSETS,
+    PER_TOKEN,
+    REFERENCE,
+    VERSION,
+    GroupName,
+    SourceCounts,
+    StoreSettings,
+)
 from megatron_post.data.template import TokenRole
 from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import plain_file, plain_files, read_object, reading
-
-FORMAT = "megatron-post-packs"
-VERSION = 2
-GroupName = Literal["train", "eval"]
-GROUPS: tuple[GroupName, ...] = ("train", "eval")
-
-# Per-segment columns. padded - length tokens at a segment's end are padding; the pack's tail has no row here.
-COLUMNS: Mapping[str, str] = {
-    "padded": "<i4",  # tokens with padding
-    "length": "<i4",  # real tokens
-    "source": "<i4",  # index in the group's sources
-    "sample": "<u8",  # row number in the source
-    "unit": "<i8",  # segments of one unit share it and stand in one pack, side by side
-    "rank": "<i4",  # of a preference's response: 0 is the best; -1 elsewhere
-    "turns": "<i4",  # user turns
-    "response": "<i4",  # tokens of the final response
-}
-PER_TOKEN: Mapping[str, str] = {"tokens": "<i4", "roles": "|u1"}
-CHECKSUMS = "checksums"
-OFFSETS = "segment_offsets"
-# Added later by `megatron-post reference`: log-probability of each token's successor, keyed by what made it.
-REFERENCE = "reference_logps"
-_DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
-
-
-# dialogs: a unit is one segment. The others hold preferences. separate: a segment a response, prompt and all.
-# isolated and concatenated: a unit is its prompt's segment, then one of each response.
-StoreLayout = Literal["dialogs", "separate", "isolated", "concatenated"]
-
-
-@dataclass(frozen=True)
-class StoreSettings:
-    """What the packs of a store were made for. Packs of other settings cannot stand in the same store."""
-
-    pack_length: int
-    segment_multiple: int
-    tokenizer_fingerprint: str
-    pad_id: int
-    seed: int
-    layout: StoreLayout = "dialogs"
-    tokenizer_path: str = field(
-        default="", compare=False
-    )  # where it was then: for people, not for a decision
-    reasoning: Reasoning = "refuse"
-    content_tokens: tuple[str, ...] = ()  # the tokenizer's added tokens that texts may spell
-
-
-@dataclass(frozen=True)
-class SourceCounts:
-    """One source of a group: rows used (repeats apart) and what happened to the others."""
-
-    name: str
-    rows: int
-    bad: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    filtered: int = 0
-    spelled: dict[str, int] = field(
-        default_factory=dict
-    )  # special tokens in texts, which are encoded as text
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """One pack of t tokens in n segments; a tail of padding is the last segment, with source and unit -1.
-
-    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32
-    [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
-    [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0
-    best, -1 elsewhere; reference_logps: float32 [t] of each token's successor, where they were asked for. The
-    DALI backend hands over the first three on the GPU.
-    """
-
-    tokens: np.ndarray
-    roles: np.ndarray
-    cu_seqlens: np.ndarray
-    lengths: np.ndarray
-    sources: np.ndarray
-    sample_ids: np.ndarray
-    unit_ids: np.ndarray
-    ranks: np.ndarray
-    reference_logps: np.ndarray | None = None
 
 
 class PackStore:
@@ -276,7 +193,7 @@ class PackStore:
     def read_row(self, name: str, index: int) -> np.ndarray:
         """One pack of the per-token array `name`, [pack_length], once it agrees with its checksum."""
         chunk, row = divmod(index, self._packs_in_chunk[name])
-        dtype, length = np.dtype(_DTYPES[name]), self.settings.pack_length
+        dtype, length = np.dtype(DTYPES[name]), self.settings.pack_length
         file = self.path / self.group / name / "c" / str(chunk) / "0"
         try:
             offset = row * length * dtype.itemsize
@@ -303,17 +220,7 @@ class PackStore:
 
     def empty(self) -> Pack:
         """A pack of padding alone: it weighs nothing, and keeps ranks in step that have run out of packs."""
-        length = self.settings.pack_length
-        return Pack(
-            tokens=np.full(length, self.settings.pad_id, dtype=np.int32),
-            roles=np.zeros(length, dtype=np.uint8),
-            cu_seqlens=np.array([0, length], dtype=np.int32),
-            lengths=np.array([0], dtype=np.int32),
-            sources=np.array([-1], dtype=np.int32),
-            sample_ids=np.array([0], dtype=np.uint64),
-            unit_ids=np.array([-1], dtype=np.int64),
-            ranks=np.array([-1], dtype=np.int32),
-        )
+        return pack_of_segments([], pack_length=self.settings.pack_length, pad_id=self.settings.pad_id)
 
 
 def open_store(
@@ -426,7 +333,7 @@ def _check_plain(array: Any, settings: StoreSettings, path: Path) -> int:
     """Packs in a chunk file of an array that can be read as plain bytes."""
     length = settings.pack_length
     plain = not array.compressors and not array.filters and array.shards is None and array.shape[1] == length
-    if not plain or array.chunks[1] != length or array.dtype != _DTYPES[array.basename]:
+    if not plain or array.chunks[1] != length or array.dtype != DTYPES[array.basename]:
         raise StoreError(
             f"store {path}: array {array.path} is compressed, sharded or of another shape than `data pack` "
             "writes; run `megatron-post data pack` again"

@@ -14,7 +14,9 @@ from typing import Any, Self
 import numpy as np
 import zarr
 
-from megatron_post.data.store import (
+from megatron_post.data.store import leftovers, open_store, read_attributes, read_settings
+from megatron_post.data.store_checksums import StoreError, write_checksums
+from megatron_post.data.store_format import (
     CHECKSUMS,
     COLUMNS,
     FORMAT,
@@ -25,12 +27,7 @@ from megatron_post.data.store import (
     GroupName,
     SourceCounts,
     StoreSettings,
-    leftovers,
-    open_store,
-    read_attributes,
-    read_settings,
 )
-from megatron_post.data.store_checksums import StoreError, write_checksums
 from megatron_post.storage.lock import sole_writer
 
 # Tokens in a chunk file: at least, so that a small store may grow without ever becoming millions of files; at

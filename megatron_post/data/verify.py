@@ -4,8 +4,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_post.data.store import COLUMNS, GROUPS, PackStore, open_store
+from megatron_post.data.store import PackStore, open_store
 from megatron_post.data.store_checksums import StoreError
+from megatron_post.data.store_format import COLUMNS, GROUPS
 from megatron_post.display import make_progress
 
 _NAMED = 10  # damaged packs that the message names; it counts the others

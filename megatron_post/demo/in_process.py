@@ -11,7 +11,7 @@ from megatron_post.config.schema import Config, Parallel
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.batch import batch_of_pack, role_numbers
-from megatron_post.data.loose_pack import loose_pack
+from megatron_post.data.pack import pack_of_segments
 from megatron_post.data.template import Rendered
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.demo.evaluate import Response
@@ -51,7 +51,7 @@ def says_the_same(config: Config, directory: Path, responses: Sequence[Response]
 def _compare(llama: Llama, pack: Sequence[Response]) -> Iterator[bool]:
     rows = [np.array(response.prompt_ids + response.response_ids, dtype=np.int32) for response in pack]
     segments = [Rendered(row, np.ones(len(row), dtype=np.uint8)) for row in rows]
-    batch = batch_of_pack(loose_pack(segments, pack_length=sum(map(len, rows))), role_numbers(()))
+    batch = batch_of_pack(pack_of_segments(segments, pack_length=sum(map(len, rows))), role_numbers(()))
     packed = portable_segments(batch, ContextSplit(batch.cu_seqlens, 1), rank=0, device=batch.tokens.device)
     logits: Tensor = llama(
         batch.tokens[None], batch.positions[None], None, packed_seq_params=packed

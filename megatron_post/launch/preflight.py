@@ -13,7 +13,8 @@ import torch
 from megatron_post.config.layout import segment_multiple, store_layout, world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
-from megatron_post.data.store import GROUPS, open_store
+from megatron_post.data.store import open_store
+from megatron_post.data.store_format import GROUPS
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster

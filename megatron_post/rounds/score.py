@@ -16,10 +16,9 @@ from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config, Data, Source
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.data.dialog import Dialog, Preference
-from megatron_post.data.loose_pack import loose_pack
+from megatron_post.data.pack import Pack, pack_of_segments
 from megatron_post.data.packing import pack_units
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.data.store import Pack
 from megatron_post.data.template import Rendered, render
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.data.units import round_up
@@ -144,7 +143,7 @@ def _packs(
         yield (
             group,
             [
-                loose_pack(
+                pack_of_segments(
                     [segments[i] for i in member],
                     pack_length=capacity,
                     segment_multiple=multiple,

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from megatron_post.data.batch import PackedBatch
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 
 Metrics = dict[
     str, tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_post.data.batch import Comparisons
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 
 
 def compare(pack: Pack, *, best_and_worst: bool = False) -> Comparisons:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_post.config.schema import Reward as RewardConfig
 from megatron_post.data.batch import PackedBatch, batch_of_pack
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics
 from megatron_post.stages.comparisons import SegmentSums, compare, metric
 

@@ -7,7 +7,8 @@ import torch
 
 from megatron_post.config.schema import Config
 from megatron_post.data.build import packed_sources
-from megatron_post.data.store import Pack, PackStore, StoreError
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore, StoreError
 from megatron_post.parallel.topology import Topology
 from megatron_post.stages.base import Stage
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_post.config.schema import Config
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.fence import Fence

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.step_lines import StepLines
 

@@ -14,7 +14,9 @@ from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader, eval_packs
-from megatron_post.data.store import GroupName, Pack, PackStore, open_store
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import GroupName
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.models.build import build_model, uses_portable_attention, uses_portable_layers
 from megatron_post.models.llama import Llama

@@ -14,7 +14,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_post.data.batch import PackedBatch
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.models.packing import portable_segments, transformer_engine_segments
 from megatron_post.parallel.context import ContextSplit
 from megatron_post.parallel.topology import Topology

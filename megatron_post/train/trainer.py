@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_post.config.layout import store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.balance import attended
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.flops import Load, step_flops
 from megatron_post.plan.hardware import gpu_of_device

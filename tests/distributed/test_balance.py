@@ -12,7 +12,8 @@ from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.data.balance import squares
 from megatron_post.data.loader import PackLoader, pack_indices
-from megatron_post.data.store import PackStore, SourceCounts, StoreSettings, open_store
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import Topology, parallel_run

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_post.data.batch import PackedBatch
 from megatron_post.data.loader import PackLoader
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics
 from megatron_post.stages.sft import SFT
 from megatron_post.train.checkpoint import Position

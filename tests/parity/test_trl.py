@@ -31,8 +31,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from megatron_post.config.schema import Config, Source
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_writer import gathered_tensors
+from megatron_post.data.pack import Pack
 from megatron_post.data.row_formats import example_of_row
-from megatron_post.data.store import Pack
 from megatron_post.data.template import render_preferences
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
 from megatron_post.parallel.topology import parallel_run

@@ -28,7 +28,7 @@ ALLOWED = {
     "parallel": {"config"},
     "models": {"config", "parallel", "data.batch", "storage"},
     "convert": {"config", "display", "models", "parallel", "data.tokenizer", "storage"},
-    "stages": {"config", "models", "data.batch", "data.store", "data.template"},
+    "stages": {"config", "models", "data.batch", "data.pack", "data.store_format", "data.template"},
     "train": {
         "config",
         "data",
@@ -177,7 +177,7 @@ def test_layers() -> None:
         ("storage/manifest.py", "numpy"),
         ("storage/manifest.py", "megatron_post.config.schema"),
         ("models/build.py", "transformer_engine.pytorch"),
-        ("models/build.py", "megatron_post.data.store.Pack"),
+        ("models/build.py", "megatron_post.data.pack.Pack"),
         ("stages/sft.py", "megatron_post.train.step"),
         ("train/run.py", "megatron_post.cli"),
         ("train/run.py", "megatron.bridge.AutoBridge"),

@@ -33,7 +33,8 @@ from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.data.build import build_store
 from megatron_post.data.loader import PackLoader
-from megatron_post.data.store import Pack, PackStore
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore
 from megatron_post.data.template import TokenRole
 from megatron_post.display import make_console
 from megatron_post.parallel.topology import Topology, parallel_run

@@ -13,7 +13,8 @@ from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.data.build import build_store
-from megatron_post.data.store import Pack, PackStore, open_store
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore, open_store
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.display import make_console

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_post.bench.accounting import Counts, count_packs
 from megatron_post.config.schema import Reward as RewardConfig
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
 from megatron_post.plan.flops import Load
 from megatron_post.stages.comparisons import SegmentSums

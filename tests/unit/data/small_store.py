@@ -10,16 +10,15 @@ import numpy as np
 import zarr
 
 from megatron_post.data import store_checksums
-from megatron_post.data.store import (
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import (
     CHECKSUMS,
     COLUMNS,
     GROUPS,
     OFFSETS,
     PER_TOKEN,
-    PackStore,
     SourceCounts,
     StoreSettings,
-    open_store,
 )
 from megatron_post.data.store_writer import StoreWriter
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_post.data.balance import deal, squares
-from megatron_post.data.store import StoreLayout
+from megatron_post.data.store_format import StoreLayout
 from tests.unit.data.uneven_store import cut_packs, uneven_store
 
 

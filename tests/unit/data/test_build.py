@@ -18,7 +18,8 @@ from megatron_post.data.dialog import Dialog, Message
 from megatron_post.data.overlong import Fitting
 from megatron_post.data.rows import TooManyBadRows
 from megatron_post.data.show import show_pack
-from megatron_post.data.store import PackStore, StoreError, StoreSettings, open_store
+from megatron_post.data.store import PackStore, StoreError, open_store
+from megatron_post.data.store_format import StoreSettings
 from megatron_post.data.template import Rendered, TokenRole, render
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of, train_small_tokenizer
 from megatron_post.data.units import UnitPile

@@ -10,7 +10,8 @@ import torch
 
 from megatron_post.data.dali import DaliLoader
 from megatron_post.data.loader import PackLoader
-from megatron_post.data.store import Pack, PackStore
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore
 from tests.unit.data.small_store import small_store
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_post.data.balance import squares
 from megatron_post.data.loader import PackLoader, eval_packs, pack_indices
-from megatron_post.data.store import Pack, PackStore, StoreError
+from megatron_post.data.pack import Pack
+from megatron_post.data.store import PackStore, StoreError
 from tests.unit.data.small_store import small_store
 from tests.unit.data.uneven_store import cut_packs, uneven_store
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from megatron_post.data.assembly import assemble
 from megatron_post.data.dialog import Dialog, Message
 from megatron_post.data.show import show_pack
-from megatron_post.data.store import SourceCounts, StoreSettings
+from megatron_post.data.store_format import SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import TokenRole, render
 from megatron_post.data.tokenizer import load_tokenizer, train_small_tokenizer

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from megatron_post.data.assembly import assemble
 from megatron_post.data.stats import packing_stats, print_stats, role_counts, source_stats
-from megatron_post.data.store import PackStore, SourceCounts, StoreSettings, open_store
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import UnitPile, response_length

@@ -15,8 +15,9 @@ import zarr
 from rich.console import Console
 
 from megatron_post.data import store_writer
-from megatron_post.data.store import COLUMNS, GROUPS, open_store
+from megatron_post.data.store import open_store
 from megatron_post.data.store_checksums import StoreError
+from megatron_post.data.store_format import COLUMNS, GROUPS
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.verify import verify_store
 from tests.unit.data.small_store import SETTINGS, seal, small_store, tokens_of, write_packs

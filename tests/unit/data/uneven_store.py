@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_post.data.store import PackStore, SourceCounts, StoreLayout, StoreSettings, open_store
+from megatron_post.data.store import PackStore, open_store
+from megatron_post.data.store_format import SourceCounts, StoreLayout, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 
 PACK_LENGTH = 64

@@ -7,7 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_post.config.schema import Config
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
 from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import Topology, parallel_run

@@ -12,7 +12,7 @@ from megatron_post_kernels import linear_logprob
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_post.config.schema import Config
-from megatron_post.data.store import Pack
+from megatron_post.data.pack import Pack
 from megatron_post.models.build import build_model
 from megatron_post.plan import activations
 from megatron_post.plan.activations import Segment

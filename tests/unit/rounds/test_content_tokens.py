@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_post.config.schema import Config
-from megatron_post.data.store import StoreSettings
+from megatron_post.data.store_format import StoreSettings
 from megatron_post.data.tokenizer import load_tokenizer, tokenizer_of
 from megatron_post.rounds import reference, score
 from tests.unit.data.thinking import THINK, add_think

@@ -1,15 +1,37 @@
-"""A pack made in memory, for scoring and checking: the same `Pack` that a store gives."""
+"""One pack: the arrays that a store holds for it, and that every loader hands over."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_post.data.store import Pack
 from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import round_up
 
 
-def loose_pack(
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One pack of t tokens in n segments; a tail of padding is the last segment, with source and unit -1.
+
+    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32
+    [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
+    [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0
+    best, -1 elsewhere; reference_logps: float32 [t] of each token's successor, where they were asked for. The
+    DALI backend hands over the first three on the GPU.
+    """
+
+    tokens: np.ndarray
+    roles: np.ndarray
+    cu_seqlens: np.ndarray
+    lengths: np.ndarray
+    sources: np.ndarray
+    sample_ids: np.ndarray
+    unit_ids: np.ndarray
+    ranks: np.ndarray
+    reference_logps: np.ndarray | None = None
+
+
+def pack_of_segments(
     segments: Sequence[Rendered], *, pack_length: int, segment_multiple: int = 1, pad_id: int = 0
 ) -> Pack:
     """Segments side by side, each padded to `segment_multiple`, and a tail of padding up to `pack_length`.
