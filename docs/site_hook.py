@@ -10,6 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links from docs/ to both pages, as seen inside of the site."""
+    for name, target in PAGES.items():
+        markdown = markdown.replace(f"](../{name}", f"]({target}")
+    return markdown
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add both pages, with their links as seen from docs/."""
     for source, page in PAGES.items():

@@ -6,12 +6,15 @@ as torch beside its kernel.
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.documentation import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_post"
@@ -200,6 +203,26 @@ def test_violations_are_found(file: str, name: str) -> None:
 )
 def test_what_is_allowed_is_no_violation(file: str, name: str) -> None:
     assert not violations(file, [name])
+
+
+def test_the_picture_of_the_rooms_has_every_room_and_arrows_run_down() -> None:
+    picture = next(b for b in blocks(ROOT / "docs/architecture.md") if "installation" in b.text)
+    lines = [line.split() for line in picture.text.splitlines()]
+    floor = {room: number for number, rooms in enumerate(lines) for room in rooms}
+    assert floor.keys() == ALLOWED.keys() and sum(map(len, lines)) == len(ALLOWED)
+    imports = {(room, name.split(".")[0]) for room, names in ALLOWED.items() for name in names}
+    assert not sorted((a, b) for a, b in imports if a != b and floor[a] >= floor[b])
+
+
+def test_contributing_has_the_table_of_the_layering_test() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)(?:/|\.py)` \|.*\| ([^|]*) \|$", text, re.MULTILINE))
+    wanted = {
+        room: ", ".join(f"`{name}`" for name in sorted(names)) or "nothing of the package"
+        for room, names in ALLOWED.items()
+        if room != "__main__"
+    }
+    assert rows == wanted, "\n".join(f"{room}: {wanted[room]}" for room in wanted)
 
 
 # Imports every module of the package with sockets and subprocesses forbidden, and says what has changed.

@@ -33,6 +33,7 @@ ROUNDS = {"round", "launch round"}
 # a word in capitals stands for what the reader has
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_/.]*")
 _IN_TREE = re.compile(r"(configs|docs|tests|kernels|launchers|megatron_post)/[\w./*-]*")
+_IN_PACKAGE = re.compile(r"[a-z]+/\w+\.(py|sbatch|jinja)")
 
 
 def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -125,6 +126,10 @@ def test_names_in_the_text_exist(page: Path) -> None:
         ):
             assert any(ROOT.glob(path)), f"{page.name}: {path} is not in the repository"
     for span in spans(page):
+        if _IN_PACKAGE.fullmatch(span):
+            assert any((root / span).is_file() for root in (ROOT, ROOT / "megatron_post")), (
+                f"{page.name}: {span}"
+            )
         words = arguments(span.split())
         if words is not None:
             _check_names(words, f"{page.name}: `{span}`")
