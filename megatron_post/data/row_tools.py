@@ -38,7 +38,7 @@ def calls_in(raw: Any, message: Keys) -> tuple[ToolCall, ...]:
     """Calls in a list of them, in one, or in the JSON text of either. Raises `BadRow`."""
     raw = from_json(raw, "tool calls")
     calls = raw if isinstance(raw, list) else [] if raw is None else [raw]
-    return tuple(_call(call, message) for call in calls)
+    return tuple(_call(_read(call, "tool calls"), message) for call in calls)
 
 
 def _call(call: Any, message: Keys) -> ToolCall:
@@ -58,9 +58,15 @@ def _call(call: Any, message: Keys) -> ToolCall:
     return ToolCall(name, ToolCall("" if name == CODE_INTERPRETER else name, arguments).parameters)
 
 
+def _read(value: Any, name: str) -> Any:
+    """A tool or a call, each of which may be JSON text by itself. Raises `BadRow`."""
+    return from_json(value, name) if isinstance(value, str) else value
+
+
 def _list(value: Any, name: str) -> list[dict[str, Any]]:
     tools = from_json(value, name)
     tools = [] if tools is None else tools
+    tools = [_read(tool, name) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(f"{name} must be a list of mappings, not {tools!r:.80}")
     return tools

@@ -2,11 +2,10 @@
 
 Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8: `datasets` gives
 up a whole file at one broken line and cannot say which, and Arrow gives all rows the same nested keys.
-Parquet, CSV and Arrow files and everything on the hub go through `datasets`, which also says which files of a
-directory are a split.
+Parquet and Arrow files and everything on the hub go through `datasets`, which also says which files of a
+directory are a split. CSV files go through Python's own reader.
 """
 
-import csv
 import gzip
 import json
 from collections import Counter
@@ -18,6 +17,7 @@ import datasets
 
 from megatron_post.config.schema import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
+from megatron_post.data.row_csv import csv_rows
 from megatron_post.data.row_files import CSV_SUFFIXES, JSON_SUFFIXES, SUFFIXES, files_of
 from megatron_post.data.row_formats import RowReader
 from megatron_post.data.row_keys import KeyCounts
@@ -104,7 +104,7 @@ def _records(source: Source) -> Iterator[_Record]:
         if path.name.endswith(SUFFIXES) or source.path.startswith(("/", ".", "~")):
             raise ValueError(f"source {source.name!r}: {path} does not exist{did_you_mean_path(path)}")
         where = f"{source.path}[{source.split}]"
-        yield from _from_datasets(
+        yield from _numbered(
             where,
             lambda: datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True),
         )
@@ -114,7 +114,7 @@ def _records(source: Source) -> Iterator[_Record]:
         raise ValueError(f"source {source.name!r}: {path} has no subsets; leave out subset={source.subset}")
     if is_saved:
         saved = path / source.split if (path / "dataset_dict.json").is_file() else path
-        yield from _from_datasets(str(saved), lambda: datasets.load_from_disk(str(saved)))
+        yield from _numbered(str(saved), lambda: datasets.load_from_disk(str(saved)))
         return
     before = 0
     files = files_of(path, source) if path.is_dir() else [plain_file(path, f"source {source.name!r}:")]
@@ -129,26 +129,18 @@ def _from_file(file: Path) -> Iterator[_Record]:
     if file.name.endswith(JSON_SUFFIXES):
         yield from _from_json(file)
     elif file.name.endswith(CSV_SUFFIXES):
-        with reading(file), _open(file) as stream:
-            first = stream.readline(_MAX_LINE_BYTES).decode("utf-8-sig", errors="replace")
-            header = next(csv.reader([first]), [])
-        # every column is text, as it is written: no numbers, no "NA" that means nothing
-        features = datasets.Features({name: datasets.Value("string") for name in header})
-        yield from _from_datasets(
-            str(file),
-            lambda: _load_file("csv", file, features=features, keep_default_na=False, encoding="utf-8-sig"),
-        )
+        yield from _numbered(str(file), lambda: csv_rows(file))
     elif file.name.endswith((".parquet", ".arrow")):
-        yield from _from_datasets(str(file), lambda: _load_file(file.suffix[1:], file))
+        yield from _numbered(str(file), lambda: _load_file(file.suffix[1:], file))
     else:
         raise ValueError(f"{file}: cannot tell the kind of file; it must end in {', '.join(SUFFIXES)}")
 
 
-def _load_file(kind: str, file: Path, **options: Any) -> Any:
-    return datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
+def _load_file(kind: str, file: Path) -> Any:
+    return datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
 
 
-def _from_datasets(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
+def _numbered(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
     number = 0
     try:
         for number, row in enumerate(load(), start=1):
@@ -177,7 +169,8 @@ def _from_json(file: Path) -> Iterator[_Record]:
                 content += piece
                 if len(content) > _MAX_ARRAY_BYTES:
                     raise ValueError(f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write a row a line")
-            for number, row in enumerate(json.loads(content.decode("utf-8-sig")), start=1):
+            rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+            for number, row in enumerate(rows, start=1):
                 yield number, f"{file}:{number}", row
             return
         for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
@@ -194,13 +187,22 @@ def _decode(line: bytes) -> Any:
         return BadRow(f"huge: a line of {_MAX_LINE_BYTES} bytes or more")
     try:
         text = line.decode()
-        return json.loads(text) if text.strip() else None
+        return json.loads(text, object_pairs_hook=_object) if text.strip() else None
     except UnicodeDecodeError as error:
         return BadRow(f"invalid UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return BadRow(f"broken JSON at character {error.pos} of the line: {error.msg}")
     except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
         return BadRow(f"broken JSON: {error}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises `ValueError` for a key that stands twice, whose first value would vanish."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r:.80} stands twice in an object")
+    return found
 
 
 def _skip_line(stream: IO[bytes]) -> None:

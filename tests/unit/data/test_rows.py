@@ -332,6 +332,31 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, store):
         assert [message.content for message in dialog.messages] == [row["question"], row["answer"]]
 
 
+@pytest.mark.parametrize("row", ["1,2,3", "1", "1,2,"])
+def test_a_row_of_csv_has_the_fields_of_the_header(tmp_path, row):
+    """pandas makes a first field too many the row's name, and trains the second column as the first."""
+    columns = {"user": "question", "assistant": "answer"}
+    (tmp_path / "rows.csv").write_text(f"question,answer\n{row}\n\n5,6\n")
+    with pytest.raises(TooManyBadRows, match=rf"rows\.csv:1: the row has {row.count(',') + 1} fields"):
+        read(tmp_path / "rows.csv", columns=columns)
+    ((number, dialog),) = read(tmp_path / "rows.csv", bad_rows=BadRows(1), columns=columns)
+    assert (number, dialog.messages[0].content) == (2, "5")
+    (tmp_path / "rows.csv").write_text("question,answer,question\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: .* names 'question' more than once"):
+        read(tmp_path / "rows.csv", columns=columns)
+    (tmp_path / "rows.csv").write_text('question,answer\n1,"2\n')
+    with pytest.raises(ValueError, match=r"rows\.csv: .*unexpected end of data"):
+        read(tmp_path / "rows.csv", columns=columns)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_key_that_stands_twice_in_a_row_is_an_error(tmp_path, name):
+    row = json.dumps({"prompt": "a", "completion": "b"})[:-1] + ', "prompt": "c"}'
+    (tmp_path / name).write_text(f"[{row}]" if name.endswith("json") else row)
+    with pytest.raises(ValueError, match=r"rows\.json.*the key 'prompt' stands twice"):
+        read(tmp_path / name)
+
+
 def test_row_numbers_run_on_over_the_files_of_a_directory(tmp_path):
     write(tmp_path / "b.jsonl", [SUM])
     write(tmp_path / "a.jsonl", [SUM, SUM])
