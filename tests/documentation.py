@@ -1,10 +1,12 @@
 """What the tests read out of README.md, CONTRIBUTING.md and docs/: code blocks, commands, links, headings."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = {"bash", "json", "jinja", "python", "text", "yaml"}
@@ -46,6 +48,16 @@ def blocks(page: Path) -> list[Block]:
         else:
             lines.append(line)
     assert not start, f"{page}:{start}: a block without an end"
+    return found
+
+
+def json_values(text: str) -> list[Any]:
+    """The JSON values that a text holds one after another."""
+    found, decoder = [], json.JSONDecoder()
+    while text := text.lstrip():
+        value, end = decoder.raw_decode(text)
+        found.append(value)
+        text = text[end:]
     return found
 
 

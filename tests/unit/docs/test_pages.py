@@ -1,7 +1,6 @@
 """Every command, file, link and block of the pages is what a reader can use: parsed, loaded or found."""
 
 import ast
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,7 +17,18 @@ from megatron_post.config.load import load_config
 from megatron_post.launch.chain import is_chain, load_chain
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.rounds.settings import load_round
-from tests.documentation import LANGUAGES, ROOT, anchors, arguments, blocks, commands, pages, prose, spans
+from tests.documentation import (
+    LANGUAGES,
+    ROOT,
+    anchors,
+    arguments,
+    blocks,
+    commands,
+    json_values,
+    pages,
+    prose,
+    spans,
+)
 
 PAGES = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()]
 # commands of others that the pages use; a word that is not here is taken for a mistake
@@ -53,7 +63,7 @@ def test_blocks_are_of_a_language_and_parse(page: Path) -> None:
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.place}: choose one of {LANGUAGES} as its language"
         if block.language == "json":
-            [json.loads(line) for line in block.text.splitlines()]
+            assert json_values(block.text), block.place
         elif block.language == "yaml":
             assert yaml.safe_load(block.text), block.place
         elif block.language == "python":

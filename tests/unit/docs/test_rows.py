@@ -5,18 +5,14 @@ from pathlib import Path
 
 from megatron_post.config.schema import Source
 from megatron_post.data.rows import BadRows, read_rows
-from tests.documentation import ROOT, blocks
+from tests.documentation import ROOT, blocks, json_values
 
 
 def test_example_rows_are_read(tmp_path: Path) -> None:
-    rows = [
-        line
-        for block in blocks(ROOT / "docs/data.md")
-        if block.language == "json"
-        for line in block.text.splitlines()
-    ]
-    assert len([json.loads(row) for row in rows]) == 8
+    found = [block for block in blocks(ROOT / "docs/data.md") if block.language == "json"]
+    rows = [row for block in found for row in json_values(block.text)]
+    assert len(rows) == 9
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(rows) + "\n")
-    found = list(read_rows(Source(name="s", path=str(path)), bad_rows=BadRows()))
-    assert len(found) == len(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = list(read_rows(Source(name="s", path=str(path)), bad_rows=BadRows()))
+    assert [number for number, _ in examples] == list(range(1, 10))
