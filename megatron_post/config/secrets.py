@@ -38,20 +38,25 @@ _SECRET_NAME = re.compile(
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
     """`text` with `***` for each of `secrets`, however it is quoted, and for whatever looks like a secret."""
-    for secret in secrets:
-        if not secret:
-            continue
-        in_json = json.dumps(secret)[1:-1]
-        spellings = {
-            secret,
-            in_json,
-            in_json.replace("/", r"\/"),
-            quote(secret, safe=""),
-            html.escape(secret),
-        }
-        for spelling in sorted(spellings, key=len, reverse=True):
+    for secret in filter(None, secrets):
+        for spelling in _spellings(secret):
             text = re.sub(re.escape(spelling), HIDDEN, text, flags=re.IGNORECASE)
     return _SECRET.sub(lambda match: (match[match.lastindex] if match.lastindex else "") + HIDDEN, text)
+
+
+def repeats(text: str, secrets: Iterable[str]) -> bool:
+    """Whether `text` holds one of `secrets`, however it is quoted.
+
+    What has fewer than 8 characters is a word, such as the "EMPTY" that local servers take for a key.
+    """
+    return any(spelling in text for s in secrets if len(s) >= 8 for spelling in _spellings(s))
+
+
+def _spellings(secret: str) -> list[str]:
+    """A secret as it may be quoted, the longest first."""
+    in_json = json.dumps(secret)[1:-1]
+    found = {secret, in_json, in_json.replace("/", r"\/"), quote(secret, safe=""), html.escape(secret)}
+    return sorted(found, key=len, reverse=True)
 
 
 def is_secret_name(name: str) -> bool:

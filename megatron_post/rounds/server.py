@@ -15,13 +15,14 @@ from functools import partial
 from typing import NoReturn
 from urllib.parse import unquote
 
-from megatron_post.config.secrets import redact
+from megatron_post.config.secrets import redact, repeats
 from megatron_post.data.tokenizer import END_OF_MESSAGE
 from megatron_post.rounds.backends import Failure, Request, Response, Sampling, ServerBackend
 from megatron_post.rounds.http_client import open_url
 
 _LARGEST_ANSWER = 16 * 1024**2
 _LONGEST_MESSAGE = 500  # characters of what a server says
+_LONGEST_FINISH, _MOST_TOKENS = 100, 2**31
 _FIRST_WAIT = 0.5  # seconds; doubled after each try
 _CALLS = (END_OF_MESSAGE, 128008)  # its id in Llama 3's tokenizer
 
@@ -61,7 +62,7 @@ class Server:
                 )
             self._headers["Authorization"] = f"Bearer {key}"
             secrets.append(key)
-        self._hide = partial(redact, secrets=secrets)
+        self._secrets, self._hide = secrets, partial(redact, secrets=secrets)
         self._open = open_url()
         self._given_up = threading.Event()
         self._answered = -math.inf  # when
@@ -105,6 +106,8 @@ class Server:
                 last = error
             else:
                 self._answered = time.monotonic()
+                if repeats(f"{response.text}\n{response.finish}", self._secrets):
+                    return Failure("the answer repeats the key or a password, and is not kept")
                 return response
         said = self._hide(str(last))[:_LONGEST_MESSAGE]
         failed = f"{self._settings.retries + 1} tries failed, the last with: {said}"
@@ -193,7 +196,13 @@ def parse_answer(content: bytes) -> Response:
         raise _BadAnswer(f"an answer that is no chat completion ({error!r}): {shown}") from None
     if text is None and isinstance(finish, str):  # a refusal, a call of a tool, or reasoning alone
         raise _Refused(f"a chat completion without text: {shown}")
-    if not isinstance(text, str) or not isinstance(finish, str) or type(tokens) is not int or tokens < 0:
+    is_finish = isinstance(finish, str) and len(finish) <= _LONGEST_FINISH
+    if (
+        not isinstance(text, str)
+        or not is_finish
+        or type(tokens) is not int
+        or not 0 <= tokens < _MOST_TOKENS
+    ):
         raise _BadAnswer(f"a chat completion without text, reason of ending or count of tokens: {shown}")
     # a lone surrogate is valid JSON and no text
     return Response(text.encode(errors="replace").decode(), tokens, finish)

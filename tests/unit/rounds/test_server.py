@@ -103,6 +103,11 @@ def test_what_passes_is_tried_again(served: _Server) -> None:
         (b'{"choices": []}', "no chat completion"),
         (b'{"choices": [{"message": null}]}', "no chat completion"),
         (_completion("x", None), "without text"),
+        (_completion("x", "stop" * 26), "without text"),
+        (
+            _completion("x")[:-1] + b', "usage": {"completion_tokens": 1' + b"0" * 400 + b"}}",
+            "count of tokens",
+        ),
         (b"[" * 100_000, "no chat completion"),
         (_completion("cut")[:-9], "no chat completion"),
         (b"", "no chat completion"),

@@ -219,6 +219,27 @@ def test_nothing_on_disk_holds_the_key(listen: Callable[[Talk], Listener], tmp_p
     assert not [path for path, text in kept.items() if "s3cr3t" in text]
 
 
+@pytest.mark.parametrize("said", [KEY, json.dumps(KEY), f"It is {KEY}, by the way."])
+@pytest.mark.parametrize("place", ["content", "finish_reason"])
+def test_an_answer_with_the_key_is_not_kept(
+    listen: Callable[[Talk], Listener], said: str, place: str
+) -> None:
+    """It would be trained on, and published with the data."""
+    choice = {"message": {"content": "yes"}, "finish_reason": "stop"}
+    choice |= {"message": {"content": said}} if place == "content" else {place: said}
+    (found,) = _ask(listen(_says("200 OK", json.dumps({"choices": [choice]}).encode())))
+    assert found == Failure("the answer repeats the key or a password, and is not kept")
+
+
+def test_a_word_that_stands_for_a_key_may_be_said(
+    listen: Callable[[Talk], Listener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = {"message": {"content": "The list is EMPTY."}, "finish_reason": "stop"}
+    listener = listen(_says("200 OK", json.dumps({"choices": [choice]}).encode()))
+    monkeypatch.setenv("A_KEY", "EMPTY")
+    assert _ask(listener) == [Response("The list is EMPTY.", 0, "stop")]
+
+
 @pytest.mark.parametrize(
     "key", ["s3cr3t\nX-Header: yes", "s3cr3t Hunter", "s3cr3t\xe9", "s3cr3t\u2028x", "s3cr3t\x7f"]
 )
