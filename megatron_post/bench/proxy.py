@@ -59,7 +59,13 @@ def measure_proxy(
         raise ValueError(
             f"--steps {steps} --warmup {warmup} --proxy-layers {layers}: want at least 1, 0 and 1"
         )
-    raise_for(rank_errors(config, world_size=world_size))
+    errors = rank_errors(config, world_size=world_size)
+    if config.parallel.tp_comm_overlap:
+        errors.append(
+            "parallel.tp_comm_overlap=true shares buffers with other ranks, and a proxy runs one; set "
+            "parallel.tp_comm_overlap=false"
+        )
+    raise_for(errors)
     cut = {}
     if layers is not None:
         cut = {

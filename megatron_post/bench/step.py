@@ -20,12 +20,13 @@ from megatron_post.config.schema import Config
 from megatron_post.data.pack import Pack
 from megatron_post.data.store import PackStore
 from megatron_post.parallel.environment import rank_from_environment
-from megatron_post.parallel.topology import Topology, parallel_run
+from megatron_post.parallel.topology import Topology
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.reference import attach_reference
 from megatron_post.train.run import (
     build_trainer,
     check_run,
+    joined_ranks,
     make_stage,
     open_loader,
     open_stores,
@@ -133,7 +134,7 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
     tokenizer = check_run(config) if Path(config.data.store).exists() else None
     if tokenizer is None:
         raise_for(rank_errors(config, world_size=rank_from_environment()[1]))
-    with parallel_run(config.parallel, seed=config.seed) as topology, scratch(topology) as directory:
+    with joined_ranks(config) as topology, scratch(topology) as directory:
         train = config.train.model_copy(update={"log_every": 10**9})
         run = config.model_copy(update={"run_dir": str(directory / "run"), "train": train})
         notes = []

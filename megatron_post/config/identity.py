@@ -123,7 +123,8 @@ RULES = (
         (
             *_keys(
                 "parallel",
-                "tensor pipeline virtual_pipeline embedding_and_loss_as_layers context sequence cp_comm_type",
+                "tensor pipeline virtual_pipeline embedding_and_loss_as_layers context sequence "
+                "tp_comm_overlap cp_comm_type",
             ),
             *_keys("recompute", "mode modules"),
             *_keys("data", "backend prefetch"),

@@ -156,6 +156,11 @@ class Parallel(Section):
     sequence: bool = Field(
         False, description="shard activations between tensor-parallel regions over the sequence"
     )
+    tp_comm_overlap: bool = Field(
+        False,
+        description="tensor-parallel gathers and scatters run beside the multiplications that they belong "
+        "to, through Transformer Engine's user buffers; needs `sequence`",
+    )
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p", "all_gather"] = Field(
         "p2p",
         description="how context-parallel ranks share attention in Transformer Engine. p2p: keys and values "

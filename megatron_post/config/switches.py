@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from megatron_post.config.schema import Config
 
 # Switches of Transformer Engine's modules, which the portable layers do not have.
-_OF_TRANSFORMER_ENGINE = ("optimizer.gradient_accumulation_fusion", "parallel.cp_comm_type")
+_OF_TRANSFORMER_ENGINE = (
+    "optimizer.gradient_accumulation_fusion",
+    "parallel.tp_comm_overlap",
+    "parallel.cp_comm_type",
+)
 _OF_ATTENTION = ("parallel.cp_comm_type",)
 # The first version that divides the heads of packed rows over context-parallel ranks.
 _PACKED_ALL_TO_ALL = (2, 10)
@@ -20,7 +24,8 @@ _PACKED_ALL_TO_ALL = (2, 10)
 
 def switch_errors(config: "Config") -> list[str]:
     """Every reason why a switch that is on cannot work in this config; empty if all can."""
-    return _layer_errors(config) + _context_errors(config) + _gather_errors(config)
+    found = (_layer_errors, _tensor_errors, _context_errors, _gather_errors)
+    return [error for errors in found for error in errors(config)]
 
 
 def _layer_errors(config: "Config") -> list[str]:
@@ -35,6 +40,28 @@ def _layer_errors(config: "Config") -> list[str]:
         for key, value, off in _on(config)
         if part == "layers" or key in _OF_ATTENTION
     ]
+
+
+def _tensor_errors(config: "Config") -> list[str]:
+    p, recipe = config.parallel, config.precision.fp8
+    if not p.tp_comm_overlap:
+        return []
+    key, off, errors = "parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", []
+    if not p.sequence:
+        errors.append(f"{key} needs parallel.sequence=true; set it, or {off}")
+    # transformer_engine/pytorch/module/base.py: fill_userbuffers_buffer_for_all_gather
+    if recipe == "blockwise":
+        errors.append(
+            f"{key} has no buffers for precision.fp8=blockwise; set precision.fp8=tensorwise, or {off}"
+        )
+    share = config.data.pack_length // (p.context * p.tensor)
+    if recipe == "mxfp8" and share % 128:
+        errors.append(
+            f"{key} with precision.fp8=mxfp8 needs a multiple of 128 tokens on a rank, and data.pack_length="
+            f"{config.data.pack_length} over parallel.context={p.context} and parallel.tensor={p.tensor} is "
+            f"{share}; set data.pack_length to a multiple of {128 * p.context * p.tensor}, or {off}"
+        )
+    return errors
 
 
 def _context_errors(config: "Config") -> list[str]:

@@ -54,6 +54,11 @@ def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
         capability=gpu(cluster.gpu).capability if cluster.gpus_per_node and cluster.gpu else None,
         cuda=torch.version.cuda if cluster.python is None and cluster.container is None else None,
     )
+    if config.parallel.tp_comm_overlap and cluster.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        found.append(
+            "parallel.tp_comm_overlap=true needs kernels that run in the order of their launch; set "
+            'environment.CUDA_DEVICE_MAX_CONNECTIONS="1" in the cluster\'s file'
+        )
     if nodes * cluster.ranks % config.parallel.model_size == 0:
         found += place(config.parallel, nodes=nodes, ranks_per_node=cluster.ranks).errors()
     return found

@@ -71,6 +71,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         account_for_embedding_in_pipeline_split=p.embedding_and_loss_as_layers,
         account_for_loss_in_pipeline_split=p.embedding_and_loss_as_layers,
         context_parallel_size=p.context,
+        tp_comm_overlap=p.tp_comm_overlap,
         cp_comm_type=p.cp_comm_type,
         sequence_parallel=p.sequence,
         # the gradient is divided by the count summed over ranks and microbatches, never by a mean of means

@@ -4,9 +4,12 @@ them Transformer Engine's with the portable attention.
 The only module that imports Transformer Engine, and only when asked to.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_post.config.schema import Config
 from megatron_post.models.attention import PackedAttention
 
 # All layers have the same names in checkpoints, so that they resume each other's: those that norms have where
@@ -43,6 +47,39 @@ def transformer_engine_version() -> str | None:
         return importlib.metadata.version("transformer_engine")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def user_buffers(config: Config) -> Iterator[None]:
+    """Within this context Transformer Engine's layers may send beside their multiplications
+    (`parallel.tp_comm_overlap`). All ranks enter it together, once the process group is there.
+
+    Every layer must see packs of `data.pack_length`: a multiplication covers the whole buffer. Raises
+    `ValueError` where the GPUs cannot share buffers.
+    """
+    p = config.parallel
+    if not p.tp_comm_overlap:
+        yield
+        return
+    from transformer_engine.pytorch.module import base
+
+    if not base.tex.device_supports_multicast() and os.environ.get("UB_SKIPMC") != "1":
+        raise ValueError(
+            "parallel.tp_comm_overlap=true needs GPUs, a driver and a CUDA with multicast; set UB_SKIPMC=1 "
+            "in the environment to use CUDA IPC, or parallel.tp_comm_overlap=false"
+        )
+    modes = base.UserBufferQuantizationMode
+    base.initialize_ub(
+        [config.data.pack_length // p.context, config.model.hidden_size],
+        p.tensor,
+        quantization_modes=[modes.FP8 if config.precision.fp8 else modes.NONE],
+        dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
+        bootstrap_backend=torch.distributed.get_backend(),
+    )
+    try:
+        yield
+    finally:
+        base.destroy_ub()
 
 
 class RMSNorm(torch.nn.Module):

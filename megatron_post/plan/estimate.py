@@ -86,6 +86,8 @@ class Plan:
             "times are those of bf16: fp32 takes several times as long, and is not timed": (
                 self.config.precision.dtype == "fp32"
             ),
+            "parallel.tp_comm_overlap: what it hides is computed and was not measured; published steps of "
+            "runs with it are nearer to the plan without it": self.config.parallel.tp_comm_overlap,
             "parallel.cp_comm_type=a2a: Transformer Engine makes the order of tokens on the host, and waits "
             "for the GPU for every segment of a pack in every layer, which is not timed": (
                 self.config.parallel.cp_comm_type == "a2a"

@@ -61,6 +61,7 @@ def memory(
         kinds |= peak_kinds(ledger, parts, order)
         kinds["batches"] = microbatches * ledger.batch()
         kinds["communication"] = ledger.gather_buffer() + receive_buffers(config, rank)
+        kinds["user buffers"] = user_buffers(config)
         kinds["runtime"] = reserve
         count = sum(chunk_parameters(config, chunk) for chunk in parts)
         result.append(RankMemory(rank, count, {name: size for name, size in kinds.items() if size}))
@@ -145,6 +146,15 @@ def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass
         for name, size in modules.items():
             total[name] += passes * size
     return {**total, "working": extra_then}
+
+
+def user_buffers(config: Config) -> int:
+    """Of `tp_comm_overlap`: twelve, one for each multiplication with its communication, of a rank's tokens.
+    With FP8 the eight that are gathered have a byte a number (Transformer Engine's `initialize_ub`)."""
+    p = config.parallel
+    gathered = 1 if config.precision.fp8 else 2
+    one = config.data.pack_length // p.context * config.model.hidden_size
+    return one * (8 * gathered + 4 * 2) if p.tp_comm_overlap else 0
 
 
 def receive_buffers(config: Config, rank: int) -> int:

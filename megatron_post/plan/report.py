@@ -55,7 +55,7 @@ def time_rows(plan: Plan) -> dict[str, float]:
         "matrix multiplications": time.passes.matrices,
         "attention": time.passes.attention,
         "elementwise": time.passes.elementwise,
-        "tensor-parallel communication": time.passes.communication,
+        "communication of layers": time.passes.communication,
         "waiting, busiest rank": time.timeline.seconds - time.passes.total,
         "gradient reduction": time.reduce_gradients,
         "parameter gathering": time.gather_parameters,

@@ -72,11 +72,16 @@ class Costs:
         """One layer, recomputation in its backward pass included."""
         forward = self._layer(segments, backward=False)
         if kind == "forward":
-            return forward
+            # what is recomputed runs without gradients at first, where user buffers gather nothing
+            full = self.config.recompute.mode == "full"
+            return self._layer(segments, backward=False, gradients=False) if full else forward
         return self._layer(segments, backward=True) + self._recomputed(forward)
 
-    def _layer(self, segments: Sequence[Segment], *, backward: bool) -> PassTime:
-        times = [self._matrix(name, count, backward) for name, count in layer_matrices(self.config).items()]
+    def _layer(self, segments: Sequence[Segment], *, backward: bool, gradients: bool = True) -> PassTime:
+        times = [
+            self._matrix(name, count, backward, gradients=gradients)
+            for name, count in layer_matrices(self.config).items()
+        ]
         matrices = sum(compute for compute, _ in times)
         return PassTime(
             matrices=matrices,
@@ -95,12 +100,15 @@ class Costs:
             self.collective(2 * z.t * width, z.context, spacing=z.tensor) for width in (z.a, z.k, z.k, z.a)
         )
 
-    def _matrix(self, name: str, parameters: int, backward: bool) -> tuple[float, float]:
+    def _matrix(
+        self, name: str, parameters: int, backward: bool, *, gradients: bool = True
+    ) -> tuple[float, float]:
         """Seconds of a layer's multiplication, and of its communication that is not hidden behind it."""
         z = self._z
         one = self._multiply(parameters, fp8=True)
         if not backward:
-            return one, self._exposed(before=name in ("qkv", "fc1"))
+            before = name in ("qkv", "fc1")
+            return one, self._exposed(before=before, beside=one if gradients or not before else 0.0)
         gradient = max(one, self._bytes(8 * parameters))  # read and added to in fp32
         if not self.config.optimizer.gradient_accumulation_fusion:
             gradient = one + self._bytes((2 + 2 + 8) * parameters)
@@ -109,13 +117,22 @@ class Costs:
             # the input is gathered again beside one multiplication, its gradient scattered beside the other
             hidden = max(0.0, gather - one) * (2 if z.sequence else 1)
             return one + gradient, hidden
-        return one + gradient, self._exposed(before=True) if z.sequence else 0.0
+        return one + gradient, self._exposed(before=True, beside=one) if z.sequence else 0.0
 
-    def _exposed(self, *, before: bool) -> float:
-        """Seconds of a gather before, or a scatter behind, a multiplication."""
+    def _exposed(self, *, before: bool, beside: float = 0.0) -> float:
+        """Seconds of a gather before, or a scatter behind, a multiplication, that are waited for.
+
+        beside: seconds of the multiplication, where user buffers may divide it: by the ranks whose parts
+        arrive one by one, or in four, of which the last is scattered when all is multiplied.
+        """
         z = self._z
         if z.tensor == 1 or (before and not z.sequence):
             return 0.0
+        if self.config.parallel.tp_comm_overlap and beside:
+            whole = self._tensor_collective()
+            if before:
+                return max(0.0, whole - beside * (z.tensor - 1) / z.tensor)
+            return whole / 4 + max(0.0, whole - beside) * 3 / 4
         return self._tensor_collective() * (1 if z.sequence else 2)
 
     def _tensor_collective(self) -> float:

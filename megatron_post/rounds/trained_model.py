@@ -12,9 +12,9 @@ from megatron_post.config.schema import Config
 from megatron_post.convert.configs import read_model
 from megatron_post.models.build import uses_portable_attention
 from megatron_post.parallel.environment import rank_from_environment
-from megatron_post.parallel.topology import Topology, parallel_run
+from megatron_post.parallel.topology import Topology
 from megatron_post.stages.base import Stage
-from megatron_post.train.run import check_run, load_model, make_stage
+from megatron_post.train.run import check_run, joined_ranks, load_model, make_stage
 from megatron_post.train.step import Stepper
 
 
@@ -36,7 +36,7 @@ def config_of_model(directory: str | Path, values: dict[str, Any], overrides: Se
 def running_model(config: Config) -> Iterator[tuple[Stepper, Stage, Topology]]:
     """The model on these ranks, for forward passes alone. Raises `ConfigError` for what cannot run."""
     check_run(config)
-    with parallel_run(config.parallel, seed=config.seed) as topology, torch.no_grad():
+    with joined_ranks(config) as topology, torch.no_grad():
         stage = make_stage(config, topology)
         chunks = load_model(config, topology)
         for chunk in chunks:

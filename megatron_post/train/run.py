@@ -1,6 +1,7 @@
 """From a config to a finished run: checks first, then every part built once and handed to the trainer."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,11 @@ from megatron_post.data.store_format import GroupName
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.models.build import build_model, uses_portable_attention, uses_portable_layers
 from megatron_post.models.llama import Llama
-from megatron_post.models.specs import has_transformer_engine, transformer_engine_version
+from megatron_post.models.specs import (
+    has_transformer_engine,
+    transformer_engine_version,
+    user_buffers,
+)
 from megatron_post.parallel.context import sum_over_ranks
 from megatron_post.parallel.topology import Topology, parallel_run, rank_from_environment
 from megatron_post.stages.base import Stage
@@ -58,7 +63,7 @@ def train(config: Config) -> None:
     open_weights(
         config.model, seed=config.seed, scalar_head=config.stage == "reward"
     )  # are they this model's?
-    with StopRequest() as stop, parallel_run(config.parallel, seed=config.seed) as topology:
+    with StopRequest() as stop, joined_ranks(config) as topology:
         check_trained(config, make_stage(config, topology), [train_store, held_out], topology)
         start_from = config.model.init_from
         digests = None if start_from is None else weights_digests(start_from, topology)
@@ -99,6 +104,13 @@ def train(config: Config) -> None:
             export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
             metrics.console(f"exported to {target}")
         metrics.close()
+
+
+@contextlib.contextmanager
+def joined_ranks(config: Config) -> Iterator[Topology]:
+    """This process among the ranks of a run, with all that its layers share with other ranks."""
+    with parallel_run(config.parallel, seed=config.seed) as topology, user_buffers(config):
+        yield topology
 
 
 def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, start: Position) -> None:

@@ -9,9 +9,9 @@ from megatron.core.utils import unwrap_model
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.models.build import build_model
-from megatron_post.parallel.topology import parallel_run
 from megatron_post.stages.sft import SFT
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
+from megatron_post.train.run import joined_ranks
 from megatron_post.train.step import Stepper
 from tests.distributed.gradients import gather_shards
 from tests.ranks import run_ranks
@@ -52,7 +52,7 @@ def gradients(
     GPUs do.
     """
     config = switched(tiny_config(parallel=parallel, **sections), switches or {})
-    with parallel_run(config.parallel, seed=1) as topology:
+    with joined_ranks(config) as topology:
         models = build_model(config, topology, portable=portable)
         load_weights(models, open_weights(config.model, seed=3), config.model)
         for model in models:

@@ -53,7 +53,7 @@ _ENUMS = {
     "NVTE_CAUSAL_BOTTOM_RIGHT_MASK NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK",
     "NVTE_Softmax_Type": "NVTE_VANILLA_SOFTMAX NVTE_OFF_BY_ONE_SOFTMAX NVTE_LEARNABLE_SOFTMAX",
 }
-_CLASSES = "CommOverlap CommOverlapP2P CommOverlapHelper CommOverlapCore FP8TensorMeta CommOverlapBase"
+_CLASSES = "CommOverlapCore FP8TensorMeta CommOverlapBase"
 # Of these Transformer Engine's Python alone needs the names: it imports them when it is loaded.
 _NAMES_ONLY = ("onnxscript", "onnxscript.onnx_opset", "onnx", "einops")
 
@@ -89,8 +89,9 @@ CALLS: Counter[str] = Counter()  # of each function that is replaced here, in th
 
 
 def _compiled(function: Any) -> Any:
-    """Register a function of the compiled module under its own name, and count its calls."""
-    setattr(tex, function.__name__, _counted(function))
+    """Register a class or function of the compiled module under its own name, and count a function's
+    calls."""
+    setattr(tex, function.__name__, function if isinstance(function, type) else _counted(function))
     return function
 
 
@@ -116,6 +117,53 @@ for _name, _value in {
 
 
 @_compiled
+class CommOverlapHelper:
+    def __init__(self, *groups: Any) -> None:
+        pass
+
+
+@_compiled
+class CommOverlap:
+    """A buffer of t x h that the tensor-parallel ranks gather and scatter."""
+
+    def __init__(self, shape: list[int], dtype: torch.dtype, helper: Any, size: int, *_: Any, **__: Any):
+        self.buffer, self.size = torch.full(shape, torch.nan, dtype=dtype), size
+
+    def is_fp8_ubuf(self) -> bool:
+        return False
+
+    def get_buffer(self, local_chunk: bool = False, shape: list[int] | None = None) -> Tensor:
+        assert shape is None or shape == list(self.buffer.shape), "every pack fills the buffer"
+        # a view, since Transformer Engine empties what it was given when it needs it no more
+        return self.buffer.chunk(self.size)[self.group.rank()] if local_chunk else self.buffer[:]
+
+    def copy_into_buffer(self, values: Tensor, local_chunk: bool = False) -> None:
+        self.get_buffer(local_chunk).copy_(values)
+
+    @property
+    def group(self) -> Any:
+        from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+        return get_tensor_model_parallel_group()
+
+    @_counted
+    def gather(self) -> None:
+        own = self.get_buffer(local_chunk=True).clone()
+        torch.distributed.all_gather_into_tensor(self.buffer, own, group=self.group)
+
+    @_counted
+    def scatter(self, values: Tensor, target: Tensor) -> None:
+        own = torch.empty_like(self.get_buffer(local_chunk=True))
+        torch.distributed.reduce_scatter_tensor(own, values.clone().view(self.buffer.shape), group=self.group)
+        target.copy_(own.view(target.shape))
+
+
+@_compiled
+class CommOverlapP2P(CommOverlap):
+    pass
+
+
+@_compiled
 def generic_gemm(
     a: Tensor,
     transpose_a: bool,
@@ -133,10 +181,23 @@ def generic_gemm(
     workspace_size: int,
     accumulate: bool,
     *_: Any,
+    comm_overlap: Any = None,
+    comm_type: Any = None,
     extra_output: Any = None,
+    bulk_overlap: bool = False,
     **__: Any,
 ) -> tuple[Tensor, None, None, Any]:
-    """op(b) @ op(a) in torch's row-major order. cuBLAS's own order is column-major, so the operands swap."""
+    """op(b) @ op(a) in torch's row-major order. cuBLAS's own order is column-major, so the operands swap.
+
+    comm_overlap: a buffer that is gathered before, as `b` is a view of it, or scattered behind. In bulk it is
+    another tensor's.
+    """
+    gathers = comm_overlap is not None and comm_type == tex.CommOverlapType.AG
+    scatters = comm_overlap is not None and comm_type == tex.CommOverlapType.RS
+    if gathers:
+        comm_overlap.gather()
+    elif scatters and bulk_overlap:
+        comm_overlap.scatter(comm_overlap.buffer, comm_overlap.get_buffer(local_chunk=True))
     assert quantizer is None and not gelu and bias is None, "the stand-in has no FP8, GELU or bias"
     left, right = b.reshape(-1, b.shape[-1]), a.reshape(-1, a.shape[-1])
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
@@ -148,6 +209,8 @@ def generic_gemm(
         product = product.reshape(out.shape)
         out.copy_(out + product if accumulate else product)
         product = out
+    if scatters and not bulk_overlap:
+        comm_overlap.scatter(product, extra_output)
     return product, None, None, extra_output
 
 

@@ -1,13 +1,16 @@
 """Performance switches of Transformer Engine's layers: the result is that of the layers without them."""
 
+import os
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from megatron_post.train.run import joined_ranks
 from tests.distributed.test_layouts import check_equal, gradients, joined
 from tests.ranks import run_ranks
+from tests.tiny import switched, tiny_config
 from tests.transformer_engine.ranks import needs_wheel, run_with_transformer_engine
 
 pytestmark = needs_wheel
@@ -57,6 +60,47 @@ def test_heads_over_context_parallel_ranks(ranks: int, parallel: dict[str, Any],
     switches = {"parallel.cp_comm_type": "a2a"}
     found = joined(run_with_transformer_engine(run, ranks, parallel, sections, switches))
     check_equal(found, expected)
+
+
+USER_BUFFERS = {
+    "TP2": (2, {"tensor": 2, "sequence": True}, {}),
+    "TP2 x PP2 x VPP2": (4, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}, {}),
+    "TP2 x CP2": (4, {"tensor": 2, "sequence": True, "context": 2}, {}),
+    "TP2, full recompute": (2, {"tensor": 2, "sequence": True}, {"recompute": {"mode": "full"}}),
+}
+
+
+@pytest.mark.parametrize("name", USER_BUFFERS)
+def test_tensor_parallel_communication_in_user_buffers(name: str, plain: tuple[dict, float, dict]) -> None:
+    """Every gather and scatter of the layers goes through the buffers: one before or behind each of the four
+    multiplications forward, in the backward pass two beside those of QKV and fc1, and one before those of the
+    projection and fc2. A forward pass that is recomputed scatters, and gathers only the second time."""
+    ranks, parallel, sections = USER_BUFFERS[name]
+    results = run_with_transformer_engine(_through_user_buffers, ranks, parallel, sections)
+    check_equal(joined([found for found, _ in results]), plain)
+    passes = 4 * 4 // parallel.get("pipeline", 1)  # layers x packs
+    assert [moves for _, moves in results] == [passes * (4 + 4 + 2 + 2 * bool(sections))] * ranks
+
+
+def test_user_buffers_that_gpus_cannot_share() -> None:
+    (message,) = run_with_transformer_engine(_without_multicast, 1)
+    assert "needs GPUs, a driver and a CUDA with multicast; set UB_SKIPMC=1" in message
+
+
+def _without_multicast() -> str:
+    config = switched(tiny_config(), {"parallel.tp_comm_overlap": True})
+    with pytest.raises(ValueError, match="tp_comm_overlap=true") as caught, joined_ranks(config):
+        pass
+    return str(caught.value)
+
+
+def _through_user_buffers(parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[Any, int]:
+    """`gradients`, and how often a buffer was gathered or scattered."""
+    from tests.transformer_engine.stand_in import CALLS
+
+    with mock.patch.dict(os.environ, UB_SKIPMC="1"):
+        found = gradients(parallel, sections, {"parallel.tp_comm_overlap": True}, portable=False)
+    return found, CALLS["gather"] + CALLS["scatter"]
 
 
 def _fused_gradients(parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[Any, int]:

@@ -12,8 +12,37 @@ BF16 = {"precision": {"dtype": "bf16"}}
 # switch -> sections of a config in which it works
 OF_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
     "optimizer.gradient_accumulation_fusion=true": {"optimizer": {"gradient_accumulation_fusion": True}},
+    "parallel.tp_comm_overlap=true": {
+        "parallel": {"tensor": 2, "sequence": True, "tp_comm_overlap": True},
+    },
     "parallel.cp_comm_type=a2a": {"parallel": {"context": 2, "cp_comm_type": "a2a"}},
 }
+
+
+def test_user_buffers() -> None:
+    """Transformer Engine has none for blockwise FP8, and for mxfp8 of rows in 128s alone. megatron-core
+    itself makes them of sequence-parallel tokens."""
+    parallel = {"tensor": 2, "sequence": True, "tp_comm_overlap": True}
+    model = {"hidden_size": 512, "ffn_hidden_size": 512}
+    for changes, precision, pack_length, expected in (
+        ({"sequence": False}, {}, 512, "needs parallel.sequence=true"),
+        ({}, {"fp8": "blockwise"}, 512, "has no buffers for precision.fp8=blockwise"),
+        ({}, {"fp8": "mxfp8"}, 192, "set data.pack_length to a multiple of 256"),
+        ({}, {"fp8": "mxfp8"}, 512, None),
+        ({}, {"fp8": "tensorwise"}, 192, None),
+    ):
+        sections: dict[str, Any] = {
+            "parallel": parallel | changes,
+            "precision": {"dtype": "bf16", **precision},
+            "data": {"pack_length": pack_length},
+            "model": model,
+        }
+        if expected is None:
+            tiny_config(**sections)
+            continue
+        with pytest.raises(ConfigError) as caught:
+            tiny_config(**sections)
+        assert expected in str(caught.value) and "parallel.tp_comm_overlap=false" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["a2a+p2p", "all_gather"])

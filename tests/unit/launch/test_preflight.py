@@ -63,6 +63,16 @@ def test_memory_that_does_not_fit() -> None:
         memory_findings(config, H100.model_copy(update={"gpu": "mi300x"}), nodes=8)
 
 
+def test_user_buffers_want_kernels_in_order_of_launch() -> None:
+    parallel = {"tensor": 2, "sequence": True, "tp_comm_overlap": True}
+    config = tiny_config(parallel=parallel, precision={"dtype": "bf16"}, train={"global_batch": 8})
+    (found,) = layout_findings(config, H100, nodes=1)
+    assert "parallel.tp_comm_overlap=true needs" in found
+    assert 'set environment.CUDA_DEVICE_MAX_CONNECTIONS="1"' in found
+    ordered = H100.model_copy(update={"environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}})
+    assert layout_findings(config, ordered, nodes=1) == []
+
+
 def test_fp8_that_the_clusters_gpu_does_not_have() -> None:
     """MXFP8 on nodes of H100s, known before the job queues. Nothing is known of a GPU without a name."""
     config = load_config(CONFIGS / "llama3_8b" / "sft.yaml", ["precision.fp8=mxfp8"])

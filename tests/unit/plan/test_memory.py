@@ -118,6 +118,14 @@ def test_static_memory_by_hand() -> None:
     assert found.kinds["optimizer"] == 12 * count // 4
 
 
+def test_user_buffers_by_hand() -> None:
+    """Twelve of 8,192 x 4,096 numbers; in FP8 eight of them have one byte a number."""
+    parallel = {"tensor": 2, "sequence": True, "tp_comm_overlap": True}
+    for fp8, size in ((None, 12 * 2), ("tensorwise", 8 + 4 * 2)):
+        (found,) = memory(llama_config("llama3.1_8b", parallel, precision={"fp8": fp8}), data_size=1)
+        assert found.kinds["user buffers"] == 8192 * 4096 * size
+
+
 def test_an_exchanged_output_is_kept_twice() -> None:
     """2,048 of 8,192 tokens by 4,096 numbers of 2 bytes, a layer."""
     ledgers = (

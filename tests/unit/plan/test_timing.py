@@ -6,7 +6,7 @@ import pytest
 
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.hardware import GPU
-from megatron_post.plan.shape import chunk_parameters, chunks
+from megatron_post.plan.shape import chunk_parameters, chunks, layer_matrices
 from megatron_post.plan.step import around_the_pipeline, step_time
 from megatron_post.plan.timing import Costs, Software
 from tests.unit.plan.test_memory import llama_config
@@ -98,6 +98,30 @@ def test_tensor_parallel_layer_waits_four_times_forward() -> None:
     costs = Costs(config, ROUND, 1)
     expected = 4 * (8192 * 8192 * 2 * 7 / 8) / 100e9
     assert costs.layer([Segment(8192)], "forward").communication == pytest.approx(expected)
+
+
+def test_user_buffers_hide_what_fits_beside_a_multiplication() -> None:
+    """TP 8: a gather waits for 7/8 of its multiplication less, and a quarter of a scatter is never hidden.
+    Links a hundred times as fast leave that quarter alone, four scatters and two gathers of it a layer."""
+    parallel = {"tensor": 8, "sequence": True}
+    pack = [Segment(8192)]
+    for link in (ROUND.nvlink, 100 * ROUND.nvlink):
+        device = dataclasses.replace(ROUND, nvlink=link)
+        plain, hidden, again = (
+            Costs(llama_config("llama3.1_70b", parallel | {"tp_comm_overlap": on}, recompute=mode), device, 1)
+            for on, mode in ((False, {}), (True, {}), (True, {"mode": "full"}))
+        )
+        whole = 8192 * 8192 * 2 * 7 / 8 / link
+        one = {name: 2 * 8192 * count / 1e15 for name, count in layer_matrices(plain.config).items()}
+        gathers = [max(0, whole - one[name] * 7 / 8) for name in ("qkv", "fc1")]
+        scatters = [whole / 4 + max(0, whole - one[name]) * 3 / 4 for name in ("proj", "fc2")]
+        forward = sum(gathers) + sum(scatters)
+        assert hidden.layer(pack, "forward").communication == pytest.approx(forward)
+        saved = plain.layer(pack, "backward").communication - hidden.layer(pack, "backward").communication
+        assert saved == pytest.approx(sum(min(whole, one[name] * 7 / 8) for name in ("proj", "fc2")))
+        # recomputed, a forward pass gathers without buffers the first time
+        first = again.layer(pack, "forward").communication
+        assert first == pytest.approx(2 * whole + sum(scatters))
 
 
 def test_recomputation_costs_a_forward_pass() -> None:
