@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What says which rank a process is. train.sbatch clears it, and each rank has its own from Slurm.
 _OF_A_RANK = re.compile(
     r"((LOCAL|GROUP|ROLE|NODE)_)?(RANK|WORLD_SIZE)|(TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+"
-    r"|PMI_(RANK|SIZE)|MASTER_(ADDR|PORT)|SLURM_(PROCID|LOCALID|STEP_NUM_TASKS)|MEGATRON_POST_INCARNATION"
+    r"|PMI_(RANK|SIZE)|MASTER_(ADDR|PORT)|SLURM_(PROCID|LOCALID|STEP_NUM_TASKS)|MEGATRON_POST_(INCARNATION|NUMA_BINDING)"
 )
 
 
@@ -84,6 +84,11 @@ class Cluster(Section):
         None, description="interpreter of the ranks; null: the one that launches, in a container python3"
     )
     container: Container | None = None
+    numa_binding: Literal["node", "socket", "exclusive", "core-complex"] | None = Field(
+        None,
+        description="CPUs of a rank, by the place of its GPU, as torchrun --numa-binding has them; null: as "
+        "Slurm binds tasks",
+    )
     environment: dict[str, Line] = Field(default_factory=dict, description="variables of the ranks")
     setup: tuple[Line, ...] = Field((), description="lines of bash before anything runs: module load ...")
 
@@ -114,6 +119,8 @@ class Cluster(Section):
             errors.append("gpus_per_node=0 needs ranks_per_node")
         elif self.gpus_per_node and self.ranks > self.gpus_per_node:
             errors.append(f"ranks_per_node={self.ranks} is more than gpus_per_node={self.gpus_per_node}")
+        if self.numa_binding and not self.gpus_per_node:
+            errors.append(f"numa_binding={self.numa_binding} needs GPUs on the nodes; set numa_binding: null")
         if self.ranks > self.cpus_per_node:
             errors.append(
                 f"cpus_per_node={self.cpus_per_node} is less than one for each of {self.ranks} ranks"

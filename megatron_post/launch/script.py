@@ -112,6 +112,7 @@ def _settings(job: Job, cluster: Cluster) -> list[str]:
         f"RUN_DIR={shlex.quote(job.run_dir)}",
         f"MAX_STALLED_RESTARTS={cluster.max_stalled_restarts}",
         f"NODE_CHECK={int(cluster.node_check)}",
+        f"NUMA_BINDING={cluster.numa_binding or ''}",
         array("CONTAINER", container),
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(cluster.environment.items())),
         "setup() {",

@@ -14,6 +14,7 @@ from megatron_post.config.schema import Parallel
 from megatron_post.parallel.adam import resumable_adam
 from megatron_post.parallel.cpu import cpu_as_cuda
 from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.parallel.numa import bind_to_gpu
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
     with resumable_adam(has_gpu=True) if has_gpu else cpu_as_cuda():
         if has_gpu:
             torch.cuda.set_device(local_rank)
+            bind_to_gpu(local_rank)
         device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",

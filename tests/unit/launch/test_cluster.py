@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_post.config.load import ConfigError
-from megatron_post.launch.cluster import load_cluster
+from megatron_post.launch.cluster import Cluster, load_cluster
 
 CLUSTERS = sorted((Path(__file__).resolve().parents[3] / "configs" / "clusters").glob("*.yaml"))
 
@@ -91,3 +91,11 @@ def test_time_limit(tmp_path: Path, text: str, seconds: int) -> None:
 def test_inheritance(tmp_path: Path) -> None:
     path = _write(tmp_path, f"base: {CLUSTERS[0]}\npartition: mine\n")
     assert load_cluster(path) == load_cluster(CLUSTERS[0]).model_copy(update={"partition": "mine"})
+
+
+def test_binding_to_gpus_wants_gpus() -> None:
+    assert Cluster(cpus_per_node=96, numa_binding="node").numa_binding == "node"
+    with pytest.raises(ValidationError, match="numa_binding=node needs GPUs on the nodes"):
+        Cluster(cpus_per_node=8, gpus_per_node=0, ranks_per_node=2, numa_binding="node")
+    with pytest.raises(ValidationError, match="MEGATRON_POST_NUMA_BINDING cannot be set here"):
+        Cluster(cpus_per_node=96, environment={"MEGATRON_POST_NUMA_BINDING": "node"})

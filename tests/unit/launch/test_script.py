@@ -149,3 +149,19 @@ def test_executable_by_hand(tmp_path: Path) -> None:
     """The template stands alone: bash reads it, and nothing but its settings comes from Python."""
     assert TEMPLATE.read_text().startswith("#!/bin/bash\n")
     subprocess.run(["bash", "-n", str(TEMPLATE)], check=True, env={"PATH": os.environ["PATH"]})
+
+
+def test_ranks_beside_their_gpus(tmp_path: Path) -> None:
+    """The rank binds itself, so that Slurm must not: it would leave it CPUs on another NUMA node."""
+    for binding, flags in ((None, ""), ("node", "--cpu-bind=none ")):
+        script = render(_job(tmp_path), _cluster(numa_binding=binding))
+        run = 'srun() { echo "$MEGATRON_POST_NUMA_BINDING" "$@"; }\n'
+        settings = script.split("# >>> settings\n")[1].split("# What a rank's exit code means")[0]
+        (step,) = re.findall(r"^    srun .*$", script, re.MULTILINE)
+        done = subprocess.run(
+            ["bash", "-c", settings + run + step.rstrip("\\")], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert (
+            done.stdout.strip()
+            == (f"{binding or ''} --kill-on-bad-exit=1 --wait=0 --distribution=block:block {flags}").strip()
+        )

@@ -1,0 +1,37 @@
+"""Which CPUs a rank runs on: those beside its GPU. Host memory follows, since the kernel gives memory of the
+node that first writes to it."""
+
+import os
+
+NUMA_BINDING = (
+    "MEGATRON_POST_NUMA_BINDING"  # set by the job script, from `numa_binding` of the cluster's file
+)
+
+
+def bind_to_gpu(local_rank: int) -> None:
+    """Keep all threads of this process, and those to come, on the CPUs that the environment asks for.
+
+    Nothing where it asks for none. Raises `ValueError` for what cannot be done on this node.
+    """
+    mode = os.environ.get(NUMA_BINDING, "")
+    if not mode:
+        return
+    remedy = f"set numa_binding: null in the cluster's file, or unset {NUMA_BINDING}"
+    try:
+        from torch.numa import binding
+    except ImportError as error:
+        raise ValueError(f"{NUMA_BINDING}={mode} needs torch 2.9 or newer: {remedy}") from error
+    modes = [known.value for known in binding.AffinityMode]
+    if mode not in modes:
+        raise ValueError(f"{NUMA_BINDING}={mode} is not one of {', '.join(modes)}: {remedy}")
+    options = binding.NumaOptions(affinity_mode=binding.AffinityMode(mode))
+    try:
+        # as torchrun --numa-binding does, which has no public name for it and wants the command numactl
+        cpus = binding._get_logical_cpus_to_bind_to(gpu_index=local_rank, numa_options=options)
+        if not cpus:
+            raise RuntimeError("this process may use none of the CPUs there")
+        binding._bind_all_threads_in_current_process_to_logical_cpus(logical_cpu_indices=cpus)
+    except Exception as error:
+        raise ValueError(
+            f"{NUMA_BINDING}={mode} cannot be done for GPU {local_rank}: {error}; {remedy}"
+        ) from error
