@@ -14,8 +14,10 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target $(VENV)/transformer_engine/2.11.0 transformer_engine==2.11.0
+	for version in 2.9.0 2.10.0 2.11.0; do \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+			--target $(VENV)/transformer_engine/$$version transformer_engine==$$version || exit; \
+	done
 	touch $@
 
 # the pages of docs/ as a site in site/. It needs nothing of the package, so it has an environment of its own

@@ -1,6 +1,9 @@
 """Ranks on which Transformer Engine runs on the CPU, see `stand_in`."""
 
+import functools
+import os
 from collections.abc import Callable
+from multiprocessing.forkserver import ForkServer
 from typing import Any
 from unittest import mock
 
@@ -9,15 +12,27 @@ import pytest
 from tests.ranks import run_ranks, server_with
 from tests.transformer_engine.stand_in import WHEELS
 
+VERSION = "2.11.0"
 needs_wheel = pytest.mark.skipif(
-    not WHEELS.is_dir(), reason=f"Transformer Engine's pure Python wheels are not in {WHEELS}: make install"
+    not (WHEELS / VERSION).is_dir(),
+    reason=f"Transformer Engine's pure Python wheel is not in {WHEELS / VERSION}: make install",
 )
-_SERVER = server_with("tests.transformer_engine.preload")
 
 
-def run_with_transformer_engine(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """As `run_ranks`, where `has_transformer_engine()` is true as it is on a GPU that has it."""
-    return run_ranks(_on_rank, world_size, function, args, server=_SERVER)
+def run_with_transformer_engine(
+    function: Callable[..., Any], world_size: int, *args: Any, version: str = VERSION
+) -> list[Any]:
+    """As `run_ranks`, where `has_transformer_engine()` is true as it is on a GPU that has this version."""
+    return run_ranks(_on_rank, world_size, function, args, server=_server(version))
+
+
+@functools.cache
+def _server(version: str) -> ForkServer:
+    """Starts in seconds, once for each version."""
+    server = server_with("tests.transformer_engine.preload")
+    with mock.patch.dict(os.environ, TRANSFORMER_ENGINE_VERSION=version):
+        server.ensure_running()
+    return server
 
 
 def _on_rank(function: Callable[..., Any], args: Any) -> Any:

@@ -10,6 +10,7 @@ in fp32. What it cannot prove: kernels, bf16 and FP8 numbers, Transformer Engine
 NCCL, and speed. Any function that is missing here raises `NotImplementedError` with its name.
 """
 
+import contextlib
 import enum
 import functools
 import importlib
@@ -254,9 +255,8 @@ def fused_rope_forward(
 
 
 @_compiled
-def fused_rope_backward(
-    gradient: Tensor, angles: Tensor, start: Any, form: Any, interleaved: bool, cu: Any, size: int, rank: int
-) -> Tensor:
+def fused_rope_backward(gradient: Tensor, angles: Tensor, *arguments: Any) -> Tensor:
+    form, _, cu, size, rank = arguments[-5:]  # behind the start, which version 2.9 does not have
     return _rotate(gradient, angles, form, cu, size=size, rank=rank, sign=-1)
 
 
@@ -378,6 +378,7 @@ def _pretend_a_gpu(*, capability: tuple[int, int]) -> None:
     torch.cuda.get_device_properties = lambda *_: properties
     torch.cuda.get_device_capability = lambda *_: capability
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.device = lambda _: contextlib.nullcontext()  # version 2.9 enters its parameters' device
     real = torch._C.TensorBase.is_cuda
 
     def is_cuda(self: Tensor) -> bool:
