@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench fault-test soak-test plan-check
+.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test plan-check
 
 install: $(VENV)/.installed
 
@@ -100,3 +100,11 @@ plan-check: install
 	$(BIN)/python -m megatron_post plan configs/llama3_405b/sft.yaml --gpus 512
 	$(BIN)/python -m megatron_post plan search configs/llama3_405b/dpo.yaml --gpus 512
 	$(BIN)/python -m megatron_post plan dry-run configs/llama3_405b/dpo.yaml --gpus 16384 --rank all
+
+# half an hour of one NVIDIA GPU, which `make gpu-day-prepare` gathers for where there is a network; see docs/gpu.md.
+# Without a GPU every piece starts, and says what it skips
+gpu-day:
+	$(GPU_PYTHON) -m megatron_post.bench.gpu_day
+
+gpu-day-prepare: install
+	$(BIN)/python -m megatron_post.bench.gpu_day.prepare

@@ -32,10 +32,18 @@ def losses(tiny: bool, main_grad: Tensor) -> dict[str, Loss]:
     def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_logprob(hidden, weight, labels).sum()
 
+    def one_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -linear_logprob(hidden, weight, labels, chunk_tokens=max(1, len(labels))).sum()
+
     def accumulating(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_logprob(hidden, weight, labels, weight_grad=main_grad).sum()
 
-    found: dict[str, Loss] = {"ours": ours, "ours, into main_grad": accumulating, "torch eager": eager}
+    found: dict[str, Loss] = {
+        "ours": ours,
+        "ours, one chunk": one_chunk,
+        "ours, into main_grad": accumulating,
+        "torch eager": eager,
+    }
     if not tiny:
         torch.compiler.reset()  # a shape of its own each time, and no limit on recompilations
         found["torch.compile"] = torch.compile(eager, dynamic=False)

@@ -74,7 +74,7 @@ def measure_checkpoints(
         for number in range(rounds):
             for mode in MODES:
                 path = disk / f"{mode}-{number}"
-                trainer.checkpoints = _checkpoints(run, topology, path, asynchronous=mode == MODES[1])
+                trainer.checkpoints = checkpoints_in(run, topology, path, asynchronous=mode == MODES[1])
                 found += _intervals(trainer, store, mode, saves=saves, every=every)
                 trainer.checkpoints.wait()
                 size = _bytes(trainer.checkpoints.root)
@@ -126,7 +126,8 @@ def figures(ranks: list[list[Interval]], *, size: int) -> dict[str, Figure]:
     return found | {"checkpoint": once("GB", size / 1e9)}
 
 
-def _checkpoints(config: Config, topology: Topology, directory: Path, *, asynchronous: bool) -> Checkpoints:
+def checkpoints_in(config: Config, topology: Topology, directory: Path, *, asynchronous: bool) -> Checkpoints:
+    """Checkpoints of a run in another directory, synchronous or asynchronous."""
     checkpoint = config.checkpoint.model_copy(update={"asynchronous": asynchronous, "keep": 1})
     config = config.model_copy(update={"run_dir": str(directory), "checkpoint": checkpoint})
     return Checkpoints(config, topology, claim_together(directory, topology))
