@@ -81,3 +81,19 @@ def test_no_other_module_says_how_to_install_this_package() -> None:
         for match in written.finditer(path.read_text())
     ]
     assert not found, found
+
+
+def test_no_page_or_script_builds_transformer_engine_in_isolation() -> None:
+    """In an isolated environment pip would build it for another torch than the one that is installed."""
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")]
+    places += [path for path in (ROOT / "launchers").rglob("*") if path.is_file()]
+    commands = [
+        (path.name, command)
+        for path in places
+        for command in re.findall(r"pip install[^&;|`\n]*", path.read_text())
+        if "[cuda]" in command or "transformer" in command
+    ]
+    assert {name for name, _ in commands} >= {"README.md", "first_8b_run.md", "build_image.sh"}
+    for name, command in commands:
+        alone = "--no-deps" in command  # its pure Python code, for the tests
+        assert alone or "--no-build-isolation" in command, f"{name}: {command}"

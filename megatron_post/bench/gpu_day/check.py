@@ -30,6 +30,7 @@ from megatron_post.bench.gpu_day.speed import Found, bandwidth, kernel, proxy, s
 from megatron_post.data.batch import PackedBatch, segment_numbers
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import portable_segments
+from megatron_post.parallel.context import ContextSplit
 from megatron_post.train.checkpoint import Position
 
 _WIDE = ("precision.dtype=bf16", "model.num_attention_heads=16", "model.num_key_value_heads=8")
@@ -41,7 +42,9 @@ def flex() -> Found:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     worst = 0.0
     for lengths in ((130, 7, 200), (1000, 24, 1, 999)):
-        packed = portable_segments(_dialogs(lengths, device), context_rank=0, context_size=1)
+        whole = _dialogs(lengths)
+        split = ContextSplit(whole.cu_seqlens, 1)
+        packed = portable_segments(whole, split, rank=0, device=torch.device(device))
         torch.manual_seed(0)
         q, k, v, weights = (torch.randn(heads, sum(lengths), 64, device=device) for heads in (8, 2, 2, 8))
         results = []
@@ -161,16 +164,16 @@ def answers() -> Found:
     return Found(f"{same} of {len(here)} answers are the CPU's", figures={"same answers": same})
 
 
-def _dialogs(lengths: Sequence[int], device: str) -> PackedBatch:
+def _dialogs(lengths: Sequence[int]) -> PackedBatch:
     """A pack of segments that see nothing but themselves; its tokens do not matter."""
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     segments = segment_numbers(cu_seqlens)
     nothing = torch.zeros_like(segments)
     return PackedBatch(
         tokens=nothing,
         labels=nothing,
         trained=nothing.bool(),
-        positions=torch.arange(len(segments), device=device) - cu_seqlens[segments],
+        positions=torch.arange(len(segments)) - cu_seqlens[segments],
         segments=segments,
         cu_seqlens=cu_seqlens,
         lengths=cu_seqlens.diff(),
