@@ -40,8 +40,14 @@ def _pieces(count: Path) -> dict[str, tuple[Check, ...]]:
 @pytest.fixture
 def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(day, "PIECES", _pieces(tmp_path / "count"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    _on(monkeypatch, commit="one")
     return tmp_path / "out"
+
+
+def _on(monkeypatch: pytest.MonkeyPatch, *, commit: str) -> None:
+    """A machine without a GPU; torch is not asked."""
+    machine = {"GPU": "", "torch": "2.13.0", "python": "3.12", "commit": commit}
+    monkeypatch.setattr(Day, "_machine", lambda self: machine)
 
 
 def test_statuses_and_table(pieces: Path) -> None:
@@ -88,7 +94,7 @@ def test_the_same_command_goes_on(pieces: Path, tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "count").read_text() == "x"
     results = json.loads((pieces / "results.json").read_text())["results"]
     assert results["late"]["status"] == "passed" and results["good"]["status"] == "passed"
-    monkeypatch.setattr(day, "_commit", lambda: "another")
+    _on(monkeypatch, commit="another")
     Day(pieces).run("one", minutes=1)
     assert (tmp_path / "count").read_text() == "xx"
     assert len(list(pieces.glob("results-*.json"))) == 1
