@@ -1,4 +1,4 @@
-"""`megatron-post convert`: between Hugging Face or Meta weights and the trainer's checkpoints."""
+"""`megatron-post convert` converts between Hugging Face or Meta weights and the trainer's checkpoints."""
 
 from typing import Annotated, Literal
 
@@ -6,24 +6,27 @@ import typer
 
 from megatron_post.display import make_console, say
 
-convert_app = typer.Typer(no_args_is_help=True, help="Convert weights, streaming, between files alone.")
+convert_app = typer.Typer(no_args_is_help=True, help="Convert weights from files to files, block by block.")
 
-Workers = Annotated[int, typer.Option(min=1, help="Processes, on each node under srun or in an array.")]
-MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file: 5GB, 500MB, 4GiB.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes on each node, or for each task of srun.")]
+MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file, such as 5GB, 500MB or 4GiB.")]
 
 
 @convert_app.command("hf-to-megatron")
 def hf_to_megatron(
-    hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="Hugging Face's or Meta's directory")],
+    hf_dir: Annotated[
+        str, typer.Argument(metavar="HF_DIR", help="directory of Hugging Face or Meta weights")
+    ],
     ckpt_dir: Annotated[
         str, typer.Argument(metavar="CKPT_DIR", help="RUN_DIR/checkpoints of the run that starts from it")
     ],
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Cast; by default as it is.")
+        Literal["bf16", "fp16", "fp32"] | None,
+        typer.Option(help="Cast to this dtype. By default the dtype stays."),
     ] = None,
     workers: Workers = 1,
 ) -> None:
-    """Write step 0 of a run. The same command again goes on with an interrupted one."""
+    """Write the weights as step 0 of a run. The same command resumes an interrupted conversion."""
     from megatron_post.convert.jobs import convert
     from megatron_post.convert.to_megatron import ToMegatron
 
@@ -34,9 +37,11 @@ def hf_to_megatron(
 
 @convert_app.command("megatron-to-hf")
 def megatron_to_hf(
-    ckpt_dir: Annotated[str, typer.Argument(metavar="CKPT_DIR", help="checkpoints of a run, or one step")],
+    ckpt_dir: Annotated[
+        str, typer.Argument(metavar="CKPT_DIR", help="all checkpoints of a run, or one step")
+    ],
     hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="directory to write")],
-    step: Annotated[int | None, typer.Option(help="By default the newest.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step to convert. By default the newest.")] = None,
     max_shard_size: MaxShardSize = "5GB",
     workers: Workers = 1,
 ) -> None:
@@ -52,15 +57,15 @@ def megatron_to_hf(
 def verify(
     first: Annotated[str, typer.Argument(metavar="A")], second: Annotated[str, typer.Argument(metavar="B")]
 ) -> None:
-    """Compare two directories of any kind: names, shapes, dtypes, values."""
-    from megatron_post.convert.verify import verify as compare
+    """Compare the names, shapes, dtypes and values of two directories of any kind."""
+    from megatron_post.convert.verify import compare_models
 
-    compare(first, second, report=say)
+    compare_models(first, second, report=say)
 
 
 @convert_app.command("inspect")
 def inspect(directory: Annotated[str, typer.Argument(metavar="DIR")]) -> None:
-    """Print what is in a directory: tensors, shapes, dtypes, bytes, step, config."""
+    """Print the tensors of a directory with shapes, dtypes and bytes, its step and its config."""
     import sys
 
     from megatron_post.convert.inspect import inspect as show
@@ -71,14 +76,14 @@ def inspect(directory: Annotated[str, typer.Argument(metavar="DIR")]) -> None:
 @convert_app.command("plan")
 def plan(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="a preset, or a directory with config.json and index")
+        str, typer.Argument(metavar="SOURCE", help="a preset, or a directory with config.json")
     ],
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the weights.")] = "bf16",
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the weights.")] = "bf16",
     max_shard_size: MaxShardSize = "5GB",
     workers: Workers = 1,
-    speed: Annotated[float, typer.Option(min=1.0, help="MB/s that the disk copies at.")] = 500.0,
+    speed: Annotated[float, typer.Option(min=1.0, help="Speed in MB/s at which the disk copies.")] = 500.0,
 ) -> None:
-    """Say what a conversion would take, without any weights."""
+    """Estimate the files, memory and time of a conversion. This needs no weights."""
     from megatron_post.convert.plan import plan as make_plan
     from megatron_post.convert.plan import print_plan
     from megatron_post.convert.shards import parse_size

@@ -20,15 +20,16 @@ from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.reading import read_object, reading
 
 CONFIG = "config.json"
-# A name for every tensor of a model is made before its tensors are looked at; none has an eighth of that.
+# The names of all tensors are made from the config before any tensor is read. A config with an absurd number
+# of layers would exhaust the memory there. No published Llama has more than an eighth of this number.
 _MOST_LAYERS = 1000
 
 
 def read_model(directory: Path) -> Model:
-    """The Llama that a directory's `config.json` describes, trusted in nothing.
+    """The Llama that a directory's `config.json` describes. Nothing in the file is trusted.
 
-    Raises `ValueError`, naming the file, for a link that leads out of the directory, for what is no config of
-    a Llama that can be built here, and for sizes that do not fit each other.
+    Raises `ValueError` with the file for a link that leads out of the directory, for a file that is not the
+    config of a supported Llama, and for sizes that contradict each other.
     """
     path = directory / CONFIG
     if os.path.lexists(path):
@@ -44,7 +45,7 @@ def read_model(directory: Path) -> Model:
 
 
 def check_sizes(model: Model, *, origin: Path) -> None:
-    """Raises `ValueError` for sizes that no Llama has. origin: the file that they are from."""
+    """Raises `ValueError` for sizes that no Llama has. origin: the file that the sizes come from."""
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     if model.hidden_size % heads or heads % groups:
         raise ValueError(
@@ -57,8 +58,10 @@ def check_sizes(model: Model, *, origin: Path) -> None:
 def written_configs(
     model: Model, tokenizer: Tokenizer | None, *, dtype: torch.dtype, scalar_head: bool
 ) -> dict[str, bytes]:
-    """`config.json`, `generation_config.json` and the tokenizer's files, with which plain `transformers`
-    loads."""
+    """`config.json`, `generation_config.json` and the tokenizer's files, by name.
+
+    Plain `transformers` loads a directory with these files.
+    """
     bos_id, pad_id, eos_ids = None, None, []
     files: dict[str, bytes] = {}
     if tokenizer is not None:
@@ -79,20 +82,20 @@ def written_configs(
 
 
 def with_dtype(companions: dict[str, bytes], dtype: torch.dtype) -> dict[str, bytes]:
-    """The same files, with `config.json` naming another dtype."""
+    """The same files, where `config.json` names another dtype."""
     config = json.loads(companions["config.json"])
     names = [name for name in ("torch_dtype", "dtype") if name in config] or ["torch_dtype"]
     return companions | {"config.json": _json(config | dict.fromkeys(names, dtype_name(dtype)))}
 
 
 def fingerprint_of(companions: dict[str, bytes]) -> str:
-    """Changes when a name or the content of a file does."""
+    """A hash that changes when the name or the content of a file changes."""
     digests = [[name, hashlib.sha256(content).hexdigest()] for name, content in sorted(companions.items())]
     return sha256_of_json(digests)
 
 
 def index_of(weight_map: dict[str, str], kinds: Mapping[str, Kind]) -> bytes:
-    """`model.safetensors.index.json`, as `save_pretrained` of transformers 5 writes it."""
+    """`model.safetensors.index.json` as `save_pretrained` of transformers 5 writes it."""
     metadata = {
         "total_parameters": sum(prod(kind.shape) for kind in kinds.values()),
         "total_size": sum(kind.nbytes for kind in kinds.values()),
@@ -101,7 +104,7 @@ def index_of(weight_map: dict[str, str], kinds: Mapping[str, Kind]) -> bytes:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As configs spell it: "bfloat16"."""
+    """The name that configs use, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

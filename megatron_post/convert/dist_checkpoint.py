@@ -1,8 +1,8 @@
-"""Reading megatron-core's `torch_dist` checkpoints by rows, whatever layout of ranks has saved them.
+"""Reads megatron-core's `torch_dist` checkpoints by rows, whatever layout of ranks saved them.
 
-The format is torch.distributed.checkpoint's: `.metadata` says of which rectangular chunks every tensor
-consists and in which file, at which offset, each of them lies as a `torch.save`d archive of its own. So do
-the objects that modules keep beside their tensors.
+The format is the one of torch.distributed.checkpoint. The file `.metadata` lists the rectangular chunks of
+every tensor, with the file and the offset of each chunk. Each chunk is an archive of its own, as `torch.save`
+writes it. The objects that modules save beside their tensors are stored in the same way.
 """
 
 import os
@@ -30,8 +30,8 @@ from megatron_post.storage.manifest import DamagedCheckpoint
 class _Chunk:
     """A rectangle of a tensor: where it begins, its sizes, and the archive that holds it.
 
-    Known once it has been read from: where its values are, their checksum (None: not kept, or found right),
-    and the checksum of the first `summed` bytes.
+    stored: the place of the values, None until the chunk is first read. crc32: the checksum of the values, or
+    None if the archive has none or if it has been compared. sum: the checksum of the first `summed` bytes.
     """
 
     offsets: tuple[int, ...]
@@ -50,15 +50,17 @@ class _Chunk:
 
 
 class DistCheckpoint:
-    """The tensors of one checkpoint directory. Nothing is read before it is asked for."""
+    """The tensors of one checkpoint directory. Each value is read when it is requested, and not before."""
 
     def __init__(self, directory: Path, *, is_verified: bool = False) -> None:
-        """is_verified: its files' checksums have just been compared, and its chunks are taken as they are: of
-        the million and a half of a large run a rank then looks at its own alone. Its objects are looked at by
-        `check_objects`.
+        """Opens a checkpoint directory.
 
-        Raises `DamagedCheckpoint` where the metadata is not plain data or, unless it is verified, does not
-        cover its tensors, and for an object that is not plain data.
+        is_verified: the checksums of the files have just been compared. The chunks are then not checked
+        again, because a large run has 1.5 million of them and each rank needs only its own. `check_objects`
+        still checks the objects.
+
+        Raises `DamagedCheckpoint` if the metadata is not plain data. If `is_verified` is false, raises it
+        also if the chunks do not cover their tensors, or if an object is not plain data.
         """
         self.directory, self._is_verified, self._files = directory, is_verified, OpenFiles()
         metadata = read_metadata(directory / ".metadata")
@@ -66,7 +68,8 @@ class DistCheckpoint:
         self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._storage: dict[MetadataIndex, object] = metadata.storage_data
         self._by_layer: dict[tuple[str, int | None], list[_Chunk]] = {}
-        self.objects = metadata.state_dict_metadata.keys() - self._entries.keys()  # saved beside tensors
+        # saved by modules beside their tensors
+        self.objects = metadata.state_dict_metadata.keys() - self._entries.keys()
         if not is_verified:
             for key in self._entries:
                 self._check_covered(key)
@@ -74,22 +77,22 @@ class DistCheckpoint:
 
     @property
     def kinds(self) -> dict[str, Kind]:
-        """dtype and whole shape of every tensor; layers are stacked along the first dimension."""
+        """dtype and full shape of every tensor. Layers are stacked along the first dimension."""
         return {key: self._kind(key) for key in self._entries}
 
     def read_into(self, key: str, layer: int | None, row: int, out: Tensor) -> None:
-        """Fill `out` with rows from `row` on of a tensor, or of one layer of a stacked one.
+        """Fill `out` with rows of a tensor from `row` on, or of one layer of a stacked tensor.
 
-        Raises `DamagedCheckpoint` where a chunk's archive is not what the metadata says.
+        Raises `DamagedCheckpoint` if a chunk's archive does not match the metadata.
         """
         if self.read_rectangle(key, layer, (row, *(0 for _ in out.shape[1:])), out) != out.numel():
             raise DamagedCheckpoint(f"{self.directory}: the chunks of {key} do not cover it")
 
     def read_rectangle(self, key: str, layer: int | None, offsets: tuple[int, ...], out: Tensor) -> int:
-        """Fill `out`, of any dtype on any device, with the rectangle that begins at `offsets` of a tensor, or
-        of one layer of a stacked one. What lies outside of the tensor is left as it is.
+        """Fill `out` with the rectangle that begins at `offsets` in a tensor or one layer of a stack.
 
-        Returns the number of values that were filled. Raises `DamagedCheckpoint` as `read_into` does.
+        `out` may have any dtype and device. Its values that lie outside the tensor stay as they are. Returns
+        the number of values that were filled. Raises `DamagedCheckpoint` as `read_into` does.
         """
         filled = 0
         for chunk in self._chunks(key, layer):
@@ -106,10 +109,10 @@ class DistCheckpoint:
             filled += target.numel()
         return filled
 
-    def check_begun(self) -> None:
-        """Read chunks of which only the first rows were wanted to their end, so that these are checked too.
+    def finish_checksums(self) -> None:
+        """Read the chunks that were read in part to their end, so that their checksums can be compared.
 
-        Raises `DamagedCheckpoint` where one is damaged.
+        Raises `DamagedCheckpoint` if a chunk is damaged.
         """
         for (key, _), chunks in self._by_layer.items():
             for chunk in chunks:
@@ -122,13 +125,14 @@ class DistCheckpoint:
             self.read_object(key)
 
     def read_object(self, key: str) -> Any:
-        """An object that a module keeps beside its tensors, fit to be given to a module: see `safe_state`.
+        """An object that a module saved beside its tensors, made safe by `safe_state`.
 
-        Raises `DamagedCheckpoint` where it asks for more than plain data, of which nothing is run.
+        Raises `DamagedCheckpoint` if the pickle refers to more than plain data. Nothing in it is run.
         """
         path, offset, length = self._place(MetadataIndex(key))
         try:
-            (value,) = load_plain(path, offset=offset, length=length)  # megatron-core saves a list of one
+            # megatron-core wraps each object in a list
+            (value,) = load_plain(path, offset=offset, length=length)
             return safe_state(value)
         except BadTorchFile as error:
             raise DamagedCheckpoint(f"{path}: {key}: {str(error).removeprefix(f'{path}: ')}") from error
@@ -141,6 +145,8 @@ class DistCheckpoint:
         if (key, layer) not in self._by_layer:
             pieces = self._entries[key].chunks
             chunks = [self._chunk(key, c) for c in pieces if layer is None or c.offsets[0] == layer]
+            # The sizes alone do not find overlaps. If two chunks hold the same rows, the sizes can add up to
+            # the tensor's size while other rows are in no chunk.
             for a, b in () if self._is_verified else combinations(chunks, 2):
                 if all(max(i, j) < min(i + m, j + n) for i, m, j, n in zip(*a.place, *b.place, strict=True)):
                     raise DamagedCheckpoint(f"{self.directory}: .metadata: chunks of {key} overlap")
@@ -155,9 +161,12 @@ class DistCheckpoint:
         inside: list[tuple[int, int]],
         target: Tensor,
     ) -> None:
-        """sizes: of the chunk. inside: where `target` begins in it, and how far it goes, by dimension."""
+        """Fill `target` from one chunk.
+
+        sizes: of the chunk. inside: where `target` begins in the chunk and its size, for each dimension.
+        """
         if chunk.stored is None:
-            self._describe(key, chunk)
+            self._locate_values(key, chunk)
         assert chunk.stored is not None
         dtype, (row, rows) = self._kind(key).dtype, inside[0]
         whole = (rows, *sizes[1:])
@@ -173,7 +182,10 @@ class DistCheckpoint:
             target.copy_(block)
 
     def _check(self, key: str, chunk: _Chunk, place: int, data: memoryview) -> None:
-        """Checksum a chunk in passing where it is read from its beginning to its end, or else all at once."""
+        """Update the checksum of a chunk with `data`, and compare it at the end.
+
+        A chunk that is not read in order is checksummed at once.
+        """
         assert chunk.stored is not None
         if place != chunk.summed:
             chunk.sum, chunk.summed = 0, 0
@@ -184,7 +196,7 @@ class DistCheckpoint:
             self._check_rest(key, chunk)
 
     def _check_rest(self, key: str, chunk: _Chunk) -> None:
-        """Sum what is left of a chunk and compare."""
+        """Read the rest of a chunk, and compare its checksum."""
         assert chunk.stored is not None
         buffer = memoryview(bytearray(min(BLOCK_BYTES, chunk.stored.nbytes - chunk.summed)))
         while chunk.summed < chunk.stored.nbytes:
@@ -195,8 +207,8 @@ class DistCheckpoint:
             raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
         chunk.crc32 = None
 
-    def _describe(self, key: str, chunk: _Chunk) -> None:
-        """Find where the chunk's values are, and compare its description with the metadata's."""
+    def _locate_values(self, key: str, chunk: _Chunk) -> None:
+        """Find the chunk's values in its archive, and compare their dtype and shape with the metadata."""
         saved = saved_tensors(chunk.path, offset=chunk.offset, length=chunk.length).get("")
         kind = self._kind(key)
         if saved is None or (saved.stored.dtype, saved.stored.shape) != (kind.dtype, chunk.sizes):
@@ -224,7 +236,7 @@ class DistCheckpoint:
         return _Chunk(offsets, sizes, *self._place(MetadataIndex(key, piece.offsets)))
 
     def _place(self, index: MetadataIndex) -> tuple[Path, int, int]:
-        """File, offset and length of what an index names."""
+        """File, offset and length of the archive that an index names."""
         info = self._storage.get(index)
         if not isinstance(info, _StorageInfo):
             raise DamagedCheckpoint(f"{self.directory}: .metadata does not say where {index.fqn} lies")

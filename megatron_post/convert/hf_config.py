@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of a Llama, to and from our `Model`."""
+"""Converts Hugging Face's `config.json` of a Llama to a `Model`, and back."""
 
 import os
 from itertools import pairwise
@@ -29,8 +29,10 @@ def to_hf_config(
     pad_id: int | None,
     scalar_head: bool = False,
 ) -> dict[str, Any]:
-    """The `config.json` with which plain `transformers` builds the same model. dtype: "bfloat16" or
-    "float32"."""
+    """The `config.json` with which plain `transformers` builds the same model.
+
+    dtype: "bfloat16" or "float32".
+    """
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
         rope = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
@@ -62,7 +64,7 @@ def from_hf_config(directory: Path) -> Model:
     """The `Model` that a Hugging Face directory describes.
 
     Raises `ValueError` for another architecture, biases, quantized weights, an unknown RoPE type, a missing
-    key, and for keys that contradict each other.
+    key, and keys that contradict each other.
     """
     path = directory / "config.json"
     if not os.path.lexists(path):
@@ -91,27 +93,27 @@ def from_hf_config(directory: Path) -> Model:
     )
 
 
-def differences(ours: Model, theirs: Model) -> list[str]:
-    """Where two models are not the same function of their weights, one line a key."""
+def differences(of_config: Model, of_weights: Model) -> list[str]:
+    """The keys in which two models differ as functions of their weights, one line for each key."""
     ignored = {"preset", "init_from", "initializer_range", "max_position_embeddings"}
-    a, b = ours.model_dump(exclude=ignored), theirs.model_dump(exclude=ignored)
+    a, b = of_config.model_dump(exclude=ignored), of_weights.model_dump(exclude=ignored)
     return [f"model.{key}: {a[key]} in the config, {b[key]} in the weights" for key in a if a[key] != b[key]]
 
 
 def _rope(path: Path, values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Theta, and Llama 3's scaling or None.
 
-    transformers 5 keeps both in `rope_parameters`, earlier releases in `rope_theta` and `rope_scaling`. A
-    file may have all of them. Each release reads its own keys, so they must agree.
+    transformers 5 keeps both in `rope_parameters`. Earlier releases keep them in `rope_theta` and
+    `rope_scaling`. A file may have all of these keys. Each release reads its own keys, so they must agree.
     """
     places = {} if values.get("rope_parameters") is None else {"rope_parameters": values["rope_parameters"]}
-    if "rope_scaling" in values:  # null here says that there is none
+    if "rope_scaling" in values:  # null means that RoPE is not scaled
         places["rope_scaling"] = values["rope_scaling"] or {}
     thetas: dict[str, Any] = {"rope_theta": values.get("rope_theta")}
     scalings: dict[str, dict[str, Any]] = {}
     for key, place in places.items():
         if not isinstance(place, dict):
-            raise ValueError(f"{path}: {key}={place!r} is no object")
+            raise ValueError(f"{path}: {key}={place!r} is not an object")
         thetas[f"{key}.rope_theta"] = place.get("rope_theta")
         scalings[key] = _scaling(path, key, place)
     thetas = {key: theta for key, theta in thetas.items() if theta is not None}
@@ -123,7 +125,10 @@ def _rope(path: Path, values: dict[str, Any]) -> tuple[float, dict[str, Any] | N
 
 
 def _scaling(path: Path, key: str, place: dict[str, Any]) -> dict[str, Any]:
-    """`rope_type`, and what belongs to it. Raises `ValueError` for anything else but theta."""
+    """`rope_type` and the values that belong to it.
+
+    Raises `ValueError` for any other key except theta.
+    """
     kinds = {f"{key}.{name}": place[name] for name in ("rope_type", "type") if place.get(name) is not None}
     _check_agree(path, kinds)
     kind = next(iter(kinds.values()), "default")
@@ -142,7 +147,7 @@ def _scaling(path: Path, key: str, place: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_agree(path: Path, found: dict[str, Any]) -> None:
-    """found: the same thing under several keys. Raises `ValueError` naming two that differ."""
+    """Raises `ValueError` with two keys whose values differ. found: the same setting under several keys."""
     for (first, a), (second, b) in pairwise(found.items()):
         if a != b:
             raise ValueError(

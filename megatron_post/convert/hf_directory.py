@@ -1,4 +1,4 @@
-"""A Hugging Face directory of safetensors as a source, trusted in nothing."""
+"""A Hugging Face directory of safetensors as a source of tensors. Nothing in the directory is trusted."""
 
 import os
 import re
@@ -23,12 +23,12 @@ _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|c
 
 
 class HuggingFaceDirectory:
-    """A `ModelSource`: `config.json` and safetensors files, sharded or not.
+    """A `ModelSource` of `config.json` and safetensors files, with or without an index.
 
     Raises `ValueError` with the file and the tensor unless names and shapes are exactly those of the Llama
-    that the config describes. Two more are known and left out: rotary buffers, which earlier releases of
-    `transformers` saved and which follow from the config, and an output layer that is the embedding, bit for
-    bit, where the config ties them.
+    that the config describes. Two kinds of additional tensors are accepted and left out. The first kind is
+    rotary buffers, which earlier releases of `transformers` saved and which follow from the config. The
+    second kind is an output layer that equals the embedding bit for bit, if the config ties the two.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -58,7 +58,7 @@ class HuggingFaceDirectory:
 
     @property
     def fingerprint(self) -> str:
-        """Names, sizes, times and layout of the files; their content is too much to read."""
+        """A hash of names, sizes, times and layout of the files. Hashing the content would take too long."""
         files = {path for path, _ in self._places.values()}
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(files)]
         places = [[n, p.name, str(s.dtype), s.shape, s.offset] for n, (p, s) in sorted(self._places.items())]
@@ -72,7 +72,7 @@ class HuggingFaceDirectory:
         self._files.read(path, stored.offset + row * stored.row_bytes, raw_bytes(out))
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
-        """Rows or columns [start, end) along `dim`, or the whole tensor where dim is None."""
+        """Rows or columns [start, end) along `dim`, or the whole tensor if dim is None."""
         path, stored = self._places[name]
         if dim != 1:
             first, last = (0, stored.shape[0]) if dim is None else (start, end)
@@ -87,7 +87,7 @@ class HuggingFaceDirectory:
         return out
 
     def _check_tied(self, path: Path, head: Stored) -> None:
-        """Raises `ValueError` where the output layer is not the embedding, bit for bit."""
+        """Raises `ValueError` if the output layer does not equal the embedding bit for bit."""
         embedding_path, embedding = self._places[EMBEDDING]
         found = None
         if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
@@ -122,7 +122,7 @@ class HuggingFaceDirectory:
         names = sorted(set(weight_map.values()))
         paths = {name: contained_file(self.directory, name, named_by=index) for name in names}
         if os.path.lexists(self.directory / SINGLE) and SINGLE not in names:
-            raise ValueError(f"{self.directory} holds {INDEX} and {SINGLE} besides; remove one of them")
+            raise ValueError(f"{self.directory} holds both {INDEX} and {SINGLE}; remove one of them")
         for file_name, path in paths.items():
             header = read_header(path)
             named = {name for name, file in weight_map.items() if file == file_name}
@@ -135,16 +135,19 @@ class HuggingFaceDirectory:
 
 
 def needed_names(found: Iterable[str], model: Model) -> list[str]:
-    """The names of tensors in a directory without those that repeat what is known: rotary buffers, and the
-    output layer where the config ties it to the embedding."""
+    """The names of the tensors that must be read.
+
+    Rotary buffers follow from the config. The output layer is left out if the config ties it to the
+    embedding.
+    """
     tied = (HEAD,) if model.tie_word_embeddings else ()
     return [name for name in found if name not in tied and not _ROTARY.fullmatch(name)]
 
 
 def read_index(directory: Path) -> dict[str, str] | None:
-    """Tensor name -> file name, or None where the directory has one unsharded file instead.
+    """The file name of each tensor, or None if the directory has one file without an index.
 
-    Raises `ValueError` where it holds neither, and for an index that is not one.
+    Raises `ValueError` if the directory has neither, and for a malformed index.
     """
     index = directory / INDEX
     if os.path.lexists(index):
@@ -160,7 +163,7 @@ def read_index(directory: Path) -> dict[str, str] | None:
         return None
     if list(directory.glob("*.bin")):
         raise ValueError(
-            f"{directory} holds pickled .bin weights, which can run code when they are read; where you trust "
+            f"{directory} holds pickled .bin weights, which can run code when they are read; if you trust "
             "them, load them with transformers and save_pretrained(..., safe_serialization=True)"
         )
     raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}")

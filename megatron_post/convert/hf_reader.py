@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face directory or from a seed, each rank reading only its slices."""
+"""Weights from a Hugging Face directory or from a seed. Each rank reads only its own slices."""
 
 import hashlib
 from pathlib import Path
@@ -20,14 +20,14 @@ class WeightSource(Protocol):
     """Anything that has the tensors of a Hugging Face Llama."""
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
-        """Rows or columns [start, end) along `dim`, or the whole tensor where dim is None."""
+        """Rows or columns [start, end) along `dim`, or the whole tensor if dim is None."""
 
 
 class RandomWeights:
-    """Fresh weights, the same in every layout: each tensor is drawn whole from (seed, name) and then cut.
+    """Random initial weights. They are identical in every layout of ranks.
 
-    Normal with `initializer_range`; output projections are scaled by 1 / sqrt(2 layers) as GPT-2 and Megatron
-    do.
+    Each tensor is drawn whole from (seed, name), and each rank then takes its slice. Values are normal with
+    `initializer_range`. Output projections are scaled by 1 / sqrt(2 layers), as in GPT-2 and Megatron.
     """
 
     def __init__(self, model: Model, *, seed: int, scalar_head: bool = False) -> None:
@@ -48,12 +48,12 @@ class RandomWeights:
 
 
 class SafetensorsDirectory:
-    """A Hugging Face directory of safetensors as weights of a config's model, read slice by slice."""
+    """A Hugging Face directory of safetensors as the weights of a config's model, read slice by slice."""
 
     def __init__(self, directory: str | Path, model: Model, *, head: RandomWeights | None = None) -> None:
-        """head: for a reward model, where its score comes from if the directory holds a language model.
+        """head: the source of a reward model's score if the directory holds a language model.
 
-        Raises `ValueError` where the directory is not this model: names, shapes and config are compared.
+        Raises `ValueError` if the directory holds another model. Names, shapes and config are compared.
         """
         if mismatches := differences(model, read_model(Path(directory))):
             raise ValueError(f"{directory} is another model:\n  " + "\n  ".join(mismatches))
@@ -68,9 +68,10 @@ class SafetensorsDirectory:
 
 
 def open_weights(model: Model, *, seed: int, scalar_head: bool = False) -> WeightSource:
-    """`model.init_from` if it is set, else fresh weights from the seed.
+    """The weights of `model.init_from` if it is set. Otherwise random weights from the seed.
 
-    scalar_head: of a reward model; a language model's directory serves as well, with a small fresh score.
+    scalar_head: for a reward model. The directory may also hold a language model, to which a small random
+    score is added.
     """
     fresh = RandomWeights(model, seed=seed, scalar_head=scalar_head)
     if model.init_from is None:
@@ -80,12 +81,13 @@ def open_weights(model: Model, *, seed: int, scalar_head: bool = False) -> Weigh
 
 @torch.no_grad()
 def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> None:
-    """Fill this rank's parameters from a source. Values are cast to the parameters' dtype."""
+    """Fill this rank's parameters from a source. Values are cast to the dtype of the parameters."""
     for chunk in chunks:
         group = chunk.pg_collection.tp
         for name, parameter in chunk.named_parameters():
             rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
-            # a last pipeline stage with tied embeddings holds its own copy of them, named as the output layer
+            # If embeddings are tied, the last pipeline stage holds a copy of them that is named as the output
+            # layer.
             if model.tie_word_embeddings and rule.layout == "vocabulary":
                 names = ("model.embed_tokens.weight",)
             shard = shard_from_hf(
@@ -101,7 +103,7 @@ def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> Non
 
 
 def layer_offset(chunk: Llama) -> int:
-    """Number in the model of the chunk's first layer."""
+    """The number, in the whole model, of the chunk's first layer."""
     return get_transformer_layer_offset(
         chunk.config, vp_stage=chunk.vp_stage, pp_rank=chunk.pg_collection.pp.rank()
     )

@@ -1,5 +1,7 @@
-"""A Hugging Face directory from the ranks of a run: each pipeline stage and data rank writes files of its
-own."""
+"""Writes a Hugging Face directory from the ranks of a run.
+
+Each pipeline stage writes its own files, and its data-parallel replicas share the work.
+"""
 
 import os
 import shutil
@@ -32,18 +34,18 @@ def export_hf(
     *,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write model, config and tokenizer so that plain `transformers` loads them. All ranks call it.
+    """Write model, config and tokenizer so that plain `transformers` loads them. All ranks must call it.
 
-    The files of a pipeline stage are dealt out to its data- and context-parallel replicas. A rank holds one
-    parameter at a time, gathered over tensor-parallel ranks, and writes it straight to its place. The
-    directory appears under its name when it is complete.
+    The files of a pipeline stage are distributed over its data- and context-parallel replicas. A rank holds
+    one parameter at a time, gathered over the tensor-parallel ranks, and writes it to its final place in the
+    file. The directory is renamed to its name when it is complete.
     """
     target = Path(directory)
     partial = target.with_name(f".partial-{target.name}")
     if topology.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    torch.distributed.barrier()
+    torch.distributed.barrier()  # no rank may write before the directory exists
     kinds = _kinds(chunks, model)
     shards = plan_shards(kinds, max_bytes=max_shard_bytes)
     context_size = topology.groups.cp.size()
@@ -77,8 +79,9 @@ def gathered_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """This stage's tensors in Hugging Face's layout, one at a time, on the CPU of tensor rank 0.
 
-    All tensor-parallel ranks must run through it; those but the first are yielded nothing. `value_of` takes a
-    parameter to what is gathered: its values, or its gradient. only: the names that are wanted.
+    All tensor-parallel ranks must iterate to the end, because each step is a collective. Only the first rank
+    receives tensors. value_of: takes a parameter to the tensor that is gathered, such as its values or its
+    gradient. only: the names that are requested.
     """
     for chunk, parameter, rule, names in _parameters(chunks, model):
         if only is not None and only.isdisjoint(names):
@@ -94,12 +97,12 @@ def gathered_tensors(
 
 
 def _parameters(chunks: list[Llama], model: Model) -> Iterator[tuple[Llama, Tensor, Rule, tuple[str, ...]]]:
-    """The parameters that this stage exports, with their rules and names."""
+    """The parameters that this stage exports, each with its rule and names."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
             if model.tie_word_embeddings and not chunk.pre_process and rule.layout == "vocabulary":
-                continue  # the last stage's copy of tied embeddings; the first stage writes them
+                continue  # the first stage writes tied embeddings
             yield chunk, parameter, rule, names
 
 
@@ -131,7 +134,7 @@ def _finish(
     *,
     scalar_head: bool,
 ) -> None:
-    """Rename shards to Hugging Face's numbering, write the index, the configs and the tokenizer."""
+    """Rename the files to Hugging Face's numbering, and write the index, the configs and the tokenizer."""
     files = {file: names for part, _ in gathered for file, names in part.items()}
     kinds = {name: kind for _, part in gathered for name, kind in part.items()}
     weight_map = {}

@@ -1,4 +1,4 @@
-"""What a directory of weights holds, as a table."""
+"""Prints the content of a directory of weights as a table."""
 
 import re
 from pathlib import Path
@@ -17,10 +17,12 @@ _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 
 def inspect(directory: str, *, console: Console) -> None:
-    """Print the model's config and every tensor with shape, dtype and bytes; layers that are alike in one
-    row."""
+    """Print the model's config, and every tensor with shape, dtype and bytes.
+
+    Layers whose tensors are identical in shape and dtype share a row.
+    """
     source = open_model(Path(directory))
-    console.print(f"{directory}: {describe(source)}", highlight=False, soft_wrap=True)
+    console.print(f"{directory}: {source_summary(source)}", highlight=False, soft_wrap=True)
     config = source.model.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
     console.print(
         "  ".join(f"{key} {value}" for key, value in config.items()), highlight=False, soft_wrap=True
@@ -31,17 +33,17 @@ def inspect(directory: str, *, console: Console) -> None:
     console.print(tensor_table(kinds))
 
 
-def describe(source: ModelSource) -> str:
-    """The kind of a source, in a line."""
+def source_summary(source: ModelSource) -> str:
+    """The kind of a source, on one line."""
     if not isinstance(source, MegatronCheckpoint):
-        kind = "Meta's files" if isinstance(source, MetaDirectory) else "Hugging Face directory"
+        kind = "Meta checkpoint" if isinstance(source, MetaDirectory) else "Hugging Face directory"
         return kind + (", a reward model" if source.scalar_head else "")
-    content = "weights alone" if source.weights_only else "weights and optimizer"
+    content = "weights only" if source.weights_only else "weights and optimizer"
     return f"megatron-core checkpoint, step {source.step}, {content}"
 
 
 def tensor_table(kinds: dict[str, Kind]) -> Table:
-    """kinds: by name. Tensors whose names differ in the layer alone share a row."""
+    """A table of tensors. Tensors whose names differ only in the layer share a row. kinds: by name."""
     rows: dict[tuple[str, Kind], int] = {}
     for name, kind in kinds.items():
         key = (_NUMBER.sub("*", name), kind)

@@ -1,7 +1,8 @@
-"""A conversion as files that are written independently, by any number of processes on any number of nodes.
+"""Runs a conversion as files that are written independently, by any number of processes and nodes.
 
-Workers share nothing but the file system. Each owns every n-th part; a finished part has a marker, so that an
-interrupted conversion goes on where it was; who finds all markers in place publishes, under a lock.
+Processes share nothing but the file system. Each process owns every n-th part. A finished part has a marker
+file, so an interrupted conversion resumes where it stopped. A process that finds all markers publishes the
+result, under a lock.
 """
 
 import contextlib
@@ -31,21 +32,22 @@ Report = Callable[[str], None]
 
 
 class ConversionError(ValueError):
-    """A conversion that cannot start or go on; the message says what was kept and what to do."""
+    """A conversion that cannot start or continue. The message says what was kept and what to do."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of the target. nbytes: of its tensors; the file is a little larger."""
+    """One file of the target. nbytes: the size of its tensors. The file itself is a little larger."""
 
     name: str
     nbytes: int
 
 
 class Job(Protocol):
-    """A conversion, a dataclass of plain values so that it can be sent to another process.
+    """A conversion. It is a dataclass of plain values, so that it can be sent to another process.
 
-    target: appears when all is done. partial: where files grow. settings: what another run must share.
+    target: the directory that appears when the conversion is complete. partial: the directory in which files
+    grow. settings: the values that another run of the conversion must share.
     """
 
     @property
@@ -58,17 +60,17 @@ class Job(Protocol):
     def parts(self) -> Sequence[Part]: ...
 
     def write_part(self, number: int, file: PartFile) -> dict[str, Any]:
-        """Write a part; returns what `publish` must know of it, as plain values."""
+        """Write a part. Returns the plain values that `publish` needs from it."""
 
     def publish(self, records: list[dict[str, Any]]) -> None:
-        """Write what depends on all parts, and rename `partial` to `target`."""
+        """Write the files that depend on all parts, and rename `partial` to `target`."""
 
 
 def convert(job: Job, *, workers: int, report: Report) -> bool:
     """Do this node's share of a conversion. Returns whether the target is complete.
 
-    Raises `ConversionError` where the target exists, where an unfinished conversion of something else is in
-    the way, and where the disk is full.
+    Raises `ConversionError` if the target exists, if an unfinished conversion with other settings has the
+    directory, and if the disk is full.
     """
     if workers < 1:
         raise ConversionError(f"--workers {workers}: at least one is needed")
@@ -79,26 +81,27 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
                 report(f"{job.target} is complete")
                 return True
             raise ConversionError(f"{job.target} exists already; choose another directory, or remove it")
-        settings, count = job.settings, len(job.parts)  # checks the source, before anything is written
+        # reading these checks the source before anything is written
+        settings, count = job.settings, len(job.parts)
         _claim(job, settings)
         _check_space(job)
     started, before = time.perf_counter(), len(_done(job))
     if before:
-        report(f"going on with {job.partial}: {before} of {count} parts are there")
+        report(f"resuming {job.partial}: {before} of {count} parts are complete")
     indices = [node * workers + i for i in range(workers)]
     if workers == 1:
-        moved = _work(job, indices[0], nodes)
+        moved = _write_parts(job, indices[0], nodes)
     else:
-        # a fresh interpreter a worker: forking one in which torch has run threads can hang
+        # Each worker is a new interpreter, because forking a process in which torch has run threads can hang.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-            tasks = [pool.submit(_work, dataclasses.replace(job), i, nodes * workers) for i in indices]  # type: ignore[type-var]
+            tasks = [pool.submit(_write_parts, dataclasses.replace(job), i, nodes * workers) for i in indices]  # type: ignore[type-var]
             try:
                 moved = sum(task.result() for task in tasks)
             except BrokenProcessPool as error:
                 raise ConversionError(
-                    f"{job.partial}: a worker was killed, perhaps for want of memory; finished parts are "
-                    "kept: run the same command again, with fewer --workers if need be"
+                    f"{job.partial}: a worker was killed, perhaps because memory ran out; finished parts are "
+                    "kept; run the same command again, if necessary with fewer --workers"
                 ) from error
     seconds = time.perf_counter() - started
     report(f"{moved / 1e6:,.0f} MB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s")
@@ -107,7 +110,10 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
 
 
 def worker_environment() -> tuple[int, int]:
-    """(number, count) of this process among those of torchrun or srun, times the tasks of a Slurm array."""
+    """(index, count) of this process among all processes of torchrun or srun and all tasks of a Slurm array.
+
+    Raises `ConversionError` for an array whose ids are unevenly spaced.
+    """
     rank, size, _ = rank_from_environment()
     env = os.environ
     tasks = int(env.get("SLURM_ARRAY_TASK_COUNT", 1))
@@ -122,18 +128,20 @@ def worker_environment() -> tuple[int, int]:
 
 
 def state_directory(job: Job) -> Path:
-    """Markers and the lock: beside the target, so that they never belong to it."""
+    """The directory of the markers and the lock. It is beside the target and never becomes part of it."""
     return job.target.with_name(f".converting-{job.target.name}")
 
 
 def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
-    """Make the directories, or join those of the same conversion."""
+    """Make the directories, or join a conversion with the same settings."""
     state = state_directory(job)
     state.mkdir(parents=True, exist_ok=True)
     record = state / "conversion.json"
     own = state / f".conversion.{_own_suffix()}"
     own.write_text(json.dumps(settings))
     try:
+        # A link is atomic and fails if the record exists. Of several processes that start at once, exactly
+        # one writes the record.
         os.link(own, record)
     except FileExistsError:
         pass
@@ -152,14 +160,14 @@ def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
 def _check_space(job: Job) -> None:
     written = 0
     for file in os.scandir(job.partial):
-        with contextlib.suppress(FileNotFoundError):  # another worker has just renamed it
+        with contextlib.suppress(FileNotFoundError):  # another worker may have just renamed it
             written += file.stat().st_size
     needed = sum(part.nbytes for part in job.parts) - written
     free = shutil.disk_usage(job.partial).free
     if needed > free:
         raise ConversionError(
             f"{job.partial} needs another {needed:,} bytes and its disk has {free:,} free; the source is "
-            "untouched; free some space and run the same command again"
+            "unchanged; free some space and run the same command again"
         )
 
 
@@ -168,7 +176,8 @@ def _done(job: Job) -> dict[int, dict[str, Any]]:
     state, records = state_directory(job), {}
     if not job.partial.is_dir():
         return {}
-    # listing a directory asks a network file system's server; looking for a name may ask a stale cache
+    # A network file system reads a directory listing from the server. A lookup of one name may be answered
+    # from a stale cache.
     markers, files = set(os.listdir(state)), set(os.listdir(job.partial))
     for number, part in enumerate(job.parts):
         if f"{part.name}.json" in markers and part.name in files:
@@ -178,8 +187,8 @@ def _done(job: Job) -> dict[int, dict[str, Any]]:
     return records
 
 
-def _work(job: Job, index: int, count: int) -> int:
-    """Write every `count`-th part from `index` on that is not there yet. Returns tensor bytes written."""
+def _write_parts(job: Job, index: int, count: int) -> int:
+    """Write every `count`-th part from `index` on that is not complete. Returns the tensor bytes written."""
     done, moved = _done(job), 0
     for number in range(index, len(job.parts), count):
         if number not in done:
@@ -190,7 +199,7 @@ def _work(job: Job, index: int, count: int) -> int:
 
 @contextlib.contextmanager
 def _unless_published(job: Job) -> Iterator[None]:
-    """Files that vanish because another process has finished are no error."""
+    """Ignore missing files if another process has published the target in the meantime."""
     try:
         yield
     except FileNotFoundError:
@@ -205,23 +214,24 @@ def _disk_errors_explained(job: Job) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConversionError(
-                f"{error.filename or job.partial}: {error.strerror or error}; the source is untouched"
+                f"{error.filename or job.partial}: {error.strerror or error}; the source is unchanged"
             ) from error
         raise ConversionError(
-            f"{job.partial}: {os.strerror(error.errno)}; the source is untouched and {len(_done(job))} of "
-            f"{len(job.parts)} parts are kept: free some space and run the same command again"
+            f"{job.partial}: {os.strerror(error.errno)}; the source is unchanged and {len(_done(job))} of "
+            f"{len(job.parts)} parts are kept; free some space and run the same command again"
         ) from error
 
 
 def _write_part(job: Job, number: int) -> int:
-    """Returns its tensor bytes, or 0 where another process that runs the same command has it."""
+    """Returns the part's tensor bytes, or 0 if another process of the same conversion writes it."""
     name, state = job.parts[number].name, state_directory(job)
     with (state / f"{name}.lock").open("w") as lock:
         if not locked(lock, wait=False):
             return 0
         if (state / f"{name}.json").exists() and number in _done(job):
             return 0
-        # a name of one's own: a worker that outlived its killed parent must not write into another's file
+        # The name is unique to this process. A worker whose parent was killed may still be writing, and must
+        # not write into the file of another worker.
         for stale in job.partial.glob(f".{name}.*"):
             stale.unlink(missing_ok=True)
         growing = job.partial / f".{name}.{_own_suffix()}"
@@ -240,12 +250,15 @@ def _write_part(job: Job, number: int) -> int:
 
 
 def _finish(job: Job, report: Report) -> bool:
-    """Publish if all parts are there and nobody has."""
+    """Publish the target if all parts are complete and no other process has published it."""
     state = state_directory(job)
     with _unless_published(job):
         left = len(job.parts) - len(_done(job))
         if left and not job.target.exists():
-            report(f"{left} of {len(job.parts)} parts are left to others; the last publishes {job.target}")
+            report(
+                f"{left} of {len(job.parts)} parts are not complete; "
+                f"the process that completes them publishes {job.target}"
+            )
             return False
         with (state / "lock").open("w") as lock:
             locked(lock, wait=True)
@@ -261,7 +274,7 @@ def _finish(job: Job, report: Report) -> bool:
 
 
 def _end_with_parent() -> None:
-    """In a worker: it would wait for work for ever after its parent was killed."""
+    """Ends a worker when its parent ends. Otherwise it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

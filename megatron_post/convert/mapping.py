@@ -1,7 +1,7 @@
-"""The one table of Llama's names and layouts, Hugging Face <-> megatron-core.
+"""The one table of Llama's parameter names and layouts in Hugging Face and megatron-core.
 
-A rule says which Hugging Face tensors make a megatron-core parameter and how a tensor-parallel rank's shard
-is cut from them. Every reader and writer of weights goes through it.
+A rule says which Hugging Face tensors make up a megatron-core parameter, and how the shard of a
+tensor-parallel rank is cut from them. All code that reads or writes weights uses this table.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_post.config.schema import Model
 
-# Reads rows or columns [start, end) along `dim` of a Hugging Face tensor; dim None: the whole tensor.
+# Reads rows or columns [start, end) along `dim` of a Hugging Face tensor, or the whole tensor if dim is None.
 ReadSlice = Callable[[str, int | None, int, int], Tensor]
 
 
@@ -21,11 +21,15 @@ ReadSlice = Callable[[str, int | None, int, int], Tensor]
 class Rule:
     """How one kind of parameter is laid out.
 
-    core: megatron-core's name without pipeline chunk and layer offset, `{}` for the layer's number in the
-    model. hf: the Hugging Face tensors that it is made of.
-    layout: "replicated"; "rows" or "columns" (split over dim 0 or 1); "qkv" (query, key and value rows
-    interleaved by
-        query group); "gate_up" (each rank's gate rows, then its up rows); "vocabulary" (rows, padded).
+    core: megatron-core's name without pipeline chunk, with `{}` for the layer's number in the model. hf: the
+    Hugging Face tensors that it is made of.
+
+    layout: one of
+      - "replicated";
+      - "rows" or "columns": split over dim 0 or 1;
+      - "qkv": query, key and value rows interleaved by query group;
+      - "gate_up": each rank's gate rows, then its up rows;
+      - "vocabulary": rows, padded.
     """
 
     core: str
@@ -56,14 +60,15 @@ RULES = (
     Rule(_LAYER + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), "columns"),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     Rule("output_layer.weight", ("lm_head.weight",), "vocabulary"),
-    Rule("output_layer.weight", SCORE, "replicated"),  # a reward model's
+    Rule("output_layer.weight", SCORE, "replicated"),  # of a reward model
 )
-# The portable layers keep norms beside the linear layers that Transformer Engine fuses them into.
+# Transformer Engine fuses these norms into the linear layer that follows. The portable layers keep them as
+# modules of their own, with other names.
 _PORTABLE_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# Meta's own names of the Hugging Face tensors; those of layers without "model.layers.N." and "layers.N.".
+# Meta's names of the Hugging Face tensors. Names of layers are without "model.layers.N." and "layers.N.".
 META_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "self_attn.q_proj.weight": "attention.wq.weight",
@@ -84,8 +89,8 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 def rule_for(core_name: str, *, layer_offset: int, scalar_head: bool = False) -> tuple[Rule, tuple[str, ...]]:
     """The rule of a megatron-core parameter, and its Hugging Face names with layer numbers filled in.
 
-    layer_offset: number in the model of the chunk's layer 0.
-    Raises `ValueError` for a parameter that a Llama does not have.
+    layer_offset: the number, in the whole model, of the chunk's layer 0. Raises `ValueError` for a parameter
+    that a Llama does not have.
     """
     match = _LAYER_NAME.fullmatch(core_name)
     if match:
@@ -102,7 +107,7 @@ def rule_for(core_name: str, *, layer_offset: int, scalar_head: bool = False) ->
 def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model with its shape, in the order of `transformers`' state dict.
 
-    Tied embeddings have no lm_head, nor have reward models, which have a score instead.
+    A model with tied embeddings has no lm_head. A reward model has a score instead of an lm_head.
     """
     h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, h)}
@@ -129,10 +134,10 @@ def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int
 
 @dataclass(frozen=True)
 class CoreTensor:
-    """A parameter as a megatron-core checkpoint stores it: whole, without padded rows; layers are stacked.
+    """A parameter as a megatron-core checkpoint stores it: whole, without padded rows, and stacked by layer.
 
-    key: name in the checkpoint. layer: its place in the stack of `layers`, None outside of layers.
-    shape: of one layer. hf: the Hugging Face tensors that it is made of.
+    key: the name in the checkpoint. layer: its index in the stack of `layers`, or None if it belongs to no
+    layer. shape: of one layer. hf: the Hugging Face tensors that it is made of.
     """
 
     key: str
@@ -144,18 +149,18 @@ class CoreTensor:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the whole stack."""
+        """Shape of the whole stack."""
         return self.shape if self.layer is None else (self.layers, *self.shape)
 
     def at(self, row: int) -> tuple[int, ...]:
-        """Offsets in the stack of a row of this layer."""
+        """Offsets of a row of this layer in the stack."""
         rest = (row, *(0 for _ in self.shape[1:]))
         return rest if self.layer is None else (self.layer, *rest)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Rows [core_row, core_row + rows) of a parameter are those from hf_row on of the Hugging Face tensor."""
+class RowRange:
+    """Rows [core_row, core_row + rows) of a parameter, and the row of tensor `name` where they begin."""
 
     name: str
     hf_row: int
@@ -164,7 +169,7 @@ class Run:
 
 
 def core_tensors(model: Model, *, scalar_head: bool = False) -> Iterator[CoreTensor]:
-    """Every parameter of the model as a checkpoint stores it, layer by layer."""
+    """Every parameter of the model as a checkpoint stores it, in the order of the layers."""
     shapes = hf_shapes(model, scalar_head=scalar_head)
     in_layers = [rule for rule in RULES if rule.core.startswith(_LAYER)]
     outside = [rule for rule in RULES if rule not in in_layers and rule.hf[0] in shapes]
@@ -177,15 +182,15 @@ def core_tensors(model: Model, *, scalar_head: bool = False) -> Iterator[CoreTen
         yield CoreTensor(key, layer, model.num_layers, (rows, *shapes[names[0]][1:]), names, rule)
 
 
-def row_runs(tensor: CoreTensor, model: Model) -> list[Run]:
-    """Which rows of which Hugging Face tensors a parameter consists of, in the order of its own rows."""
+def row_ranges(tensor: CoreTensor, model: Model) -> list[RowRange]:
+    """The row ranges of Hugging Face tensors that make up a parameter, in the order of its own rows."""
     if tensor.rule.layout == "qkv":
         groups, d = model.num_key_value_heads, model.head_dim
         parts = [(model.num_attention_heads // groups * d), d, d]
     else:
         groups, parts = 1, [tensor.shape[0] // len(tensor.hf)] * len(tensor.hf)
     return [
-        Run(name, group * rows, group * sum(parts) + sum(parts[:i]), rows)
+        RowRange(name, group * rows, group * sum(parts) + sum(parts[:i]), rows)
         for group in range(groups)
         for i, (name, rows) in enumerate(zip(tensor.hf, parts, strict=True))
     ]
@@ -201,7 +206,7 @@ def shard_from_hf(
     size: int,
     padded_vocab: int,
 ) -> Tensor:
-    """A tensor-parallel rank's shard of a megatron-core parameter, reading only the slices that it holds."""
+    """A tensor-parallel rank's shard of a megatron-core parameter. Reads only the slices of this rank."""
     if rule.layout == "replicated":
         return read(names[0], None, 0, 0)
     if rule.layout == "vocabulary":
@@ -228,17 +233,18 @@ def shard_from_hf(
 def hf_from_shards(
     rule: Rule, names: tuple[str, ...], shards: list[Tensor], model: Model
 ) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a parameter, from the shards of all tensor-parallel ranks in order."""
+    """The Hugging Face tensors of a parameter. shards: of all tensor-parallel ranks, in order."""
     if rule.layout == "replicated":
         return {names[0]: shards[0]}
     if rule.layout == "vocabulary":
         return {names[0]: torch.cat(shards)[: model.vocab_size]}
     if rule.layout == "qkv":
-        thirds = [
+        # Each rank interleaves its own groups, so the shards are split before they are joined.
+        by_rank = [
             split_qkv(s, groups=model.num_key_value_heads // len(shards), head_dim=model.head_dim)
             for s in shards
         ]
-        return {name: torch.cat(part) for name, part in zip(names, zip(*thirds, strict=True), strict=True)}
+        return {name: torch.cat(part) for name, part in zip(names, zip(*by_rank, strict=True), strict=True)}
     if rule.layout == "gate_up":
         halves = [s.chunk(2) for s in shards]
         return {name: torch.cat(part) for name, part in zip(names, zip(*halves, strict=True), strict=True)}
@@ -246,7 +252,10 @@ def hf_from_shards(
 
 
 def interleave_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:
-    """[heads * d, h], [groups * d, h] x 2 -> rows ordered group by group: its queries, its key, its value."""
+    """Queries, keys and values as one matrix, group by group.
+
+    q: [heads * d, h]. k and v: [groups * d, h]. The rows of a group are its queries, its key and its value.
+    """
     hidden = q.shape[1]
     return torch.cat([x.reshape(groups, -1, hidden) for x in (q, k, v)], dim=1).reshape(-1, hidden)
 

@@ -1,4 +1,4 @@
-"""A checkpoint of the trainer, or one converted before, as a source of Hugging Face tensors."""
+"""A trainer's checkpoint or converted weights, as a source of Hugging Face tensors."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config, Model
 from megatron_post.convert.configs import read_model, written_configs
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
-from megatron_post.convert.mapping import CoreTensor, Run, core_tensors, hf_shapes, row_runs
+from megatron_post.convert.mapping import CoreTensor, RowRange, core_tensors, hf_shapes, row_ranges
 from megatron_post.convert.source import COMPANIONS, Kind
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.storage import manifest
@@ -19,14 +19,14 @@ from megatron_post.storage.reading import reading
 
 
 class MegatronCheckpoint:
-    """A `ModelSource`: one published step of a run's checkpoints, saved in any layout of ranks.
+    """A `ModelSource` of one published step of a run's checkpoints, saved in any layout of ranks.
 
-    Optimizer state is never read. Raises `ValueError` (`DamagedCheckpoint` and others) where the directory is
+    Optimizer state is never read. Raises `ValueError` (`DamagedCheckpoint` and others) if the directory is
     not such a step, or does not hold the model that its config describes.
     """
 
     def __init__(self, directory: str | Path, *, step: int | None = None) -> None:
-        """directory: of all steps of a run (`step`, by default the newest, is taken), or of one step."""
+        """directory: one step, or the directory of all steps. step: by default the newest."""
         with reading(Path(directory), "a checkpoint of the trainer"):
             self.directory = step_of(Path(directory), step)
             self._manifest = manifest.read_manifest(self.directory)
@@ -39,18 +39,18 @@ class MegatronCheckpoint:
             else:
                 self.model, self.scalar_head = self._config.model, self._config.stage == "reward"
             self.checkpoint = DistCheckpoint(self.directory)
-        self._runs: dict[str, list[tuple[CoreTensor, Run]]] = {}
+        self._runs: dict[str, list[tuple[CoreTensor, RowRange]]] = {}
         dtypes: dict[str, torch.dtype] = {}
         for core in core_tensors(self.model, scalar_head=self.scalar_head):
             dtypes |= dict.fromkeys(core.hf, self._check(core))
-            for run in row_runs(core, self.model):
+            for run in row_ranges(core, self.model):
                 self._runs.setdefault(run.name, []).append((core, run))
         shapes = hf_shapes(self.model, scalar_head=self.scalar_head)
         self.tensors = {name: Kind(dtypes[name], shape) for name, shape in shapes.items()}
 
     @property
     def fingerprint(self) -> str:
-        """The manifest has checksums of everything."""
+        """A hash of the manifest, which has the checksums of all files."""
         return sha256_of_json(self._manifest)
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
@@ -61,7 +61,7 @@ class MegatronCheckpoint:
                 self.checkpoint.read_into(core.key, core.layer, place, out[start - row : end - row])
 
     def companions(self) -> dict[str, bytes]:
-        """What came with converted weights; of a trained step, what `train.export_hf` would write."""
+        """Config and tokenizer files, as they were converted or as `train.export_hf` writes them."""
         if self.weights_only:
             names = [name for name in COMPANIONS if name in self._manifest["files"]]
             return {name: (self.directory / name).read_bytes() for name in names}
@@ -74,13 +74,20 @@ class MegatronCheckpoint:
         return load_config(self.directory / "config.yaml")
 
     def _check_files(self) -> None:
-        """Sizes of all files, and the content of the small ones that decide what the others mean."""
+        """Check the sizes of all files, and the content of the small files.
+
+        The small files decide what the bytes of the large files mean. Those are checksummed while they are
+        read.
+        """
         for name, entry in self._manifest["files"].items():
             small = name in COMPANIONS or name in (".metadata", "config.yaml")
             manifest.check_file(self.directory, name, entry, content=small)
 
     def _check(self, core: CoreTensor) -> torch.dtype:
-        """The dtype of a parameter's tensor. Vocabulary rows may be padded."""
+        """The dtype of a parameter's tensor. Its vocabulary rows may be padded.
+
+        Raises `ValueError` if the tensor is missing or has another shape.
+        """
         kind = self.checkpoint.kinds.get(core.key)
         if kind is None:
             raise ValueError(f"{self.directory}: tensor {core.key} is missing")
@@ -93,7 +100,7 @@ class MegatronCheckpoint:
 
 
 def step_of(directory: Path, step: int | None) -> Path:
-    """The directory of a step. Raises `ValueError` where there is none."""
+    """The directory of a step. Raises `ValueError` if there is none."""
     if (directory / manifest.MANIFEST).is_file():
         found = manifest.read_manifest(directory)["step"]
         if step not in (None, found):
@@ -102,7 +109,7 @@ def step_of(directory: Path, step: int | None) -> Path:
     steps = manifest.published_steps(directory)
     if not steps:
         strays = [repr(name) for name in manifest.stray_names(directory) if name.startswith("step-")]
-        others = f"; it has {', '.join(strays)}, which are none" if strays else ""
+        others = f"; it has {', '.join(strays)}, which are not published checkpoints" if strays else ""
         raise ValueError(f"{directory} holds no published checkpoint{others}")
     if step is not None and step not in steps:
         raise ValueError(f"{directory} has no step {step}; it has {', '.join(map(str, steps))}")

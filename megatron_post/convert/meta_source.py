@@ -21,10 +21,10 @@ PARAMS = "params.json"
 
 
 class MetaDirectory:
-    """A `ModelSource`. Each tensor lies in as many shards as there were tensor-parallel ranks.
+    """A `ModelSource`. Each tensor is cut into as many shards as there were tensor-parallel ranks.
 
-    The pickles are not run and the data is not mapped: see `torch_file`. Raises `ValueError` where names and
-    shapes are not exactly those of the Llama that `params.json` describes.
+    The pickles are not run and the data is not memory-mapped: see `torch_file`. Raises `ValueError` unless
+    names and shapes are exactly those of the Llama that `params.json` describes.
     """
 
     scalar_head = False
@@ -37,7 +37,7 @@ class MetaDirectory:
         self._files = [contained_file(self.directory, n, named_by=self.directory) for n in names]
         shards = [{n: s.stored for n, s in saved_tensors(path).items()} for path in self._files]
         for shard in shards:
-            shard.pop("rope.freqs", None)  # derived from the config, in older releases
+            shard.pop("rope.freqs", None)  # older releases saved it; it follows from the config
         self._params = self._read_params()
         with reading(self.directory / PARAMS, "parameters of a Llama"):
             self.model = _model(self._params, shards, self._files[0])
@@ -55,7 +55,7 @@ class MetaDirectory:
         return sha256_of_json([stamps, self._params])
 
     def companions(self) -> dict[str, bytes]:
-        """The configs, and the tokenizer if its `tokenizer.model` lies beside the weights."""
+        """The configs, and the tokenizer's files if `tokenizer.model` is beside the weights."""
         path = self.directory / "tokenizer.model"
         tokenizer = None
         if path.is_file():
@@ -67,7 +67,8 @@ class MetaDirectory:
         if not name.endswith(("q_proj.weight", "k_proj.weight")):
             self._read(name, row, out)
             return
-        # Meta rotates neighbouring rows (2i, 2i + 1) of a head, Hugging Face rows i and i + d/2
+        # RoPE rotates pairs of rows of a head. Meta pairs the neighbours 2i and 2i + 1, and Hugging Face
+        # pairs i and i + d/2. Rows move only within their head, so whole heads are read.
         d = self.model.head_dim
         first, last = row // d * d, -(-(row + out.shape[0]) // d) * d
         heads = torch.empty((last - first, out.shape[1]), dtype=out.dtype)
@@ -76,7 +77,7 @@ class MetaDirectory:
         out.copy_(halves[row - first : row - first + out.shape[0]])
 
     def _read(self, name: str, row: int, out: Tensor) -> None:
-        """Rows in Meta's own order."""
+        """Fill `out` with rows in Meta's order."""
         dim = self._dims[name]
         if dim == 1:
             begin = 0
@@ -98,7 +99,10 @@ class MetaDirectory:
         self._open.read(path, piece.offset + row * piece.row_bytes, raw_bytes(out))
 
     def _cut(self, name: str, shape: tuple[int, ...]) -> int | None:
-        """The dimension along which the shards are joined; None where each has the whole tensor."""
+        """The dimension along which the shards are joined, or None if every shard has the whole tensor.
+
+        Raises `ValueError` if the shards do not make up a tensor of this shape.
+        """
         pieces = self._pieces[name]
         if len({piece.dtype for piece in pieces}) == 1 and pieces[0].dtype.is_floating_point:
             if all(piece.shape == shape for piece in pieces) and (len(pieces) == 1 or len(shape) == 1):
@@ -131,7 +135,11 @@ def _meta_name(name: str) -> str:
 
 
 def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) -> Model:
-    """What `params.json` says, and what only the tensors say: vocabulary, feed-forward size and tying."""
+    """The model of `params.json`.
+
+    Vocabulary, feed-forward size and tied embeddings are taken from the tensors, because the file does not
+    have them.
+    """
     try:
         feed_forward = sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards)
         embeddings = [shard["tok_embeddings.weight"].shape for shard in shards]
@@ -147,8 +155,8 @@ def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) 
     scaled, tied = params.get("use_scaled_rope", False), "output.weight" not in shards[0]
     if scaled and tied and "rope_scaling_factor" not in params:
         raise ValueError(
-            f"{path.parent / PARAMS}: Llama 3.2 scales RoPE by another factor than 3.1, which this file does "
-            'not tell; add "rope_scaling_factor"'
+            f"{path.parent / PARAMS}: Llama 3.2 scales RoPE by another factor than 3.1, and this file does "
+            'not have the factor; add "rope_scaling_factor"'
         )
     model = Model(
         num_layers=params["n_layers"],
@@ -157,7 +165,7 @@ def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) 
         num_attention_heads=params["n_heads"],
         num_key_value_heads=params.get("n_kv_heads", params["n_heads"]),
         vocab_size=vocabulary,
-        # params.json does not say: 131,072 since Llama 3.1, which scales RoPE, and 8,192 before
+        # params.json does not have it. It is 131,072 since Llama 3.1, which scales RoPE, and 8,192 before.
         max_position_embeddings=131072 if scaled else 8192,
         rope_theta=params.get("rope_theta", 10000.0),
         rope_scaling={"factor": params.get("rope_scaling_factor", 8.0)} if scaled else None,

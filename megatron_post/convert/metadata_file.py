@@ -1,4 +1,4 @@
-"""`.metadata`, torch.distributed.checkpoint's pickled list of what lies where, read without running it."""
+"""Reads `.metadata`, the pickled index of torch.distributed.checkpoint, without running it."""
 
 import pickle
 from pathlib import Path
@@ -8,7 +8,8 @@ from typing import IO, Any
 from megatron_post.storage.manifest import DamagedCheckpoint
 from megatron_post.storage.reading import plain_file
 
-# Exact names only: a pickle may ask for "os.system" inside any module that imports os.
+# Only exact names are allowed. If whole modules were allowed, a pickle could reach "os.system" through any
+# module that imports os.
 _ALLOWED = {
     *(
         ("torch", name)
@@ -37,15 +38,15 @@ _ALLOWED = {
 
 
 def read_metadata(path: Path) -> Any:
-    """torch's pickled `Metadata`, read through an allow-list of plain classes, its file names checked.
+    """torch's pickled `Metadata`, read through an allow-list of plain classes.
 
-    Raises `DamagedCheckpoint` where it names anything else, or a file outside its directory.
+    Raises `DamagedCheckpoint` if it refers to any other class, or to a file outside its directory.
     """
     try:
         with plain_file(path, "file").open("rb") as file:
             metadata = _PlainUnpickler(file).load()
         names = {entry.relative_path for entry in metadata.storage_data.values()}
-    except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything
+    except Exception as error:  # a malformed pickle can raise any exception
         raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error
     outside = sorted(name for name in names if Path(name).name != name)
     if outside:
@@ -54,8 +55,10 @@ def read_metadata(path: Path) -> Any:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes objects of the allowed classes alone, and leaves the classes as they were: a pickle can set their
-    attributes, as those of any object."""
+    """Makes objects of the allowed classes only, and restores the classes afterwards.
+
+    A pickle can set attributes of a class as it can of any object. Such a change would outlive the read.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -63,8 +66,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint of ours does")
+            raise pickle.UnpicklingError(
+                f"refers to {module}.{name}, which this project's checkpoints never do"
+            )
         found = super().find_class(module, name)
+        # A new function each time keeps the pickle from setting attributes of the real one.
         if isinstance(found, FunctionType):
             return lambda *arguments: found(*arguments)
         self._before.setdefault((module, name), (found, dict(getattr(found, "__dict__", {}))))
@@ -74,13 +80,15 @@ class _PlainUnpickler(pickle.Unpickler):
         try:
             return super().load()
         finally:
-            changed = [text for found, before in self._before.values() for text in _put_back(found, before)]
+            changed = [text for found, before in self._before.values() for text in _restore(found, before)]
             if changed:
-                raise pickle.UnpicklingError(f"changes {changed[0]}, which no checkpoint of ours does")
+                raise pickle.UnpicklingError(
+                    f"changes {changed[0]}, which this project's checkpoints never do"
+                )
 
 
-def _put_back(found: Any, before: dict[str, Any]) -> list[str]:
-    """Returns the attributes that had to be put back."""
+def _restore(found: Any, before: dict[str, Any]) -> list[str]:
+    """Restore the attributes of a class. Returns the names of those that had changed."""
     now = dict(getattr(found, "__dict__", {}))
     changed = [name for name in {**now, **before} if now.get(name) is not before.get(name)]
     for name in changed:

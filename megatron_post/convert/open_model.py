@@ -1,4 +1,4 @@
-"""Which kind of model a directory holds."""
+"""Opens a directory as the kind of model that it holds."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_post.storage.reading import did_you_mean_path
 def open_weights_directory(directory: Path) -> ModelSource:
     """Hugging Face's safetensors or Meta's original files. Raises `ValueError` for anything else."""
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory{did_you_mean_path(directory)}")
+        raise ValueError(f"{directory} is not a directory{did_you_mean_path(directory)}")
     if os.path.lexists(directory / PARAMS) and not os.path.lexists(directory / "config.json"):
         return MetaDirectory(directory)
     if not os.path.lexists(directory / "config.json"):
@@ -27,7 +27,10 @@ def open_weights_directory(directory: Path) -> ModelSource:
 
 
 def open_model(directory: Path) -> ModelSource:
-    """A model of any kind: weights of Hugging Face or Meta, or a checkpoint (the newest step of a run)."""
+    """A model of any kind: Hugging Face or Meta weights, or a checkpoint (of a run, its newest step).
+
+    Raises `ValueError` if the directory cannot be read or holds no model.
+    """
     try:
         if (directory / manifest.MANIFEST).is_file() or manifest.published_steps(directory):
             return MegatronCheckpoint(directory)

@@ -1,5 +1,8 @@
-"""Writing a file at the disk's speed: one block is written while the next is being read, and the disk never
-waits for the end."""
+"""Writes a file at the speed of the disk.
+
+One block is written while the next block is being read. A thread flushes the file all the time, so that the
+disk does not wait for the end.
+"""
 
 import os
 import threading
@@ -11,7 +14,8 @@ from types import TracebackType
 class PartFile:
     """A file that is written in order. It is on the disk when the context ends without an error.
 
-    A block given to `write` must stay as it is until the second call after it: use two in turn.
+    A block that is passed to `write` must not change until the second call after it. Two buffers that are
+    used in turn are enough.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,7 +26,7 @@ class PartFile:
         self._flushing = self._threads.submit(self._flush)
 
     def write(self, block: bytes | memoryview) -> None:
-        """Raises the error of this block or of one before it."""
+        """Start to write a block. Raises the error of an earlier block."""
         self._wait()
         self._writing = self._threads.submit(self._write, block)
 
@@ -40,7 +44,7 @@ class PartFile:
             self._threads.shutdown()
         with self._file:
             if error is None:
-                self._flushing.result()  # the system reports a failed write once, and it may have been here
+                self._flushing.result()  # the system reports a failed write only once, perhaps to this flush
                 os.fsync(self._file.fileno())
 
     def _wait(self) -> None:

@@ -1,4 +1,4 @@
-"""A dry run: what a conversion would read and write, from config and index alone."""
+"""Plans a conversion: what it would read and write, computed from config and index alone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,20 @@ from megatron_post.convert.source import DTYPE_NAMES, Kind, check_names
 from megatron_post.convert.to_megatron import PART_BYTES
 from megatron_post.storage.reading import did_you_mean, did_you_mean_path
 
-# Resident memory of a worker, measured at about 330 MiB whatever the model: Python, torch, headers, buffers.
+# Resident memory of a worker: Python, torch, headers and buffers. About 330 MiB were measured, whatever the
+# model.
 BASE_BYTES = 400 * 1024**2
-# Of a worker with two cores to itself: from 560 to 1,080 were measured (docs/benchmarks.md).
+# Speed of a worker with two cores to itself. From 560 to 1,080 were measured (docs/benchmarks.md).
 WORKER_MEGABYTES_PER_SECOND = 800.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a conversion. peak_bytes: of all processes of a node together. workers_decide: whether more
-    of them, and not a faster disk, would make it shorter."""
+    """Figures of a conversion.
+
+    peak_bytes: of all processes of a node together. workers_decide: whether more workers would make it
+    faster. If not, the disk limits it.
+    """
 
     tensors: int
     total_bytes: int
@@ -39,10 +43,10 @@ class Plan:
 
 
 def plan(source: str, *, dtype: str, max_shard_bytes: int, workers: int, megabytes_per_second: float) -> Plan:
-    """What converting would take. source: a preset's name, or a Hugging Face directory with `config.json`,
-    and perhaps the index; its weights need not be there.
+    """The figures of a conversion. source: a preset's name, or a Hugging Face directory.
 
-    Raises `ValueError` where the index is not that of the config's model.
+    The directory needs `config.json`. The index is optional, and the weights are not needed. Raises
+    `ValueError` if the index is not that of the config's model.
     """
     kinds = {name: Kind(DTYPE_NAMES[dtype], shape) for name, shape in hf_shapes(_model(source)).items()}
     total = sum(kind.nbytes for kind in kinds.values())
@@ -53,20 +57,20 @@ def plan(source: str, *, dtype: str, max_shard_bytes: int, workers: int, megabyt
         largest_bytes=max(kind.nbytes for kind in kinds.values()),
         shards=len(plan_shards(kinds, max_bytes=max_shard_bytes)),
         parts=-(-total // PART_BYTES),
-        peak_bytes=(workers + (workers > 1)) * BASE_BYTES,  # several have a parent that waits for them
+        peak_bytes=(workers + (workers > 1)) * BASE_BYTES,  # several workers have a parent process
         seconds=total / (min(megabytes_per_second, workers_speed) * 1e6),
         workers_decide=workers_speed < megabytes_per_second,
     )
 
 
 def print_plan(source: str, result: Plan, *, console: Console) -> None:
-    """The plan as a table."""
+    """Print the plan as a table."""
     hours, minutes = divmod(round(result.seconds / 60), 60)
     table = Table(f"conversion of {source}", "", box=SIMPLE)
     table.add_row("tensors", f"{result.tensors:,}")
     table.add_row("bytes to read, and to write", f"{result.total_bytes:,}")
     table.add_row("largest tensor", f"{result.largest_bytes:,}")
-    table.add_row("files of safetensors; of a checkpoint", f"{result.shards:,}; {result.parts:,}")
+    table.add_row("safetensors files; checkpoint files", f"{result.shards:,}; {result.parts:,}")
     table.add_row("expected peak memory", f"{result.peak_bytes / 2**30:.1f} GiB")
     time = f"{hours} h {minutes} min" if result.seconds > 120 else f"{result.seconds:.0f} s"
     table.add_row("expected time", time + ("; more workers would help" if result.workers_decide else ""))

@@ -1,7 +1,7 @@
-"""The safetensors format: 8 bytes of length, a JSON header, and the tensors' bytes, without gaps, to the end.
+"""The safetensors format: 8 bytes of length, a JSON header, and the bytes of the tensors without gaps.
 
-Headers are read as if written by an adversary. Data is read with `pread`, never mapped: what a process holds
-is the buffer that it asked for, however large the file.
+Headers are read as if an adversary had written them. Data is read with `pread` and never memory-mapped, so a
+process holds only the buffer that it requested, however large the file is.
 """
 
 import json
@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_post.convert.source import Kind
 from megatron_post.storage.reading import plain_file
 
-# The limit that the `safetensors` library sets.
+# The limit of the `safetensors` library.
 LARGEST_HEADER = 100_000_000
-# In the order in which the library writes tensors of different types.
+# The library writes tensors of different dtypes in this order.
 DTYPES = {
     "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
     "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
@@ -31,21 +31,21 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class BadSafetensors(ValueError):
-    """A file that is not what it claims to be; the message names the file, the tensor and what is wrong."""
+    """A malformed file. The message names the file, the tensor and the fault."""
 
 
 @dataclass(frozen=True)
 class Stored(Kind):
-    """A tensor in a file: its bytes are [offset, offset + nbytes) of the file, in C order."""
+    """A tensor in a file. Its bytes are [offset, offset + nbytes) of the file, in C order."""
 
     offset: int
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file. Nothing but the header is read.
+    """Every tensor of a file by name. Only the header is read.
 
-    Raises `BadSafetensors` unless the header is plain JSON of known types whose tensors fill the rest of the
-    file exactly, each byte belonging to one of them.
+    Raises `BadSafetensors` unless the header is plain JSON of known dtypes whose tensors fill the rest of the
+    file exactly, so that each byte belongs to one of them.
     """
     try:
         with plain_file(path, "file").open("rb") as file:
@@ -69,9 +69,10 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def header_of(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Stored]]:
-    """The first bytes of a file of these tensors, and where each of them belongs in it.
+    """The first bytes of a file of these tensors, and the place of each tensor in it.
 
-    The same bytes as the `safetensors` library writes: ordered by type and then name, padded to 8.
+    The bytes are those that the `safetensors` library writes: tensors are ordered by dtype and then name, and
+    the header is padded to a multiple of 8.
     """
     ranks = list(_CODES)
     order = sorted(tensors, key=lambda name: (ranks.index(tensors[name][0]), name))
@@ -90,14 +91,14 @@ def header_of(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tup
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor; writing to the view writes to the tensor."""
+    """The memory of a contiguous CPU tensor. Writing to the view writes to the tensor."""
     assert tensor.is_contiguous()
     flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
     return memoryview(flat.numpy().data)
 
 
 class OpenFiles:
-    """Reads pieces of files; the last few of these stay open."""
+    """Reads pieces of files. The 16 most recently opened files stay open."""
 
     def __init__(self) -> None:
         self._files: dict[Path, FileIO] = {}
@@ -105,7 +106,7 @@ class OpenFiles:
     def read(self, path: Path, offset: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `offset` on.
 
-        Raises `BadSafetensors` where the file ends before.
+        Raises `BadSafetensors` if the file ends too early.
         """
         if path not in self._files:
             if len(self._files) == 16:
@@ -128,8 +129,10 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, value: Any, *, data: int) -> Stored:
-    """A header entry, its offset now the file's. Python's integers do not overflow: absurd sizes just
-    differ."""
+    """A header entry whose offset is counted from the beginning of the file.
+
+    Python's integers do not overflow, so an absurd size simply fails the comparison.
+    """
     if not name.isprintable():
         raise BadSafetensors(f"{path}: malformed tensor name {name[:80]!r}")
     try:

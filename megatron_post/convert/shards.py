@@ -1,4 +1,4 @@
-"""Which tensor goes into which safetensors file."""
+"""Decides which tensor goes into which safetensors file."""
 
 import re
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 
 
 def plan_shards(tensors: Mapping[str, Kind], *, max_bytes: int) -> list[list[str]]:
-    """Names of each file's tensors, as `save_pretrained(max_shard_size=...)` groups them.
+    """The names of each file's tensors, grouped as `save_pretrained(max_shard_size=...)` groups them.
 
-    Tensors fill a file in their order until the next would exceed `max_bytes`; one that is larger than that
-    has a file to itself.
+    Tensors fill a file in order until the next one would exceed `max_bytes`. A tensor that is larger than
+    `max_bytes` has a file to itself.
     """
     shards: list[list[str]] = []
     current: list[str] = []
@@ -33,12 +33,12 @@ def plan_shards(tensors: Mapping[str, Kind], *, max_bytes: int) -> list[list[str
 
 
 def shard_name(number: int, count: int) -> str:
-    """Of shard `number` (from 0) of `count`."""
+    """The file name of shard `number` (from 0) of `count`."""
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB" (powers of ten, as `transformers` counts), "4GiB" (powers of two) or a plain number.
+    """The bytes of "5GB" (powers of ten, as in `transformers`), "4GiB" (powers of two) or a plain number.
 
     Raises `ValueError` for anything else.
     """

@@ -1,5 +1,4 @@
-"""What a model can be converted from: anything that has a Hugging Face Llama's tensors, read in blocks of
-rows."""
+"""The interface of a model that can be converted: a Hugging Face Llama's tensors, read in blocks of rows."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from megatron_post.config.schema import Model
 
-# Rows are read, cast, checksummed and written this many bytes at a time: what a core's cache holds, which is
-# twice as fast as tens of megabytes that go through memory at every step.
+# Rows are read, cast, checksummed and written in blocks of this many bytes. Such a block stays in the cache
+# of a core. That is twice as fast as blocks of tens of megabytes, which go through memory at every step.
 BLOCK_BYTES = 1024**2
-# Besides weights, what makes a directory usable by `transformers`. Only these names are ever copied.
+# The files beside the weights that `transformers` needs. Only files with these names are ever copied.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -37,14 +36,14 @@ class Kind:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row along the first dimension."""
+        """Bytes of one row along the first dimension."""
         return prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class ModelSource(Protocol):
     """A model on disk.
 
-    tensors: by Hugging Face's names, in their order. fingerprint: changes when the source does.
+    tensors: by Hugging Face's names, in their order. fingerprint: changes when the source changes.
     """
 
     @property
@@ -57,10 +56,10 @@ class ModelSource(Protocol):
     def fingerprint(self) -> str: ...
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
-        """Fill `out` [rows, ...] of the tensor's own dtype with its rows from `row` on."""
+        """Fill `out` [rows, ...], which has the tensor's own dtype, with its rows from `row` on."""
 
     def companions(self) -> dict[str, bytes]:
-        """Config and tokenizer files by name, as a Hugging Face directory of this model holds them."""
+        """Config and tokenizer files by name, as a Hugging Face directory of this model has them."""
 
 
 def read_rows(source: ModelSource, name: str, start: int, end: int) -> Tensor:
@@ -72,14 +71,14 @@ def read_rows(source: ModelSource, name: str, start: int, end: int) -> Tensor:
 
 
 def row_blocks(kind: Kind, *, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Consecutive [start, end) that cover all rows, each of about `block_bytes`."""
+    """Consecutive ranges [start, end) that cover all rows. Each is about `block_bytes` large."""
     step = max(1, block_bytes // max(1, kind.row_bytes))
     for start in range(0, kind.shape[0], step):
         yield start, min(start + step, kind.shape[0])
 
 
 def check_names(found: Mapping[str, object], expected: Mapping[str, object], *, origin: Path) -> None:
-    """Raises `ValueError` naming the first missing and the first unexpected tensor."""
+    """Raises `ValueError` with the first missing and the first unexpected tensor."""
     missing = [name for name in expected if name not in found]
     extra = sorted(name for name in found if name not in expected)
     if missing:

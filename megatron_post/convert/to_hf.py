@@ -1,4 +1,4 @@
-"""A checkpoint of the trainer to a Hugging Face directory."""
+"""Converts a checkpoint of the trainer to a Hugging Face directory."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,10 @@ from megatron_post.storage import manifest
 
 @dataclass(frozen=True)
 class ToHuggingFace:
-    """A `jobs.Job`. source: checkpoints of a run (`step`, by default the newest), or one step's directory."""
+    """A `jobs.Job`. source: all checkpoints of a run, or the directory of one step.
+
+    step: by default the newest.
+    """
 
     source: str
     directory: str
@@ -59,7 +62,7 @@ class ToHuggingFace:
         header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
         file.write(header)
         size = max(BLOCK_BYTES, max(kind.row_bytes for kind in kinds.values()))
-        buffers = cycle(torch.empty(2, size, dtype=torch.uint8))  # aligned, which bytearrays are not
+        buffers = cycle(torch.empty(2, size, dtype=torch.uint8))  # tensors are aligned, bytearrays are not
         for name in places:
             kind = kinds[name]
             for start, end in row_blocks(kind):
@@ -68,7 +71,7 @@ class ToHuggingFace:
                 file.write(raw_bytes(data))
         for source in self._read_from:
             if isinstance(source, MegatronCheckpoint):
-                source.checkpoint.check_begun()
+                source.checkpoint.finish_checksums()
         return {}
 
     def publish(self, records: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face or Meta weights to a checkpoint that the trainer resumes from, in any layout."""
+"""Converts Hugging Face or Meta weights to a checkpoint that the trainer can load in any layout."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.jobs import ConversionError, Part
-from megatron_post.convert.mapping import CoreTensor, core_tensors, row_runs
+from megatron_post.convert.mapping import CoreTensor, core_tensors, row_ranges
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.safetensors_file import raw_bytes
@@ -34,7 +34,7 @@ from megatron_post.convert.torch_archive import ArchiveFile
 from megatron_post.storage import manifest
 
 PART_BYTES = 2 * 1024**3
-# Ranks that load a checkpoint read whole chunks and cut their slices out of them.
+# Ranks read whole chunks and cut their slices out of them, so chunks must be small.
 CHUNK_BYTES = 64 * 1024**2
 
 
@@ -50,9 +50,9 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class ToMegatron:
-    """A `jobs.Job`. source: directory of weights. root: directory of a run's checkpoints; this is step 0.
+    """A `jobs.Job`. source: a directory of weights. root: a run's checkpoints, where this becomes step 0.
 
-    dtype: "bf16", "fp16" or "fp32"; None keeps the source's.
+    dtype: "bf16", "fp16" or "fp32", or None to keep the source's.
     """
 
     source: str
@@ -87,12 +87,12 @@ class ToMegatron:
         ]
 
     def check(self) -> None:
-        """Raises `ConversionError` where the run has been trained already, and would not start from this."""
+        """Raises `ConversionError` if the run has later checkpoints, from which it would resume."""
         steps = manifest.published_steps(Path(self.root))
         if steps and steps != [0]:
             raise ConversionError(
-                f"{self.root} has checkpoints of steps {', '.join(map(str, steps))}, from the newest of "
-                "which the run resumes; choose the `checkpoints` directory of a new run"
+                f"{self.root} has checkpoints of steps {', '.join(map(str, steps))}, and the run resumes "
+                "from the newest; choose the `checkpoints` directory of a new run"
             )
 
     def write_part(self, number: int, file: PartFile) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class ToMegatron:
 
     @cached_property
     def _chunks(self) -> list[list[_Chunk]]:
-        """Of each part, in the order of the model's layers."""
+        """The chunks of each part, in the order of the model's layers."""
         parts: list[list[_Chunk]] = [[]]
         held = 0
         for chunk in self._all_chunks():
@@ -151,19 +151,20 @@ class ToMegatron:
                 own = DTYPE_NAMES[self.dtype] if self.dtype else self._source.tensors[name].dtype
                 if dtypes.setdefault(core.key, own) != own:
                     raise ConversionError(
-                        f"{self.source}: {name} is {own} and others of its kind {dtypes[core.key]}, but "
-                        "megatron-core stacks them in one tensor; choose one dtype with --dtype"
+                        f"{self.source}: {name} is {own}, but the same tensor of another layer is "
+                        f"{dtypes[core.key]}; megatron-core stacks layers in one tensor, so choose one dtype "
+                        "with --dtype"
                     )
             dtype, stack = dtypes[core.key], () if core.layer is None else (1,)
             for start, end in row_blocks(Kind(dtype, core.shape), block_bytes=self.chunk_bytes):
                 yield _Chunk(core, start, end, Kind(dtype, (*stack, end - start, *core.shape[1:])))
 
     def _blocks(self, chunk: _Chunk) -> Iterator[memoryview]:
-        """The chunk's bytes in two buffers by turns."""
+        """The chunk's bytes, block by block, in two buffers that are used in turn."""
         shape, dtype = chunk.core.shape[1:], chunk.kind.dtype
         size = max(BLOCK_BYTES // dtype.itemsize, prod(shape))
         buffers = cycle(torch.empty(2, size, dtype=dtype))
-        for run in row_runs(chunk.core, self._source.model):
+        for run in row_ranges(chunk.core, self._source.model):
             first, last = max(chunk.start, run.core_row), min(chunk.end, run.core_row + run.rows)
             rows = Kind(dtype, (max(0, last - first), *shape))
             for start, end in row_blocks(rows):
@@ -178,7 +179,7 @@ class ToMegatron:
             block.copy_(read_rows(self._source, name, row, row + len(block)))
 
     def _metadata(self, records: list[dict[str, Any]]) -> Metadata:
-        """What torch.distributed.checkpoint reads first: which chunk of what lies where."""
+        """The index that torch.distributed.checkpoint reads first: the file and offset of every chunk."""
         cores = {c.key: c for c in core_tensors(self._source.model, scalar_head=self._source.scalar_head)}
         dtypes = {chunk.core.key: chunk.kind.dtype for chunks in self._chunks for chunk in chunks}
         tensors = {
@@ -195,7 +196,7 @@ class ToMegatron:
         return Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta())
 
 
-# What megatron-core reads to choose how it reads the rest.
+# megatron-core reads these to choose how it reads the rest.
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

@@ -1,4 +1,4 @@
-"""Writing tensors as `torch.save` would, block by block, without ever holding one."""
+"""Writes tensors as `torch.save` does, but block by block, without holding a whole tensor."""
 
 import io
 import pickle
@@ -20,11 +20,11 @@ _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,
 }
-_POLYNOMIAL = 0xEDB88320  # of CRC-32, reflected
+_POLYNOMIAL = 0xEDB88320  # the polynomial of CRC-32, reflected
 
 
 class ArchiveFile:
-    """A file of one archive after another. position: its end. crc32: of all that has been written."""
+    """A file of archives, one after another. position: its end. crc32: of all bytes written so far."""
 
     def __init__(self, file: PartFile) -> None:
         self.position, self.crc32 = 0, 0
@@ -32,8 +32,11 @@ class ArchiveFile:
         self._data, self._in_data, self._unsummed = zipfile.ZipInfo(), False, 0
 
     def append(self, kind: Kind, blocks: Iterable[memoryview]) -> None:
-        """Write a tensor whose bytes are those of `blocks`, in C order; see `PartFile` on their lifetime."""
-        # a stream that cannot seek: sizes and checksums then follow the data, as torch itself has it
+        """Write a tensor. blocks: its bytes in C order.
+
+        See `PartFile` for how long a block must stay unchanged.
+        """
+        # zipfile sees a stream that cannot seek. It writes sizes and checksums after the data, as torch does.
         with zipfile.ZipFile(cast(IO[bytes], self), "w") as archive:
             archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _description(kind))
             self._data = zipfile.ZipInfo("archive/data/0")
@@ -45,7 +48,10 @@ class ArchiveFile:
             archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
 
     def write(self, content: Any) -> int:
-        """For `zipfile`, which checksums the data as it passes; once is enough."""
+        """Write a piece of an archive for `zipfile`.
+
+        `zipfile` already checksums the data. That checksum is joined to the file's, and not computed again.
+        """
         self._file.write(content)
         self.position += len(content)
         if self._in_data:
@@ -58,13 +64,13 @@ class ArchiveFile:
         return len(content)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing, because nothing is buffered."""
 
 
 def joined_crc32(first: int, second: int, second_bytes: int) -> int:
-    """CRC-32 of two pieces one after the other, from the CRC-32 of each and the length of the second.
+    """CRC-32 of two consecutive pieces, from the CRC-32 of each and the length of the second.
 
-    As polynomials over GF(2): first * x^(8 * second_bytes) + second, modulo CRC-32's.
+    As polynomials over GF(2), it is first * x^(8 * second_bytes) + second, modulo the polynomial of CRC-32.
     """
     power, square, exponent = 1 << 31, 1 << 30, 8 * second_bytes  # x^0, x^1
     while exponent:
@@ -76,7 +82,7 @@ def joined_crc32(first: int, second: int, second_bytes: int) -> int:
 
 
 def _product(a: int, b: int) -> int:
-    """a * b modulo the polynomial; the highest bit is x^0."""
+    """a * b modulo the polynomial. The highest bit is x^0."""
     result = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -90,6 +96,8 @@ class _Storage:
 
 
 class _Contiguous:
+    """Pickles as a contiguous tensor of this shape whose storage is a `_Storage`."""
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
 

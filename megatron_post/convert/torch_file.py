@@ -1,7 +1,8 @@
-"""What a `torch.save`d file holds, and where its tensors lie in it, without running its pickle.
+"""Finds the content of a `torch.save`d file, and the places of its tensors, without running its pickle.
 
 torch writes a zip archive whose members are stored uncompressed: a small pickle that describes the tensors,
-and the bytes of each storage. Only torch's own `weights_only` unpickler reads the pickle, and only here.
+and the bytes of each storage. Only torch's own `weights_only` unpickler reads the pickle, and only in this
+module.
 """
 
 import io
@@ -19,38 +20,39 @@ from megatron_post.convert.safetensors_file import Stored
 
 
 class BadTorchFile(ValueError):
-    """A file that holds anything but plain tensors, or is damaged; the message names it."""
+    """A file that is damaged or holds anything but plain tensors. The message names it."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor of a saved file, and the CRC-32 of its bytes; None where it shares them with others."""
+    """A tensor of a saved file, and the CRC-32 of its bytes, or None if it shares them with other tensors."""
 
     stored: Stored
     crc32: int | None
 
 
 def load_plain(path: Path, *, offset: int = 0, length: int | None = None) -> Any:
-    """The tensors and plain values of an archive that takes bytes [offset, offset + length) of a file.
+    """The tensors and plain values of the archive in bytes [offset, offset + length) of a file.
 
-    Raises `BadTorchFile` for what is no such archive, and for a pickle that asks for anything else, of which
-    nothing is run.
+    Raises `BadTorchFile` if there is no such archive, and for a pickle that refers to anything else. Nothing
+    in it is run.
     """
     with _Window(path, offset, length) as window:
         return _load(window, path, map_location="cpu")
 
 
 def saved_tensors(path: Path, *, offset: int = 0, length: int | None = None) -> dict[str, Saved]:
-    """Tensors by name of an archive that takes bytes [offset, offset + length) of a file; one alone is "".
+    """Tensors by name of the archive in bytes [offset, offset + length) of a file.
 
-    Raises `BadTorchFile` as `load_plain` does, and for tensors that are not one contiguous piece of the file.
+    The name of a single tensor is "". Raises `BadTorchFile` as `load_plain` does, and for tensors that are
+    not contiguous in the file.
     """
     with _Window(path, offset, length) as window:
         content = _load(window, path, map_location="meta")
         try:
             with zipfile.ZipFile(window) as archive:
                 members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-        except Exception as error:  # a damaged archive can make its reader stumble over anything
+        except Exception as error:  # a damaged archive can raise any exception
             raise BadTorchFile(f"{path}: not a file of plain tensors: {error}") from error
     content = {"": content} if isinstance(content, Tensor) else content
     if not isinstance(content, dict):
@@ -61,7 +63,10 @@ def saved_tensors(path: Path, *, offset: int = 0, length: int | None = None) -> 
 
 
 def reason_of(error: Exception) -> str:
-    """Why torch's `weights_only` reader refused a file, in a line, without its advice to read it anyway."""
+    """The reason why torch's `weights_only` reader refused a file, on one line.
+
+    torch's advice to load the file without `weights_only` is left out.
+    """
     reason = error.__context__ if str(error).startswith("Weights only") else None
     line = str(reason or error).strip().partition("\n")[0].partition(". Please")[0]
     return line.rstrip(".") or type(error).__name__
@@ -75,7 +80,7 @@ def _saved(
     if not plain or not dense or not value.is_contiguous():
         raise BadTorchFile(f"{path}: {name!r} is not a contiguous tensor")
     storage = value.untyped_storage()
-    begin = storage._checkpoint_offset  # where torch.load onto the meta device would have read
+    begin = storage._checkpoint_offset  # where torch.load would have read
     if begin is None:
         raise BadTorchFile(f"{path}: {name}: has no bytes in the file")
     place = begin + value.storage_offset() * value.itemsize
@@ -93,7 +98,7 @@ def _saved(
 def _load(window: "_Window", path: Path, *, map_location: str) -> Any:
     try:
         return torch.load(cast(IO[bytes], window), map_location=map_location, weights_only=True)
-    except Exception as error:  # a pickle that is no pickle can make its reader stumble over anything
+    except Exception as error:  # a malformed pickle can raise any exception
         raise BadTorchFile(
             f"{path}: not a file of plain tensors; nothing in it was run: {reason_of(error)}"
         ) from error
@@ -103,7 +108,7 @@ class _Window(io.RawIOBase):
     """Bytes [offset, offset + length) of a file, as a file."""
 
     def __init__(self, path: Path, offset: int, length: int | None) -> None:
-        """Raises `BadTorchFile` where the file cannot be opened or ends before."""
+        """Raises `BadTorchFile` if the file cannot be opened or ends too early."""
         super().__init__()
         try:
             self._file = path.open("rb", buffering=0)
@@ -114,7 +119,7 @@ class _Window(io.RawIOBase):
         self.length = size - offset if length is None else length
         if offset < 0 or self.length < 0 or offset + self.length > size:
             self._file.close()
-            raise BadTorchFile(f"{path}: ends at byte {size}, before what belongs at byte {offset}")
+            raise BadTorchFile(f"{path}: ends at byte {size}, before the data at byte {offset}")
 
     def close(self) -> None:
         self._file.close()

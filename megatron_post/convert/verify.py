@@ -1,4 +1,4 @@
-"""Whether two directories of any kind hold the same model."""
+"""Compares two directories of any kind."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.open_model import open_model
 from megatron_post.convert.source import Kind, ModelSource, read_rows, row_blocks
 
-# Lines of a report of differences; the rest are counted.
+# A report has at most this many lines. Further differences are counted.
 _LINES = 20
 
 
-def verify(first: str, second: str, *, report: Report) -> None:
+def compare_models(first: str, second: str, *, report: Report) -> None:
     """Compare names, shapes, dtypes, values (bit for bit) and configs of two models.
 
-    Raises `ValueError` listing the tensors that differ, each with the first place where it does.
+    Raises `ValueError` with the tensors that differ, each with the first index where it differs.
     """
     a, b = open_model(Path(first)), open_model(Path(second))
     found = list(_differences(a, b))
@@ -45,7 +45,7 @@ def _differences(a: ModelSource, b: ModelSource) -> Iterator[str]:
             yield from _compare(a, b, name)
     for source in (a, b):
         if isinstance(source, MegatronCheckpoint):
-            source.checkpoint.check_begun()
+            source.checkpoint.finish_checksums()
 
 
 def _compare(a: ModelSource, b: ModelSource, name: str) -> Iterator[str]:
@@ -67,7 +67,7 @@ def _compare(a: ModelSource, b: ModelSource, name: str) -> Iterator[str]:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """As integers, so that NaN equals itself and 0 is not -0."""
+    """The values as integers, so that NaN equals itself and 0 differs from -0."""
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
 
 

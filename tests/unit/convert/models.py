@@ -1,4 +1,4 @@
-"""Small models on disk in every source's format."""
+"""Small models on disk, in the format of every source."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 
-# Heads, groups and ratios of feed-forward to hidden size are the real models'; a head is 2 wide, and the
-# vocabulary odd.
+# Numbers of heads and groups and the ratio of feed-forward to hidden size are those of the real models. A
+# head is 2 wide, and the vocabulary is odd.
 _HEADS = {"8b": (32, 3.5), "70b": (64, 3.5), "405b": (128, 3.25)}
 
 
@@ -41,7 +41,7 @@ def shaped_like(size: str, *, tied: bool = False) -> Model:
 def weights_of(
     model: Model, *, scalar_head: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Random tensors by Hugging Face's names; norms too are random, or a swapped one would not show."""
+    """Random tensors by Hugging Face's names. Norms are random too, so that swapped norms are noticed."""
     source = RandomWeights(model, seed=7, scalar_head=scalar_head)
     tensors = {name: source.read(name, None, 0, 0) for name in hf_shapes(model, scalar_head=scalar_head)}
     torch.manual_seed(8)
@@ -51,7 +51,7 @@ def weights_of(
 def write_hf(
     directory: Path, model: Model, tensors: dict[str, Tensor], *, shards: int = 1, scalar_head: bool = False
 ) -> Path:
-    """A Hugging Face directory of these tensors, by the `safetensors` library."""
+    """Write a Hugging Face directory of these tensors with the `safetensors` library."""
     directory.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = to_hf_config(model, dtype=dtype, bos_id=1, eos_ids=[2], pad_id=None, scalar_head=scalar_head)
@@ -72,7 +72,7 @@ def write_hf(
 
 
 def to_megatron(source: Path, root: Path, *, dtype: str | None = None, workers: int = 1) -> Path:
-    """Converted with chunks and parts so small that every tensor has several of them."""
+    """Convert with chunks and parts so small that every tensor has several of them."""
     job = ToMegatron(str(source), str(root), dtype, part_bytes=150_000, chunk_bytes=10_000)
     assert convert(job, workers=workers, report=print)
     return root

@@ -1,4 +1,4 @@
-"""Directories that must not be converted: named, nothing run, nothing written."""
+"""Directories that must not be converted. The error names the file, nothing is run and nothing is written."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.convert.torch_file import saved_tensors
-from megatron_post.convert.verify import verify
+from megatron_post.convert.verify import compare_models
 from megatron_post.storage import manifest
 from megatron_post.storage.checksums import sha256_of_json
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
@@ -33,7 +33,7 @@ def _tree(root: Path) -> dict[str, bytes]:
 
 
 def _refused(tmp_path: Path, job: object, message: str) -> None:
-    """The conversion raises, and every file under `tmp_path` is as it was before."""
+    """The conversion raises, and every file under `tmp_path` stays as it was."""
     before = _tree(tmp_path)
     with pytest.raises(ValueError, match=message):
         convert(job, workers=1, report=print)  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def _refused(tmp_path: Path, job: object, message: str) -> None:
 
 
 def _point_at(directory: Path, file: str) -> None:
-    """Have the index say that a tensor is in `file`."""
+    """Make the index say that a tensor is in `file`."""
     index = json.loads((directory / INDEX).read_text())
     index["weight_map"][NAME] = file
     (directory / INDEX).write_text(json.dumps(index))
@@ -74,13 +74,13 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index: parent": (lambda d: _point_at(d, "../outside"), "file name '../outside' points outside"),
     "index: absolute": (lambda d: _point_at(d, "/etc/passwd"), "'/etc/passwd' points outside"),
     "index: directory": (lambda d: _point_at(d, ".."), "'..' points outside"),
-    "index: link": (lambda d: _link(d, _first(d).name), "00003.safetensors' is a link that points"),
-    "index itself a link": (lambda d: _link(d, INDEX), f"'{INDEX}' is a link that points outside"),
-    "index: nothing there": (lambda d: _point_at(d, "model-9.safetensors"), "model-9.safetensors: missing"),
+    "index: linked file": (lambda d: _link(d, _first(d).name), "00003.safetensors' is a link that points"),
+    "index is a link": (lambda d: _link(d, INDEX), f"'{INDEX}' is a link that points outside"),
+    "index: missing file": (lambda d: _point_at(d, "model-9.safetensors"), "model-9.safetensors: missing"),
     "index: no map": (lambda d: (d / INDEX).write_text("[]"), "not an index"),
     "index: numbers": (lambda d: (d / INDEX).write_text('{"weight_map": {"a": 1}}'), "not an index"),
-    "config a link": (lambda d: _link(d, "config.json"), "'config.json' is a link that points outside"),
-    "tokenizer a link": (lambda d: _link(d, "tokenizer.json"), "'tokenizer.json' is a link that points"),
+    "config is a link": (lambda d: _link(d, "config.json"), "'config.json' is a link that points outside"),
+    "tokenizer is a link": (lambda d: _link(d, "tokenizer.json"), "'tokenizer.json' is a link that points"),
     "pickle as safetensors": (lambda d: torch.save({"w": 1}, _first(d)), f"{_first(Path()).name}: .*pickle"),
     "truncated": (
         lambda d: _first(d).write_bytes(_first(d).read_bytes()[:-7]),
@@ -127,7 +127,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "00003.safetensors: Symlink loop"
     ),
     "index beside a single file": (
-        lambda d: shutil.copy(_first(d), d / "model.safetensors"), "model.safetensors besides; remove one"
+        lambda d: shutil.copy(_first(d), d / "model.safetensors"), "and model.safetensors; remove one"
     ),
     "names with terminal codes": (
         lambda d: _rewrite(d, lambda t: t.update({"\x1b[31m": torch.ones(2)})),
@@ -143,7 +143,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_hugging_face(tmp_path: Path, name: str) -> None:
+def test_hugging_face_directory_is_refused(tmp_path: Path, name: str) -> None:
     break_it, message = BREAKS[name]
     directory = write_hf(tmp_path / "hf", MODEL, weights_of(MODEL), shards=3)
     (tmp_path / "outside").write_bytes(b"not yours")
@@ -180,7 +180,7 @@ class _Bomb:
 
 
 def _resign(step: Path, name: str, content: bytes) -> None:
-    """Replace a file of a checkpoint and have the manifest agree, as an adversary would."""
+    """Replace a file of a checkpoint and update the manifest's checksum, as an adversary would."""
     (step / name).write_bytes(content)
     found = manifest.read_manifest(step)
     found["files"][name] = manifest.checksums(step, [name])[name]
@@ -190,7 +190,7 @@ def _resign(step: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_pickles_in_a_checkpoint_are_not_run(tmp_path: Path, name: str) -> None:
-    """Metadata that calls a function, and a chunk that does, both with a manifest that vouches for them."""
+    """The metadata or a chunk calls a function, and the manifest's checksum is right."""
     write_hf(tmp_path / "hf", MODEL, weights_of(MODEL))
     root = tmp_path / "checkpoints"
     convert(ToMegatron(str(tmp_path / "hf"), str(root)), workers=1, report=print)
@@ -212,8 +212,8 @@ def test_pickles_in_a_checkpoint_are_not_run(tmp_path: Path, name: str) -> None:
     assert not witness.exists() and not (tmp_path / "back").exists()
 
 
-def test_damaged_checkpoints(tmp_path: Path) -> None:
-    """A flipped bit in the weights, a lost file, a name that leads outside: refused, with the file named."""
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    """A flipped bit, a truncated file and a missing file are refused with the file's name."""
     write_hf(tmp_path / "hf", MODEL, weights_of(MODEL))
     root = to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
     step = root / "step-00000000"
@@ -242,8 +242,8 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_manifests(tmp_path: Path, name: str) -> None:
-    """Vouched for by their own checksum: refused as any other, and not by a traceback."""
+def test_malformed_manifests_are_refused(tmp_path: Path, name: str) -> None:
+    """A malformed manifest with a right checksum is refused as any other, without a traceback."""
     root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
     step, (change, message) = root / "step-00000000", MALFORMED[name]
     found = manifest.read_manifest(step)
@@ -263,16 +263,18 @@ def test_malformed_manifests(tmp_path: Path, name: str) -> None:
     ],
     ids=["numbers", "claims 2^60 bytes", "nested"],
 )
-def test_malformed_metadata(tmp_path: Path, content: bytes) -> None:
+def test_malformed_metadata_is_refused(tmp_path: Path, content: bytes) -> None:
     root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
     _resign(root / "step-00000000", ".metadata", content)
     _refused(tmp_path, ToHuggingFace(str(root), str(tmp_path / "back")), f"{root}")
 
 
 @pytest.mark.parametrize("row", [240, 255])
-def test_damage_beside_padding(tmp_path: Path, row: int) -> None:
-    """Of the last chunk, rows 234 to 255, the 3 padding ones are not wanted; a flipped bit in it is found
-    all the same, by both commands that read."""
+def test_damage_beside_padding_is_found(tmp_path: Path, row: int) -> None:
+    """Both commands that read a chunk find a flipped bit in it, even if they do not need the damaged row.
+
+    The last chunk has rows 234 to 255. The last 3 rows are padding and are not read.
+    """
     model = MODEL.model_copy(update={"vocab_size": 256})
     root = to_megatron(write_hf(tmp_path / "hf", model, weights_of(model)), tmp_path / "checkpoints")
     step = root / "step-00000000"
@@ -290,12 +292,12 @@ def test_damage_beside_padding(tmp_path: Path, row: int) -> None:
         with pytest.raises(ValueError, match=message):
             convert(ToHuggingFace(str(copy), str(tmp_path / "back")), workers=1, report=print)
         with pytest.raises(ValueError, match=message):
-            verify(str(copy), str(copy), report=print)
+            compare_models(str(copy), str(copy), report=print)
     assert not (tmp_path / "back").exists()
 
 
-def test_chunks_that_overlap(tmp_path: Path) -> None:
-    """Two chunks of the same rows take as many bytes as the whole: what neither holds would be garbage."""
+def test_overlapping_chunks_are_refused(tmp_path: Path) -> None:
+    """Two chunks of the same rows have the size of the whole tensor, but some rows would be garbage."""
     root = to_megatron(write_hf(tmp_path / "hf", MODEL, weights_of(MODEL)), tmp_path / "checkpoints")
     step = root / "step-00000000"
     metadata = read_metadata(step / ".metadata")

@@ -1,4 +1,4 @@
-"""Conversions that are interrupted, shared and starved."""
+"""Conversions that are interrupted, that share the work, and that lack disk space."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from megatron_post.convert.jobs import ConversionError, convert, worker_environm
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
-from megatron_post.convert.verify import verify
+from megatron_post.convert.verify import compare_models
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,7 +38,7 @@ class _Stop(Exception):
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
-    """Have the conversion fail inside of part `count` (from 0), when some of its bytes are written."""
+    """Make the conversion fail inside part `count` (from 0), after some of its bytes have been written."""
     original, parts = ToMegatron.write_part, []
 
     def write_part(self: ToMegatron, number: int, file: object) -> object:
@@ -52,10 +52,10 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseExceptio
 
 
 @pytest.mark.parametrize("parts_before", [0, 2])
-def test_interrupted_goes_on(
+def test_interrupted_conversion_resumes(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, parts_before: int
 ) -> None:
-    """The target is absent until all is done; finished parts are not written again."""
+    """The target is absent until all parts are complete. Complete parts are not written again."""
     root = tmp_path / "checkpoints"
     _stop_after(monkeypatch, parts_before, _Stop())
     with pytest.raises(_Stop):
@@ -64,18 +64,18 @@ def test_interrupted_goes_on(
     assert not (root / "step-00000000").exists() and not (root / "latest").exists()
     kept = {file.name: file.stat().st_ino for file in (root / ".partial-step-00000000").iterdir()}
     assert len(kept) == parts_before
-    said: list[str] = []
-    assert convert(_job(source, root), workers=1, report=said.append)
-    assert any(f"{parts_before} of" in line for line in said) == (parts_before > 0)
+    reported: list[str] = []
+    assert convert(_job(source, root), workers=1, report=reported.append)
+    assert any(f"{parts_before} of" in line for line in reported) == (parts_before > 0)
     step = root / "step-00000000"
     assert all((step / name).stat().st_ino == inode for name, inode in kept.items())
-    verify(str(source), str(root), report=print)
+    compare_models(str(source), str(root), report=print)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000000"]
 
 
 @pytest.mark.slow
-def test_kill_9(tmp_path: Path) -> None:
-    """A real process killed in the middle of its work; the same command again ends with the same files."""
+def test_killed_process_resumes(tmp_path: Path) -> None:
+    """A process is killed while it writes. The same command then ends with the same files."""
     model = shaped_like("405b")
     source = write_hf(tmp_path / "hf", model, weights_of(model))
     expected = to_megatron(source, tmp_path / "whole")
@@ -96,9 +96,9 @@ def test_kill_9(tmp_path: Path) -> None:
     to_megatron(source, root)
     parts = sorted(path.name for path in (root / "step-00000000").glob("*.distcp"))
     for name in (*parts, ".metadata"):
-        ours, theirs = (path / "step-00000000" / name for path in (root, expected))
-        # the serialization id that torch puts in an archive is a hash of its content, so files are alike
-        assert ours.read_bytes() == theirs.read_bytes(), name
+        resumed, uninterrupted = (path / "step-00000000" / name for path in (root, expected))
+        # Files are identical because the serialization id in torch's archives is a hash of their content.
+        assert resumed.read_bytes() == uninterrupted.read_bytes(), name
 
 
 def test_another_source_is_not_mixed_in(
@@ -116,7 +116,7 @@ def test_another_source_is_not_mixed_in(
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Said so, with what is kept; the source is as it was, and with space the same command ends it."""
+    """The error says what is kept, the source is unchanged, and with space the same command completes."""
     before = {file: file.read_bytes() for file in source.iterdir()}
     root = tmp_path / "checkpoints"
     _stop_after(monkeypatch, 2, OSError(code, os.strerror(code)))
@@ -132,7 +132,7 @@ def test_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 def test_other_errors_of_the_disk(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """One line with the file, as for anything that a user can mend."""
+    """The error is one line with the file, as for anything that a user can mend."""
 
     def refuse(self: Path, *args: object, **settings: object) -> None:
         raise OSError(code, os.strerror(code), str(self))
@@ -144,29 +144,31 @@ def test_other_errors_of_the_disk(
         convert(_job(source, tmp_path / "c"), workers=1, report=print)
 
 
-def test_two_at_once_share(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command again while the first writes its third part: it skips that one and writes the others;
-    the first finds them there, and publishes."""
-    root, said, original, first = tmp_path / "checkpoints", [], ToMegatron.write_part, []
+def test_two_processes_share_the_parts(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process starts while the first one writes its third part.
+
+    It skips that part and writes all others. The first process finds them complete, and publishes.
+    """
+    root, reported, original, first = tmp_path / "checkpoints", [], ToMegatron.write_part, []
 
     def write_part(self: ToMegatron, number: int, file: PartFile) -> dict[str, Any]:
         first.append(number)
         if len(first) == 3:
             monkeypatch.setattr(ToMegatron, "write_part", original)
-            assert not convert(_job(source, root), workers=1, report=said.append)
+            assert not convert(_job(source, root), workers=1, report=reported.append)
         return original(self, number, file)
 
     monkeypatch.setattr(ToMegatron, "write_part", write_part)
     assert convert(_job(source, root), workers=1, report=print)
     assert first == [0, 1, 2]
     assert any(
-        line.startswith(f"1 of {len(_job(source, root).parts)} parts are left to others") for line in said
+        line.startswith(f"1 of {len(_job(source, root).parts)} parts are not complete") for line in reported
     )
-    verify(str(source), str(root), report=print)
+    compare_models(str(source), str(root), report=print)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000000"]
 
 
-def test_space_is_asked_for_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_checked_first(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConversionError, match=r"needs another [\d,]+ bytes and its disk has 1,000 free"):
@@ -220,7 +222,10 @@ def test_uneven_arrays_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nodes_share_and_the_last_publishes(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three nodes of an array in any order: only the last finds all parts, and a fourth, late, is content."""
+    """Three nodes of an array run one after another. Only the last one finds all parts complete.
+
+    A fourth run reports that the target is complete.
+    """
     root = tmp_path / "checkpoints"
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank, complete in ((2, False), (0, False), (1, True), (1, True)):
@@ -229,7 +234,7 @@ def test_nodes_share_and_the_last_publishes(
         assert convert(_job(source, root), workers=1, report=print) == complete
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
-    verify(str(source), str(root), report=print)
+    compare_models(str(source), str(root), report=print)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))

@@ -1,4 +1,4 @@
-"""The table of names and layouts: what is cut and joined comes back, bit for bit."""
+"""The table of names and layouts: tensors that are cut and joined are identical bit for bit."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ MODEL = tiny_config().model
 
 
 def test_qkv_by_hand() -> None:
-    """4 query heads, 2 groups, head_dim 1: rows are q0 q1 k0 v0, q2 q3 k1 v1."""
+    """With 4 query heads, 2 groups and head_dim 1 the rows are q0 q1 k0 v0, q2 q3 k1 v1."""
     q, k, v = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
     qkv = interleave_qkv(q, k, v, groups=2)
     assert qkv.flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
@@ -30,7 +30,7 @@ def test_qkv_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.core)
-def test_shards_come_back(rule, size: int) -> None:
+def test_shards_rejoin_to_the_tensor(rule, size: int) -> None:
     names = tuple(name.format(1) for name in rule.hf)
     source, padded = RandomWeights(MODEL, seed=0, scalar_head=rule.hf == SCORE), 256
     shards = [
@@ -41,8 +41,8 @@ def test_shards_come_back(rule, size: int) -> None:
         assert torch.equal(value, source.read(name, None, 0, 0)), name
 
 
-def test_padded_rows_are_zero_and_never_leave() -> None:
-    """250 rows over 2 ranks padded to 256: the second rank holds 122 real rows and 6 of zeros."""
+def test_padded_rows_are_zero_and_not_exported() -> None:
+    """250 rows are padded to 256 over 2 ranks. The second rank holds 122 real rows and 6 rows of zeros."""
     rule = RULES[0]
     source = RandomWeights(MODEL, seed=0)
     shard = shard_from_hf(rule, rule.hf, source.read, MODEL, rank=1, size=2, padded_vocab=256)
@@ -53,7 +53,7 @@ def test_padded_rows_are_zero_and_never_leave() -> None:
     )
 
 
-def test_405b_has_its_parameters_and_tensors() -> None:
+def test_405b_has_the_published_parameters_and_tensors() -> None:
     from megatron_post.config.schema import Model
 
     shapes = hf_shapes(Model(preset="llama3.1_405b"))  # type: ignore[call-arg]
@@ -83,7 +83,7 @@ def test_405b_has_its_parameters_and_tensors() -> None:
         ),
     ],
 )
-def test_bad_directories(tmp_path, break_it, message: str) -> None:
+def test_bad_directories_are_refused(tmp_path, break_it, message: str) -> None:
     _write_hf(tmp_path)
     SafetensorsDirectory(tmp_path, MODEL)
     break_it(tmp_path)

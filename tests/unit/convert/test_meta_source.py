@@ -1,4 +1,4 @@
-"""Meta's original files, cut over two ranks, give the Hugging Face tensors that they were made of."""
+"""Meta's original files, cut over two ranks, give the Hugging Face tensors that they were made from."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_post.convert.source import read_rows
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of
 
 MODEL = shaped_like("8b")
-# The dimension along which Meta's tensor-parallel ranks hold a tensor, and None for what each holds whole.
+# The dimension along which Meta's tensor-parallel ranks cut a tensor, or None if each rank holds it whole.
 _DIMS = {"wo": 1, "w2": 1, "attention_norm": None, "ffn_norm": None, "norm": None}
 
 
@@ -65,16 +65,17 @@ def _write(directory: Path, tensors: dict[str, Tensor], *, ranks: int = 2, embed
 
 
 def test_permutation_by_hand() -> None:
-    """One head of 4 rows: Meta rotates (0, 1) and (2, 3), Hugging Face (0, 2) and (1, 3)."""
-    halves = torch.tensor([[10.0], [11], [20], [21]])  # first elements of both pairs, then second ones
+    """In one head of 4 rows, Meta rotates (0, 1) and (2, 3), and Hugging Face rotates (0, 2) and (1, 3)."""
+    # first elements of both pairs, then the second elements
+    halves = torch.tensor([[10.0], [11], [20], [21]])
     assert _interleaved(halves, 1).flatten().tolist() == [10, 20, 11, 21]
 
 
 @pytest.mark.parametrize(("ranks", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])
-def test_there_and_on(tmp_path: Path, ranks: int, embedding_dim: int) -> None:
-    """Rows read in any cut, and a whole conversion."""
+def test_rows_and_conversion_equal_the_source(tmp_path: Path, ranks: int, embedding_dim: int) -> None:
+    """Rows equal the source in any cut, and so does a whole conversion."""
     tensors = weights_of(MODEL, dtype=torch.bfloat16)
-    if ranks == 2:  # an even vocabulary is what two ranks can share
+    if ranks == 2:  # two ranks need an even vocabulary
         tensors = {n: t[:252] if t.shape[0] == 253 else t for n, t in tensors.items()}
     directory = _write(tmp_path / "meta", _meta(tensors, MODEL), ranks=ranks, embedding_dim=embedding_dim)
     source = open_weights_directory(directory)
@@ -98,8 +99,8 @@ def test_scaled_rope_is_llama_31(tmp_path: Path) -> None:
     assert model.max_position_embeddings == 131072
 
 
-def test_bad_directories(tmp_path: Path) -> None:
-    """Missing, extra and ill-shaped tensors, shards that repeat heads, and a pickle that would run code."""
+def test_bad_directories_are_refused(tmp_path: Path) -> None:
+    """Missing, extra and misshapen tensors, repeated heads, bad parameters and a pickle are refused."""
     tensors = _meta(weights_of(MODEL), MODEL)
     name = "layers.1.attention.wk.weight"
 
@@ -140,7 +141,7 @@ def test_bad_directories(tmp_path: Path) -> None:
 
 
 def test_another_vocabulary_than_the_tensors_is_named(tmp_path: Path) -> None:
-    """-1, which Meta's files have, says nothing."""
+    """A vocab_size of -1, which Meta's files have, is ignored."""
     directory = _write(tmp_path / "meta", _meta(weights_of(MODEL), MODEL), ranks=1)
     params = json.loads((directory / "params.json").read_text())
     (directory / "params.json").write_text(json.dumps(params | {"vocab_size": 253}))

@@ -1,4 +1,4 @@
-"""torch's pickled metadata: plain classes, files inside the checkpoint, and nothing that stays behind."""
+"""torch's pickled metadata may refer to plain classes and to files of the checkpoint, and changes nothing."""
 
 import pickle
 from pathlib import Path
@@ -35,7 +35,7 @@ _METADATA = b"ctorch.distributed.checkpoint.metadata\n"
     ],
 )
 def test_metadata_changes_no_class(tmp_path: Path, stream: bytes) -> None:
-    """A pickle can set attributes of whatever it names, for the rest of the process."""
+    """A pickle can set attributes of any class that it names, for the rest of the process."""
     named = (Metadata, MetadataIndex, _MEM_FORMAT_ENCODING)
     before = [dict(vars(found)) for found in named]
     (tmp_path / ".metadata").write_bytes(stream)

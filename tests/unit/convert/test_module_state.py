@@ -1,7 +1,7 @@
-"""Transformer Engine's state in a checkpoint is a pickle inside a tensor: it is made anew, or nothing is run.
+"""Transformer Engine's state in a checkpoint is a pickle inside a tensor. It is pickled again or refused.
 
-The recipes are in a module of Transformer Engine's name, made as its own are: dataclasses, and an enumeration
-whose values are named tuples.
+The recipes are in a module with the name of Transformer Engine's module. They are made as its recipes are:
+dataclasses, and an enumeration whose values are named tuples.
 """
 
 import enum
@@ -48,7 +48,7 @@ RECIPES = "transformer_engine.common.recipe"
 
 @pytest.fixture
 def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pickles call `transformer_engine.common.recipe`."""
+    """The module that pickles call `transformer_engine.common.recipe`."""
     module = ModuleType(RECIPES)
     for found in (_FormatHelper, Format, MMParams, DelayedScaling):
         monkeypatch.setattr(found, "__module__", RECIPES)
@@ -59,7 +59,7 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _state(**extra: Any) -> dict[str, Any]:
-    """What `get_extra_state` of Transformer Engine 2.11 gathers under delayed scaling."""
+    """The values that `get_extra_state` of Transformer Engine 2.11 collects under delayed scaling."""
     return {
         "recipe": DelayedScaling(),
         "scale_fwd": torch.tensor([1.0, 0.5, 2.0]),
@@ -77,7 +77,7 @@ def _bytes(content: bytes) -> Tensor:
 
 
 class _Call:
-    """Pickled, a call of `function` with these arguments."""
+    """An object whose pickle calls `function` with these arguments."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -87,8 +87,8 @@ class _Call:
 
 
 @pytest.mark.usefixtures("transformer_engine")
-def test_transformer_engines_state_is_made_anew() -> None:
-    """The module's `pickle.loads` finds equal values; the bytes are of this process."""
+def test_transformer_engines_state_is_pickled_again() -> None:
+    """The module's `pickle.loads` returns equal values from bytes that this process made."""
     saved = _bytes(pickle.dumps(_state()))
     made = safe_state(saved)
     found = pickle.loads(made.numpy().tobytes())
@@ -99,8 +99,8 @@ def test_transformer_engines_state_is_made_anew() -> None:
     assert found["recipe"].fp8_format is Format.HYBRID
 
 
-def test_without_transformer_engine_no_module_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read through the allow-list all the same, and comes back empty."""
+def test_without_transformer_engine_the_state_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is still read through the allow-list, and refused if it refers to anything else."""
     monkeypatch.delitem(sys.modules, RECIPES, raising=False)
     recipe = b"c" + RECIPES.encode() + b"\nFloat8CurrentScaling\n)\x81}Vfp8_dpa\nI01\nsb"
     assert safe_state(_bytes(b"(dVrecipe\n" + recipe + b"s.")).numel() == 0
@@ -140,7 +140,7 @@ def _poisons(witness: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", _poisons(Path()))
 def test_nothing_is_run(tmp_path: Path, name: str) -> None:
     poison = _bytes(pickle.dumps(_poisons(tmp_path / "witness")[name]))
-    with pytest.raises(UnsafeState, match="no state of Transformer Engine's"):
+    with pytest.raises(UnsafeState, match="not a state of Transformer Engine"):
         safe_state(poison)
     assert not (tmp_path / "witness").exists()
 
@@ -161,7 +161,7 @@ _RECIPE = b"c" + RECIPES.encode() + b"\n"
     ],
 )
 def test_no_class_or_function_is_changed(stream: bytes) -> None:
-    """A pickle can set attributes of whatever it names."""
+    """A pickle can set attributes of anything that it names."""
 
     def attributes() -> list[Any]:
         rebuild = torch._utils._rebuild_tensor_v2
@@ -176,6 +176,6 @@ def test_no_class_or_function_is_changed(stream: bytes) -> None:
 
 @pytest.mark.parametrize("value", [io.BytesIO(b"1"), Path(), [object()], torch.nn.Parameter(torch.ones(1))])
 def test_other_objects_are_refused(value: Any) -> None:
-    """Such as the files that Transformer Engine 1 saved, which its modules give to `torch.load`."""
+    """An example is the files that Transformer Engine 1 saved, which its modules pass to `torch.load`."""
     with pytest.raises(UnsafeState, match="an object of type"):
         safe_state(value)

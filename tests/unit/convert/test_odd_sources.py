@@ -1,4 +1,4 @@
-"""Directories of Hugging Face that say or store a thing twice: if not alike, both are named."""
+"""Hugging Face directories that have a value or tensor twice. If the two differ, the error names both."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.plan import plan
-from megatron_post.convert.verify import verify
+from megatron_post.convert.verify import compare_models
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 TIED, UNTIED = shaped_like("8b", tied=True), shaped_like("8b")
@@ -27,7 +27,7 @@ _ABSENT = object()
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_tied_model_may_store_an_equal_head(tmp_path: Path, shards: int) -> None:
-    """There and back: the head is left out, as `transformers` writes tied models; all else stays."""
+    """The round trip leaves the head out, as `transformers` writes tied models. All other tensors stay."""
     tensors = weights_of(TIED)
     whole = write_hf(tmp_path / "a", TIED, tensors | {HEAD: tensors[EMBEDDING].clone()}, shards=shards)
     source = HuggingFaceDirectory(whole)
@@ -36,7 +36,7 @@ def test_a_tied_model_may_store_an_equal_head(tmp_path: Path, shards: int) -> No
     assert torch.equal(source.read(EMBEDDING, None, 0, 0), tensors[EMBEDDING])
     back = to_hf(to_megatron(whole, tmp_path / "checkpoints"), tmp_path / "back")
     assert load_file(back / "model.safetensors").keys() == tensors.keys()
-    verify(str(whole), str(back), report=print)
+    compare_models(str(whole), str(back), report=print)
 
 
 def _changed(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -47,14 +47,14 @@ def _changed(tensors: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("row", [0, 100, 252])
 def test_another_head_than_the_tied_one_is_refused(tmp_path: Path, row: int) -> None:
-    """One value, by its last bit; by name, with what decides."""
+    """The head differs in the last bit of one value. The error names it, and the key that decides."""
     directory = write_hf(tmp_path / "a", TIED, _changed(weights_of(TIED), row))
     with pytest.raises(
         ValueError, match=rf"model.safetensors: {HEAD} is not {EMBEDDING} .*=true; set it to false"
     ):
         HuggingFaceDirectory(directory)
     directory = write_hf(tmp_path / "b", UNTIED, _changed(weights_of(UNTIED), row))
-    assert HEAD in HuggingFaceDirectory(directory).tensors  # not tied: any values
+    assert HEAD in HuggingFaceDirectory(directory).tensors  # a head that is not tied may have any values
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,14 @@ def test_a_tied_head_of_another_kind_is_refused(tmp_path: Path, head: Tensor) ->
 
 
 def test_rotary_buffers_are_computed_and_not_read(tmp_path: Path) -> None:
-    """Earlier releases of `transformers` saved them, in every layer; one for the model, later."""
+    """Earlier releases of `transformers` saved them in every layer, and later releases once for the model."""
     tensors = weights_of(UNTIED)
     names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)]
     buffers = {name: torch.rand(1) for name in [*names, "model.rotary_emb.inv_freq"]}
     directory = write_hf(tmp_path / "a", UNTIED, tensors | buffers, shards=2)
     assert list(HuggingFaceDirectory(directory).tensors) == list(tensors)
     plan(str(directory), dtype="fp32", max_shard_bytes=10**9, workers=1, megabytes_per_second=1.0)
-    verify(str(directory), str(to_megatron(directory, tmp_path / "checkpoints")), report=print)
+    compare_models(str(directory), str(to_megatron(directory, tmp_path / "checkpoints")), report=print)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_model_without_the_prefix_is_named(tmp_path: Path) -> None:
 
 
 def _config(directory: Path, **values: Any) -> Path:
-    """Keys of a config replaced, or removed."""
+    """Write a config in which keys are replaced or removed."""
     config = to_hf_config(UNTIED, dtype="float32", bos_id=1, eos_ids=[2], pad_id=None) | values
     (directory / "config.json").write_text(
         json.dumps({key: value for key, value in config.items() if value is not _ABSENT})
@@ -166,7 +166,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"factor": 8.0}, "rope_parameters": None},
         r"rope_scaling.factor=8.0 has no meaning with rope_type='default'",
     ),
-    "no object": ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is no object"),
+    "no object": ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is not an object"),
     "by kind of layer": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1e3}}},
         r"rope_parameters.full_attention=.* has no meaning",

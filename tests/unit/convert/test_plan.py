@@ -1,4 +1,4 @@
-"""Plans from configs and indices alone, and the grouping into files of real models."""
+"""Plans from configs and indices alone, and the grouping of real models into files."""
 
 import io
 import json
@@ -35,7 +35,10 @@ def test_as_many_files_as_published(preset: str, files: int) -> None:
 
 @pytest.mark.parametrize("max_bytes", [1, 20_000, 33_000, 10**6])
 def test_grouped_as_transformers_does(max_bytes: int) -> None:
-    """Against the function that `save_pretrained` calls, with tensors above and below the limit."""
+    """The groups equal those of the function that `save_pretrained` calls.
+
+    Some tensors are larger than the limit, and some are smaller.
+    """
     hub = pytest.importorskip("huggingface_hub")
     tensors = weights_of(shaped_like("8b"))
     theirs = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_bytes)
@@ -58,9 +61,12 @@ def test_bad_sizes(text: str) -> None:
 
 
 def test_plan_of_405b_without_weights(tmp_path: Path) -> None:
-    """Config and index as published: 1,137 tensors in 191 files; 2 bytes for each of 405,853,388,800
-    parameters; at 1,000 MB/s 812 s, 13 min 32 s, and 1,015 s at the 800 that one worker manages; far below
-    2 x 4.2 GB + 1 GiB of memory."""
+    """The plan of the published config and index.
+
+    There are 1,137 tensors in 191 files, with 2 bytes for each of 405,853,388,800 parameters. At 1,000 MB/s
+    they take 812 s, which is 13 min 32 s. At the 800 MB/s of one worker they take 1,015 s. The memory stays
+    far below 2 x 4.2 GB + 1 GiB.
+    """
     model = Model(preset="llama3.1_405b")  # type: ignore[call-arg]
     values = to_hf_config(model, dtype="bfloat16", bos_id=128000, eos_ids=[128001], pad_id=None)
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -87,7 +93,7 @@ def test_plan_of_405b_without_weights(tmp_path: Path) -> None:
 
 
 def test_inspect(tmp_path: Path) -> None:
-    """Rows of both kinds of directory: 3 layers in one row of three, and as one stack."""
+    """Both kinds of directory have one row for the 3 layers: three tensors or one stack."""
     model = shaped_like("8b")
     write_hf(tmp_path / "hf", model, weights_of(model))
     to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
@@ -98,4 +104,4 @@ def test_inspect(tmp_path: Path) -> None:
         texts.append(" ".join(out.getvalue().split()))
     assert "model.layers.*.mlp.down_proj.weight 3 64 x 224 float32 172,032" in texts[0]
     assert "decoder.layers.mlp.linear_fc2.weight 1 3 x 64 x 224 float32 172,032" in texts[1]
-    assert "step 0, weights alone" in texts[1] and "num_layers 3" in texts[0]
+    assert "step 0, weights only" in texts[1] and "num_layers 3" in texts[0]

@@ -1,4 +1,4 @@
-"""There and back: the same bytes, whatever the shape, the head, the sharding and the number of workers."""
+"""Round trips return the same bytes for any shape, head, sharding and number of workers."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_post.convert.hf_reader import RandomWeights
-from megatron_post.convert.mapping import core_tensors, row_runs, shard_from_hf
+from megatron_post.convert.mapping import core_tensors, row_ranges, shard_from_hf
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.open_model import open_model
 from megatron_post.convert.source import read_rows
-from megatron_post.convert.verify import verify
+from megatron_post.convert.verify import compare_models
 from megatron_post.storage import manifest
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "score", "tied, score"])
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
-def test_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
-    """HF -> Megatron -> HF: every file has the bytes that it had, configs and tokenizer too."""
+def test_round_trip_is_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
+    """HF -> Megatron -> HF returns identical files, configs and tokenizer included."""
     model, scalar = shaped_like(size, tied="tied" in kind), "score" in kind
     tensors = weights_of(model, scalar_head=scalar, dtype=torch.bfloat16)
     write_hf(tmp_path / "hf", model, tensors, scalar_head=scalar)
@@ -33,15 +33,15 @@ def test_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
 
 @pytest.mark.parametrize("size", ["8b", "405b"])
 @pytest.mark.parametrize("scalar_head", [False, True])
-def test_runs_are_what_one_rank_holds(size: str, scalar_head: bool) -> None:
-    """Parameters put together from runs of rows equal those that the trainer cuts for one rank."""
+def test_row_ranges_make_up_one_ranks_parameters(size: str, scalar_head: bool) -> None:
+    """Parameters that are joined from row ranges equal those that the trainer cuts for one rank."""
     model = shaped_like(size)
     source = RandomWeights(model, seed=1, scalar_head=scalar_head)
     count = 0
     for core in core_tensors(model, scalar_head=scalar_head):
         rows = [
             source.read(run.name, None, 0, 0)[run.hf_row : run.hf_row + run.rows]
-            for run in row_runs(core, model)
+            for run in row_ranges(core, model)
         ]
         whole = shard_from_hf(
             core.rule, core.hf, source.read, model, rank=0, size=1, padded_vocab=model.vocab_size
@@ -55,7 +55,7 @@ def test_runs_are_what_one_rank_holds(size: str, scalar_head: bool) -> None:
 
 
 def test_shards_and_workers(tmp_path: Path) -> None:
-    """A sharded source, two processes, and small shards back: the same tensors, and verify agrees."""
+    """A sharded source is converted by two processes, and back to small shards. The models are equal."""
     model = shaped_like("8b")
     tensors = weights_of(model)
     write_hf(tmp_path / "hf", model, tensors, shards=4)
@@ -72,12 +72,12 @@ def test_shards_and_workers(tmp_path: Path) -> None:
     metadata = {"total_parameters": numbers, "total_size": 4 * numbers}
     index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     assert (tmp_path / "back" / "model.safetensors.index.json").read_text() == index
-    verify(str(tmp_path / "checkpoints"), str(tmp_path / "back"), report=print)
+    compare_models(str(tmp_path / "checkpoints"), str(tmp_path / "back"), report=print)
     assert not list(tmp_path.glob(".*")) and not list((tmp_path / "checkpoints").glob(".[!l]*"))
 
 
-def test_cast(tmp_path: Path) -> None:
-    """--dtype rounds as torch does, and the config says what the weights are."""
+def test_cast_rounds_as_torch_does(tmp_path: Path) -> None:
+    """--dtype rounds as torch does, and the config names the new dtype."""
     model = shaped_like("8b")
     tensors = weights_of(model)
     write_hf(tmp_path / "hf", model, tensors)
@@ -88,7 +88,7 @@ def test_cast(tmp_path: Path) -> None:
 
 
 def test_mixed_dtypes(tmp_path: Path) -> None:
-    """fp32 norms beside bf16 matrices are kept; two dtypes in what megatron-core stacks are refused."""
+    """fp32 norms beside bf16 matrices are kept. Two dtypes in tensors that are stacked are refused."""
     model = shaped_like("8b")
     tensors = weights_of(model, dtype=torch.bfloat16)
     tensors = {name: t.float() if t.dim() == 1 else t for name, t in tensors.items()}
@@ -103,8 +103,8 @@ def test_mixed_dtypes(tmp_path: Path) -> None:
     to_megatron(tmp_path / "odd", tmp_path / "other", dtype="fp32")
 
 
-def test_every_row_range_reads_alike(tmp_path: Path) -> None:
-    """Any rows of any tensor, across chunks and query groups, are those of the Hugging Face tensor."""
+def test_every_row_range_is_read_correctly(tmp_path: Path) -> None:
+    """Any rows of any tensor, across chunks and query groups, equal those of the Hugging Face tensor."""
     model = shaped_like("70b")
     tensors = weights_of(model)
     write_hf(tmp_path / "hf", model, tensors)
@@ -124,13 +124,13 @@ def test_verify_names_the_difference(tmp_path: Path) -> None:
     changed[5, 7] = -changed[5, 7]
     write_hf(tmp_path / "b", model, tensors | {name: changed})
     with pytest.raises(ValueError, match=rf"{name}: 1 value\(s\) differ, the first at \[5, 7\]"):
-        verify(str(tmp_path / "a"), str(tmp_path / "b"), report=print)
+        compare_models(str(tmp_path / "a"), str(tmp_path / "b"), report=print)
     write_hf(tmp_path / "c", model, {n: t.bfloat16() for n, t in tensors.items()})
     with pytest.raises(ValueError, match=r"float32 and .* bfloat16"):
-        verify(str(tmp_path / "a"), str(tmp_path / "c"), report=print)
+        compare_models(str(tmp_path / "a"), str(tmp_path / "c"), report=print)
     write_hf(tmp_path / "d", shaped_like("70b"), weights_of(shaped_like("70b")))
     with pytest.raises(ValueError, match=r"num_attention_heads: 32 in the first, 64 in the second"):
-        verify(str(tmp_path / "a"), str(tmp_path / "d"), report=print)
+        compare_models(str(tmp_path / "a"), str(tmp_path / "d"), report=print)
 
 
 def test_nan_equals_itself_and_signed_zeros_differ(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_nan_equals_itself_and_signed_zeros_differ(tmp_path: Path) -> None:
     tensors = weights_of(model)
     tensors["model.norm.weight"][:2] = torch.tensor([float("nan"), 0.0])
     write_hf(tmp_path / "a", model, tensors)
-    verify(str(tmp_path / "a"), str(tmp_path / "a"), report=print)
+    compare_models(str(tmp_path / "a"), str(tmp_path / "a"), report=print)
     tensors["model.norm.weight"][1] = -0.0
     write_hf(tmp_path / "b", model, tensors)
     with pytest.raises(ValueError, match=r"model.norm.weight: 1 value"):
-        verify(str(tmp_path / "a"), str(tmp_path / "b"), report=print)
+        compare_models(str(tmp_path / "a"), str(tmp_path / "b"), report=print)
     assert open_model(tmp_path / "a").tensors["model.norm.weight"].shape == (64,)

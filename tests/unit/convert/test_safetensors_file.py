@@ -13,7 +13,7 @@ from megatron_post.convert.safetensors_file import DTYPES, BadSafetensors, heade
 
 
 def test_same_bytes_as_the_library(tmp_path: Path) -> None:
-    """Names with characters to escape, several dtypes, an empty and a scalar tensor."""
+    """The tensors have names with escaped characters and several dtypes. One is empty and one is a scalar."""
     tensors = {
         "b": torch.arange(6, dtype=torch.float32).view(2, 3),
         'quote"and\\': torch.ones(5, dtype=torch.bfloat16),
@@ -81,30 +81,30 @@ def _one(**changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_hostile_headers(tmp_path: Path, header: Any, message: str) -> None:
+def test_hostile_headers_are_refused(tmp_path: Path, header: Any, message: str) -> None:
     path = _file(tmp_path / "x.safetensors", header)
     with pytest.raises(BadSafetensors, match=f"{path}: .*{message}"):
         read_header(path)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**12, 1000, 99_999_999])
-def test_absurd_header_lengths(tmp_path: Path, length: int) -> None:
-    """Refused by their number; nothing of that size is read."""
+def test_absurd_header_lengths_are_refused(tmp_path: Path, length: int) -> None:
+    """The length alone decides. Nothing of that size is read."""
     path = _file(tmp_path / "x.safetensors", _one(), length=length)
     with pytest.raises(BadSafetensors, match=f"its header would take {length} of"):
         read_header(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567"])
-def test_too_short(tmp_path: Path, content: bytes) -> None:
+def test_too_short_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(BadSafetensors, match="not a readable"):
         read_header(tmp_path / "x")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickle_under_another_name(tmp_path: Path, zipped: bool) -> None:
-    """A file that would run code when it is unpickled: nothing runs."""
+def test_pickle_under_another_name_is_not_run(tmp_path: Path, zipped: bool) -> None:
+    """The file would run code if it were unpickled."""
     witness = tmp_path / "witness"
 
     class Bomb:

@@ -1,4 +1,4 @@
-"""Archives are what torch itself reads, with the right checksums."""
+"""torch can read the archives, and their checksums are right."""
 
 import io
 import zipfile
@@ -25,9 +25,11 @@ def test_joined_checksums(first: bytes, second: bytes) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 4, 6)])
-def test_torch_reads_it(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Two archives in one file, written in two blocks each; `torch.load` gives the tensors, and so do the
-    places that are found without loading."""
+def test_torch_reads_the_archives(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Two archives in one file are written in two blocks each.
+
+    `torch.load` returns the tensors, and so do the places that are found without loading.
+    """
     tensors = [torch.randn(shape).to(dtype) for _ in range(2)]
     path, places = tmp_path / "file", []
     with PartFile(path) as file:
@@ -49,8 +51,8 @@ def test_torch_reads_it(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dty
         assert content[begin : begin + tensor.nbytes] == bytes(raw_bytes(tensor))
 
 
-def test_refused(tmp_path: Path) -> None:
-    """What is no archive of plain tensors, with the file's name."""
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    """A file that is not an archive of plain tensors is refused with its name."""
     path = tmp_path / "file"
     for content, message in (
         (b"", "not a file of plain tensors"),
@@ -71,7 +73,7 @@ def test_refused(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_disk_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed flush and a failed write both reach the caller."""
+    """A failed flush and a failed write are both raised to the caller."""
     import os
 
     def fail(descriptor: int) -> None:
