@@ -17,6 +17,9 @@ from megatron_post.cli import app
 from megatron_post.config.load import load_config
 from megatron_post.launch.chain import is_chain, load_chain
 from megatron_post.launch.cluster import load_cluster
+from megatron_post.rounds.generate import Generate
+from megatron_post.rounds.merge import load_merge
+from megatron_post.rounds.select import Select
 from megatron_post.rounds.settings import load_round
 from tests.documentation import (
     LANGUAGES,
@@ -41,6 +44,7 @@ OTHERS = {
 RUNS = {"train", "data pack", "config show", "plan show", "plan search", "plan dry-run", "launch submit",
         "bench step", "bench checkpoint"}  # fmt: skip
 ROUNDS = {"round", "launch round"}
+FILES = {"generate": Generate, "select": Select}
 # a word in capitals stands for what the reader has
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_/.]*")
 _IN_TREE = re.compile(r"(configs|docs|tests|kernels|launchers|megatron_post)/[\w./*-]*")
@@ -126,6 +130,10 @@ def _load(name: str, parameters: dict[str, Any]) -> None:
         load_chain(file, overrides)
     elif name in ROUNDS:
         load_round(file, overrides)
+    elif name in FILES:
+        FILES[name].model_validate(yaml.safe_load(Path(file).read_text()))
+    elif name == "merge":
+        load_merge(file, parameters["method"])
 
 
 @pytest.mark.parametrize("page", PAGES)
