@@ -50,7 +50,7 @@ def pair_workload(
 ) -> Workload:
     """DPO with the model, weights and tokenizer of an SFT workload, on pairs packed into `directory`.
 
-    The pairs are HH-RLHF's where it lies beside the repository, else generated ones of unequal lengths. Pairs
+    The pairs are HH-RLHF's if its file exists, else generated ones of unequal lengths. Pairs
     with an empty response, or that no pack holds, are dropped for both sides.
     """
     directory.mkdir(parents=True, exist_ok=True)

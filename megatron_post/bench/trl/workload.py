@@ -19,7 +19,7 @@ from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.display import make_console
 
-GSM8K = Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = Path("data/gsm8k/train.jsonl")  # in the working directory, see docs/benchmark_commands.md
 VOCAB_SIZE = 2048
 ROWS = 4000
 
@@ -45,7 +45,7 @@ def make_workload(
 ) -> Workload:
     """Write tokenizer, store and random Hugging Face weights of the tiny preset into `directory`.
 
-    The data is GSM8K where it lies beside the repository, else additions in words; fp32, Adam, constant rate.
+    The data is GSM8K if its file exists, else additions in words. fp32, Adam, constant rate.
     """
     data = _write_rows(directory / "rows.jsonl", rows)
     texts = (text for row in _read(directory / "rows.jsonl") for text in row.values())
