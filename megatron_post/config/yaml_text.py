@@ -1,0 +1,184 @@
+"""YAML without surprises: text becomes mappings, lists, texts, numbers, booleans and null, or an error.
+
+YAML 1.1, which PyYAML reads, takes 0777 for 511, 1:30 for 90, `no` for false and 1e-5 for a text, and lets
+the second of two equal keys win. Here a plain value is a number only if it is written in decimal digits, and
+everything else that is not true, false or null is a text. The schema then decides whether a text will do.
+Files may come from anyone, so their size and depth are limited and tags are refused.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    MappingEndEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+    StreamEndEvent,
+)
+
+LARGEST = 2**18  # characters of a document; PyYAML reads some 100,000 a second
+MOST_VALUES = 100_000  # an alias counts as often as it is used
+DEEPEST = 32  # mappings and lists inside each other
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_WORDS = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), float("inf")),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), float("-inf")),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
+}
+
+
+def plain_value(text: str) -> Any:
+    """What a value without quotes means."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if len(text) <= 400 and _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a document; None for an empty one. Raises `ValueError`, which names line and column."""
+    return _read(text)[0]
+
+
+def read_argument(text: str) -> Any:
+    """The value of one argument on a command line: `[...]`, `{...}` and quotes are YAML, and all else is one
+    plain value as it stands, with any ` #` and `: ` that it holds. Raises `ValueError`."""
+    if text[:1] not in ("[", "{", '"', "'"):
+        return plain_value(text)
+    value, end = _read(text)
+    if rest := text[end:].strip():
+        raise ValueError(f"{rest!r} stands after the end of the value; put the whole value in quotes")
+    return value
+
+
+def write_yaml(value: Any) -> str:
+    """The text that `read_yaml` reads as this value of mappings, lists, texts, numbers, booleans and None."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that would be read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def text(self, data: str) -> yaml.Node:
+        style = None if isinstance(plain_value(data), str) else "'"
+        if not data.isprintable():
+            style = '"'  # which alone keeps line separators, and PyYAML chooses another one for some
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
+
+
+def _read(text: str) -> tuple[Any, int]:
+    """The value, and the position behind it."""
+    if len(text) > LARGEST:
+        raise ValueError(f"it has {len(text):,} characters, and no more than {LARGEST:,} are read")
+    try:
+        return _Document(yaml.parse(text, Loader=yaml.SafeLoader)).read()
+    except yaml.MarkedYAMLError as error:
+        context = f"{error.context}: " if error.context else ""
+        tabs = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
+        raise _problem(error.problem_mark or error.context_mark, f"{context}{error.problem}{tabs}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"line {line}: the character {chr(error.character)!a} is not allowed") from None
+
+
+class _Document:
+    """Builds one value from the events of a parser."""
+
+    def __init__(self, events: Iterator[Any]) -> None:
+        self._events = events
+        self._count = self._end = 0
+        self._anchors: dict[str, tuple[Any, int]] = {}  # name -> (value, values in it)
+
+    def read(self) -> tuple[Any, int]:
+        next(self._events)  # the stream begins
+        if isinstance(next(self._events), StreamEndEvent):
+            return None, 0
+        value = self._value(self._next(), depth=1)
+        next(self._events)  # the document ends
+        after = next(self._events)
+        if isinstance(after, DocumentStartEvent):
+            raise _problem(after.start_mark, "a second document begins; only one is read")
+        return value, self._end
+
+    def _next(self) -> Any:
+        event = next(self._events)
+        self._end = event.end_mark.index
+        return event
+
+    def _value(self, event: Any, *, depth: int) -> Any:
+        before = self._count
+        self._add(1, event)
+        if isinstance(event, AliasEvent):
+            if event.anchor not in self._anchors:
+                raise _problem(event.start_mark, f"the alias *{event.anchor} has no finished value before it")
+            value, size = self._anchors[event.anchor]
+            self._add(size, event)
+            return value
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            raise _problem(event.start_mark, f"the tag {tag} is refused; write the value without it")
+        if depth > DEEPEST:
+            raise _problem(event.start_mark, f"more than {DEEPEST} mappings and lists stand in each other")
+        if isinstance(event, ScalarEvent):
+            value = plain_value(event.value) if event.style is None else event.value
+        elif isinstance(event, SequenceStartEvent):
+            value = list(self._items(depth))
+        else:
+            value = self._mapping(depth)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = (value, self._count - before)
+        return value
+
+    def _items(self, depth: int) -> Iterator[Any]:
+        while not isinstance(event := self._next(), SequenceEndEvent):
+            yield self._value(event, depth=depth + 1)
+
+    def _mapping(self, depth: int) -> dict[str, Any]:
+        """Keys are texts as they are written, `on` and 1 too."""
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        while not isinstance(event := self._next(), MappingEndEvent):
+            if not isinstance(event, ScalarEvent) or event.tag is not None:
+                raise _problem(event.start_mark, "a key must be a plain word")
+            key, line = event.value, event.start_mark.line + 1
+            if key == "<<" and event.style is None:
+                raise _problem(event.start_mark, "the merge key << is refused; inherit with `base:`")
+            if key in lines:
+                raise _problem(
+                    event.start_mark,
+                    f"the key {key!r} is there already in line {lines[key]}; keep one of both",
+                )
+            lines[key] = line
+            found[key] = self._value(self._next(), depth=depth + 1)
+        return found
+
+    def _add(self, count: int, event: Any) -> None:
+        self._count += count
+        if self._count > MOST_VALUES:
+            raise _problem(
+                event.start_mark, f"more than {MOST_VALUES:,} values, each use of an alias counted"
+            )
+
+
+def _problem(mark: Any, text: str) -> ValueError:
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return ValueError(where + (text if len(text) <= 300 else f"{text[:300]}..."))
