@@ -80,7 +80,7 @@ def _told(error: BaseException) -> int:
         if text := error.format_message():
             context = getattr(error, "ctx", None)
             usage = f"; see `{context.command_path} --help`" if context is not None else ""
-            say(redact(f"megatron-post: {text.rstrip('.')}{usage}"), file=sys.stderr)
+            say(redact(f"megatron-post: {text.rstrip('.')}{_as_override(error)}{usage}"), file=sys.stderr)
         return int(error.exit_code) if hasattr(error, "exit_code") else FOR_A_USER
     text = message_of(error)
     if text is not None and not os.environ.get("MEGATRON_POST_DEBUG"):
@@ -94,6 +94,19 @@ def _told(error: BaseException) -> int:
             file=sys.stderr,
         )
     return FAULT if text is None else FOR_A_USER
+
+
+def _as_override(error: BaseException) -> str:
+    """How to write an override that was given as an option, `--optimizer.lr=1` or `--optimizer.lr 1`."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    parameters = context.command.params if context is not None else ()
+    if not option or not any(parameter.name == "overrides" for parameter in parameters):
+        return ""
+    for text in sys.argv[1:]:
+        if text.startswith(option) and ("=" in text or "." in text):
+            right = text.lstrip("-") if "=" in text else f"{text.lstrip('-')}=VALUE"
+            return f"; write {right}, without hyphens before it"
+    return ""
 
 
 def _of_the_system(error: OSError) -> str:

@@ -157,3 +157,22 @@ def test_did_you_mean(
         cli.main()
     shown = capsys.readouterr().err.lower()
     assert ended.value.code == 2 and "did you mean" in shown and meant in shown.split("did you mean")[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "right"),
+    [
+        ("--optimizer.lr=1", "optimizer.lr=1"),
+        ("--seed=3", "seed=3"),
+        ("-optimizer.lr=1", "optimizer.lr=1"),
+        ("--optimizer.lr", "optimizer.lr=VALUE"),
+    ],
+)
+def test_an_override_with_hyphens_is_shown_without(
+    option: str, right: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["megatron-post", "train", "a.yaml", option, "1"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and f"write {right}, without hyphens before it" in shown
