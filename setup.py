@@ -20,7 +20,7 @@ setup(
         "numpy",
         "psutil",  # megatron-core's checkpoint writer hangs without it
         "pydantic>=2.7",
-        "omegaconf>=2.3",
+        "pyyaml>=6.0",
         "typer>=0.12",
         "rich",
         "regex",  # stops where Python's own would search for ever

@@ -128,11 +128,29 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON schema of a config file, for editors."""
+def config_schema(
+    file: Annotated[
+        Literal["run", "round", "generate", "select", "merge", "cleaning", "cluster", "chain"],
+        typer.Argument(help="kind of the file; a run's is what `train` takes"),
+    ] = "run",
+) -> None:
+    """Print the JSON schema of a file of settings: a description of every key, which editors read too."""
     from megatron_post.config.load import json_schema
+    from megatron_post.config.schema import Config
+    from megatron_post.config.section import Section
+    from megatron_post.launch.chain import Chain
+    from megatron_post.launch.cluster import Cluster
+    from megatron_post.rounds.cleaning import Rules
+    from megatron_post.rounds.generate import Generate
+    from megatron_post.rounds.merge import Merge
+    from megatron_post.rounds.select import Select
+    from megatron_post.rounds.settings import RoundSettings
 
-    say(json_schema())
+    schemas: dict[str, type[Section]] = {
+        "run": Config, "round": RoundSettings, "generate": Generate, "select": Select, "merge": Merge,
+        "cleaning": Rules, "cluster": Cluster, "chain": Chain,
+    }  # fmt: skip
+    say(json_schema(schemas[file]))
 
 
 @app.command()

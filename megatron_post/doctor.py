@@ -28,7 +28,7 @@ from megatron_post.installation import install_command
 
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "apex", "triton", "flash-attn", "nvidia-dali-cuda120",
-    "numpy", "zarr", "tokenizers", "datasets", "safetensors", "transformers", "pydantic", "omegaconf",
+    "numpy", "zarr", "tokenizers", "datasets", "safetensors", "transformers", "pydantic", "pyyaml",
     "psutil",
 )  # fmt: skip
 

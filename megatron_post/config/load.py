@@ -1,21 +1,26 @@
-"""YAML with a `base:` to inherit from, dotted overrides on top, every error at once."""
+"""YAML files with a `base:` to inherit from, dotted overrides on top, and every error at once.
 
-import io
+Every file of settings is read here: those of training runs, clusters, chains, rounds, generation, selection,
+merging and cleaning.
+"""
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
+from megatron_post.config.describe import describe, errors_of, shown
+from megatron_post.config.overrides import merged, with_overrides
+from megatron_post.config.references import escaped, resolved
 from megatron_post.config.schema import Config
-from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
-from megatron_post.storage.reading import plain_file, read_yaml_text
+from megatron_post.config.secrets import redact
+from megatron_post.config.yaml_text import LARGEST, read_yaml, write_yaml
+from megatron_post.storage.reading import plain_file, reading
 
 Model = TypeVar("Model", bound=BaseModel)
+_MOST_LINES = 50  # errors that a message lists
 
 
 class ConfigError(ValueError):
@@ -27,34 +32,28 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, its bases and dotted overrides (`optimizer.lr=5e-7`), and validate the result.
+    """Read the config of a run, its bases and dotted overrides (`optimizer.lr=5e-7`), and validate all.
 
     Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible
     layout.
     """
-    return validate(read_tree(path), overrides, origin=str(path))
+    return load_section(Config, path, overrides)
 
 
-def read_tree(path: str | Path) -> DictConfig:
-    """A YAML file merged over its bases, unvalidated. Raises `ConfigError` where one cannot be read."""
+def load_section(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+    """As `load_config`, of a file with other settings."""
+    return _completed(model, read_tree(path), overrides, origin=str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file merged over its bases, with references as they are written, unvalidated. Raises
+    `ConfigError` where one cannot be read."""
     return _read(Path(path), seen=())
 
 
-def validate(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Config:
+def validate(values: dict[str, Any], overrides: Sequence[str] = (), *, origin: str) -> Config:
     """Make a `Config` of plain values and dotted overrides; `origin` names them in the `ConfigError`."""
-    return parse(Config, completed(values, overrides, origin=origin), origin=origin)
-
-
-def completed(values: Any, overrides: Sequence[str] = (), *, origin: str) -> Any:
-    """Plain values with dotted overrides on top, and all references resolved. Raises `ConfigError`."""
-    malformed = [text for text in overrides if "=" not in text]
-    if malformed:
-        raise ConfigError(f"overrides must read key=value: {', '.join(malformed)}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{origin}: {error}") from error
+    return _completed(Config, values, overrides, origin=origin)
 
 
 def parse(model: type[Model], values: Any, *, origin: str) -> Model:
@@ -62,8 +61,9 @@ def parse(model: type[Model], values: Any, *, origin: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [line for item in error.errors() for line in _describe(item)]
-        text = _listed(lines, origin)
+        found = errors_of(error)
+        lines = [line for item in found[:_MOST_LINES] for line in describe(item, model)]
+        text = _listed(lines, origin, others=len(found[_MOST_LINES:]))
     raise ConfigError(text)
 
 
@@ -73,51 +73,66 @@ def raise_for(errors: Sequence[str], origin: str = "") -> None:
         raise ConfigError(_listed(errors, origin))
 
 
-def _listed(errors: Sequence[str], origin: str) -> str:
-    head = f"{origin}: " if origin else ""
-    return f"{head}{len(errors)} error(s)\n" + "\n".join(f"  - {line}" for line in errors)
+def to_yaml(settings: BaseModel | dict[str, Any]) -> str:
+    """The text of a file that is loaded as these settings."""
+    values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
+    return write_yaml(escaped(values))
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config, ready to be loaded again."""
-    return OmegaConf.to_yaml(OmegaConf.create(json.loads(config.model_dump_json())))
+def json_schema(model: type[BaseModel]) -> str:
+    """JSON schema of a file of settings, for editors; it describes every key."""
+    return json.dumps(model.model_json_schema(), indent=2)
 
 
-def json_schema() -> str:
-    """JSON schema of a config file, for editors."""
-    return json.dumps(Config.model_json_schema(), indent=2)
-
-
-def _read(path: Path, *, seen: tuple[Path, ...]) -> DictConfig:
+def _completed(model: type[Model], tree: dict[str, Any], overrides: Sequence[str], *, origin: str) -> Model:
     try:
-        plain_file(path, f"base of {seen[-1]}:" if seen else "config file")
+        values = resolved(with_overrides(tree, overrides))
+    except ValueError as error:
+        raise ConfigError(_listed(str(error).splitlines(), origin)) from None
+    return parse(model, values, origin=origin)
+
+
+def _listed(errors: Sequence[str], origin: str, *, others: int = 0) -> str:
+    """others: errors that are counted and not listed, beside these."""
+    count = len(errors) + others
+    lines = [*errors[:_MOST_LINES], *([f"and {count - _MOST_LINES} more"] if count > _MOST_LINES else [])]
+    head = f"{origin}: " if origin else ""
+    return f"{head}{count} error(s)\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        with reading(path):
+            plain_file(path, f"base of {seen[-1]}:" if seen else "config file")
+            here = path.resolve()
+            if here in seen:
+                raise ValueError(f"config file {path} inherits from itself through `base:`")
+            tree = _mapping(path)
+            base = tree.pop("base", None)
+            if base is not None and not (isinstance(base, str) and base.strip() and "\0" not in base):
+                raise ValueError(f"{path}: base: must be the path of one YAML file, not {shown(base)}")
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if path.resolve() in seen:
-        raise ConfigError(f"config file {path} inherits from itself through `base:`")
+    return tree if base is None else merged(_read(path.parent / base, seen=(*seen, here)), tree)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """What one file says. Raises `ValueError` that names it."""
+    with path.open("rb") as file:
+        data = file.read(4 * LARGEST + 1)  # no character has more than four bytes
+    if len(data) > 4 * LARGEST:
+        raise ValueError(
+            f"{path}: it is too large for a file of settings, which holds {LARGEST:,} characters"
+        )
     try:
-        tree = OmegaConf.load(io.StringIO(read_yaml_text(path)))
-    except (YAMLError, ValueError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{path}: the top level must be a mapping")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    parent = _read(path.parent / str(base), seen=(*seen, path.resolve()))
-    merged = OmegaConf.merge(parent, tree)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _describe(item: Any) -> list[str]:
-    key = ".".join(str(part) for part in item["loc"])
-    value = HIDDEN if any(is_secret_name(str(part)) for part in item["loc"]) else repr(item["input"])
-    if item["type"] == "extra_forbidden":
-        return [f"{key}: unknown key (value {value})"]
-    if item["type"] == "missing":
-        return [f"{key}: missing"]
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return [f"{key}: {line}" if key else line for line in message.splitlines()]
-    return [f"{key}: {message} (got {value})"]
+        tree = read_yaml(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: not valid YAML: line {line}: a byte is not UTF-8; save it as UTF-8"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict | None):
+        raise ValueError(f"{path}: the top level must be a mapping, not {type(tree).__name__}")
+    return tree or {}

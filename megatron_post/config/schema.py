@@ -1,52 +1,67 @@
 """The whole configuration as frozen pydantic models. Unknown keys are errors; defaults are Llama 3's where it
 has one."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from megatron_post.config.consistency import NEEDS, contradictions, without_effect
+from megatron_post.config.data import Data, Tokenizer
 from megatron_post.config.layout import layout_errors
 from megatron_post.config.presets import PRESETS
+from megatron_post.config.section import Count, Distinct, Name, NonNegative, Positive, Section, Whole
+from megatron_post.storage.reading import did_you_mean
 
 RoleName = Literal["header", "prompt", "body", "terminator"]
-Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
-TrainOn = Literal["all_turns", "last_turn"]
-Reasoning = Literal["refuse", "drop", "render"]
-
-
-class Section(BaseModel):
-    """One section of the YAML: immutable, and a misspelt key is an error."""
-
-    # pydantic's own message would print a key that stands in the wrong place; ConfigError hides it
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class RopeScaling(Section):
     """Llama 3.1's frequency scaling, with Hugging Face's names."""
 
-    factor: PositiveFloat = 8.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: PositiveInt = 8192
+    factor: Positive = Field(8.0, description="long wavelengths are stretched by this factor")
+    low_freq_factor: Positive = Field(
+        1.0, description="wavelengths above the original context divided by this are stretched in full"
+    )
+    high_freq_factor: Positive = Field(
+        4.0, description="wavelengths below the original context divided by this stay as they are"
+    )
+    original_max_position_embeddings: Count = Field(
+        8192, description="context for which the model was trained before the stretching"
+    )
+
+    @model_validator(mode="after")
+    def _bands_are_apart(self) -> "RopeScaling":
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor:g} must be below "
+                f"high_freq_factor={self.high_freq_factor:g}"
+            )
+        return self
 
 
 class Model(Section):
     """Shape of the Llama, by preset or by number (a number given beside a preset overrides it)."""
 
-    preset: str | None = None
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    vocab_size: PositiveInt
-    max_position_embeddings: PositiveInt
-    rope_theta: PositiveFloat
-    rope_scaling: RopeScaling | None = None
-    rms_norm_eps: PositiveFloat
-    tie_word_embeddings: bool
-    initializer_range: PositiveFloat = 0.02
-    init_from: str | None = Field(
+    preset: Name | None = Field(
+        None, description=f"shape of a published model, or a tiny one: {', '.join(PRESETS)}"
+    )
+    num_layers: int = Field(gt=0, le=10_000, description="transformer layers")
+    hidden_size: int = Field(gt=0, le=2**20, description="width of the residual stream")
+    ffn_hidden_size: int = Field(
+        gt=0, le=2**24, description="width of the feed-forward layer, which is gated"
+    )
+    num_attention_heads: int = Field(gt=0, le=2**16, description="heads of queries")
+    num_key_value_heads: int = Field(
+        gt=0, le=2**16, description="heads of keys and values, each for several queries"
+    )
+    vocab_size: int = Field(gt=0, le=2**24, description="tokens of the vocabulary")
+    max_position_embeddings: Count = Field(description="longest context, as the exported config states it")
+    rope_theta: Positive = Field(description="base of the rotary embedding's wavelengths")
+    rope_scaling: RopeScaling | None = Field(None, description="null: the rotary embedding is not scaled")
+    rms_norm_eps: Positive = Field(description="added to the mean square in each norm")
+    tie_word_embeddings: bool = Field(description="the output layer uses the embedding's weights")
+    initializer_range: Positive = Field(0.02, description="standard deviation of random weights")
+    init_from: Name | None = Field(
         None, description="Hugging Face directory to start from; null: random from seed"
     )
 
@@ -56,8 +71,9 @@ class Model(Section):
         if not isinstance(values, dict) or values.get("preset") is None:
             return values
         name = values["preset"]
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        if not isinstance(name, str) or name not in PRESETS:
+            meant = did_you_mean(str(name), list(PRESETS))
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}{meant}")
         return {**PRESETS[name], **values}
 
     @property
@@ -65,94 +81,17 @@ class Model(Section):
         return self.hidden_size // self.num_attention_heads
 
 
-class Tokenizer(Section):
-    path: str = Field(
-        description="Meta's tokenizer.model, a tokenizer.json, or a directory that holds one of them"
-    )
-    content_tokens: tuple[str, ...] = Field(
-        (),
-        description="special tokens of the user's own, such as <think>, that texts may spell; what spells "
-        "another special token is encoded as text",
-    )
-
-
-class Source(Section):
-    """One dataset: a local file or directory, or a hub name, read through `datasets`."""
-
-    name: str
-    path: str
-    split: str = "train"
-    subset: str | None = None
-    format: Literal["auto", "messages", "preference", "columns", "transcript"] = "auto"
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="role -> column, for rows that hold one column a role; or {messages: column}",
-    )
-    epochs: float | None = Field(None, gt=0, description="how often each row is used; exclusive with weight")
-    weight: PositiveFloat | None = Field(
-        None, description="share of the mixture's rows, relative to other weights"
-    )
-    max_rows: PositiveInt | None = None
-    train_on: TrainOn | None = Field(None, description="null: as data.train_on")
-    templated: Literal["refuse", "keep"] = Field(
-        "refuse", description="texts that hold the marks of a chat template or a transcript"
-    )
-    ignore: tuple[str, ...] = Field(
-        (), description="keys of rows and messages that are passed over: neither used, refused nor listed"
-    )
-    batch: int = Field(0, description="number of the preference batch; a higher one is newer")
-
-    @model_validator(mode="after")
-    def _one_of_epochs_and_weight(self) -> "Source":
-        if self.epochs is not None and self.weight is not None:
-            raise ValueError(f"source {self.name!r}: give epochs or weight, not both")
-        return self
-
-
-class Preferences(Section):
-    """Which comparisons are used, as in section 4.2 of the report. Rows without a rating pass
-    `min_rating`."""
-
-    min_rating: Rating | None = Field("better", description="drop comparisons rated lower; null: keep all")
-    max_similarity: float = Field(
-        0.95, gt=0, le=1, description="drop pairs whose responses share a larger part of their token trigrams"
-    )
-    newest_batch_only: bool = Field(False, description="use only the sources of the highest `batch`")
-
-
-class Data(Section):
-    store: str = Field(description="directory of the packed zarr store")
-    sources: tuple[Source, ...] = ()
-    eval_sources: tuple[Source, ...] = ()
-    pack_length: PositiveInt = Field(8192, description="tokens in a pack; every microbatch is one pack")
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    max_bad_rows: int = Field(0, ge=0)
-    train_on: TrainOn = Field(
-        "all_turns",
-        description="turns of the assistant that rows of `messages` train. A mark on a message (`weight`, "
-        "`train`) comes first. Rows of prompt and completion train the completion.",
-    )
-    reasoning: Reasoning = Field(
-        "refuse",
-        description="what an assistant's `reasoning_content` or `thinking` becomes. refuse: its row is bad; "
-        "drop: it is left out; render: it stands between <think> and </think> before the answer",
-    )
-    preferences: Preferences = Preferences()
-    backend: Literal["torch", "dali"] = "torch"
-    prefetch: PositiveInt = Field(4, description="microbatches prepared ahead in the background")
-
-
 class Parallel(Section):
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt = Field(
-        1, description="model chunks a pipeline rank (interleaved schedule)"
-    )
+    """How one copy of the model and its data is divided between ranks."""
+
+    tensor: Count = Field(1, description="ranks that divide every matrix between them")
+    pipeline: Count = Field(1, description="ranks that divide the layers between them")
+    virtual_pipeline: Count = Field(1, description="model chunks a pipeline rank (interleaved schedule)")
     embedding_and_loss_as_layers: bool = Field(
         False,
         description="the embedding and the loss count as a layer each when chunks are cut",
     )
-    context: PositiveInt = 1
+    context: Count = Field(1, description="ranks that divide the tokens of a pack between them")
     sequence: bool = Field(
         False, description="shard activations between tensor-parallel regions over the sequence"
     )
@@ -175,25 +114,41 @@ class Parallel(Section):
 
 
 class Precision(Section):
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """The number formats of the forward and backward pass. The optimizer's are fp32."""
+
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="format of weights and activations")
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
+        None, description="Transformer Engine's recipe for linear layers in FP8; null: no FP8"
+    )
 
 
 class Recompute(Section):
-    mode: Literal["none", "selective", "full"] = "none"
-    modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """Activations that are computed again in the backward pass, to save memory."""
+
+    mode: Literal["none", "selective", "full"] = Field(
+        "none", description="selective: those of `modules`; full: those of whole layers"
+    )
+    modules: Annotated[tuple[Literal["core_attn", "mlp", "layernorm"], ...], Distinct] = Field(
+        ("core_attn",), min_length=1, description="what mode=selective computes again"
+    )
 
 
 class Optimizer(Section):
-    lr: PositiveFloat = 1e-5
-    min_lr: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: PositiveFloat = 1e-8
-    clip_grad: float = Field(1.0, ge=0, description="0: no clipping")
+    """Adam with decoupled weight decay, and its learning-rate schedule."""
+
+    lr: Positive = Field(1e-5, description="learning rate at its highest")
+    min_lr: NonNegative = Field(
+        0.0, description="learning rate of the last step; linear and cosine schedules"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup_steps: Whole = Field(0, description="steps over which the learning rate rises to `lr`")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
+    eps: Positive = Field(1e-8, description="added to the root of Adam's second moment")
+    clip_grad: NonNegative = Field(1.0, description="largest norm of the gradient; 0: no clipping")
     overlap: bool = Field(
         False, description="overlap gradient reduce-scatter and parameter all-gather with compute"
     )
@@ -210,7 +165,9 @@ class Optimizer(Section):
 
 
 class Loss(Section):
-    trained_roles: tuple[RoleName, ...] = Field(
+    """Which tokens SFT trains, and how log-probabilities are computed."""
+
+    trained_roles: Annotated[tuple[RoleName, ...], Distinct] = Field(
         ("body", "terminator"),
         min_length=1,
         description="token roles that carry loss; SFT must learn to stop",
@@ -230,21 +187,23 @@ class Reward(Section):
         description="separate: a row a response; isolated: the prompt once, responses blind to each other; "
         "concatenated: responses see those before them (the report's approximation)",
     )
-    head_lr_multiplier: PositiveFloat = 1.0
+    head_lr_multiplier: Positive = Field(1.0, description="the head's learning rate as a multiple of `lr`")
 
 
 class DPO(Section):
     """Direct preference optimisation, with the report's values."""
 
-    loss: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = "sigmoid"
-    beta: PositiveFloat = 0.1
+    loss: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = Field(
+        "sigmoid", description="loss of a pair; sigmoid is the report's"
+    )
+    beta: Positive = Field(0.1, description="strength of the pull to the reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="robust: probability of a flipped label")
-    margin: float = Field(0.5, ge=0, description="simpo: target margin of the mean log-probabilities, x beta")
-    nll_weight: float = Field(0.2, ge=0, description="weight of the NLL of the chosen response")
+    margin: NonNegative = Field(0.5, description="simpo: target margin of the mean log-probabilities, x beta")
+    nll_weight: NonNegative = Field(0.2, description="weight of the NLL of the chosen response")
     nll_normalization: Literal["per_token", "per_sequence"] = Field(
         "per_token", description="per_token: mean over the response's tokens; per_sequence: their sum"
     )
-    trained_roles: tuple[RoleName, ...] = Field(
+    trained_roles: Annotated[tuple[RoleName, ...], Distinct] = Field(
         ("body",), min_length=1, description="roles in both terms; the report masks headers and terminators"
     )
     reference: Literal["store", "frozen"] = Field(
@@ -257,32 +216,36 @@ class DPO(Section):
 
 
 class Train(Section):
-    steps: PositiveInt
-    global_batch: PositiveInt = Field(description="packs an optimizer step, over all data-parallel ranks")
-    eval_every: int = Field(
-        0, ge=0, description="steps between evaluations; 0: only at the end, if there is data"
+    """The length of a run, its batches, and what happens when something goes wrong."""
+
+    steps: Count = Field(description="optimizer steps of the whole run, those before a restart included")
+    global_batch: Count = Field(description="packs an optimizer step, over all data-parallel ranks")
+    eval_every: Whole = Field(
+        0, description="steps between evaluations; 0: only at the end, if there is data"
     )
-    eval_packs: PositiveInt = Field(64, description="held-out packs an evaluation, at most")
-    log_every: PositiveInt = 1
+    eval_packs: Count = Field(64, description="held-out packs an evaluation, at most")
+    log_every: Count = Field(1, description="steps between lines on the terminal")
     on_not_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="a NaN or infinite loss or gradient. skip: pass over the step's packs; rollback: go back "
         "to the newest checkpoint and pass over them",
     )
-    max_skips: int = Field(10, ge=0, description="steps passed over before the run stops, over all restarts")
-    spike: PositiveFloat = Field(
+    max_skips: Whole = Field(10, description="steps passed over before the run stops, over all restarts")
+    spike: Positive = Field(
         8.0, description="robust standard deviations above the median at which a loss or norm is recorded"
     )
-    step_deadline: float = Field(
-        1800.0, ge=0, description="seconds after which a step is a hang and the run ends; 0: never"
+    step_deadline: NonNegative = Field(
+        1800.0, description="seconds after which a step is a hang and the run ends; 0: never"
     )
     export_hf: bool = Field(False, description="write a Hugging Face directory when training ends")
 
 
 class Checkpoint(Section):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept")
-    keep_every: int = Field(0, ge=0, description="keep steps that are a multiple of this as well; 0: none")
+    """When checkpoints are written, and which are kept."""
+
+    every: Whole = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, description="newest checkpoints kept")
+    keep_every: Whole = Field(0, description="keep steps that are a multiple of this as well; 0: none")
     asynchronous: bool = Field(
         True, description="train on while a checkpoint is written, from a copy in host memory"
     )
@@ -291,9 +254,9 @@ class Checkpoint(Section):
 class Config(Section):
     """A run, complete. `load_config` makes one; the resolved form is saved with every checkpoint."""
 
-    stage: Literal["sft", "reward", "dpo"] = "sft"
-    run_dir: str = Field(description="checkpoints, metrics and exports of this run")
-    seed: int = 1234
+    stage: Literal["sft", "reward", "dpo"] = Field("sft", description="training method")
+    run_dir: Name = Field(description="checkpoints, metrics and exports of this run")
+    seed: Whole = Field(1234, description="of random weights, and of the order of the data")
     model: Model
     tokenizer: Tokenizer
     data: Data
@@ -323,8 +286,8 @@ class Config(Section):
         return self.stage == "dpo" and self.dpo.needs_reference and self.dpo.reference == "frozen"
 
     @model_validator(mode="after")
-    def _layout_works(self) -> "Config":
-        errors = layout_errors(self)
+    def _adds_up(self) -> "Config":
+        errors = [*layout_errors(self), *contradictions(self), *without_effect(self, NEEDS)]
         if errors:
             raise ValueError("\n".join(errors))
         return self

@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_post.config.schema import Model
+from megatron_post.config.schema import Model, RopeScaling
 from megatron_post.storage.reading import read_object
 
 _SAME_NAMES = (
@@ -88,7 +88,7 @@ def from_hf_config(directory: Path) -> Model:
         num_layers=values["num_hidden_layers"],
         ffn_hidden_size=values["intermediate_size"],
         rope_theta=theta,
-        rope_scaling=scaling,
+        rope_scaling=None if scaling is None else RopeScaling(**scaling),
         initializer_range=values.get("initializer_range", 0.02),
     )
 

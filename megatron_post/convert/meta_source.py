@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.schema import Model, RopeScaling
 from megatron_post.convert.configs import check_sizes, written_configs
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.mapping import META_NAMES, hf_shapes
@@ -168,7 +168,7 @@ def _model(params: dict[str, Any], shards: list[dict[str, Stored]], path: Path) 
         # params.json does not have it. It is 131,072 since Llama 3.1, which scales RoPE, and 8,192 before.
         max_position_embeddings=131072 if scaled else 8192,
         rope_theta=params.get("rope_theta", 10000.0),
-        rope_scaling={"factor": params.get("rope_scaling_factor", 8.0)} if scaled else None,
+        rope_scaling=RopeScaling(factor=params.get("rope_scaling_factor", 8.0)) if scaled else None,
         rms_norm_eps=params["norm_eps"],
         tie_word_embeddings=tied,
     )

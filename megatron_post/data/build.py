@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_post.config.data import Source
 from megatron_post.config.layout import segment_multiple, store_layout
-from megatron_post.config.schema import Config, Source
+from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
 from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits
 from megatron_post.data.mixture import Share, mix, shares

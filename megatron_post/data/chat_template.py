@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_post.config.schema import Reasoning
+from megatron_post.config.data import Reasoning
 
 _FILES = ("json_text.jinja", "chat_template.jinja")
 

@@ -6,7 +6,7 @@ from typing import Protocol, get_args
 
 import numpy as np
 
-from megatron_post.config.schema import Preferences, Rating
+from megatron_post.config.data import Preferences, Rating
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.permutation import permutation
 from megatron_post.data.template import Rendered, render_batch, render_preferences

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.permutation import permutation
 
 

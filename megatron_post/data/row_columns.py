@@ -3,7 +3,7 @@ names."""
 
 from typing import Any
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.dialog import BadRow, Message
 from megatron_post.data.row_keys import KeyCounts, Keys, text_of
 

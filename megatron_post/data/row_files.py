@@ -7,7 +7,7 @@ from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patte
 from datasets.load import DatasetCard
 from datasets.utils.metadata import MetadataConfigs
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 CSV_SUFFIXES = (".csv", ".csv.gz")

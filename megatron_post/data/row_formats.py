@@ -17,7 +17,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from megatron_post.config.schema import Reasoning, Source, TrainOn
+from megatron_post.config.data import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
 from megatron_post.data.row_columns import Columns, check_columns
 from megatron_post.data.row_keys import KeyCounts, Keys, text_of

@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_post.config.schema import Reasoning
+from megatron_post.config.data import Reasoning
 from megatron_post.data.dialog import BadRow, Message
 from megatron_post.data.row_keys import Keys, from_json, is_blank, text_of
 from megatron_post.data.row_labels import refuse_label

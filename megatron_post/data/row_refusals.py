@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from megatron_post.config.schema import Reasoning
+from megatron_post.config.data import Reasoning
 from megatron_post.data.dialog import BadRow, Message
 from megatron_post.data.row_columns import Columns
 from megatron_post.data.row_keys import Keys, messages_in

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import datasets
 
-from megatron_post.config.schema import Reasoning, Source, TrainOn
+from megatron_post.config.data import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
 from megatron_post.data.row_csv import csv_rows
 from megatron_post.data.row_files import CSV_SUFFIXES, JSON_SUFFIXES, SUFFIXES, files_of

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_post.config.schema import Reasoning
+from megatron_post.config.data import Reasoning
 
 FORMAT = "megatron-post-packs"
 VERSION = 2

@@ -13,7 +13,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from megatron_post.config.schema import Config, Reasoning
+from megatron_post.config.data import Reasoning
+from megatron_post.config.schema import Config
 from megatron_post.data.chat_template import chat_template
 from megatron_post.data.dialog import THINK
 from megatron_post.storage.checksums import sha256_of_json

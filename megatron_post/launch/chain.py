@@ -5,36 +5,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from megatron_post.config.load import ConfigError, completed, load_config, parse, read_tree
-from megatron_post.config.schema import Section
+from megatron_post.config.load import ConfigError, load_config, load_section, parse, read_tree
+from megatron_post.config.section import Count, Line, Name, Section
 from megatron_post.launch import slurm
-from megatron_post.launch.cluster import Cluster, Line
+from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.preflight import disk_findings, layout_findings, memory_findings
 from megatron_post.launch.record import Submitted, remember
 from megatron_post.launch.script import Job, launch_folder
+from megatron_post.storage.reading import did_you_mean
 
 
 class Step(Section):
     """One job of a chain."""
 
-    name: Line
+    name: Name = Field(description="what `after` of other steps and the job's name say")
     command: tuple[Line, ...] = Field(min_length=1, description="what follows `megatron-post`")
-    run_dir: Line | None = Field(None, description="of a training step: where its checkpoints are looked for")
+    run_dir: Name | None = Field(None, description="of a training step: where its checkpoints are looked for")
     like: tuple[Line, ...] = Field(
         (),
         description="of a training step whose config is still to be made: `train`'s arguments for one alike",
     )
-    nodes: PositiveInt = 1
-    ranks_per_node: PositiveInt | None = Field(None, description="null: the cluster's; 1: a single process")
-    after: tuple[str, ...] = Field((), description="steps that must have ended with 0")
+    nodes: Count = Field(1, description="nodes of the job")
+    ranks_per_node: Count | None = Field(None, description="null: the cluster's; 1: a single process")
+    after: tuple[Name, ...] = Field((), description="steps that must have ended with 0")
+
+    @model_validator(mode="after")
+    def _like_a_training_step(self) -> "Step":
+        if self.like and self.command[0] != "train":
+            raise ValueError(
+                f"like={list(self.like)} has no effect with command {self.command[0]}, only with train"
+            )
+        return self
 
 
 class Chain(Section):
     """A chain file."""
 
-    run_dir: Line = Field(description="logs of the steps without a run_dir, and the record of all jobs")
+    run_dir: Name = Field(description="logs of the steps without a run_dir, and the record of all jobs")
     steps: tuple[Step, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -44,7 +53,7 @@ class Chain(Section):
             f"step {name!r} is named twice" for name in sorted({n for n in names if names.count(n) > 1})
         ]
         errors += [
-            f"step {step.name!r} comes after {name!r}, which is no step"
+            f"step {step.name!r} comes after {name!r}, which is no step{did_you_mean(name, names)}"
             for step in self.steps
             for name in step.after
             if name not in names
@@ -95,7 +104,7 @@ def load_chain(path: str | Path, overrides: Sequence[str] = ()) -> Chain:
     """Read a chain file. Raises `ConfigError` with every error at once."""
     if overrides:
         raise ConfigError(f"{path} is a chain of commands with overrides of their own: {' '.join(overrides)}")
-    return parse_chain(completed(read_tree(path), origin=str(path)), origin=str(path))
+    return load_section(Chain, path)
 
 
 def parse_chain(values: Any, *, origin: str) -> Chain:

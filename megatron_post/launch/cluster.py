@@ -2,13 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from megatron_post.config.load import completed, parse, read_tree
-from megatron_post.config.schema import Section
-from megatron_post.display import printable
+from megatron_post.config.consistency import Needs, without_effect
+from megatron_post.config.load import load_section
+from megatron_post.config.section import Count, Line, Name, Section, Whole
 
 _TIME_LIMIT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -19,28 +19,10 @@ _OF_A_RANK = re.compile(
 )
 
 
-def one_line(text: str) -> str:
-    """A value that Slurm or a script takes as one line. Raises `ValueError` for control characters, and for
-    others that a terminal does not show."""
-    if set(text) & set("\n\t") or printable(text) != text:
-        raise ValueError(f"{text!r} holds a newline or another control character")
-    return text
-
-
-def _is_text(value: Any) -> Any:
-    """YAML reads 24:00:00 as 86400 and yes as true: what was meant is not to be guessed."""
-    if isinstance(value, int | float):
-        raise ValueError(f"{value!r} is no text: put the value in quotes in the file")
-    return value
-
-
-Line = Annotated[str, BeforeValidator(_is_text), AfterValidator(one_line), Field(min_length=1)]
-
-
 class Container(Section):
     """A pyxis container in which the ranks run (`srun --container-image`)."""
 
-    image: Line = Field(description="a .sqsh file, or registry#image:tag")
+    image: Name = Field(description="a .sqsh file, or registry#image:tag")
     mounts: tuple[Line, ...] = Field((), description="HOST:CONTAINER[:ro] each")
 
     @field_validator("mounts")
@@ -55,32 +37,32 @@ class Container(Section):
 class Cluster(Section):
     """How jobs are submitted and ranks are started on one cluster."""
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
-    constraint: Line | None = None
-    exclude: tuple[Line, ...] = Field((), description="nodes never to be used")
-    exclusive: bool = True
-    memory: Line | None = Field(None, description="memory of a node, as sbatch --mem; 0: all of it")
-    gpus_per_node: int = Field(8, ge=0)
-    gpu_type: Line | None = Field(None, description="type in Slurm's GRES, where it has one: h100")
-    gpu: Line | None = Field(
+    partition: Name | None = Field(None, description="as sbatch --partition")
+    account: Name | None = Field(None, description="as sbatch --account")
+    qos: Name | None = Field(None, description="as sbatch --qos")
+    constraint: Name | None = Field(None, description="as sbatch --constraint: features of the nodes")
+    exclude: tuple[Name, ...] = Field((), description="nodes never to be used")
+    exclusive: bool = Field(True, description="whole nodes, as sbatch --exclusive")
+    memory: Name | None = Field(None, description="memory of a node, as sbatch --mem; 0: all of it")
+    gpus_per_node: Whole = Field(8, description="GPUs asked for on each node; 0: none")
+    gpu_type: Name | None = Field(None, description="type in Slurm's GRES, where it has one: h100")
+    gpu: Name | None = Field(
         "h100-80gb", description="the planner's name of the GPU, by which memory is checked; null: it is not"
     )
-    cpus_per_node: PositiveInt
-    ranks_per_node: PositiveInt | None = Field(None, description="null: one for each GPU")
-    time_limit: Line = Field("24:00:00", description="[days-]hours:minutes:seconds")
+    cpus_per_node: Count = Field(description="CPU cores asked for on each node, divided among its ranks")
+    ranks_per_node: Count | None = Field(None, description="null: one for each GPU")
+    time_limit: Name = Field("24:00:00", description="[days-]hours:minutes:seconds")
     warning_seconds: int = Field(
         300,
         ge=1,
         le=65535,
         description="ranks are told to save so long ahead of the time limit or preemption",
     )
-    max_stalled_restarts: int = Field(
-        3, ge=0, description="restarts in a row without a new checkpoint before the job stops"
+    max_stalled_restarts: Whole = Field(
+        3, description="restarts in a row without a new checkpoint before the job stops"
     )
     node_check: bool = Field(True, description="check nodes and links before the ranks start")
-    python: Line | None = Field(
+    python: Name | None = Field(
         None, description="interpreter of the ranks; null: the one that launches, in a container python3"
     )
     container: Container | None = None
@@ -96,7 +78,7 @@ class Cluster(Section):
     @classmethod
     def _is_a_time(cls, text: str) -> str:
         if not _TIME_LIMIT.fullmatch(text):
-            raise ValueError(f"{text!r} is no [days-]hours:minutes:seconds (quote it in YAML)")
+            raise ValueError(f"{text!r} is no [days-]hours:minutes:seconds")
         return text
 
     @field_validator("environment")
@@ -114,7 +96,7 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Cluster":
-        errors = []
+        errors = without_effect(self, (Needs("gpu_type", "gpus_per_node", above=0),))
         if not self.gpus_per_node and self.ranks_per_node is None:
             errors.append("gpus_per_node=0 needs ranks_per_node")
         elif self.gpus_per_node and self.ranks > self.gpus_per_node:
@@ -149,4 +131,4 @@ class Cluster(Section):
 
 def load_cluster(path: str | Path) -> Cluster:
     """Read a cluster file and its `base:`. Raises `ConfigError` with every error at once."""
-    return parse(Cluster, completed(read_tree(path), origin=str(path)), origin=str(path))
+    return load_section(Cluster, path)

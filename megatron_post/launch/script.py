@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from megatron_post.launch.cluster import Cluster, one_line
+from megatron_post.config.section import one_line
+from megatron_post.launch.cluster import Cluster
 
 _BEGIN, _END = "# >>> settings\n", "# <<< settings\n"
 

@@ -234,7 +234,9 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
         found += [{"recompute.mode": "selective"}]
     if r.mode != "full":
         found += [{"recompute.mode": "selective", "recompute.modules": ["core_attn", "mlp"]}]
-        found += [{"recompute.mode": "full"}]
+        # other modules have no effect with it, which a config refuses
+        default = {"recompute.modules": ["core_attn"]} if r.mode == "selective" else {}
+        found += [{"recompute.mode": "full"} | default]
     for size in (2, 4, 8):
         found += [{"parallel.tensor": p.tensor * size, "parallel.sequence": True}]
         found += [{"parallel.pipeline": p.pipeline * size}, {"parallel.context": p.context * size}]

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from megatron_post.config.load import read_tree
+from megatron_post.config.overrides import merged, with_overrides
+from megatron_post.config.yaml_text import write_yaml
 from megatron_post.plan.estimate import Plan, layout_line, verdict
 from megatron_post.plan.hardware import GIB
 from megatron_post.plan.search import Found, override
@@ -134,7 +134,7 @@ def print_search(found: Found, console: Console) -> None:
         )
     console.print(table)
     console.print("# the fastest, to be put over the config")
-    console.print(_yaml(override(found.plans[0])), highlight=False, end="")
+    console.print(write_yaml(override(found.plans[0])), highlight=False, end="")
 
 
 def search_json(found: Found) -> dict[str, Any]:
@@ -143,19 +143,13 @@ def search_json(found: Found) -> dict[str, Any]:
         "possible": found.possible,
         "fitting": found.fitting,
         "plans": [plan_json(plan) for plan in found.plans],
-        "override": _yaml(override(found.plans[0])),
+        "override": write_yaml(override(found.plans[0])),
     }
 
 
 def winner_config(found: Found, config: str, overrides: Sequence[str]) -> str:
     """YAML of a config: the one that was searched for, with the fastest layout. config: its path."""
-    base = {"base": str(Path(config).resolve())}
-    own = OmegaConf.from_dotlist(list(overrides))
-    return OmegaConf.to_yaml(OmegaConf.merge(base, own, override(found.plans[0])))
-
-
-def _yaml(sections: dict[str, Any]) -> str:
-    return yaml.safe_dump(sections, sort_keys=False)
+    return write_yaml(merged(with_overrides(read_tree(config), overrides), override(found.plans[0])))
 
 
 def print_dry_run(found: "DryRun", console: Console) -> None:

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from megatron_post.config.schema import Section
+from megatron_post.config.consistency import Needs, without_effect
+from megatron_post.config.section import Count, Name, NonNegative, Positive, Section, Whole
 from megatron_post.convert.configs import dtype_name
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
@@ -36,23 +37,37 @@ _SECONDS_TO_END = 120.0  # of a vLLM engine's processes
 class Sampling(Section):
     """How responses are drawn."""
 
-    samples: PositiveInt = Field(10, description="K, responses a prompt; the report drew 10 to 30")
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0: the most probable, always")
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: PositiveInt = 512
-    stop: tuple[str, ...] = Field((END_OF_TURN, END_OF_MESSAGE, END_OF_TEXT), min_length=1)
-    seed: int = Field(0, ge=0)
+    samples: Count = Field(10, description="K, responses a prompt; the report drew 10 to 30")
+    temperature: NonNegative = Field(1.0, description="0: the most probable, always")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the most probable tokens that have this probability together"
+    )
+    max_tokens: Count = Field(512, description="tokens of a response, at most")
+    stop: tuple[str, ...] = Field(
+        (END_OF_TURN, END_OF_MESSAGE, END_OF_TEXT), min_length=1, description="tokens that end a response"
+    )
+    seed: Whole = Field(0, description="each response draws with a seed of its own, which follows from this")
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "Sampling":
+        if errors := without_effect(self, (Needs("top_p", "temperature", above=0),)):
+            raise ValueError("\n".join(errors))
+        return self
 
 
 class TransformersBackend(Section):
-    kind: Literal["transformers"] = "transformers"
-    batch: PositiveInt = Field(64, description="responses drawn at a time")
+    """Hugging Face's `generate` in this process. It needs nothing else, and is slow."""
+
+    kind: Literal["transformers"] = Field("transformers", description="selects this backend")
+    batch: Count = Field(64, description="responses drawn at a time")
 
 
 class VllmBackend(Section):
-    kind: Literal["vllm"]
-    tensor_parallel: PositiveInt = 1
-    quantization: str | None = Field(
+    """A vLLM engine in this process."""
+
+    kind: Literal["vllm"] = Field(description="selects this backend")
+    tensor_parallel: Count = Field(1, description="GPUs that hold one copy of the model")
+    quantization: Name | None = Field(
         None,
         description="vLLM's name, such as fp8_per_tensor, of how it holds weights; null: as they are",
     )
@@ -60,12 +75,14 @@ class VllmBackend(Section):
 
 
 class ServerBackend(Section):
-    kind: Literal["server"]
+    """A server with OpenAI's interface, which runs already."""
+
+    kind: Literal["server"] = Field(description="selects this backend")
     url: str = Field(description="up to and with /v1")
-    served_model: str = Field(description="the model's name there")
-    timeout: PositiveFloat = Field(120.0, description="seconds for one response")
-    retries: int = Field(7, ge=0, description="after 0.5, 1, 2, ... s; by default within a minute")
-    parallel_requests: PositiveInt = 16
+    served_model: Name = Field(description="the model's name there")
+    timeout: Positive = Field(120.0, description="seconds for one response")
+    retries: Whole = Field(7, description="after 0.5, 1, 2, ... s; by default within a minute")
+    parallel_requests: Count = Field(16, description="requests that the server is sent at a time")
     api_key_variable: str | None = Field(None, description="environment variable with the key")
 
     @field_validator("url")

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from megatron_post.config.data import Source
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
-from megatron_post.config.schema import Config, Source
+from megatron_post.config.schema import Config
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
@@ -51,7 +52,7 @@ def check_files(settings: RoundSettings) -> None:
     stages that cannot run on their ranks, and for models that cannot be averaged so."""
     data, verifier = settings.data, settings.select.verifier
     first = Round(settings, 1, make_console(quiet=True))
-    _, _, pack_length = first.stage("reward")
+    pack_length = first.stage("reward").data.pack_length
     for key in ("prompts", "validation", "held_out"):
         path = getattr(data, key)
         if path is None:

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from math import floor
 from pathlib import Path
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
-from megatron_post.config.schema import Section
-from megatron_post.rounds.files import load_section
+from megatron_post.config.load import load_section
+from megatron_post.config.section import Count, Name, Section
 from megatron_post.rounds.patterns import check_pattern, occurs
 
 
 class Rule(Section):
     """A response is found by a rule where its pattern matches often enough."""
 
-    name: str
-    pattern: str = Field(description="regular expression, searched without regard to case")
-    at_least: PositiveInt = Field(1, description="matches in one response")
+    name: Name = Field(description="what the report calls it")
+    pattern: str = Field(min_length=1, description="regular expression, searched without regard to case")
+    at_least: Count = Field(1, description="matches in one response")
     max_share: float = Field(ge=0, le=1, description="of all rows that may be found by this rule")
 
     @field_validator("pattern")

@@ -69,7 +69,7 @@ def generate(
 ) -> None:
     """Draw K responses a prompt. The same command again goes on with an interrupted one; under torchrun or
     srun each rank draws a share."""
-    from megatron_post.rounds.files import load_section
+    from megatron_post.config.load import load_section
     from megatron_post.rounds.generate import Generate, take_gpus
     from megatron_post.rounds.generate import generate as write
 
@@ -84,7 +84,7 @@ def select(
     output: Annotated[str, typer.Option(help="directory of the SFT and the preference set")],
 ) -> None:
     """Choose the best of K responses to train on, and the best and the worst to compare."""
-    from megatron_post.rounds.files import load_section
+    from megatron_post.config.load import load_section
     from megatron_post.rounds.select import Select
     from megatron_post.rounds.select import select as choose
 

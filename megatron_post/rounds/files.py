@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, JSON lines, and settings."""
+"""Small files that are there whole or not at all, and JSON lines."""
 
 import contextlib
 import errno
@@ -7,14 +7,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel
-
-from megatron_post.config.load import completed, parse, read_tree
 from megatron_post.storage.reading import LARGEST_LINE, plain_file, reading
-
-Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class DiskFull(ValueError):
@@ -80,8 +75,3 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: not a JSON object but a {type(row).__name__}")
             yield row
-
-
-def load_section(model: type[Settings], path: str | Path) -> Settings:
-    """Settings from a YAML file. Raises `ConfigError` with every error at once."""
-    return parse(model, completed(read_tree(path), origin=str(path)), origin=str(path))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import BaseModel, Field, model_validator
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from megatron_post.config.schema import Section
+from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.environment import rank_from_environment
@@ -71,23 +71,25 @@ class _Sample(BaseModel, strict=True):
 class Generate(Section):
     """A generation file."""
 
-    model: str = Field(description="Hugging Face directory; with a server, a name for the record")
-    prompts: str = Field(description="JSON lines of prompt, and if known capability, answer, solution")
-    skip: int = Field(0, ge=0, description="good prompts passed over")
-    max_prompts: PositiveInt | None = None
-    max_bad_rows: int = Field(0, ge=0)
+    model: Name = Field(description="Hugging Face directory; with a server, a name for the record")
+    prompts: Name = Field(description="JSON lines of prompt, and if known capability, answer, solution")
+    skip: Whole = Field(0, description="good prompts passed over")
+    max_prompts: Count | None = Field(None, description="good prompts answered, at most; null: all")
+    max_bad_rows: Whole = Field(
+        0, description="rows of prompts that may be refused, and are left out, before generation ends"
+    )
     max_failed: float = Field(
         0.01, ge=0, le=1, description="share of the prompts, rounded up, that may be refused or too long"
     )
     system: dict[str, str] = Field(
         default_factory=dict, description="capability -> system prompt; default: any other capability's"
     )
-    content_tokens: tuple[str, ...] = Field(
+    content_tokens: tuple[Line, ...] = Field(
         (), description="special tokens of the model's tokenizer that prompts may spell and responses keep"
     )
     sampling: Sampling = Sampling()
     backend: BackendSettings = TransformersBackend()
-    part: PositiveInt = Field(32, description="prompts of a part; a crash loses the part in progress")
+    part: Count = Field(32, description="prompts of a part; a crash loses the part in progress")
 
     @model_validator(mode="after")
     def _has_a_tokenizer(self) -> "Generate":

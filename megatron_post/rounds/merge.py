@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_post.config.load import completed, parse, read_tree
-from megatron_post.config.schema import Model, Section
+from megatron_post.config.load import load_section, parse
+from megatron_post.config.schema import Model
+from megatron_post.config.section import Name, NonNegative, Positive, Section, Whole
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.jobs import Report, convert
@@ -48,16 +49,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 class LayerSetting(Section):
     """Another weight or density for the tensors that a pattern names."""
 
-    tensors: str = Field(description="pattern of Hugging Face names: `model.layers.1?.mlp.*`")
-    weight: float | None = Field(None, ge=0, allow_inf_nan=False)
-    density: float | None = Field(None, gt=0, le=1)
+    tensors: Name = Field(description="pattern of Hugging Face names: `model.layers.1?.mlp.*`")
+    weight: NonNegative | None = Field(None, description="null: the model's")
+    density: float | None = Field(None, gt=0, le=1, description="null: the model's")
 
 
 class Ingredient(Section):
     """One model of a merge."""
 
-    model: str = Field(description="Hugging Face directory, or the trainer's checkpoint (run or step)")
-    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="relative to the other models'")
+    model: Name = Field(description="Hugging Face directory, or the trainer's checkpoint (run or step)")
+    weight: NonNegative = Field(1.0, description="relative to the other models'")
     density: float = Field(1.0, gt=0, le=1, description="ties, dare_ties: share of the deltas that is kept")
     layers: tuple[LayerSetting, ...] = Field((), description="the first pattern that fits a tensor decides")
 
@@ -76,20 +77,18 @@ class Merge(Section):
     """A merge file."""
 
     models: tuple[Ingredient, ...] = Field(min_length=2)
-    base_model: str | None = Field(
+    base_model: Name | None = Field(
         None, description="ties, dare_ties: the model that all the others come from"
     )
-    scale: PositiveFloat = Field(
-        1.0, allow_inf_nan=False, description="ties, dare_ties: the merged delta is multiplied with this"
-    )
+    scale: Positive = Field(1.0, description="ties, dare_ties: the merged delta is multiplied with this")
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="null: the first model's")
-    seed: int = Field(0, description="dare_ties")
+    seed: Whole = Field(0, description="dare_ties")
 
 
 class MethodMerge(Merge):
     """A merge with its method, which the command line names."""
 
-    method: Method
+    method: Method = Field(description="the arithmetic; `merge --method` names it")
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> "MethodMerge":
@@ -104,6 +103,8 @@ class MethodMerge(Merge):
             densities = [d for m in self.models for d in (m.density, *(layer.density for layer in m.layers))]
             if any(density not in (None, 1.0) for density in densities):
                 errors.append(f"{self.method} has no density")
+        if self.method != "dare_ties" and self.seed != 0:
+            errors.append(f"seed={self.seed}: {self.method} draws nothing, only dare_ties does")
         if self.method == "slerp" and len(self.models) != 2:
             errors.append(f"slerp merges two models, not {len(self.models)}")
         if errors:
@@ -113,10 +114,8 @@ class MethodMerge(Merge):
 
 def load_merge(path: str | Path, method: Method) -> MethodMerge:
     """Read a merge file. Raises `ConfigError` with every error at once."""
-    values = completed(read_tree(path), origin=str(path))
-    assert isinstance(values, dict)
-    parse(Merge, values, origin=str(path))
-    return parse(MethodMerge, values | {"method": method}, origin=str(path))
+    plan = load_section(Merge, path)
+    return parse(MethodMerge, plan.model_dump() | {"method": method}, origin=str(path))
 
 
 def merge(plan: MethodMerge, directory: str | Path, *, workers: int = 1, report: Report) -> bool:

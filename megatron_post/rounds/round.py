@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
+from megatron_post.config.load import to_yaml
 from megatron_post.convert.configs import read_model
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.backends import gpus_of
@@ -127,7 +127,7 @@ def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
 def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, *, console: Console) -> int:
     """Write the steps as a chain file for `launch round`. Returns their number."""
     tree = chain_of(path, overrides, console=console)
-    write_whole(Path(target), OmegaConf.to_yaml(OmegaConf.create(tree)))
+    write_whole(Path(target), to_yaml(tree))
     return len(tree["steps"])
 
 
@@ -191,7 +191,7 @@ def _steps(r: Round) -> list[Step]:
         steps.append(Step(f"{r.name}/{name}", paths, action, (), drawing.copies, per_node, draws=True))
 
     def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
-        ranks = settings.ranks or r.stage(stage)[0].model_size
+        ranks = settings.ranks or r.stage(stage).parallel.model_size
         trained = (d / output, stage) if trains else ()
         places = (ranks, settings.ranks_per_node)
         steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, *places, *trained))
@@ -230,12 +230,13 @@ def _steps(r: Round) -> list[Step]:
 
 def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
     """A stage's layout and precision as overrides, so that scores and references are what training sees."""
-    parallel, precision, pack_length = r.stage(stage)
+    file = r.stage(stage)
+    parallel = file.parallel
     if stage == "reward":  # scores are taken pack by pack, which the interleaved schedule cannot
         parallel = parallel.model_copy(update={"virtual_pipeline": 1})
     values = {f"parallel.{key}": value for key, value in parallel.model_dump(exclude_defaults=True).items()}
-    values |= {f"precision.{key}": v for key, v in precision.model_dump(exclude_defaults=True).items()}
-    values |= {"data.pack_length": pack_length} if stage == "reward" else {}
+    values |= {f"precision.{key}": v for key, v in file.precision.model_dump(exclude_defaults=True).items()}
+    values |= {"data.pack_length": file.data.pack_length} if stage == "reward" else {}
     return tuple(f"{key}={str(value).lower()}" for key, value in values.items())
 
 

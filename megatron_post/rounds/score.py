@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_post.config.data import Data, Source
 from megatron_post.config.layout import segment_multiple
 from megatron_post.config.load import ConfigError
-from megatron_post.config.schema import Config, Data, Source
+from megatron_post.config.schema import Config
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.pack import Pack, pack_of_segments

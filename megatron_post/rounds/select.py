@@ -9,7 +9,9 @@ from typing import Any, get_args
 
 from pydantic import Field, model_validator
 
-from megatron_post.config.schema import Rating, Section
+from megatron_post.config.consistency import Needs, without_effect
+from megatron_post.config.data import Rating
+from megatron_post.config.section import Name, NonNegative, Section, Whole
 from megatron_post.data.row_refusals import template_mark
 from megatron_post.rounds.cleaning import Found, balance, load_rules
 from megatron_post.rounds.failures import failed_prompts, read_failures
@@ -21,26 +23,35 @@ from megatron_post.rounds.verifier import Verdict, VerifierSettings, verify
 SFT, PREFERENCES, SUMMARY = "sft.jsonl", "preferences.jsonl", "selection.json"
 
 
+# what has an effect in a `Selection`
+SELECTION_NEEDS = (
+    Needs("verifier_weight", "verifier"),
+    Needs("only_correct", "verifier"),
+    Needs("train_edited", "verifier"),
+    Needs("seed", "cleaning"),
+)
+
+
 class Samples(Section):
     """One file that `generate` wrote, and what `score` wrote about it."""
 
-    responses: str
-    scores: str | None = None
+    responses: Name = Field(description="what `generate` wrote")
+    scores: Name | None = Field(None, description="what `score` wrote about it; null: the verifier selects")
 
 
 class Selection(Section):
     """How responses are chosen."""
 
     verifier: VerifierSettings | None = None
-    verifier_weight: float = Field(
-        10.0, ge=0, description="added to the reward score of what the verifier finds right"
+    verifier_weight: NonNegative = Field(
+        10.0, description="added to the reward score of what the verifier finds right"
     )
-    tie: float = Field(0.0, ge=0, description="scores no further apart are equal")
+    tie: NonNegative = Field(0.0, description="scores no further apart are equal")
     only_correct: bool = Field(True, description="with a verifier: train SFT on right responses alone")
     train_edited: bool = Field(
         False, description="where no response is right: train SFT on what the verifier makes of it"
     )
-    ratings: dict[Rating, float] = Field(
+    ratings: dict[Rating, NonNegative] = Field(
         default={
             "marginally_better": 0.0,
             "slightly_better": 0.5,
@@ -49,24 +60,27 @@ class Selection(Section):
         },
         description="least margin of each rating",
     )
-    cleaning: str | None = Field(None, description="YAML file of rules for the SFT set")
-    seed: int = 0
+    cleaning: Name | None = Field(None, description="YAML file of rules for the SFT set")
+    seed: Whole = Field(0, description="of the draw among rows that a cleaning rule finds too often")
 
 
 class Select(Selection):
     """A selection file."""
 
-    prompts: str
+    prompts: Name = Field(description="the file of prompts that `generate` has answered")
     samples: tuple[Samples, ...] = Field(min_length=1)
-    max_bad_rows: int = Field(0, ge=0, description="of the prompts, as in `generate`")
+    max_bad_rows: Whole = Field(0, description="of the prompts, as in `generate`")
 
     @model_validator(mode="after")
     def _can_rank(self) -> "Select":
+        errors = without_effect(self, SELECTION_NEEDS)
         scored = [s.scores is not None for s in self.samples]
         if not any(scored) and self.verifier is None:
-            raise ValueError("without scores and without a verifier there is nothing to select by")
+            errors.append("without scores and without a verifier there is nothing to select by")
         if any(scored) != all(scored):
-            raise ValueError("either all samples have scores or none")
+            errors.append("either all samples have scores or none")
+        if errors:
+            raise ValueError("\n".join(errors))
         return self
 
 
@@ -222,7 +236,7 @@ def preference(best: Candidate | None, found: Sequence[Candidate], settings: Sel
     return row | {"provenance": provenance} if len(set(texts)) == len(texts) else None
 
 
-def rating(margin: float, ratings: dict[Rating, float]) -> Rating | None:
+def rating(margin: float, ratings: dict[Rating, NonNegative]) -> Rating | None:
     """The strongest rating whose least margin is reached; None below all of them."""
     strongest_first = [name for name in get_args(Rating) if name in ratings]
     return next((name for name in strongest_first if margin >= ratings[name]), None)

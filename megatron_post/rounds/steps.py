@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from megatron_post.config.load import parse, read_tree, to_yaml, validate
-from megatron_post.config.schema import DPO, Config, Parallel, Precision
+from megatron_post.config.overrides import merged
+from megatron_post.config.references import escaped
+from megatron_post.config.schema import Config
 from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
@@ -24,7 +25,7 @@ from megatron_post.rounds.generate import Generate, generate, parts_of, wait_unt
 from megatron_post.rounds.merge import MethodMerge, merge
 from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.select import PREFERENCES, SFT, Samples, Select, best_of, candidates, select
-from megatron_post.rounds.settings import RoundSettings, StageName
+from megatron_post.rounds.settings import RoundSettings, StageFile, StageName
 from megatron_post.storage.reading import read_object, reading
 
 
@@ -64,23 +65,15 @@ class Round:
     def reward(self) -> str:
         return self.settings.start.reward or str(self.directory / "reward" / "hf")
 
-    def stage(self, name: StageName) -> tuple[Parallel, Precision, int]:
-        """Layout, precision and pack length of a stage's config."""
-        tree = read_tree(getattr(self.settings.stages, name))
-        values: Any = OmegaConf.to_container(tree, resolve=False)
-        origin = str(getattr(self.settings.stages, name))
-        with reading(origin, "the config of a stage"):
-            return (
-                parse(Parallel, values.get("parallel", {}), origin=origin),
-                parse(Precision, values.get("precision", {}), origin=origin),
-                int(values.get("data", {}).get("pack_length", 8192)),
-            )
+    def stage(self, name: StageName) -> StageFile:
+        """What is known of a stage's config before its model and data are there."""
+        path = getattr(self.settings.stages, name)
+        return parse(StageFile, read_tree(path), origin=path)
 
     @property
     def stores_reference(self) -> bool:
         """Whether DPO reads its reference's log-probabilities from the store."""
-        values: Any = OmegaConf.to_container(read_tree(self.settings.stages.dpo), resolve=False)
-        dpo = parse(DPO, values.get("dpo", {}), origin=self.settings.stages.dpo)
+        dpo = self.stage("dpo").dpo
         return dpo.needs_reference and dpo.reference == "store"
 
     def collect(self) -> None:
@@ -157,9 +150,11 @@ class Round:
         models = [
             {"model": paths[n], "weight": w, "density": chosen.density} for n, w in chosen.weights.items()
         ]
-        values: dict[str, Any] = {"models": models, "method": chosen.method, "seed": self.settings.seed}
+        values: dict[str, Any] = {"models": models, "method": chosen.method}
         if chosen.method in ("ties", "dare_ties"):
             values["base_model"] = self.settings.start.base or self.policy
+        if chosen.method == "dare_ties":
+            values["seed"] = self.settings.seed
         return parse(MethodMerge, values, origin="average")
 
     def choose(self) -> None:
@@ -301,7 +296,7 @@ class Round:
             "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
             "train": {"export_hf": True},
         }
-        config = validate(OmegaConf.merge(read_tree(path), OmegaConf.create(values)), origin=path)
+        config = validate(merged(read_tree(path), escaped(values)), origin=path)
         train = config.train.model_copy(update={"steps": times * config.train.steps})
         return config.model_copy(update={"train": train})
 

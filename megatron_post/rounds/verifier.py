@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, field_validator
 
-from megatron_post.config.schema import Section
+from megatron_post.config.section import Positive, Section
 from megatron_post.rounds.patterns import check_pattern, first_group
 from megatron_post.rounds.prompts import Prompt
 
@@ -16,7 +16,7 @@ from megatron_post.rounds.prompts import Prompt
 class ExactMatch(Section):
     """Right is a response whose match of `pattern` has the prompt's answer as its first group."""
 
-    kind: Literal["exact"] = "exact"
+    kind: Literal["exact"] = Field("exact", description="selects this verifier")
     pattern: str = Field(description=r"regular expression with a group: 'The answer is (\d+)\.\Z'")
 
     @field_validator("pattern")
@@ -31,9 +31,9 @@ class Command(Section):
     """A user's program. It reads a JSON line a response, `{"prompt", "response", "answer", "solution"}`, and
     writes one each: `{"correct": true or false, "edited": a right response, where it can make one}`."""
 
-    kind: Literal["command"]
+    kind: Literal["command"] = Field(description="selects this verifier")
     command: tuple[str, ...] = Field(min_length=1, description="program and arguments; no shell")
-    timeout: PositiveFloat = Field(600.0, description="seconds for all responses together")
+    timeout: Positive = Field(600.0, description="seconds for all responses together")
 
 
 VerifierSettings = Annotated[ExactMatch | Command, Field(discriminator="kind")]

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 LARGEST_JSON = 256 * 2**20  # bytes; the largest that is read, a tokenizer of 256,000 tokens, has 35 million
-LARGEST_YAML, DEEPEST_YAML, MOST_NODES = 16 * 2**20, 100, 1_000_000
 LARGEST_LINE = 64 * 2**20  # bytes of a line of JSON
 
 # what wrong bytes and wrong values lead to, in our own code and in that of libraries
@@ -82,43 +81,6 @@ def read_object(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not {expected}: it holds a {type(value).__name__} and no object")
     return value
-
-
-def read_yaml_text(path: Path) -> str:
-    """The text of a YAML file that can be parsed without harm. Raises `ValueError` naming the file.
-
-    The parser of lists in lists recurses in C without a limit, and a process that exhausts its stack is
-    killed. An alias in an alias in an alias makes a few lines as large as memory.
-    """
-    with reading(path, "YAML that can be read"):
-        size = path.stat().st_size
-        if size > LARGEST_YAML:
-            raise ValueError(f"it has {size:,} bytes, and no more than {LARGEST_YAML:,} are read")
-        text = path.read_bytes().decode("utf-8-sig")
-        _check_yaml(text)
-        return text
-
-
-def _check_yaml(text: str) -> None:
-    anchors: dict[str, int] = {}  # the nodes below each
-    nodes: list[tuple[str | None, int]] = [(None, 0)]  # of the collections that are open
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        size = 0
-        if isinstance(event, yaml.CollectionStartEvent):
-            nodes.append((event.anchor, 1))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = nodes.pop()
-            anchors |= {anchor: size} if anchor else {}
-        elif isinstance(event, yaml.AliasEvent):
-            size = anchors.get(event.anchor, 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            size = 1
-            anchors |= {event.anchor: 1} if event.anchor else {}
-        nodes[-1] = (nodes[-1][0], nodes[-1][1] + size)
-        if len(nodes) > DEEPEST_YAML:
-            raise ValueError(f"it is nested more than {DEEPEST_YAML} deep")
-        if nodes[-1][1] > MOST_NODES:
-            raise ValueError(f"it has more than {MOST_NODES:,} values, aliases followed")
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -53,6 +53,7 @@ def _shrunk_configs(directory: Path) -> None:
     shutil.copy(ROOT / "configs" / "cleaning.yaml", directory / "configs")
     for path in (ROOT / "configs" / "tiny").glob("*.yaml"):
         text = re.sub(r"(?m)^  steps: \d+$", "  steps: 4", path.read_text())
+        text = re.sub(r"(?m)^  warmup_steps: \d+$", "  warmup_steps: 2", text)
         (target / path.name).write_text(text)
 
 

@@ -28,7 +28,8 @@ import torch
 from megatron_post_kernels.pair_losses import LOSSES, DPOSettings, PairLogps
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_post.config.schema import Config, Source
+from megatron_post.config.data import Source
+from megatron_post.config.schema import Config
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.data.pack import Pack

@@ -57,7 +57,7 @@ def test_widths_that_fit() -> None:
     """64, 64 + 2 x 2 x 16 = 128 and 96 are multiples of 32, their halves of 16."""
     _config("mxfp8")
     _config("tensorwise", parallel={"tensor": 2})
-    _config("delayed", recompute={"mode": "full", "modules": ["layernorm"]})
+    _config("delayed", recompute={"mode": "full"})
     for layout in ("separate", "isolated", "concatenated"):
         _config("tensorwise", stage="reward", reward={"layout": layout})
 

@@ -113,7 +113,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: not the config of .*Recursion"
     ),
     "config: words": (lambda d: _configure(d, vocab_size="x"), "config.json: vocab_size: Input should be"),
-    "config: layers": (lambda d: _configure(d, num_hidden_layers=10**9), "config.json: 1000000000 layers"),
+    "config: layers": (lambda d: _configure(d, num_hidden_layers=10**9), "config.json: num_layers: Input"),
     "config: heads": (lambda d: _configure(d, num_attention_heads=7), "config.json: 7 attention heads"),
     "config: head_dim": (lambda d: _configure(d, head_dim=4), "config.json: head_dim=4; .* only 2 is supp"),
     "config: activation": (lambda d: _configure(d, hidden_act="gelu"), "config.json: hidden_act='gelu'"),

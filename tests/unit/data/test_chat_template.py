@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_post.config.schema import Reasoning, Source
+from megatron_post.config.data import Reasoning, Source
 from megatron_post.data.dialog import BadRow, Dialog
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.template import render, render_prompt

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.mixture import mix, shares
 from megatron_post.data.permutation import permutation
 

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.dialog import Dialog, ToolCall
 from megatron_post.data.rows import BadRows, TooManyBadRows, read_rows
 from megatron_post.data.template import render

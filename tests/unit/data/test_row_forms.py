@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.dialog import Dialog, Message, Preference, ToolCall
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, TooManyBadRows, read_rows

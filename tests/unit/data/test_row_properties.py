@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.dialog import BadRow, Dialog
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.row_keys import KeyCounts

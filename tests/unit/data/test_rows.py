@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.dialog import MAX_CHARACTERS, Dialog, Message, Preference, ToolCall
 from megatron_post.data.rows import BadRows, TooManyBadRows, read_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.dialog import Dialog
 from megatron_post.data.rows import BadRows, TooManyBadRows, read_rows
 from megatron_post.data.template import TokenRole, render

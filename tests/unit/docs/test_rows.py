@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_post.config.schema import Source
+from megatron_post.config.data import Source
 from megatron_post.data.rows import BadRows, read_rows
 from tests.documentation import ROOT, blocks, json_values
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_post.bench.record import read_records
+from megatron_post.config.data import Source
 from megatron_post.config.load import load_config
-from megatron_post.config.schema import Source
 from megatron_post.convert.hf_config import from_hf_config
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint

@@ -49,15 +49,16 @@ container: {image: x.sqsh, mounts: ["/data"]}
 
 
 def test_what_yaml_takes_for_numbers(tmp_path: Path) -> None:
-    """24:00:00 is 86400 in YAML, and `yes` is true; neither is passed on as something that nobody wrote."""
-    path = _write(
-        tmp_path, "cpus_per_node: 96\ntime_limit: 24:00:00\nenvironment: {THREADS: 8, VERBOSE: yes}\n"
-    )
+    """24:00:00 is 86400 in YAML 1.1, and `yes` is true: both are passed on as they are written. A number and
+    a boolean are refused where a text is wanted."""
+    path = _write(tmp_path, "cpus_per_node: 96\ntime_limit: 24:00:00\nenvironment: {VERBOSE: yes}\n")
+    cluster = load_cluster(path)
+    assert (cluster.seconds, cluster.environment) == (86400, {"VERBOSE": "yes"})
+    path = _write(tmp_path, "cpus_per_node: 96\ntime_limit: 90\nenvironment: {THREADS: 8, LOUD: true}\n")
     with pytest.raises(ConfigError) as error:
         load_cluster(path)
-    found = {"time_limit": "86400", "environment.THREADS": "8", "environment.VERBOSE": "True"}
-    for key, value in found.items():
-        assert f"{key}: {value} is no text: put the value in quotes in the file" in str(error.value)
+    for key, value in {"time_limit": "90", "environment.THREADS": "8", "environment.LOUD": "True"}.items():
+        assert f"{key}: Input should be text; put it in quotes (got {value})" in str(error.value)
 
 
 @pytest.mark.parametrize(

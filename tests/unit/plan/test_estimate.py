@@ -176,11 +176,28 @@ def test_search_ranks_what_fits(tmp_path: Path) -> None:
     for plan in found.plans:
         assert plan.shortfall <= 0
         assert bound(plan) == pytest.approx(plan.time.seconds, rel=0.1)
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    (tmp_path / "winner.yaml").write_text(winner_config(found, str(tmp_path / "config.yaml"), ["seed=3"]))
+    text = to_yaml(config).replace("sources: []", "sources: [{name: a, path: a}]", 1)
+    (tmp_path / "config.yaml").write_text(text)
+    overrides = ["seed=3", "data.sources.0.path=x"]
+    (tmp_path / "winner.yaml").write_text(winner_config(found, str(tmp_path / "config.yaml"), overrides))
     winner = load_config(tmp_path / "winner.yaml")
-    assert winner.seed == 3
+    assert winner.seed == 3 and winner.data.sources[0].path == "x"
     assert make_plan(winner, gpus=16, gpu=H100).time.seconds == pytest.approx(seconds[0])
+
+
+def test_changes_that_a_plan_names_can_be_set(tmp_path: Path) -> None:
+    """Those of selective recomputation too: other modules than the default have no effect with mode=full."""
+    sections = {
+        "recompute": {"mode": "selective", "modules": ["core_attn", "mlp"]},
+        "train": {"steps": 1, "global_batch": 16},
+    }
+    config = llama_config("llama3.1_405b", BIG, pack_length=131072, **sections)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    changes = [change for change, _ in single_changes(make_plan(config, gpus=512, gpu=H100))]
+    assert any(change.get("recompute.mode") == "full" for change in changes)
+    for change in changes:
+        overrides = [f"{key}={value}" for key, value in change.items() if key != "--gpus"]
+        load_config(tmp_path / "config.yaml", overrides)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

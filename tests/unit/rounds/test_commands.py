@@ -48,7 +48,7 @@ GENERATE = {"model": "model", "prompts": "prompts.jsonl", "sampling": {"samples"
         ({}, "", "prompts prompts.jsonl: no prompt in it"),
         ({}, '{"prompt": "a"}\n{"prompt": "a"}\n', "prompts.jsonl:2: asks what line 1 asks"),
         ({}, '{"promt": "a"}\n', "max_bad_rows (now 0)"),
-        ({"backend": {"kind": "server", "url": "localhost"}}, None, "backend.server.url"),
+        ({"backend": {"kind": "server", "url": "localhost"}}, None, "backend.url: it must read http"),
         ({"sampling": {"max_tokens": 900}}, None, "max_tokens=900 take"),
     ],
 )

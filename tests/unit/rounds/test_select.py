@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron_post.config.data import Source
 from megatron_post.config.load import ConfigError, parse
-from megatron_post.config.schema import Source
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.rounds.failures import write_failures

@@ -39,7 +39,7 @@ def test_a_warm_up_begins_above_zero_and_the_last_step_has_min_lr() -> None:
     falling = [0.3 + 0.25 * (1 + math.cos(math.pi * k / 5)) for k in range(1, 6)]
     assert cosine == pytest.approx([0.2, 0.4, 0.6, 0.8, *falling])
     assert linear[-1] == cosine[-1] == 0.3  # exactly
-    constant = _rates(steps=6, lr=0.8, min_lr=0.3, warmup_steps=2, schedule="constant")
+    constant = _rates(steps=6, lr=0.8, warmup_steps=2, schedule="constant")
     assert constant == pytest.approx([0.4, 0.8, 0.8, 0.8, 0.8, 0.8])
 
 
@@ -52,8 +52,8 @@ def test_without_a_warm_up_the_first_step_has_the_whole_rate() -> None:
 
 
 def test_a_run_that_is_placed_goes_on_as_if_it_had_come_there() -> None:
-    for schedule in ("constant", "linear", "cosine"):
-        settings: dict[str, Any] = {"lr": 0.7, "min_lr": 0.1, "warmup_steps": 3, "schedule": schedule}
+    for schedule in ({"schedule": "constant"}, {"schedule": "linear", "min_lr": 0.1}, {"min_lr": 0.1}):
+        settings: dict[str, Any] = {"lr": 0.7, "warmup_steps": 3, "schedule": "cosine"} | schedule
         for after in range(9):
             assert _rates(steps=9, after=after, **settings) == _rates(steps=9, **settings)[after:]
 

@@ -1,0 +1,124 @@
+"""Settings that do nothing, and settings that contradict each other."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from megatron_post.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`key`, of a value or a section, has an effect only where `other` has one of `values`, is above `above`,
+    or, with neither, is given. A `*` in `key` stands for every item of a list."""
+
+    key: str
+    other: str
+    values: tuple[Any, ...] = ()
+    above: float | None = None
+
+    def holds(self, decides: Any) -> bool:
+        """Whether `other` has a value with which `key` has an effect."""
+        if self.above is not None:
+            return bool(decides > self.above)
+        return decides in self.values if self.values else decides is not None
+
+    @property
+    def remedy(self) -> str:
+        if self.above is not None:
+            return f"set {self.other} above {self.above:g}"
+        wanted = " or ".join(map(_text, self.values))
+        return f"set {self.other} to {wanted}" if self.values else f"give {self.other}"
+
+
+# The first row that applies to a key is the one that is reported.
+NEEDS = (
+    Needs("loss.trained_roles", "stage", ("sft",)),
+    Needs("loss.impl", "stage", ("sft", "dpo")),
+    Needs("reward", "stage", ("reward",)),
+    Needs("dpo", "stage", ("dpo",)),
+    Needs("dpo.label_smoothing", "dpo.loss", ("robust",)),
+    Needs("dpo.margin", "dpo.loss", ("simpo",)),
+    Needs("dpo.reference", "dpo.loss", ("sigmoid", "ipo", "hinge", "robust")),
+    Needs("dpo.nll_normalization", "dpo.nll_weight", above=0),
+    Needs("data.train_on", "stage", ("sft",)),
+    Needs("data.sources.*.train_on", "stage", ("sft",)),
+    Needs("data.eval_sources.*.train_on", "stage", ("sft",)),
+    Needs("data.preferences", "stage", ("reward", "dpo")),
+    Needs("parallel.embedding_and_loss_as_layers", "parallel.pipeline", above=1),
+    Needs("recompute.modules", "recompute.mode", ("selective",)),
+    Needs("optimizer.min_lr", "optimizer.schedule", ("linear", "cosine")),
+    Needs("train.max_skips", "train.on_not_finite", ("skip", "rollback")),
+    Needs("checkpoint.keep_every", "checkpoint.every", above=0),
+)
+
+
+def without_effect(settings: BaseModel, needs: Sequence[Needs]) -> list[str]:
+    """A line for every value that differs from its default and does nothing.
+
+    A value that is its default is no wish of anyone, and the config in a checkpoint names every key.
+    """
+    found: dict[str, str] = {}
+    for need in needs:
+        decides = _at(settings, need.other)
+        for key, value, default in () if need.holds(decides) else _changed(settings, need.key):
+            found.setdefault(
+                key,
+                f"{key}={_text(value)} has no effect with {need.other}={_text(decides)}: {need.remedy}, or "
+                f"leave {key} at {_text(default)}",
+            )
+    return list(found.values())
+
+
+def contradictions(config: "Config") -> list[str]:
+    """A line for every pair of settings that cannot both be meant."""
+    o, steps, found = config.optimizer, config.train.steps, []
+    if o.min_lr > o.lr:
+        found.append(f"optimizer.min_lr={o.min_lr:g} is above optimizer.lr={o.lr:g}; lower it")
+    if o.warmup_steps > steps:
+        found.append(
+            f"optimizer.warmup_steps={o.warmup_steps} is longer than the run, train.steps={steps}; lower it"
+        )
+    for key in ("sources", "eval_sources"):
+        names = [source.name for source in getattr(config.data, key)]
+        for number, name in enumerate(names):
+            if (first := names.index(name)) < number:
+                found.append(
+                    f"data.{key}.{number}.name: {name!r} is also data.{key}.{first}'s; names must differ"
+                )
+    return found
+
+
+def _at(settings: BaseModel, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _changed(settings: BaseModel, key: str, above: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value, default) of every value under a key that differs from its default. above: the settings'
+    own key."""
+    name, _, rest = key.partition(".")
+    here, value = f"{above}{name}", getattr(settings, name)
+    default = type(settings).model_fields[name].get_default(call_default_factory=True)
+    if rest.startswith("*."):
+        for number, item in enumerate(value):
+            yield from _changed(item, rest[2:], f"{here}.{number}.")
+    elif isinstance(value, BaseModel):
+        for inner in [rest] if rest else type(value).model_fields:
+            yield from _changed(value, inner, f"{here}.")
+    elif value != default:
+        yield here, value, default
+
+
+def _text(value: Any) -> str:
+    """A value as an override writes it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_text, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value}"

@@ -1,0 +1,68 @@
+"""What every section of a YAML file is, and the types of its numbers and texts."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from megatron_post.display import printable
+
+MOST = 2**31 - 1  # of whole numbers: kernels and stores count in 32 bits
+_LARGEST = 1e12  # of other numbers, which fp32 must hold, and their squares
+
+Count = Annotated[int, Field(gt=0, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=_LARGEST)]
+NonNegative = Annotated[float, Field(ge=0, le=_LARGEST)]
+
+
+def one_line(text: str) -> str:
+    """The text itself. Raises `ValueError` for control characters, and for others that a terminal does not
+    show."""
+    if set(text) & set("\n\t") or printable(text) != text:
+        raise ValueError(f"{text!r} holds a newline or another control character")
+    return text
+
+
+def _trimmed(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{text!r} is blank; where there is none, leave the key out or write null")
+    if text != text.strip():
+        raise ValueError(f"{text!r} begins or ends with a blank; remove it")
+    return text
+
+
+def _distinct(items: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(items)) < len(items):
+        raise ValueError(f"{list(items)} names one of them twice; leave one out")
+    return items
+
+
+Distinct = AfterValidator(_distinct)
+Line = Annotated[str, Field(min_length=1), AfterValidator(one_line)]
+# of a file, a dataset, a model or the like
+Name = Annotated[str, Field(max_length=4096), AfterValidator(one_line), AfterValidator(_trimmed)]
+
+
+class Section(BaseModel):
+    """One section of the YAML: immutable, and a misspelt key is an error.
+
+    Values are what they are written as: `true` is no number, "1" is none, and neither are infinity and NaN.
+    """
+
+    # pydantic's own message would print a key that stands in the wrong place; ConfigError hides it
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: Any) -> Any:
+        """YAML has lists, which are not immutable."""
+        if not isinstance(values, dict):
+            return values
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
