@@ -6,7 +6,6 @@ as torch beside its kernel.
 
 import ast
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documentation import blocks
+from tests.rooms import PICTURE, TABLE, floors, knowledge, picture, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_post"
@@ -205,24 +204,18 @@ def test_what_is_allowed_is_no_violation(file: str, name: str) -> None:
     assert not violations(file, [name])
 
 
-def test_the_picture_of_the_rooms_has_every_room_and_arrows_run_down() -> None:
-    picture = next(b for b in blocks(ROOT / "docs/architecture.md") if "installation" in b.text)
-    lines = [line.split() for line in picture.text.splitlines()]
-    floor = {room: number for number, rooms in enumerate(lines) for room in rooms}
-    assert floor.keys() == ALLOWED.keys() and sum(map(len, lines)) == len(ALLOWED)
-    imports = {(room, name.split(".")[0]) for room, names in ALLOWED.items() for name in names}
-    assert not sorted((a, b) for a, b in imports if a != b and floor[a] >= floor[b])
+def test_the_table_and_the_picture_of_the_rooms_are_those_of_this_test() -> None:
+    text = TABLE.read_text()
+    known = knowledge(text)
+    assert known.keys() == ALLOWED.keys() - {"__main__"}, "CONTRIBUTING.md: a row for each room, by hand"
+    current = (text, PICTURE.read_text())
+    assert current == (table(ALLOWED, text), picture(ALLOWED, known)), "run `python -m tests.rooms`"
 
 
-def test_contributing_has_the_table_of_the_layering_test() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)(?:/|\.py)` \|.*\| ([^|]*) \|$", text, re.MULTILINE))
-    wanted = {
-        room: ", ".join(f"`{name}`" for name in sorted(names)) or "nothing of the package"
-        for room, names in ALLOWED.items()
-        if room != "__main__"
-    }
-    assert rows == wanted, "\n".join(f"{room}: {wanted[room]}" for room in wanted)
+def test_rooms_that_import_each_other_are_found() -> None:
+    assert floors({"a": {"b.c"}, "b": set(), "d": {"a"}}) == [["b"], ["a"], ["d"]]
+    with pytest.raises(ValueError, match="circle: \\['a', 'b'\\]"):
+        floors({"a": {"b"}, "b": {"a.c"}, "d": set()})
 
 
 # Imports every module of the package with sockets and subprocesses forbidden, and says what has changed.

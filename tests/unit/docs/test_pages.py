@@ -186,6 +186,14 @@ def _links(page: Path) -> Iterator[str]:
             yield target
 
 
+def test_every_page_is_in_the_navigation() -> None:
+    """`make docs` finds this too, and needs a network once."""
+    named = re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(
+        [*(path.name for path in (ROOT / "docs").glob("*.md")), "contributing.md", "index.md"]
+    )
+
+
 def test_nothing_points_outside_of_the_repository() -> None:
     files = [
         *pages(),
