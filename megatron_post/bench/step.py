@@ -99,7 +99,7 @@ def measure_steps(config: Config, *, steps: int, warmup: int) -> Measured | None
                     torch.cuda.reset_peak_memory_stats()
                 seconds, packs = timed_step(trainer, loader, number)
                 if number > warmup:
-                    phases = trainer.guard.pulse.seconds()
+                    phases = trainer.guard.heartbeat.seconds()
                     taken.append(Step(seconds, phases, count_packs(packs, stage)))
         trainer.metrics.close()
         first = topology.tensor_rank == topology.context_rank == topology.pipeline_rank == 0
@@ -114,7 +114,10 @@ def measure_steps(config: Config, *, steps: int, warmup: int) -> Measured | None
 
 
 def timed_step(trainer: Trainer, loader: Iterator[list[Pack]], number: int) -> tuple[float, list[Pack]]:
-    """What `Trainer.fit` does for a step, and its wall seconds on this rank. The pulse has its sections."""
+    """What `Trainer.fit` does for a step, and its wall seconds on this rank.
+
+    The heartbeat has its sections.
+    """
     began = time.perf_counter()
     trainer.guard.begin(number, "data")
     packs = next(loader)

@@ -1,9 +1,13 @@
-"""Writing checkpoints while training goes on, without a collective: ranks meet in the partial directory.
+"""Writes checkpoints while training goes on.
 
-A save begins with copying the rank's shards to the host. Live state changes only when the optimizer moves, so
-the copy too runs beside the next forward and backward; `may_change` waits for what is left of it. Each rank
-then writes its shards to a file of its own and says so in a note; the first rank waits for all notes, writes
-the metadata that torch.distributed.checkpoint reads, and publishes, if the fence still stands.
+A save begins by copying the rank's shards to the host. Only the optimizer's step changes the live tensors, so
+the copy runs beside the next forward and backward pass. `may_change` waits until it is complete. Each rank
+then writes its shards to its own file, and a note that lists them. The first rank waits for all notes, writes
+the metadata that torch.distributed.checkpoint reads, and publishes the checkpoint if no newer incarnation
+exists.
+
+The ranks communicate by files in the partial directory. A collective from the writer's thread would
+interleave with the collectives of training in another order on each rank.
 """
 
 import contextlib
@@ -36,15 +40,16 @@ from megatron_post.train.shards import Shard
 
 
 class SaveFailed(ValueError):
-    """A checkpoint that could not be written; earlier ones are as they were."""
+    """A checkpoint could not be written. Earlier checkpoints are unchanged."""
 
 
 @dataclass(frozen=True)
 class Save:
     """What one rank contributes to a checkpoint.
 
-    objects: saved objects by key, into the rank's file; small: whole files by name; publish: on the first
-    rank, called with `files`, all files' entries, once everything is on the disk.
+    partial: the directory to write into. objects: serialized objects by key, which go into the rank's file.
+    small: contents of further files by name. publish: set on the first rank only. It is called with `files`,
+    the manifest's entries of all files, once everything is on the disk.
     """
 
     partial: Path
@@ -56,9 +61,9 @@ class Save:
 
 @dataclass
 class Saver:
-    """One rank's writer: one save at a time, in a thread. Buffers on the host are kept from save to save.
+    """One rank's writer. It writes one save at a time, in a thread, and reuses its buffers on the host.
 
-    stalled: seconds for which saves have held up training so far.
+    stalled: seconds that training has waited for saves so far.
     """
 
     rank: int
@@ -71,16 +76,17 @@ class Saver:
     _copied: threading.Event = field(default_factory=threading.Event)
 
     def start(self, save: Save, *, asynchronous: bool) -> None:
-        """Begin a save; the one before is waited for. Not asynchronous: do all of it before returning.
+        """Begin a save, after the previous one is complete. If not asynchronous, return when it is written.
 
-        What goes wrong is kept in `error`.
+        An error is stored in `error` and not raised, because the other ranks do not know of it yet.
         """
         self.wait()
         began = time.perf_counter()
         if asynchronous:
             self._copied.clear()
             ready = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
-            # a daemon: a rank that fails for another reason must not wait for ranks that will never answer
+            # A daemon thread does not keep the process alive. A rank that fails for another reason must exit
+            # although the first rank's thread still waits for notes that never come.
             self._thread = threading.Thread(target=self._copy_and_write, args=(save, ready), daemon=True)
             self._thread.start()
         else:
@@ -88,14 +94,14 @@ class Saver:
         self.stalled += time.perf_counter() - began
 
     def may_change(self) -> None:
-        """Return once live state may change, which is when it has been copied."""
+        """Return once the live tensors have been copied, so that they may change."""
         if self._thread is not None and not self._copied.is_set():
             began = time.perf_counter()
             self._copied.wait()
             self.stalled += time.perf_counter() - began
 
     def wait(self) -> None:
-        """Return once this rank's part of the save is done, on the first rank once it is published."""
+        """Return once this rank's part of the save is written. On the first rank it is then published."""
         if self._thread is not None:
             began = time.perf_counter()
             self._thread.join()
@@ -125,14 +131,14 @@ class Saver:
             return
         torch.cuda.set_device(self.device)
         stream = torch.cuda.Stream()
-        stream.wait_event(ready)
+        stream.wait_event(ready)  # the training stream may not have computed the values yet
         with torch.cuda.stream(stream):
             for buffer, shard in zip(self._buffers, shards, strict=True):
                 buffer.copy_(shard.values, non_blocking=True)
         stream.synchronize()
 
     def _write(self, save: Save, values: Any) -> None:
-        """Write, tell the first rank, and on the first rank gather all notes and publish."""
+        """Write this rank's part and leave a note. The first rank collects all notes and publishes."""
         try:
             save.partial.mkdir(parents=True, exist_ok=True)
             note = _write_files(save, values, name=f"__{self.rank}_0.distcp")
@@ -150,7 +156,10 @@ class Saver:
             self._fail(save, error)
 
     def _fail(self, save: Save, error: Exception) -> None:
-        """Keep the reason; tell the first rank, which waits for this one, or remove what all have written."""
+        """Store the error, and leave a mark for the first rank, which waits for this rank's note.
+
+        If the first rank fails, it removes the files of all ranks, since nobody else will publish them.
+        """
         self.error = error
         if save.publish is not None:
             shutil.rmtree(save.partial, ignore_errors=True)
@@ -160,13 +169,15 @@ class Saver:
             (save.partial / f".failed-{self.rank}").touch()
 
     def _note_of(self, partial: Path, rank: int) -> dict[str, Any]:
-        """A rank's note, waited for."""
+        """Wait for a rank's note. Raises `SaveFailed` if the rank has failed or the directory is gone."""
         path = _note(partial, rank)
         while not path.exists():
             if (partial / f".failed-{rank}").exists():
                 raise SaveFailed(f"rank {rank} could not write its part")
             if not partial.exists():
-                raise SaveFailed(f"{partial} was removed while rank {rank} was awaited there")
+                raise SaveFailed(
+                    f"{partial} was removed while rank 0 waited for rank {rank} to write into it"
+                )
             time.sleep(0.02)
         note: dict[str, Any] = json.loads(path.read_text())
         return note
@@ -177,13 +188,14 @@ def _note(partial: Path, rank: int) -> Path:
 
 
 def _leave_note(partial: Path, rank: int, content: dict[str, Any]) -> None:
+    # The rename makes the note appear with its whole content.
     path = partial / f".unfinished-{rank}"
     path.write_text(json.dumps(content))
     path.rename(_note(partial, rank))
 
 
 def _write_files(save: Save, values: Any, *, name: str) -> dict[str, Any]:
-    """A rank's tensors, objects and small files, on the disk. Returns where everything lies."""
+    """Write a rank's tensors, objects and small files to the disk. Returns the place of each of them."""
     tensors, objects = [], []
     with (save.partial / name).open("wb", buffering=0) as file:
         stream = _Hashed(file)
@@ -212,7 +224,7 @@ def _write_file(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _metadata(notes: Sequence[dict[str, Any]]) -> Metadata:
-    """What torch.distributed.checkpoint reads first: which rectangle of what lies where."""
+    """The metadata of torch.distributed.checkpoint: the file and place of each rectangle of each tensor."""
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for note in notes:
@@ -229,7 +241,7 @@ def _metadata(notes: Sequence[dict[str, Any]]) -> Metadata:
 
 
 class _Hashed:
-    """An unbuffered file for `torch.save` that counts and hashes what passes; nothing is read again."""
+    """An unbuffered file that counts and hashes the bytes written to it, so that no file is read again."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._sha256, self.position = file, hashlib.sha256(), 0
@@ -237,11 +249,11 @@ class _Hashed:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What a manifest says of the file."""
+        """The manifest's entry of the file."""
         return {"bytes": self.position, "sha256": self._sha256.hexdigest()}
 
     def save(self, values: Tensor) -> None:
-        """As an archive of `torch.save`, which hides why it could not write behind an error of its own."""
+        """Write values with `torch.save`. Raises the disk's error, which `torch.save` would replace."""
         try:
             torch.save(values, cast(IO[bytes], self))
         except RuntimeError as error:
@@ -261,4 +273,4 @@ class _Hashed:
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing. The file is unbuffered."""

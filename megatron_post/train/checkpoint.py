@@ -1,4 +1,4 @@
-"""Saving and resuming: model, optimizer, generators, data position and the resolved config."""
+"""Saves and resumes the model, the optimizer, random generators, the data position and the config."""
 
 import dataclasses
 import io
@@ -38,18 +38,18 @@ from megatron_post.train.step_lines import StepLines
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: optimizer steps done, and packs taken from the stream of samples for them."""
+    """A run's position: the number of optimizer steps, and of packs consumed from the stream of samples."""
 
     step: int = 0
     consumed_packs: int = 0
 
     def after(self, packs: int) -> "Position":
-        """One optimizer step of `packs` packs later."""
+        """The position after one more optimizer step, which consumes `packs` packs."""
         return Position(self.step + 1, self.consumed_packs + packs)
 
 
 class Checkpoints:
-    """Checkpoints of one run, in `run_dir/checkpoints`."""
+    """The checkpoints of one run, in `run_dir/checkpoints`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Checkpoints:
         *,
         content: Mapping[str, str | None] | None = None,
     ) -> None:
-        """content: digests of the data and weights that the config names, see `RunSettings`."""
+        """content: digests of the data and weights that the config names. See `RunSettings`."""
         self._config, self._topology, self._fence = config, topology, fence
         self.root = Path(config.run_dir) / "checkpoints"
         self._resuming = Resuming(config, topology, self.root, fence.run, content or {})
@@ -68,9 +68,9 @@ class Checkpoints:
         self._attempts = 0
 
     def save(self, position: Position, chunks: list[Any], optimizer: MegatronOptimizer) -> None:
-        """Begin a checkpoint, which becomes visible once all of it is on the disk.
+        """Begin a checkpoint. It becomes visible once all of it is on the disk.
 
-        Before parameters change, `may_change` must be called. What goes wrong is told by `failed`.
+        The caller must call `may_change` before the parameters change. `failed` reports errors.
         """
         began = time.perf_counter()
         rank, step = self._topology.rank, position.step
@@ -111,17 +111,17 @@ class Checkpoints:
 
     @property
     def epoch(self) -> int:
-        """Number of this incarnation of the run."""
+        """The number of this incarnation of the run."""
         return self._fence.epoch
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's part of a save has gone wrong."""
+        """Whether this rank could not write its part of a save."""
         return self._saver.error is not None
 
     @property
     def stalled(self) -> float:
-        """Seconds for which saves have held up training so far."""
+        """Seconds that training has waited for saves so far."""
         return self._saver.stalled
 
     def may_change(self) -> None:
@@ -129,9 +129,9 @@ class Checkpoints:
         self._saver.may_change()
 
     def wait(self) -> None:
-        """Return once all saves are published. All ranks call it, and call it too where any has `failed`.
+        """Return once all saves are published. All ranks must call this, even if a rank has `failed`.
 
-        Raises `SaveFailed` with every rank's reason.
+        Raises `SaveFailed` on all ranks with every rank's reason.
         """
         if not self.failed:
             self._saver.wait()
@@ -141,12 +141,15 @@ class Checkpoints:
         lines = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
         if lines:
             raise SaveFailed(
-                "a checkpoint could not be saved, earlier ones are as they were\n  " + "\n  ".join(lines)
+                "a checkpoint could not be saved, earlier ones are unchanged\n  " + "\n  ".join(lines)
             )
 
     def _own_failure(self) -> Exception | None:
-        """Why this rank's part of a save failed. A newer incarnation removes what older ones were writing:
-        then that is why, and whatever was found missing a sign of it."""
+        """The reason why this rank's part of a save failed.
+
+        A newer incarnation deletes the unfinished files of older ones. Missing files are then only a symptom,
+        and the reason is that this incarnation has been superseded.
+        """
         if self._saver.error is not None:
             try:
                 self._fence.check()
@@ -155,8 +158,8 @@ class Checkpoints:
         return self._saver.error
 
     def find(self) -> Found | None:
-        """The checkpoint to go on from, see `Resuming.find`. All ranks call it."""
-        self._saver.wait()  # a save that is under way may be the one
+        """The checkpoint to resume from, see `Resuming.find`. All ranks must call this method."""
+        self._saver.wait()  # a save in progress will be the newest checkpoint
         found = self._resuming.find()
         self._passed_over = frozenset() if found is None else found.passed_over
         return found
@@ -168,9 +171,9 @@ class Checkpoints:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
     ) -> Position:
-        """Load what `find` has found. Returns its position; the start where there is none.
+        """Load the checkpoint that `find` returned. Returns its position, or step 0 if there is none.
 
-        Raises `DamagedCheckpoint` where it is of another model.
+        Raises `DamagedCheckpoint` if it belongs to another model.
         """
         if found is None:
             return Position()
@@ -181,6 +184,7 @@ class Checkpoints:
                 say(f"starting from the weights in {directory}")
             return Position()
         place_scheduler(scheduler, after=found.step)
+        # Generator states belong to ranks. With another number of ranks they begin at the seed.
         if found.state.world_size == self._topology.world_size:
             _restore_generators(directory / f"generators-{self._topology.rank}.safetensors")
         if found.changes and self._topology.rank == 0:
@@ -188,7 +192,7 @@ class Checkpoints:
         return Position(found.step, found.state.consumed_packs)
 
     def _record(self, found: Found) -> None:
-        """Say what is applied from here on, and keep it in `run_dir/changes.jsonl`."""
+        """Print the changed settings, and record them in `run_dir/changes.jsonl`."""
         for line in change_lines(found.step, found.changes):
             say(line)
         StepLines(self.root.parent / "changes.jsonl").write(
@@ -199,7 +203,7 @@ class Checkpoints:
         )
 
     def _common_files(self, optimizer: MegatronOptimizer) -> dict[str, bytes]:
-        """What is the same on all ranks, under the names where megatron-core looks for it."""
+        """The files that are identical on all ranks, under the names that megatron-core expects."""
         state = common_optimizer_state(optimizer_parts(optimizer))
         common = io.BytesIO()
         sharding = METADATA["distrib_optim_sharding_type"]
@@ -213,7 +217,7 @@ class Checkpoints:
 
 
 def _generator_states() -> dict[str, Tensor]:
-    """torch's, numpy's and Python's generators and megatron-core's tracked ones, as plain tensors."""
+    """States of torch's, numpy's, Python's and megatron-core's tracked generators, as plain tensors."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     assert kind == "MT19937" and version == 3 and gauss is None
@@ -231,10 +235,10 @@ def _generator_states() -> dict[str, Tensor]:
 
 
 def _restore_generators(path: Path) -> None:
-    """Raises `DamagedCheckpoint` where the file does not hold the generators' states."""
+    """Restore random generators. Raises `DamagedCheckpoint` if the file does not hold their states."""
     try:
         _set_generators(load_file(path))
-    except Exception as error:  # what another process has written may be wrong in any way
+    except Exception as error:  # damage in a file that another process wrote can raise any error
         raise manifest.DamagedCheckpoint(f"{path}: no states of generators: {error}") from error
 
 
@@ -246,7 +250,8 @@ def _set_generators(states: dict[str, Tensor]) -> None:
     )
     random.setstate((3, tuple(states["python"].tolist()), None))
     if ("cuda" in states) != torch.cuda.is_available():
-        # the states that follow are of another kind of device's generators: here they begin at the seed
+        # The checkpoint was written on another kind of device. Its generators have another form of state, so
+        # the device's and the tracked generators begin at the seed.
         return
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])

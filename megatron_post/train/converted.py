@@ -1,4 +1,4 @@
-"""Whether a run can start from a converted checkpoint, which has weights and nothing else."""
+"""Checks that a run can start from a converted checkpoint, which has only weights."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from megatron_post.convert.hf_config import differences
 
 
 def check_weights(directory: Path, stored: dict[str, Any], config: Config) -> None:
-    """Raises `ValueError` where converted weights are not those of the config's model.
+    """Raises `ValueError` if converted weights do not belong to the config's model.
 
-    stored: the manifest's `state`.
+    stored: the `state` of the checkpoint's manifest.
     """
     wrong = differences(config.model, read_model(directory))
     if stored["scalar_head"] != (config.stage == "reward"):

@@ -1,4 +1,4 @@
-"""Whether the packed data is what the configuration names, and holds anything to learn from."""
+"""Checks that the packed data has the sources that the config names, and something to train on."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,9 +14,9 @@ from megatron_post.stages.base import Stage
 
 
 def check_sources(config: Config, store: PackStore) -> None:
-    """Raises `StoreError` where a group of the store has other sources than the config names for it.
+    """Raises `StoreError` if a group of the store has other sources than the config names for it.
 
-    A config that names no sources to train on takes the store as it is.
+    A config that names no training sources accepts any store.
     """
     key = {"train": "data.sources", "eval": "data.eval_sources"}[store.group]
     named = {source.name for source in packed_sources(config, store.group)}
@@ -39,10 +39,10 @@ def check_sources(config: Config, store: PackStore) -> None:
 def check_trained(
     config: Config, stage: Stage, stores: Iterable[PackStore | None], topology: Topology
 ) -> None:
-    """Raises `StoreError`, on all ranks, where no token or no pair of a store is trained.
+    """Raises `StoreError` on all ranks if a store has no trained token or no pair.
 
-    Of held-out data only what is evaluated counts. All ranks call it, and the first one reads, until it has
-    found a pack of each store that is trained.
+    Only the held-out packs that are evaluated count. All ranks must call this function. Rank 0 reads packs of
+    each store until it finds one that has something to train, and sends the result to the others.
     """
     reasons: list[Any] = [None]
     if topology.rank == 0:

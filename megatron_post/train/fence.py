@@ -1,10 +1,12 @@
-"""The epoch fence: of all incarnations of a run, only the newest may publish a checkpoint.
+"""The epoch fence: only the newest incarnation of a run may publish a checkpoint.
 
-Every start of a run claims its directory with the next epoch number, in a file that only one process can
-create. An older incarnation that still runs, such as one that was stopped, cut off or outlived its node's
-daemon, finds a higher number before it publishes. Between that look and the rename it may be stopped once
-more; therefore a claim also takes away what older epochs were writing, and a rename of something that is gone
-fails.
+Every start of a run is an incarnation. It claims the run's directory with the next epoch number, by creating
+a file that only one process can create. An older incarnation may still run, for example because it was
+suspended or because its node lost the network. It checks the epochs before it publishes and finds a higher
+number.
+
+It may also be suspended between that check and the rename that publishes. For this case a claim deletes the
+unfinished files of older epochs, so that the older incarnation's rename fails.
 """
 
 import contextlib
@@ -29,13 +31,16 @@ _EPOCH = re.compile(r"\d{6,}", re.ASCII)
 
 
 class Superseded(ValueError):
-    """A newer incarnation has claimed the run; this one may not publish any more."""
+    """A newer incarnation has claimed the run. This one may no longer publish."""
 
 
 @dataclass(frozen=True)
 class Fence:
-    """One incarnation's claim to a run. directory: where claims are; epoch: its number, from 1; run: an id
-    that all incarnations of the run share, and no other run has."""
+    """One incarnation's claim to a run.
+
+    directory: holds the claims. epoch: number of this claim, from 1. run: an id that all incarnations of this
+    run share and no other run has.
+    """
 
     directory: Path
     epoch: int
@@ -43,8 +48,8 @@ class Fence:
     run: str
 
     @property
-    def stands(self) -> bool:
-        """Whether no other incarnation has claimed the run since."""
+    def is_current(self) -> bool:
+        """Whether this incarnation is still the newest one."""
         try:
             self.check()
         except Superseded:
@@ -52,7 +57,7 @@ class Fence:
         return True
 
     def check(self) -> None:
-        """Raises `Superseded` where another incarnation has claimed the run since."""
+        """Raises `Superseded` if another incarnation has claimed the run since."""
         epochs = _epochs(self.directory) if self.directory.is_dir() else []
         if self.epoch not in epochs:
             raise Superseded(
@@ -69,20 +74,21 @@ class Fence:
 
 
 def incarnation_from_environment() -> str:
-    """MEGATRON_POST_INCARNATION, which a launcher sets alike on all ranks; else one of this time and host."""
+    """MEGATRON_POST_INCARNATION, which a launcher sets for all ranks, or else a name from host and time."""
     fresh = f"{socket.gethostname()}-{time.time_ns()}"
     return os.environ.get("MEGATRON_POST_INCARNATION") or fresh
 
 
 def claim(run_dir: str | Path, incarnation: str) -> Fence:
-    """Take over a run: the next epoch, and what older epochs were writing removed. One rank calls it.
+    """Claim a run with the next epoch, and delete the unfinished files of older epochs. One rank calls it.
 
-    Raises `Superseded` for an incarnation that has been superseded already and is started again, and
-    `OSError` where the run's directories cannot be made.
+    Raises `Superseded` if this incarnation has been superseded before and is started again, and `OSError` if
+    the run's directories cannot be created.
     """
     directory = Path(run_dir) / "incarnations"
     directory.mkdir(parents=True, exist_ok=True)
-    (Path(run_dir) / "checkpoints").mkdir(exist_ok=True)  # or else the first save would find out
+    # If the directory cannot be created, this fails now and not at the first save.
+    (Path(run_dir) / "checkpoints").mkdir(exist_ok=True)
     epochs = _epochs(directory)
     if any(_read(directory, epoch).get("incarnation") == incarnation for epoch in epochs[:-1]):
         latest = _read(directory, epochs[-1]).get("incarnation")
@@ -99,22 +105,25 @@ def claim(run_dir: str | Path, incarnation: str) -> Fence:
 
 
 def claim_together(run_dir: str | Path, topology: Topology) -> Fence:
-    """All ranks of an incarnation take over a run. Raises `Superseded` on all of them."""
-    told: list[Any] = [None]
+    """Claim a run on rank 0 and send the claim to all ranks.
+
+    Raises `Superseded` or `OSError` on all ranks.
+    """
+    outcome: list[Any] = [None]
     if topology.rank == 0:
         try:
-            told = [claim(run_dir, incarnation_from_environment())]
+            outcome = [claim(run_dir, incarnation_from_environment())]
         except (Superseded, OSError) as error:
-            told = [error]
-    torch.distributed.broadcast_object_list(told, src=0)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    fence: Fence = told[0]
+            outcome = [error]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    fence: Fence = outcome[0]
     return fence
 
 
 def _create_next(directory: Path, incarnation: str, root: Path) -> tuple[int, str]:
-    """The next epoch, and the id of the run."""
+    """Create the claim of the next epoch. Returns the epoch and the id of the run."""
     content: dict[str, Any] = {
         "incarnation": incarnation,
         "host": socket.gethostname(),
@@ -126,8 +135,9 @@ def _create_next(directory: Path, incarnation: str, root: Path) -> tuple[int, st
         epoch = max(epochs, default=0) + 1
         content["run"] = _run_of_claims(directory, epochs) or uuid.uuid4().hex[:16]
         if not epochs:
-            # the checkpoints of another run were brought here, and that run goes on from them
+            # Checkpoints were copied into an empty run directory. They keep the id of their run.
             content["run"] = _run_of_checkpoints(root) or content["run"]
+        # Mode "x" fails if the file exists. Of two starts at the same moment, one gets the next number.
         with contextlib.suppress(FileExistsError), (directory / f"{epoch:06d}").open("x") as file:
             json.dump(content, file)
             file.flush()
@@ -143,8 +153,11 @@ def _run_of_claims(directory: Path, epochs: Sequence[int]) -> str | None:
 
 
 def _run_of_checkpoints(root: Path) -> str | None:
-    """The run that has published the newest checkpoint which names one. The one that `latest` names comes
-    first: who copies a step does not move it."""
+    """The id of the run that published the checkpoints, or None if no checkpoint names a run.
+
+    The checkpoint that `latest` names is read first, then the newest ones. A user who copies one step of
+    another run into the directory does not change `latest`.
+    """
     steps = [manifest.step_directory(root, step) for step in reversed(manifest.published_steps(root))]
     with contextlib.suppress(OSError, UnicodeDecodeError):
         latest = (root / manifest.LATEST).read_text().strip()
@@ -163,7 +176,7 @@ def _epochs(directory: Path) -> list[int]:
 
 
 def _read(directory: Path, epoch: int) -> dict[str, Any]:
-    """Who claimed an epoch; nothing where its process died while it wrote that down."""
+    """The content of a claim. It is empty if the process died while it wrote the file."""
     try:
         content: dict[str, Any] = json.loads((directory / f"{epoch:06d}").read_text())
     except (OSError, ValueError):

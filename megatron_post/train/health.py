@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, named before the optimizer moves; and losses that jump."""
+"""Finds losses and gradients that are not finite before the weights change, and losses that jump."""
 
 import math
 from collections import deque
@@ -12,12 +12,12 @@ from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.step_lines import StepLines
 
-# Values that an outlier is judged by, and how many there must be.
+# An outlier is judged by the last WINDOW values, once there are at least FEWEST of them.
 WINDOW, FEWEST = 100, 20
 
 
 class NotFinite(FloatingPointError):
-    """A loss or a gradient is NaN or infinite; nothing has moved. places: where, a line each."""
+    """A loss or a gradient is NaN or infinite. The weights are unchanged. places: one line for each place."""
 
     def __init__(self, step: int, norm: float, places: Sequence[str]) -> None:
         self.places = list(places)
@@ -26,32 +26,32 @@ class NotFinite(FloatingPointError):
 
 
 class Outliers:
-    """How far a value is from the median of those before it, in robust standard deviations.
+    """Measures how far a value is from the median of the values before it, in robust standard deviations.
 
-    The median absolute deviation times 1.4826 is the standard deviation of normal noise, and an outlier in
-    the window does not move it.
+    For normal noise the median absolute deviation times 1.4826 is the standard deviation. Unlike the usual
+    estimate, it hardly changes when the window contains an outlier.
     """
 
     def __init__(self) -> None:
         self._window: deque[float] = deque(maxlen=WINDOW)
 
     def score(self, value: float) -> float:
-        """Of a new value, above the median positive; 0 while there are too few to judge by."""
+        """The score of a new value. It is positive above the median, and 0 while there are too few values."""
         score = 0.0
         if len(self._window) >= FEWEST:
             middle = median(self._window)
             spread = 1.4826 * median(abs(x - middle) for x in self._window)
-            # a constant loss has no spread: then only what rounding cannot explain is far
+            # A constant loss has no spread. The lower bound keeps rounding errors from being outliers.
             score = (value - middle) / max(spread, 1e-6 * abs(middle), 1e-12)
         self._window.append(value)
         return score
 
 
 class Spikes:
-    """Writes steps whose loss or gradient norm jumps to a file of lines, with their samples.
+    """Writes each step whose loss or gradient norm jumps to a file of JSON lines, with the step's samples.
 
-    It lives on the last pipeline stage, once a data-parallel rank, where all see the same global values and
-    hence decide alike; the reporter writes.
+    It runs on the last pipeline stage, once per data-parallel rank. These ranks see the same global values,
+    so they take the same decision without communication. The reporting rank writes the line.
     """
 
     def __init__(
@@ -62,14 +62,17 @@ class Spikes:
         self._losses, self._norms = Outliers(), Outliers()
 
     def begin(self, *, after: int) -> None:
-        """The run goes on after step `after`: what was written of later steps is removed."""
+        """Continue the run after step `after`. Lines of later steps are removed."""
         if self._topology.is_reporter:
             self._lines.cut_back(after)
 
     def look(
         self, step: int, values: dict[str, float], packs: Sequence[Pack], losses: Sequence[float]
     ) -> dict[str, float]:
-        """`loss_outlier` and `grad_norm_outlier` of a step. values: its metrics; losses: of each pack."""
+        """`loss_outlier` and `grad_norm_outlier` of a step. values: its metrics.
+
+        losses: one for each pack.
+        """
         scores = {
             "loss_outlier": self._losses.score(values["loss"]),
             "grad_norm_outlier": self._norms.score(values["grad_norm"]),
@@ -101,7 +104,7 @@ def not_finite(losses: Sequence[float]) -> list[int]:
 def name_places(
     kind: str, microbatches: Sequence[int], packs: Sequence[Pack], topology: Topology, sources: Sequence[str]
 ) -> list[str]:
-    """Every rank's findings, a line each, on all ranks, which all call it."""
+    """One line for each bad microbatch of any rank. All ranks must call this function and get all lines."""
     own = [
         f"rank {topology.rank}, microbatch {i}: {kind}; samples {', '.join(samples_of(packs[i], sources))}"
         for i in microbatches
@@ -112,7 +115,7 @@ def name_places(
 
 
 def samples_of(pack: Pack, sources: Sequence[str]) -> list[str]:
-    """The samples in a pack as "source:row", each once, in their order."""
+    """The samples in a pack as "source:row", in order and without repetition."""
     pairs = zip(pack.sources.tolist(), pack.sample_ids.tolist(), strict=True)
     names = dict(enumerate(sources))
     return list(

@@ -1,4 +1,4 @@
-"""Weights, and the optimizer's state, from a checkpoint of any layout into the layout of this run."""
+"""Loads weights and optimizer state from a checkpoint of any layout into the layout of this run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_post.storage.manifest import DamagedCheckpoint
 from megatron_post.train.optimizer import gather_weights, load_optimizer_state
 from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
 
-# Optimizer state laid out by parameter and not by bucket, so that any layout can resume it.
+# This stores optimizer state by parameter and not by gradient bucket, so that any layout can load it.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -28,15 +28,17 @@ def load_checkpoint(
     *,
     weights_only: bool,
 ) -> None:
-    """Load weights and the optimizer's state; with `weights_only` the optimizer begins afresh from them. All
-    ranks call it, once the checkpoint is verified.
+    """Load weights and optimizer state. With `weights_only` the optimizer starts new from the weights.
 
-    Each rank reads what its optimizer updates, straight to its place, and the data-parallel ranks gather the
-    weights: every byte is read about once, where megatron-core would have each rank read the state of all
-    of them. What modules keep beside tensors, such as FP8's scales, begins afresh where the checkpoint has
-    none: it was converted, or the portable layers wrote it.
+    All ranks must call this function, after the checkpoint has been verified. Each rank reads only the
+    elements that its optimizer updates, directly into the live tensors. The data-parallel ranks then gather
+    the weights. So every byte is read about once. With megatron-core's loader each rank would read the state
+    of all ranks.
 
-    Raises `DamagedCheckpoint`, on all ranks, where the checkpoint is of another model.
+    Modules may keep objects besides tensors, such as FP8 scales. They keep their initial values if the
+    checkpoint has none, because it was converted or was written by the portable layers.
+
+    Raises `DamagedCheckpoint` on all ranks if the checkpoint belongs to another model.
     """
     models = unwrap_model(chunks)
     states = {str(i): model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(models)}
@@ -45,11 +47,12 @@ def load_checkpoint(
     try:
         _read_own(source, states, optimizer, weights_only=weights_only)
         objects = [_read_objects(source, state) for state in states.values()]
-    except Exception as found:  # what another process has written may be wrong in any way
+    except Exception as found:  # damage in a file that another process wrote can raise any error
         error = str(found) if isinstance(found, ValueError) else f"{type(found).__name__}: {found}"
     _raise_together(source.directory, error)
     gather_weights(chunks)
     if weights_only:
+        # The optimizer updates fp32 master weights. They still hold the initial values.
         optimizer.reload_model_params()
     for model, found_objects in zip(models, objects, strict=True):
         model.load_state_dict(found_objects, strict=False)
@@ -69,19 +72,19 @@ def _read_own(
 
 
 def _read_objects(source: DistCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
-    """What the modules of a chunk keep beside their tensors, as far as the checkpoint has it."""
+    """The objects that a chunk's modules keep besides tensors, if the checkpoint has them."""
     wanted = {name: item.unique_key for name, item in state.items() if isinstance(item, ShardedObject)}
     return {name: source.read_object(key) for name, key in wanted.items() if key in source.objects}
 
 
 def _raise_together(directory: Path, error: str | None) -> None:
-    """On all ranks, where any has an error: the others would wait for it for ever."""
+    """Raises on all ranks if any rank has an error. Otherwise the others would wait for that rank forever."""
     errors: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(errors, error)
-    told = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
-    if told:
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+    if found:
         raise DamagedCheckpoint(
-            f"{directory} cannot be resumed here; {len(told)} ranks say so, first {told[0]}"
+            f"{directory} cannot be resumed here. {len(found)} ranks report an error, the first is {found[0]}"
         )
 
 

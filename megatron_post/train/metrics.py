@@ -1,4 +1,4 @@
-"""What a run reports: a JSON line and TensorBoard scalars a step, and a line on the console."""
+"""Reports each step of a run as a JSON line, as TensorBoard scalars and as a line on the console."""
 
 import contextlib
 import time
@@ -13,9 +13,9 @@ from megatron_post.train.step_lines import StepLines
 
 
 class MetricsWriter:
-    """Writes to `run_dir` on the one rank that reports; elsewhere every call does nothing.
+    """Writes to `run_dir` on the one rank that reports. On other ranks every call does nothing.
 
-    A run goes on without what its disk has no room for. may_write: see `StepLines`.
+    If the disk is full, the run goes on and the metrics are lost. may_write: see `StepLines`.
     """
 
     def __init__(
@@ -26,8 +26,10 @@ class MetricsWriter:
         self._board: SummaryWriter | None = None
 
     def begin(self, *, after: int) -> None:
-        """The run goes on after step `after`: what was reported of later steps is removed, and TensorBoard
-        passes over it."""
+        """Continue the run after step `after`.
+
+        Lines of later steps are removed, and TensorBoard hides them.
+        """
         if not self._active:
             return
         self._lines.cut_back(after)
@@ -37,7 +39,7 @@ class MetricsWriter:
             self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=after + 1)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """kind: "train" or "eval"."""
+        """Write the values of a step. kind: "train" or "eval"."""
         if not self._active:
             return
         self._lines.write(kind=kind, step=step, time=time.time(), **values)
@@ -48,7 +50,7 @@ class MetricsWriter:
 
     def console(self, text: str) -> None:
         if self._active:
-            with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone
+            with contextlib.suppress(OSError):  # the log's disk may be full, or the terminal closed
                 say(text)
 
     def close(self) -> None:
@@ -58,16 +60,19 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _board_guarded(self) -> Any:
-        """TensorBoard's thread hands its error to the next call, and writes nothing more."""
+        """Within this context an error of TensorBoard only turns TensorBoard off.
+
+        TensorBoard writes in a thread. An error there ends the thread and is raised by the next call.
+        """
         try:
             yield
-        except Exception as error:  # OSError, or TensorFlow's own kinds where that is installed
+        except Exception as error:  # OSError, or TensorFlow's own errors if TensorFlow is installed
             self._board = None
             self.console(f"TensorBoard's files lack what follows: {error}")
 
 
 def train_line(step: int, total: int, values: dict[str, Any]) -> str:
-    """One step on the console."""
+    """The line that the console shows for one step."""
     seconds = (total - step) * values["seconds"]
     eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
     mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""

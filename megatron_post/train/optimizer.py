@@ -1,4 +1,4 @@
-"""Gradient buffers, distributed optimizer and learning-rate schedule, from megatron-core."""
+"""Builds megatron-core's gradient buffers, distributed optimizer and learning-rate schedule."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ from megatron_post.parallel.topology import Topology
 def wrap_data_parallel(
     chunks: Sequence[GPTModel], config: Config, topology: Topology
 ) -> list[DistributedDataParallel]:
-    """Contiguous gradient buffers (fp32), reduce-scattered over the data- and context-parallel ranks."""
+    """Wrap chunks with fp32 gradient buffers, reduce-scattered over data- and context-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -42,10 +42,9 @@ def wrap_data_parallel(
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> MegatronOptimizer:
-    """Adam with its state sharded over data-parallel ranks, and the hooks that megatron-core's schedules
-    call.
+    """Adam with its state sharded over data-parallel ranks. It also sets the schedules' hooks on the model.
 
-    Norms (every one-dimensional parameter) carry no weight decay.
+    Norm weights (every one-dimensional parameter) have no weight decay.
     """
     o = config.optimizer
     core = get_model_config(chunks[0])
@@ -79,21 +78,24 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Give every data-parallel rank the weights that the others' optimizers update. All ranks call it."""
+    """Give every data-parallel rank the weights that other ranks' optimizers update.
+
+    All ranks must call it.
+    """
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
-    """The learning rate of each step, as the config alone says it; the scheduler stands before step 1.
+    """The learning-rate scheduler of a config, placed before step 1.
 
-    Step i of a warm-up of w steps has the rate lr * i / w. From there a constant schedule stays at `lr`, and
-    a linear or cosine one falls to `min_lr`, which the last step of the run has. So no step of a warm-up has
-    a rate of 0. Without a warm-up the first step has `lr`, also where it is the only one, and a run that is
-    all warm-up ends at `lr`. Weight decay is the same at every step.
+    Step i of a warm-up of w steps has the rate lr * i / w, so no step has a rate of 0. After the warm-up a
+    constant schedule stays at `lr`. A linear or cosine schedule falls to `min_lr`, which it reaches at the
+    last step of the run. Without a warm-up the first step has `lr`, even if it is the only step. A run that
+    consists of its warm-up ends at `lr`. Weight decay is the same at every step.
     """
     o = config.optimizer
-    # megatron-core reaches the peak at the last step of the warm-up, and a run without one begins at the peak
+    # megatron-core's warm-up reaches `lr` at its last step. One step of warm-up therefore begins at `lr`.
     warmup_steps = max(o.warmup_steps, 1)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -113,19 +115,19 @@ def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPa
 
 
 def place_scheduler(scheduler: OptimizerParamScheduler, *, after: int) -> None:
-    """Give the optimizer the rate of the step that follows step `after`.
+    """Give the optimizer the learning rate of the step that follows step `after`.
 
-    Everything else is the configuration's. megatron-core's own `load_state_dict` would rather have the
-    checkpoint's schedule, and so ignores what a resumed run has been given.
+    The schedule is always that of the config. megatron-core's own `load_state_dict` prefers the schedule of
+    the checkpoint, and would ignore a change of the config in silence.
     """
     scheduler.step(increment=after + 1 - scheduler.num_steps)
 
 
 def common_optimizer_state(parts: Sequence[Any]) -> dict[str, Any]:
-    """What a checkpoint's `common.pt` has of the optimizer: the parameter groups, without tensors.
+    """The part of the optimizer in a checkpoint's `common.pt`: its parameter groups, without tensors.
 
-    parts: the distributed optimizers, of which `overlap_param_gather_with_optimizer_step` makes two. Groups
-    that they share are there once, so that any number of parts can load them.
+    parts: the distributed optimizers. `overlap_param_gather_with_optimizer_step` makes two of them. A group
+    that both have is stored once, so that any number of parts can load the groups.
     """
     state: dict[str, Any] = parts[0].state_dict()
     groups = state["optimizer"]["param_groups"]
@@ -135,10 +137,10 @@ def common_optimizer_state(parts: Sequence[Any]) -> dict[str, Any]:
 
 
 def load_optimizer_state(part: Any, stored: dict[str, Any]) -> None:
-    """Load what a checkpoint's `common.pt` has of the optimizer: how many steps Adam has done.
+    """Load the number of Adam's steps from a checkpoint's `common.pt`.
 
-    Rates, weight decay, betas and the multiplier of a head stay the configuration's. part: one distributed
-    optimizer, whose moments are made, to be filled.
+    Learning rates, weight decay, betas and the multiplier of a head stay those of the config. part: one
+    distributed optimizer. Its moments are allocated here and filled later.
     """
     own = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
     part.load_state_dict(stored)
@@ -152,6 +154,6 @@ def _one_or_list(functions: list) -> object:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Of all ranks' gradients together, before clipping; the same on every rank. Nothing moves."""
+    """Norm of the gradients of all ranks before clipping, identical on every rank. Weights do not change."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())

@@ -1,4 +1,4 @@
-"""Reference log-probabilities: computed once, in any layout, into the store, and found again by a key."""
+"""Reference log-probabilities. They are computed once, in any layout, and stored under a key."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +25,12 @@ def attach_reference(
     *,
     digests: dict[str, str] | None = None,
 ) -> None:
-    """Have stores hand out reference log-probabilities, if this run takes them from there.
+    """Make stores return reference log-probabilities with each pack, if this run reads them from the store.
 
-    The reference is the model that training starts from. digests: what `weights_digests` says of it, where
-    that is known already. Raises `ValueError` where there is none, and
-    `StoreError` where the store has none or another's.
+    The reference is the model that training starts from. digests: its `weights_digests`, if already computed.
+
+    Raises `ValueError` if the config names no such model, and `StoreError` if the store has no
+    log-probabilities or those of another model.
     """
     if not config.stores_reference:
         return
@@ -45,9 +46,9 @@ def attach_reference(
 
 
 def weights_digests(directory: str | Path, topology: Topology) -> dict[str, str]:
-    """SHA-256 of each file of weights in a Hugging Face directory, by its name. Ranks share the reading.
+    """SHA-256 of each safetensors file in a Hugging Face directory, by file name. Ranks divide the files.
 
-    Raises `ValueError` where there are none.
+    All ranks must call this function. Raises `ValueError` if there are no such files.
     """
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
@@ -61,11 +62,11 @@ def weights_digests(directory: str | Path, topology: Topology) -> dict[str, str]
 def reference_key(
     directory: str | Path, precision: Precision, topology: Topology, *, digests: dict[str, str] | None = None
 ) -> str:
-    """SHA-256 over what decides a model's values: the weights and config of a Hugging Face directory, and the
-    precision that it computes in. Ranks share the reading.
+    """SHA-256 over everything that decides a model's log-probabilities: its weights, config and precision.
 
-    The tokenizer is in the store's own settings, and every token is stored, so that no choice of trained
-    roles makes the values stale. digests: what `weights_digests` says, where that is known already.
+    directory: a Hugging Face model. digests: its `weights_digests`, if already computed. All ranks must call
+    this function. The key needs no tokenizer, because the store's own settings name it. It needs no trained
+    roles, because the log-probabilities of all tokens are stored.
     """
     weights = weights_digests(directory, topology) if digests is None else digests
     shape = read_object(Path(directory) / "config.json", "the config of a Llama")
@@ -92,14 +93,14 @@ def reference_key(
 def compute_reference(
     stepper: Stepper, store: PackStore, topology: Topology, *, key: str, group_size: int
 ) -> None:
-    """Log-probabilities of every label of a group of a store, written into it. All ranks call it.
+    """Compute the log-probability of every label of a store's group, and write them into the store.
 
-    group_size: packs that go through the pipeline together.
+    All ranks must call this function. group_size: number of packs that go through the pipeline together.
     """
     writer = ReferenceWriter(store)
     if topology.rank == 0:
         writer.create(key)
-    torch.distributed.barrier()
+    torch.distributed.barrier()  # the other ranks write into the files that rank 0 creates
     rounds = range(0, len(store), group_size * topology.data_size)
     with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
         for start in progress.track(rounds, description=f"{store.group}: reference log-probabilities"):
@@ -109,14 +110,14 @@ def compute_reference(
                 row = whole_pack(logps, batch.cu_seqlens, topology)
                 if number < len(store) and topology.tensor_rank == topology.context_rank == 0:
                     writer.write(number, row.cpu().numpy())
-    torch.distributed.barrier()
+    torch.distributed.barrier()  # rank 0 must not publish before every rank has written its packs
     if topology.rank == 0:
         writer.publish()
     torch.distributed.barrier()
 
 
 def whole_pack(values: Tensor, cu_seqlens: Tensor, topology: Topology) -> Tensor:
-    """Per-token values fp32 [t / cp] of this context-parallel rank to those of the whole pack, [t]."""
+    """Combine per-token values fp32 [t / cp] of all context-parallel ranks into those of the pack, [t]."""
     group = topology.groups.cp
     whole = values.new_zeros(int(cu_seqlens[-1]))
     whole[ContextSplit(cu_seqlens, group.size()).indices(group.rank())] = values.detach()

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether its configuration may."""
+"""Finds the checkpoint that a run resumes from, and checks that the config may resume it."""
 
 import contextlib
 from collections.abc import Iterable, Mapping
@@ -23,8 +23,8 @@ from megatron_post.train.converted import check_weights
 class State(BaseModel):
     """What the manifest of a step records about the run and its position.
 
-    run: the id of the run. settings: the value of every key; content: see `RunSettings`. weights_only:
-    converted weights, which no run has published.
+    run: the id of the run. settings: the value of every key of the config. content: see `RunSettings`.
+    weights_only: the checkpoint comes from a conversion and not from a run.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -40,8 +40,11 @@ class State(BaseModel):
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint that a run goes on from. changes: of settings, since then. passed_over: newer steps that
-    cannot be used, and on the first rank older ones of other runs."""
+    """The checkpoint that a run resumes from.
+
+    changes: settings that differ from the checkpoint's. passed_over: newer steps that cannot be used, and on
+    the first rank also older steps of other runs.
+    """
 
     source: DistCheckpoint
     step: int
@@ -52,7 +55,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Resuming:
-    """How a run looks for its checkpoint. run: its id; content: see `RunSettings`."""
+    """Finds a run's checkpoint. run: the id of the run. content: see `RunSettings`."""
 
     config: Config
     topology: Topology
@@ -65,17 +68,18 @@ class Resuming:
         return RunSettings(flatten(self.config), self.content)
 
     def find(self) -> Found | None:
-        """The newest checkpoint that is intact and of this run; None where there is none at all.
+        """The newest intact checkpoint of this run, or None if the directory has no checkpoint.
 
-        Others are named and passed over. All ranks call it, and each verifies a part. Raises
-        `DamagedCheckpoint` where there are checkpoints and none can be used, and `ValueError` where the
-        configuration is another run's than the checkpoint's.
+        Other checkpoints are passed over with a message. All ranks must call this method, and each verifies a
+        part of the files. Raises `DamagedCheckpoint` if there are checkpoints but none can be used, and
+        `ValueError` if the config belongs to another run than the checkpoint.
         """
         passed_over: dict[int, str] = {}
         steps = manifest.published_steps(self.root)
         for step in reversed(steps):
             directory = manifest.step_directory(self.root, step)
             source, problem = self._open(directory)
+            # Each rank has verified a part only. All must agree before any of them takes this checkpoint.
             problems: list[Any] = [None] * self.topology.world_size
             torch.distributed.all_gather_object(problems, problem)
             problem = next((found for found in problems if found is not None), None)
@@ -95,7 +99,7 @@ class Resuming:
         return None
 
     def _open(self, directory: Path) -> tuple[DistCheckpoint | None, str | None]:
-        """A checkpoint of which this rank has looked at its part, or why it is passed over."""
+        """Open a checkpoint and verify this rank's part of it. Returns the reason if it is passed over."""
         share = {"part": self.topology.rank, "parts": self.topology.world_size}
         damaged = "is damaged and passed over"
         try:
@@ -106,23 +110,26 @@ class Resuming:
                     f"is of another run and passed over: {directory} is of run {state.run}, and this is run "
                     f"{self.run}. A run goes on from it in a run_dir of its own: copy it into an empty one"
                 )
-            # checksums do not help against who can write checksums: all else too must be plain data
+            # Checksums only find accidental damage. Whoever can write files can write fitting checksums, so
+            # the content itself must be plain data that executes no code when it is loaded.
             load_plain(directory / "common.pt")
             source = DistCheckpoint(directory, is_verified=True)
             source.check_objects(**share)
         except ValueError as error:
             return None, f"{damaged}: {error}"
-        except Exception as error:  # what another process has written may be wrong in any way
+        except Exception as error:  # damage in a file that another process wrote can raise any error
             return None, f"{damaged}: {directory}: {error or type(error).__name__}".splitlines()[0]
         return source, None
 
     def _is_own(self, state: State) -> bool:
-        """Converted weights, and checkpoints of earlier versions, name no run."""
+        """Whether a checkpoint may be this run's. Converted weights and earlier versions name no run."""
         return state.run in (None, self.run)
 
     def _of_others(self, steps: Iterable[int]) -> frozenset[int]:
-        """Steps of other runs among older ones. The first rank looks, for it is the one that would remove
-        them."""
+        """The steps that belong to other runs.
+
+        Only the first rank reads them, because it removes old steps.
+        """
         found = set()
         for step in steps if self.topology.rank == 0 else ():
             with contextlib.suppress(ValueError):
@@ -159,7 +166,7 @@ def _state_of(directory: Path) -> State:
 
 
 def _settings_of(directory: Path, state: State) -> RunSettings:
-    """What a checkpoint says of its settings; those of earlier versions have a config.yaml alone."""
+    """The settings of a checkpoint. Earlier versions wrote them only into config.yaml."""
     if state.settings is not None:
         return RunSettings(state.settings, state.content)
     try:
@@ -172,7 +179,7 @@ def _settings_of(directory: Path, state: State) -> RunSettings:
 
 
 def change_lines(step: int, changes: tuple[Change, ...]) -> list[str]:
-    """A table of the settings that have changed since the checkpoint of `step`."""
+    """The lines of a table of the settings that have changed since the checkpoint of `step`."""
     width = [max(len(getattr(change, name)) for change in changes) for name in ("key", "before")]
     return [
         f"changed since the checkpoint of step {step}, and applied from here on:",

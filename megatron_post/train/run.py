@@ -1,4 +1,4 @@
-"""From a config to a finished run: checks first, then every part built once and handed to the trainer."""
+"""A whole training run: it checks the config, builds every part once, and gives the parts to the trainer."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,15 +54,14 @@ from megatron_post.train.watchdog import Watchdog
 
 
 def train(config: Config) -> None:
-    """Run a config to its last step, resuming from its newest intact checkpoint.
+    """Train to the last step of a config, starting from the newest intact checkpoint of the run.
 
-    Raises `ConfigError` or another `ValueError` for what a user can mend, before the model is built.
+    Raises `ConfigError` or another `ValueError` before the model is built if the user can correct the input.
     """
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
-    open_weights(
-        config.model, seed=config.seed, scalar_head=config.stage == "reward"
-    )  # are they this model's?
+    # Opening checks that the weights belong to this model, before any rank joins a process group.
+    open_weights(config.model, seed=config.seed, scalar_head=config.stage == "reward")
     with StopRequest() as stop, joined_ranks(config) as topology:
         check_trained(config, make_stage(config, topology), [train_store, held_out], topology)
         start_from = config.model.init_from
@@ -77,7 +76,7 @@ def train(config: Config) -> None:
         sources = [source.name for source in train_store.sources]
         trainer, start = build_trainer(config, topology, stop=stop, sources=sources, content=content)
         metrics = trainer.metrics
-        metrics.console(f"{config.run_dir}: {describe(config, topology, train_store)}")
+        metrics.console(f"{config.run_dir}: {run_summary(config, topology, train_store)}")
         if start.step:
             metrics.console(f"resumed after step {start.step}")
         packs = [] if held_out is None else list(
@@ -92,15 +91,17 @@ def train(config: Config) -> None:
         watchdog = Watchdog(
             Path(config.run_dir) / "watchdog" / f"epoch-{trainer.checkpoints.epoch}",
             topology,
-            trainer.guard.pulse,
+            trainer.guard.heartbeat,
             deadline=config.train.step_deadline,
         )
         with watchdog:
-            finish(trainer, train_store, packs, start=start)
+            fit_with_rollbacks(trainer, train_store, packs, start=start)
         if config.train.export_hf:
             target = Path(config.run_dir) / "hf"
             if config.optimizer.overlap:
-                gather_weights(trainer.chunks)  # which the next forward pass would have done
+                # With overlap the next forward pass gathers the updated weights. There is none after the
+                # last step, so the other ranks' parts of the weights are still stale here.
+                gather_weights(trainer.chunks)
             export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
             metrics.console(f"exported to {target}")
         metrics.close()
@@ -108,15 +109,17 @@ def train(config: Config) -> None:
 
 @contextlib.contextmanager
 def joined_ranks(config: Config) -> Iterator[Topology]:
-    """This process among the ranks of a run, with all that its layers share with other ranks."""
+    """Join this process to the ranks of a run, with the communication buffers that its layers need."""
     with parallel_run(config.parallel, seed=config.seed) as topology, user_buffers(config):
         yield topology
 
 
-def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, start: Position) -> None:
-    """Train to the last step, going back to the newest checkpoint where the trainer asks for it.
+def fit_with_rollbacks(
+    trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, start: Position
+) -> None:
+    """Train to the last step, and return to the newest checkpoint whenever the trainer raises `RollBack`.
 
-    Raises `Requeue` where there is none to go back to: the next start is from the initial weights.
+    Raises `Requeue` if there is no checkpoint. The next start then begins from the initial weights.
     """
     while True:
         trainer.metrics.begin(after=start.step)
@@ -130,15 +133,16 @@ def finish(trainer: Trainer, store: PackStore, held_out: Sequence[Pack], *, star
                 start = trainer.checkpoints.load(found, trainer.chunks, trainer.optimizer, trainer.scheduler)
         if not start.step:
             trainer.metrics.console(
-                "train.on_not_finite=rollback: no checkpoint to go back to, to be requeued. The same command "
-                "again starts from the initial weights and passes over what was not finite"
+                "train.on_not_finite=rollback: no checkpoint to go back to, so the run asks for a "
+                "requeue. The same command starts again from the initial weights and skips the packs that "
+                "were not finite"
             )
             raise Requeue
         trainer.metrics.console(f"rolled back to step {start.step}")
 
 
 def check_run(config: Config) -> Tokenizer:
-    """Everything that can be wrong with this config on these ranks. Raises `ConfigError` with all of it."""
+    """Check a config against the ranks that it runs on. Raises `ConfigError` with every error found."""
     errors = rank_errors(config, world_size=rank_from_environment()[1])
     tokenizer = tokenizer_of(config)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -151,7 +155,7 @@ def check_run(config: Config) -> Tokenizer:
 
 
 def rank_errors(config: Config, *, world_size: int) -> list[str]:
-    """Why this config cannot run on so many ranks of this machine's kind; empty if it can."""
+    """Reasons why this config cannot run on `world_size` ranks of this machine's kind. Empty if it can."""
     has_gpu = torch.cuda.is_available()
     return world_errors(
         config,
@@ -165,9 +169,9 @@ def rank_errors(config: Config, *, world_size: int) -> list[str]:
 
 
 def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackStore | None]:
-    """The packed training data, and the held-out data if `data.eval_sources` names any.
+    """Open the packed training data, and the held-out data if `data.eval_sources` names any.
 
-    Raises `StoreError` where a store does not fit the config, or is not of the sources that it names.
+    Raises `StoreError` if a store does not fit the config, or has other sources than the config names.
     """
 
     def opened(group: GroupName) -> PackStore:
@@ -190,7 +194,7 @@ def open_stores(config: Config, tokenizer: Tokenizer) -> tuple[PackStore, PackSt
 def open_loader(
     config: Config, store: PackStore, topology: Topology, start: Position
 ) -> PackLoader | DaliLoader:
-    """This rank's stream of packs from `start` on, by the backend that the config names."""
+    """This rank's stream of packs from `start` on, read by the backend that the config names."""
     loader = PackLoader(
         store,
         seed=config.seed,
@@ -210,6 +214,8 @@ def make_stage(config: Config, topology: Topology) -> Stage:
     if config.stage == "sft":
         return SFT(config.loss.trained_roles)
     group = topology.groups.cp
+    # A segment's tokens are split over the context-parallel ranks, so its sum is too. Every rank of the group
+    # then has the whole sum, and only the first one counts it: otherwise pairs would count CP times.
     sums = SegmentSums(
         partial(sum_over_ranks, group=group) if group.size() > 1 else None,
         size=group.size(),
@@ -226,11 +232,13 @@ def build_trainer(
     sources: Sequence[str] = (),
     content: Mapping[str, str | None] | None = None,
 ) -> tuple[Trainer, Position]:
-    """A trainer at the newest intact checkpoint or at the initial weights, and how far that is.
+    """Build a trainer at the newest intact checkpoint or at the initial weights. Also returns the position.
 
-    The run belongs to this incarnation from then on. stop: what has been asked from outside; sources: names
-    of the store's sources, for messages; content: digests of what the config names, see `RunSettings`. Raises
-    `Superseded` where a newer incarnation has the run, and `ValueError` where the config is another run's.
+    From here on the run belongs to this incarnation. stop: records signals that ask the run to stop. sources:
+    names of the store's sources, for messages. content: digests of the data and weights, see `RunSettings`.
+
+    Raises `Superseded` if a newer incarnation has claimed the run, and `ValueError` if the config belongs to
+    another run.
     """
     fence = claim_together(config.run_dir, topology)
     checkpoints = Checkpoints(config, topology, fence, content=content)
@@ -242,12 +250,15 @@ def build_trainer(
     if config.runs_reference:
         reference = load_model(config, topology)
         for model in reference:
-            model.eval()  # nothing is kept for a backward pass, so nothing is to be recomputed
+            # Layers recompute in training mode only. The reference has no backward pass that would need it.
+            model.eval()
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)
     core = get_model_config(chunks[0])
-    core.finalize_model_grads_func = guard.pulse.entering("reduce gradients", core.finalize_model_grads_func)
+    core.finalize_model_grads_func = guard.heartbeat.entering(
+        "reduce gradients", core.finalize_model_grads_func
+    )
     start = checkpoints.load(found, chunks, optimizer, scheduler)
     trainer = Trainer(
         config,
@@ -259,22 +270,24 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=checkpoints,
-        metrics=MetricsWriter(config.run_dir, active=topology.is_reporter, may_write=lambda: fence.stands),
+        metrics=MetricsWriter(
+            config.run_dir, active=topology.is_reporter, may_write=lambda: fence.is_current
+        ),
         guard=guard,
     )
     return trainer, start
 
 
 def load_model(config: Config, topology: Topology) -> list[Llama]:
-    """This rank's model chunks with the initial weights."""
+    """Build this rank's model chunks and load the initial weights into them."""
     chunks = build_model(config, topology)
     weights = open_weights(config.model, seed=config.seed, scalar_head=config.stage == "reward")
     load_weights(chunks, weights, config.model)
     return chunks
 
 
-def describe(config: Config, topology: Topology, store: PackStore) -> str:
-    """The run in a line."""
+def run_summary(config: Config, topology: Topology, store: PackStore) -> str:
+    """One line that describes the run: its stage, layout, size and layers."""
     p = config.parallel
     sizes = {
         "TP": p.tensor,

@@ -1,9 +1,9 @@
-"""Which part of the model and of Adam's state each rank saves and loads: its own; nothing is gathered.
+"""The parts of the model and of Adam's state that each rank saves and loads. Nothing is gathered for a save.
 
-The distributed optimizer gives each data-parallel rank a run of the elements of its parameters, and that run
-of the weights and of the three fp32 tensors behind them is what the rank saves. Cut into rectangles of the
-whole tensors, runs are what torch's checkpoint format takes, under the keys of megatron-core's
-"fully_reshardable" layout, so that any other layout finds its own runs in them.
+The distributed optimizer gives each data-parallel rank a range of the elements of each parameter. The rank
+saves this slice of the weights, and the same slice of their fp32 masters and of Adam's two moments. torch's
+checkpoint format stores rectangles of whole tensors, so each slice is cut into rectangles. The keys are those
+of megatron-core's "fully_reshardable" layout. Any other layout can then read its own slices.
 """
 
 import io
@@ -28,16 +28,17 @@ from megatron_post.config.schema import Config
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.models.build import padded_vocab_size
 
-# How megatron-core names Adam's state; parameters alone have no prefix.
+# megatron-core's names of Adam's state. Only these have a prefix in a checkpoint; weights have none.
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A rectangle of a tensor. shape: of the whole; offsets: where it begins; values: the live ones.
+    """A rectangle of a tensor.
 
-    stacked: leading dimensions that number layers. may_be_padded: the whole may have more or fewer rows in
-    another layout, which hold nothing.
+    shape: of the whole tensor. offsets: where the rectangle begins. values: a view of the live tensor.
+    stacked: number of leading dimensions that count layers. may_be_padded: the tensor may have more or fewer
+    rows in another layout. The additional rows are padding.
     """
 
     key: str
@@ -49,25 +50,30 @@ class Shard:
 
 
 def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[Shard]:
-    """What this rank saves of tensors; all ranks together save every element once.
+    """The rectangles that this rank saves. All ranks together save every element once.
 
-    model_state: `sharded_state_dict` of the model's chunks. Values are views of the live tensors. Weights of
-    other data-parallel ranks are not looked at, for they may be stale until the next forward gathers them.
+    model_state: `sharded_state_dict` of the model's chunks. Values are views of the live tensors. Weights
+    that other data-parallel ranks update are not read, because they may be stale until the next forward
+    gathers them.
     """
-    for run in _own_runs(model_state, optimizer):
-        # replicas over pipeline and tensor ranks are saved by the first; the data ranks have shared out
-        if not any(run.item.replica_id[:2]):
-            yield from _cut(run.item, run.weights, run.start, prefix="")
-            for name, values in run.adam_state().items():
-                yield from _cut(run.item, values, run.start, prefix=f"optimizer.state.{name}.")
+    for own in _own_slices(model_state, optimizer):
+        # Of replicas over pipeline and tensor ranks, the first one is saved. Data-parallel ranks have no
+        # replicas here, because each has its own slice.
+        if not any(own.item.replica_id[:2]):
+            yield from _cut(own.item, own.weights, own.start, prefix="")
+            for name, values in own.adam_state().items():
+                yield from _cut(own.item, values, own.start, prefix=f"optimizer.state.{name}.")
     for item in _without_optimizer(model_state, optimizer):
         if is_main_replica(item.replica_id):
             yield from _cut(item, item.data.detach().reshape(-1), 0, prefix="")
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes of the tensors that `own_shards` of all ranks save: weights in the dtype that they are trained
-    in, and in fp32 their masters and Adam's moments. 14 a parameter in bf16, 16 in fp32."""
+    """Bytes of the tensors in a checkpoint, as `own_shards` of all ranks save them.
+
+    These are the weights in the dtype of training, and in fp32 their masters and Adam's two moments. One
+    parameter takes 14 bytes with bf16 and 16 with fp32.
+    """
     model = config.model.model_copy(update={"vocab_size": padded_vocab_size(config)})
     shapes = hf_shapes(model, scalar_head=config.stage == "reward").values()
     weight = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
@@ -77,19 +83,25 @@ def checkpoint_bytes(config: Config) -> int:
 def needed_shards(
     model_state: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
 ) -> Iterator[Shard]:
-    """What this rank loads: its runs of the weights, which are then to be gathered, and of the optimizer's
-    state, unless it wants `weights_only`. That state must have been made."""
-    for run in _own_runs(model_state, optimizer):
-        yield from _cut(run.item, run.weights, run.start, prefix="")
+    """The rectangles that this rank loads: its slices of the weights, and of Adam's state.
+
+    The caller then gathers the weights. Adam's state must have been allocated. With `weights_only` it is left
+    out.
+    """
+    for own in _own_slices(model_state, optimizer):
+        yield from _cut(own.item, own.weights, own.start, prefix="")
         for name in () if weights_only else _STATES:
-            values = run.state()[name].detach()
-            yield from _cut(run.item, values, run.start, prefix=f"optimizer.state.{name}.")
+            values = own.state()[name].detach()
+            yield from _cut(own.item, values, own.start, prefix=f"optimizer.state.{name}.")
     for item in _without_optimizer(model_state, optimizer):
         yield from _cut(item, item.data.detach().reshape(-1), 0, prefix="")
 
 
 def own_objects(model_state: dict[str, Any]) -> dict[str, bytes]:
-    """What modules keep beside tensors, such as FP8's scales: key -> a saved list of one object."""
+    """Objects that modules keep besides tensors, such as FP8 scales.
+
+    key -> a serialized list of one object.
+    """
     objects = {}
     for item in nested_values(model_state):
         if isinstance(item, ShardedObject) and is_main_replica(item.replica_id):
@@ -102,11 +114,10 @@ def own_objects(model_state: dict[str, Any]) -> dict[str, bytes]:
 def rectangles(
     shape: tuple[int, ...], start: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut the elements [start, end) of a row-major tensor into rectangles: offsets and sizes of each, in
-    order.
+    """Cut the elements [start, end) of a row-major tensor into rectangles. Yields their offsets and sizes.
 
-    Of a matrix at most three: the rest of a row, whole rows, the beginning of a row. Of [3, 4], elements 2 to
-    9: 1 x 2 at (0, 2); 1 x 4 at (1, 0); 1 x 1 at (2, 0).
+    A matrix gives at most three: the rest of a row, whole rows, and the beginning of a row. Elements 2 to 9
+    of a tensor [3, 4] give 1 x 2 at (0, 2), 1 x 4 at (1, 0) and 1 x 1 at (2, 0).
     """
     if start >= end:
         return
@@ -127,12 +138,16 @@ def rectangles(
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers that make up an optimizer."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The elements [start, start + n) of a parameter, which this rank's optimizer updates. weights: [n]."""
+class _Slice:
+    """The elements [start, start + n) of a parameter, which this rank's optimizer updates. weights: [n].
+
+    state: returns Adam's state of the slice under the names of `_STATES`.
+    """
 
     item: ShardedTensor | ShardedTensorFactory
     start: int
@@ -140,20 +155,20 @@ class _Run:
     state: Callable[[], dict[str, Tensor]]
 
     def adam_state(self) -> dict[str, Tensor]:
-        """fp32 [n] each. Moments of a parameter that Adam has not met yet are zero, as it would begin."""
+        """Adam's state, fp32 [n] each. Moments are zero if Adam has not updated the parameter yet."""
         state = self.state()
         missing = {name: torch.zeros_like(state["param"]) for name in _STATES if name not in state}
         return {name: (missing | state)[name].detach() for name in _STATES}
 
 
-def _own_runs(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[_Run]:
+def _own_slices(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[_Slice]:
     tensors = {id(item.data): item for item in _items(model_state)}
     for part in optimizer_parts(optimizer):
         buckets = [bucket for maps in part.gbuf_ranges for found in maps.values() for bucket in found]
         for param, ranges in [pair for bucket in buckets for pair in bucket["param_map"].items()]:
             start, end = ranges["param"].start, ranges["param"].end
             state = partial(part._get_main_param_and_optimizer_states, param)
-            yield _Run(tensors[id(param)], start, param.detach().reshape(-1)[start:end], state)
+            yield _Slice(tensors[id(param)], start, param.detach().reshape(-1)[start:end], state)
 
 
 def _without_optimizer(
@@ -170,17 +185,19 @@ def _items(model_state: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTenso
 
 
 def _cut(
-    item: ShardedTensor | ShardedTensorFactory, run: Tensor, start: int, *, prefix: str
+    item: ShardedTensor | ShardedTensorFactory, values: Tensor, start: int, *, prefix: str
 ) -> Iterator[Shard]:
-    """Shards of the elements from `start` on, as `run` [n] holds them, of a model's tensor."""
+    """Cut `values` [n], which are the elements of a model's tensor from `start` on, into shards."""
     whole = item.data
+    # A factory stands for a tensor that the checkpoint stores in several parts, such as the gate and up
+    # projections of the MLP. Its parts are views of the tensor, so pointers give their offsets.
     tensors = [item] if isinstance(item, ShardedTensor) else list(nested_values({"": item.build()}))
     for tensor in tensors:
         assert tensor.data.is_contiguous()
         offset = (tensor.data.data_ptr() - whole.data_ptr()) // whole.element_size()
         assert 0 <= offset <= whole.numel() - tensor.data.numel(), f"{item.key}: a factory made a copy"
         stacked, local = tensor.prepend_axis_num, tuple(tensor.local_shape)
-        first, last = max(start, offset), min(start + len(run), offset + prod(local))
+        first, last = max(start, offset), min(start + len(values), offset + prod(local))
         position = first - start
         for place, sizes in rectangles(local, first - offset, last - offset):
             count = prod(sizes)
@@ -189,7 +206,7 @@ def _cut(
                 prefix + tensor.key,
                 tuple(tensor.global_shape),
                 (*origin[:stacked], *(o + p for o, p in zip(origin[stacked:], place, strict=True))),
-                run[position : position + count].view((1,) * stacked + sizes),
+                values[position : position + count].view((1,) * stacked + sizes),
                 stacked,
                 tensor.allow_shape_mismatch,
             )

@@ -1,23 +1,23 @@
-"""Signals as a wish to leave, and the exit status that asks a launcher to start the run again."""
+"""Signals that ask a run to stop, and the exit status that asks the launcher to start it again."""
 
 import signal
 from types import FrameType
 from typing import Any, Self
 
-# Of ranks that were asked to stop and have saved, and of ranks that the watchdog ends: sysexits' EX_TEMPFAIL.
-# 0 is done, other statuses are failures.
+# The exit status of ranks that were asked to stop and have saved, and of ranks that the watchdog ends. It is
+# EX_TEMPFAIL of sysexits.h. Status 0 means that the run has finished, and any other status is a failure.
 REQUEUE = 75
 
 
 class Requeue(SystemExit):
-    """The run has saved and left because it was asked to; the process ends with `REQUEUE`."""
+    """The run was asked to stop and has saved. The process ends with the status `REQUEUE`."""
 
     def __init__(self) -> None:
         super().__init__(REQUEUE)
 
 
 class StopRequest:
-    """Within this context SIGUSR1 and SIGTERM end nothing: `received` names the first that came."""
+    """Within this context SIGUSR1 and SIGTERM do not end the process. `received` names the first signal."""
 
     def __init__(self) -> None:
         self.received: str | None = None

@@ -1,5 +1,4 @@
-"""Packs that a run passes over, because a step on them was not finite: written down, so that a resumed run
-passes over them too."""
+"""Records the packs that a run skips because a step was not finite. A resumed run skips them too."""
 
 import json
 import os
@@ -16,12 +15,15 @@ from megatron_post.train.health import NotFinite
 
 
 class RollBack(Exception):
-    """The run must go back to its newest checkpoint; what it then passes over is written down."""
+    """The run must go back to its newest checkpoint. The packs that it then skips have been recorded."""
 
 
 @dataclass(frozen=True)
 class Skip:
-    """Packs [start, end) of the stream, over all ranks; the step they were found in; where and what."""
+    """Packs [start, end) of the stream over all ranks. step: where they were found.
+
+    places: what was found.
+    """
 
     start: int
     end: int
@@ -30,9 +32,9 @@ class Skip:
 
 
 class Skips:
-    """The skips of a run, in `run_dir/skipped.jsonl`. All ranks hold them; the first writes.
+    """The skips of a run, in `run_dir/skipped.jsonl`. All ranks have them, and rank 0 writes the file.
 
-    policy: "stop", "skip" or "rollback"; most: skips after which a run stops, whatever the policy.
+    policy: "stop", "skip" or "rollback". most: the run stops after this many skips, whatever the policy.
     """
 
     def __init__(self, run_dir: str | Path, topology: Topology, *, policy: str, most: int) -> None:
@@ -43,23 +45,28 @@ class Skips:
         self._skips: list[Skip] = known[0]
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether packs [start, end) hold any that are passed over; a step is passed over whole."""
+        """Whether any of the packs [start, end) is skipped. If so, the whole step is skipped."""
         return any(skip.start < end and start < skip.end for skip in self._skips)
 
     def decide(self, start: int, end: int, step: int, found: NotFinite) -> None:
-        """Do what the policy says about a step that was not finite: return to pass over it, or raise
-        `RollBack`, or `found`, if the run stops. All ranks call it."""
+        """Apply the policy to a step that was not finite. All ranks must call this method.
+
+        Returns if the step is to be skipped. Raises `RollBack` if the run must go back to a checkpoint, and
+        `FloatingPointError` if the run stops.
+        """
         if self._policy == "stop":
             raise found
         if len(self._skips) >= self._most:
             raise FloatingPointError(f"{found}\n  train.max_skips={self._most} are used up") from found
         self._skips.append(Skip(start, end, step, found.places))
         if self._is_first:
+            # The record must be on the disk before the run goes on. A run that is killed later would
+            # otherwise take the step that this run skipped.
             with self._path.open("a") as file:
                 file.write(json.dumps(asdict(self._skips[-1])) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            say(f"{found}\npassed over from now on ({self._policy})")
+            say(f"{found}\nthese packs are skipped from now on ({self._policy})")
         if self._policy == "rollback":
             raise RollBack
 
@@ -67,7 +74,7 @@ class Skips:
         if not self._path.exists():
             return []
         text = self._path.read_text()
-        # what follows the last line's end was being written when the run died, and nothing followed from it
+        # A rest without a line end was being written when the run was killed, and was never acted upon.
         whole = text[: text.rfind("\n") + 1]
         os.truncate(self._path, len(whole.encode()))
         with reading(self._path, "a record of skipped packs"):

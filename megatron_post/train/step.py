@@ -1,4 +1,4 @@
-"""One optimizer step's worth of forward and backward through megatron-core's schedules."""
+"""Forward and backward of one optimizer step, through megatron-core's pipeline schedules."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ from megatron_post.stages.base import Metrics, Stage
 
 @dataclass(frozen=True)
 class Microbatch:
-    """This rank's part of a pack, and what the layers need to know of the whole."""
+    """This rank's part of a pack, and the boundaries of the whole pack's segments, for attention."""
 
     batch: PackedBatch
     packed: PackedSeqParams
 
     def through(self, chunk: Any) -> Tensor:
-        """What a model chunk makes of it: hidden states, or on the last pipeline stage the head's output."""
+        """Run a model chunk. Returns hidden states, or the head's output on the last pipeline stage."""
         batch = self.batch
         labels, positions = batch.labels[None], batch.positions[None]
         output: Tensor = chunk(
@@ -41,10 +41,10 @@ class Microbatch:
 class Stepper:
     """Runs packs forward, or forward and backward, through the model chunks of this rank.
 
-    portable: the chunks have the portable layers' attention, which is told of packs otherwise than
-    Transformer Engine's.
-    reference: a frozen policy whose log-probabilities each batch gets before the loss is taken. `losses` are
-    the mean losses of this rank's packs of the last call, on the last pipeline stage.
+    portable: the chunks use the portable attention, which takes another description of a pack's segments than
+    Transformer Engine's attention. reference: a frozen policy. Its log-probabilities are added to each batch
+    before the loss is computed. `losses` has the mean loss of each pack of the last call, on the last
+    pipeline stage.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Stepper:
         self.losses: list[float] = []
 
     def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
-        """Sums over all ranks and packs, `name` and `name_count` for every metric of the stage.
+        """Sum every metric of the stage over all ranks and packs, as `name` and `name_count`.
 
         Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result
-        is complete on the last pipeline stage and empty before it.
+        is complete on the last pipeline stage and empty on the other stages.
         """
         microbatches = [self.prepare(pack) for pack in packs]
         if self._reference is not None:
@@ -76,25 +76,28 @@ class Stepper:
         return self._reduce(outputs)
 
     def outputs(self, packs: Sequence[Pack]) -> list[tuple[Tensor, PackedBatch]]:
-        """The model's output for each pack, and this rank's part of it; empty before the last pipeline
-        stage."""
+        """The model's output for each pack, with this rank's part of the pack.
+
+        The list is empty on every pipeline stage but the last.
+        """
         microbatches = [self.prepare(pack) for pack in packs]
         outputs = self._forward_all(self._chunks, microbatches)
         return [(output, m.batch) for output, m in zip(outputs, microbatches, strict=False)]
 
     def bad_gradients(self, packs: Sequence[Pack]) -> list[int]:
-        """The packs whose gradients on this rank are not finite, found by running each by itself.
+        """Find the packs whose gradients on this rank are not finite, by running each one alone.
 
-        Gradients are not reduced, so that another rank's do not hide where they come from, and are of no use
-        afterwards. With the interleaved schedule packs run in groups, and a group's first stands for it. All
-        ranks call it.
+        Gradients are not reduced, so that only the rank whose packs caused the fault reports it. The gradient
+        buffers cannot be used afterwards. The interleaved schedule runs packs in groups, and the result then
+        names the first pack of each group. All ranks must call this method.
         """
         virtual = len(self._chunks) > 1
         size = self._topology.groups.pp.size() if virtual else 1
         bad = []
         for start in range(0, len(packs), size):
             for chunk in self._chunks:
-                chunk.zero_grad_buffer()  # which also makes the chunk reduce again
+                # Without this the chunk would not reduce its gradients again.
+                chunk.zero_grad_buffer()
             with _no_reduction(self._chunks):
                 self(packs[start : start + size])
             buffers = [buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers]
@@ -103,7 +106,7 @@ class Stepper:
         return bad
 
     def prepare(self, pack: Pack) -> Microbatch:
-        """Collate a pack, take this context-parallel rank's tokens, move them to the device."""
+        """Collate a pack, take this context-parallel rank's tokens, and move them to the device."""
         groups, device = self._topology.groups, self._topology.device
         whole = self._stage.collate(pack)
         split = ContextSplit(whole.cu_seqlens, groups.cp.size())
@@ -116,7 +119,7 @@ class Stepper:
 
     def _with_reference(self, microbatches: list[Microbatch], chunks: list[Any]) -> list[Microbatch]:
         logps = self._forward_all(chunks, microbatches)
-        if not logps:  # the loss is taken on the last pipeline stage alone
+        if not logps:  # only the last pipeline stage computes the loss, so only it needs them
             return microbatches
         return [
             dataclasses.replace(m, batch=dataclasses.replace(m.batch, reference_logps=reference))
@@ -131,7 +134,10 @@ class Stepper:
     def _schedule(
         self, chunks: list[Any], microbatches: list[Microbatch], take: Any, *, forward_only: bool
     ) -> list[Any]:
-        """What `take(output, batch)` gives for each microbatch, through megatron-core's pipeline schedule."""
+        """Run megatron-core's pipeline schedule.
+
+        Returns the result of `take(output, batch)` per microbatch.
+        """
 
         def forward(iterator: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Any]:
             microbatch = next(iterator)
@@ -163,6 +169,8 @@ class Stepper:
         each = torch.stack(pairs)
         self.losses = [value / max(count, 1) for value, count in each[:, names.index("loss")].tolist()]
         totals = each.sum(0)
+        # Metrics are reduced as sums and counts, like the loss. A mean of per-rank means would give packs
+        # with few pairs the same weight as packs with many.
         torch.distributed.all_reduce(totals, group=self._topology.groups.dp_cp)
         sums: dict[str, float] = {}
         for name, (value, count) in zip(names, totals.tolist(), strict=True):
@@ -172,7 +180,7 @@ class Stepper:
 
 @contextlib.contextmanager
 def _no_reduction(chunks: Sequence[Any]) -> Iterator[None]:
-    """Within this context a backward leaves gradients in this rank's buffers as they are."""
+    """Within this context a backward pass leaves this rank's gradients unreduced."""
     config = get_model_config(chunks[0])
     hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     before = {name: getattr(config, name) for name in hooks}

@@ -1,4 +1,4 @@
-"""A file of JSON lines in which a run writes down its steps, each once, however often the run is killed."""
+"""A file of JSON lines about a run's steps. Each step is there once, however often the run is killed."""
 
 import contextlib
 import json
@@ -11,17 +11,17 @@ from megatron_post.display import say
 
 
 class StepLines:
-    """One file, which one process writes. No trouble with the disk ends the run: a line that cannot be
-    written is left out, which is said once.
+    """One file that one process writes. An error of the disk does not end the run.
 
-    may_write: asked before each line. A process that a newer incarnation of its run has replaced writes none.
+    A line that cannot be written is left out, and one warning is printed. may_write: called before each line.
+    It returns False in a process that a newer incarnation of the run has replaced.
     """
 
     def __init__(self, path: Path, *, may_write: Callable[[], bool] = lambda: True) -> None:
         self._path, self._may_write, self._has_warned = path, may_write, False
 
     def write(self, **values: Any) -> None:
-        """Append a line; the whole of it, or nothing where the disk is full."""
+        """Append a whole line, or nothing if the disk is full."""
         if not self._may_write():
             return
         line = (json.dumps(values) + "\n").encode()
@@ -39,8 +39,10 @@ class StepLines:
             self._warn(error)
 
     def cut_back(self, step: int) -> None:
-        """Remove the lines of steps after `step`, which the run is about to take again, and what a kill or a
-        full disk has left of a line."""
+        """Remove the lines of steps after `step`, which the run is about to repeat.
+
+        Incomplete lines, which a kill or a full disk leaves, are removed as well.
+        """
         try:
             if self._path.exists():
                 self._cut_back(step)
@@ -55,13 +57,15 @@ class StepLines:
         if kept and not wanted.endswith(b"\n"):
             wanted += b"\n"
         if content.startswith(wanted):
-            os.truncate(self._path, len(wanted))  # needs no room, and is done at once
+            os.truncate(self._path, len(wanted))  # this is atomic and works on a full disk
         else:
             beside = self._path.with_name(f".{self._path.name}.partial")
             beside.write_bytes(wanted)
             beside.replace(self._path)
         if removed := len(lines) - len(kept):
-            say(f"{self._path}: {removed} line(s) removed, of steps after {step} or cut off by a kill")
+            say(
+                f"{self._path}: removed {removed} line(s) that belong to steps after {step} or are incomplete"
+            )
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -71,7 +75,7 @@ class StepLines:
 
 
 def _belongs(line: bytes, step: int) -> bool:
-    """Whether a line can be read, and is of no later step."""
+    """Whether a line is complete and does not belong to a later step."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The page: take packs, forward and backward, step the optimizer, report, maybe evaluate, maybe save."""
+"""The training loop: take packs, run forward and backward, step the optimizer, report, evaluate, save."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,12 +23,12 @@ from megatron_post.train.optimizer import gradient_norm
 from megatron_post.train.signals import Requeue
 from megatron_post.train.step import Stepper
 
-# Times a step's deadline that a save may take.
+# A save may take this many times the deadline of a step before the watchdog ends the run.
 PATIENCE = 4.0
 
 
 class Trainer:
-    """A training run over its parts, which `train.run` builds."""
+    """A training run. `train.run` builds its parts."""
 
     def __init__(
         self,
@@ -50,9 +50,11 @@ class Trainer:
     def fit(self, train: Iterator[list[Pack]], held_out: Sequence[Pack], *, start: Position) -> None:
         """Train from `start` to the last step of the config.
 
-        train: this rank's packs, one list an optimizer step. held_out: this rank's evaluation packs, of equal
-        number on every data-parallel rank. Raises `Requeue` once it has saved because it was asked to leave,
-        `RollBack`, `NotFinite` and `SaveFailed` on all ranks alike.
+        train: this rank's packs, one list for each optimizer step. held_out: this rank's evaluation packs.
+        Every data-parallel rank has the same number of them.
+
+        Raises `Requeue` if the run was asked to stop and has saved. Raises `RollBack`, `NotFinite` or
+        `SaveFailed`. All ranks raise the same error at the same step.
         """
         steps, position = self.config.train.steps, start
         while position.step < steps:
@@ -74,21 +76,25 @@ class Trainer:
         self.guard.end()
 
     def advance(self, position: Position, packs: list[Pack]) -> dict[str, float] | None:
-        """One step of the run, or None where its packs are passed over: schedule and position go on alike."""
+        """Take one step of the run. Returns None if its packs are skipped. The schedule always advances."""
         start = position.consumed_packs
         end = start + self.config.train.global_batch
         if not self.guard.skips.covers(start, end):
             try:
                 return self.step(packs)
             except NotFinite as found:
+                # A policy may end or roll back the run, so a checkpoint in progress must be published first.
                 self.checkpoints.wait()
                 self.guard.skips.decide(start, end, position.step + 1, found)
         self.scheduler.step(increment=1)
         return None
 
     def step(self, packs: list[Pack]) -> dict[str, float]:
-        """One optimizer step. Returns the stage's metrics (on the last pipeline stage), gradient norm and
-        rate. Raises `NotFinite`, on all ranks and with nothing moved, where a loss or gradient is not."""
+        """Take one optimizer step.
+
+        Returns the stage's metrics (on the last pipeline stage), the gradient norm and the learning rate.
+        Raises `NotFinite` on all ranks if a loss or a gradient is not finite. The weights are then unchanged.
+        """
         self.guard.enter("forward and backward")
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -97,37 +103,42 @@ class Trainer:
         self.guard.enter("update")
         norm, rate = gradient_norm(self.optimizer), self.optimizer.param_groups[0]["lr"]
         self.check(norm, packs)
+        # An asynchronous save copies live parameters and Adam's state. The optimizer must not overwrite them
+        # before the copy has finished.
         self.checkpoints.may_change()
         self.optimizer.step()
         self.scheduler.step(increment=1)
         return {**_means(sums), "grad_norm": norm, "lr": rate}
 
     def check(self, norm: float, packs: list[Pack]) -> None:
-        """Hear all ranks; see that losses and gradients are finite and that saves succeed.
+        """Check on all ranks that losses and gradients are finite and that no save has failed.
 
         Raises `NotFinite` or `SaveFailed` on all ranks.
         """
+        # Losses exist on the last pipeline stage only, and a failed save is known on one rank only. Without
+        # this exchange one rank would raise while the others wait for it in the next collective.
         bad = not_finite(self.stepper.losses)
-        words = self.guard.call_roll(bad_loss=bool(bad), save_failed=self.checkpoints.failed)
-        if any(word.save_failed for word in words):
+        statuses = self.guard.exchange_status(bad_loss=bool(bad), save_failed=self.checkpoints.failed)
+        if any(status.save_failed for status in statuses):
             self.checkpoints.wait()
         kind = "loss"
-        if not any(word.bad_loss for word in words):
+        if not any(status.bad_loss for status in statuses):
             if math.isfinite(norm):
                 return
+            # The norm is reduced over all ranks, so every rank takes this branch together.
             self.guard.begin(self.guard.step, "search for bad gradients", patience=PATIENCE)
             kind, bad = "gradient", self.stepper.bad_gradients(packs)
         places = name_places(kind, bad, packs, self.topology, self.guard.sources)
-        unseen = "no rank finds it when it runs its microbatches again: a passing fault, perhaps of hardware"
+        unseen = "no rank finds it again when it repeats its microbatches: perhaps a transient hardware fault"
         raise NotFinite(self.guard.step, norm, places or [unseen])
 
     def save(self, position: Position) -> None:
-        """Begin a checkpoint; with `checkpoint.asynchronous` training goes on while it is written."""
+        """Begin a checkpoint. With `checkpoint.asynchronous` training goes on while it is written."""
         self.guard.begin(position.step, "save", patience=PATIENCE)
         self.checkpoints.save(position, self.chunks, self.optimizer)
 
     def leave(self, step: int) -> None:
-        """Wait for the checkpoint and ask for a requeue."""
+        """Wait until the checkpoint is published, then raise `Requeue`."""
         self.guard.begin(step, "last checkpoint", patience=PATIENCE)
         self.checkpoints.wait()
         self.guard.end()
@@ -136,7 +147,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int, packs: Sequence[Pack]) -> None:
-        """Mean metrics over the held-out packs."""
+        """Report the mean metrics over the held-out packs."""
         patience = len(packs) * self.topology.data_size / self.config.train.global_batch
         self.guard.begin(step, "evaluation", patience=max(1.0, patience))
         for chunk in self.chunks:
@@ -151,7 +162,10 @@ class Trainer:
         )
 
     def report(self, step: int, values: dict[str, float], packs: Sequence[Pack], *, seconds: float) -> None:
-        """Throughput counts real tokens, never padding; FLOPs count what each segment attends to."""
+        """Write a step's metrics.
+
+        Throughput counts real tokens without padding. FLOPs count the keys that each token attends to.
+        """
         tokens, squares = self._global_cost(packs)
         flops = step_flops(self.config, Load(tokens, squares)).model / seconds
         values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -169,6 +183,7 @@ class Trainer:
             self.metrics.console(train_line(step, self.config.train.steps, values))
 
     def _global_cost(self, packs: Sequence[Pack]) -> tuple[float, float]:
+        """Tokens, and pairs of a token and a key that it attends to, over all data-parallel ranks."""
         layout = store_layout(self.config)
         squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
         tokens = sum(pack.lengths.sum() for pack in packs)
@@ -182,6 +197,6 @@ def _due(step: int, every: int) -> bool:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    """name -> sum / count; a metric without a single count is left out rather than reported as a number."""
+    """The mean of each metric: name -> sum / count. A metric whose count is 0 is left out."""
     names = [name for name in sums if not name.endswith("_count")]
     return {name: sums[name] / sums[f"{name}_count"] for name in names if sums[f"{name}_count"] > 0}

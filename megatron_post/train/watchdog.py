@@ -1,10 +1,11 @@
-"""Hangs: every rank watches its own steps, and tells where it stands once one takes too long.
+"""Detects hangs. Every rank watches its own steps, and reports its position if a step takes too long.
 
-Nothing is written and nobody is asked while steps are in time. A rank whose step is half-way to the deadline
-leaves a note of where it is; at the deadline all ranks dump their stacks, and the ranks without a note, or
-behind the others, are named. Then every rank ends with `REQUEUE`, and those of the same host that do not
-answer are killed.
-No collective takes part, for a collective is what hangs.
+While steps are in time, the watchdog writes nothing and communicates with no other rank. When half of a
+step's deadline has passed, a rank writes a note with its step and section. At the deadline all ranks dump
+their stacks, and one rank reports the ranks that have no note or are behind the others. Then every rank exits
+with `REQUEUE`. Ranks of the same host that do not answer are killed.
+
+The ranks communicate by files. A collective cannot be used, because a collective is usually what hangs.
 """
 
 import contextlib
@@ -23,22 +24,23 @@ import torch
 
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
-from megatron_post.train.pulse import Period, Pulse
+from megatron_post.train.heartbeat import Heartbeat, Period
 from megatron_post.train.signals import REQUEUE
 
-TICK = 0.25  # seconds between looks at the own pulse
-# Seconds from the deadline to the end: for other ranks to notice and dump, before anybody is judged.
+TICK = 0.25  # seconds between two checks of this rank's heartbeat
+# Seconds from the deadline to the exit. Other ranks notice the hang and dump their stacks in this time,
+# before the report says which ranks are missing.
 NOTICE = 2.5
 
 
 class Watchdog:
     """Within this context a step that takes longer than `deadline` seconds ends all ranks of the run.
 
-    directory: for notes, stacks and report, of this incarnation alone. deadline 0: no watching.
+    directory: for the notes, stacks and report of this incarnation alone. deadline: 0 turns the watchdog off.
     """
 
-    def __init__(self, directory: Path, topology: Topology, pulse: Pulse, *, deadline: float) -> None:
-        self.directory, self._pulse, self._deadline = directory, pulse, deadline
+    def __init__(self, directory: Path, topology: Topology, heartbeat: Heartbeat, *, deadline: float) -> None:
+        self.directory, self._heartbeat, self._deadline = directory, heartbeat, deadline
         self._rank, self._over, self._ends = topology.rank, threading.Event(), threading.Lock()
         self._places: list[Any] = [None] * topology.world_size  # (host, process id) of every rank
         torch.distributed.all_gather_object(self._places, (socket.gethostname(), os.getpid()))
@@ -50,7 +52,8 @@ class Watchdog:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is not None and (self.directory / "hung").exists():
-            # other ranks end, and what that cuts off here is no failure of its own
+            # Other ranks have exited because of a hang. This error is a consequence, and no failure of its
+            # own.
             self._end()
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
@@ -58,15 +61,17 @@ class Watchdog:
 
     def _watch(self) -> None:
         suspended = 0.0
-        seen, period = time.monotonic(), self._pulse.period
+        seen, period = time.monotonic(), self._heartbeat.period
         while not self._over.wait(TICK):
             now = time.monotonic()
-            if self._pulse.period is not period:
-                suspended, period = 0.0, self._pulse.period
-            # this process did not run, so it has not been waiting for anybody either
+            if self._heartbeat.period is not period:
+                suspended, period = 0.0, self._heartbeat.period
+            # The whole process was suspended for this time, for example by SIGSTOP. It has not waited for
+            # other ranks then, so the time does not count.
             suspended += max(0.0, now - seen - 20 * TICK)
             seen = now
-            # for a thread that never lets the others run, and so this one neither
+            # If another thread holds the interpreter lock forever, this thread cannot run. faulthandler's own
+            # C thread does not need the lock and ends the process.
             faulthandler.dump_traceback_later(self._deadline + 4, exit=True)
             if period is None:
                 continue
@@ -79,7 +84,7 @@ class Watchdog:
     def _leave_note(self, period: Period) -> None:
         content = {"step": period.step, "section": period.section}
         fresh = self.directory / f".note-{self._rank}"
-        with contextlib.suppress(OSError):  # a full disk must not end the watch
+        with contextlib.suppress(OSError):  # a full disk must not end the watchdog's thread
             self.directory.mkdir(parents=True, exist_ok=True)
             fresh.write_text(json.dumps(content))
             fresh.rename(self._note(self._rank))
@@ -88,19 +93,21 @@ class Watchdog:
         return self.directory / f"rank-{rank}.json"
 
     def _end(self) -> None:
-        self._ends.acquire()  # for ever: who comes second ends with the first
+        # The lock is never released. A second thread waits here until the first one ends the process.
+        self._ends.acquire()
         try:
             try:
                 (self.directory / "hung").touch()
                 with (self.directory / f"rank-{self._rank}.txt").open("w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
-            except OSError:  # a full disk
+            except OSError:  # the disk is full, so the stacks go to stderr
                 faulthandler.dump_traceback(all_threads=True)
             time.sleep(NOTICE)
             notes = {rank: self._read(rank) for rank in range(len(self._places))}
             silent = [rank for rank, note in notes.items() if note is None and rank != self._rank]
             answering = [rank for rank in notes if rank not in silent]
-            # a rank that wakes later finds only its own kind silent: the first verdict stands
+            # A suspended rank that wakes up later finds that the others do not answer, because they have
+            # exited. It must not overwrite the first report.
             if self._rank == min(answering) and not (self.directory / "report.txt").exists():
                 text = f"hang: step not done within {self._deadline:g} s\n" + "\n".join(verdict(notes))
                 text += f"\nstacks of all ranks that answer: {self.directory}/rank-*.txt"
@@ -110,16 +117,19 @@ class Watchdog:
             host = self._places[self._rank][0]
             stuck = [str(self._places[rank][1]) for rank in silent if self._places[rank][0] == host]
             if stuck and self._note(self._rank).exists():
-                # a stopped process cannot end itself. Later than this one, whose status a launcher shall see
-                # first; by a shell, for this process will be gone
+                # A suspended process cannot end itself. It is killed one second after this process exits, so
+                # that the launcher sees the status REQUEUE first. A shell does this, since this process is
+                # gone.
                 command = f"sleep 1; kill -KILL {' '.join(stuck)} 2>/dev/null"
                 subprocess.Popen(["sh", "-c", command], start_new_session=True)
         finally:
             os._exit(REQUEUE)
 
     def _read(self, rank: int) -> dict[str, Any] | None:
-        """A rank's note, if it is not seconds older than this rank's own, by the file system's clock: those
-        of hosts differ and jump."""
+        """A rank's note, or None if there is none or it is `NOTICE` seconds older than this rank's own.
+
+        Ages are compared by the clock of the file system, because the clocks of hosts differ.
+        """
         try:
             note: dict[str, Any] = json.loads(self._note(rank).read_text())
             behind = self._note(self._rank).stat().st_mtime - self._note(rank).stat().st_mtime
@@ -129,18 +139,18 @@ class Watchdog:
 
 
 def verdict(notes: dict[int, dict[str, Any] | None]) -> list[str]:
-    """Who did not arrive, by rank: those without a note, and those behind; where all others wait."""
+    """Lines that name the ranks without a note, the ranks that are behind, and where the others wait."""
     silent = [rank for rank, note in notes.items() if note is None]
     lines = [f"  rank {rank} does not answer: stopped, dead or cut off" for rank in silent]
     places: dict[tuple[int, str], list[int]] = {}
     for rank, note in notes.items():
         if note is not None:
             places.setdefault((note["step"], note["section"]), []).append(rank)
-    # the crowd waits; whoever is elsewhere is waited for
-    crowd = max(places.values(), key=len, default=[])
+    # Most ranks wait at the same place. Ranks at other places are the ones that they wait for.
+    most = max(places.values(), key=len, default=[])
     for (step, section), ranks in sorted(places.items()):
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_runs(ranks)}"
-        what = "waiting" if ranks is crowd else "did not arrive:"
+        what = "waiting" if ranks is most else "did not arrive:"
         lines.append(f"  {which} {what} in step {step}, {section}")
     if not silent and len(places) == 1:
         lines.append("  no rank is missing: a link or a device hangs, or train.step_deadline is too short")
@@ -148,7 +158,7 @@ def verdict(notes: dict[int, dict[str, Any] | None]) -> list[str]:
 
 
 def _runs(ranks: list[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
+    """Ranks as text: 0, 1, 2 and 5 become "0-2, 5"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:

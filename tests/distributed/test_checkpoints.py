@@ -153,13 +153,13 @@ def test_all_ranks_hear_why_one_cannot_resume(tmp_path: Path) -> None:
     """A disk that fails on one of two; a model with other sizes."""
     config = tiny_config(tmp_path / "run")
     run_ranks(_train_or_resume_and_save, 2, config)
-    said = r"cannot be resumed here; 1 ranks say so, first rank 1: OSError: this disk"
+    said = r"cannot be resumed here. 1 ranks report an error, the first is rank 1: OSError: this disk"
     with pytest.raises(AssertionError, match=said):
         run_ranks(_resume_where_one_cannot_read, 2, config)
     wider = tiny_config(tmp_path / "run", model={"ffn_hidden_size": 128})
     with pytest.raises(AssertionError, match=r"model.ffn_hidden_size: 96 there, 128 here"):
         run_ranks(_train_or_resume_and_save, 2, wider)
-    said = r"2 ranks say so, first rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
+    said = r"2 ranks report an error, the first is rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
     with pytest.raises(AssertionError, match=said):
         run_ranks(_resume_whatever_the_settings_say, 2, wider)
 

@@ -79,7 +79,7 @@ def test_skip_and_rollback_agree(run: Run) -> None:
         first = one.start(policy_override, inject=nan_loss)
         first.until(lambda first=first: first.step >= 7)
         first.kill()
-        assert "passed over from now on" in first.output
+        assert "these packs are skipped from now on" in first.output
         assert ("rolled back to step 4" in first.output) == (policy == "rollback")
         second = one.start(policy_override)
         assert second.wait() == [0, 0], second.output

@@ -1,4 +1,4 @@
-"""What goes wrong while a checkpoint is written is named, and the writer's thread ends."""
+"""An error while a checkpoint is written is reported with its reason, and the writer's thread ends."""
 
 import errno
 import shutil
@@ -14,7 +14,7 @@ from megatron_post.train.shards import Shard
 
 
 class _Full:
-    """A file on a disk that has room for `room` bytes."""
+    """A file on a disk with `room` free bytes."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -27,8 +27,8 @@ class _Full:
         return count
 
 
-def test_a_full_disk_is_named_wherever_it_strikes() -> None:
-    """torch's archive writer would say "unexpected pos" where the disk fills up in its last bytes."""
+def test_a_full_disk_is_reported_at_every_position() -> None:
+    """torch's archive writer would report "unexpected pos" if the disk is full for its last bytes."""
     values = torch.arange(300.0)
     whole = _Hashed(_Full(10**6))
     whole.save(values)
@@ -60,7 +60,7 @@ def test_first_rank_publishes_after_all_notes(tmp_path: Path, asynchronous: bool
     assert {path.name for path in (tmp_path / "partial").iterdir()} == set(files)
 
 
-def test_first_rank_gives_up_where_another_has_failed(tmp_path: Path) -> None:
+def test_first_rank_fails_if_another_rank_has_failed(tmp_path: Path) -> None:
     first, second = (Saver(rank, 2, torch.device("cpu")) for rank in range(2))
     (tmp_path / "partial" / "__1_0.distcp").mkdir(parents=True)  # cannot be opened as a file
     published: list[dict] = []
@@ -73,10 +73,10 @@ def test_first_rank_gives_up_where_another_has_failed(tmp_path: Path) -> None:
     assert not published and not (tmp_path / "partial").exists()
 
 
-def test_first_rank_gives_up_where_another_cannot_copy(
+def test_first_rank_fails_if_another_rank_cannot_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No memory left on the host for the copy."""
+    """The host has no memory left for the copy."""
 
     def no_memory(*_: object) -> None:
         raise RuntimeError("can't allocate memory")
@@ -94,8 +94,8 @@ def test_first_rank_gives_up_where_another_cannot_copy(
     assert not published
 
 
-def test_a_directory_that_is_removed_meanwhile_ends_the_wait(tmp_path: Path) -> None:
-    """`rm -r RUN/checkpoints`, or another incarnation's claim: rank 1's note will never come."""
+def test_removing_the_directory_ends_the_wait(tmp_path: Path) -> None:
+    """A user or another incarnation's claim removes the directory, so rank 1's note never comes."""
     first = Saver(0, 2, torch.device("cpu"))
     published: list[dict] = []
     first.start(_save(tmp_path / "partial", published), asynchronous=True)
@@ -103,7 +103,7 @@ def test_a_directory_that_is_removed_meanwhile_ends_the_wait(tmp_path: Path) -> 
         time.sleep(0.01)
     shutil.rmtree(tmp_path / "partial", ignore_errors=True)
     first.wait()
-    assert "partial was removed while rank 1 was awaited" in str(first.error) or isinstance(
+    assert "partial was removed while rank 0 waited for rank 1" in str(first.error) or isinstance(
         first.error, FileNotFoundError
     )
     assert not published

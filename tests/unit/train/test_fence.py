@@ -1,4 +1,4 @@
-"""Only the newest incarnation publishes, at whatever moment the older one is stopped."""
+"""Only the newest incarnation publishes, whenever the older one is suspended."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +22,13 @@ def _write(root: Path, step: int, fence: Fence) -> Path:
     return partial
 
 
-def _publish(root: Path, step: int, fence: Fence, partial: Path, *, stopped: object = None) -> None:
-    """`stopped` happens between the last look at the fence and the rename."""
+def _publish(root: Path, step: int, fence: Fence, partial: Path, *, while_suspended: object = None) -> None:
+    """Publish a step. `while_suspended` is called between the last check of the fence and the rename."""
 
     def check() -> None:
         fence.check()
-        if callable(stopped):
-            stopped()
+        if callable(while_suspended):
+            while_suspended()
 
     files = manifest.checksums(partial, ["weights"]) if partial.exists() else {}
     manifest.publish(root, step, files=files, state={}, keep=2, partial=partial, check=check)
@@ -51,8 +51,8 @@ def test_same_incarnation_may_start_again_until_it_is_superseded(tmp_path: Path)
         claim(tmp_path, "1.0")
 
 
-def test_a_claim_that_was_removed_is_none(tmp_path: Path) -> None:
-    """Whoever empties a run's directory under a live run does not get half of its checkpoints back."""
+def test_a_removed_claim_is_no_longer_valid(tmp_path: Path) -> None:
+    """A user deletes the directory of a live run. The run must not write half of its checkpoints again."""
     fence = claim(tmp_path, "1.0")
     (tmp_path / "incarnations" / "000001").unlink()
     with pytest.raises(Superseded, match=r"its claim .*/incarnations/000001 was removed"):
@@ -62,7 +62,7 @@ def test_a_claim_that_was_removed_is_none(tmp_path: Path) -> None:
         fence.check()
 
 
-def test_old_one_cannot_publish_what_it_began_after_the_claim(tmp_path: Path) -> None:
+def test_a_replaced_incarnation_cannot_publish(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     old = claim(tmp_path, "old")
     claim(tmp_path, "new")
@@ -72,8 +72,13 @@ def test_old_one_cannot_publish_what_it_began_after_the_claim(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["", "new one has published the step"])
-def test_old_one_stopped_between_look_and_rename(tmp_path: Path, published: bool) -> None:
-    """It has looked, sleeps, and a new incarnation starts: the rename must fail and harm nothing."""
+def test_an_incarnation_suspended_between_check_and_rename_cannot_publish(
+    tmp_path: Path, published: bool
+) -> None:
+    """A new incarnation starts after the old one's check.
+
+    The old one's rename must fail and change nothing.
+    """
     root = tmp_path / "checkpoints"
     old = claim(tmp_path, "old")
     partial = _write(root, 5, old)
@@ -84,25 +89,25 @@ def test_old_one_stopped_between_look_and_rename(tmp_path: Path, published: bool
             _publish(root, 5, new, _write(root, 5, new))
 
     with pytest.raises(FileNotFoundError):
-        _publish(root, 5, old, partial, stopped=meanwhile)
+        _publish(root, 5, old, partial, while_suspended=meanwhile)
     assert manifest.published_steps(root) == ([5] if published else [])
     if published:
         assert (manifest.step_directory(root, 5) / "weights").read_text() == "new"
     assert not [path for path in root.iterdir() if path.name.startswith((".partial", ".stale", ".replaced"))]
 
 
-def test_a_claim_leaves_a_conversion_alone(tmp_path: Path) -> None:
-    """A partial directory without an epoch is not a run's, and may be resumed by whoever writes it."""
+def test_a_claim_does_not_delete_a_conversion(tmp_path: Path) -> None:
+    """A partial directory without an epoch belongs to a conversion, which can resume it."""
     partial = manifest.partial_directory(tmp_path / "checkpoints", 0)
     partial.mkdir(parents=True)
     claim(tmp_path, "new")
     assert partial.is_dir()
 
 
-def test_a_save_whose_files_a_newer_incarnation_removed_says_so(
+def test_a_save_whose_files_a_newer_incarnation_removed_reports_that_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older rank wakes in the middle of writing: what it misses was taken away, and that is the reason."""
+    """An older rank resumes in the middle of a save. The error names the newer incarnation as the reason."""
     old = claim(tmp_path, "1.0")
     config = SimpleNamespace(run_dir=str(tmp_path))
     topology = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
@@ -116,14 +121,14 @@ def test_a_save_whose_files_a_newer_incarnation_removed_says_so(
         checkpoints.wait()
 
 
-def test_strays_among_claims_are_no_epochs(tmp_path: Path) -> None:
+def test_other_files_among_the_claims_are_ignored(tmp_path: Path) -> None:
     claim(tmp_path, "1.0")
     for name in ("7", "0000009", "000008.bak", "00000²", ".DS_Store"):
         (tmp_path / "incarnations" / name).touch()
     assert claim(tmp_path, "1.1").epoch == 2
 
 
-def test_a_file_in_the_place_of_the_checkpoints_is_found_at_the_start(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_checkpoint_directory_fails_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(FileExistsError, match="checkpoints"):
         claim(tmp_path, "1.0")

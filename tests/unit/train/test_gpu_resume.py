@@ -1,4 +1,4 @@
-"""A run on a GPU without Transformer Engine and Apex is resumed as if it had not stopped, by a stand-in."""
+"""A run on a GPU without Transformer Engine and Apex resumes exactly. A CPU stands in for the GPU."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from tests.tiny import tiny_config, tiny_packs
 
 
 def _train(config: Config, last: int) -> tuple[list[float], list[float]]:
-    """Losses from the newest checkpoint to step `last`, a checkpoint there, and what is drawn afterwards."""
+    """Train from the newest checkpoint to step `last` and save.
+
+    Returns the losses, and numbers drawn then.
+    """
     with cuda_stand_in() as generator, parallel_run(config.parallel, seed=1) as topology:
         assert topology.device.type == "cuda"
         trainer, start = build_trainer(config, topology)
@@ -29,7 +32,7 @@ def _train(config: Config, last: int) -> tuple[list[float], list[float]]:
 
 
 def _draws(generator: CudaGenerator) -> list[float]:
-    """Two numbers from the device's own generator, and one from the generator that megatron-core tracks."""
+    """Two numbers from the device's generator, and one from the generator that megatron-core tracks."""
     with get_cuda_rng_tracker().fork():
         tracked = generator.draw()
     return [generator.draw(), generator.draw(), tracked]
@@ -39,15 +42,15 @@ def _config(run_dir: Path) -> Config:
     return tiny_config(run_dir, train={"steps": 5}, checkpoint={"asynchronous": False})
 
 
-def test_resumed_losses_are_those_of_a_run_that_did_not_stop(tmp_path: Path) -> None:
-    """Torch's AdamW, which megatron-core takes there, went on at step 3 plus the number of parameters."""
+def test_resumed_losses_equal_those_of_a_run_that_did_not_stop(tmp_path: Path) -> None:
+    """megatron-core uses torch's AdamW here. Its step count must not grow by the number of parameters."""
     ((whole, _),) = run_ranks(_train, 1, _config(tmp_path / "whole"), 5)
     ((before, _),) = run_ranks(_train, 1, _config(tmp_path / "run"), 3)
     ((after, _),) = run_ranks(_train, 1, _config(tmp_path / "run"), 5)
     assert before + after == whole
 
 
-def test_the_gpus_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_the_generators_of_the_gpu_continue_where_they_were(tmp_path: Path) -> None:
     ((_, expected),) = run_ranks(_train, 1, _config(tmp_path / "run"), 2)
     ((_, actual),) = run_ranks(_train, 1, _config(tmp_path / "run"), 2)
     assert actual == expected and len({*expected}) == 3
@@ -56,7 +59,7 @@ def test_the_gpus_generators_go_on_where_they_were(tmp_path: Path) -> None:
 def _resumes_on_a_cpu(config: Config) -> int:
     with parallel_run(config.parallel, seed=1) as topology:
         _, start = build_trainer(config, topology)
-        with get_cuda_rng_tracker().fork():  # which fails where the state is of another kind of device
+        with get_cuda_rng_tracker().fork():  # this fails if the state comes from another kind of device
             return start.step
 
 
@@ -68,7 +71,7 @@ def _saved_on_a_cpu(config: Config) -> None:
 
 
 def test_a_run_moves_between_a_gpu_and_a_cpu(tmp_path: Path) -> None:
-    """A generator's state has 16 bytes there and 5,056 here. Each kind of device goes on from the seed."""
+    """A generator's state has 16 bytes on a GPU and 5,056 on a CPU. Both kinds begin at the seed instead."""
     run_ranks(_train, 1, _config(tmp_path / "down"), 2)
     assert run_ranks(_resumes_on_a_cpu, 1, _config(tmp_path / "down")) == [2]
     run_ranks(_saved_on_a_cpu, 1, _config(tmp_path / "up"))

@@ -1,23 +1,26 @@
-"""Outliers by hand, names of samples, and who is slow."""
+"""Outlier scores worked out by hand, names of samples, and slow ranks."""
 
 import math
 
 import pytest
 
 from megatron_post.train.health import FEWEST, Outliers, not_finite, samples_of
-from megatron_post.train.pulse import WINDOW, Stragglers
+from megatron_post.train.heartbeat import WINDOW, Stragglers
 from tests.tiny import tiny_packs
 
 
 def test_outlier_by_hand() -> None:
-    """10 times 1 and 10 times 3: median 2, all deviations 1, so one robust deviation is 1.4826. A value of
-    2 + 10 x 1.4826 scores 10."""
+    """The window holds 1 ten times and 3 ten times.
+
+    The median is 2 and every deviation is 1, so one robust standard deviation is 1.4826. A value of
+    2 + 10 x 1.4826 scores 10.
+    """
     outliers = Outliers()
     assert {outliers.score(1.0 + 2 * (i % 2)) for i in range(FEWEST)} == {0.0}
     assert outliers.score(2 + 14.826) == pytest.approx(10)
 
 
-def test_a_spike_does_not_hide_the_next() -> None:
+def test_a_spike_does_not_hide_the_next_one() -> None:
     outliers = Outliers()
     for i in range(50):
         outliers.score(1 + 0.01 * (i % 5))

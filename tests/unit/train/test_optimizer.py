@@ -1,4 +1,4 @@
-"""The learning rate of every step; and a resumed run takes all of Adam's settings from its configuration."""
+"""The learning rate of every step, and Adam's settings of a resumed run, come from the config."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.tiny import tiny_config, tiny_packs
 
 
 def _rates(*, steps: int, after: int = 0, **optimizer: Any) -> list[float]:
-    """The rate of each step of a run of `steps` steps, from the one behind `after` on."""
+    """The learning rates of steps `after` + 1 to `steps`."""
     config = tiny_config(optimizer=optimizer, train={"steps": steps})
     fake = SimpleNamespace(param_groups=[{}])
     scheduler, rates = build_scheduler(cast(MegatronOptimizer, fake), config), []
@@ -31,8 +31,11 @@ def _rates(*, steps: int, after: int = 0, **optimizer: Any) -> list[float]:
 
 
 def test_a_warm_up_begins_above_zero_and_the_last_step_has_min_lr() -> None:
-    """Warm-up of 4 steps to 0.8: 0.2, 0.4, 0.6, 0.8. Then 5 steps down to 0.3: linear by 0.1 each, cosine by
-    0.3 + 0.5 (1 + cos(pi k / 5)) / 2 for k = 1 to 5."""
+    """A warm-up of 4 steps to 0.8 has the rates 0.2, 0.4, 0.6 and 0.8.
+
+    Then 5 steps lead down to 0.3. The linear schedule falls by 0.1 a step, and the cosine schedule has the
+    rates 0.3 + 0.5 (1 + cos(pi k / 5)) / 2 for k = 1 to 5.
+    """
     linear = _rates(steps=9, lr=0.8, min_lr=0.3, warmup_steps=4, schedule="linear")
     assert linear == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
     cosine = _rates(steps=9, lr=0.8, min_lr=0.3, warmup_steps=4, schedule="cosine")
@@ -43,15 +46,15 @@ def test_a_warm_up_begins_above_zero_and_the_last_step_has_min_lr() -> None:
     assert constant == pytest.approx([0.4, 0.8, 0.8, 0.8, 0.8, 0.8])
 
 
-def test_without_a_warm_up_the_first_step_has_the_whole_rate() -> None:
+def test_without_a_warm_up_the_first_step_has_the_full_rate() -> None:
     linear = {"lr": 1.0, "schedule": "linear"}
     assert _rates(steps=5, **linear) == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert _rates(steps=2, **linear) == [1.0, 0.0]
-    assert _rates(steps=1, **linear) == [1.0]  # a step that has a rate of 0 would be a run of nothing
+    assert _rates(steps=1, **linear) == [1.0]  # with a rate of 0 the run would train nothing
     assert _rates(steps=3, warmup_steps=3, **linear) == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
-def test_a_run_that_is_placed_goes_on_as_if_it_had_come_there() -> None:
+def test_a_placed_scheduler_has_the_same_rates_as_one_that_took_the_steps() -> None:
     for schedule in ({"schedule": "constant"}, {"schedule": "linear", "min_lr": 0.1}, {"min_lr": 0.1}):
         settings: dict[str, Any] = {"lr": 0.7, "warmup_steps": 3, "schedule": "cosine"} | schedule
         for after in range(9):
@@ -72,7 +75,7 @@ SECOND: dict[str, Any] = {
 
 
 def _steps(trainer: Any, numbers: range) -> list[tuple[float, float]]:
-    """Loss and rate of some steps, each on packs of its own."""
+    """Take some steps, each on other packs. Returns their losses and learning rates."""
     taken = [trainer.step(tiny_packs(4, seed=number)) for number in numbers]
     return [(values["loss"], values["lr"]) for values in taken]
 
@@ -83,7 +86,7 @@ def _weights(trainer: Any, config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config, last: int) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-    """From the newest checkpoint to step `last`, and a checkpoint there."""
+    """Train from the newest checkpoint to step `last`, and save there."""
     with parallel_run(config.parallel, seed=1) as topology:
         trainer, start = build_trainer(config, topology)
         taken = _steps(trainer, range(start.step + 1, last + 1))
@@ -93,7 +96,7 @@ def _train(config: Config, last: int) -> tuple[list[tuple[float, float]], dict[s
 
 
 def _set_by_hand(config: Config) -> tuple[list[tuple[float, float]], dict[str, Any]]:
-    """Four steps, then Adam and its rate set by hand to what SECOND says, and four more steps."""
+    """Take four steps, set Adam and its learning rate by hand as SECOND says, and take four more steps."""
     with parallel_run(config.parallel, seed=1) as topology:
         trainer, _ = build_trainer(config, topology)
         taken = _steps(trainer, range(1, 5))
@@ -107,10 +110,12 @@ def _set_by_hand(config: Config) -> tuple[list[tuple[float, float]], dict[str, A
         return taken, _weights(trainer, config)
 
 
-def test_an_extended_run_does_what_its_configuration_says(tmp_path: Path) -> None:
-    """Step 4 of 4 has rate 0 under the first configuration. Steps 5 to 8 have the second one's rates, weight
-    decay, betas, epsilon and clipping, and Adam's moments of the first: losses and weights are bit for bit
-    those of Adam set by hand in one process."""
+def test_an_extended_run_follows_its_new_config(tmp_path: Path) -> None:
+    """Losses and weights are bit for bit those of one process in which Adam is set by hand.
+
+    With the first config, step 4 of 4 has rate 0. Steps 5 to 8 have the second config's rates, weight decay,
+    betas, epsilon and clipping, and continue with Adam's moments of the first.
+    """
     first = tiny_config(tmp_path / "run", optimizer=FIRST, train={"steps": 4})
     second = tiny_config(tmp_path / "run", optimizer=SECOND, train={"steps": 8})
     ((before, _),) = run_ranks(_train, 1, first, 4)
@@ -124,8 +129,8 @@ def test_an_extended_run_does_what_its_configuration_says(tmp_path: Path) -> Non
         assert (value == expected_weights[name]).all(), name
 
 
-def test_an_extended_run_of_a_constant_rate_is_the_longer_run(tmp_path: Path) -> None:
-    """Four steps and then eight, against eight at once, bit for bit, on two data-parallel ranks."""
+def test_an_extended_run_with_a_constant_rate_equals_one_long_run(tmp_path: Path) -> None:
+    """Four steps extended to eight equal eight steps in one run, bit for bit, on two data-parallel ranks."""
     taken = {}
     for name, lengths in (("extended", (4, 8)), ("at once", (8,))):
         for steps in lengths:
@@ -146,8 +151,8 @@ def _groups(config: Config) -> list[tuple[float, float]]:
         return sorted((group["lr"], group["wd_mult"]) for group in trainer.optimizer.param_groups)
 
 
-def test_the_multiplier_of_a_head_is_the_configurations(tmp_path: Path) -> None:
-    """megatron-core tells groups apart by their weight decay, and would give body and head one rate."""
+def test_the_multiplier_of_a_head_comes_from_the_config(tmp_path: Path) -> None:
+    """megatron-core distinguishes groups by weight decay only, and would give body and head the same rate."""
     values: dict[str, Any] = {"stage": "reward", "optimizer": {"lr": 1e-3, "schedule": "constant"}}
     first = tiny_config(tmp_path / "run", reward={"head_lr_multiplier": 5.0}, **values)
     second = tiny_config(tmp_path / "run", reward={"head_lr_multiplier": 3.0}, **values)

@@ -1,4 +1,4 @@
-"""The key of a reference: of the same bytes of weights, another shape or precision is another model."""
+"""The key of a reference. The same bytes of weights are another model with another shape or precision."""
 
 import json
 from pathlib import Path
@@ -32,8 +32,8 @@ def _keys(directories: list[Path]) -> list[str]:
     return keys
 
 
-def test_key_follows_what_decides_log_probabilities(tmp_path: Path) -> None:
-    """Four heads of 16 and eight of 8, over half as many keys and values, have weights of the same shapes."""
+def test_the_key_depends_on_everything_that_decides_log_probabilities(tmp_path: Path) -> None:
+    """Weights of four heads of 16 have the same shapes as those of eight heads of 8."""
     changes: list[dict] = [
         {},
         {"torch_dtype": "float32"},
@@ -57,6 +57,6 @@ def test_key_follows_what_decides_log_probabilities(tmp_path: Path) -> None:
     assert len({same, *others}) == 6
 
 
-def test_no_weights(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no safetensors files"):
         reference_key(tmp_path, Precision(), SimpleNamespace(rank=0, world_size=1))  # type: ignore[arg-type]

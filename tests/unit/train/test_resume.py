@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: copies, steps of other runs and damaged ones are passed over."""
+"""A run resumes from its own newest intact checkpoint. It passes over copies and steps of other runs."""
 
 import json
 import shutil
@@ -32,18 +32,20 @@ ONE_LAYER: dict[str, Any] = {"model": {"num_layers": 1}}
 
 
 def _save(config: Config, *steps: int) -> tuple[int, str]:
-    """Start a run, and save it as if it were at some steps. Returns the step that it started from, and what
-    was said about checkpoints."""
-    said: list[str] = []
+    """Start a run, and save it as if it were at some steps.
+
+    Returns the step that it started from, and what it printed about checkpoints.
+    """
+    printed: list[str] = []
     with (
-        mock.patch.object(resume, "say", said.append),
+        mock.patch.object(resume, "say", printed.append),
         parallel_run(config.parallel, seed=1) as topology,
     ):
         trainer, start = build_trainer(config, topology)
         for step in steps:
             trainer.save(Position(step, 4 * step))
             trainer.checkpoints.wait()
-    return start.step, "\n".join(said)
+    return start.step, "\n".join(printed)
 
 
 def _start(config: Config, *steps: int, ranks: int = 1) -> tuple[int, str]:
@@ -66,40 +68,42 @@ def _copy(source: Config, step: int, target: Config, number: int | None = None) 
 
 
 def test_a_copy_under_another_number_is_passed_over(tmp_path: Path) -> None:
-    """Every start would go on from step 8 again, and call it 20."""
+    """Otherwise every start would resume from step 8 and call it step 20."""
     config = _config(tmp_path, "run")
     _start(config, 6, 8)
     copy = _copy(config, 8, config, 20)
-    step, said = _start(config, 10, 12, ranks=2)
-    assert step == 8 and "checkpoint of step 20 is damaged and passed over" in said
-    assert "it is of step 8, so the directory has been copied or renamed" in said
+    step, output = _start(config, 10, 12, ranks=2)
+    assert step == 8 and "checkpoint of step 20 is damaged and passed over" in output
+    assert "it is of step 8, so the directory has been copied or renamed" in output
     assert manifest.published_steps(_root(config)) == [10, 12, 20]
     assert _start(config, 20)[0] == 12
-    assert manifest.read_manifest(copy)["step"] == 20  # the run has come there itself
+    assert manifest.read_manifest(copy)["step"] == 20  # the run itself has reached step 20
     assert _start(config) == (20, "")
 
 
-def test_a_step_of_another_run_is_passed_over_and_left(tmp_path: Path) -> None:
-    """The same configuration and data, and yet another run: in front of the run's own steps, between them and
-    behind them. It takes no place among those that are kept either."""
+def test_a_step_of_another_run_is_passed_over_and_not_deleted(tmp_path: Path) -> None:
+    """The other run has the same config and data. Its steps lie between and after the run's own steps.
+
+    They do not count towards the number of checkpoints that are kept.
+    """
     config, other = _config(tmp_path, "run"), _config(tmp_path, "other")
     _start(config, 6, 8)
     _start(other, 7, 30)
     for step in (7, 30):
         _copy(other, step, config)
-    # the newest own one is damaged: the one of the other run does not take its place
+    # The run's own newest step is damaged. It must not be replaced by the other run's step.
     (manifest.step_directory(_root(config), 8) / "common.pt").write_bytes(b"")
-    step, said = _start(config, 9)
+    step, output = _start(config, 9)
     assert step == 6
     for text in ("30 is of another run", "8 is damaged", "7 is of another run"):
-        assert f"checkpoint of step {text} and passed over" in said
+        assert f"checkpoint of step {text} and passed over" in output
     assert manifest.published_steps(_root(config)) == [6, 7, 8, 9, 30]
-    step, said = _start(config, 31, 32)
-    assert step == 9 and "checkpoint of step 7" not in said
+    step, output = _start(config, 31, 32)
+    assert step == 9 and "checkpoint of step 7" not in output
     assert manifest.published_steps(_root(config)) == [7, 30, 31, 32]
 
 
-def test_nothing_but_steps_of_other_runs(tmp_path: Path) -> None:
+def test_a_directory_with_steps_of_other_runs_only_is_an_error(tmp_path: Path) -> None:
     config, other = _config(tmp_path, "run"), _config(tmp_path, "other")
     claim(config.run_dir, "1.0")
     _start(other, 7)
@@ -110,8 +114,8 @@ def test_nothing_but_steps_of_other_runs(tmp_path: Path) -> None:
         _start(config)
 
 
-def test_checkpoints_that_are_moved_go_on_as_their_run(tmp_path: Path) -> None:
-    """To an empty run directory, with a step of another run among them: `latest` says which run it is."""
+def test_moved_checkpoints_keep_the_id_of_their_run(tmp_path: Path) -> None:
+    """They are copied to an empty run directory with a step of another run. `latest` decides the id."""
     config, other, moved = (_config(tmp_path, name) for name in ("run", "other", "moved"))
     _start(config, 6, 8)
     _start(other, 30)
@@ -121,11 +125,11 @@ def test_checkpoints_that_are_moved_go_on_as_their_run(tmp_path: Path) -> None:
     first, second = (claim(c.run_dir, "next").run for c in (config, moved))
     assert first == second != claim(other.run_dir, "next").run
     alone = _config(tmp_path, "alone")
-    _copy(other, 30, alone)  # one directory by itself, without `latest`
+    _copy(other, 30, alone)  # a single step without `latest`
     assert _start(alone) == (30, "")
 
 
-def test_all_incarnations_have_the_id_of_their_run(tmp_path: Path) -> None:
+def test_all_incarnations_share_the_id_of_their_run(tmp_path: Path) -> None:
     runs = {claim(tmp_path / "run", name).run for name in ("1.0", "1.1", "2.0")}
     assert len(runs) == 1
     (tmp_path / "run" / "incarnations" / "000003").write_text("{")  # its process died while it wrote this
@@ -134,7 +138,10 @@ def test_all_incarnations_have_the_id_of_their_run(tmp_path: Path) -> None:
 
 
 def test_a_run_cannot_end_before_its_checkpoint(tmp_path: Path) -> None:
-    """It would end at once, with status 0 and without a word. At the checkpoint's own step it has ended."""
+    """Otherwise it would end at once with status 0 and no message.
+
+    It may end at the checkpoint's own step.
+    """
     _start(_config(tmp_path, "run"), 8)
     assert _start(_config(tmp_path, "run", train={"steps": 8})) == (8, "")
     with pytest.raises(AssertionError, match=r"train.steps=7 is below step 8, where the run stands"):
@@ -142,7 +149,7 @@ def test_a_run_cannot_end_before_its_checkpoint(tmp_path: Path) -> None:
 
 
 def _sign(directory: Path, state: object) -> None:
-    """Put another state into a manifest, whose checksum fits it."""
+    """Put another state into a manifest, with a checksum that fits."""
     content = manifest.read_manifest(directory) | {"state": state}
     signed = {"sha256": sha256_of_json(content), **content}
     (directory / manifest.MANIFEST).write_text(json.dumps(signed))
@@ -159,25 +166,25 @@ JUNK: list[Any] = [
 ]
 
 
-def test_a_manifest_of_junk_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+def test_a_manifest_with_an_invalid_state_is_a_damaged_checkpoint(tmp_path: Path) -> None:
     config = _config(tmp_path, "run")
     _start(config, 6, 8)
     directory = manifest.step_directory(_root(config), 8)
     good = manifest.read_manifest(directory)["state"]
     for state in [*(good | junk for junk in JUNK), None, [], "state"]:
         _sign(directory, state)
-        step, said = _start(config)
-        assert step == 6 and "checkpoint of step 8 is damaged and passed over" in said, state
-        assert "manifest.json: state" in said and "pydantic" not in said
+        step, output = _start(config)
+        assert step == 6 and "checkpoint of step 8 is damaged and passed over" in output, state
+        assert "manifest.json: state" in output and "pydantic" not in output
 
 
 def _as_earlier_versions(directory: Path) -> None:
-    """What they wrote into a manifest; the config stood in config.yaml then as well."""
+    """Rewrite a manifest as earlier versions wrote it. They stored the settings only in config.yaml."""
     state = manifest.read_manifest(directory)["state"]
     _sign(directory, {k: v for k, v in state.items() if k not in ("run", "settings", "content")})
 
 
-def test_a_checkpoint_of_an_earlier_version_has_its_config(tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_its_config_file(tmp_path: Path) -> None:
     config = _config(tmp_path, "run")
     _start(config, 8)
     _as_earlier_versions(manifest.step_directory(_root(config), 8))
@@ -191,14 +198,13 @@ def _run(config: Config) -> None:
 
 
 def _changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """With other values in some sections."""
+    """A copy of a config with other values in some sections."""
     updates = {name: getattr(config, name).model_copy(update=keys) for name, keys in sections.items()}
     return config.model_copy(update=updates)
 
 
-def test_data_is_known_by_its_content(tmp_path: Path) -> None:
-    """A store that has moved is the same one. What was packed from other rows, or in another order, at the
-    same path is not, nor is one that was appended to."""
+def test_data_is_identified_by_its_content(tmp_path: Path) -> None:
+    """A moved store is the same data. A store that was packed from other rows at the same path is not."""
     config = small_run(tmp_path, model={"num_layers": 1}, train={"steps": 2, "export_hf": False})
     run_ranks(_run, 1, config)
     longer = _changed(config, train={"steps": 4})
@@ -219,7 +225,7 @@ def test_a_store_holds_the_sources_that_the_config_names(tmp_path: Path) -> None
     config = small_run(tmp_path, model={"num_layers": 1}, train={"steps": 2, "export_hf": False})
     (source,) = config.data.sources
     other = source.model_copy(update={"name": "other"})
-    for data, said in (
+    for data, message in (
         ({"sources": (source, other)}, r"data.sources names other, which store .*/train does not hold"),
         ({"sources": (other,)}, r"data.sources names other, which store"),
         (
@@ -227,17 +233,17 @@ def test_a_store_holds_the_sources_that_the_config_names(tmp_path: Path) -> None
             r"data.eval_sources names other, which .*/eval does not hold \(.*nothing",
         ),
     ):
-        with pytest.raises(AssertionError, match=said):
+        with pytest.raises(AssertionError, match=message):
             run_ranks(_run, 1, _changed(config, data=data))
     two = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source, other)})})
     build_store(two, console=Console(quiet=True), overwrite=True)
     with pytest.raises(AssertionError, match=r"/train holds other, which data.sources does not name"):
         run_ranks(_run, 1, config)
-    run_ranks(_run, 1, _changed(config, data={"sources": ()}))  # it names none: the store is taken as it is
+    run_ranks(_run, 1, _changed(config, data={"sources": ()}))  # without names, any store is accepted
 
 
 def _write_masked(path: str, config: Config, groups: Sequence[GroupName]) -> None:
-    """A store of one pack a group, and in some groups every token of it is masked."""
+    """Write a store with one pack in each group. In `groups` every token of the pack is masked."""
     length = config.data.pack_length
     settings = read_settings(config.data.store)
     columns = {key: [0] for key in COLUMNS} | {"padded": [length], "length": [length], "rank": [-1]}
@@ -250,8 +256,8 @@ def _write_masked(path: str, config: Config, groups: Sequence[GroupName]) -> Non
 
 
 @pytest.mark.parametrize(("group", "what"), [("train", "train"), ("eval", "evaluate")])
-def test_a_run_of_nothing_is_an_error(tmp_path: Path, group: GroupName, what: str) -> None:
-    """No token is trained, or none is evaluated; the run would have gone through its steps in silence."""
+def test_a_run_without_trained_tokens_is_an_error(tmp_path: Path, group: GroupName, what: str) -> None:
+    """No token is trained, or none is evaluated. Otherwise the run would take its steps and learn nothing."""
     config = small_run(tmp_path, model={"num_layers": 1}, train={"steps": 2, "export_hf": False})
     held_out = config.data.sources[0].model_copy(update={"name": "held out"})
     for masked, name in (([], "good"), ([group], "masked")):
@@ -262,6 +268,8 @@ def test_a_run_of_nothing_is_an_error(tmp_path: Path, group: GroupName, what: st
         if not masked:
             run_ranks(_run, 1, changed)
             continue
-        said = rf"/{group} has no token with loss.trained_roles=\[body,terminator\] in any of its 1 packs, "
-        with pytest.raises(AssertionError, match=f"{said}so there is nothing to {what}"):
+        message = (
+            rf"/{group} has no token with loss.trained_roles=\[body,terminator\] in any of its 1 packs, "
+        )
+        with pytest.raises(AssertionError, match=f"{message}so there is nothing to {what}"):
             run_ranks(_run, 2, changed)

@@ -1,4 +1,4 @@
-"""The resume matrix: every key of the schema is changed on a resume, and is refused, applied or accepted."""
+"""The resume matrix. Every key of the schema is changed on a resume, and is refused, applied or accepted."""
 
 from collections import Counter
 from pathlib import Path
@@ -33,7 +33,7 @@ def _literals(annotation: Any) -> list[Any]:
 
 
 def _another(value: Any, annotation: Any) -> Any:
-    """Some other value, as JSON has it; what a resume does about it may not depend on which."""
+    """Some other value in JSON's types. The outcome of a resume must not depend on the choice."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -45,7 +45,7 @@ def _another(value: Any, annotation: Any) -> Any:
 
 
 def _with(section: BaseModel, path: list[str], value: Any) -> Any:
-    """A copy of a section that has another value of one key."""
+    """A copy of a section with another value for one key."""
     name, rest = path[0], path[1:]
     inner = getattr(section, name)
     if rest and isinstance(inner, tuple):
@@ -56,7 +56,7 @@ def _with(section: BaseModel, path: list[str], value: Any) -> Any:
     return section.model_copy(update={name: value})
 
 
-def _tried(find: Any) -> Found | str:
+def _result_or_message(find: Any) -> Found | str:
     try:
         return find()
     except ValueError as error:
@@ -66,7 +66,7 @@ def _tried(find: Any) -> Found | str:
 def _resumed_with_each_change(
     config: Config,
 ) -> dict[str, tuple[str, str, str | None, tuple[tuple[str, str, str], ...]]]:
-    """key -> values before and after as messages show them, why it was refused, and what was applied."""
+    """For each key: its values before and after as text, the refusal, and the applied changes."""
     outcomes = {}
     with parallel_run(config.parallel, seed=1) as topology:
         trainer, _ = build_trainer(config, topology, content=CONTENT)
@@ -78,7 +78,7 @@ def _resumed_with_each_change(
             changed = _with(config, key.split("."), _another(before, schema_keys()[pattern].annotation))
             content = CONTENT | ({key: "b" * 64} if key in CONTENT else {})
             resuming = Resuming(changed, topology, own.root, own.run, content)
-            found = _tried(resuming.find)
+            found = _result_or_message(resuming.find)
             texts = (own.settings.text(key), resuming.settings.text(key))
             if isinstance(found, str):
                 outcomes[key] = (*texts, found, ())

@@ -1,4 +1,4 @@
-"""A checkpoint written beside training holds the values of its step, however the GPU orders its work."""
+"""A checkpoint that is written during training holds the values of its step, in any order of GPU work."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ SEEDS = range(12)
 
 
 def _is_right(device: FakeDevice, directory: Path) -> bool:
-    """Whether three saves by one saver, which uses its buffers again, each hold the values of their step.
+    """Whether each of three saves holds the values of its step. The saver reuses its buffers.
 
-    Step n computes n on the compute stream, and later steps overwrite it as soon as that is allowed.
+    Step n writes n on the compute stream, and the values are overwritten as soon as `may_change` allows it.
     """
     values = torch.zeros(64)
     saver = Saver(0, 1, torch.device("cuda", 0))
@@ -40,8 +40,10 @@ def test_saved_values_are_right_in_any_order_of_work(tmp_path: Path, seed: int) 
 
 
 @pytest.mark.parametrize("forgotten", ["wait_event", "synchronize"])
-def test_a_forgotten_wait_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
-    """A copy that does not wait for the computation, or is not waited for: the test above must see either."""
+def test_the_test_above_detects_a_missing_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    """Either the copy does not wait for the computation, or the saver does not wait for the copy."""
     monkeypatch.setattr(FakeStream, forgotten, lambda self, *_: None)
     found = []
     for seed in SEEDS:

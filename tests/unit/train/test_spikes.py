@@ -1,4 +1,4 @@
-"""A jump of the loss is written down once, with all ranks' samples."""
+"""A jump of the loss is recorded once, with the samples of all ranks."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.tiny import tiny_packs
 
 
 def _losses_with_a_jump(run_dir: str) -> list[float]:
-    """Loss 2 with a ripple of 1%, then 9; both ranks hold two packs."""
+    """Record losses near 2 that vary by 1%, and then a loss of 9. Both ranks have two packs."""
     with parallel_run(Parallel(), seed=1) as topology:
         packs = tiny_packs(4)[topology.data_rank :: topology.data_size]
         spikes = Spikes(StepLines(Path(run_dir, "spikes.jsonl")), topology, ["sums"], threshold=8.0)

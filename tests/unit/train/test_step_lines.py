@@ -1,4 +1,4 @@
-"""A run's metrics have each step once, and a disk that is full does not end the run."""
+"""A run's metrics have each step once, and a full disk does not end the run."""
 
 import json
 import subprocess
@@ -29,12 +29,12 @@ def _lines(*steps: int) -> bytes:
         (_lines(1, 2), _lines(1, 2)),
         (_lines(4, 5), b""),
         (b"", b""),
-        # a kill, or a full disk, in the middle of a line
+        # The run was killed or the disk became full in the middle of a line.
         (_lines(1, 2, 3) + _line(4)[:-9], _lines(1, 2, 3)),
         (_lines(1, 2) + _line(3)[:-1], _lines(1, 2, 3)),
         (_lines(1) + b'{"kind": "tra' + _lines(2, 3), _lines(1, 3)),
         (_lines(1) + b"\x00\x00\xff\n" + b"[" * 100000 + b"\n" + _lines(2, 9), _lines(1, 2)),
-        # several incarnations, from before steps were cut back
+        # Several incarnations wrote the file with an earlier version, which did not cut it back.
         (_lines(1, 2, 3, 4) + _lines(3, 4, 5), _lines(1, 2, 3, 3)),
         (b'{"kind": "note"}\n[1]\n' + _lines(9), b'{"kind": "note"}\n[1]\n'),
     ],
@@ -50,13 +50,13 @@ def test_cut_back_to_a_step(tmp_path: Path, content: bytes, expected: bytes) -> 
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_there_is_nothing_to_cut(tmp_path: Path) -> None:
+def test_cutting_back_a_missing_file_does_nothing(tmp_path: Path) -> None:
     StepLines(tmp_path / "metrics.jsonl").cut_back(3)
     assert not list(tmp_path.iterdir())
 
 
 def _in_a_process(script: str, directory: Path) -> str:
-    """What a process prints that may write files of 300 bytes only, until it calls `room()`."""
+    """The output of a process whose files are limited to 300 bytes until it calls `room()`."""
     limit = """
 import resource, sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def room():
     return done.stdout
 
 
-def test_a_full_disk_leaves_out_whole_lines_and_is_said_once(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_out_whole_lines_and_gives_one_warning(tmp_path: Path) -> None:
     script = """
 from megatron_post.train.step_lines import StepLines
 lines = StepLines(directory / "metrics.jsonl")
@@ -79,11 +79,12 @@ for step in range(1, 21):
         room()
     lines.write(kind="train", step=step, loss=0.5)
 """
-    said = _in_a_process(script, tmp_path)
+    output = _in_a_process(script, tmp_path)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     fitting = 300 // len(_line(1))
     assert steps == [*range(1, fitting + 1), *range(15, 21)]
-    assert said.count("\n") == 1 and "metrics.jsonl cannot be written" in said and "File too large" in said
+    assert output.count("\n") == 1
+    assert "metrics.jsonl cannot be written" in output and "File too large" in output
 
 
 def test_a_disk_that_is_full_for_tensorboard_does_not_end_a_run(tmp_path: Path) -> None:
@@ -99,9 +100,9 @@ writer.begin(after=4)
 writer.close()
 print("the run has ended")
 """
-    said = _in_a_process(script, tmp_path)
-    assert "TensorBoard's files lack what follows" in said and "the run has ended" in said
-    assert said.count("metrics.jsonl cannot be written") == 1
+    output = _in_a_process(script, tmp_path)
+    assert "TensorBoard's files lack what follows" in output and "the run has ended" in output
+    assert output.count("metrics.jsonl cannot be written") == 1
 
 
 def _scalars(directory: Path) -> list[tuple[int, float]]:
@@ -119,7 +120,7 @@ def _report(run_dir: Path, steps: Sequence[int], *, after: int, loss: float) -> 
 
 
 def test_tensorboard_and_the_lines_have_each_step_once(tmp_path: Path) -> None:
-    """Killed after step 5 with a checkpoint of step 3, and once more before there was a checkpoint at all."""
+    """The run is killed before its first checkpoint, and again after step 5 with a checkpoint of step 3."""
     _report(tmp_path, [1, 2, 3], after=0, loss=9.0)
     _report(tmp_path, [1, 2, 3, 4, 5], after=0, loss=2.0)
     _report(tmp_path, [4, 5, 6], after=3, loss=1.0)
@@ -139,10 +140,10 @@ def test_a_rollback_cuts_back_too(tmp_path: Path) -> None:
     assert _scalars(tmp_path) == [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]
 
 
-def test_a_process_that_was_replaced_reports_nothing(tmp_path: Path) -> None:
-    """It was stopped, another start has taken the run over, and it wakes in the middle of a step."""
+def test_a_replaced_process_writes_no_lines(tmp_path: Path) -> None:
+    """It was suspended, another incarnation has claimed the run, and it resumes in the middle of a step."""
     old = claim(tmp_path, "1.0")
-    lines = StepLines(tmp_path / "metrics.jsonl", may_write=lambda: old.stands)
+    lines = StepLines(tmp_path / "metrics.jsonl", may_write=lambda: old.is_current)
     lines.write(kind="train", step=1, loss=0.5)
     claim(tmp_path, "1.1")
     lines.write(kind="train", step=2, loss=0.5)

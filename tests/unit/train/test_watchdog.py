@@ -1,4 +1,4 @@
-"""Who is named, and that a hang ends; real processes, since the watchdog ends its own."""
+"""The watchdog ends a hang and names the missing ranks. It ends its own process, so real ones are used."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_post.config.schema import Parallel
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train.pulse import Pulse
+from megatron_post.train.heartbeat import Heartbeat
 from megatron_post.train.signals import REQUEUE
 from megatron_post.train.watchdog import Watchdog, verdict
 
@@ -18,26 +18,26 @@ from pathlib import Path
 import torch
 from megatron_post.config.schema import Parallel
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train.pulse import Pulse
+from megatron_post.train.heartbeat import Heartbeat
 from megatron_post.train.watchdog import Watchdog
 
 def load_forever():
     time.sleep(120)
 
 with parallel_run(Parallel(), seed=1) as topology:
-    pulse = Pulse(topology.device)
-    with Watchdog(Path(sys.argv[1]), topology, pulse, deadline=2.0):
+    heartbeat = Heartbeat(topology.device)
+    with Watchdog(Path(sys.argv[1]), topology, heartbeat, deadline=2.0):
         for step in range(3):
-            pulse.begin(step, "data")
+            heartbeat.begin(step, "data")
             time.sleep(1.0)
         print("steps in time", flush=True)
-        pulse.begin(3, "data")
+        heartbeat.begin(3, "data")
         load_forever()
 """
 
 
 def test_a_hang_ends_with_its_stack(tmp_path: Path) -> None:
-    """Three steps of 1 s pass a deadline of 2 s; the fourth ends the process within deadline + 5 s."""
+    """Three steps of 1 s meet a deadline of 2 s. The fourth hangs, and ends within the deadline plus 5 s."""
     process = subprocess.Popen(
         [sys.executable, "-c", _HANG, str(tmp_path / "watch")],
         stdout=subprocess.PIPE,
@@ -53,8 +53,8 @@ def test_a_hang_ends_with_its_stack(tmp_path: Path) -> None:
     assert "rank 0 waiting in step 3, data" in process.stderr.read()
 
 
-def test_what_breaks_because_others_end_is_a_hang_too(tmp_path: Path) -> None:
-    """Rank 0's watchdog has ended it, and a collective here fails, before this rank has noticed anything."""
+def test_an_error_that_a_hang_elsewhere_causes_ends_as_a_hang(tmp_path: Path) -> None:
+    """Rank 0's watchdog has ended rank 0. A collective here fails before this rank notices the hang."""
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch" / "hung").touch()
     script = _HANG.replace(
@@ -74,7 +74,7 @@ def test_verdict_names_the_silent_and_those_behind() -> None:
     ]
 
 
-def test_verdict_of_a_step_that_is_merely_slow() -> None:
+def test_verdict_if_no_rank_is_missing() -> None:
     notes = {rank: {"step": 7, "section": "forward and backward"} for rank in range(2)}
     assert verdict(notes) == [
         "  ranks 0-1 waiting in step 7, forward and backward",
@@ -82,10 +82,10 @@ def test_verdict_of_a_step_that_is_merely_slow() -> None:
     ]
 
 
-def test_a_note_is_judged_by_the_clock_of_the_file_system(tmp_path: Path) -> None:
-    """Two ranks on hosts whose clocks are an hour apart: what counts is how far a note is behind another."""
+def test_the_age_of_a_note_is_taken_from_the_file_system(tmp_path: Path) -> None:
+    """The clocks of two hosts may differ by an hour. Only the difference of two notes' file times counts."""
     with parallel_run(Parallel(), seed=1) as topology:
-        watchdog = Watchdog(tmp_path, topology, Pulse(topology.device), deadline=4)
+        watchdog = Watchdog(tmp_path, topology, Heartbeat(topology.device), deadline=4)
     for rank, written in ((0, 5000.0), (1, 4999.0), (2, 4997.0)):
         (tmp_path / f"rank-{rank}.json").write_text('{"step": 7, "section": "data"}')
         os.utime(tmp_path / f"rank-{rank}.json", (written, written))

@@ -1,4 +1,4 @@
-"""Where a rank stands and how long its sections take; and which ranks are slow."""
+"""Records what a rank is doing and how long each section of a step takes, and finds slow ranks."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-# A rank is called slow when its own work takes this many times the median rank's, over a window of steps.
+# A rank is slow if its own work takes this many times as long as the median rank's, over a window of steps.
 SLOW = 1.5
 WINDOW = 20
 
 
 @dataclass
 class Period:
-    """A stretch of work that has a deadline: a step, an evaluation, a save. since: `time.monotonic`."""
+    """Work that has a deadline: a step, an evaluation or a save. since: its start by `time.monotonic`."""
 
     step: int
     section: str
@@ -22,8 +22,8 @@ class Period:
     since: float = field(default_factory=time.monotonic)
 
 
-class Pulse:
-    """A rank's current period and section, which the watchdog looks at, and the seconds of its sections."""
+class Heartbeat:
+    """A rank's current period and section, which the watchdog reads, and the duration of its sections."""
 
     def __init__(self, device: torch.device) -> None:
         self.period: Period | None = None
@@ -31,18 +31,18 @@ class Pulse:
         self._marks: list[tuple[str, Any]] = []
 
     def begin(self, step: int, section: str, *, patience: float = 1.0) -> None:
-        """A new period begins, which may take `patience` times as long as a step."""
+        """Begin a new period. It may take `patience` times as long as a step."""
         self.period = Period(step, section, patience)
         self._marks = [(section, self._now())]
 
     def enter(self, section: str) -> None:
-        """The period goes on with another section."""
+        """Begin another section of the current period."""
         if self.period is not None:
             self.period.section = section
             self._marks.append((section, self._now()))
 
     def entering(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, entering a section when it is called."""
+        """Wrap `function` so that every call of it enters a section."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.enter(section)
@@ -51,13 +51,14 @@ class Pulse:
         return call
 
     def end(self) -> None:
-        """Nothing has a deadline until the next `begin`."""
+        """End the period. No deadline applies until the next `begin`."""
         self.period = None
 
     def seconds(self) -> dict[str, float]:
-        """Of each section of this period that is over, on the GPU where there is one.
+        """Seconds of each finished section of this period. On a GPU this is the time that the GPU took.
 
-        To be called after something has waited for the GPU.
+        The caller must first have waited for the GPU, because the events have no times before it reaches
+        them.
         """
         pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
         return {name: self._between(start, end) for (name, start), (_, end) in pairs}
@@ -74,20 +75,23 @@ def _event() -> torch.cuda.Event:
 
 
 class Stragglers:
-    """Sums every rank's own seconds, without its waiting for others, over windows of `WINDOW` steps."""
+    """Sums the seconds of every rank's own work over windows of `WINDOW` steps. Waiting does not count."""
 
     def __init__(self, world_size: int) -> None:
         self._sums, self._steps = [0.0] * world_size, 0
 
     def add(self, seconds: Sequence[float]) -> str | None:
-        """Seconds of one step by rank. At the end of a window: a line that names the slow ranks, if any."""
+        """Add the seconds of one step by rank.
+
+        A window's last call returns a line about slow ranks, if any.
+        """
         self._sums = [total + own for total, own in zip(self._sums, seconds, strict=True)]
         self._steps += 1
         if self._steps < WINDOW:
             return None
         means = [total / WINDOW for total in self._sums]
         self._sums, self._steps = [0.0] * len(means), 0
-        # of two ranks the faster one is the measure
+        # This is the lower median. Of two ranks it is the faster one, so that the slower one can be named.
         middle = sorted(means)[(len(means) - 1) // 2]
         slow = [f"rank {rank} {mean:.3f} s" for rank, mean in enumerate(means) if mean > SLOW * middle]
         if not slow:
