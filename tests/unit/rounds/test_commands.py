@@ -44,7 +44,7 @@ GENERATE = {"model": "model", "prompts": "prompts.jsonl", "sampling": {"samples"
             "generate.yaml: 1 error(s)\n  - sampling.samples: Input should be",
         ),
         ({"prompts": "none.jsonl"}, None, "prompts none.jsonl does not exist (did you mean prompts.jsonl?)"),
-        ({"model": "elsewhere"}, None, "elsewhere is no directory"),
+        ({"model": "elsewhere"}, None, "elsewhere is not a directory"),
         ({}, "", "prompts prompts.jsonl: no prompt in it"),
         ({}, '{"prompt": "a"}\n{"prompt": "a"}\n', "prompts.jsonl:2: asks what line 1 asks"),
         ({}, '{"promt": "a"}\n', "max_bad_rows (now 0)"),
@@ -92,7 +92,7 @@ def test_merge_and_round(
 ) -> None:
     Path("merge.yaml").write_text(yaml.safe_dump({"models": [{"model": "model"}, {"model": "elsewhere"}]}))
     for words, message in (
-        (("merge", "linear", "--config", "merge.yaml", "--output", "out"), "elsewhere is no directory"),
+        (("merge", "linear", "--config", "merge.yaml", "--output", "out"), "elsewhere is not a directory"),
         (("merge", "ties", "--config", "merge.yaml", "--output", "out"), "set `base_model`"),
         (("merge", "linear", "--config", "none.yaml", "--output", "out"), "none.yaml does not exist"),
         (("round", "none.yaml"), "config file none.yaml does not exist"),

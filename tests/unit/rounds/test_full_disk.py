@@ -121,7 +121,7 @@ def test_merge(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> N
     disk(4 * size)
     said: list[str] = []
     jobs.convert(job, workers=1, report=said.append)
-    assert "parts are there" in said[0]
+    assert "parts are complete" in said[0]
     merged = {n: t for file in output.glob("*.safetensors") for n, t in load_file(file).items()}
     assert all(torch.equal(merged[n], t) for n, t in load_file(tmp_path / "a" / "model.safetensors").items())
 

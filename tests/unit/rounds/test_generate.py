@@ -289,7 +289,7 @@ def test_other_tokenizers_stop_tokens(tmp_path: Path) -> None:
 
 def test_models_come_from_directories(tmp_path: Path) -> None:
     settings = _settings(tmp_path, model=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="nowhere is no directory"):
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
         generate(settings, tmp_path / "out", console=CONSOLE)
     tiny_policy(tmp_path / "reward", scalar_head=True)
     settings = _settings(tmp_path, model=str(tmp_path / "reward"))

@@ -122,7 +122,7 @@ def test_a_killed_merge_goes_on(models: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     said: list[str] = []
     jobs.convert(job, workers=1, report=said.append)
-    assert f"2 of {len(job.parts)} parts are there" in said[0]
+    assert f"2 of {len(job.parts)} parts are complete" in said[0]
     whole = _merged(models, tmp_path / "whole", "linear", _values(models))
     assert all(torch.equal(whole[name], tensor) for name, tensor in _loaded(tmp_path / "out").items())
 
