@@ -483,6 +483,7 @@ def packed_attention(
     return output[torch.cat(held[torch.distributed.get_rank(group)])].flatten(1)
 
 
+@_counted
 def _exchanged_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, group: Any
 ) -> Tensor:

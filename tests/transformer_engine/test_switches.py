@@ -6,8 +6,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from megatron_post.train.run import joined_ranks
+from megatron_post.train.step import Stepper
 from tests.distributed.test_layouts import check_equal, gradients, joined
 from tests.ranks import run_ranks
 from tests.tiny import switched, tiny_config
@@ -55,11 +57,19 @@ def test_heads_over_context_parallel_ranks(ranks: int, parallel: dict[str, Any],
     and backward, on segments of unequal lengths."""
     model = {"num_key_value_heads": 4}
     expected = joined(run_ranks(gradients, 1, {}, {"model": model}))
-    run = partial(gradients, portable=False)
     sections = {"model": model, "recompute": recompute}
-    switches = {"parallel.cp_comm_type": "a2a"}
-    found = joined(run_with_transformer_engine(run, ranks, parallel, sections, switches))
-    check_equal(found, expected)
+    results = run_with_transformer_engine(_exchanging, ranks, parallel, sections)
+    check_equal(joined([found for found, _ in results]), expected)
+    passes = 4 * 4 // parallel.get("pipeline", 1)  # layers x packs
+    assert [calls for _, calls in results] == [passes * (2 if recompute else 1)] * ranks
+
+
+def _exchanging(parallel: dict[str, Any], sections: dict[str, Any]) -> tuple[Any, int]:
+    """`gradients`, and in how many forward passes of attention heads were exchanged."""
+    from tests.transformer_engine.stand_in import CALLS
+
+    found = gradients(parallel, sections, {"parallel.cp_comm_type": "a2a"}, portable=False)
+    return found, CALLS["_exchanged_attention"]
 
 
 USER_BUFFERS = {
@@ -80,6 +90,38 @@ def test_tensor_parallel_communication_in_user_buffers(name: str, plain: tuple[d
     check_equal(joined([found for found, _ in results]), plain)
     passes = 4 * 4 // parallel.get("pipeline", 1)  # layers x packs
     assert [moves for _, moves in results] == [passes * (4 + 4 + 2 + 2 * bool(sections))] * ranks
+
+
+def test_switches_together(plain: tuple[dict, float, dict]) -> None:
+    """Also an evaluation between steps, whose layers gather without buffers and scatter with them."""
+    parallel = {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}
+    results = run_with_transformer_engine(_together, 4, parallel)
+    check_equal(joined([found for found, _ in results]), plain)
+    evaluated = [metrics for _, metrics in results if metrics]
+    assert [metrics["loss"] for metrics in evaluated] == pytest.approx([plain[0]["loss"]] * 2, rel=1e-5)
+
+
+def _together(parallel: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+    """`gradients` with every switch that the layout can have, and the metrics of an evaluation before."""
+    switches = {
+        "parallel.tp_comm_overlap": True,
+        "optimizer.gradient_accumulation_fusion": True,
+        "optimizer.overlap": True,
+        "optimizer.overlap_param_gather_with_optimizer_step": True,
+    }
+    evaluated: dict[str, float] = {}
+    step = Stepper.__call__
+
+    def evaluate_first(self: Stepper, packs: Any, **keys: Any) -> dict[str, float]:
+        with torch.no_grad():
+            evaluated.update(step(self, packs, forward_only=True))
+        return step(self, packs, **keys)
+
+    with (
+        mock.patch.dict(os.environ, UB_SKIPMC="1"),
+        mock.patch.object(Stepper, "__call__", evaluate_first),
+    ):
+        return gradients(parallel, {}, switches, portable=False), evaluated
 
 
 def test_user_buffers_that_gpus_cannot_share() -> None:
