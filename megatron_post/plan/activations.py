@@ -58,6 +58,13 @@ class Activations:
         output = 0 if recomputed else z.s * z.h * z.linear_input
         return z.s * (z.h * z.element + FP32) + output
 
+    def norms(self) -> int:
+        """Both norms of a layer. Transformer Engine fuses the second into the MLP's first matrix, so that a
+        recomputed MLP keeps the norm's input alone."""
+        z, first = self._sizes, self.norm()
+        with_mlp = self.layers != "portable" and self._selective("mlp") and not self._selective("layernorm")
+        return first + (z.s * z.h * z.element if with_mlp else first)
+
     def attention(self) -> int:
         """From the output of the QKV matrix to the input of the projection."""
         return self._attention_inputs() + (0 if self._selective("core_attn") else self._core_attention())
@@ -118,7 +125,7 @@ class Activations:
 
     def whole_layer(self) -> int:
         """One layer, with selective recomputation or none."""
-        return 2 * self.norm() + self.attention() + self.mlp()
+        return self.norms() + self.attention() + self.mlp()
 
     def embedding(self) -> int:
         """Indices and mask of the vocabulary-parallel lookup."""
@@ -181,7 +188,7 @@ class Activations:
         ffn = z.t * z.f * z.element
         gradient = 0 if self.config.optimizer.gradient_accumulation_fusion else z.f * z.h * z.element
         mlp = max(2 * ffn, ffn + gradient)
-        recomputed_mlp = self._mlp() if self._selective("mlp") else 0
+        recomputed_mlp = self._mlp() + 2 * self.norm() - self.norms() if self._selective("mlp") else 0
         core = self._core_attention() if self._selective("core_attn") else 0
         working = 2 * stream + max(mlp + recomputed_mlp, core + 3 * z.t * z.a * z.element - self.mlp())
         if self.config.recompute.mode == "full":

@@ -97,7 +97,7 @@ def held(ledger: Activations, chunk: Chunk) -> Counter[str]:
     if ledger.config.recompute.mode == "full":
         kept["layer inputs"] = chunk.layers * ledger.layer() + ledger.angles() * bool(chunk.layers)
     else:
-        kept["norms"] = chunk.layers * 2 * ledger.norm()
+        kept["norms"] = chunk.layers * ledger.norms()
         kept["attention"] = chunk.layers * ledger.attention()
         kept["mlp"] = chunk.layers * ledger.mlp()
     kept["pipeline tensors"] = ledger.boundary(first=chunk.embedding, last=chunk.head)

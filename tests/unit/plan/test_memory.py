@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from megatron_post.config.schema import Config
-from megatron_post.plan.activations import Activations, Segment
+from megatron_post.plan.activations import Activations, Layers, Segment
 from megatron_post.plan.memory import memory
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -138,6 +138,22 @@ def test_an_exchanged_output_is_kept_twice() -> None:
     )
     before, after = (ledger.whole_layer() for ledger in ledgers)
     assert after - before == 2048 * 4096 * 2
+
+
+def test_a_norm_that_is_fused_into_the_mlp() -> None:
+    """8,192 tokens of 4,096 in bf16, and a statistic of 4 bytes a token. tests/transformer_engine counts what
+    is recomputed: the MLP's own norm with it, unless norms stand by themselves."""
+
+    def norms(layers: Layers, *modules: str) -> int:
+        recompute = {"mode": "selective", "modules": list(modules)}
+        config = llama_config("llama3.1_8b", {}, recompute=recompute)
+        return Activations(config, layers, (Segment(8192),)).norms()
+
+    stream, statistics = 8192 * 4096 * 2, 8192 * 4
+    assert norms("transformer_engine", "core_attn") == 2 * (2 * stream + statistics)
+    assert norms("transformer_engine", "mlp") == norms("mixed", "mlp") == 3 * stream + statistics
+    assert norms("transformer_engine", "mlp", "layernorm") == 2 * (stream + statistics)
+    assert norms("portable", "mlp") == norms("portable", "core_attn")
 
 
 def test_fused_gradients_by_hand() -> None:
