@@ -28,12 +28,21 @@ from megatron_post.bench.gpu_day.runs import (
 )
 from megatron_post.bench.gpu_day.speed import Found, bandwidth, kernel, proxy, step, switch
 from megatron_post.data.batch import PackedBatch, segment_numbers
+from megatron_post.display import make_console
+from megatron_post.doctor import diagnose, find_problems
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import portable_segments
 from megatron_post.parallel.context import ContextSplit
 from megatron_post.train.checkpoint import Position
 
 _WIDE = ("precision.dtype=bf16", "model.num_attention_heads=16", "model.num_key_value_heads=8")
+
+
+def doctor() -> Found:
+    """What would break a run on this machine."""
+    diagnose(make_console())
+    problems = list(find_problems())
+    return Found("; ".join(problems) or "no problems found", not problems)
 
 
 def flex() -> Found:
@@ -102,21 +111,23 @@ def engine() -> Found:
     return _compare(found, expected, loss=1e-3, norm=2e-2)
 
 
-def fp8(recipe: str) -> Found:
-    """20 steps of 8 layers of 1,024 beside bf16, or why this GPU cannot."""
+def fp8() -> Found:
+    """Each recipe for 20 steps of 8 layers of 1,024 beside bf16, or why this machine cannot."""
     settings = (*_WIDE, "model.num_layers=8", "model.hidden_size=1024", "model.ffn_hidden_size=2816")
-    try:
-        taken = once("sft", 20, (*settings, f"precision.fp8={recipe}"))
-    except ValueError as error:
-        refusals = [line.strip() for line in str(error).splitlines() if "precision.fp8=" in line]
-        if not refusals:
-            raise
-        # every GPU that this is for can do the other two
-        return Found(f"refused: {refusals[-1]}", recipe in ("blockwise", "mxfp8"))
-    bf16 = once("sft", 20, settings)
-    last, other = taken[-1][0], bf16[-1][0]
-    off = abs(last / other - 1)
-    return Found(f"last loss {last:.4f}, in bf16 {other:.4f}, {off:.2%} apart", off <= 0.02)
+    bf16 = once("sft", 20, settings)[-1][0]
+    texts, good = [], True
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        try:
+            last = once("sft", 20, (*settings, f"precision.fp8={recipe}"))[-1][0]
+        except ValueError as error:
+            refusals = [line.strip("- ") for line in str(error).splitlines() if "precision.fp8=" in line]
+            texts.append(f"{recipe}: {refusals[-1] if refusals else f'failed, {error}'[-200:]}")
+            # every GPU that this is for can do the other two
+            good = good and bool(refusals) and recipe in ("blockwise", "mxfp8")
+        else:
+            texts.append(f"{recipe}: last loss {last:.4f}, {abs(last / bf16 - 1):.2%} off {bf16:.4f}")
+            good = good and abs(last / bf16 - 1) <= 0.02
+    return Found("; ".join(texts), good)
 
 
 def exchange() -> Found:
@@ -192,7 +203,8 @@ def _compare(
 
 
 _CHECKS: tuple[Callable[..., Found], ...] = (
-    flex, stage, resume, save, engine, fp8, exchange, syncs, answers, kernel, bandwidth, step, proxy, switch,
+    doctor, flex, stage, resume, save, answers, engine, fp8, exchange, syncs,
+    kernel, bandwidth, step, proxy, switch,
 )  # fmt: skip
 
 

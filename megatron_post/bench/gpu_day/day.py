@@ -132,12 +132,12 @@ class Day:
         if failed or not results:
             return Outcome("failed" if failed else "passed", last[:300], {}, seconds)
         content = json.loads(results[-1].removeprefix(RESULT))
-        status = {True: "passed", False: "failed", None: "measured"}[content["ok"]]
+        if content["ok"] is not None:
+            status = "passed" if content["ok"] else "failed"
+        else:
+            status = "skipped" if not content["figures"] else "measured" if self.has_gpu else "ran"
         # a CPU's times say nothing about a GPU
-        figures = content["figures"] if self.has_gpu else {}
-        if status == "measured" and not self.has_gpu:
-            status = "ran"
-        return Outcome(status, content["found"], figures, seconds)
+        return Outcome(status, content["found"], content["figures"] if self.has_gpu else {}, seconds)
 
     def _keep(self, piece: str, check: Check, outcome: Outcome) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -97,11 +97,16 @@ def config_of(run: Run) -> "Config":
 
 @contextlib.contextmanager
 def training(config: "Config") -> Iterator[tuple["Trainer", Iterator[list["Pack"]], int]]:
-    """Within this context: a trainer at the newest checkpoint, its packs, and the step that is done."""
-    from megatron_post.bench.synthetic import open_synthetic
-    from megatron_post.parallel.topology import parallel_run
-    from megatron_post.train.run import build_trainer, open_loader
+    """Within this context: a trainer at the newest checkpoint, its packs, and the step that is done.
 
+    Raises `ConfigError` for what this machine cannot run.
+    """
+    from megatron_post.bench.synthetic import open_synthetic
+    from megatron_post.config.load import raise_for
+    from megatron_post.parallel.topology import parallel_run
+    from megatron_post.train.run import build_trainer, open_loader, rank_errors
+
+    raise_for(rank_errors(config, world_size=1))
     with parallel_run(config.parallel, seed=config.seed) as topology:
         trainer, start = build_trainer(config, topology)
         store = open_synthetic(Path(config.data.store), config)

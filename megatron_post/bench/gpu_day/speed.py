@@ -1,5 +1,6 @@
 """Checks of speed and memory, see `check`."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_post.bench.gpu_day.plan import SHARD_8B, SWITCHES
+from megatron_post.bench.gpu_day.plan import RESULT, SHARD_8B, SWITCHES
 from megatron_post.bench.gpu_day.runs import TINY
 from megatron_post.bench.kernels import read_tables
 from megatron_post.bench.proxy import measure_proxy
@@ -86,14 +87,29 @@ def proxy(*settings: str) -> Found:
 
 
 def switch(number: str) -> Found:
-    """A row of `SWITCHES`, with and without."""
-    row, found = SWITCHES[int(number)], []
-    for settings in ((*SHARD_8B, *row.base), (*SHARD_8B, *row.base, row.setting)):
-        found.append(step_figures(_steps(load_config(row.config, settings)))[row.figure])
-    without, with_it = (figure.median for figure in found)
-    name = f"{row.figure} ({found[0].unit})"
-    figures = {f"{name}, without": without, f"{name}, with": with_it}
-    return Found(f"{with_it / without - 1:+.1%} with it", figures=figures)
+    """A row of `SWITCHES`, with and without, in processes of their own: each needs most of the memory."""
+    row, figures = SWITCHES[int(number)], {}
+    for word, setting in (("without", ()), ("with", (row.setting,))):
+        command = [
+            "-m",
+            "megatron_post.bench.gpu_day.check",
+            "step",
+            row.config,
+            *SHARD_8B,
+            *row.base,
+            *setting,
+        ]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        print(done.stdout + done.stderr, flush=True)
+        if done.returncode:
+            raise SystemExit(f"{word} it: {(done.stderr or done.stdout).strip()[-300:]}")
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+        taken = json.loads(line.removeprefix(RESULT))["figures"]
+        figures[word] = next(value for name, value in taken.items() if name.startswith(f"{row.figure} ("))
+    change = figures["with"] / figures["without"] - 1
+    return Found(
+        f"{change:+.1%} with it", figures={f"{row.figure}, {word}": x for word, x in figures.items()}
+    )
 
 
 def _steps(config: Config) -> Measured:

@@ -27,6 +27,7 @@ def _pieces(count: Path) -> dict[str, tuple[Check, ...]]:
             Check("good", _says("equal", True), "equality"),
             Check("bad", _says("2 apart", False), "equality"),
             Check("timed", _says("", None, step=0.5), "nothing"),
+            Check("not run", _says("not run: no ncu", None), "nothing"),
             Check("command", ("-c", counting + "; print('first'); print('last | line')"), "status 0"),
             Check("broken", ("-c", "raise ValueError('why')"), "status 0"),
             Check("slow", ("-c", "import time; time.sleep(60)"), "soon", most=1.0),
@@ -61,6 +62,7 @@ def test_statuses_and_table(pieces: Path) -> None:
         "good": ("passed", "equal"),
         "bad": ("failed", "2 apart"),
         "timed": ("ran", ""),
+        "not run": ("skipped", "not run: no ncu"),
         "command": ("passed", "last | line"),
         "broken": ("failed", "ValueError: why"),
         "slow": ("failed", "ended after 1 s"),
@@ -152,6 +154,27 @@ def test_every_switch_is_a_setting(row: object) -> None:
     assert isinstance(row, Switch)
     without = load_config(str(ROOT / row.config), (*SHARD_8B, *row.base))
     assert load_config(str(ROOT / row.config), (*SHARD_8B, *row.base, row.setting)) != without
+
+
+def test_fp8_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper may refuse mxfp8 in our words. Another failure, and another loss, are failures."""
+    answers: dict[str, float | str] = {"delayed": 2.05, "tensorwise": 1.98, "blockwise": 2.0, "mxfp8": ""}
+    answers["mxfp8"] = "a config error:\n- precision.fp8=mxfp8 needs compute capability 10.0"
+
+    def once(stage: str, last: int, settings: tuple[str, ...]) -> list[tuple[float, float]]:
+        recipe = settings[-1].removeprefix("precision.fp8=")
+        answer = answers.get(recipe, 2.0)
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return [(answer, 1.0)]
+
+    monkeypatch.setattr(check, "once", once)
+    assert not check.fp8().ok  # 2.05 is 2.5% off 2.0
+    answers["delayed"] = 2.01
+    found = check.fp8()
+    assert found.ok and "mxfp8: precision.fp8=mxfp8 needs compute capability 10.0" in found.found
+    answers["tensorwise"] = "CUDA error"
+    assert not check.fp8().ok
 
 
 @pytest.mark.slow
