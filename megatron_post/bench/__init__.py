@@ -1,1 +1,1 @@
-"""`make bench`: packing, loading and training steps, measured beside TRL in one run."""
+"""Measures the project's figures: packing, loading, training steps, conversion, and steps beside TRL."""

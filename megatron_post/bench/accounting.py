@@ -1,4 +1,4 @@
-"""Tokens of packs by what they are good for, and the load that their attention is."""
+"""Counts the tokens of packs by kind (real, trained, padding), and the load of their attention."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ _NONE = Load(0, 0)
 
 @dataclass(frozen=True)
 class Counts:
-    """Of packs. capacity: all tokens that are computed; real: those that are no padding; trained: labels
-    with loss, of a reward model the scored responses; examples: dialogs, or preferences.
+    """Counts of packs.
 
-    useful: the load of real tokens alone; computed: that of everything, a tail of padding too.
+    capacity: all tokens that are computed. real: those that are not padding. trained: labels with loss, or
+    for a reward model the scored responses. examples: dialogs, or preferences. useful: the load of the real
+    tokens alone. computed: the load of all tokens, with the padding at the end of packs.
     """
 
     capacity: int = 0
@@ -39,7 +40,7 @@ class Counts:
 
 
 def count_packs(packs: Iterable[Pack], stage: Stage) -> Counts:
-    """What these packs hold, as the stage trains them."""
+    """The counts of these packs, as the stage trains them."""
     return sum((_count(pack, stage.collate(pack), scores=stage.head == "scalar") for pack in packs), Counts())
 
 

@@ -1,5 +1,8 @@
-"""How evenly a step's packs are spread: data-parallel ranks in plain order and balanced, and microbatches,
-beside what no assignment and no packing can go below."""
+"""Measures how evenly the packs of a step are spread over data-parallel ranks and over microbatches.
+
+Ranks are compared in plain order and balanced, and with a floor that no assignment can beat. Packs are
+compared with a floor that no packing can beat.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +24,12 @@ from megatron_post.plan.hardware import gpu
 from megatron_post.plan.step import step_time
 from megatron_post.plan.timing import Costs
 
-BATCHES = 20  # global batches a row, or as many as there are packs for
+BATCHES = 20  # global batches for each row of the table, or fewer if there are not enough packs
 SIMULATED_RANKS, SIMULATED_BATCHES = 8, 3
 
-# Mean tokens, tables 7 and 6 of "The Llama 3 Herd of Models": a dialog of general English; of a preference
-# what stands before the response, and the response. Lengths are log-normal with sigma 1.
+# Mean tokens from tables 7 and 6 of "The Llama 3 Herd of Models". The first is of a dialog of general
+# English. The others are of a preference: the tokens before the response, and the response. Lengths are
+# log-normal with sigma 1.
 CHAT_MEAN, CONTEXT_MEAN, RESPONSE_MEAN = 974.0, 1041.6 - 284.0, 284.0
 
 _LAYOUTS: dict[str, dict[str, Any]] = {
@@ -47,7 +51,7 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Examples:
-    """Units of `segments` (int64 [units, segments of each], tokens) in packs of `pack_length`."""
+    """Units in packs of `pack_length`. segments: int64 [units, segments of each], tokens."""
 
     name: str
     preset: str
@@ -61,23 +65,23 @@ class Examples:
 
     @cached_property
     def packs(self) -> list[np.ndarray]:
-        """Units of each pack, in an order drawn from the seed, as `data pack` leaves them."""
+        """Units of each pack, in an order drawn from the seed, as `data pack` writes them."""
         packing = pack_units(self.segments.sum(axis=1), capacity=self.pack_length)
         return [packing[pack] for pack in permutation(len(packing), 0, "balance")]
 
     @cached_property
     def squares(self) -> np.ndarray:
-        """Of each pack, padding at its end included, int64 [packs]."""
+        """int64 [packs], sums of length^2. The padding at the end of a pack counts as a segment."""
         room = [self.pack_length - int(self.segments[units].sum()) for units in self.packs]
         return np.array([self.unit_squares[units].sum() for units in self.packs]) + np.array(room) ** 2
 
     @cached_property
     def costliest_units(self) -> np.ndarray:
-        """Squares of each pack's costliest unit, int64 [packs]."""
+        """int64 [packs], the squares of each pack's costliest unit."""
         return np.array([self.unit_squares[units].max() for units in self.packs])
 
     def config(self, global_batch: int) -> Config:
-        """A run on these packs."""
+        """The config of a run on these packs."""
         return validate(
             {
                 "run_dir": "unused",
@@ -93,16 +97,16 @@ class Examples:
 
 @dataclass(frozen=True)
 class Evenness:
-    """Largest cost over the mean, in each of some global batches, float64 [batches].
+    """Largest cost divided by the mean cost, in each of some global batches, float64 [batches].
 
-    plain, balanced: of data-parallel ranks. rank_floor: whoever has the costliest pack has as many others as
-    everybody, and these cost no less than the cheapest of the batch. microbatches: of packs.
-    microbatch_floor: the pack with the costliest unit has that unit and all a pack's tokens, however the rest
-    is packed.
+    plain, balanced: of data-parallel ranks. rank_floor: the rank with the costliest pack has as many packs as
+    every other rank, and its other packs cost at least as much as the cheapest of the batch. microbatches: of
+    packs. microbatch_floor: the pack with the costliest unit holds that unit and a full pack of tokens,
+    however the rest is packed.
     """
 
     ranks: int
-    places: int
+    packs_per_rank: int
     plain: np.ndarray
     balanced: np.ndarray
     rank_floor: np.ndarray
@@ -111,9 +115,11 @@ class Evenness:
 
 
 def examples(count: int = 200_000) -> list[Examples]:
-    """The three distributions, the long one for two models: dialogs, dialogs up to 128K, pairs. What is
-    longer than a pack of 8,192 is dropped. count: units; five times as many of the long one, whose packs
-    hold more."""
+    """The three distributions: dialogs, pairs, and dialogs of up to 128K for two models.
+
+    Dialogs and pairs that are longer than a pack of 8,192 are dropped. count: units. The long distribution
+    has five times as many, because its packs hold more.
+    """
     draw = np.random.default_rng(0)
     chat = _log_normal(draw, CHAT_MEAN, count)[:, None]
     context = _log_normal(draw, CONTEXT_MEAN, count)
@@ -127,41 +133,46 @@ def examples(count: int = 200_000) -> list[Examples]:
     ]
 
 
-def evenness(found: Examples, *, ranks: int, places: int) -> Evenness:
-    """Of global batches of ranks x places packs. A pack costs the FLOPs of its tokens and of its squares."""
-    config = found.config(ranks * places)
+def evenness(found: Examples, *, ranks: int, packs_per_rank: int) -> Evenness:
+    """The evenness of global batches of `ranks` x `packs_per_rank` packs.
+
+    The cost of a pack is the FLOPs of its tokens plus the FLOPs of its squares.
+    """
+    config = found.config(ranks * packs_per_rank)
     tokens = step_flops(config, Load(found.pack_length, 0)).model
     square = step_flops(config, Load(0, 1)).model
     rows = []
-    for batch in _batches(found, ranks * places):
+    for batch in _batches(found, ranks * packs_per_rank):
         costs = tokens + square * found.squares[batch]
         mean, ascending = costs.mean(), np.sort(costs)
         balanced = costs[deal(found.squares[batch], ranks=ranks)].sum(axis=1)
-        least = ascending[-1] + ascending[: places - 1].sum()
+        least = ascending[-1] + ascending[: packs_per_rank - 1].sum()
         costliest_unit = tokens + square * found.costliest_units[batch].max()
         rows.append(
             (
-                costs.reshape(places, ranks).sum(axis=0).max() / places / mean,
-                balanced.max() / places / mean,
-                max(1.0, least / places / mean),
+                costs.reshape(packs_per_rank, ranks).sum(axis=0).max() / packs_per_rank / mean,
+                balanced.max() / packs_per_rank / mean,
+                max(1.0, least / packs_per_rank / mean),
                 costs.max() / mean,
                 max(1.0, costliest_unit / mean),
             )
         )
-    return Evenness(ranks, places, *np.array(rows).T)
+    return Evenness(ranks, packs_per_rank, *np.array(rows).T)
 
 
-def step_seconds(found: Examples, *, ranks: int, places: int) -> tuple[float, float]:
-    """Seconds of a step on H100s by the planner, in plain order and balanced: the slowest rank's pipeline,
-    simulated pack by pack, mean over a few global batches."""
-    config = found.config(ranks * places)
+def step_seconds(found: Examples, *, ranks: int, packs_per_rank: int) -> tuple[float, float]:
+    """Seconds of a step on H100s as the planner predicts them: in plain order, and balanced.
+
+    The slowest rank's pipeline is simulated pack by pack. The result is the mean over a few global batches.
+    """
+    config = found.config(ranks * packs_per_rank)
     costs = Costs(config, gpu("h100-80gb"), ranks)
 
     def slowest(dealt: np.ndarray) -> float:
         return max(step_time(costs, [_segments(found, pack) for pack in packs]).seconds for packs in dealt)
 
-    batches = _batches(found, ranks * places)[:SIMULATED_BATCHES]
-    plain = [slowest(batch.reshape(places, ranks).T) for batch in batches]
+    batches = _batches(found, ranks * packs_per_rank)[:SIMULATED_BATCHES]
+    plain = [slowest(batch.reshape(packs_per_rank, ranks).T) for batch in batches]
     balanced = [slowest(batch[deal(found.squares[batch], ranks=ranks)]) for batch in batches]
     return float(np.mean(plain)), float(np.mean(balanced))
 
@@ -169,11 +180,14 @@ def step_seconds(found: Examples, *, ranks: int, places: int) -> tuple[float, fl
 def balance_table(
     *, sizes: Sequence[tuple[int, int]] = ((2, 8), (2, 32), (8, 8), (8, 32), (64, 8), (64, 32))
 ) -> Table:
-    """Largest cost over the mean, over data-parallel ranks and over microbatches, means over global batches;
-    and a step's simulated seconds. sizes: (ranks, packs a rank)."""
+    """A table of the largest cost divided by the mean, and of a step's simulated seconds.
+
+    Costs are of data-parallel ranks and of microbatches, as means over global batches. sizes: (ranks, packs
+    per rank).
+    """
     table = Table(
-        title="largest cost / mean, of DP ranks: plain order, balanced, and what nothing can go below; of "
-        "packs: largest and floor; seconds of a step",
+        title="largest cost / mean: of DP ranks in plain order, balanced, and the lowest possible; "
+        "of packs, and the lowest possible; seconds of a step",
         box=None,
     )
     table.add_column("DP ranks x packs", no_wrap=True)
@@ -181,8 +195,8 @@ def balance_table(
         table.add_column(heading, justify="right", no_wrap=True)
     for found in examples():
         table.add_row(found.name, style="bold")
-        for ranks, places in sizes:
-            even = evenness(found, ranks=ranks, places=places)
+        for ranks, packs_per_rank in sizes:
+            even = evenness(found, ranks=ranks, packs_per_rank=packs_per_rank)
             figures = (
                 even.plain,
                 even.balanced,
@@ -190,9 +204,13 @@ def balance_table(
                 even.microbatches,
                 even.microbatch_floor,
             )
-            seconds = step_seconds(found, ranks=ranks, places=places) if ranks <= SIMULATED_RANKS else ()
+            seconds = (
+                step_seconds(found, ranks=ranks, packs_per_rank=packs_per_rank)
+                if ranks <= SIMULATED_RANKS
+                else ()
+            )
             table.add_row(
-                f"  {ranks} x {places}",
+                f"  {ranks} x {packs_per_rank}",
                 *(f"{values.mean():.3f}" for values in figures),
                 *(f"{value:.2f}" for value in seconds),
             )
@@ -204,7 +222,7 @@ def _log_normal(draw: np.random.Generator, mean: float, count: int) -> np.ndarra
 
 
 def _batches(found: Examples, size: int) -> list[np.ndarray]:
-    """The first global batches, indices of packs: int64 [size] each."""
+    """The first global batches as indices of packs, int64 [size] each."""
     number = min(BATCHES, len(found.packs) // size)
     return list(np.arange(number * size).reshape(number, size))
 

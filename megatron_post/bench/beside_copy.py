@@ -1,4 +1,4 @@
-"""What benchmarks of whole models on a disk share: `cp` to compare with, and a process to measure."""
+"""Parts that benchmarks of whole models on a disk share: timing `cp`, and timing a function in a process."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from megatron_post.bench.memory import peak_rss
 
 
 def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of `cp`, and until its bytes are on the disk."""
+    """Seconds that `cp` takes, and seconds until its bytes are also on the disk."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     plain = time.perf_counter() - started
@@ -25,16 +25,18 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
 
 
 def in_own_process(function: Callable[..., Any], *args: Any, workers: int = 1) -> tuple[float, float]:
-    """Seconds of `function(*args)` in a new process, and the peak in MiB of that process, or, with several
-    workers, of the largest of these."""
+    """Seconds of `function(*args)` in a new process, and the peak memory in MiB.
+
+    The peak is that process's. With several workers it is the peak of the largest worker.
+    """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, workers, function, *args))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, workers, function, *args))
     process.start()
-    theirs.close()
+    child_end.close()  # otherwise recv would wait forever for a process that died
     try:
-        result: tuple[float, float] = ours.recv()
-    except BaseException:  # this process is asked to end, or that one has died
+        result: tuple[float, float] = parent_end.recv()
+    except BaseException:  # this process is interrupted, or the other one has died
         process.terminate()
         raise
     finally:

@@ -1,4 +1,4 @@
-"""What saving costs a run: synchronous and asynchronous checkpoints in turn, of the same trainer."""
+"""Measures the time that saving costs a run, with synchronous and asynchronous checkpoints in turn."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,10 @@ MODES = ("synchronous", "asynchronous")
 
 @dataclass(frozen=True)
 class Interval:
-    """One save and the steps until the next. stalled: seconds for which it held up training.
+    """One save and the steps until the next save.
 
-    first: seconds of the step behind it; others: of those that follow.
+    stalled: seconds for which the save held up training. first: seconds of the step after it. others: seconds
+    of the steps that follow.
     """
 
     mode: str
@@ -38,7 +39,10 @@ class Interval:
 
 
 def default_config() -> Config:
-    """56 million parameters in fp32: 0.85 GB a checkpoint, with Adam's moments and the fp32 weights."""
+    """A model of 56 million parameters in fp32.
+
+    A checkpoint has 0.85 GB with Adam's moments and master weights.
+    """
     model = {"num_layers": 12, "hidden_size": 640, "ffn_hidden_size": 1760, "num_attention_heads": 10,
              "num_key_value_heads": 5, "vocab_size": 512}  # fmt: skip
     return validate(
@@ -57,10 +61,10 @@ def default_config() -> Config:
 def measure_checkpoints(
     config: Config, *, subject: str, directory: str, saves: int, every: int, rounds: int
 ) -> Record | None:
-    """`saves` saves of each kind a round, `every` steps apart. Returns None on ranks that do not report.
+    """Measure `saves` saves of each kind in each round, `every` steps apart.
 
-    Checkpoints go to a directory in `directory`, which all ranks see, and are removed. Raises `ValueError`
-    for counts that make no measurement.
+    Returns None on ranks that do not report. Checkpoints are written to a temporary directory in `directory`,
+    which all ranks must see. Raises `ValueError` for counts that give no measurement.
     """
     if min(saves, every, rounds) < 1:
         raise ValueError(f"--saves {saves} --every {every} --rounds {rounds}: want at least 1 of each")
@@ -97,13 +101,17 @@ def measure_checkpoints(
             environment=environment(),
             notes=(
                 *notes,
-                "held up: in `save`, for the copy before the optimizer moves, and for the save before",
+                "the time held up is spent in `save`: it copies the state before the optimizer changes it, "
+                "and waits for the save before",
             ),
         )
 
 
 def figures(ranks: list[list[Interval]], *, size: int) -> dict[str, Figure]:
-    """Of every save the rank that it held up longest. size: bytes of a checkpoint."""
+    """The figures of all saves. size: bytes of a checkpoint. ranks: the intervals of each rank.
+
+    Of every save, the rank that it held up longest counts.
+    """
     worst = [
         Interval(
             mode=same[0].mode,
@@ -134,7 +142,7 @@ def checkpoints_in(config: Config, topology: Topology, directory: Path, *, async
 
 
 def _intervals(trainer: Trainer, store: PackStore, mode: str, *, saves: int, every: int) -> list[Interval]:
-    """Steps to warm up, then saves with the steps between them."""
+    """Run steps to warm up, and then saves with steps between them."""
     found, position = [], Position()
     with open_loader(trainer.config, store, trainer.topology, position) as loader:
         for number in range(saves + 1):
@@ -152,6 +160,6 @@ def _intervals(trainer: Trainer, store: PackStore, mode: str, *, saves: int, eve
 
 
 def _bytes(root: Path) -> int:
-    """Of the newest checkpoint."""
+    """Bytes of the newest checkpoint."""
     newest = manifest.step_directory(root, manifest.published_steps(root)[-1])
     return sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())

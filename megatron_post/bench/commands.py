@@ -1,4 +1,4 @@
-"""`megatron-post bench`: its options, and what it prints."""
+"""The options and the output of `megatron-post bench`."""
 
 import contextlib
 import os
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 bench_app = typer.Typer(no_args_is_help=True)
 OUTPUT = "runs/bench"
-Output = Annotated[str, typer.Option(help="Directory of the record that is written.")]
+Output = Annotated[str, typer.Option(help="Directory in which the record is written.")]
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
-Disk = Annotated[str, typer.Option(help="Directory on the disk that is measured.")]
+Disk = Annotated[str, typer.Option(help="Directory on the disk to measure.")]
 
 
 @bench_app.callback()
 def bench() -> None:
     """Measure, write a record, and compare records."""
-    # gigabytes of scratch files go with the process, also where it is asked to end
+    # sys.exit runs the cleanup that removes gigabytes of scratch files. The default action of SIGTERM would
+    # leave them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -37,25 +38,25 @@ def bench() -> None:
 def step(
     config: ConfigPath,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Steps that are measured.")] = 20,
-    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps to measure.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps to warm up.")] = 3,
     proxy_rank: Annotated[
-        int | None, typer.Option(help="Stand in, alone, for this rank of --world: compute only.")
+        int | None, typer.Option(help="Run only this rank of --world, in one process without communication.")
     ] = None,
-    world: Annotated[int | None, typer.Option(help="Ranks of its layout; by default the fewest.")] = None,
+    world: Annotated[int | None, typer.Option(help="Ranks of the layout. By default the fewest.")] = None,
     proxy_layers: Annotated[
-        int | None, typer.Option(help="Layers of each pipeline rank, in place of the model's.")
+        int | None, typer.Option(help="Layers of each pipeline rank, instead of the model's.")
     ] = None,
     output: Output = OUTPUT,
 ) -> None:
-    """Time real training steps; under torchrun on many ranks."""
+    """Time real training steps. Run it under torchrun for many ranks."""
     from megatron_post.config.load import load_config
 
     loaded = load_config(config, overrides or ())
     if proxy_rank is not None:
-        from megatron_post.bench.proxy import LOUD, measure_proxy
+        from megatron_post.bench.proxy import PROXY_WARNING, measure_proxy
 
-        say(LOUD)
+        say(PROXY_WARNING)
         record = measure_proxy(
             loaded,
             origin=config,
@@ -69,7 +70,7 @@ def step(
         return
     if world is not None or proxy_layers is not None:
         raise ValueError(
-            "--world and --proxy-layers describe a proxy: give --proxy-rank as well, or none of them"
+            "--world and --proxy-layers describe a proxy; give --proxy-rank as well, or none of them"
         )
     from megatron_post.bench.step import measure_steps
     from megatron_post.bench.step_figures import step_record
@@ -81,10 +82,10 @@ def step(
 
 @bench_app.command("data")
 def data(
-    rounds: Annotated[int, typer.Option(help="Times that each figure is taken.")] = 6,
+    rounds: Annotated[int, typer.Option(help="Times that each figure is measured.")] = 6,
     output: Output = OUTPUT,
 ) -> None:
-    """Packing and the loader, on one core."""
+    """Measure packing and the loader on one core."""
     from megatron_post.bench.data import measure_data
 
     _show(measure_data(rounds=rounds), output)
@@ -92,7 +93,7 @@ def data(
 
 @bench_app.command("balance")
 def balance() -> None:
-    """How evenly a step's packs are spread over ranks and microbatches: arithmetic, no record."""
+    """Show how evenly packs are spread over ranks and microbatches. This is computed and writes no record."""
     from megatron_post.bench.balance import balance_table
 
     make_console().print(balance_table())
@@ -100,13 +101,13 @@ def balance() -> None:
 
 @bench_app.command("trl")
 def trl(
-    threads: Annotated[int, typer.Option(help="torch threads of every side")] = 1,
-    rounds: Annotated[int, typer.Option(help="rounds of every side, in turn")] = 9,
-    steps: Annotated[int, typer.Option(help="optimizer steps a round")] = 3,
-    pair_rounds: Annotated[int, typer.Option(help="rounds of DPO, of one step over all pairs")] = 3,
+    threads: Annotated[int, typer.Option(help="torch threads of each trainer")] = 1,
+    rounds: Annotated[int, typer.Option(help="rounds of each trainer, in turn")] = 9,
+    steps: Annotated[int, typer.Option(help="optimizer steps in a round")] = 3,
+    pair_rounds: Annotated[int, typer.Option(help="rounds of DPO, each one step over all pairs")] = 3,
     output: Output = OUTPUT,
 ) -> None:
-    """Training steps and DPO beside TRL's SFTTrainer and DPOTrainer, on the CPU."""
+    """Measure training steps and DPO beside TRL's SFTTrainer and DPOTrainer, on the CPU."""
     from megatron_post.bench.trl.steps import measure_beside_trl
 
     _quiet()
@@ -118,7 +119,7 @@ def trl(
 
 @bench_app.command("kernels")
 def kernels(output: Output = OUTPUT) -> None:
-    """kernels/benchmarks on a GPU; without one, what cannot be measured."""
+    """Run kernels/benchmarks on a GPU. Without a GPU, print what cannot be measured."""
     import torch
 
     from megatron_post.bench.kernels import measure_kernels, without_gpu
@@ -131,13 +132,15 @@ def kernels(output: Output = OUTPUT) -> None:
 
 @bench_app.command("convert")
 def convert(
-    model: Annotated[list[str] | None, typer.Option(help="May be given again; by default the small.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="May be repeated. By default the small models.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="rounds, in turn with cp")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="processes that convert")] = 1,
     directory: Disk = OUTPUT,
     output: Output = OUTPUT,
 ) -> None:
-    """Conversion of synthetic models both ways beside `cp`: speed, and peak memory."""
+    """Measure conversion of synthetic models both ways beside `cp`: speed and peak memory."""
     from megatron_post.bench import convert as bench
 
     with _scratch(directory) as disk:
@@ -150,11 +153,11 @@ def convert(
 
 @bench_app.command("merge")
 def merge(
-    gigabytes: Annotated[list[int] | None, typer.Option(help="1, 2 or 4; may be given again.")] = None,
+    gigabytes: Annotated[list[int] | None, typer.Option(help="1, 2 or 4. May be repeated.")] = None,
     directory: Disk = OUTPUT,
     output: Output = OUTPUT,
 ) -> None:
-    """Merging of synthetic models beside `cp`: speed, and peak memory."""
+    """Measure merging of synthetic models beside `cp`: speed and peak memory."""
     from megatron_post.bench.merge import measure_merges, merge_record, merge_table
 
     with _scratch(directory) as disk:
@@ -166,13 +169,16 @@ def merge(
 def checkpoint(
     config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="default: 56M parameters")] = "",
     overrides: Overrides = None,
-    saves: Annotated[int, typer.Option(help="saves of each kind a round")] = 3,
+    saves: Annotated[int, typer.Option(help="saves of each kind in a round")] = 3,
     every: Annotated[int, typer.Option(help="steps from one save to the next")] = 3,
     rounds: Annotated[int, typer.Option(help="rounds of both kinds")] = 2,
     directory: Disk = OUTPUT,
     output: Output = OUTPUT,
 ) -> None:
-    """How long synchronous and asynchronous saves hold up training; under torchrun on many ranks."""
+    """Measure how long synchronous and asynchronous saves hold up training.
+
+    Run it under torchrun for many ranks.
+    """
     from megatron_post.bench.checkpoint import default_config, measure_checkpoints
     from megatron_post.config.load import load_config
 
@@ -191,9 +197,9 @@ def checkpoint(
 @bench_app.command("report")
 def report(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="directory of records")] = OUTPUT,
-    html: Annotated[str, typer.Option(help="Page to write; by default report.html in DIR.")] = "",
+    html: Annotated[str, typer.Option(help="Page to write. By default report.html in DIR.")] = "",
 ) -> None:
-    """Compare the runs in a directory on one HTML page, and say which changed."""
+    """Compare the runs in a directory on one HTML page, and print which figures changed."""
     from megatron_post.bench.compare import summary
     from megatron_post.bench.page import page
     from megatron_post.bench.record import read_records
@@ -214,7 +220,7 @@ def _show(record: "Record", output: str) -> None:
 
 
 def _write(table: Any, record: "Record", output: str) -> None:
-    """Print a table of its own and write the record."""
+    """Print a benchmark's own table and write the record."""
     from megatron_post.bench.record import write_record
 
     make_console().print(table)
@@ -223,13 +229,13 @@ def _write(table: Any, record: "Record", output: str) -> None:
 
 @contextlib.contextmanager
 def _scratch(directory: str) -> Iterator[Path]:
-    """A directory in `directory`, removed when this context ends."""
+    """A temporary directory in `directory`. It is removed when this context ends."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as name:
         yield Path(name)
 
 
 def _quiet() -> None:
-    """No warnings, of this process nor of those that it starts."""
+    """Hide the warnings of this process and of those that it starts."""
     warnings.filterwarnings("ignore")
     os.environ["PYTHONWARNINGS"] = "ignore"

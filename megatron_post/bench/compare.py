@@ -1,4 +1,4 @@
-"""Runs of one benchmark side by side: which figures changed, and what else was different."""
+"""Compares runs of one benchmark: which figures changed, and which settings and environment differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,23 +6,23 @@ from typing import Literal
 
 from megatron_post.bench.record import Figure, Record, changed
 
-# Different in every run by nature.
+# These are different in every run.
 _ALWAYS = ("date", "load")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A figure beside an earlier run's. ratio: of the medians, the later over the earlier."""
+    """A figure compared with an earlier run. ratio: the later median divided by the earlier median."""
 
     ratio: float
-    kind: Literal["better", "worse", "changed", "no change seen", "taken once"]
+    kind: Literal["better", "worse", "changed", "no change seen", "measured once"]
 
     def __str__(self) -> str:
         return f"{self.ratio - 1:+.1%}: {self.kind}"
 
 
 def groups(records: Sequence[Record]) -> list[list[Record]]:
-    """Records of one benchmark and subject together, oldest first."""
+    """The records of each benchmark and subject, oldest first."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         found.setdefault((record.benchmark, record.subject), []).append(record)
@@ -30,9 +30,11 @@ def groups(records: Sequence[Record]) -> list[list[Record]]:
 
 
 def compare(before: Record, after: Record) -> dict[str, Verdict]:
-    """By figure, of those that both have. A change is called so only where the intervals of the medians do
-    not overlap: that the runs differ by more than their own samples do. It does not say why; see
-    `differences`."""
+    """The verdict on each figure that both records have.
+
+    A figure counts as changed only if the intervals of the two medians do not overlap. Then the runs differ
+    by more than their own samples do. The verdict does not say why: see `differences`.
+    """
     return {
         name: _verdict(before.figures[name], figure)
         for name, figure in after.figures.items()
@@ -41,24 +43,26 @@ def compare(before: Record, after: Record) -> dict[str, Verdict]:
 
 
 def differences(before: Record, after: Record) -> list[str]:
-    """Settings and environment that are not the same: "torch: 2.12 -> 2.13"."""
+    """Settings and environment that differ, such as "torch: 2.12 -> 2.13"."""
     settings = _differences(before.settings, after.settings)
     return settings + _differences(before.environment, after.environment)
 
 
 def summary(records: Sequence[Record]) -> list[str]:
-    """A line for each benchmark that was run more than once: what changed between its first run and its
-    last, and which settings are others."""
+    """A line for each benchmark that was run more than once.
+
+    It says what changed between the first run and the last run, and which settings differ.
+    """
     lines = []
     for runs in groups(records):
         if len(runs) < 2:
             continue
-        told = [
+        changes = [
             f"{name} {verdict}"
             for name, verdict in compare(runs[0], runs[-1]).items()
             if verdict.kind in ("better", "worse", "changed")
         ]
-        text = "; ".join(told) or "no change seen"
+        text = "; ".join(changes) or "no change seen"
         if others := _differences(runs[0].settings, runs[-1].settings):
             text += f" (other settings: {'; '.join(others)})"
         lines.append(f"{runs[0].benchmark} ({runs[0].subject}), {len(runs)} runs: {text}")
@@ -76,7 +80,7 @@ def _differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 def _verdict(before: Figure, after: Figure) -> Verdict:
     ratio = after.median / before.median
     if min(len(before.samples), len(after.samples)) < 2:
-        return Verdict(ratio, "taken once")
+        return Verdict(ratio, "measured once")
     if not changed(before, after):
         return Verdict(ratio, "no change seen")
     if after.better is None:

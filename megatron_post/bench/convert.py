@@ -1,4 +1,4 @@
-"""Conversion of synthetic models both ways beside `cp` of the same bytes: peak memory and disk speed."""
+"""Measures conversion of synthetic models both ways beside `cp` of the same bytes: memory and speed."""
 
 import filecmp
 import os
@@ -26,7 +26,7 @@ from megatron_post.convert.source import Kind
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 
-# About 1, 2 and 4 GB of the 8B's layers, and one layer of the 405B
+# About 1, 2 and 4 GB of the 8B's layers, and one layer of the 405B.
 MODELS: dict[str, dict[str, Any]] = {
     "8B, 2 layers": {"preset": "llama3_8b", "num_layers": 2, "vocab_size": 8192},
     "8B, 4 layers": {"preset": "llama3_8b", "num_layers": 4, "vocab_size": 8192},
@@ -38,10 +38,12 @@ SMALL = ("8B, 2 layers", "8B, 4 layers")
 
 @dataclass(frozen=True)
 class ConversionFigures:
-    """One model. Speeds in MB/s, medians over rounds; peaks in MiB, the worst of the rounds, of a process.
+    """Figures of one model.
 
-    copy, durable_copy: of `cp` alone, and with its bytes flushed to the disk as ours are. ratios: ours over
-    `durable_copy`, the median over rounds. rounds: MB/s of the four, of each round.
+    Speeds are in MB/s, as medians over rounds. Peaks are in MiB of one process, as the largest of the rounds.
+    copy: of `cp` alone. durable_copy: of `cp` with its bytes flushed to the disk, as a conversion's are. The
+    ratios divide the speed of a conversion by `durable_copy`, as medians over rounds. rounds: MB/s of the
+    four, of each round.
     """
 
     name: str
@@ -61,23 +63,24 @@ class ConversionFigures:
 def measure_conversions(
     directory: Path, *, names: tuple[str, ...] = tuple(MODELS), rounds: int = 3, workers: int = 1
 ) -> list[ConversionFigures]:
-    """Convert each model both ways, in turn with `cp`, `rounds` times, and compare what comes back.
+    """Convert each model both ways, in turn with `cp`, `rounds` times, and compare with the source.
 
-    Takes the disk space of four copies of the largest model; everything is removed. Raises `ValueError` where
-    there is less, for names that are not in `MODELS` and for no rounds.
+    This takes the disk space of four copies of the largest model, and removes everything. Raises `ValueError`
+    if there is less space, for names that are not in `MODELS`, and for less than one round.
     """
     unknown = [name for name in names if name not in MODELS]
     if unknown or rounds < 1:
         raise ValueError(
-            f"--model {unknown} --rounds {rounds}: choose of {', '.join(map(repr, MODELS))}, 1 round or more"
+            f"--model {unknown} --rounds {rounds}: choose from {', '.join(map(repr, MODELS))}, and 1 round "
+            "or more"
         )
     return [_measure(directory, name, rounds=rounds, workers=workers) for name in names]
 
 
 def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table:
-    """One row a model."""
+    """A table with a row for each model."""
     title = (
-        f"conversion, workers: {workers}; MB/s, and the share of cp's speed with its bytes on the disk; "
+        f"conversion with {workers} worker(s): MB/s, and percent of the speed of cp + sync; "
         "peak memory and its limit in MiB"
     )
     columns = ("model", "GB", "cp", "cp+sync", "to Megatron", "to HF", "peak", "limit")
@@ -97,7 +100,7 @@ def conversion_table(figures: list[ConversionFigures], *, workers: int) -> Table
 
 
 def conversion_record(figures: list[ConversionFigures], *, workers: int) -> Record:
-    """Speeds of every round, and peaks."""
+    """The record with the speeds of every round, and the peaks."""
     found = {}
     for f in figures:
         for i, name in enumerate(("cp", "cp + flush", "to Megatron", "to Hugging Face")):
@@ -117,17 +120,16 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
     kinds = {n: Kind(torch.bfloat16, shape) for n, shape in hf_shapes(model).items()}
     total = sum(kind.nbytes for kind in kinds.values())
     if shutil.disk_usage(directory).free < 5 * total:
-        raise ValueError(f"{directory} has less than {5 * total:,} bytes free, which this benchmark takes")
+        raise ValueError(f"{directory} has less than {5 * total:,} bytes free, which this benchmark needs")
     source, copy, root, back = (directory / n for n in ("source", "copy", "checkpoints", "back"))
     columns: list[tuple[float, ...]] = []
     try:
         _write_random(source, model, kinds)
         for _ in range(rounds):
             plain, durable = beside_copy.copy(source, copy)
-            there = ToMegatron(str(source), str(root))
-            forth, forth_peak = beside_copy.in_own_process(_convert, there, workers, workers=workers)
-            home = ToHuggingFace(str(root), str(back))
-            back_seconds, back_peak = beside_copy.in_own_process(_convert, home, workers, workers=workers)
+            to_megatron, to_hf = ToMegatron(str(source), str(root)), ToHuggingFace(str(root), str(back))
+            forth, forth_peak = beside_copy.in_own_process(_convert, to_megatron, workers, workers=workers)
+            back_seconds, back_peak = beside_copy.in_own_process(_convert, to_hf, workers, workers=workers)
             _, wrong, missing = filecmp.cmpfiles(
                 source, back, [file.name for file in source.iterdir()], shallow=False
             )
@@ -156,7 +158,7 @@ def _measure(directory: Path, name: str, *, rounds: int, workers: int) -> Conver
 
 
 def _write_random(directory: Path, model: Model, kinds: dict[str, Kind]) -> None:
-    """Files of random bytes: nothing here looks at values."""
+    """Write files of random bytes. The values do not matter for this benchmark."""
     directory.mkdir(parents=True)
     shards = plan_shards(kinds, max_bytes=SHARD_BYTES)
     weight_map: dict[str, str] = {}

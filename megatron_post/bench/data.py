@@ -1,4 +1,4 @@
-"""Figures of packing and loading on one core."""
+"""Measures packing and loading on one core."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ LOADED = {8192: 2**25, CAPACITY: 2**25}  # pack length -> tokens of the store
 
 @dataclass(frozen=True)
 class Packed:
-    """Seconds to place `units` in packs, and the share of the packs that is filled."""
+    """Seconds to assign `units` units to packs, and the share of the packs that is filled."""
 
     units: int
     packs: int
@@ -35,7 +35,7 @@ class Packed:
 
 
 def measure_data(*, rounds: int) -> Record:
-    """Packing and loading, `rounds` times in turn. Raises `ValueError` for no rounds."""
+    """Measure packing and loading in turn, `rounds` times. Raises `ValueError` for less than one round."""
     if rounds < 1:
         raise ValueError(f"--rounds {rounds}: want at least 1")
     lengths = long_tailed_lengths(LENGTHS, capacity=CAPACITY)
@@ -59,13 +59,13 @@ def measure_data(*, rounds: int) -> Record:
         environment=environment(),
         notes=(
             "lengths as in Llama 3's SFT mix",
-            "the loader's store has just been written: the page cache holds it",
+            "the loader's store has just been written, so it is read from the page cache",
         ),
     )
 
 
 def data_figures(packed: Sequence[Packed], loaded: Sequence[dict[int, float]]) -> dict[str, Figure]:
-    """loaded: pack length -> tokens/s, of each round."""
+    """The figures of all rounds. loaded: for each round, tokens/s by pack length."""
     one = packed[0]
     loaders = {
         f"loader, packs of {length:,}": Figure(
@@ -81,7 +81,7 @@ def data_figures(packed: Sequence[Packed], loaded: Sequence[dict[int, float]]) -
 
 
 def time_packing(lengths: np.ndarray, *, capacity: int) -> Packed:
-    """Pack on one core, once."""
+    """Pack once on one core."""
     with one_core():
         started = time.perf_counter()
         packing = pack_units(lengths, capacity=capacity)
@@ -90,9 +90,9 @@ def time_packing(lengths: np.ndarray, *, capacity: int) -> Packed:
 
 
 def time_loader(directory: Path, *, pack_length: int, tokens: int) -> float:
-    """Real tokens a second that a loader hands out on one core, over one epoch in shuffled order.
+    """Real tokens per second that a loader yields on one core, over one epoch in shuffled order.
 
-    The store of about `tokens` tokens has just been written: the page cache holds it.
+    The store of about `tokens` tokens has just been written, so it is read from the page cache.
     """
     store = _write_store(directory, pack_length=pack_length, tokens=tokens)
     real = 0
@@ -105,7 +105,7 @@ def time_loader(directory: Path, *, pack_length: int, tokens: int) -> float:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Keep the threads of this process to one core, where the system can."""
+    """Keep the threads of this process on one core, if the system supports that."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -125,7 +125,7 @@ def _pin(threads: list[int], cores: set[int]) -> None:
 
 
 def _write_store(directory: Path, *, pack_length: int, tokens: int) -> PackStore:
-    """Random dialogs of the lengths of `long_tailed_lengths`, about `tokens` in all."""
+    """A store of random dialogs with the lengths of `long_tailed_lengths`, about `tokens` tokens in all."""
     settings = StoreSettings(
         pack_length=pack_length, segment_multiple=1, tokenizer_fingerprint="bench", pad_id=0, seed=0
     )

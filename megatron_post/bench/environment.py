@@ -1,4 +1,4 @@
-"""What a benchmark ran in: figures without it are worth nothing."""
+"""The environment of a benchmark. Figures can only be compared with it."""
 
 import contextlib
 import datetime
@@ -58,7 +58,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that this package is in, and how many files differ from it."""
+    """The commit of the checkout of this package, and the number of files that differ from it."""
     head = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
     if not head:
         return "no git checkout"
@@ -68,7 +68,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is absent, fails or hangs."""
+    """The output of a command, or "" if the command is absent, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The kernels' own benchmarks, `kernels/benchmarks/bench_*.py`, run one after the other into a record."""
+"""Runs the kernels' benchmarks, `kernels/benchmarks/bench_*.py`, and collects their times in a record."""
 
 import os
 import subprocess
@@ -10,34 +10,36 @@ from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
 
 _KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-_NAME = 32  # columns of a row that are the implementation's name
+_NAME = 32  # the width of the implementation's name in a row
 
 
 def scripts() -> list[Path]:
-    """Raises `ValueError` where there are none, as in an installed package."""
+    """The benchmark scripts. Raises `ValueError` if there are none, as in an installed package."""
     found = sorted((_KERNELS / "benchmarks").glob("bench_*.py"))
     if not found:
         raise ValueError(
-            f"{_KERNELS / 'benchmarks'} holds no benchmarks: they are in a checkout, not in a package"
+            f"{_KERNELS / 'benchmarks'} holds no benchmarks; a checkout has them, an installed package has "
+            "none"
         )
     return found
 
 
 def without_gpu() -> str:
-    """What cannot be said here, and what can."""
+    """A text that says what cannot be measured without a GPU, and what can be checked."""
     names = ", ".join(path.stem.removeprefix("bench_") for path in scripts())
     return (
-        f"no GPU here: time, memory and bandwidth of the kernels ({names}) cannot be measured, and a CPU's "
-        "say nothing about them. Registers and spills need none: `pytest tests/kernels/test_compile.py "
-        "tests/kernels/test_pair_kernels_compile.py` compiles for sm_90 and sm_100 and checks them; "
-        "docs/benchmarks.md has the table"
+        f"this machine has no GPU: time, memory and bandwidth of the kernels ({names}) cannot be measured, "
+        "and figures of a CPU say nothing about a GPU. Registers and spills can be checked without a GPU: "
+        "`pytest tests/kernels/test_compile.py tests/kernels/test_pair_kernels_compile.py` compiles the "
+        "kernels for sm_90 and sm_100. docs/benchmarks.md has the table"
     )
 
 
 def measure_kernels(*, tiny: bool = False) -> Record:
-    """Run every script; its times are medians of interleaved rounds. tiny: on the CPU, to try the code.
+    """Run every script. Its times are medians of interleaved rounds.
 
-    Raises `ValueError` with the end of what a script said that fails.
+    tiny: run tiny shapes on the CPU, to try the code. Raises `ValueError` with the end of the output of a
+    script that fails.
     """
     text = "\n".join(_run(path, tiny=tiny) for path in scripts())
     return Record(
@@ -46,14 +48,16 @@ def measure_kernels(*, tiny: bool = False) -> Record:
         settings={"scripts": ", ".join(path.name for path in scripts())},
         figures=dict(read_tables(text)),
         environment=environment(),
-        notes=("a median of rounds each, taken by kernels/benchmarks",),
+        notes=("each time is a median of rounds, measured by kernels/benchmarks",),
         text=text,
     )
 
 
 def read_tables(text: str) -> Iterator[tuple[str, Figure]]:
-    """The milliseconds of `kernels/benchmarks/timing.py:print_table`: a title, a line that names the
-    columns, then a row for each."""
+    """The milliseconds in the tables that `kernels/benchmarks/timing.py:print_table` prints.
+
+    A table has a title, a line that names the columns, and a row for each implementation.
+    """
     title, before, inside = "", "", False
     for line in text.splitlines():
         values = line[_NAME:].split()

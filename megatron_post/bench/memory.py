@@ -1,4 +1,4 @@
-"""The most memory that a process took."""
+"""The peak memory of a process."""
 
 import resource
 import sys
@@ -10,15 +10,16 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors took on the GPU since the last reset; without one, `peak_rss`."""
+    """Peak bytes of tensors on the GPU since the last reset. Without a GPU, `peak_rss`."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_rss()
 
 
 def peak_rss() -> int:
-    """Most bytes of this process that ever were resident.
+    """Peak resident bytes of this process.
 
-    Of Linux's own count, which begins anew with each program, where `ru_maxrss` begins at what the process
-    that started this one took. Elsewhere `ru_maxrss`, which macOS gives in bytes.
+    On Linux the kernel's own count is read, because it starts at zero in each program. `ru_maxrss` starts at
+    the memory of the process that started this one. On other systems `ru_maxrss` is used, which macOS gives
+    in bytes.
     """
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():

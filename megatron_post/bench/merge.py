@@ -1,4 +1,4 @@
-"""Merging two synthetic models of some gigabytes beside `cp` of the same bytes: peak memory and speed."""
+"""Measures merging of two synthetic models beside `cp` of the same bytes: peak memory and speed."""
 
 import os
 import shutil
@@ -20,14 +20,17 @@ from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.rounds.merge import MethodMerge, merge
 
-# layers of the 8B's shape with a vocabulary of 8,192: about 1, 2 and 4 GB in bf16
+# Gigabytes -> layers of the 8B's shape with a vocabulary of 8,192, in bf16.
 LAYERS = {1: 2, 2: 4, 4: 9}
 METHODS = ("linear", "slerp", "ties", "dare_ties")
 
 
 @dataclass(frozen=True)
 class MergeFigures:
-    """One merge. copy, merged: MB/s of the output's bytes, flushed to the disk. peak: MiB of the process."""
+    """One merge.
+
+    copy, merged: MB/s of the output's bytes, flushed to the disk. peak: MiB of the process.
+    """
 
     method: str
     total_bytes: int
@@ -37,12 +40,13 @@ class MergeFigures:
 
 
 def measure_merges(directory: Path, gigabytes: int) -> list[MergeFigures]:
-    """Each method once, each beside a `cp` of its own. Takes the space of five models in `directory`.
+    """Measure each method once, each beside a `cp` of its own.
 
-    Raises `ValueError` for a size that is not in `LAYERS`.
+    This takes the disk space of five models in `directory`. Raises `ValueError` for a size that is not in
+    `LAYERS`.
     """
     if gigabytes not in LAYERS:
-        raise ValueError(f"--gigabytes {gigabytes}: choose of {', '.join(map(str, LAYERS))}")
+        raise ValueError(f"--gigabytes {gigabytes}: choose from {', '.join(map(str, LAYERS))}")
     model = Model(preset="llama3_8b", num_layers=LAYERS[gigabytes], vocab_size=8192)  # type: ignore[call-arg]
     paths = [directory / name for name in ("base", "a", "b")]
     copy, output = directory / "copy", directory / "merged"
@@ -62,7 +66,7 @@ def measure_merges(directory: Path, gigabytes: int) -> list[MergeFigures]:
 
 
 def merge_table(figures: list[MergeFigures]) -> Table:
-    """One row a merge."""
+    """A table with a row for each merge."""
     table = Table("method", "GB", "cp+sync MB/s", "merge MB/s", "peak MiB", box=SIMPLE)
     for f in figures:
         sizes = (f"{f.total_bytes / 1e9:.2f}", f"{f.copy:,.0f}", f"{f.merged:,.0f}", f"{f.peak:,.0f}")
@@ -71,7 +75,7 @@ def merge_table(figures: list[MergeFigures]) -> Table:
 
 
 def merge_record(figures: list[MergeFigures]) -> Record:
-    """Speeds and peaks, each taken once."""
+    """The record of speeds and peaks. Each was measured once."""
     found = {}
     for f in figures:
         name = f"{f.method}, {f.total_bytes / 1e9:.2f} GB"
@@ -92,7 +96,7 @@ def _plan(method: str, paths: list[Path]) -> MethodMerge:
 
 
 def _write_random(directory: Path, model: Model, *, seed: int) -> int:
-    """A model of normal values in one file. Returns its tensors' bytes."""
+    """Write a model of normal values in one file. Returns the bytes of its tensors."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     kinds = {name: (torch.bfloat16, shape) for name, shape in hf_shapes(model).items()}

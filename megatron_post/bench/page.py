@@ -1,5 +1,4 @@
-"""Records as one self-contained HTML page: figures of each run beside the first's, and what they look
-like."""
+"""Renders records as one self-contained HTML page, with each run beside the first run."""
 
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ from megatron_post.display import html_text
 from megatron_post.plan.page import COLOURS, STYLE, WIDTH, bar, key, svg
 from megatron_post.rounds.charts import histogram, lines
 
-# A chart has colours for so many runs; the newest are drawn.
+# A chart has colours for this many runs. The newest are drawn.
 _DRAWN = 4
 _LABEL, _ROW = 150, 28
 _STYLE = """
@@ -19,15 +18,16 @@ figcaption { font-size: .9rem } table { border-collapse: collapse; margin: .6rem
 td, th { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap } .scroll { overflow-x: auto }
 .better { color: #2c7a4b } .worse { color: #b3564d } .changed { font-weight: 600 }
-.no, .taken { color: var(--faint) }
+.no, .measured { color: var(--faint) }
 pre { overflow-x: auto; font-size: .75rem; border: 1px solid var(--line); padding: .5rem }
 ul.notes { padding-left: 1.2rem; font-size: .85rem } details { margin: .5rem 0 }
 @media (prefers-color-scheme: dark) { .better { color: #86bd9c } .worse { color: #e09a92 } }
 """
 _EXPLANATION = (
-    "Medians, in brackets the interval that holds the median with 95% confidence (of fewer than six samples: "
-    "the smallest and the largest). A run is called better or worse than the first where the two intervals "
-    "do not overlap. Samples of one run share the machine's mood: repeat what matters."
+    "The table shows medians. The brackets show the interval that holds the median with 95% confidence, or "
+    "the smallest and the largest of fewer than six samples. A run is called better or worse than the first "
+    "run if the two intervals do not overlap. The samples of one run share the state of the machine, so "
+    "repeat important measurements."
 )
 
 
@@ -96,17 +96,17 @@ def _cell(first: Record, record: Record, name: str) -> str:
 
 
 def _differences(names: Sequence[str], runs: Sequence[Record]) -> str:
-    """What later runs have that the first has not."""
-    told = [
+    """A list of what differs between each later run and the first."""
+    items = [
         f"Run {name} differs from the first in "
         + ("; ".join(differences(runs[0], record)) or "nothing that was recorded")
         for name, record in zip(names[1:], runs[1:], strict=True)
     ]
-    return _list(dict.fromkeys(told))
+    return _list(dict.fromkeys(items))
 
 
 def _samples(runs: dict[str, Record]) -> str:
-    """Of the first figure that was taken more than twice: in order, and their distribution."""
+    """Two charts of the first figure with more than two samples: in order, and their distribution."""
     found = (n for r in runs.values() for n, figure in r.figures.items() if len(figure.samples) > 2)
     name = next(found, None)
     if name is None:
@@ -125,7 +125,7 @@ def _phases(runs: dict[str, Record]) -> str:
         run: {n.removeprefix("phase: "): f.median for n, f in r.figures.items() if n.startswith("phase: ")}
         for run, r in runs.items()
     }
-    return _stacked("where a step goes: medians of its phases, mean over ranks, s", rows)
+    return _stacked("phases of a step: medians of the mean over ranks, s", rows)
 
 
 def _tokens(runs: dict[str, Record]) -> str:
@@ -140,7 +140,7 @@ def _tokens(runs: dict[str, Record]) -> str:
 
 
 def _stacked(title: str, rows: dict[str, dict[str, float]]) -> str:
-    """A bar a run, cut into parts."""
+    """A bar for each run, divided into parts."""
     rows = {name: parts for name, parts in rows.items() if parts}
     if not rows:
         return ""

@@ -1,10 +1,8 @@
-"""One process as one rank of a large layout: its shard of the modules and of real packs, forward and
-backward.
+"""Runs one process as one rank of a large layout: its shard of the model, on real packs.
 
-Compute only. Process groups are fake: nothing is sent, what is gathered are copies, what would be received
-is random. There is no bubble, no optimizer, no gradient reduction, and of the loss only the
-log-probabilities or scores. It says what a GPU reaches on the
-rank's own arithmetic.
+It measures compute only. Process groups are fake: nothing is sent, gathered tensors are copies, and received
+tensors are random. There is no pipeline bubble, no optimizer and no gradient reduction. The loss stops at the
+log-probabilities or scores. The result is the speed that a GPU reaches on the arithmetic of this rank.
 """
 
 import tempfile
@@ -19,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from megatron_post.bench.accounting import count_packs
 from megatron_post.bench.environment import environment
 from megatron_post.bench.memory import peak_memory
-from megatron_post.bench.proxy_figures import Passes, Share, describe, proxy_figures
+from megatron_post.bench.proxy_figures import Passes, Share, proxy_figures, share_summary
 from megatron_post.bench.record import Record
 from megatron_post.bench.step_figures import FORMULA, model_settings
 from megatron_post.bench.synthetic import write_synthetic
@@ -35,25 +33,24 @@ from megatron_post.train.optimizer import wrap_data_parallel
 from megatron_post.train.run import make_stage, rank_errors
 from megatron_post.train.step import Microbatch, Stepper
 
-LOUD = (
-    "PROXY, COMPUTE ONLY: one process stands in for one rank. No communication, no pipeline bubble, no "
-    "optimizer, no data loading: a step of the whole layout takes longer"
+PROXY_WARNING = (
+    "PROXY, COMPUTE ONLY: one process runs as one rank, without communication, pipeline bubble, optimizer "
+    "and data loading. A step of the whole layout takes longer"
 )
-_PACKS = 4  # different ones, taken in turn
+_PACKS = 4  # different packs that are used in turn
 
 
 def measure_proxy(
     config: Config, *, origin: str, rank: int, world_size: int, layers: int | None, steps: int, warmup: int
 ) -> Record:
-    """`steps` packs forward and backward, after `warmup`. layers: of each pipeline rank, in place of the
-    model's.
+    """Run `steps` packs forward and backward, after `warmup` packs.
 
-    Raises `ValueError` for a rank outside the layout and counts that make no measurement, `ConfigError` for
-    a layout that cannot run.
+    layers: of each pipeline rank, instead of the model's. Raises `ValueError` for a rank outside the layout
+    and for counts that give no measurement, and `ConfigError` for a layout that cannot run.
     """
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"--proxy-rank {rank} is not one of --world {world_size}: want 0 to {world_size - 1}"
+            f"--proxy-rank {rank} is not a rank of --world {world_size}: want 0 to {world_size - 1}"
         )
     if steps < 1 or warmup < 0 or (layers is not None and layers < 1):
         raise ValueError(
@@ -83,13 +80,13 @@ def measure_proxy(
             **model_settings(config),
             "layout": layout_line(config, share.data_size),
             **cut,
-            "share": describe(share),
+            "share": share_summary(share),
             "pack": f"{config.data.pack_length:,} random tokens",
             "packs": f"{steps}, after {warmup} to warm up",
         },
         figures=proxy_figures(share, taken, memory=memory),
         environment=environment(),
-        notes=(LOUD, FORMULA),
+        notes=(PROXY_WARNING, FORMULA),
     )
 
 
@@ -133,11 +130,11 @@ def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tupl
 def _pass(
     wrapped: Sequence[Any], microbatch: Microbatch, config: Config, topology: Topology
 ) -> tuple[float, float]:
-    """A pack through every chunk of this rank, each forward and at once backward; gradients gather in the
-    buffers.
+    """Seconds of a pack forward and backward through every chunk of this rank.
 
-    What comes from other chunks, and the gradient of what leaves, are random: a context-parallel rank's own
-    part of a loss over pairs may be zero, and arithmetic on zeros is cheaper for a GPU.
+    Each chunk runs backward at once after its forward pass, and gradients accumulate in the buffers. The
+    inputs from other chunks and the gradients of the outputs are random. A context-parallel rank's own part
+    of a loss over pairs may be zero, and a GPU multiplies zeros faster.
     """
     spent = [0.0, 0.0]
     tokens = len(microbatch.batch.tokens) // (config.parallel.tensor if config.parallel.sequence else 1)

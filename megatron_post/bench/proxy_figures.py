@@ -1,4 +1,4 @@
-"""Figures of one rank's share: what it reached, and what the planner says of the same passes."""
+"""Figures of one rank's share: the measured speed, and the planner's prediction for the same passes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from megatron_post.plan.timing import Costs
 
 @dataclass(frozen=True)
 class Passes:
-    """A pack through the rank's chunks: seconds forward and backward, and what the pack held."""
+    """One pack through the rank's chunks: seconds forward and backward, and the counts of the pack."""
 
     forward: float
     backward: float
@@ -27,8 +27,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the model a rank has. chunks: by the planner; parameters: of the modules that were
-    built."""
+    """The part of the model that a rank has.
+
+    chunks: as the planner divides the model. parameters: of the modules that were built.
+    """
 
     config: Config
     rank: int
@@ -43,13 +45,13 @@ class Share:
         return sum(chunk_parameters(self.config, chunk) for chunk in self.chunks)
 
     def flops(self, load: Load) -> Flops:
-        """Of packs through this rank's share. load: of the whole packs."""
+        """FLOPs of packs on this rank's share. load: of the whole packs."""
         parts = (chunk_flops(self.config, c, load, tensor_rank=self.tensor_rank) for c in self.chunks)
-        return dataclasses.replace(sum(parts, Flops()), reference=0.0)  # no frozen reference runs here
+        return dataclasses.replace(sum(parts, Flops()), reference=0.0)  # the proxy runs no frozen reference
 
 
 def proxy_figures(share: Share, taken: Sequence[Passes], *, memory: int) -> dict[str, Figure]:
-    """Rates of this rank's arithmetic; beside them, on a GPU of the table, what the planner expects of it."""
+    """Rates of this rank's arithmetic. On a GPU that the planner knows, also the planner's predictions."""
     seconds = [passes.forward + passes.backward for passes in taken]
     pairs = list(zip(taken, seconds, strict=True))
     model = tuple(share.flops(p.counts.useful).model / s / 1e12 for p, s in pairs)
@@ -79,8 +81,8 @@ def proxy_figures(share: Share, taken: Sequence[Passes], *, memory: int) -> dict
     }
 
 
-def describe(share: Share) -> str:
-    """Shard, layers and parameters."""
+def share_summary(share: Share) -> str:
+    """Tensor-parallel shard, layers and parameters, on one line."""
     parts = ", ".join(
         f"{c.layers} layers" + " with the embedding" * c.embedding + " with the head" * c.head
         for c in share.chunks

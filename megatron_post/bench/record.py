@@ -1,11 +1,10 @@
-"""What a benchmark found: figures with their samples, and what they were measured in; a JSON file a run."""
+"""The record of a benchmark: figures with their samples, settings and environment, in a JSON file."""
 
 import dataclasses
 import json
 import math
 import re
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +20,7 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A quantity's samples, one a step or round; a single one where it was taken once."""
+    """The samples of a quantity, one for each step or round."""
 
     unit: str
     samples: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
@@ -33,12 +32,12 @@ class Figure:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the median: between two order statistics, with at least 95% confidence whatever the
-        distribution.
+        """Bounds of the median, with at least 95% confidence for any distribution.
 
-        The median lies between the k-th smallest and the k-th largest of n independent samples unless fewer
-        than k of them fall on one of its sides: with probability 1 - 2 P(Binomial(n, 1/2) < k). Under six
-        samples no k reaches 95%, and these are the smallest and the largest sample.
+        The bounds are two order statistics. The median lies between the k-th smallest and the k-th largest of
+        n independent samples unless fewer than k of them fall on one of its sides. The probability of the
+        former is 1 - 2 P(Binomial(n, 1/2) < k). With fewer than six samples no k reaches 95%, and the bounds
+        are the smallest and the largest sample.
         """
         ordered, n = sorted(self.samples), len(self.samples)
         tail, k = 0.0, 0
@@ -49,7 +48,7 @@ class Figure:
         return ordered[k - 1], ordered[n - k]
 
     def quantile(self, share: float) -> float:
-        """Between the samples in order, interpolated."""
+        """The quantile of the samples, interpolated between neighbours. share: 0 to 1."""
         ordered, place = sorted(self.samples), share * (len(self.samples) - 1)
         below = int(place)
         above = min(below + 1, len(ordered) - 1)
@@ -58,10 +57,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Record:
-    """A run of a benchmark. Runs of one benchmark and subject are compared; settings and environment may
-    differ.
+    """One run of a benchmark. Runs of the same benchmark and subject are compared.
 
-    notes: what a reader of the figures must know. text: what a program of its own printed.
+    Settings and environment may differ between them. notes: facts that a reader of the figures must know.
+    text: the output of a program that the benchmark ran.
     """
 
     benchmark: str
@@ -78,7 +77,7 @@ class Record:
 
 
 def write_record(directory: str | Path, record: Record) -> Path:
-    """A new file in `directory`, whose name begins with the benchmark's and the date."""
+    """Write a new file in `directory`. Its name begins with the benchmark and the date."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "-", f"{record.benchmark}-{record.date.replace(':', '')}")
@@ -91,13 +90,13 @@ def write_record(directory: str | Path, record: Record) -> Path:
         except FileExistsError:
             continue
         return path
-    raise ValueError(f"{directory} has a thousand records of one second: choose another --output")
+    raise ValueError(f"{directory} has a thousand records of the same second; choose another --output")
 
 
 def read_records(directory: str | Path) -> list[Record]:
     """All records in `directory`, oldest first.
 
-    Raises `ValueError` where there is none, and for a file that is damaged or of another version.
+    Raises `ValueError` if there are none, and for a file that is damaged or of another version.
     """
     directory = Path(directory)
     files = sorted(path for path in directory.glob("*.json") if path.is_file())
@@ -112,17 +111,12 @@ def read_records(directory: str | Path) -> list[Record]:
 
 
 def once(unit: str, value: float, better: Better | None = None) -> Figure:
-    """A figure that was taken once."""
+    """A figure that was measured once."""
     return Figure(unit, (float(value),), better)
 
 
-def describe(values: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as text; None and empty ones left out."""
-    return {name: str(value) for name, value in values.items() if value not in (None, "", ())}
-
-
 def changed(before: Figure, after: Figure) -> bool:
-    """Whether two figures' intervals do not overlap. Of figures taken once nothing can be said: False."""
+    """Whether the intervals of two figures do not overlap. False if either was measured once."""
     if min(len(before.samples), len(after.samples)) < 2:
         return False
     (low, high), (other_low, other_high) = before.interval, after.interval

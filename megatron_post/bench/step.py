@@ -1,5 +1,7 @@
-"""Steps of the real trainer, timed: its own parts, data, report and all, in any layout, without a trace in
-`run_dir`."""
+"""Times steps of the real trainer in any layout, with its data loading and its reports.
+
+Nothing is written to `run_dir`.
+"""
 
 import contextlib
 import shutil
@@ -34,13 +36,13 @@ from megatron_post.train.run import (
 )
 from megatron_post.train.trainer import Trainer
 
-# Random tokens that a synthetic store holds at most; it is gone through again after that.
+# A synthetic store holds at most this many random tokens. Longer runs repeat it.
 STORE_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
-class Step:
-    """One optimizer step on one rank: wall seconds, those of its sections, and what its packs held."""
+class TimedStep:
+    """One optimizer step on one rank: wall seconds, seconds of its sections, and the counts of its packs."""
 
     seconds: float
     phases: dict[str, float]
@@ -48,24 +50,26 @@ class Step:
 
     @property
     def own(self) -> float:
-        """Seconds before ranks meet to reduce gradients; inside, tensor- and pipeline-parallel ones do
-        wait."""
+        """Seconds before ranks meet to reduce gradients.
+
+        Waiting for tensor- and pipeline-parallel ranks is included.
+        """
         return self.phases["data"] + self.phases["forward and backward"]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank measured. memory: most bytes on the GPU, or of the process where there is none."""
+    """The measurement of one rank. memory: peak bytes on the GPU, or of the process if there is no GPU."""
 
     rank: int
     counts_packs: bool
-    steps: tuple[Step, ...]
+    steps: tuple[TimedStep, ...]
     memory: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement, on the one rank that reports it. ranks: by number."""
+    """A measurement, on the one rank that reports it. ranks: in order."""
 
     config: Config
     data: str
@@ -75,11 +79,11 @@ class Measured:
 
 
 def measure_steps(config: Config, *, steps: int, warmup: int) -> Measured | None:
-    """Run `warmup` steps that are not counted and `steps` that are. Returns None on ranks that do not report.
+    """Run `warmup` steps and then `steps` steps that are measured. Returns None on ranks that do not report.
 
-    Trains on the config's store where there is one, else on random tokens in a temporary directory, from
-    random weights. Raises `ValueError` for counts that make no measurement, `ConfigError` for what cannot
-    run.
+    The run trains on the config's store if it exists. Otherwise it trains random weights on random tokens in
+    a temporary directory. Raises `ValueError` for counts that give no measurement, and `ConfigError` for a
+    config that cannot run.
     """
     if steps < 1 or warmup < 0:
         raise ValueError(
@@ -100,7 +104,7 @@ def measure_steps(config: Config, *, steps: int, warmup: int) -> Measured | None
                 seconds, packs = timed_step(trainer, loader, number)
                 if number > warmup:
                     phases = trainer.guard.heartbeat.seconds()
-                    taken.append(Step(seconds, phases, count_packs(packs, stage)))
+                    taken.append(TimedStep(seconds, phases, count_packs(packs, stage)))
         trainer.metrics.close()
         first = topology.tensor_rank == topology.context_rank == topology.pipeline_rank == 0
         own = Rank(topology.rank, first, tuple(taken), peak_memory(topology.device))
@@ -114,9 +118,9 @@ def measure_steps(config: Config, *, steps: int, warmup: int) -> Measured | None
 
 
 def timed_step(trainer: Trainer, loader: Iterator[list[Pack]], number: int) -> tuple[float, list[Pack]]:
-    """What `Trainer.fit` does for a step, and its wall seconds on this rank.
+    """Do a step as `Trainer.fit` does. Returns its wall seconds on this rank, and its packs.
 
-    The heartbeat has its sections.
+    The guard's heartbeat has the seconds of its sections.
     """
     began = time.perf_counter()
     trainer.guard.begin(number, "data")
@@ -132,8 +136,11 @@ def timed_step(trainer: Trainer, loader: Iterator[list[Pack]], number: int) -> t
 
 @contextlib.contextmanager
 def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, PackStore, tuple[str, ...]]]:
-    """Within this context: the config with a run directory that is removed, this rank, a store, and what
-    differs from the real run. Raises `ConfigError` for what cannot run."""
+    """Prepare a run for the time of this context.
+
+    Yields the config with a temporary run directory, the topology, a store, and notes about what differs from
+    the real run. Raises `ConfigError` for a config that cannot run.
+    """
     tokenizer = check_run(config) if Path(config.data.store).exists() else None
     if tokenizer is None:
         raise_for(rank_errors(config, world_size=rank_from_environment()[1]))
@@ -158,7 +165,7 @@ def prepared(config: Config, *, packs: int) -> Iterator[tuple[Config, Topology, 
 
 
 def _synthetic_store(directory: Path, config: Config, topology: Topology, *, packs: int) -> PackStore:
-    """Written by one rank of each node, alike."""
+    """A store of random tokens. One rank of each node writes it, and all nodes write the same."""
     _, _, local_rank = rank_from_environment()
     if local_rank == 0:
         batch, longest = config.train.global_batch, STORE_TOKENS // config.data.pack_length
@@ -177,8 +184,10 @@ def _without_held_out(config: Config) -> Config:
 
 @contextlib.contextmanager
 def scratch(topology: Topology, parent: str | Path | None = None) -> Iterator[Path]:
-    """A directory of one name on all ranks, in `parent` or where temporary files go, for as long as this
-    context lasts."""
+    """A temporary directory with the same name on all ranks. It is removed when this context ends.
+
+    parent: the directory that holds it. By default the system's temporary directory.
+    """
     name: list[Any] = [None]
     if topology.rank == 0:
         if parent is not None:
@@ -189,6 +198,6 @@ def scratch(topology: Topology, parent: str | Path | None = None) -> Iterator[Pa
     directory.mkdir(exist_ok=True)
     try:
         yield directory
-        torch.distributed.barrier()  # nobody still reads
+        torch.distributed.barrier()  # no rank may remove files that another rank still reads
     finally:
         shutil.rmtree(directory, ignore_errors=True)

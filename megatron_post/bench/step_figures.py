@@ -1,4 +1,4 @@
-"""Figures of timed steps: ranks reduced to the slowest, tokens and operations to rates."""
+"""Figures of timed steps: the slowest rank's seconds, and rates of tokens and operations."""
 
 from collections.abc import Sequence
 
@@ -15,16 +15,16 @@ from megatron_post.plan.hardware import GIB, gpu_of_device
 from megatron_post.plan.shape import model_parameters
 
 FORMULA = (
-    "model FLOPs = 6 P t + 6 layers x heads x head_dim x sum of L^2: P parameters of matrices, t real "
-    "tokens, L real lengths of segments (causal: half of each square). Executed FLOPs count padding, what is "
-    "recomputed, attention's scores in its backward pass, chunks of the loss that are computed again and a "
-    "frozen reference, too. Formulas that take whole squares of whole rows, as torchtitan's does, give more "
-    "for the same speed"
+    "model FLOPs = 6 P t + 6 layers x heads x head_dim x sum of L^2, where P is the parameters of matrices, "
+    "t the real tokens, and L the real lengths of segments (attention is causal, so half of each square). "
+    "Executed FLOPs also count padding, recomputation, attention's scores in its backward pass, chunks of "
+    "the loss that are computed again, and a frozen reference. Formulas that count the whole square of a "
+    "whole row, as torchtitan's does, give higher numbers for the same speed"
 )
 
 
 def step_record(measured: Measured, *, warmup: int, origin: str, overrides: Sequence[str] = ()) -> Record:
-    """The record of a measurement. origin: the config file; overrides: of its keys."""
+    """The record of a measurement. origin: the config file. overrides: of its keys."""
     settings = step_settings(measured, warmup=warmup) | (
         {"overrides": " ".join(overrides)} if overrides else {}
     )
@@ -39,7 +39,11 @@ def step_record(measured: Measured, *, warmup: int, origin: str, overrides: Sequ
 
 
 def step_figures(measured: Measured) -> dict[str, Figure]:
-    """A step lasts as long as on its slowest rank; phases are means over ranks; rates are a step's own."""
+    """The figures of a measurement.
+
+    The seconds of a step are those of its slowest rank. Phases are means over ranks. Rates are computed step
+    by step.
+    """
     config, ranks = measured.config, measured.ranks
     each = "GPU" if torch.cuda.is_available() else "rank"
     seconds = [max(rank.steps[i].seconds for rank in ranks) for i in range(len(ranks[0].steps))]
@@ -72,24 +76,25 @@ def step_figures(measured: Measured) -> dict[str, Figure]:
 
 
 def step_notes(measured: Measured) -> tuple[str, ...]:
-    """What a reader must know: data, the slowest and the fullest rank, and how FLOPs are counted."""
+    """Notes about the data, the slowest and the fullest rank, and how FLOPs are counted."""
     notes = list(measured.notes)
     if len(measured.ranks) > 1:
         slowest, fullest = slowest_rank(measured.ranks), max(measured.ranks, key=lambda rank: rank.memory)
         notes.append(f"slowest by its own work: rank {slowest}; fullest: rank {fullest.rank}")
     if not torch.cuda.is_available():
         notes.append(
-            "no MFU: nobody publishes the peak of this processor. Memory is the process's, libraries included"
+            "no MFU: the peak of this processor is not published. Memory is that of the process, with its "
+            "libraries"
         )
     elif gpu_of_device(torch.cuda.get_device_name()) is None:
         notes.append(f"no MFU: {torch.cuda.get_device_name()} is not in plan/hardware.py")
     else:
-        notes.append("MFU is of the dense bf16 peak, with FP8, too")
+        notes.append("MFU is relative to the dense bf16 peak, also with FP8")
     return (*notes, FORMULA)
 
 
 def step_settings(measured: Measured, *, warmup: int) -> dict[str, str]:
-    """What was run."""
+    """The settings of the run, as text."""
     config, ranks = measured.config, len(measured.ranks)
     return {
         **model_settings(config),
@@ -103,7 +108,7 @@ def step_settings(measured: Measured, *, warmup: int) -> dict[str, str]:
 
 
 def model_settings(config: Config) -> dict[str, str]:
-    """Stage and model."""
+    """Stage and model, as text."""
     m = config.model
     shape = f"{m.num_layers} layers of {m.hidden_size:,}, vocabulary {m.vocab_size:,}"
     return {
@@ -113,7 +118,7 @@ def model_settings(config: Config) -> dict[str, str]:
 
 
 def total_counts(ranks: tuple[Rank, ...]) -> list[Counts]:
-    """Of each step, over data-parallel ranks: the others have the same packs."""
+    """Counts of each step, summed over data-parallel ranks. Other ranks have the same packs."""
     counting = [rank for rank in ranks if rank.counts_packs]
     return [sum((rank.steps[i].counts for rank in counting), Counts()) for i in range(len(ranks[0].steps))]
 

@@ -16,23 +16,23 @@ from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import UnitPile
 
-# Share of examples in percent and mean tokens, by source: the SFT mix of "The Llama 3 Herd of Models".
+# Share of examples in percent and mean tokens of each source in the SFT mix of "The Llama 3 Herd of Models".
 LLAMA3_MIX = (
     (52.66, 974.0), (14.89, 753.3), (3.01, 520.5), (8.14, 297.8), (21.19, 661.6), (0.11, 38135.6)
 )  # fmt: skip
 MEAN_LENGTH = sum(share * mean for share, mean in LLAMA3_MIX) / sum(share for share, _ in LLAMA3_MIX)
-# Tokens of a dialog that are in its context, as in that mix: 535.7 of 846.1.
+# The share of a dialog's tokens that is context. In that mix it is 535.7 of 846.1.
 CONTEXT_SHARE = 0.633
 SHORTEST = 8
 REFERENCE_KEY = "synthetic"
-# A pack shorter than this would hold a dialog or two of the mix: lengths shrink with it.
+# A pack shorter than this would hold only a dialog or two of the mix, so lengths shrink with it.
 _WHOLE = 8192
 
 
 def long_tailed_lengths(count: int, *, capacity: int, seed: int = 0) -> np.ndarray:
-    """int64 [count]: log-normal (sigma 1) about the mean length of each source of Llama 3's SFT mix.
+    """int64 [count]: log-normal lengths (sigma 1) about the mean of each source of Llama 3's SFT mix.
 
-    The longest are cut to `capacity`. The mean of a log-normal is exp(mu + sigma^2 / 2).
+    Lengths are clipped to `capacity`. The mean of a log-normal is exp(mu + sigma^2 / 2).
     """
     draw = np.random.default_rng(seed)
     shares, means = np.array(LLAMA3_MIX).T
@@ -42,10 +42,10 @@ def long_tailed_lengths(count: int, *, capacity: int, seed: int = 0) -> np.ndarr
 
 
 def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore:
-    """A store of about `packs` packs or more that the config can train on, the same on every machine.
+    """A store of at least about `packs` packs that the config can train on, the same on every machine.
 
-    Pairs are a prompt and two responses; with `dpo.reference=store` they get constant log-probabilities under
-    `REFERENCE_KEY`. Raises `ValueError` for packs too short for a pair.
+    Pairs are a prompt and two responses. With `dpo.reference=store` they get constant log-probabilities under
+    `REFERENCE_KEY`. Raises `ValueError` if packs are too short for a pair.
     """
     layout = store_layout(config)
     settings = StoreSettings(
@@ -58,11 +58,12 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
     )
     capacity, scale = settings.pack_length, min(1.0, settings.pack_length / _WHOLE)
     if layout != "dialogs":
-        # two responses of up to 1.5 times the first's length, behind two prompts, and padding
+        # A pair needs room for two responses, the second up to 1.5 times as long, two prompts, and padding.
         capacity = capacity * 2 // 5 - 2 * settings.segment_multiple
     if capacity < SHORTEST:
         raise ValueError(f"data.pack_length={settings.pack_length} is too short for pairs of random tokens")
-    # of a dialog's: a pair has a second response, and, laid out separately, its prompt twice
+    # Tokens of a unit relative to a dialog. A pair has a second response and, in the separate layout, the
+    # prompt twice.
     times = {"dialogs": 1.0, "separate": 2.0}.get(layout, 2.0 - CONTEXT_SHARE)
     count = 16 + int(packs * settings.pack_length / (MEAN_LENGTH * scale * times))
     lengths = np.maximum(long_tailed_lengths(count, capacity=int(capacity / scale)) * scale, SHORTEST)
@@ -80,7 +81,7 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
 
 
 def open_synthetic(directory: Path, config: Config) -> PackStore:
-    """What `write_synthetic` has written for this config."""
+    """The store that `write_synthetic` wrote for this config."""
     store = open_store(directory, "train")
     if config.stores_reference:
         store.read_reference(REFERENCE_KEY)
@@ -90,8 +91,10 @@ def open_synthetic(directory: Path, config: Config) -> PackStore:
 def write_random_store(
     directory: Path, settings: StoreSettings, lengths: np.ndarray, *, vocab_size: int
 ) -> PackStore:
-    """Dialogs, or pairs about a prompt, of `lengths` (int64 [n], prompt and one response), packed as `data
-    pack` does."""
+    """Write dialogs or pairs of random tokens, packed as `data pack` packs them.
+
+    lengths: int64 [n], tokens of the prompt and one response.
+    """
     pile, draw = UnitPile(), np.random.default_rng(settings.seed)
     for sample, length in enumerate(lengths.tolist()):
         unit, ranks = _unit(length, settings.layout, draw, vocab_size)

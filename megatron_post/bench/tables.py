@@ -1,4 +1,4 @@
-"""A record as a table in the terminal."""
+"""Prints a record as a table in the terminal."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from megatron_post.bench.record import Figure, Record
 
 
 def print_record(record: Record, console: Console) -> None:
-    """Settings, then each figure's median, tenth and ninetieth percentile, then what to know of them."""
+    """Print the settings, each figure's median and percentiles 10 and 90, and the notes."""
     console.print(f"bench {record.benchmark}: {record.subject}", style="bold", highlight=False)
     for name, value in record.settings.items():
         console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
@@ -30,7 +30,7 @@ def print_record(record: Record, console: Console) -> None:
 
 
 def titled(title: str, columns: Sequence[str]) -> Table:
-    """An empty table of numbers; the first column names them."""
+    """An empty table of numbers. The first column has their names."""
     table = Table(
         box=SIMPLE, pad_edge=False, collapse_padding=True, title=title, title_justify="left", title_style=""
     )
@@ -40,14 +40,14 @@ def titled(title: str, columns: Sequence[str]) -> Table:
 
 
 def number(value: float) -> str:
-    """Four significant digits, or all before the point."""
+    """Four significant digits, or all digits before the point."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
 def median_and_interval(figure: Figure) -> str:
-    """12.3 (12.1 to 12.6)."""
+    """Text such as 12.3 (12.1 to 12.6)."""
     if len(figure.samples) == 1:
         return number(figure.median)
     low, high = figure.interval

@@ -83,15 +83,18 @@ def test_report_names_what_changed(
     [
         (["step", "missing.yaml"], "config file missing.yaml does not exist"),
         (["step", "CONFIG", "--steps", "0"], "--steps 0 --warmup 3: want at least 1 step"),
-        (["step", "CONFIG", "--proxy-rank", "9", "--world", "8"], "--proxy-rank 9 is not one of --world 8"),
-        (["step", "CONFIG", "--world", "8"], "describe a proxy: give --proxy-rank as well"),
+        (
+            ["step", "CONFIG", "--proxy-rank", "9", "--world", "8"],
+            "--proxy-rank 9 is not a rank of --world 8",
+        ),
+        (["step", "CONFIG", "--world", "8"], "describe a proxy; give --proxy-rank as well"),
         (
             ["step", "CONFIG", "parallel.tensor=2"],
             "1 ranks are not a multiple of tensor x pipeline x context = 2",
         ),
         (["report", "nothing"], "nothing does not exist: `megatron-post bench step"),
-        (["convert", "--model", "9B"], "choose of '8B, 2 layers'"),
-        (["merge", "--gigabytes", "3"], "--gigabytes 3: choose of 1, 2, 4"),
+        (["convert", "--model", "9B"], "choose from '8B, 2 layers'"),
+        (["merge", "--gigabytes", "3"], "--gigabytes 3: choose from 1, 2, 4"),
         (["data", "--rounds", "0"], "--rounds 0: want at least 1"),
         (["checkpoint", "--every", "0"], "--every 0"),
     ],

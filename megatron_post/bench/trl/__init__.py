@@ -1,1 +1,1 @@
-"""The trainer beside TRL's: the same weights, tokens and optimizer settings, in processes that take turns."""
+"""Measures the trainer beside TRL's, with the same weights, tokens and optimizer settings."""

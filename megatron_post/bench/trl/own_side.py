@@ -1,4 +1,4 @@
-"""Our side: the trainer as `megatron-post train` builds it."""
+"""The side of Megatron-Post: the trainer as `megatron-post train` builds it."""
 
 import time
 from itertools import islice
@@ -13,22 +13,22 @@ from megatron_post.train.run import build_trainer
 from megatron_post.train.trainer import Trainer
 
 
-def train_ours(workload: Workload, gate: Gate) -> None:
-    """Loader, step and report (JSON lines and TensorBoard included), until the gate closes."""
+def train_megatron_post(workload: Workload, gate: Gate) -> None:
+    """Run loader, step and report (with JSON lines and TensorBoard) until no more rounds are requested."""
     config = workload.config
     store = open_train_store(config)
     with parallel_run(config.parallel, seed=config.seed) as topology:
         trainer, _ = build_trainer(config, topology)
-        going = gate.ready(_input(trainer, store, workload))
+        is_wanted = gate.ready(_input(trainer, store, workload))
         with _loader(store, workload) as loader:
             for step, packs in enumerate(loader, start=1):
-                if not going:
+                if not is_wanted:
                     break
                 started = time.perf_counter()
                 values = trainer.step(packs)
                 trainer.report(step, values, packs, seconds=time.perf_counter() - started)
                 tokens, trained = count_tokens(packs)
-                going = gate.step(tokens=tokens, trained=trained, loss=values["loss"])
+                is_wanted = gate.step(tokens=tokens, trained=trained, loss=values["loss"])
 
 
 def _loader(store: PackStore, workload: Workload) -> PackLoader:

@@ -1,11 +1,13 @@
-"""Pairs a second in DPO beside TRL's DPOTrainer: same weights, token ids, masks, loss and optimizer settings.
+"""Measures pairs per second in DPO beside TRL's DPOTrainer.
 
-A round is one optimizer step over all pairs, so that every side trains the same pairs in every round. A side
-with a frozen reference runs it at every step; one with stored log-probabilities ran it once, before the
-rounds. Each is compared with its like.
+Weights, token ids, masks, loss and optimizer settings are the same. A round is one optimizer step over all
+pairs, so every side trains the same pairs in every round. A side with a frozen reference runs the reference
+at every step. A side with stored log-probabilities ran it once, before the rounds. Only sides with the same
+kind of reference are compared.
 
-TRL pads the pairs of a microbatch to the longest response: with as many pairs as one of our packs holds it is
-as parallel as we are, and with one pair it pads least, which is its fastest on a CPU. Both are measured.
+TRL pads the pairs of a microbatch to the longest response. It is measured with as many pairs in a microbatch
+as a pack holds, which gives it the same parallelism. It is also measured with one pair, which pads least and
+is its fastest setting on a CPU.
 """
 
 import gzip
@@ -26,7 +28,7 @@ from rich.table import Table
 
 from megatron_post.bench.tables import titled
 from megatron_post.bench.trl.side import Gate, Input, Side, interleave
-from megatron_post.bench.trl.steps import OURS, StepFigures, summarise
+from megatron_post.bench.trl.steps import MEGATRON_POST, StepFigures, summarise
 from megatron_post.bench.trl.trl_side import real_tokens
 from megatron_post.bench.trl.workload import GSM8K, Workload, open_train_store
 from megatron_post.config.load import validate
@@ -42,7 +44,7 @@ from megatron_post.train.reference import attach_reference, compute_reference, r
 from megatron_post.train.run import build_trainer
 
 HH_RLHF = GSM8K.parents[1] / "hh_rlhf" / "harmless_base.jsonl.gz"
-PAIRS = 36  # they fill 97.5% of their packs; all 1,500 would fill 99.6%
+PAIRS = 36  # these fill 97.5% of their packs; all 1,500 would fill 99.6%
 
 
 def pair_workload(
@@ -50,8 +52,8 @@ def pair_workload(
 ) -> Workload:
     """DPO with the model, weights and tokenizer of an SFT workload, on pairs packed into `directory`.
 
-    The pairs are HH-RLHF's if its file exists, else generated ones of unequal lengths. Pairs
-    with an empty response, or that no pack holds, are dropped for both sides.
+    The pairs are those of HH-RLHF if its file exists, and otherwise generated pairs of unequal
+    lengths. Pairs with an empty response or too long for a pack are dropped for both sides.
     """
     directory.mkdir(parents=True, exist_ok=True)
     name = _write_pairs(directory / "pairs.jsonl", rows)
@@ -66,7 +68,7 @@ def pair_workload(
             "overlong": "drop",
             "max_bad_rows": rows,
         },
-        # TRL's loss: terminators trained, no NLL
+        # TRL's loss trains terminators and has no NLL term.
         "dpo": {"trained_roles": ("body", "terminator"), "nll_weight": 0.0},
     }
     config = validate(values, origin="bench")
@@ -77,34 +79,41 @@ def pair_workload(
 
 
 def measure_pairs(workload: Workload, *, rounds: int) -> list[StepFigures]:
-    """Figures of ours and of TRL with either kind of reference, from interleaved rounds.
+    """Figures of Megatron-Post and TRL with either kind of reference, from interleaved rounds.
 
-    What a round trains is counted in pairs: `trained_per_second` is pairs a second.
+    A round counts pairs, so `trained_per_second` is pairs per second.
     """
     packs = workload.config.train.global_batch
     in_a_pack = round(len(list(pairs(open_train_store(workload.config)))) / packs)
     sides: dict[str, Side] = {}
-    ours: dict[str, str] = {}  # of each side
+    compared_with: dict[str, str] = {}  # side -> side of Megatron-Post with the same reference
     for reference in ("frozen", "store"):
-        own = f"{OURS}, {reference}"
-        sides[own] = partial(_train_ours, reference=reference)
+        own = f"{MEGATRON_POST}, {reference}"
+        sides[own] = partial(_train_megatron_post, reference=reference)
         for size in dict.fromkeys((in_a_pack, 1)):
             sides[f"TRL x {size}, {reference}"] = partial(_train_trl, reference=reference, microbatch=size)
-        ours |= {name: own for name in sides if name.endswith(reference)}
+        compared_with |= {name: own for name in sides if name.endswith(reference)}
     inputs, results = interleave(sides, workload, rounds=rounds)
-    return [summarise(name, inputs[name], results[name], ours=results[ours[name]]) for name in sides]
+    return [
+        summarise(name, inputs[name], results[name], own_rounds=results[compared_with[name]])
+        for name in sides
+    ]
 
 
 def pair_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: int) -> Table:
-    """One row a side. "ours/theirs" compares pairs/s with our side of the same reference, round by round."""
+    """A table with a row for each side.
+
+    The speedup is the pairs/s of Megatron-Post with the same kind of reference, divided by this side's.
+    """
     config = workload.config
     title = (
         f"DPO: {config.model.preset} on pairs of {workload.data_name}, {config.precision.dtype}, threads: "
         f"{workload.threads}\n{config.train.global_batch} packs of {config.data.pack_length} tokens a step; "
         f"medians of {rounds} interleaved rounds\nTRL x n: n pairs a microbatch; "
-        "frozen: the reference runs at every step; store: it ran once"
+        "frozen: the reference runs at every step; store: it ran once\n"
+        f"speedup: pairs/s of {MEGATRON_POST} divided by this side's"
     )
-    table = titled(title, ("", "pairs/s", "ours/theirs", "tokens/s", "fill", "loss"))
+    table = titled(title, ("", "pairs/s", "speedup", "tokens/s", "fill", "loss"))
     for side in figures:
         table.add_row(
             side.name,
@@ -134,7 +143,7 @@ def pairs(store: PackStore) -> Iterator[dict[str, list[int]]]:
             yield {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def _train_ours(workload: Workload, gate: Gate, *, reference: str) -> None:
+def _train_megatron_post(workload: Workload, gate: Gate, *, reference: str) -> None:
     values = workload.config.model_dump()
     values["dpo"]["reference"] = reference
     values["run_dir"] += f"-{reference}"
@@ -147,20 +156,20 @@ def _train_ours(workload: Workload, gate: Gate, *, reference: str) -> None:
         with _loader(store, config) as loader:
             whole = next(loader)
             sizes = ((_count([p])[0], len(trainer.stepper.prepare(p).batch.tokens)) for p in whole)
-            going = gate.ready(_input(sizes))
+            is_wanted = gate.ready(_input(sizes))
         with _loader(store, config) as loader:
             for step, packs in enumerate(loader, start=1):
-                if not going:
+                if not is_wanted:
                     break
                 started = time.perf_counter()
                 metrics = trainer.step(packs)
                 trainer.report(step, metrics, packs, seconds=time.perf_counter() - started)
                 tokens, count = _count(packs)
-                going = gate.step(tokens=tokens, trained=count, loss=metrics["loss"])
+                is_wanted = gate.step(tokens=tokens, trained=count, loss=metrics["loss"])
 
 
 def _store_reference(config: Config, topology: Topology, store: PackStore) -> None:
-    """What `megatron-post reference` does."""
+    """Compute and attach the reference log-probabilities, as `megatron-post reference` does."""
     assert config.model.init_from is not None
     trainer, _ = build_trainer(config, topology)
     key = reference_key(config.model.init_from, config.precision, topology)
@@ -173,12 +182,12 @@ def _loader(store: PackStore, config: Config) -> PackLoader:
 
 
 def _count(packs: list[Pack]) -> tuple[int, int]:
-    """(real tokens, pairs): every pair has one best response."""
+    """(real tokens, pairs). Every pair has exactly one best response."""
     return sum(int(p.lengths.sum()) for p in packs), sum(int((p.ranks == 0).sum()) for p in packs)
 
 
 def _input(sizes: Iterable[tuple[int, int]]) -> Input:
-    """From (real tokens, capacity) of batches as they are made."""
+    """The input figures. sizes: (real tokens, capacity) of batches, timed while they are made."""
     tokens = capacity = 0
     started = time.perf_counter()
     for real, size in sizes:
@@ -198,14 +207,14 @@ def _train_trl(workload: Workload, gate: Gate, *, reference: str, microbatch: in
         batches = trainer.get_train_dataloader()
         prepared = _input((real_tokens(inputs), inputs["input_ids"].numel()) for inputs in batches)
 
-        class AtTheGate(transformers.TrainerCallback):
+        class PauseBetweenRounds(transformers.TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = not gate.ready(prepared)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = not gate.step(**trainer.pop_counts())
 
-        trainer.add_callback(AtTheGate())
+        trainer.add_callback(PauseBetweenRounds())
         trainer.train()
 
 
@@ -215,7 +224,7 @@ def _trl_trainer(config: Config, directory: str, *, precompute: bool, microbatch
     import trl
 
     class CountingTrainer(trl.DPOTrainer):
-        """Counts what a step trains, and takes rows that are tokenised already."""
+        """Counts the pairs of a step, and accepts rows that are already tokenised."""
 
         counts = (0, 0, 0.0)
 

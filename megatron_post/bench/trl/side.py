@@ -1,4 +1,4 @@
-"""A side of a comparison is a process of its own that does one round of steps each time it is told to."""
+"""A side of a comparison is a process of its own that runs one round of steps for each request."""
 
 import multiprocessing
 import os
@@ -14,7 +14,11 @@ from megatron_post.bench.trl.workload import Workload
 
 @dataclass(frozen=True)
 class Input:
-    """A side's data: the share of its batches that is real tokens; real tokens/s as tensors, on one core."""
+    """A side's data.
+
+    fill: the share of its batches that is real tokens. collated_per_second: real tokens per second that
+    become tensors, on one core.
+    """
 
     fill: float
     collated_per_second: float
@@ -22,7 +26,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of optimizer steps: wall seconds, real tokens, tokens with loss, the last step's loss."""
+    """One round of optimizer steps: wall seconds, real tokens, tokens with loss, and the last step's loss."""
 
     seconds: float
     tokens: int
@@ -36,8 +40,8 @@ Side = Callable[[Workload, "Gate"], None]
 class Gate:
     """The side's end of the pipe.
 
-    `ready`, and `step` after each optimizer step, wait where a round ends until the next is called, and
-    return False when no more are wanted.
+    `ready`, and `step` after the last optimizer step of a round, wait until the next round is requested. They
+    return False when no more rounds are needed.
     """
 
     def __init__(self, connection: Connection, steps_per_round: int) -> None:
@@ -75,20 +79,20 @@ def interleave(
     rounds: int,
     progress: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Input], dict[str, list[Round]]]:
-    """`rounds` rounds of every side in turn: A B A B. A first round of each warms up and is not counted.
+    """Run `rounds` rounds of every side in turn: A B A B. A first round of each warms up and is not counted.
 
-    Only one side works at a time, and a slow minute of the machine hits all of them.
-    Raises `RuntimeError` with the traceback of a side that fails.
+    Only one side computes at a time, so a slow minute of the machine affects all of them. Raises
+    `RuntimeError` with the traceback of a side that fails.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:
         inputs = {}
         for name, side in sides.items():
-            pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(side, workload, theirs), daemon=True))
+            pipes[name], child_end = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(side, workload, child_end), daemon=True))
             processes[-1].start()
-            theirs.close()
+            child_end.close()
             inputs[name] = _receive(name, pipes[name])
         results: dict[str, list[Round]] = {name: [] for name in sides}
         for number in range(rounds + 1):
@@ -111,11 +115,10 @@ def interleave(
 def _serve(side: Side, workload: Workload, connection: Connection) -> None:
     import torch
 
-    silence = os.open(
-        os.devnull, os.O_WRONLY
-    )  # what libraries print belongs in no table; errors take the pipe
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    # The output of libraries would spoil the table. Errors are sent through the pipe.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
     torch.set_num_threads(workload.threads)
     try:
         side(workload, Gate(connection, workload.steps_per_round))

@@ -1,4 +1,4 @@
-"""Training steps beside TRL's, from interleaved rounds."""
+"""Measures training steps beside TRL's, in interleaved rounds."""
 
 import importlib.util
 import tempfile
@@ -12,21 +12,21 @@ from rich.table import Table
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.tables import titled
-from megatron_post.bench.trl.own_side import train_ours
+from megatron_post.bench.trl.own_side import train_megatron_post
 from megatron_post.bench.trl.side import Input, Round, Side, interleave
 from megatron_post.bench.trl.trl_side import trl_packed, trl_padded
 from megatron_post.bench.trl.workload import Workload, make_workload
 from megatron_post.installation import install_command
 
-OURS = "Megatron-Post"
+MEGATRON_POST = "Megatron-Post"  # the side that the others are compared with
 
 
 @dataclass(frozen=True)
 class StepFigures:
     """One side: medians over its rounds.
 
-    speed: median over rounds of our trained tokens/s divided by this side's in the same round. rates and
-    ratios: trained tokens/s and that quotient, of each round.
+    speed: the median over rounds of Megatron-Post's trained tokens/s divided by this side's in the same
+    round. rates, ratios: trained tokens/s and that quotient, of each round.
     """
 
     name: str
@@ -41,20 +41,20 @@ class StepFigures:
 
 
 def all_sides() -> dict[str, Side]:
-    """Who runs. Raises `ValueError` where TRL is not installed."""
+    """The sides of the comparison by name. Raises `ValueError` if TRL is not installed."""
     if importlib.util.find_spec("trl") is None:
         raise ValueError(
-            f"trl is not installed, and there is nothing to measure beside: {install_command('bench')}"
+            f"trl is not installed, so there is nothing to compare with; run: {install_command('bench')}"
         )
-    return {OURS: train_ours, "TRL, packing": trl_packed(), "TRL, padding": trl_padded()}
+    return {MEGATRON_POST: train_megatron_post, "TRL, packing": trl_packed(), "TRL, padding": trl_padded()}
 
 
 def measure_beside_trl(
     *, threads: int, rounds: int, steps: int, pair_rounds: int
 ) -> Iterator[tuple[Table, Record]]:
-    """SFT, then DPO: a table and a record each, as soon as it is measured.
+    """Measure SFT, then DPO. Yields a table and a record of each as soon as it is measured.
 
-    Raises `ValueError` where TRL is not installed, and for counts that make no measurement.
+    Raises `ValueError` if TRL is not installed, and for counts that give no measurement.
     """
     from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload
 
@@ -73,16 +73,18 @@ def measure_beside_trl(
 
 
 def measure(workload: Workload, sides: dict[str, Side], *, rounds: int) -> list[StepFigures]:
-    """Every side's figures, ours first."""
+    """The figures of every side, Megatron-Post first."""
     inputs, results = interleave(sides, workload, rounds=rounds)
-    return [summarise(name, inputs[name], results[name], ours=results[OURS]) for name in sides]
+    return [summarise(name, inputs[name], results[name], own_rounds=results[MEGATRON_POST]) for name in sides]
 
 
-def summarise(name: str, prepared: Input, rounds: Sequence[Round], *, ours: Sequence[Round]) -> StepFigures:
-    """Medians of one side; `ours` are our rounds, played in the same order."""
+def summarise(
+    name: str, prepared: Input, rounds: Sequence[Round], *, own_rounds: Sequence[Round]
+) -> StepFigures:
+    """Medians of one side. own_rounds: the rounds of Megatron-Post, in the same order."""
     speeds = [
         (own.trained / own.seconds) / (other.trained / other.seconds)
-        for own, other in zip(ours, rounds, strict=True)
+        for own, other in zip(own_rounds, rounds, strict=True)
     ]
     return StepFigures(
         name=name,
@@ -98,14 +100,18 @@ def summarise(name: str, prepared: Input, rounds: Sequence[Round], *, ours: Sequ
 
 
 def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: int) -> Table:
-    """One row a side. "ours / theirs" compares trained tokens/s round by round."""
+    """A table with a row for each side.
+
+    The speedup is the trained tokens/s of Megatron-Post divided by this side's, round by round.
+    """
     config = workload.config
     title = (
         f"training steps: {config.model.preset} on {workload.data_name}, {config.precision.dtype}, threads: "
         f"{workload.threads}\n{config.train.global_batch} x {config.data.pack_length} tokens a step; medians "
-        f"of {rounds} interleaved rounds of {workload.steps_per_round} steps"
+        f"of {rounds} interleaved rounds of {workload.steps_per_round} steps\n"
+        f"speedup: trained/s of {MEGATRON_POST} divided by this side's"
     )
-    table = titled(title, ("", "tokens/s", "trained/s", "ours/theirs", "fill", "collated/s", "loss"))
+    table = titled(title, ("", "tokens/s", "trained/s", "speedup", "fill", "collated/s", "loss"))
     for side in figures:
         table.add_row(
             side.name,
@@ -120,12 +126,15 @@ def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
 
 
 def side_record(benchmark: str, workload: Workload, sides: Sequence[StepFigures], *, unit: str) -> Record:
-    """Of each side its rounds. unit: what a round trains in a second, "trained tokens/s" or "pairs/s"."""
+    """The record with the rounds of each side.
+
+    unit: the rate that a round counts, "trained tokens/s" or "pairs/s".
+    """
     config, figures = workload.config, {}
     for side in sides:
         figures[f"{side.name}: {unit}"] = Figure("1/s", side.rates, "higher")
         if side.ratios != (1.0,) * len(side.ratios):
-            figures[f"ours / {side.name}"] = Figure("x", side.ratios, "higher")
+            figures[f"{MEGATRON_POST} / {side.name}"] = Figure("x", side.ratios, "higher")
         figures[f"{side.name}: fill"] = once("%", 100 * side.fill, "higher")
     return Record(
         benchmark=benchmark,

@@ -1,4 +1,4 @@
-"""Their side: TRL's SFTTrainer on the same weights, tokens and labels, with the same optimizer settings."""
+"""The side of TRL: SFTTrainer with the same weights, tokens, labels and optimizer settings."""
 
 import os
 import tempfile
@@ -13,16 +13,19 @@ from megatron_post.bench.trl.workload import Workload, open_train_store, segment
 
 
 def trl_packed() -> Side:
-    """`packing=True` (best-fit decreasing, `sdpa`), one pack a microbatch as on our side.
+    """TRL with `packing=True` (best-fit decreasing, `sdpa`), and one pack in a microbatch.
 
-    `transformers` finds the segments in the positions and masks attention between them. Several packs a
-    microbatch would be one longer row, and its dense square mask would cost more.
+    `transformers` finds the segments in the positions and masks attention between them. With several packs in
+    a microbatch, the row would be longer and its dense square mask would cost more.
     """
     return partial(_train_trl, packing=True)
 
 
 def trl_padded() -> Side:
-    """`packing=False`: dialogs padded to the longest of their batch; about as many tokens a step as ours."""
+    """TRL with `packing=False`: dialogs are padded to the longest of their batch.
+
+    A step has about as many tokens as a step of Megatron-Post.
+    """
     return partial(_train_trl, packing=False)
 
 
@@ -39,14 +42,14 @@ def _train_trl(workload: Workload, gate: Gate, *, packing: bool) -> None:
         trainer = _trainer(workload, directory, packing=packing)
         prepared = _input(trainer, workload)
 
-        class AtTheGate(transformers.TrainerCallback):
+        class PauseBetweenRounds(transformers.TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = not gate.ready(prepared)
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 control.should_training_stop = not gate.step(**trainer.pop_counts())
 
-        trainer.add_callback(AtTheGate())
+        trainer.add_callback(PauseBetweenRounds())
         trainer.train()
 
 
@@ -56,7 +59,7 @@ def _trainer(workload: Workload, directory: str, *, packing: bool) -> Any:
     import trl
 
     class CountingTrainer(trl.SFTTrainer):
-        """Counts what a step trains. Losses of the microbatches of a step add up to the step's mean."""
+        """Counts the tokens of a step. The losses of its microbatches add up to the step's mean."""
 
         counts = (0, 0, 0.0)
 
@@ -110,7 +113,7 @@ def _trainer(workload: Workload, directory: str, *, packing: bool) -> Any:
 
 
 def real_tokens(inputs: Any) -> int:
-    """Tokens of a collated batch that are not padding; a packed batch has none."""
+    """Tokens of a collated batch that are not padding. A packed batch has no padding."""
     return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
 
 
@@ -125,5 +128,5 @@ def _input(trainer: Any, workload: Workload, *, steps: int = 100) -> Input:
 
 
 def _capacity(inputs: Any, workload: Workload) -> int:
-    """A packed row could have held `pack_length`; a padded batch holds what it holds."""
+    """The tokens that a batch could hold: `pack_length` if it is packed, or its own size if it is padded."""
     return inputs["input_ids"].numel() if "attention_mask" in inputs else workload.config.data.pack_length

@@ -1,4 +1,4 @@
-"""What both sides of a comparison train: one tokenizer, one packed store, one set of weights."""
+"""The workload of both sides of a comparison: one tokenizer, one packed store and one set of weights."""
 
 import json
 import random
@@ -26,7 +26,7 @@ ROWS = 4000
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run that either side can do, on `threads` threads, `steps_per_round` steps at a time."""
+    """A training run for either side, on `threads` threads, in rounds of `steps_per_round` steps."""
 
     config: Config
     data_name: str
@@ -45,7 +45,8 @@ def make_workload(
 ) -> Workload:
     """Write tokenizer, store and random Hugging Face weights of the tiny preset into `directory`.
 
-    The data is GSM8K if its file exists, else additions in words. fp32, Adam, constant rate.
+    The data is GSM8K if its file exists, and otherwise additions in words. Training is in fp32
+    with Adam and a constant learning rate.
     """
     data = _write_rows(directory / "rows.jsonl", rows)
     texts = (text for row in _read(directory / "rows.jsonl") for text in row.values())
@@ -70,7 +71,10 @@ def make_workload(
 
 
 def segments(store: PackStore) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every dialog of the store: its tokens, and its labels with -100 where untrained. Both int64 [n]."""
+    """The tokens and labels of every dialog in the store, both int64 [n].
+
+    The label of an untrained token is -100.
+    """
     for index in range(len(store)):
         pack = store.read(index)
         for start, end in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], strict=True):
@@ -86,12 +90,12 @@ def open_train_store(config: Config) -> PackStore:
 
 
 def trained(roles: np.ndarray) -> np.ndarray:
-    """Which tokens carry loss: assistant bodies and terminators. roles: uint8 [n]; returns bool [n]."""
+    """bool [n], whether a token has loss: assistant bodies and terminators. roles: uint8 [n]."""
     return (roles == TokenRole.BODY) | (roles == TokenRole.TERMINATOR)
 
 
 def count_tokens(packs: list[Pack]) -> tuple[int, int]:
-    """(real tokens, tokens that carry loss)."""
+    """(real tokens, tokens with loss)."""
     real = sum(int((pack.roles != TokenRole.PADDING).sum()) for pack in packs)
     return real, sum(int(trained(pack.roles).sum()) for pack in packs)
 

@@ -1,4 +1,4 @@
-"""Tokens of packs by hand."""
+"""Token counts of packs, computed by hand."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.unit.plan.measured import packs_of
 
 
 def _padded(pack: Pack, lengths: list[int]) -> Pack:
-    """The same with only the first `lengths` tokens of its segments real."""
+    """The same pack, in which only the first `lengths` tokens of its segments are real."""
     roles = pack.roles.copy()
     for start, end, length in zip(pack.cu_seqlens[:-1], pack.cu_seqlens[1:], lengths, strict=True):
         roles[start + length : end] = TokenRole.PADDING
@@ -24,8 +24,11 @@ def _padded(pack: Pack, lengths: list[int]) -> Pack:
 
 
 def test_dialogs() -> None:
-    """12 and 8 tokens hold 10 and 5 real ones, 12 more are a tail. All real ones but the first of each
-    segment are labels: 9 + 4. Squares: 100 + 25 of real tokens, 144 + 64 + 144 of all."""
+    """Segments of 12 and 8 tokens hold 10 and 5 real tokens. Another 12 tokens are the pack's padding.
+
+    All real tokens but the first of each segment are labels: 9 + 4. The sum of squares is 100 + 25 for real
+    tokens, and 144 + 64 + 144 for all tokens.
+    """
     (pack,) = packs_of([12, 8, 12], [-1, -1, -1], count=1)
     found = count_packs([_padded(pack, [10, 5, 0])], SFT(["body"]))
     assert found == Counts(32, 15, 13, 2, Load(15, 125), Load(32, 352))
@@ -34,8 +37,11 @@ def test_dialogs() -> None:
 
 
 def test_responses_see_their_prompt() -> None:
-    """A prompt of 8 (6 real) and two responses of 4 that see its real tokens alone: 6^2 + 2 (4^2 + 2 x 4 x
-    6) = 164 of real tokens, 8^2 + 128 = 192 of all. Two scores, of one preference."""
+    """A prompt of 8 tokens (6 real) has two responses of 4 that attend to its real tokens alone.
+
+    The load is 6^2 + 2 (4^2 + 2 x 4 x 6) = 164 for real tokens, and 8^2 + 128 = 192 for all tokens. There are
+    two scores of one preference.
+    """
     (pack,) = packs_of([8, 4, 4], [-1, 0, 1], count=1)
     stage = Reward(RewardConfig(layout="isolated"), SegmentSums())
     found = count_packs([_padded(pack, [6, 4, 4])], stage)

@@ -1,4 +1,4 @@
-"""What saves cost: figures by hand, and a real run of both kinds."""
+"""The cost of saves: figures computed by hand, and a real run of both kinds."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.tiny import tiny_config
 
 
 def test_figures_by_hand() -> None:
-    """Of two ranks the one that a save held up longer counts: 4 s and 0.2 s, a twentieth."""
+    """Of two ranks, the one that the save held up longer counts: 4 s and 0.2 s, which is a twentieth."""
     ranks = [
         [Interval("synchronous", 3.0, 5.0, (1.0, 1.1)), Interval("asynchronous", 0.2, 2.0, (1.2, 1.0))],
         [Interval("synchronous", 4.0, 4.0, (1.2, 1.0)), Interval("asynchronous", 0.1, 3.0, (1.0, 1.0))],
@@ -30,8 +30,10 @@ def test_figures_by_hand() -> None:
 
 
 def test_the_default_model() -> None:
-    """12 layers of 640 with matrices of 640 x (1,280 + 640 + 3 x 1,760) and two norms, two tables of 512
-    ids, a norm."""
+    """The sizes of its 12 layers, two embeddings and last norm add up to 56 million parameters.
+
+    A layer has matrices of 640 x (1,280 + 640 + 3 x 1,760) and two norms. The embeddings have 512 ids.
+    """
     layer = 640 * (1280 + 640 + 3 * 1760) + 2 * 640
     assert model_parameters(default_config()) == 12 * layer + 2 * 512 * 640 + 640
 
@@ -44,7 +46,10 @@ def _measure(directory: str) -> Any:
 
 
 def test_both_kinds_of_two_ranks(tmp_path: Path) -> None:
-    """Two saves of each kind; 16 bytes a parameter at least: fp32 weights, master weights and two moments."""
+    """Two ranks make two saves of each kind.
+
+    A checkpoint has at least 16 bytes for each parameter: fp32 weights, master weights and two moments.
+    """
     found = run_ranks(_measure, 2, str(tmp_path))
     (record,) = [value for value in found if value is not None]
     assert len(record.figures["held up by a save, synchronous"].samples) == 2
@@ -54,6 +59,6 @@ def test_both_kinds_of_two_ranks(tmp_path: Path) -> None:
     assert not list((tmp_path / "disk").iterdir()) and not (tmp_path / "run").exists()
 
 
-def test_nothing_to_measure() -> None:
+def test_counts_without_a_measurement_are_refused() -> None:
     with pytest.raises(ValueError, match="--saves 0 --every 3 --rounds 2: want at least 1 of each"):
         measure_checkpoints(tiny_config(), subject="tiny", directory="unused", saves=0, every=3, rounds=2)

@@ -1,4 +1,4 @@
-"""Verdicts, what differs, and the page."""
+"""Verdicts on figures, differences between runs, and the page."""
 
 import dataclasses
 import re
@@ -36,12 +36,12 @@ SLOW, FAST = [2.0, 2.1, 2.2, 2.3, 2.4, 2.5], [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
 
 
 def test_verdicts() -> None:
-    """Medians of 2.25 and 1.25 s with intervals 2.0 to 2.5 and 1.0 to 1.5; 2.4 to 2.6 touches the first."""
+    """The medians 2.25 and 1.25 s have intervals 2.0 to 2.5 and 1.0 to 1.5. 2.4 to 2.6 touches the first."""
     faster = compare(_run(SLOW), _run(FAST))
     assert str(faster["step"]) == "-44.4%: better" and faster["tokens/s/rank"].kind == "better"
     assert compare(_run(FAST), _run(SLOW))["step"].kind == "worse"
     assert compare(_run(SLOW), _run([2.4, 2.45, 2.5, 2.55, 2.6]))["step"].kind == "no change seen"
-    assert str(faster["memory"]) == "-50.0%: taken once"
+    assert str(faster["memory"]) == "-50.0%: measured once"
 
 
 def test_differences_leave_out_what_always_differs() -> None:
@@ -59,7 +59,7 @@ def test_groups_and_summary() -> None:
 
 
 def test_page(tmp_path: Path) -> None:
-    """Self-contained, escaped, well-formed drawings: two charts and two bars of 1 s and 2 s."""
+    """The page is self-contained and escaped, with two charts and bars of 1 s and 2 s."""
     text = page([_run(SLOW), _run(FAST, date="2026-11-22T06:00:00+00:00")])
     assert not re.search(r"https?://|src=|<script|<link", text)
     assert "&lt;b&gt;a note&lt;/b&gt;" in text and "<b>a note" not in text

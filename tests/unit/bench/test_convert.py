@@ -1,4 +1,4 @@
-"""The conversion benchmark on small models: what it claims is what it measures."""
+"""The conversion benchmark on small models."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron_post.bench import convert
 
 @pytest.mark.slow
 def test_memory_is_flat_in_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 MB in 2 layers and 230 MB in 8: the same peak to a tenth of what was added, far below the limit."""
+    """60 MB in 2 layers and 230 MB in 8 have the same peak, to a tenth of the added bytes."""
     shape = {"preset": "tiny", "hidden_size": 1024, "ffn_hidden_size": 3584, "vocab_size": 1024}
     for layers in (2, 8):
         monkeypatch.setitem(convert.MODELS, f"{layers}", {**shape, "num_layers": layers})
@@ -26,7 +26,7 @@ def test_memory_is_flat_in_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_table_fits_a_terminal() -> None:
-    """Of the largest model at the largest speeds that a table would meet: nothing is cut at 80 columns."""
+    """The largest model at the largest expected speeds fits in 80 columns."""
     figures = convert.ConversionFigures(
         name="405B, 1 layer",
         total_bytes=6_410_000_000,
@@ -48,13 +48,13 @@ def test_the_table_fits_a_terminal() -> None:
     assert row in " ".join(text.split()) and "\u2026" not in text, text
 
 
-def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = convert.shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="has less than 5,0"):
         convert.measure_conversions(tmp_path, names=("8B, 2 layers",))
 
 
-def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--model \['9B'\] --rounds 3: choose of '8B, 2 layers'"):
+def test_unknown_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model \['9B'\] --rounds 3: choose from '8B, 2 layers'"):
         convert.measure_conversions(tmp_path, names=("9B",))

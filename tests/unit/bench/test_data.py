@@ -1,4 +1,4 @@
-"""The inputs of the figures are what they claim to be."""
+"""The inputs and figures of the data benchmark."""
 
 import os
 from pathlib import Path
@@ -19,8 +19,11 @@ from megatron_post.bench.data import (
 
 
 def test_lengths_follow_the_mix() -> None:
-    """Shares times means of the report's table: 0.5266 * 974 + 0.1489 * 753.3 + 0.0301 * 520.5 + 0.0814 *
-    297.8 + 0.2119 * 661.6 + 0.0011 * 38135.6 = 847.1, less the little that the cut takes off the longest."""
+    """The mean is that of the report's table, less a little because the longest lengths are clipped.
+
+    0.5266 * 974 + 0.1489 * 753.3 + 0.0301 * 520.5 + 0.0814 * 297.8 + 0.2119 * 661.6 + 0.0011 * 38135.6 =
+    847.1.
+    """
     lengths = long_tailed_lengths(400_000, capacity=131072)
     assert 810 < lengths.mean() < 870
     assert lengths.max() > 60_000 and lengths.min() >= 8
@@ -29,7 +32,7 @@ def test_lengths_follow_the_mix() -> None:
 
 
 def test_packing_figures() -> None:
-    """Two of 6 and two of 4 fill two packs of 10; a fifth unit of 5 opens a third: 25 of 30."""
+    """Two units of 6 and two of 4 fill two packs of 10. A fifth unit of 5 opens a third pack: 25 of 30."""
     packed = time_packing(np.array([6, 4, 5, 4, 6]), capacity=10)
     assert (packed.units, packed.packs) == (5, 3)
     assert packed.fill == 25 / 30
@@ -37,7 +40,7 @@ def test_packing_figures() -> None:
 
 
 def test_loader_counts_every_token_once(tmp_path: Path, monkeypatch) -> None:
-    """With a clock that ticks one second a look, tokens a second are the store's tokens."""
+    """With a clock that advances one second at each call, tokens per second equal the store's tokens."""
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     tokens = time_loader(tmp_path / "store", pack_length=1024, tokens=50_000)
@@ -55,7 +58,7 @@ def test_one_core_is_undone() -> None:
 
 
 def test_figures_of_rounds() -> None:
-    """Two rounds of each; the fill is the same in all of them."""
+    """Each of two rounds has its sample. The fill is the same in all rounds."""
     found = data_figures([Packed(1000, 7, s, 0.75) for s in (0.5, 0.25)], [{8192: 9.0}, {8192: 11.0}])
     assert {name: figure.samples for name, figure in found.items()} == {
         "packing 1,000 lengths": (0.5, 0.25),

@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks print is read."""
+"""The output of the kernels' benchmarks is read."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_tables_are_read() -> None:
 
 @pytest.mark.slow
 def test_a_script_prints_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny shapes on the CPU: each loss forward, and with its backward pass."""
+    """Tiny shapes run on the CPU: each loss forward, and forward with backward."""
     monkeypatch.setattr(kernels, "scripts", lambda scripts=kernels.scripts: scripts()[-1:])
     record = kernels.measure_kernels(tiny=True)
     assert record.settings == {"scripts": "bench_ranking_loss.py"}
@@ -44,5 +44,5 @@ def test_without_a_gpu_it_says_what_is_missing() -> None:
 
 def test_an_installed_package_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernels, "_KERNELS", tmp_path)
-    with pytest.raises(ValueError, match="holds no benchmarks: they are in a checkout"):
+    with pytest.raises(ValueError, match="holds no benchmarks; a checkout has them"):
         kernels.scripts()

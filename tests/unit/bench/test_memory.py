@@ -1,4 +1,4 @@
-"""The peak of a process is its own, whoever started it."""
+"""The peak memory of a process does not depend on the process that started it."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def _hold(size: int) -> None:
 
 
 def test_peak_is_the_processs_own() -> None:
-    """Started by one that holds 2 GB: `ru_maxrss` begins at these."""
+    """The parent process holds 2 GB, at which `ru_maxrss` of its child would begin."""
     held = np.ones(2048 * MIB, np.uint8)
     assert peak_rss() > held.nbytes
     _, little = in_own_process(_hold, 1)

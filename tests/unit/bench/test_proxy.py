@@ -1,4 +1,4 @@
-"""One process as a rank of a layout: what it builds and computes is that rank's share."""
+"""One process runs as a rank of a layout, and builds and computes that rank's share."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_post.bench import proxy
 from megatron_post.bench.accounting import Counts
-from megatron_post.bench.proxy import LOUD, measure_proxy, with_layers
+from megatron_post.bench.proxy import PROXY_WARNING, measure_proxy, with_layers
 from megatron_post.bench.proxy_figures import Passes, Share, proxy_figures
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
@@ -38,9 +38,11 @@ def _measure(config: Config, rank: int, world_size: int, layers: int | None = No
 def test_a_rank_s_share(
     sections: dict[str, Any], rank: int, layers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 16 ranks (DP 2). Parameters are the planner's; what torch counts, with attention that it cannot
-    see, is what is executed by `chunk_flops`: attention forward and 2.5 times that backward, and forward
-    once more if recomputed."""
+    """Parameters equal the planner's, and torch's count of operations equals `chunk_flops`.
+
+    There are 16 ranks (DP 2). torch cannot see into the attention, so its operations are added: the forward
+    pass, 2.5 times that for the backward pass, and a second forward pass if it is recomputed.
+    """
     found: list[Any] = []
     figures = proxy.proxy_figures
     monkeypatch.setattr(proxy, "proxy_figures", lambda *a, **k: found.extend(a) or figures(*a, **k))
@@ -49,7 +51,7 @@ def test_a_rank_s_share(
     share, (passes,) = found
     assert record.figures["parameters"] == record.figures["parameters by the planner"]
     assert "share" in record.settings and ("cut" in record.settings) == (layers is not None)
-    assert record.notes[0] == LOUD
+    assert record.notes[0] == PROXY_WARNING
     assert len(share.chunks) == share.config.parallel.virtual_pipeline
     flops = share.flops(passes.counts.computed)
     unseen = flops.attention / 3 * (3.5 + (layers is not None))
@@ -57,9 +59,11 @@ def test_a_rank_s_share(
 
 
 def test_all_gradients_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zeros or garbage would be another computation to a GPU, which draws its power by what it multiplies.
-    The last of the context-parallel ranks, which counts no pairs, and whose vocabulary misses most
-    labels."""
+    """Zeros or garbage would be another computation to a GPU, whose power depends on the values.
+
+    The rank is the last of the context-parallel ranks, which counts no pairs. Its part of the vocabulary
+    misses most labels.
+    """
     wrap, kept = proxy.wrap_data_parallel, []
     monkeypatch.setattr(proxy, "wrap_data_parallel", lambda *a: kept.extend(wrap(*a)) or kept)
     _measure(tiny_config(stage="dpo", parallel=LAYOUT), 15, 16)
@@ -69,13 +73,13 @@ def test_all_gradients_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers_of_a_cut_model() -> None:
-    """Three layers on each of two pipeline ranks, in one chunk."""
+    """Three layers on each of two pipeline ranks are one chunk."""
     config = with_layers(tiny_config(parallel={**LAYOUT, "virtual_pipeline": 2}), 3)
     assert [[chunk.layers for chunk in rank] for rank in chunks(config)] == [[3], [3]]
 
 
 def test_figures_by_hand() -> None:
-    """A pack in 1 + 3 s."""
+    """A pack takes 1 s forward and 3 s backward."""
     config = tiny_config()
     share = Share(config, 0, 1, 0, 1, tuple(chunks(config)[0]), 7)
     counts = Counts(128, 64, 10, 2, Load(64, 4096), Load(128, 8192))
@@ -89,7 +93,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="--proxy-rank 8 is not one of --world 8: want 0 to 7"):
+    with pytest.raises(ValueError, match="--proxy-rank 8 is not a rank of --world 8: want 0 to 7"):
         _measure(tiny_config(parallel=LAYOUT), 8, 8)
     with pytest.raises(ValueError, match="--proxy-layers 0"):
         _measure(tiny_config(parallel=LAYOUT), 0, 8, 0)

@@ -1,4 +1,4 @@
-"""Intervals by hand, verdicts, and records that come back as they were written."""
+"""Intervals computed by hand, changes, and records that are read back as they were written."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,12 @@ def _record(date: str = "2026-11-21T06:00:00+00:00", **values: object) -> Record
 
 
 def test_interval_of_a_median() -> None:
-    """Of 6 samples the median is outside the smallest and largest with probability 2 / 64 = 3.1%. Of 20,
-    fewer than 6 lie on one side with 2 x (1 + 20 + 190 + 1,140 + 4,845 + 15,504) / 2^20 = 4.1%, fewer than
-    7 with 11.5%: the sixth from either end."""
+    """The bounds are order statistics whose probability is computed by hand.
+
+    Of 6 samples, the median is outside the smallest and largest with probability 2 / 64 = 3.1%. Of 20, fewer
+    than 6 lie on one side with probability 2 x (1 + 20 + 190 + 1,140 + 4,845 + 15,504) / 2^20 = 4.1%, and
+    fewer than 7 with 11.5%. So the bounds are the sixth from either end.
+    """
     assert Figure("s", tuple(range(1, 7))).interval == (1, 6)
     assert Figure("s", tuple(range(20, 0, -1))).interval == (6, 15)
     assert Figure("s", (3.0, 1.0, 2.0)).interval == (1.0, 3.0)
@@ -24,21 +27,23 @@ def test_interval_of_a_median() -> None:
 
 
 def test_quantiles() -> None:
-    """A tenth of the way over 10 gaps between 0 and 10 is 1; of 1 and 2, 1.1."""
+    """A tenth of the way over 10 gaps between 0 and 10 is 1. Between 1 and 2 it is 1.1."""
     assert Figure("s", tuple(range(10, -1, -1))).quantile(0.1) == 1
     assert Figure("s", (2.0, 1.0)).quantile(0.1) == pytest.approx(1.1)
 
 
-def test_changed_only_where_intervals_part() -> None:
-    """20 samples from 1 to 20 lie at 6 to 15 with their median; those from 16 on are beyond, those from 15
-    touch."""
+def test_changed_only_if_intervals_do_not_overlap() -> None:
+    """The median of 1 to 20 has the interval 6 to 15.
+
+    Intervals from 16 on are changed, those from 15 overlap.
+    """
     before = Figure("s", tuple(range(1, 21)))
     assert changed(before, Figure("s", tuple(range(11, 31))))  # 16 to 25
     assert not changed(before, Figure("s", tuple(range(10, 30))))  # 15 to 24
     assert not changed(once("GiB", 1), once("GiB", 100))
 
 
-def test_records_come_back(tmp_path: Path) -> None:
+def test_records_are_read_as_written(tmp_path: Path) -> None:
     later, earlier = _record("2026-11-22T06:00:00+00:00", text="said"), _record()
     for record in (later, earlier, earlier):
         write_record(tmp_path, record)

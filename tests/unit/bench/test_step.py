@@ -1,4 +1,4 @@
-"""Real steps in small layouts, and figures from made-up ones by hand."""
+"""Real steps in small layouts, and figures of given steps computed by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_post.bench.accounting import Counts
-from megatron_post.bench.step import Measured, Rank, Step, measure_steps
+from megatron_post.bench.step import Measured, Rank, TimedStep, measure_steps
 from megatron_post.bench.step_figures import step_figures, step_notes, step_record
 from megatron_post.plan.flops import Load, step_flops
 from megatron_post.plan.hardware import gpu_of_device
@@ -30,8 +30,11 @@ def _measured(path: str, sections: dict[str, Any], steps: int) -> Any:
     ids=["SFT, TP 2", "DPO, DP 2", "reward, CP 2"],
 )
 def test_steps_of_two_ranks(sections: dict[str, Any], tmp_path: Path) -> None:
-    """One rank reports for both. Four packs of 128 a step, whoever holds them; sections add up to the step,
-    but for what is between them; and nothing is left in run_dir."""
+    """One rank reports for both, and nothing is left in run_dir.
+
+    A step has four packs of 128, on whatever ranks they are. The sections add up to the step, except for the
+    time between them.
+    """
     found = run_ranks(_measured, 2, str(tmp_path / "run"), sections, 2)
     (measured,) = [value for value in found if value is not None]
     assert [rank.rank for rank in measured.ranks] == [0, 1]
@@ -54,7 +57,10 @@ def test_steps_of_two_ranks(sections: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_step_on_the_config_s_own_store(tmp_path: Path) -> None:
-    """Its tokens, its weights (here: none, said so), and neither checkpoint nor metrics in run_dir."""
+    """The step reads the store's tokens, and writes neither checkpoints nor metrics to run_dir.
+
+    The config's weights do not exist, and a note says so.
+    """
     config = small_run(tmp_path, model={"init_from": str(tmp_path / "missing")})
     (measured,) = run_ranks(measure_steps_of, 1, config)
     assert measured.data.endswith("packs of sums")
@@ -69,13 +75,16 @@ def measure_steps_of(config: Any) -> Any:
     return measure_steps(config, steps=1, warmup=0)
 
 
-def _step(seconds: float, data: float, passes: float, counts: Counts) -> Step:
-    return Step(seconds, {"data": data, "forward and backward": passes}, counts)
+def _step(seconds: float, data: float, passes: float, counts: Counts) -> TimedStep:
+    return TimedStep(seconds, {"data": data, "forward and backward": passes}, counts)
 
 
 def test_figures_by_hand() -> None:
-    """Two data-parallel ranks of 100 and 60 real of 128 tokens each: a step of 2 s, the slower's, is 160 /
-    2 / 2 = 40 tokens/s/rank and 62.5% full. Own work 1.5 and 0.5 s: the slower's is 1.5 times the mean."""
+    """Two data-parallel ranks have 100 and 60 real tokens of 128 each.
+
+    The slower rank takes 2 s, so the step has 160 / 2 / 2 = 40 tokens/s/rank and is 62.5% full. The own work
+    is 1.5 and 0.5 s, so the slower rank's is 1.5 times the mean.
+    """
     config = tiny_config()
     first = Counts(128, 100, 30, 4, Load(100, 5000), Load(128, 6000))
     second = Counts(128, 60, 10, 1, Load(60, 3600), Load(128, 9000))
@@ -108,6 +117,6 @@ def test_peaks_by_the_name_of_a_device() -> None:
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(0, 3), (1, -1)])
-def test_nothing_to_measure(steps: int, warmup: int) -> None:
+def test_counts_without_a_measurement_are_refused(steps: int, warmup: int) -> None:
     with pytest.raises(ValueError, match=f"--steps {steps} --warmup {warmup}: want at least 1 step"):
         measure_steps(tiny_config(), steps=steps, warmup=warmup)

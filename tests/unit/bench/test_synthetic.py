@@ -20,8 +20,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("sections", CASES.values(), ids=CASES.keys())
-def test_a_store(sections: dict[str, Any], tmp_path: Path) -> None:
-    """About as many packs as asked for, nearly full, of ids that the model has, several segments in each."""
+def test_stores_are_full_and_valid(sections: dict[str, Any], tmp_path: Path) -> None:
+    """There are about as many packs as requested.
+
+    They are nearly full, with several segments and valid ids.
+    """
     config = tiny_config(**sections)
     store = write_synthetic(tmp_path / "store", config, packs=24)
     packs = [store.read(i) for i in range(len(store))]
@@ -39,12 +42,12 @@ def test_a_store(sections: dict[str, Any], tmp_path: Path) -> None:
         )
 
 
-def test_the_same_everywhere(tmp_path: Path) -> None:
+def test_stores_are_deterministic(tmp_path: Path) -> None:
     one, other = (write_synthetic(tmp_path / name, tiny_config(), packs=4) for name in "ab")
     np.testing.assert_array_equal(one.read(1).tokens, other.read(1).tokens)
 
 
-def test_too_short_for_pairs(tmp_path: Path) -> None:
+def test_packs_too_short_for_pairs_are_refused(tmp_path: Path) -> None:
     config = tiny_config(stage="dpo", data={"pack_length": 16})
     with pytest.raises(ValueError, match="pack_length=16 is too short for pairs"):
         write_synthetic(tmp_path / "store", config, packs=4)

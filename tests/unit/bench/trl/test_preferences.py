@@ -1,4 +1,4 @@
-"""TRL gets the pairs that we train, each side is compared with its like, and both learn the same."""
+"""TRL gets the same pairs, each side is compared with its like, and both learn the same."""
 
 import math
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from megatron_post.bench.trl import preferences
 from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload, pairs
 from megatron_post.bench.trl.side import Input, Round
-from megatron_post.bench.trl.steps import OURS
+from megatron_post.bench.trl.steps import MEGATRON_POST
 from megatron_post.bench.trl.workload import Workload, count_tokens, make_workload, open_train_store
 
 
@@ -22,7 +22,7 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
 
 
 def test_both_sides_get_the_same_pairs(workload: Workload) -> None:
-    """All real and all trained tokens of the packs, prompts counted twice, for the packs hold them twice."""
+    """The pairs hold all real and all trained tokens of the packs. The packs hold each prompt twice."""
     store = open_train_store(workload.config)
     real, trained = count_tokens([store.read(i) for i in range(len(store))])
     rows = list(pairs(store))
@@ -36,10 +36,20 @@ def test_both_sides_get_the_same_pairs(workload: Workload) -> None:
     np.testing.assert_array_equal(row, store.read(0).tokens[start : start + len(row)])
 
 
-def test_like_is_compared_with_like(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 pairs in 2 seconds with a frozen reference, 1 with a stored one; TRL takes 3 and 2 with a pair a
-    microbatch, else 4. So 4 / 2, 3 / 2 and 4 / 1, 2 / 1 times."""
-    seconds = {OURS + ", frozen": 2.0, "TRL x 1, frozen": 3.0, OURS + ", store": 1.0, "TRL x 1, store": 2.0}
+def test_sides_with_the_same_reference_are_compared(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 pairs take 2 s with a frozen reference and 1 s with a stored one.
+
+    TRL takes 3 s and 2 s with one pair in a microbatch, and otherwise 4 s. The speedups are 4 / 2, 3 / 2, 4 /
+    1 and 2 / 1.
+    """
+    seconds = {
+        MEGATRON_POST + ", frozen": 2.0,
+        "TRL x 1, frozen": 3.0,
+        MEGATRON_POST + ", store": 1.0,
+        "TRL x 1, store": 2.0,
+    }
 
     def played(sides: dict, *_: object, **__: object) -> tuple[dict, dict]:
         rounds = {name: [Round(seconds.get(name, 4.0), 100, 4, 0.69)] for name in sides}
@@ -57,13 +67,15 @@ def test_like_is_compared_with_like(workload: Workload, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_a_round_beside_trl(workload: Workload) -> None:
-    """A warm-up step and a round, each over all pairs. Whatever packs, pads, runs or stores the reference,
-    the second step's loss is one number, and no longer ln 2. Where the pairs are no multiple of TRL's
-    microbatch its last one is smaller and weighs as much as the others, so that loss is only near."""
+    """After a warm-up step and a round over all pairs, all sides have the same loss.
+
+    The loss of the second step is no longer ln 2. If TRL's microbatch does not divide the pairs, its last
+    microbatch is smaller and weighs as much as the others, so that loss is only close.
+    """
     pytest.importorskip("trl")
     losses = {side.name: side.loss for side in measure_pairs(workload, rounds=1)}
-    first = losses[f"{OURS}, frozen"]
+    first = losses[f"{MEGATRON_POST}, frozen"]
     assert abs(first - math.log(2)) > 0.01
     for name, loss in losses.items():
-        exact = name.startswith((OURS, "TRL x 1,"))
+        exact = name.startswith((MEGATRON_POST, "TRL x 1,"))
         assert loss == pytest.approx(first, abs=2e-5 if exact else 2e-2), losses

@@ -1,4 +1,4 @@
-"""Rounds are interleaved, counted and summarised; TRL and we train the same tokens to the same loss."""
+"""Rounds are interleaved, counted and summarised, and both trainers learn the same from the same tokens."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.console import Console
 from megatron_post.bench.trl import preferences, steps
 from megatron_post.bench.trl.side import Gate, Input, Round, interleave
 from megatron_post.bench.trl.steps import (
-    OURS,
+    MEGATRON_POST,
     all_sides,
     measure,
     measure_beside_trl,
@@ -28,20 +28,20 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
     return make_workload(directory, threads=1, steps_per_round=2, pack_length=512, packs_per_step=2, rows=60)
 
 
-def _scribe(workload: Workload, gate: Gate, *, name: str, path: Path) -> None:
-    """Writes its name each step, until told to stop."""
-    going, step = gate.ready(Input(1.0, 1.0)), 0
-    while going:
+def _write_names(workload: Workload, gate: Gate, *, name: str, path: Path) -> None:
+    """Writes its name at each step, until no more rounds are requested."""
+    is_wanted, step = gate.ready(Input(1.0, 1.0)), 0
+    while is_wanted:
         step += 1
         with path.open("a") as file:
             file.write(name)
-        going = gate.step(tokens=10, trained=step, loss=1.0 / step)
+        is_wanted = gate.step(tokens=10, trained=step, loss=1.0 / step)
 
 
 def test_rounds_alternate(workload: Workload, tmp_path: Path) -> None:
-    """A warm-up and two rounds of two steps: AABB three times. Steps 3 + 4 and 5 + 6 are counted."""
+    """A warm-up and two rounds of two steps give AABB three times. Steps 3 + 4 and 5 + 6 are counted."""
     path = tmp_path / "steps"
-    sides = {name: partial(_scribe, name=name, path=path) for name in "AB"}
+    sides = {name: partial(_write_names, name=name, path=path) for name in "AB"}
     _, results = interleave(sides, workload, rounds=2)
     assert path.read_text() == "AABB" * 3
     for rounds in results.values():
@@ -58,29 +58,31 @@ def test_a_failing_side_is_named(workload: Workload) -> None:
 
 
 def test_medians_and_ratios() -> None:
-    """Ours 100, 50, 25 trained tokens/s beside 50, 50, 5: twice, once and five times; in the middle, twice.
-    The ratio of the medians, 50 / 50, would hide that the machine had slowed down for both."""
-    ours = [Round(1.0, 200, 100, 2.0), Round(2.0, 200, 100, 1.9), Round(4.0, 200, 100, 1.8)]
-    theirs = [Round(2.0, 400, 100, 2.1), Round(2.0, 400, 100, 1.9), Round(20.0, 400, 100, 1.7)]
-    figures = summarise("TRL", Input(0.5, 9.0), theirs, ours=ours)
+    """100, 50 and 25 trained tokens/s beside 50, 50 and 5 are speedups of 2, 1 and 5, with the median 2.
+
+    The ratio of the medians, 50 / 50, would hide that the machine had slowed down for both.
+    """
+    own = [Round(1.0, 200, 100, 2.0), Round(2.0, 200, 100, 1.9), Round(4.0, 200, 100, 1.8)]
+    other = [Round(2.0, 400, 100, 2.1), Round(2.0, 400, 100, 1.9), Round(20.0, 400, 100, 1.7)]
+    figures = summarise("TRL", Input(0.5, 9.0), other, own_rounds=own)
     assert figures.speed == 2.0
     assert (figures.tokens_per_second, figures.trained_per_second, figures.loss) == (200.0, 50.0, 1.7)
     assert figures.ratios == (2.0, 1.0, 5.0) and figures.rates == (50.0, 50.0, 5.0)
 
 
 def test_a_record_of_both_sides(workload: Workload) -> None:
-    """Rates of either side, and ours over theirs; never ours over ours."""
-    ours, theirs = [Round(1.0, 200, 100, 2.0)], [Round(2.0, 400, 100, 2.1)]
+    """The record has the rates of both sides, and one ratio."""
+    own, other = [Round(1.0, 200, 100, 2.0)], [Round(2.0, 400, 100, 2.1)]
     sides = [
-        summarise(name, Input(0.5, 9.0), rounds, ours=ours)
-        for name, rounds in ((OURS, ours), ("TRL", theirs))
+        summarise(name, Input(0.5, 9.0), rounds, own_rounds=own)
+        for name, rounds in ((MEGATRON_POST, own), ("TRL", other))
     ]
     figures = side_record("trl", workload, sides, unit="trained tokens/s").figures
     assert {name: f.samples for name, f in figures.items()} == {
-        f"{OURS}: trained tokens/s": (100.0,),
-        f"{OURS}: fill": (50.0,),
+        f"{MEGATRON_POST}: trained tokens/s": (100.0,),
+        f"{MEGATRON_POST}: fill": (50.0,),
         "TRL: trained tokens/s": (50.0,),
-        "ours / TRL": (2.0,),
+        "Megatron-Post / TRL": (2.0,),
         "TRL: fill": (50.0,),
     }
 
@@ -99,9 +101,9 @@ def test_both_sides_get_the_same_tokens(workload: Workload) -> None:
 
 
 def test_sft_then_dpo(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table and a record of each, with what each counts. (The sides themselves run in the slow tests.)"""
+    """SFT and DPO each yield a table and a record with their own unit. The sides run in the slow tests."""
     rounds = [Round(1.0, 200, 100, 2.0)]
-    sides = [summarise(OURS, Input(0.5, 9.0), rounds, ours=rounds)]
+    sides = [summarise(MEGATRON_POST, Input(0.5, 9.0), rounds, own_rounds=rounds)]
     monkeypatch.setattr(steps, "all_sides", dict)
     monkeypatch.setattr(steps, "make_workload", lambda *_, **__: workload)
     monkeypatch.setattr(steps, "measure", lambda *_, **__: sides)
@@ -110,8 +112,8 @@ def test_sft_then_dpo(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> No
     found = list(measure_beside_trl(threads=1, rounds=1, steps=1, pair_rounds=1))
     assert [record.benchmark for _, record in found] == ["steps beside TRL", "DPO beside TRL"]
     assert [next(iter(record.figures)) for _, record in found] == [
-        f"{OURS}: trained tokens/s",
-        f"{OURS}: pairs/s",
+        f"{MEGATRON_POST}: trained tokens/s",
+        f"{MEGATRON_POST}: pairs/s",
     ]
     with pytest.raises(ValueError, match="want at least 1 of each"):
         next(measure_beside_trl(threads=1, rounds=0, steps=1, pair_rounds=1))
@@ -119,12 +121,14 @@ def test_sft_then_dpo(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_a_round_beside_trl(workload: Workload) -> None:
-    """Untrained, either side's loss is near that of a guess, ln 2048 = 7.62; after four steps both have
-    fallen, and by about as much, for they train the same tokens with the same optimizer."""
+    """After four steps the losses of both sides have fallen by about as much.
+
+    An untrained model has about the loss of a guess, ln 2048 = 7.62.
+    """
     pytest.importorskip("trl")
     figures = measure(workload, all_sides(), rounds=1)
     losses = {side.name: side.loss for side in figures}
-    assert figures[0].name == OURS and figures[0].speed == 1.0
+    assert figures[0].name == MEGATRON_POST and figures[0].speed == 1.0
     assert all(4.0 < loss < 7.5 for loss in losses.values()), losses
     assert max(losses.values()) - min(losses.values()) < 0.4, losses
     console = Console(record=True, width=90)
