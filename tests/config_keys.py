@@ -27,9 +27,9 @@ KINDS = {
 _INTRODUCTION = """# Every key
 
 This page is made from the schemas by `python -m tests.config_keys`. [Files of settings](config.md) says how
-such files are read. A `*` stands for the number of an entry in a list, and a name in brackets for the `kind`
-that has the key. Keys of `model` follow from `model.preset` unless they are given. Limits that no real value
-meets are left out.
+such files are read. A heading names the section that has the keys. A `*` in it stands for the number of an
+entry in a list, and a name in brackets for the `kind` that has the keys. Keys of `model` follow from
+`model.preset` unless they are given. Limits that no real value meets are left out.
 """
 _LARGEST_LIMIT = 1000  # of those that are shown
 _TYPES = {
@@ -50,26 +50,20 @@ def schema_of(kind: str) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole page: a table for each section of each kind of file."""
     parts = [_INTRODUCTION]
     for kind, (title, readers) in KINDS.items():
-        rows = [
-            f"| `{key}` | {what} | {default} | {meaning} |"
-            for key, what, default, meaning in keys(schema_of(kind))
-        ]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {title}",
-                    readers,
-                    "",
-                    "| key | value | default | meaning |",
-                    "|---|---|---|---|",
-                    *rows,
-                    "",
-                ]
+        parts.append(f"## {title}\n{readers}\n")
+        sections: dict[str, list[str]] = {}
+        for key, what, default, meaning in keys(schema_of(kind)):
+            section, _, name = key.rpartition(".") if not key.endswith(".*") else (key, "", "*")
+            sections.setdefault(section.rpartition(".")[0], [])  # a section stands before those inside it
+            sections.setdefault(section, []).append(f"| `{name}` | {what} | {default} | {meaning} |")
+        for section, rows in ((section, rows) for section, rows in sections.items() if rows):
+            heading = [f"### `{section}`"] if section else []
+            parts.append(
+                "\n".join([*heading, "| key | value | default | meaning |", "|---|---|---|---|", *rows, ""])
             )
-        )
     return "\n".join(parts)
 
 
