@@ -93,7 +93,11 @@ def _pipeline_errors(config: "Config") -> list[str]:
 
 def uses_portable_layers(config: "Config", *, has_transformer_engine: bool) -> bool:
     """Whether a run has the portable layers: where Transformer Engine is not there, and in fp32, for which it
-    has no attention over packed rows."""
+    has no fused attention over packed rows.
+
+    Transformer Engine 2.9 and 2.10 have no attention at all for such rows. 2.11 has one without context
+    parallelism, which holds the scores of every pair of tokens.
+    """
     return not has_transformer_engine or config.precision.dtype == "fp32"
 
 

@@ -1,7 +1,9 @@
 """Each version of Transformer Engine that megatron-core 0.16 is made for takes the keywords that we pass."""
 
 from functools import partial
+from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -34,12 +36,55 @@ def expected() -> tuple[dict, float, dict]:
     return joined(run_ranks(gradients, 1, {}, {}))
 
 
+def _needs(version: str) -> None:
+    if not (WHEELS / version).is_dir():
+        pytest.skip(f"Transformer Engine's pure Python wheel is not in {WHEELS / version}: make install")
+
+
 @pytest.mark.parametrize("version", OTHERS)
 def test_older_versions(version: str, expected: tuple[dict, float, dict]) -> None:
     """Modules are made and called as with the newest, which the other tests have."""
-    if not (WHEELS / version).is_dir():
-        pytest.skip(f"Transformer Engine's pure Python wheel is not in {WHEELS / version}: make install")
+    _needs(version)
     run = partial(gradients, portable=False)
     for world_size, parallel, sections in CASES.values():
         found = run_with_transformer_engine(run, world_size, parallel, sections, version=version)
         check_equal(joined(found), expected)
+
+
+def _attention_over_packed_rows() -> dict[tuple[str, bool], bool]:
+    """Whether there is a fused attention, by (number format, with context parallelism)."""
+    import torch
+    import transformer_engine.pytorch.attention.dot_product_attention.utils as te
+
+    from tests.transformer_engine.stand_in import tex
+
+    kinds = tex.NVTE_Fused_Attn_Backend
+    found = {}
+    for dtype, context in product((torch.float32, torch.bfloat16), (False, True)):
+        rows = te.AttentionParams(
+            qkv_type=torch.Tensor,
+            qkv_dtype=dtype,
+            qkv_layout="thd_thd_thd",
+            attn_mask_type="padding_causal",
+            context_parallel=context,
+            is_training=True,
+        )
+        # as far as cuDNN is concerned, every kind of attention is there
+        with (
+            mock.patch.object(te, "get_device_compute_capability", lambda: (9, 0)),
+            mock.patch.object(tex, "get_fused_attn_backend", lambda *_: kinds.NVTE_F16_arbitrary_seqlen),
+        ):
+            flash, _, fused, *_ = te.get_attention_backend(rows)
+        found[str(dtype), context] = bool(flash or fused)
+    return found
+
+
+@pytest.mark.parametrize("version", [*OTHERS, VERSION])
+def test_no_fused_attention_in_fp32(version: str) -> None:
+    """Which is why a run in fp32 has the portable layers: `config.layout.uses_portable_layers`."""
+    _needs(version)
+    (found,) = run_with_transformer_engine(_attention_over_packed_rows, 1, version=version)
+    assert found == {
+        (f"torch.{name}", context): name == "bfloat16"
+        for name, context in product(("float32", "bfloat16"), (False, True))
+    }

@@ -101,7 +101,7 @@ def test_what_is_not_known_is_not_refused() -> None:
 
 
 def test_which_layers() -> None:
-    """Transformer Engine has no attention over packed rows of fp32."""
+    """Transformer Engine has no fused attention over packed rows of fp32; test_versions.py asks it."""
     assert uses_portable_layers(tiny_config(), has_transformer_engine=True)
     assert not uses_portable_layers(_config(None), has_transformer_engine=True)
     assert uses_portable_layers(_config(None), has_transformer_engine=False)

@@ -60,8 +60,7 @@ def test_fp8_that_the_gpu_does_not_have() -> None:
 
 
 def test_fp32_is_planned_with_the_layers_that_run() -> None:
-    """Transformer Engine has no attention over packed rows of fp32; a row without a shared prompt stays one
-    segment."""
+    """Those of fp32 are the portable ones. A row without a shared prompt stays one segment."""
     config = llama_config("llama3.1_8b", {"tensor": 2}, pack_length=8192, precision={"dtype": "fp32"})
     assert layers_on_gpu(config) == "portable"
     assert pack_segments(config, None) == (Segment(8192),)
