@@ -59,7 +59,7 @@ def launch_round(
     """Queue a round, or another chain of jobs, each to start once those before it have succeeded."""
     from megatron_post.launch.chain import is_chain, load_chain, parse_chain
     from megatron_post.launch.launch import launch_chain
-    from megatron_post.rounds.round import chain_of
+    from megatron_post.rounds.run import chain_of
 
     if is_chain(file):
         chain = load_chain(file, overrides or ())

@@ -7,7 +7,6 @@ result, under a lock.
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import multiprocessing
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 from megatron_post.convert.part_file import PartFile
 from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.storage.files import is_disk_full
 from megatron_post.storage.lock import locked
 from megatron_post.storage.reading import read_object
 
@@ -212,12 +212,12 @@ def _disk_errors_explained(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_disk_full(error):
             raise ConversionError(
                 f"{error.filename or job.partial}: {error.strerror or error}; the source is unchanged"
             ) from error
         raise ConversionError(
-            f"{job.partial}: {os.strerror(error.errno)}; the source is unchanged and {len(_done(job))} of "
+            f"{job.partial}: {error.strerror}; the source is unchanged and {len(_done(job))} of "
             f"{len(job.parts)} parts are kept; free some space and run the same command again"
         ) from error
 

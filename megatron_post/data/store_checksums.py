@@ -6,7 +6,6 @@ here, so that this one small file stands for everything in the store but the ref
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
+from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object
 
 FILE = "checksums.json"
@@ -60,10 +60,7 @@ def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) 
         },
     }
     text = json.dumps({"sha256": sha256_of_json(content), **content}, indent=1)
-    with (path / FILE).open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(path / FILE, text)
 
 
 def read_checksums(path: Path) -> StoreChecksums:

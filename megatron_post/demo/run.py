@@ -18,8 +18,8 @@ from megatron_post.demo.printing import Story, print_accuracies, print_chat, pri
 from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
 from megatron_post.demo.training import RANKS, pack, train
 from megatron_post.rounds.accuracy import Accuracy
-from megatron_post.rounds.files import write_json
-from megatron_post.rounds.round import run_rounds
+from megatron_post.rounds.run import run_rounds
+from megatron_post.storage.files import write_json
 
 ROUNDS, RESULTS = "rounds", "results.json"
 _MARKER = "made-by-megatron-post-demo"

@@ -15,8 +15,8 @@ from rich.table import Table
 from megatron_post.demo.run import RESULTS, Sizes, run_demo
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.charts import intervals
-from megatron_post.rounds.files import write_whole
 from megatron_post.rounds.report import STYLE, html_table
+from megatron_post.storage.files import write_whole
 
 # Student's t, 97.5%, by degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -16,8 +16,8 @@ from megatron_post.installation import install_command
 from megatron_post.rounds.backends import Request, VllmBackend, prompt_ids
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.prompts import Prompt, read_prompts
+from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings, StageName
-from megatron_post.rounds.steps import Round
 from megatron_post.rounds.verifier import ExactMatch
 
 _HEADER = 16  # tokens of a message around its text, at most

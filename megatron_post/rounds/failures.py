@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_post.rounds.files import read_lines, write_lines
+from megatron_post.storage.files import read_lines, write_lines
 
 
 class TooManyFailures(ValueError):

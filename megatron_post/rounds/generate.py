@@ -39,10 +39,10 @@ from megatron_post.rounds.failures import (
     failures_of,
     write_failures,
 )
-from megatron_post.rounds.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.state import alone
 from megatron_post.storage.checksums import sha256_of_file
+from megatron_post.storage.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.storage.reading import read_object, reading
 
 OpenBackend = Callable[[BackendSettings, str, Sequence[str]], Backend]

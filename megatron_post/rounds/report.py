@@ -1,16 +1,16 @@
 """What a round was like, as one HTML file that needs nothing else."""
 
-from collections.abc import Sequence
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_post.display import html_text
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.charts import histogram, intervals, lines
-from megatron_post.rounds.files import read_lines, write_whole
-from megatron_post.rounds.select import PREFERENCES, SUMMARY
-from megatron_post.rounds.steps import Round, metrics_of
-from megatron_post.storage.reading import read_object
+from megatron_post.storage.files import read_lines, write_whole
+from megatron_post.storage.reading import reading
 
 _SAMPLES = 12
 STYLE = """
@@ -22,18 +22,28 @@ td.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 360px }
 """
 
 
-def write_report(r: Round) -> Path:
-    """Write `report.html` in the round's directory, about it and the accuracies of those before it."""
-    selection = read_object(r.directory / "selection" / SUMMARY, "a selection")
-    rounds = [Round(r.settings, n, r.console) for n in range(1, r.number + 1)]
-    results = [read_object(each.directory / "evaluation.json", "an evaluation") for each in rounds]
-    title = f"{r.settings.run_dir}, round {r.number} of {r.settings.rounds}"
+def write_report(
+    target: Path,
+    *,
+    title: str,
+    policy: str,
+    best: str,
+    evaluations: Sequence[dict[str, Any]],
+    selection: dict[str, Any],
+    preferences: Path,
+    runs: Mapping[str, Path],
+) -> None:
+    """Write the report of a round.
+
+    policy: the model that gave the samples; best: the best model after the round; evaluations: results of
+    `evaluate`, of each round so far; selection: the summary of `select`; preferences: its preference rows;
+    runs: the directory of each stage's training run.
+    """
     parts = [
         f"<h1>{html_text(title)}</h1>",
-        f"<p>Answers by <code>{html_text(r.policy)}</code>; "
-        f"the best now is <code>{html_text(r.best)}</code></p>",
+        f"<p>Answers by <code>{html_text(policy)}</code>; the best now is <code>{html_text(best)}</code></p>",
         "<h2>Held-out prompts</h2>",
-        _accuracies(results),
+        _accuracies(evaluations),
         "<h2>Selection</h2>",
         _selection(selection),
         histogram("reward of all samples", {"samples": selection["rewards"]}),
@@ -43,14 +53,12 @@ def write_report(r: Round) -> Path:
             {"selected": selection["selected_lengths"], "not selected": selection["rejected_lengths"]},
         ),
         "<h2>Training</h2>",
-        *_training(r),
+        *_training(runs),
         "<h2>Samples</h2>",
-        _samples(r.directory / "selection" / PREFERENCES),
+        _samples(preferences),
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html_text(title)}</title>'
-    target = r.directory / "report.html"
     write_whole(target, f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n")
-    return target
 
 
 def _accuracies(results: Sequence[dict[str, Any]]) -> str:
@@ -101,15 +109,30 @@ def _selection(found: dict[str, Any]) -> str:
     return table + (html_table(["cleaning rule", "found", "of", "dropped"], rules) if rules else "")
 
 
-def _training(r: Round) -> list[str]:
-    """Losses of each stage, and what else its metrics tell of pairs."""
+def _training(runs: Mapping[str, Path]) -> list[str]:
+    """Losses of each stage, and the accuracy and margin of pairs where its metrics have them."""
     charts = []
-    for stage in ("reward", "sft", "dpo"):
-        metrics = metrics_of(r.directory / stage)
+    for stage, run_dir in runs.items():
+        metrics = metrics_of(run_dir)
         charts.append(lines(f"{stage}: loss by step", {"loss": [(m["step"], m["loss"]) for m in metrics]}))
         pairs = {key: [(m["step"], m[key]) for m in metrics if key in m] for key in ("accuracy", "margin")}
         charts.append(lines(f"{stage}: pairs by step", dict(pairs)))
     return charts
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """The metrics of each step of a training run, in order; of a step that was repeated, the last."""
+    path = run_dir / "metrics.jsonl"
+    rows: dict[int, dict[str, Any]] = {}
+    with reading(path):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        # a kill or a full disk has cut such a line
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            row = json.loads(line)
+            if row["kind"] == "train":
+                rows[int(row["step"])] = row
+    return [rows[step] for step in sorted(rows)]
 
 
 def _samples(preferences: Path) -> str:

@@ -1,283 +1,349 @@
-"""`megatron-post round`: N rounds of reward model, rejection sampling, SFT, DPO and averaging.
-
-The steps stand in one list. `run_rounds` does those that are not done, one after the other; the same list is
-written as a chain file for `launch round`, a job a step.
-"""
+"""One round: its files, and what each of its steps does. A step that is run again continues, or writes the
+same files again."""
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megatron_post.config.load import to_yaml
+from megatron_post.config.load import parse, read_tree, to_yaml, validate
+from megatron_post.config.overrides import merged
+from megatron_post.config.references import escaped
+from megatron_post.config.schema import Config
 from megatron_post.convert.configs import read_model
+from megatron_post.data.build import build_store
+from megatron_post.display import make_console
 from megatron_post.parallel.environment import rank_from_environment
-from megatron_post.rounds.backends import gpus_of
-from megatron_post.rounds.checks import check_backend, check_files, check_models
-from megatron_post.rounds.failures import failures_of
-from megatron_post.rounds.files import write_whole
-from megatron_post.rounds.generate import take_gpus
-from megatron_post.rounds.ranks import run_on_ranks
-from megatron_post.rounds.settings import RoundSettings, StageName, load_round
-from megatron_post.rounds.state import State, alone
-from megatron_post.rounds.steps import Round
-from megatron_post.storage.reading import did_you_mean
-
-# the step before's, the fence's numbers, and what the launcher knows of a run
-_NOT_OF_TRAINING = ("config.yaml", "store", "incarnations", "slurm")
-# `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
-_ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
+from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.failures import read_failures, write_failures
+from megatron_post.rounds.generate import Generate, generate, parts_of, wait_until
+from megatron_post.rounds.merge import MethodMerge, merge
+from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.report import write_report
+from megatron_post.rounds.select import (
+    PREFERENCES,
+    SFT,
+    SUMMARY,
+    Samples,
+    Select,
+    best_of,
+    candidates,
+    select,
+)
+from megatron_post.rounds.settings import RoundSettings, StageFile, StageName
+from megatron_post.storage.files import write_json, write_pieces, write_whole
+from megatron_post.storage.reading import read_object
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step of a round: what this process does, or a command on ranks.
+class Round:
+    """Round `number` (from 1) of a run: its files, and its steps. Nothing of it need exist yet."""
 
-    outputs: what is removed before the step is done anew on demand. ranks, per_node: of a chain's job, and
-    how many of them a node has at most. run_dir, stage: of a training run. draws: its ranks, which may be any
-    number, share the drawing of samples.
-    """
-
-    name: str
-    outputs: tuple[Path, ...]
-    action: Callable[[], None] | None = None
-    command: tuple[str, ...] = ()
-    ranks: int = 1
-    per_node: int = 1
-    run_dir: Path | None = None
-    stage: StageName | None = None
-    draws: bool = False
+    settings: RoundSettings
+    number: int
+    console: Console
 
     @property
-    def ranks_here(self) -> int:
-        """Ranks of this step without a cluster: where it draws, as many as the machine has room for."""
-        return min(self.ranks, self.per_node) if self.draws else self.ranks
+    def name(self) -> str:
+        return f"round-{self.number:02d}"
 
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.run_dir) / self.name
 
-def run_rounds(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    console: Console,
-    only: str | None = None,
-    again_from: str | None = None,
-    held: bool = False,
-) -> None:
-    """Run the rounds of a file; what is done already is passed over, so the same call resumes.
+    @property
+    def before(self) -> "Round | None":
+        return Round(self.settings, self.number - 1, self.console) if self.number > 1 else None
 
-    only: do this step alone, as the jobs of a chain do; ranks of such a job share the drawing in it, and all
-    else is done by rank 0. held: whoever started these ranks holds the lock and records what is done.
-    again_from: forget this step and all behind it, and remove what they made. Raises `ValueError` for what a
-    user can mend; all finished steps are kept.
-    """
-    settings = load_round(path, overrides)
-    rank, size, _ = rank_from_environment()
-    check_models(settings)
-    check_files(settings)
-    check_backend(settings)
-    steps = all_steps(settings, console)
-    names = [step.name for step in steps]
-    for name in (only, again_from):
-        if name is not None and name not in names:
-            raise ValueError(f"no step {name!r}{did_you_mean(name, names)}; steps are {', '.join(names)}")
-    if size > 1:
-        if again_from is not None:
-            raise ValueError("--again-from is for one process, which starts the ranks of its steps")
-        drawing = {step.name: step.action for step in steps if step.draws}
-        action = drawing.get(only or "")
-        if action is None:
-            raise ValueError(
-                f"several ranks share the drawing of one step: give --only and one of {', '.join(drawing)}; "
-                "or start one process, which starts the ranks of its steps"
-            )
-        take_gpus(settings.generate.backend)
-        if held or rank > 0:
-            action()
-            return
-    with alone(Path(settings.run_dir)) as lock:
-        state = state_of(settings)
-        if again_from is not None:
-            _forget(steps[names.index(again_from) :], state)
-        chosen = state.left(names) if only is None else (only,)
-        for step in steps:
-            if step.name in chosen:
-                shared = step.draws and size == 1 and step.ranks_here > 1
-                words = (*_by_itself(step, path, overrides), "--held") if shared else step.command
-                _do(step, words, state, console, lock)
+    @property
+    def policy(self) -> str:
+        """The best checkpoint of the round before. Raises `ValueError` where that round is not finished."""
+        return self.settings.start.policy if self.before is None else self.before.best
 
+    @property
+    def best(self) -> str:
+        path = self.directory / "choice.json"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: {self.name} has not chosen its best checkpoint yet")
+        return str(read_object(path, "the choice of a round").get("best"))
 
-def state_of(settings: RoundSettings) -> State:
-    """The record of a run: more rounds may be asked for later, and other ranks."""
-    values = settings.model_dump_json(
-        exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies", "max_failed"}}
-    )
-    return State(Path(settings.run_dir), json.loads(values))
+    @property
+    def reward(self) -> str:
+        return self.settings.start.reward or str(self.directory / "reward" / "hf")
 
+    def stage(self, name: StageName) -> StageFile:
+        """What is known of a stage's config before its model and data are there."""
+        path = getattr(self.settings.stages, name)
+        return parse(StageFile, read_tree(path), origin=path)
 
-def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
-    """Every step of every round, in order."""
-    return [s for n in range(1, settings.rounds + 1) for s in _steps(Round(settings, n, console))]
+    @property
+    def stores_reference(self) -> bool:
+        """Whether DPO reads its reference's log-probabilities from the store."""
+        dpo = self.stage("dpo").dpo
+        return dpo.needs_reference and dpo.reference == "store"
 
+    def collect(self) -> None:
+        """Preferences for the first reward model: the verifier's, on the policy's own answers."""
+        responses = self.directory / "collected.jsonl"
+        count = self.settings.generate.collected_samples
+        self._generate(self.policy, self._prompts, responses, seed=1, samples=count)
+        if _leads():
+            self._select(Samples(responses=str(responses)), "collected")
 
-def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, *, console: Console) -> int:
-    """Write the steps as a chain file for `launch round`. Returns their number."""
-    tree = chain_of(path, overrides, console=console)
-    write_whole(Path(target), to_yaml(tree))
-    return len(tree["steps"])
+    def pack_reward(self) -> None:
+        """All batches so far; a number tells the newest."""
+        batches = [*self.settings.start.preferences]
+        if not batches:
+            batches = [str(Round(self.settings, 1, self.console).directory / "collected" / PREFERENCES)]
+        earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
+        batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
+        sources = [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
+        self._pack("reward", self.settings.start.base or self.policy, sources)
 
+    def generate(self) -> None:
+        """The policy's samples, and behind them those of the policy before."""
+        parts = [self.directory / "samples-policy.jsonl"]
+        self._generate(self.policy, self._prompts, parts[0], seed=2)
+        count = self.settings.generate.previous_samples
+        if count and self.before is not None and self.before.policy != self.policy:
+            parts.append(self.directory / "samples-previous.jsonl")
+            self._generate(self.before.policy, self._prompts, parts[1], seed=3, samples=count)
+        if _leads():
+            failures = [row for part in parts for row in read_failures(part)]
+            write_failures(self.directory / "samples.jsonl", failures)
+            pieces = (part.read_text(encoding="utf-8") for part in parts)
+            write_pieces(self.directory / "samples.jsonl", pieces)
 
-def chain_of(
-    path: str | Path, overrides: Sequence[str], *, console: Console, needs_inputs: bool = True
-) -> dict[str, Any]:
-    """The steps that are left as a chain of jobs, each after the one before, in the terms of a chain file.
-
-    needs_inputs: look at the models and files that the first round starts with, too. Raises `ValueError` for
-    what a user can mend, and where no step is left.
-    """
-    settings = load_round(path, overrides)
-    if needs_inputs:
-        check_models(settings)
-        check_files(settings)
-    steps, values = all_steps(settings, console), list[dict[str, Any]]()
-    if Path(settings.run_dir, "state.json").is_file():
-        left = state_of(settings).left([step.name for step in steps])
-        steps = [step for step in steps if step.name in left]
-    if not steps:
-        raise ValueError(
-            f"{settings.run_dir}: every step is done; `megatron-post round {path} --again-from STEP` does "
-            "one and those behind it anew"
+    def select(self) -> None:
+        samples = Samples(
+            responses=str(self.directory / "samples.jsonl"), scores=str(self.directory / "scores.jsonl")
         )
-    for step in steps:
-        command = step.command or _by_itself(step, path, overrides)
-        per_node = min(step.ranks, step.per_node)
-        if step.ranks % per_node:
-            raise ValueError(
-                f"{path}: {step.name} takes {step.ranks} ranks, which do not fill nodes of {per_node} "
-                f"(ranks_per_node={settings.ranks_per_node})"
+        found = self._select(samples, "selection")
+        self.console.print(
+            f"{found['sft_rows']} rows to train on, {found['preferences']} preferences, {found['ties']} ties",
+            highlight=False,
+        )
+
+    def pack_sft(self) -> None:
+        """What was selected: in this round, where SFT goes on from the policy; in all so far, where it starts
+        from `start.base`, which has seen none of it."""
+        first = 1 if self.settings.start.base else self.number
+        rounds = [Round(self.settings, n, self.console) for n in range(first, self.number + 1)]
+        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in rounds]
+        sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
+        self._pack(
+            "sft",
+            self.settings.start.base or self.policy,
+            sources,
+            times=len(rounds) if self.settings.stages.sft_steps_a_round else 1,
+        )
+
+    def pack_dpo(self) -> None:
+        """The newest batch alone."""
+        path = str(self.directory / "selection" / PREFERENCES)
+        self._pack("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", path)])
+
+    def average(self) -> None:
+        target = self.directory / "average"
+        if not target.exists():
+            merge(self.merge_plan, target, report=self._say)
+
+    @property
+    def merge_plan(self) -> MethodMerge:
+        """What is averaged. Raises `ConfigError` for what its method cannot do."""
+        chosen = self.settings.average
+        paths = {"policy": self.policy} | {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
+        models = [
+            {"model": paths[n], "weight": w, "density": chosen.density} for n, w in chosen.weights.items()
+        ]
+        values: dict[str, Any] = {"models": models, "method": chosen.method}
+        if chosen.method in ("ties", "dare_ties"):
+            values["base_model"] = self.settings.start.base or self.policy
+        if chosen.method == "dare_ties":
+            values["seed"] = self.settings.seed
+        return parse(MethodMerge, values, origin="average")
+
+    def choose(self) -> None:
+        """The best of SFT, DPO and average on the validation prompts; the later one where two are equal.
+        Then its answers to the held-out prompts, of which `evaluate` tells."""
+        paths = {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
+        paths |= {"average": str(self.directory / "average")}
+        validation = self.settings.data.validation
+        answers = {name: self.directory / f"validation-{name}.jsonl" for name in paths}
+        for name, path in paths.items() if validation is not None else ():
+            self._generate(path, {"prompts": validation}, answers[name], seed=0, greedy=True)
+        if _leads():
+            shares = {}
+            if validation is not None:
+                shares = {name: self._accuracy(answers[name], validation).share for name in paths}
+            best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
+            choice = {"best": paths[best], "stage": best, "validation": shares}
+            write_json(self.directory / "choice.json", choice)
+        wait_until((self.directory / "choice.json").is_file, "rank 0 to choose the best", self.console)
+        held_out = {"prompts": self.settings.data.held_out}
+        if self.number == 1:
+            start = self.directory / "held_out-start.jsonl"
+            self._generate(self.policy, held_out, start, seed=0, greedy=True)
+        self._generate(self.best, held_out, self.directory / "held_out.jsonl", seed=0, greedy=True)
+        self._generate(self.best, held_out, self.directory / "held_out-samples.jsonl", seed=4)
+
+    def evaluate(self) -> None:
+        """Accuracy of the best checkpoint on held-out prompts: greedy, of one sample, and of the best of K by
+        the reward model alone. Nothing without a verifier."""
+        verifier, held_out = self.settings.select.verifier, self.settings.data.held_out
+        result = read_object(self.directory / "choice.json", "the choice of a round")
+        if verifier is not None:
+            files = {"greedy": "held_out.jsonl"} | (
+                {"start": "held_out-start.jsonl"} if self.number == 1 else {}
             )
-        entry: dict[str, Any] = {"name": step.name, "command": list(command)}
-        entry |= {"ranks_per_node": per_node, "nodes": step.ranks // per_node}
-        if step.stage is not None:
-            entry |= {"run_dir": str(step.run_dir)}
-            entry |= {"like": _like(settings, step.stage)} if needs_inputs else {}
-        values.append(entry | ({"after": [values[-1]["name"]]} if values else {}))
-    return {"run_dir": settings.run_dir, "steps": values}
+            for name, file in files.items():
+                result[name] = vars(self._accuracy(self.directory / file, held_out))
+            samples = Samples(
+                responses=str(self.directory / "held_out-samples.jsonl"),
+                scores=str(self.directory / "held_out-scores.jsonl"),
+            )
+            # a weight of 0: the verifier is the judge here, not the chooser
+            options: dict[str, Any] = {"verifier": verifier, "verifier_weight": 0.0}
+            options["max_bad_rows"] = self.settings.data.max_bad_rows
+            found = candidates(
+                parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
+            )
+            every = [c.verdict.correct for group in found.values() for c in group if c.verdict is not None]
+            # what failed is not right
+            failures = read_failures(self.directory / "held_out-samples.jsonl")
+            unanswered = {row["prompt"] for row in failures} - found.keys()
+            best = [best_of(group, tie=self.settings.select.tie)[0] for group in found.values()]
+            right = sum(c is not None and c.verdict is not None and c.verdict.correct for c in best)
+            result["one_sample"] = vars(Accuracy(sum(every), len(every) + len(failures)))
+            result["best_of_k"] = vars(Accuracy(right, len(best) + len(unanswered)))
+            result["k"] = self.settings.generate.sampling.samples
+            self.console.print(
+                f"{self.name}: {result['stage']} is best; held-out accuracy {Accuracy(**result['greedy'])}",
+                highlight=False,
+            )
+        write_json(self.directory / "evaluation.json", result)
+
+    def report(self) -> None:
+        """Write `report.html`, about this round and the accuracies of those before it."""
+        rounds = [Round(self.settings, n, self.console) for n in range(1, self.number + 1)]
+        write_report(
+            self.directory / "report.html",
+            title=f"{self.settings.run_dir}, round {self.number} of {self.settings.rounds}",
+            policy=self.policy,
+            best=self.best,
+            evaluations=[read_object(r.directory / "evaluation.json", "an evaluation") for r in rounds],
+            selection=read_object(self.directory / "selection" / SUMMARY, "a selection"),
+            preferences=self.directory / "selection" / PREFERENCES,
+            runs={stage: self.directory / stage for stage in ("reward", "sft", "dpo")},
+        )
+
+    @property
+    def _prompts(self) -> dict[str, Any]:
+        """This round's prompts: the file, and which of its rows."""
+        data = self.settings.data
+        if data.prompts_per_round is None:
+            return {"prompts": data.prompts}
+        available = len(read_prompts(data.prompts, max_bad_rows=data.max_bad_rows))
+        turns = max(1, available // data.prompts_per_round)
+        skip = (self.number - 1) % turns * data.prompts_per_round
+        return {"prompts": data.prompts, "skip": skip, "max_prompts": data.prompts_per_round}
+
+    def _generate(
+        self,
+        model: str,
+        prompts: dict[str, Any],
+        output: Path,
+        *,
+        seed: int,
+        greedy: bool = False,
+        samples: int | None = None,
+    ) -> None:
+        """prompts: the file and the part of it. seed: of this use of a model in this round."""
+        if output.exists() and not parts_of(output).exists():
+            return
+        chosen, data = self.settings.generate, self.settings.data
+        changes: dict[str, Any] = {"seed": self.settings.seed * 1_000_003 + self.number * 101 + seed}
+        changes |= {"temperature": 0.0, "samples": 1} if greedy else {}
+        changes |= {} if samples is None else {"samples": samples}
+        generate(
+            Generate(
+                model=model,
+                **prompts,
+                max_bad_rows=data.max_bad_rows,
+                max_failed=chosen.max_failed,
+                system=chosen.system,
+                sampling=chosen.sampling.model_copy(update=changes),
+                backend=chosen.backend,
+                part=chosen.part,
+            ),
+            output,
+            console=self.console,
+        )
+
+    def _select(self, samples: Samples, name: str) -> dict[str, Any]:
+        data = self.settings.data
+        values = self.settings.select.model_dump() | {"prompts": data.prompts, "samples": [samples]}
+        values["max_bad_rows"] = data.max_bad_rows
+        return select(parse(Select, values, origin="select"), self.directory / name)
+
+    def _accuracy(self, answers: Path, prompts: str) -> Accuracy:
+        """Of one response a prompt; a prompt that failed has no right one."""
+        values: dict[str, Any] = {"prompts": prompts, "samples": [Samples(responses=str(answers))]}
+        values["verifier"] = self.settings.select.verifier
+        values["max_bad_rows"] = self.settings.data.max_bad_rows
+        found = candidates(parse(Select, values, origin="evaluate"))
+        right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
+        return Accuracy(sum(right), len(right) + len(read_failures(answers)))
+
+    def config(
+        self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
+    ) -> Config:
+        """A stage's file, completed by what the round decides; `times` its steps. Raises `ConfigError` with
+        every error."""
+        directory = self.directory / stage
+        path = getattr(self.settings.stages, stage)
+        values = {
+            "stage": stage,
+            "run_dir": str(directory),
+            "seed": self.settings.seed + self.number,
+            "model": read_model(Path(model)).model_dump() | {"init_from": model},
+            "tokenizer": {"path": model},
+            "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
+            "train": {"export_hf": True},
+        }
+        config = validate(merged(read_tree(path), escaped(values)), origin=path)
+        train = config.train.model_copy(update={"steps": times * config.train.steps})
+        return config.model_copy(update={"train": train})
+
+    def _pack(
+        self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
+    ) -> None:
+        """Write a stage's config, and the store that it names."""
+        config = self.config(stage, model, sources, times=times)
+        for left_by_a_kill in (self.directory / stage).glob(".store.*.partial"):
+            shutil.rmtree(left_by_a_kill)
+        summaries = build_store(config, console=make_console(quiet=True), overwrite=True)
+        write_whole(self.directory / stage / "config.yaml", to_yaml(config))
+        packed = summaries["train"]
+        steps, batch = config.train.steps, config.train.global_batch
+        self._say(
+            f"{packed.tokens:,} tokens in {packed.num_packs:,} packs; {steps:,} steps of {batch} packs are "
+            f"{steps * batch / packed.num_packs:.1f} epochs"
+        )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _like(settings: RoundSettings, stage: StageName) -> list[str]:
-    """A config of a stage's layout and model, as arguments of `train`."""
-    start = settings.start.base or settings.start.policy
-    model = read_model(Path(start)).model_dump_json()
-    of_the_round = ("run_dir=any", f"model={model}", f"tokenizer.path={start}", "data.store=any")
-    return [getattr(settings.stages, stage), f"stage={stage}", *of_the_round]
+def _selected(name: str, path: str) -> dict[str, Any]:
+    """A source of rows that `select` wrote, which say beside their messages where they come from."""
+    return {"name": name, "path": path, "ignore": ["provenance"]}
 
 
-def _steps(r: Round) -> list[Step]:
-    d, steps = r.directory, []
-    settings = r.settings
-
-    def act(name: str, action: Callable[[], None], *outputs: str) -> None:
-        steps.append(Step(f"{r.name}/{name}", tuple(d / output for output in outputs), action))
-
-    def draw(name: str, action: Callable[[], None], *outputs: str) -> None:
-        drawing = settings.generate
-        per_node = max(1, settings.ranks_per_node // gpus_of(drawing.backend))
-        paths = tuple(d / output for output in outputs)
-        steps.append(Step(f"{r.name}/{name}", paths, action, (), drawing.copies, per_node, draws=True))
-
-    def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
-        ranks = settings.ranks or r.stage(stage).parallel.model_size
-        trained = (d / output, stage) if trains else ()
-        places = (ranks, settings.ranks_per_node)
-        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, *places, *trained))
-
-    def train(stage: StageName) -> None:
-        command(f"{stage}-train", stage, ("train", str(d / stage / "config.yaml")), stage, trains=True)
-
-    def score(name: str, rows: str, output: str) -> None:
-        words = ("score", r.reward, str(d / rows), "--output", str(d / output), _ANY_BAD_ROWS)
-        command(name, "reward", (*words, *_layout(r, "reward")), output, trains=False)
-
-    if settings.start.reward is None:
-        if r.number == 1 and not settings.start.preferences:
-            draw("collect", r.collect, "collected.jsonl", "collected")
-        act("reward-pack", r.pack_reward, "reward/store", "reward/config.yaml")
-        train("reward")
-    draw("generate", r.generate, "samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
-    score("score", "samples.jsonl", "scores.jsonl")
-    act("select", r.select, "selection")
-    act("sft-pack", r.pack_sft, "sft/store", "sft/config.yaml")
-    train("sft")
-    act("dpo-pack", r.pack_dpo, "dpo/store", "dpo/config.yaml")
-    if r.stores_reference:
-        words = ("reference", str(d / "dpo" / "store"), "--model", str(d / "sft" / "hf"))
-        command("reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log", trains=False)
-    train("dpo")
-    act("average", r.average, "average")
-    held_out = ("held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl")
-    validation = (f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))
-    draw("choose", r.choose, "choice.json", *held_out, *validation)
-    score("score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl")
-    act("evaluate", r.evaluate, "evaluation.json")
-    act("report", r.report, "report.html")
-    return steps
-
-
-def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
-    """A stage's layout and precision as overrides, so that scores and references are what training sees."""
-    file = r.stage(stage)
-    parallel = file.parallel
-    if stage == "reward":  # scores are taken pack by pack, which the interleaved schedule cannot
-        parallel = parallel.model_copy(update={"virtual_pipeline": 1})
-    values = {f"parallel.{key}": value for key, value in parallel.model_dump(exclude_defaults=True).items()}
-    values |= {f"precision.{key}": v for key, v in file.precision.model_dump(exclude_defaults=True).items()}
-    values |= {"data.pack_length": file.data.pack_length} if stage == "reward" else {}
-    return tuple(f"{key}={str(value).lower()}" for key, value in values.items())
-
-
-def _by_itself(step: Step, path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
-    """The command that does what a step does, and no other."""
-    return ("round", str(path), "--only", step.name, *overrides)
-
-
-def _do(step: Step, words: Sequence[str], state: State, console: Console, lock: int) -> None:
-    """words: of a command on ranks; none: this process does the step. lock: its ranks hold it too, so that no
-    other process begins beside ranks that outlive this one."""
-    console.print(step.name, style="bold", highlight=False)
-    started = time.perf_counter()
-    if words:
-        log = Path(step.outputs[0].parent, f"{Path(step.name).name}.log")
-        shown = ("step ", "rank ")
-        run_on_ranks(words, ranks=step.ranks_here, log=log, console=console, shown=shown, inherited=(lock,))
-    else:
-        assert step.action is not None
-        step.action()
-    state.finish(step.name, time.perf_counter() - started)
-
-
-def _forget(steps: Sequence[Step], state: State) -> None:
-    """Marks go first: a run killed in between does all of it again."""
-    state.forget([step.name for step in steps])
-    for step in steps:
-        if step.run_dir is not None:
-            for entry in step.run_dir.iterdir() if step.run_dir.is_dir() else ():
-                if entry.name not in _NOT_OF_TRAINING:
-                    _remove(entry)
-        else:
-            for output in step.outputs:
-                _remove(failures_of(output))
-                for unfinished in (".partial", ".converting"):
-                    _remove(output.with_name(f"{unfinished}-{output.name}"))
-                _remove(output)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _leads() -> bool:
+    """Whether this rank of a step does what is not drawing."""
+    return rank_from_environment()[0] == 0

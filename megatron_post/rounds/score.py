@@ -25,10 +25,10 @@ from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.data.units import round_up
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.topology import Topology
-from megatron_post.rounds.files import full_disk_explained, write_json
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
 from megatron_post.storage.checksums import sha256_of_file
+from megatron_post.storage.files import full_disk_explained, write_json
 from megatron_post.storage.reading import plain_file, read_object, reading
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper

@@ -15,10 +15,10 @@ from megatron_post.config.section import Name, NonNegative, Section, Whole
 from megatron_post.data.row_refusals import template_mark
 from megatron_post.rounds.cleaning import Found, balance, load_rules
 from megatron_post.rounds.failures import failed_prompts, read_failures
-from megatron_post.rounds.files import read_lines, write_json, write_lines
 from megatron_post.rounds.generate import read_samples
 from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.verifier import Verdict, VerifierSettings, verify
+from megatron_post.storage.files import read_lines, write_json, write_lines
 
 SFT, PREFERENCES, SUMMARY = "sft.jsonl", "preferences.jsonl", "selection.json"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_post.rounds.files import full_disk_explained, write_json
+from megatron_post.storage.files import full_disk_explained, write_json
 from megatron_post.storage.lock import locked
 from megatron_post.storage.reading import read_object, reading
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_post.display import say
 from megatron_post.storage.checksums import crc32_of_file, sha256_of_file, sha256_of_json
+from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object
 
 MANIFEST = "manifest.json"
@@ -110,11 +111,11 @@ def publish(
     """
     partial, final = partial or partial_directory(root, step), step_directory(root, step)
     content = {"step": step, "state": state, "files": files}
-    _write_durably(partial / MANIFEST, json.dumps({"sha256": sha256_of_json(content), **content}, indent=1))
+    write_durably(partial / MANIFEST, json.dumps({"sha256": sha256_of_json(content), **content}, indent=1))
     sync_directory(partial)
     check()
     _put_into_place(partial, final)
-    _write_durably(root / f".{LATEST}", final.name + "\n")
+    write_durably(root / f".{LATEST}", final.name + "\n")
     (root / f".{LATEST}").replace(root / LATEST)
     sync_directory(root)
     # a newer one is damaged, or this run would have gone on from it: it must not push out a good one
@@ -234,13 +235,6 @@ def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bo
     kind, of_file = ("crc32", crc32_of_file) if "crc32" in entry else ("sha256", sha256_of_file)
     if of_file(path) != entry[kind]:
         raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

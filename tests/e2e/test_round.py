@@ -18,10 +18,11 @@ from megatron_post.convert.configs import read_model
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.launch.chain import load_chain
 from megatron_post.rounds import round as round_module
-from megatron_post.rounds.files import read_lines
-from megatron_post.rounds.round import all_steps, run_rounds, state_of
+from megatron_post.rounds.round import Round
+from megatron_post.rounds.run import run_rounds, state_of
 from megatron_post.rounds.settings import load_round
-from megatron_post.rounds.steps import Round
+from megatron_post.rounds.steps import all_steps
+from megatron_post.storage.files import read_lines
 from tests.e2e.runs import start
 from tests.unit.rounds.models import tiny_policy
 
@@ -167,7 +168,7 @@ def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
 
 def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
     """One job a step, each after the one before; training steps are `train` on their ranks."""
-    from megatron_post.rounds.round import write_chain
+    from megatron_post.rounds.run import write_chain
 
     config = round_file(tmp_path / "round")
     count = write_chain(config, ["rounds=2"], tmp_path / "chain.yaml", console=Console(quiet=True))
@@ -189,7 +190,7 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
 
 def test_nodes_of_a_chain(tmp_path: Path) -> None:
     """Copies of the model fill nodes by their GPUs; scores and the reference are asked on all ranks."""
-    from megatron_post.rounds.round import chain_of
+    from megatron_post.rounds.run import chain_of
 
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     for stage in ("reward", "sft", "dpo"):
@@ -209,7 +210,7 @@ def test_nodes_of_a_chain(tmp_path: Path) -> None:
 
 def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
     """Jobs on ranks leave no mark in the state, those between them do."""
-    from megatron_post.rounds.round import chain_of
+    from megatron_post.rounds.run import chain_of
 
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     names = [step["name"] for step in chain_of(config, (), console=console)["steps"]]

@@ -15,7 +15,7 @@ from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.launch import planned_run
 from megatron_post.launch.preflight import layout_findings
 from megatron_post.launch.script import Job
-from megatron_post.rounds.round import chain_of
+from megatron_post.rounds.run import chain_of
 from tests.e2e.runs import ROOT
 from tests.slurm.lab import PATH, Lab
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_post.launch.chain import load_chain, submit_chain
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.rounds.round import run_rounds, write_chain
+from megatron_post.rounds.run import run_rounds, write_chain
 from tests.e2e.test_round import round_file
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab

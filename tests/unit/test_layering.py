@@ -68,6 +68,7 @@ ALLOWED = {
         "convert",
         "train",
         "rounds",
+        "storage",
     },
     "plan": {"config", "data.batch", "display", "models", "parallel", "storage"},
     "rounds": {

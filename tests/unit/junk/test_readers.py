@@ -26,13 +26,13 @@ from megatron_post.launch.chain import load_chain
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_word, submitted_jobs
 from megatron_post.rounds.cleaning import load_rules
-from megatron_post.rounds.files import read_lines
 from megatron_post.rounds.generate import read_samples
 from megatron_post.rounds.merge import load_merge
 from megatron_post.rounds.prompts import read_prompts
+from megatron_post.rounds.report import metrics_of
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
-from megatron_post.rounds.steps import metrics_of
+from megatron_post.storage.files import read_lines
 from megatron_post.storage.manifest import read_manifest, verify
 from tests.unit.junk.junk import replace_by_junk
 from tests.unit.junk.runner import ENOUGH, SEED, Copy, inputs, limits

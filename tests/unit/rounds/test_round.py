@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_post.rounds import steps
+from megatron_post.rounds import round
 from megatron_post.rounds.failures import read_failures, write_failures
-from megatron_post.rounds.files import read_lines, write_json, write_lines
 from megatron_post.rounds.generate import Generate
-from megatron_post.rounds.round import Step, _forget, all_steps
+from megatron_post.rounds.round import Round
+from megatron_post.rounds.run import _forget
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
-from megatron_post.rounds.steps import Round
+from megatron_post.rounds.steps import Step, all_steps
 from megatron_post.rounds.verifier import ExactMatch
+from megatron_post.storage.files import read_lines, write_json, write_lines
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -84,7 +85,7 @@ def test_a_rounds_samples_have_the_failures_of_both_policies(
         write_lines(output, [{"by": settings.model}])
         write_failures(output, [{"prompt": 1, "checkpoint": settings.model}])
 
-    monkeypatch.setattr(steps, "generate", drawn)
+    monkeypatch.setattr(round, "generate", drawn)
     second.generate()
     assert [row["by"] for row in read_lines(second.directory / "samples.jsonl")] == ["better", first.policy]
     failures = read_failures(second.directory / "samples.jsonl")

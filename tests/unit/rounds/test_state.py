@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.rounds.files import read_lines, write_lines
 from megatron_post.rounds.state import State, alone
+from megatron_post.storage.files import read_lines, write_lines
 
 
 def test_state_survives_and_forgets(tmp_path: Path) -> None:

@@ -16,18 +16,31 @@ class DiskFull(ValueError):
     """No space, or no quota, left; the message says what is kept and what to do."""
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Whether the disk, a quota or the process's limit on file sizes is exhausted."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
     """Raises `DiskFull` for a disk that gets full while `path` is written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_disk_full(error):
             raise
         raise DiskFull(
-            f"{path}: {os.strerror(error.errno)}; all that was finished before is kept: free some space and "
+            f"{path}: {error.strerror}; all that was finished before is kept: free some space and "
             "run the same command again"
         ) from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file in place, and flush it to the disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_pieces(path: Path, pieces: Iterable[str]) -> None:
