@@ -26,7 +26,7 @@ PART = ".part-"
 _PYTHON = "3.12"
 # as they were seen to work together on that machine
 _WHEELS = (
-    "megatron_core==0.16.1", "omegaconf==2.4.0", "pydantic==2.14.3", "pydantic_core==2.50.4", "zarr==3.1.6",
+    "megatron_core==0.16.1", "pydantic==2.14.3", "pydantic_core==2.50.4", "zarr==3.1.6",
     "numcodecs==0.16.6", "datasets==5.2.0", "liger_kernel==0.8.5", "annotated_types", "typing_inspection",
     "donfig", "google_crc32c", "multiprocess", "dill", "httpx2", "httpcore2", "truststore",
     "importlib_metadata", "zipp",
