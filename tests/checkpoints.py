@@ -11,7 +11,7 @@ from megatron_post.storage import manifest
 
 def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:
     """Whole weights and whole states of Adam, by megatron-core's keys. The checksums are verified first."""
-    manifest.verify(directory)
+    manifest.verify_step(directory)
     checkpoint, found = DistCheckpoint(directory), {}
     for key, kind in checkpoint.kinds.items():
         found[key] = torch.empty(kind.shape, dtype=kind.dtype)

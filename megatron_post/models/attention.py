@@ -1,8 +1,8 @@
-"""Core attention of the portable layers: packed, grouped-query, context-parallel, on plain torch.
+"""Core attention of the portable layers: packed, grouped-query and context-parallel, in plain torch.
 
-Keys and values are gathered over the context-parallel group (the all-gather scheme that Llama 3 itself used)
-and each rank computes its own queries: block by block with `scaled_dot_product_attention` on a CPU, with
-FlexAttention's block masks on a GPU, where neither ever holds a t x t mask.
+Keys and values are gathered over the context-parallel group, as Llama 3's own training did. Each rank
+computes its own queries. On a CPU it uses `scaled_dot_product_attention` block by block, and on a GPU
+FlexAttention with a block mask. Neither of them allocates a t x t mask.
 """
 
 import functools
@@ -18,7 +18,7 @@ from megatron_post.models.packing import PackedSegments
 
 
 class PackedAttention(torch.nn.Module):
-    """Drop-in for megatron-core's core attention; `packed_seq_params` must be `PackedSegments`."""
+    """A replacement for megatron-core's core attention. `packed_seq_params` must be `PackedSegments`."""
 
     def __init__(
         self,
@@ -46,8 +46,10 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSegments | None = None,
     ) -> Tensor:
-        """query: [t/cp, 1, heads/tp, d]; key, value: [t/cp, 1, groups/tp, d]. Returns [t/cp, 1, heads/tp *
-        d]."""
+        """Attend within segments. Returns [t/cp, 1, heads/tp * d].
+
+        query: [t/cp, 1, heads/tp, d]. key, value: [t/cp, 1, groups/tp, d].
+        """
         assert isinstance(packed_seq_params, PackedSegments), "every pipeline stage needs the pack's segments"
         query, key, value = (x.squeeze(1).transpose(0, 1) for x in (query, key, value))  # [heads, t, d]
         if self._context_group.size() > 1:
@@ -61,12 +63,12 @@ class PackedAttention(torch.nn.Module):
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float
 ) -> Tensor:
-    """Attention of one block after the other; cost is the sum of squared segment lengths.
+    """Attention computed block by block. The cost is the sum of the squared segment lengths.
 
-    query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
+    query: [heads, t/cp, d]. key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
     """
-    # Cut at the segments, once: the gradient of a slice is as large as what it was cut from, and one slice of
-    # the pack for every block would cost the square of the pack's length.
+    # The pack is split once, at its segments. The gradient of a slice is as large as the sliced tensor, so
+    # slicing the whole pack for every block would cost the square of the pack's length.
     keys, values = key.split(packed.segment_lengths, dim=1), value.split(packed.segment_lengths, dim=1)
     queries = query.split([block.queries for block in packed.blocks], dim=1)
     outputs = []
@@ -91,19 +93,19 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def flex_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float
 ) -> Tensor:
-    """The same with FlexAttention: a block mask of 128 x 128 tiles is all that is stored of the mask.
+    """The same attention with FlexAttention. Of the mask only a block mask of 128 x 128 tiles is stored.
 
-    query: [heads, t/cp, d]; key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
+    query: [heads, t/cp, d]. key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
     """
     kernel, mask = _flex_kernel(query.is_cuda), block_mask(packed, compiled=query.is_cuda)
     return kernel(query[None], key[None], value[None], block_mask=mask, scale=scale, enable_gqa=True)[0]
 
 
 def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
-    """FlexAttention's mask of a pack: not later in the same segment, or a real token of a segment that it
-    sees.
+    """FlexAttention's block mask of a pack. It is made once per microbatch and cached on `packed`.
 
-    Made once a microbatch and kept on `packed`.
+    A token attends to itself and to earlier tokens of its segment, and to the real tokens of the segments
+    that its segment sees.
     """
     cached = getattr(packed, "_block_mask", None)
     if cached is not None:
@@ -112,7 +114,8 @@ def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
 
     indices, segments, real, seen = packed.indices, packed.segments, packed.real, packed.seen
     assert indices is not None and segments is not None and real is not None
-    # of each token, not of each segment: shapes that differ from pack to pack would be compiled for each
+    # These have one value per token and not per segment. The number of segments differs from pack to pack,
+    # and torch.compile would compile the kernel again for each number.
     low, high = (None, None) if seen is None else seen[segments].unbind(1)
 
     def allowed(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
@@ -138,15 +141,17 @@ def _flex_kernel(compiled: bool) -> Any:
 
 
 def gather_sequence(x: Tensor, order: Tensor | None, group: Any) -> Tensor:
-    """x: [heads, t/cp, d] of each rank -> [heads, t, d] in pack order; its gradient is summed over the
-    ranks."""
+    """Gather x [heads, t/cp, d] of all ranks into [heads, t, d] in pack order.
+
+    The backward sums the gradients of all ranks, because every rank's queries use the gathered keys.
+    """
     assert order is not None
     gathered = _GatherSequence.apply(x.transpose(0, 1).contiguous(), group)
     return gathered.index_select(0, order).transpose(0, 1)
 
 
 class _GatherSequence(torch.autograd.Function):
-    """All-gather along the first dimension; backward is the reduce-scatter that is its transpose."""
+    """All-gather along the first dimension. The backward is its transpose, a reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

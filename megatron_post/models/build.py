@@ -1,4 +1,4 @@
-"""From a config to the model chunks of this pipeline rank."""
+"""Builds the model chunks of this pipeline rank from a config."""
 
 import torch
 import torch.nn.functional as F
@@ -14,26 +14,26 @@ from megatron_post.parallel.topology import Topology
 
 
 def uses_portable_layers(config: Config) -> bool:
-    """Whether a run on this machine has the portable layers instead of Transformer Engine's."""
+    """Whether a run on this machine uses the portable layers instead of Transformer Engine's."""
     return layout.uses_portable_layers(config, has_transformer_engine=has_transformer_engine())
 
 
 def uses_portable_attention(config: Config) -> bool:
-    """Whether a run on this machine has the portable layers' attention; see `layout`."""
+    """Whether a run on this machine uses the portable layers' attention. See `config.layout`."""
     return layout.uses_portable_attention(config, has_transformer_engine=has_transformer_engine())
 
 
 def padded_vocab_size(config: Config) -> int:
-    """Rows of the embedding: the vocabulary rounded up so that it divides over tensor-parallel ranks in 128s.
+    """Rows of the embedding. With tensor parallelism each rank has a multiple of 128 rows.
 
-    A checkpoint holds the real rows only, so that it resumes under another tensor-parallel size.
+    A checkpoint holds only the real rows, so that a run can resume with another tensor-parallel size.
     """
     multiple = 128 * config.parallel.tensor if config.parallel.tensor > 1 else 1
     return -(-config.model.vocab_size // multiple) * multiple
 
 
 def _leave(values: torch.Tensor) -> None:
-    """Initialise nothing."""
+    """Leave values uninitialised."""
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -56,7 +56,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # values are loaded, from a directory or a seed; megatron-core still marks what is tensor-parallel
+        # The values are loaded later, from a directory or from a seed. megatron-core must still call an
+        # initialisation, because that is where it marks tensor-parallel parameters.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -74,13 +75,15 @@ def transformer_config(config: Config) -> TransformerConfig:
         tp_comm_overlap=p.tp_comm_overlap,
         cp_comm_type=p.cp_comm_type,
         sequence_parallel=p.sequence,
-        # the gradient is divided by the count summed over ranks and microbatches, never by a mean of means
+        # The gradient is divided by the count over all ranks and microbatches. A mean of means would weigh a
+        # microbatch with few trained tokens like one with many.
         calculate_per_token_loss=True,
-        # batched sends of the interleaved schedule cross when two ranks are each other's next and previous:
-        # another loss with no error
+        # With two pipeline ranks each is the other's next and previous rank. The batched sends of the
+        # interleaved schedule then get mixed up, which gives a wrong loss and no error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # freeing what was sent is safe in the order of a CUDA stream, and a race with gloo's sends in flight
+        # Freeing an output after its send is safe on a CUDA stream, which keeps the order. gloo may still be
+        # sending it.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         bias_activation_fusion=fused,
@@ -95,10 +98,9 @@ def transformer_config(config: Config) -> TransformerConfig:
 
 
 def build_model(config: Config, topology: Topology, *, portable: bool | None = None) -> list[Llama]:
-    """The model chunks of this rank, one for each virtual pipeline stage; their values are still to be
-    loaded.
+    """The model chunks of this rank, one for each virtual pipeline stage. Their values are not yet loaded.
 
-    portable: use the portable layers; by default where `uses_portable_layers` says so.
+    portable: whether to use the portable layers. The default is `uses_portable_layers(config)`.
     """
     portable = uses_portable_layers(config) if portable is None else portable
     core, virtual = transformer_config(config), config.parallel.virtual_pipeline

@@ -1,4 +1,4 @@
-"""The Llama: megatron-core's GPTModel whose output is per-token log-probabilities instead of a mean loss."""
+"""Llama: megatron-core's GPTModel with per-token log-probabilities as its output instead of a mean loss."""
 
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 
 class OutputLayer(ColumnParallelLinear):
-    """megatron-core's output layer, which may also be asked for log-probabilities.
+    """megatron-core's output layer, which can also compute log-probabilities.
 
-    They are computed in `forward` because data parallelism waits for a weight's all-gather there
-    (`optimizer.overlap`), just before the module that holds it is called.
+    They are computed in `forward` for the sake of `optimizer.overlap`. Data parallelism waits for the
+    all-gather of a weight just before the module that holds it is called. Elsewhere the weight could be
+    stale.
     """
 
     def forward(
@@ -25,10 +26,10 @@ class OutputLayer(ColumnParallelLinear):
         labels: Tensor | None = None,
         valid_rows: int = 0,
     ) -> Tensor:
-        """hidden_states: [t (/ tp with SP), 1, h]; weight: of tied embeddings; labels: int64 [t].
+        """Returns logps fp32 [t] of the labels, or the logits [t, 1, v/tp] if there are no labels.
 
-        Returns logps fp32 [t] of the labels, without ever holding the logits of all tokens; without labels
-        the logits [t, 1, v/tp].
+        hidden_states: [t (/ tp with SP), 1, h]. weight: that of tied embeddings. labels: int64 [t]. With
+        labels the logits of all tokens are never in memory together.
         """
         if labels is None:
             logits: Tensor = super().forward(hidden_states, weight)[0]
@@ -44,8 +45,7 @@ class OutputLayer(ColumnParallelLinear):
 
 
 class Llama(GPTModel):
-    """GPTModel with our output. Log-probabilities of labels at the last pipeline stage, hidden states before
-    it."""
+    """GPTModel whose last pipeline stage returns the labels' log-probabilities, or scores."""
 
     real_vocab_size: int
     scalar_head: bool = False
@@ -54,15 +54,15 @@ class Llama(GPTModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.post_process:
-            # GPTModel offers no choice of the layer's class, and ours holds nothing more
+            # GPTModel does not let its caller choose this layer's class. OutputLayer has the same attributes.
             self.output_layer.__class__ = OutputLayer
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
-        """hidden_states: [t (/ tp with SP), 1, h]; labels: int64 [1, t] or None.
+        """Compute the output from hidden_states [t (/ tp with SP), 1, h]. labels: int64 [1, t] or None.
 
-        Returns logps fp32 [t] of the labels, which "fused" computes without ever holding the logits of all
-        tokens; without labels, the vocabulary-parallel logits [t, 1, v/tp]; with a scalar head, the score
-        fp32 [t] of every token.
+        With labels this returns their logps fp32 [t]. The loss "fused" never has the logits of all tokens in
+        memory. Without labels it returns the vocabulary-parallel logits [t, 1, v/tp], and with a scalar head
+        the score fp32 [t] of every token.
         """
         if not self.post_process:
             return hidden_states
@@ -80,6 +80,6 @@ class Llama(GPTModel):
 
     @property
     def _real_rows(self) -> int:
-        """This rank's vocabulary rows that are no padding: only they receive probability, and gradient."""
+        """Number of this rank's vocabulary rows without padding. Only these get probability and gradient."""
         group, rows = self.pg_collection.tp, self.vocab_size // self.pg_collection.tp.size()
         return min(max(self.real_vocab_size - group.rank() * rows, 0), rows)

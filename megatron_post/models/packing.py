@@ -1,5 +1,4 @@
-"""What every layer needs to know of a pack: segments, positions and, under context parallelism, who holds
-what."""
+"""The description of a pack that every layer gets: segments, positions and the context-parallel split."""
 
 from dataclasses import dataclass
 
@@ -13,12 +12,11 @@ from megatron_post.parallel.context import ContextSplit
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """The next `queries` tokens of this rank attend causally to the first tokens of some segments of the
-    pack.
+    """The next `queries` tokens of this rank, which attend causally to the first tokens of some segments.
 
-    keys: (segment, number of its first tokens), in pack order. The last query sees the last key (lower-right
-    causal): with c context-parallel ranks a segment is two blocks. A response that stands behind a prompt
-    which it shares sees the prompt's segment and its own.
+    keys: (segment, number of its first tokens), in pack order. The causal mask is aligned at the lower right,
+    so the last query attends to the last key. With context parallelism a rank has two blocks of each segment.
+    A response with a shared prompt attends to the prompt's segment and to its own.
     """
 
     queries: int
@@ -27,15 +25,17 @@ class AttentionBlock:
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """`PackedSeqParams` of the portable layers. Another `qkv_format` than "thd" keeps megatron-core's own
-    packed paths, which need Transformer Engine, out of the way.
+    """`PackedSeqParams` of the portable layers.
 
-    positions: int64 [t / cp], positions of this rank's tokens in what they continue.
-    indices: int64 [t / cp], where this rank's tokens stand in the pack.
-    segments: int64 [t], the segment of every token of the pack; real: bool [t], whether it is no padding.
-    seen: int64 [n, 2], which earlier segments (from, to) each segment sees besides itself.
-    gather_order: int64 [t] or None, order of the pack in the concatenation of all ranks' tokens.
-    segment_lengths: tokens of each segment; blocks: the attention that this rank computes, in token order.
+    Its `qkv_format` is not "thd", because megatron-core would then use its own packed code, which needs
+    Transformer Engine.
+
+    positions: int64 [t / cp], positions of this rank's tokens in the text that they continue.
+    indices: int64 [t / cp], indices of this rank's tokens in the pack.
+    segments: int64 [t], the segment of every token of the pack. real: bool [t], False for padding.
+    seen: int64 [n, 2], the range of earlier segments that each segment attends to besides itself.
+    gather_order: int64 [t] or None, index of each token in the concatenation of all ranks' tokens.
+    segment_lengths: tokens of each segment. blocks: the attention that this rank computes, in token order.
     """
 
     positions: Tensor | None = None
@@ -51,8 +51,10 @@ class PackedSegments(PackedSeqParams):
 def portable_segments(
     whole: PackedBatch, split: ContextSplit, *, rank: int, device: torch.device
 ) -> PackedSegments:
-    """Packed parameters on `device` for the portable layers of a context-parallel rank. whole: the pack,
-    before it is split."""
+    """Packed parameters for the portable layers of a context-parallel rank.
+
+    whole: the pack before its split.
+    """
     starts = whole.cu_seqlens[:-1].long()
     within = torch.arange(len(whole.segments), device=starts.device) - starts[whole.segments]
     real = within < whole.lengths.long()[whole.segments]
@@ -78,8 +80,10 @@ def portable_segments(
 def transformer_engine_segments(
     cu_seqlens: Tensor, *, context_size: int, device: torch.device
 ) -> PackedSeqParams:
-    """Packed parameters on `device` for Transformer Engine's attention, which splits `cu_seqlens` (int32,
-    whole pack, on the host, so that nothing waits for the GPU) itself."""
+    """Packed parameters for Transformer Engine's attention, which splits `cu_seqlens` itself.
+
+    cu_seqlens: int32, of the whole pack and on the host, so that the host never waits for the GPU.
+    """
     longest = int(cu_seqlens.diff().max())
     cu_seqlens = cu_seqlens.to(device)
     # Padding belongs to its segment here, so the padded lengths are the same. Transformer Engine reads them
@@ -101,7 +105,8 @@ def _blocks(whole: PackedBatch, split: ContextSplit, *, rank: int) -> tuple[Atte
     seen = whole.seen.tolist() if whole.seen is not None else [(0, 0)] * len(real)
     blocks = []
     for segment, start, end in split.chunks(rank):
-        # of earlier segments only real tokens: their padding stands between them and what continues them
+        # Only the real tokens of earlier segments are keys. Their padding lies between the prompt and the
+        # response that continues it.
         earlier = tuple((other, real[other]) for other in range(*seen[segment]))
         blocks.append(AttentionBlock(end - start, (*earlier, (segment, end))))
     return tuple(blocks)

@@ -1,4 +1,4 @@
-"""The scalar head that stands in place of the output layer."""
+"""The scalar head of a reward model, which replaces the output layer."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RewardHead(MegatronModule):
-    """One row of weights, the same on every tensor-parallel rank; scores are computed in fp32."""
+    """One row of weights, replicated on every tensor-parallel rank. Scores are computed in fp32."""
 
     def __init__(self, config: TransformerConfig, *, tensor_group: Any) -> None:
         super().__init__(config=config)
@@ -19,14 +19,16 @@ class RewardHead(MegatronModule):
             1, config.hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
         self.weight = torch.nn.Parameter(weight)
-        # each rank sees its part of the sequence, and their gradients are summed like those of the norms
+        # With sequence parallelism each rank has a part of the sequence. This mark makes megatron-core sum
+        # the ranks' gradients, as it does for norms.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states: [t (/ tp with SP), 1, h]. Returns scores fp32 [t]."""
+        """The score fp32 [t] of every token. hidden_states: [t (/ tp with SP), 1, h]."""
         scores = hidden_states.float() @ self.weight.float().t()
         if self.config.sequence_parallel:
-            # the loss is computed alike on all ranks: each takes its own part of the gradient
+            # All tensor-parallel ranks compute the same loss. So the backward takes each rank's part of the
+            # gradient. A reduce-scatter would count it once for every rank.
             scores = gather_from_sequence_parallel_region(
                 scores, tensor_parallel_output_grad=False, group=self._tensor_group
             )

@@ -1,4 +1,4 @@
-"""Rotary embeddings by position, with Llama 3.1's frequency scaling."""
+"""Rotary embeddings from each token's position, with Llama 3.1's frequency scaling."""
 
 from typing import Any
 
@@ -11,8 +11,11 @@ from megatron_post.models.packing import PackedSegments
 
 
 def inverse_frequencies(model: Model) -> Tensor:
-    """fp32 [head_dim / 2], scaled as Llama 3.1 does: wavelengths beyond the original context are stretched by
-    `factor`, those under original / high_freq_factor are kept, those between are interpolated."""
+    """Rotary frequencies fp32 [head_dim / 2], with Llama 3.1's scaling.
+
+    Wavelengths above original / low_freq_factor are stretched by `factor`, and those below
+    original / high_freq_factor are kept. Wavelengths between the two are interpolated.
+    """
     dim = model.head_dim
     frequencies = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
     scaling = model.rope_scaling
@@ -28,10 +31,10 @@ def inverse_frequencies(model: Model) -> Tensor:
 
 
 class PositionRotary(RotaryEmbedding):
-    """megatron-core's rotary module that, given `PackedSegments`, gathers by the tokens' own positions.
+    """megatron-core's rotary module, which uses each token's own position if it gets `PackedSegments`.
 
-    GPTModel asks `get_rotary_seq_len` and hands the answer to `forward`: with the portable layers that answer
-    is the tensor of positions, with Transformer Engine's it is a length as megatron-core intends.
+    GPTModel calls `get_rotary_seq_len` and passes the result to `forward`. With the portable layers the
+    result is the tensor of positions. With Transformer Engine it is a length, as megatron-core expects.
     """
 
     def __init__(self, model: Model, *, device: torch.device, context_group: Any) -> None:
@@ -45,9 +48,11 @@ class PositionRotary(RotaryEmbedding):
         self.inv_freq = inverse_frequencies(model).to(device)
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Any:
-        """Positions int64 [t / cp] of the portable layers' tokens, else the longest segment, rounded up to a
-        power of two: megatron-core keeps the angles of the last 32 lengths that it was asked for, 64 MiB for
-        128K."""
+        """Positions int64 [t / cp] of the portable layers' tokens, or else the longest segment's length.
+
+        The length is rounded up to a power of two. megatron-core caches the angles of the last 32 lengths,
+        and those of 128K tokens take 64 MiB.
+        """
         packed = args[4] if len(args) > 4 else kwargs.get("packed_seq_params")
         if isinstance(packed, PackedSegments):
             return packed.positions

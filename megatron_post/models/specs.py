@@ -1,7 +1,8 @@
-"""Layer specifications: Transformer Engine's on a GPU that has it, portable ones everywhere else, and between
-them Transformer Engine's with the portable attention.
+"""Layer specifications: Transformer Engine's, the portable ones, and a mixture of both.
 
-The only module that imports Transformer Engine, and only when asked to.
+A GPU with Transformer Engine uses its layers, and other machines use the portable layers. The mixture has
+Transformer Engine's layers with the portable attention. Only this module imports Transformer Engine, and only
+inside functions.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ from torch import Tensor
 from megatron_post.config.schema import Config
 from megatron_post.models.attention import PackedAttention
 
-# All layers have the same names in checkpoints, so that they resume each other's: those that norms have where
-# Transformer Engine fuses them into linear layers.
+# All kinds of layers use the same names in checkpoints, so that each can resume the checkpoints of the
+# others. Norms have the names that they get if Transformer Engine fuses them into linear layers.
 _NAMES_OF_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -42,7 +43,7 @@ def has_transformer_engine() -> bool:
 
 
 def transformer_engine_version() -> str | None:
-    """As its package states it; None where it is not installed."""
+    """The version of Transformer Engine's package. None if it is not installed."""
     try:
         return importlib.metadata.version("transformer_engine")
     except importlib.metadata.PackageNotFoundError:
@@ -51,11 +52,11 @@ def transformer_engine_version() -> str | None:
 
 @contextlib.contextmanager
 def user_buffers(config: Config) -> Iterator[None]:
-    """Within this context Transformer Engine's layers may send beside their multiplications
-    (`parallel.tp_comm_overlap`). All ranks enter it together, once the process group is there.
+    """Within this context Transformer Engine's layers can communicate during their multiplications.
 
-    Every layer must see packs of `data.pack_length`: a multiplication covers the whole buffer. Raises
-    `ValueError` where the GPUs cannot share buffers.
+    This implements `parallel.tp_comm_overlap`. All ranks enter the context together, after the process group
+    exists. Every layer must get packs of `data.pack_length`, because a multiplication covers the whole
+    buffer. Raises `ValueError` if the GPUs cannot share buffers.
     """
     p = config.parallel
     if not p.tp_comm_overlap:
@@ -83,7 +84,10 @@ def user_buffers(config: Config) -> Iterator[None]:
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm whose weight's gradient is summed over tensor-parallel ranks under sequence parallelism."""
+    """RMS norm that is exact under sequence parallelism.
+
+    The weight's mark `sequence_parallel` makes megatron-core sum its gradient over tensor-parallel ranks.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -94,16 +98,16 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., h]; normalised in fp32 at least, returned in x's dtype."""
+        """Normalise x [..., h] in fp32 or better. Returns x's dtype."""
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def block_spec(
     config: TransformerConfig, *, portable: bool, shares_prompts: bool, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline chunk and the norm behind the last of them.
+    """The layers of one pipeline chunk, and the final norm.
 
-    shares_prompts: rows hold responses that see one prompt, which the portable attention alone can compute.
+    shares_prompts: rows have several responses to one prompt. Only the portable attention can compute this.
     """
     if portable:
         layer, norm = portable_layer(), RMSNorm
@@ -114,11 +118,10 @@ def block_spec(
 
 
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Let the multiplications of Transformer Engine's layers add weight gradients to the fp32 buffers of data
-    parallelism.
+    """Let Transformer Engine's layers add weight gradients directly to data parallelism's fp32 buffers.
 
-    megatron-core's `gradient_accumulation_fusion` does the same, and also asks for Apex's kernel for the
-    output layer, whose gradient our loss computes.
+    megatron-core's `gradient_accumulation_fusion` does the same, but also requires Apex's kernel for the
+    output layer. That kernel is not needed, because this package's loss computes the output layer's gradient.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -126,7 +129,7 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
 
 
 def portable_layer() -> ModuleSpec:
-    """A Llama layer of plain torch parts that is exact under TP, SP, CP, PP and packing on any device."""
+    """A Llama layer in plain torch, which is exact under TP, SP, CP, PP and packing on any device."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -155,11 +158,11 @@ def portable_layer() -> ModuleSpec:
 
 
 def _transformer_engine_layer(config: TransformerConfig, *, shares_prompts: bool) -> tuple[ModuleSpec, Any]:
-    """megatron-core's layer of Transformer Engine's parts, and the norm.
+    """megatron-core's layer with Transformer Engine's parts, and the final norm.
 
-    Where rows share prompts its attention is the portable one. FP8 loses nothing by that, since it is for
-    linear layers alone. Norms that are recomputed stand beside the linear layers: megatron-core recomputes no
-    norm that is fused into one, and would ignore the setting.
+    If rows share prompts, the layer has the portable attention. This costs no FP8 speed, because only linear
+    layers use FP8. If norms are recomputed, they are modules of their own. megatron-core cannot recompute a
+    norm that is fused into a linear layer, and would ignore the setting.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

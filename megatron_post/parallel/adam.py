@@ -1,9 +1,9 @@
-"""The Adam that megatron-core gets where neither Transformer Engine nor Apex brings a fused one.
+"""The Adam that megatron-core uses if neither Transformer Engine nor Apex provides a fused one.
 
-By itself megatron-core then takes torch's AdamW, and its distributed optimizer loads that state wrongly: all
-parameters of a resumed run share one counter of steps, and each of them increments it. A run of 20 parameters
-that was saved at step 3 goes on as at step 23. An Adam with Apex's interface keeps the counter in the
-parameter group, and is loaded correctly.
+megatron-core would use torch's AdamW, whose state its distributed optimizer loads wrongly. All parameters of
+a resumed run share one step counter, and each of them increments it. A run of 20 parameters that was saved at
+step 3 continues as if at step 23. An Adam with Apex's interface keeps the counter in the parameter group, and
+is loaded correctly.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ import torch
 
 
 class ApexStyleAdam(torch.optim.Optimizer):
-    """AdamW with the interface of Apex's FusedAdam, by torch's fused kernel on any device.
+    """AdamW with the interface of Apex's FusedAdam. It uses torch's fused kernel on any device.
 
-    The group holds `step`. The state of a parameter is its two moments alone.
+    The parameter group has `step`. The state of a parameter has only its two moments.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ApexStyleAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. On a GPU nothing waits for it."""
+        """Update every parameter that has a gradient. On a GPU this does not synchronize."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
@@ -43,7 +43,8 @@ class ApexStyleAdam(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            # the kernel reads the counter on the device of the parameters, and does not write it
+            # The kernel only reads the counter. A counter on another device than the parameters would make
+            # torch copy it, and wait for the GPU, for each parameter.
             step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
             torch._fused_adamw_(
                 params,
@@ -66,7 +67,8 @@ class ApexStyleAdam(torch.optim.Optimizer):
 def resumable_adam(*, has_gpu: bool) -> Iterator[None]:
     """Within this context megatron-core builds `ApexStyleAdam`, unless it has a fused Adam that runs here.
 
-    has_gpu: fused ones run on GPUs alone. Apex's needs its CUDA extensions, which a copy of it may lack.
+    has_gpu: fused Adams run on GPUs only. Apex's Adam also needs CUDA extensions, which Apex can be built
+    without.
     """
     import megatron.core.optimizer as core_optimizer
     import megatron.core.optimizer.distrib_optimizer as core_distributed

@@ -1,8 +1,7 @@
 """The zigzag split of a pack over context-parallel ranks.
 
-Every segment is cut in 2 x CP equal chunks and rank r holds chunks r and 2 CP - 1 - r, so that each rank
-carries the same share of every segment's causal triangle. It is the layout that Transformer Engine's packed
-attention expects.
+Every segment is cut into 2 x CP equal chunks, and rank r holds chunks r and 2 CP - 1 - r. So each rank has
+the same share of every segment's causal triangle. Transformer Engine's packed attention expects this layout.
 """
 
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from torch import Tensor
 
 
 class ContextSplit:
-    """The split of one pack over `size` ranks. Everything is computed once, for all ranks.
+    """The split of one pack over `size` ranks. Results are computed once, for all ranks.
 
-    cu_seqlens: int [n + 1], offsets of the pack's segments, each length a multiple of 2 x size (any, if size
-    is 1). Results are on its device.
-    Raises `ValueError` for a segment that the split does not divide.
+    cu_seqlens: int [n + 1], offsets of the pack's segments. Results are on its device. If size is above 1,
+    each segment's length must be a multiple of 2 x size, and otherwise `ValueError` is raised.
     """
 
     def __init__(self, cu_seqlens: Tensor, size: int) -> None:
@@ -34,8 +32,7 @@ class ContextSplit:
 
     @cached_property
     def order(self) -> Tensor:
-        """Where each token of the pack stands in the concatenation of all ranks' parts, rank 0 first. int64
-        [t]."""
+        """int64 [t], the index of each of the pack's tokens in the concatenation of all ranks' parts."""
         tokens = torch.arange(self._tokens, device=self._lengths.device)
         if self.size == 1:
             return tokens
@@ -47,7 +44,7 @@ class ContextSplit:
         chunk = within // chunk_length
         is_second = chunk >= self.size
         rank = torch.where(is_second, 2 * self.size - 1 - chunk, chunk)
-        # a rank's part holds its two chunks of every earlier segment, which are 1 / size of these segments
+        # A rank has two chunks of every earlier segment, which together are 1 / size of the segment.
         before = rank * (self._tokens // self.size) + segment_start // self.size
         return before + is_second * chunk_length + within % chunk_length
 
@@ -58,12 +55,11 @@ class ContextSplit:
         return parts.view(self.size, -1)
 
     def indices(self, rank: int) -> Tensor:
-        """Indices in the pack of the tokens that a rank holds, in the order in which it holds them. int64
-        [t / size]."""
+        """int64 [t / size], the indices in the pack of a rank's tokens, in the rank's order."""
         return self._parts[rank]
 
     def chunks(self, rank: int) -> Iterator[tuple[int, int, int]]:
-        """The chunks of a rank in the order of its tokens: segment, and the chunk's start and end in it."""
+        """A rank's chunks in the order of its tokens. Yields (segment, start in the segment, end in it)."""
         for segment, length in enumerate(self._lengths.tolist()):
             if self.size == 1:
                 yield segment, 0, length
@@ -74,8 +70,11 @@ class ContextSplit:
 
 
 def sum_over_ranks(x: Tensor, group: Any) -> Tensor:
-    """The sum of `x` over a group's ranks, on all of them; its gradient is the sum of all ranks'
-    gradients."""
+    """The sum of `x` over a group's ranks, on all ranks. The backward sums the gradients of all ranks.
+
+    The loss is counted on one rank only, and every rank's `x` contributes to it. Without the sum in the
+    backward, only that rank's tokens would get a gradient.
+    """
     return x if group.size() == 1 else _SumOverRanks.apply(x, group)
 
 

@@ -1,14 +1,14 @@
-"""The one CPU adapter: megatron-core takes CUDA for granted, this maps it to the CPU and gloo.
+"""The CPU adapter: megatron-core requires CUDA, and this module maps CUDA to the CPU and gloo.
 
-`cpu_as_cuda()` is entered explicitly at start-up where there is no GPU and undoes everything on exit. With a
-GPU present it is never touched. Three things are replaced:
+A run without a GPU enters `cpu_as_cuda()` at its start. On exit everything is undone. A run with a GPU never
+enters it. Three things are replaced:
 
 * torch calls that name a CUDA device or pinned memory (a `TorchFunctionMode`),
 * `torch.cuda` bookkeeping (streams, events, memory counters) and the generator state that megatron-core's RNG
   tracker keeps,
 * megatron-core's Adam, by the one of parallel/adam.py.
 
-Its advice on the order of CUDA kernels is not shown: there are none.
+megatron-core's warning about the order of CUDA kernels is hidden, because there are no CUDA kernels.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _NoStream:
-    """A stream or event with nothing to wait for: every CPU operation has ended when its call returns."""
+    """A stream or event that never waits. Every CPU operation is complete when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -101,8 +101,10 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextlib.contextmanager
 def cpu_as_cuda() -> Iterator[None]:
-    """Within this context megatron-core runs on the CPU with gloo. Raises `RuntimeError` where a GPU is
-    present."""
+    """Within this context megatron-core runs on the CPU with gloo.
+
+    Raises `RuntimeError` if there is a GPU.
+    """
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adapter must not be entered on a machine with a GPU")
     import megatron.core.tensor_parallel.random as core_random
@@ -122,7 +124,7 @@ def cpu_as_cuda() -> Iterator[None]:
         "max_memory_allocated": lambda *_: 0,
         "memory_reserved": lambda *_: 0,
         "memory_stats": lambda *_: {},
-        # seeding through torch.manual_seed would recurse: it seeds CUDA as well
+        # torch.manual_seed also seeds CUDA, so calling it here would recurse.
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "get_rng_state": _rng_state,
         "set_rng_state": _set_rng_state,

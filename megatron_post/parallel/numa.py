@@ -1,17 +1,18 @@
-"""Which CPUs a rank runs on: those beside its GPU. Host memory follows, since the kernel gives memory of the
-node that first writes to it."""
+"""Binds a rank to the CPUs next to its GPU.
+
+Host memory follows, because the kernel allocates a page on the NUMA node that first writes to it.
+"""
 
 import os
 
-NUMA_BINDING = (
-    "MEGATRON_POST_NUMA_BINDING"  # set by the job script, from `numa_binding` of the cluster's file
-)
+# The job script sets this variable from `numa_binding` in the cluster's file.
+NUMA_BINDING = "MEGATRON_POST_NUMA_BINDING"
 
 
 def bind_to_gpu(local_rank: int) -> None:
-    """Keep all threads of this process, and those to come, on the CPUs that the environment asks for.
+    """Bind all present and future threads of this process to the CPUs that the environment asks for.
 
-    Nothing where it asks for none. Raises `ValueError` for what cannot be done on this node.
+    Does nothing if the variable is not set. Raises `ValueError` if the binding is impossible on this node.
     """
     mode = os.environ.get(NUMA_BINDING, "")
     if not mode:
@@ -26,7 +27,8 @@ def bind_to_gpu(local_rank: int) -> None:
         raise ValueError(f"{NUMA_BINDING}={mode} is not one of {', '.join(modes)}: {remedy}")
     options = binding.NumaOptions(affinity_mode=binding.AffinityMode(mode))
     try:
-        # as torchrun --numa-binding does, which has no public name for it and wants the command numactl
+        # These functions implement torchrun --numa-binding. torch has no public name for them, and torchrun
+        # itself needs the command numactl.
         cpus = binding._get_logical_cpus_to_bind_to(gpu_index=local_rank, numa_options=options)
         if not cpus:
             raise RuntimeError("this process may use none of the CPUs there")

@@ -1,4 +1,4 @@
-"""Process groups of a run, and where this rank stands in each of them."""
+"""The process groups of a run, and this rank's position in each of them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,8 +19,7 @@ from megatron_post.parallel.numa import bind_to_gpu
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks and sizes of this process in the tensor, pipeline, context and data groups, and the groups
-    themselves."""
+    """The tensor, pipeline, context and data groups, and this process's rank in each of them."""
 
     groups: ProcessGroupCollection
     rank: int
@@ -34,19 +33,21 @@ class Topology:
 
     @property
     def is_reporter(self) -> bool:
-        """The one rank that prints and writes metrics: the first of the last pipeline stage, where losses
-        are."""
+        """Whether this is the rank that prints and writes metrics.
+
+        It is the first rank of the last pipeline stage, because only that stage has losses.
+        """
         first = self.tensor_rank == self.context_rank == self.data_rank == 0
         return first and self.pipeline_rank == self.groups.pp.size() - 1
 
 
 @contextlib.contextmanager
 def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0) -> Iterator[Topology]:
-    """Join the process group, build megatron-core's groups and seed its generators; leave all of it on exit.
+    """Join the process group, build megatron-core's groups and seed its generators. The exit undoes it all.
 
-    Without a GPU the CPU adapter is entered and gloo is used. The generators of dropout-like operations are
-    seeded alike on data-parallel ranks and apart on tensor- and pipeline-parallel ones, as megatron-core
-    expects.
+    Without a GPU this enters the CPU adapter and uses gloo. The generators of operations such as dropout have
+    equal seeds on data-parallel ranks and different seeds on tensor- and pipeline-parallel ranks, as
+    megatron-core expects.
     """
     rank, world_size, local_rank = rank_from_environment()
     has_gpu = torch.cuda.is_available()
@@ -58,7 +59,7 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
-            # a single process needs no rendezvous, and hence no port
+            # A single process needs no rendezvous. Without one it takes no port, which could be in use.
             store=dist.HashStore() if world_size == 1 else None,
             rank=rank,
             world_size=world_size,

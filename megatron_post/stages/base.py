@@ -1,5 +1,4 @@
-"""What the trainer asks of a stage. A stage is a small object that satisfies this protocol, not a
-subclass."""
+"""The protocol of a stage. A stage is a small object that satisfies it, and not a subclass."""
 
 from typing import Literal, Protocol
 
@@ -8,9 +7,8 @@ from torch import Tensor
 from megatron_post.data.batch import PackedBatch
 from megatron_post.data.pack import Pack
 
-Metrics = dict[
-    str, tuple[Tensor, Tensor]
-]  # name -> (sum, count), reduced over ranks and microbatches as sums
+# name -> (sum, count). Ranks and microbatches are reduced by adding both.
+Metrics = dict[str, tuple[Tensor, Tensor]]
 
 
 class Stage(Protocol):
@@ -18,14 +16,17 @@ class Stage(Protocol):
 
     @property
     def head(self) -> Literal["lm", "scalar"]:
-        """What the model gives: log-probabilities of labels, or a score a token."""
+        """The model's output: log-probabilities of labels ("lm"), or a score per token ("scalar")."""
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss compares with a reference policy."""
+        """Whether the loss needs the log-probabilities of a reference policy."""
 
     def collate(self, pack: Pack) -> PackedBatch:
-        """Tensors of a pack: labels, and which of them are trained."""
+        """The tensors of a pack, with its labels and a mask of the trained ones."""
 
     def loss(self, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
-        """(loss sum, count, metrics) of the model's output for this rank's part of a batch."""
+        """(loss sum, count, metrics) for the model's output on this rank's part of a batch.
+
+        megatron-core divides the gradients by the count, summed over all ranks and microbatches.
+        """

@@ -1,5 +1,4 @@
-"""What the preference stages share: pairs of a pack, and sums over segments that context parallelism
-splits."""
+"""Shared by the preference stages: the pairs of a pack, and sums over segments that CP ranks divide."""
 
 from collections.abc import Callable
 from itertools import combinations, groupby
@@ -13,8 +12,11 @@ from megatron_post.data.pack import Pack
 
 
 def compare(pack: Pack, *, best_and_worst: bool = False) -> Comparisons:
-    """All ranked pairs of each unit of a pack, the better response first; or the best with the worst alone,
-    where a store that was packed for the reward model has three."""
+    """All ranked pairs of each unit of a pack, with the better response first.
+
+    best_and_worst: pair only the best response with the worst. A store that was packed for the reward model
+    may have three responses in a unit.
+    """
     better, worse, weights, ranks, examples = [], [], [], [], 0
     segments = [s for s in range(len(pack.ranks)) if pack.ranks[s] >= 0]
     for _, members in groupby(segments, key=lambda s: int(pack.unit_ids[s])):
@@ -40,10 +42,11 @@ def compare(pack: Pack, *, best_and_worst: bool = False) -> Comparisons:
 class SegmentSums:
     """Sums of per-token values over segments, complete on every context-parallel rank.
 
-    Every rank gets the same sums, so a loss made of them must be counted on one rank alone: `is_counted`.
+    Every rank gets the same sums, so only one rank may count a loss that is made of them. `is_counted` is
+    True on that rank. Otherwise megatron-core would divide by a count that is CP times too large.
 
-    over_context: the sum of a tensor over the ranks, on each of them, and differentiable; None where there is
-      one. size: how many there are.
+    over_context: a differentiable function that sums a tensor over the context-parallel ranks, or None for
+    one rank. size: number of these ranks.
     """
 
     def __init__(
@@ -56,27 +59,31 @@ class SegmentSums:
         self.over_context, self._size, self.is_counted = over_context, size, is_counted
 
     def __call__(self, values: Tensor, segments: Tensor, *, count: int) -> Tensor:
-        """values: fp32 [k, t / cp], zero where a token takes no part; segments: int64 [t / cp], the segment
-        of each.
+        """Sum values over each segment. Returns fp32 [k, count], differentiable in `values`.
 
-        Returns fp32 [k, count], differentiable in `values`.
+        values: fp32 [k, t / cp], zero for tokens that do not count. segments: int64 [t / cp], each token's
+        segment. count: number of segments.
         """
         sums = values.new_zeros(values.shape[0], count).index_add(1, segments, values)
         return sums if self.over_context is None else self.over_context(sums)
 
     def local_offsets(self, cu_seqlens: Tensor) -> Tensor:
-        """Where each segment's part begins among this rank's tokens: int [n + 1], from a pack's offsets. The
-        zigzag split gives every rank an equal share of every segment, and keeps it together."""
+        """The offsets of the segments among this rank's tokens, int [n + 1], from those of the pack.
+
+        The zigzag split gives every rank an equal share of every segment, and keeps the share contiguous.
+        """
         return cu_seqlens // self._size
 
     def counted(self, loss_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss on the rank that counts it, zero elsewhere; gradients still reach every rank's tokens."""
+        """The loss and count on the rank that counts them, and zero on other ranks."""
         if self.is_counted:
             return loss_sum, count
+        # The product keeps the loss in the graph. The backward of `over_context` is a collective, so every
+        # rank must run it, and it brings the counting rank's gradients to all ranks' tokens.
         return loss_sum * 0.0, count * 0
 
 
 def metric(values: Tensor, weights: Tensor | None = None) -> Any:
-    """(sum, count) of values [p], weighted."""
+    """The weighted (sum, count) of values [p]."""
     weights = torch.ones_like(values) if weights is None else weights
     return (values.detach() * weights).sum(), weights.sum()

@@ -1,5 +1,4 @@
-"""Direct preference optimisation on packed pairs, against a reference's log-probabilities of the same
-tokens."""
+"""Direct preference optimisation on packed pairs, with a reference's log-probabilities of the same tokens."""
 
 import dataclasses
 from typing import Literal
@@ -17,7 +16,10 @@ from megatron_post.stages.comparisons import SegmentSums, compare, metric
 
 
 class DPO:
-    """The chosen loss over pairs, plus the NLL of the chosen response. Counts pairs."""
+    """The preference loss over pairs, plus the NLL of the chosen response.
+
+    The count is the number of pairs.
+    """
 
     head: Literal["lm"] = "lm"
 
@@ -35,7 +37,10 @@ class DPO:
         self.needs_reference = settings.needs_reference
 
     def collate(self, pack: Pack) -> PackedBatch:
-        """Of the history before the compared responses nothing is trained: its roles are all prompt."""
+        """Tensors of a pack with its pairs.
+
+        The history before the responses has the role prompt, untrained.
+        """
         return dataclasses.replace(
             batch_of_pack(pack, self._trained_roles), comparisons=compare(pack, best_and_worst=True)
         )

@@ -1,4 +1,4 @@
-"""Reward model: a scalar at each response's last token, ranked within an example."""
+"""The reward model: it ranks the responses of an example by a score at each response's last token."""
 
 import dataclasses
 from typing import Literal
@@ -15,7 +15,10 @@ from megatron_post.stages.comparisons import SegmentSums, compare, metric
 
 
 class Reward:
-    """Ranks edited > chosen > rejected. Counts examples: one of three responses weighs as one of two."""
+    """Ranks edited > chosen > rejected. The count is the number of examples.
+
+    So an example with three responses has the same weight as one with two.
+    """
 
     head: Literal["scalar"] = "scalar"
     needs_reference = False
@@ -24,9 +27,9 @@ class Reward:
         self._layout, self._sums = settings.layout, sums
 
     def collate(self, pack: Pack) -> PackedBatch:
-        """`trained` marks the last real token of each segment, where its score is read."""
+        """Tensors of a pack. `trained` marks the last real token of each segment, whose score is used."""
         batch = batch_of_pack(pack, torch.empty(0, dtype=torch.long))
-        # a tail of padding has no last real token; its score goes nowhere
+        # A last segment of padding has no real token. Its first token is marked, and its score is never used.
         last = batch.cu_seqlens[:-1].long() + (batch.lengths.long() - 1).clamp(min=0)
         trained = torch.zeros_like(batch.trained)
         trained[last] = True
@@ -55,8 +58,8 @@ class Reward:
             "loss": (loss_sum.detach(), count),
             "accuracy": metric(_wins(margins), counted * pairs.weights),
             "margin": metric(margins, counted * pairs.weights),
-            # calibration: where confidence is above accuracy the model is too sure; Brier punishes both
-            # errors
+            # These two measure calibration. A confidence above the accuracy means an overconfident model. The
+            # Brier score grows with overconfidence and with underconfidence.
             "confidence": metric(torch.maximum(confidence, 1 - confidence), counted * pairs.weights),
             "brier": metric((1 - confidence) ** 2, counted * pairs.weights),
         }
@@ -71,15 +74,15 @@ class Reward:
 
 
 def _wins(margins: Tensor) -> Tensor:
-    """1 where the better response has the higher score, 1/2 for a tie."""
+    """1 if the better response has the higher score, and 1/2 for a tie."""
     return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def _behind_prompt(batch: PackedBatch, pack: Pack, *, blind: bool) -> PackedBatch:
-    """Responses continue the prompt's segment that stands before them.
+    """Let responses attend to the prompt's segment before them, and continue its positions.
 
-    blind: each sees the prompt alone and its positions go on from the prompt's end. Otherwise each sees, and
-    stands behind, the responses before it too.
+    blind: each response sees only the prompt, and its positions continue from the prompt's end. Otherwise it
+    also sees the responses before it, and its positions continue from the end of the last one.
     """
     seen = torch.zeros(len(pack.ranks), 2, dtype=torch.long)
     offsets = torch.zeros(len(pack.ranks), dtype=torch.long)

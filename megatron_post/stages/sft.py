@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the trained roles, prompts masked."""
+"""Supervised fine-tuning: cross-entropy on the tokens of the trained roles. Prompts are masked."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -13,7 +13,10 @@ from megatron_post.stages.base import Metrics
 
 
 class SFT:
-    """Trains the assistant's tokens: by default bodies and their terminators, for it must learn to stop."""
+    """Trains the assistant's tokens.
+
+    By default these are bodies and terminators, so that it learns to stop.
+    """
 
     head: Literal["lm"] = "lm"
     needs_reference = False
@@ -25,7 +28,7 @@ class SFT:
         return batch_of_pack(pack, self._trained_roles)
 
     def loss(self, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
-        """output: logps [t / cp] of the labels."""
+        """Loss of this rank's tokens. output: logps [t / cp] of the labels."""
         loss_sum, count = sft_loss(output, batch.trained)
         return loss_sum, count, {"loss": (loss_sum.detach(), count)}
 
@@ -33,10 +36,10 @@ class SFT:
 def sft_loss(logps: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log p over trained tokens, and their count.
 
-    logps: [t], log-probability of each token's label (any value, NaN included, where untrained).
-    trained: bool [t].
-    Returns (loss sum [], count int []). A rank without trained tokens gives 0 and 0, and zero gradients.
-    The gradient is divided by the count summed over all ranks and microbatches, never by a mean of means.
+    logps: [t], log-probability of each token's label. Untrained tokens may have any value, including NaN.
+    trained: bool [t]. Returns (loss sum [], count int []). A rank without trained tokens returns 0 and 0,
+    with zero gradients. megatron-core divides the gradient by the count over all ranks and microbatches.
     """
+    # A product with the mask would give NaN for an untrained NaN, because NaN times 0 is NaN.
     losses = torch.where(trained, -logps, torch.zeros_like(logps))
     return losses.sum(), trained.sum().to(torch.int32)

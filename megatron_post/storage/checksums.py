@@ -1,4 +1,4 @@
-"""Checksums of files and of values, as manifests and messages write them."""
+"""Checksums of files and of values, in the form that manifests and messages use."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_json(content: Any) -> str:
-    """SHA-256, in hex, of a value that JSON can write. The order of an object's keys does not count."""
+    """SHA-256, in hex, of a JSON value. The order of an object's keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

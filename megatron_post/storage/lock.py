@@ -1,4 +1,4 @@
-"""A lock on a name, held by one process at a time and given up when the process ends in whatever way."""
+"""A lock file that one process holds at a time. The kernel releases it when the process ends or is killed."""
 
 import contextlib
 import errno
@@ -11,9 +11,9 @@ from typing import IO
 
 
 def locked(file: IO[str], *, wait: bool) -> bool:
-    """Whether a lock on an open file was obtained.
+    """Lock an open file. Returns whether this process has the lock.
 
-    Also true where the file system has no locks: then nobody has one.
+    Returns True if the file system has no locks, since no other process can have one either.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -29,7 +29,7 @@ def locked(file: IO[str], *, wait: bool) -> bool:
 def sole_writer(path: Path, *, of: Path) -> Iterator[None]:
     """Hold the lock file `path` while something is written, and remove it afterwards.
 
-    of: what is written, for the message. Raises `ValueError` that names the process which holds the lock.
+    of: what is written, for the message. Raises `ValueError` if another process holds the lock, and names it.
     """
     while True:
         file = path.open("a+")
@@ -38,7 +38,8 @@ def sole_writer(path: Path, *, of: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(f"{of} is being written by {holder}; wait until it has finished, or end it")
-        # the one who held it has removed the file meanwhile, and others may hold a new one of this name
+        # Between opening and locking, the previous holder may have removed this file, and another process may
+        # hold the lock on a new file of the same name. The lock counts only if this file is still there.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break

@@ -1,6 +1,7 @@
-"""A checkpoint directory that is complete or invisible: checksums in a JSON manifest, publication by rename.
+"""Checkpoint directories that are either complete or invisible.
 
-Nothing here knows what the files hold.
+A directory is written under another name, gets a JSON manifest with the checksums of its files, and is then
+renamed. This module does not depend on the content of the files.
 """
 
 import contextlib
@@ -26,40 +27,41 @@ _WORKING = (".partial-step-", ".converting-step-", ".stale-", ".replaced-")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that must not be loaded; the message names the file and what is wrong with it."""
+    """A checkpoint that must not be loaded. The message names the file and the fault."""
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is published."""
+    """The directory of a published checkpoint."""
     return root / f"step-{step:08d}"
 
 
 def partial_directory(root: Path, step: int, *, epoch: int = 0, attempt: int = 0) -> Path:
-    """Where it is written before that. The name is never mistaken for a published one.
+    """The directory in which a checkpoint is written before it is published.
 
-    epoch: of the incarnation of a run that writes it, see `fence`; attempt: which of its saves this is. Both
-    are 0 where no run is behind it.
+    epoch: number of the incarnation that writes it, see `fence`. attempt: number of this incarnation's save.
+    Both are 0 if a conversion writes it and not a run.
     """
     writer = f"-epoch-{epoch}-{attempt}" if epoch else ""
     return root / f".partial-step-{step:08d}{writer}"
 
 
 def partial_directories(root: Path, *, before_epoch: int) -> list[Path]:
-    """What incarnations of a run before `before_epoch` have been writing."""
+    """The partial directories of incarnations before `before_epoch`."""
     matches = ((path, _PARTIAL.fullmatch(path.name)) for path in _entries(root))
     return [path for path, match in matches if match is not None and int(match[1]) < before_epoch]
 
 
 def published_steps(root: Path) -> list[int]:
-    """Steps with a published directory, or a link to one, oldest first. Whether they are intact is `verify`'s
-    to say; other names are `stray_names`."""
+    """Steps with a published directory or a link to one, oldest first.
+
+    They may be damaged, see `verify_step`. Other names in the directory are `stray_names`.
+    """
     return sorted(int(path.name.removeprefix("step-")) for path in _entries(root) if _is_step(path))
 
 
 def stray_names(root: Path) -> list[str]:
-    """What lies among the checkpoints of a run and is none of its doing: `step-8`, `step-00000008.bak`, a
-    file `step-00000009`."""
-    own = (*_WORKING, f".{LATEST}", ".nfs")  # .nfs: a file that is deleted and still open somewhere
+    """Names among the checkpoints that no run has written, such as `step-8` or `step-00000008.bak`."""
+    own = (*_WORKING, f".{LATEST}", ".nfs")  # .nfs: a deleted file that a process still has open
     names = [path.name for path in _entries(root) if not _is_step(path)]
     return sorted(name for name in names if name != LATEST and not name.startswith(own))
 
@@ -70,7 +72,7 @@ def _is_step(path: Path) -> bool:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Nothing where there is no such directory."""
+    """The entries of a directory. Empty if there is no such directory."""
     try:
         return list(root.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -78,7 +80,7 @@ def _entries(root: Path) -> list[Path]:
 
 
 def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files of a directory; each is flushed to the disk first."""
+    """Size and SHA-256 of files in a directory. Each file is flushed to the disk first."""
     result = {}
     for name in names:
         with (directory / name).open("rb") as file:
@@ -102,30 +104,32 @@ def publish(
     check: Callable[[], None] = lambda: None,
     passed_over: Collection[int] = (),
 ) -> Path:
-    """Write the manifest, rename the partial directory into place, move `latest`, drop older checkpoints.
+    """Write the manifest, rename the partial directory into place, move `latest`, and remove old checkpoints.
 
-    Of the steps up to this one the newest `keep` stay, and every multiple of `keep_every`. partial: what has
-    been written, if it is not in `partial_directory(root, step)`. check: called at the last moment; what it
-    raises leaves everything as it is. passed_over: steps that the run cannot use; they are left alone, and
-    do not count.
+    The newest `keep` of the steps up to this one stay, and every multiple of `keep_every`. partial: the
+    directory to publish, by default `partial_directory(root, step)`. check: called just before the rename. If
+    it raises, nothing is published. passed_over: steps that the run cannot use. They are not removed, and do
+    not count as kept.
     """
     partial, final = partial or partial_directory(root, step), step_directory(root, step)
     content = {"step": step, "state": state, "files": files}
     write_durably(partial / MANIFEST, json.dumps({"sha256": sha256_of_json(content), **content}, indent=1))
+    # All content must be on the disk before the rename, or a power failure could publish empty files.
     sync_directory(partial)
     check()
     _put_into_place(partial, final)
     write_durably(root / f".{LATEST}", final.name + "\n")
     (root / f".{LATEST}").replace(root / LATEST)
     sync_directory(root)
-    # a newer one is damaged, or this run would have gone on from it: it must not push out a good one
+    # A newer step must be damaged, since the run would otherwise have resumed from it. It does not count as
+    # kept, so that it cannot displace an intact one.
     past = [old for old in published_steps(root) if old <= step and old not in passed_over]
     stale = [path for path in _entries(root) if path.name.startswith(".stale-")]
     for old in past[:-keep]:
         if not keep_every or old % keep_every:
             try:
                 remove(step_directory(root, old))
-            except OSError as error:  # a run that goes well does not end for it
+            except OSError as error:  # this is no reason to end a run
                 _say_not_deleted(step_directory(root, old), error)
     for path in stale:
         _delete(path)
@@ -133,10 +137,10 @@ def publish(
 
 
 def remove(directory: Path) -> None:
-    """Make a directory of a run invisible at once, then delete it; nothing happens where it is gone.
+    """Make a directory invisible by a rename, then delete it. A missing directory is no error.
 
-    Raises `OSError` where it cannot be renamed. What cannot be deleted is said, and tried again when the next
-    checkpoint is published and when the run starts again.
+    Raises `OSError` if it cannot be renamed. If it cannot be deleted, a warning is printed. The next save and
+    the next start of the run try again.
     """
     doomed = directory.with_name(f".stale-{directory.name.lstrip('.')}-{time.time_ns()}")
     with contextlib.suppress(FileNotFoundError):
@@ -145,21 +149,21 @@ def remove(directory: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what was being removed or replaced when its process died."""
+    """Delete directories whose removal or replacement was interrupted."""
     for path in _entries(root):
         if path.name.startswith((".stale-", ".replaced-")):
             _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """Delete a directory, or a link to one, as far as possible, and say why something is left."""
+    """Delete a directory, or a link to one, as far as possible. Prints the reason if something is left."""
     try:
         if path.is_symlink():
             path.unlink()
             return
         shutil.rmtree(path, ignore_errors=True)
         if path.is_dir():
-            shutil.rmtree(path)  # which raises the reason
+            shutil.rmtree(path)  # this second call raises the reason
     except FileNotFoundError:
         pass  # another process has deleted it
     except OSError as error:
@@ -168,20 +172,23 @@ def _delete(path: Path) -> None:
 
 def _say_not_deleted(path: Path, error: OSError) -> None:
     say(
-        f"{path} cannot be deleted: {error.filename or path}: {error.strerror}; its space is missing "
-        "until it is, and the next save tries again"
+        f"{path} cannot be deleted: {error.filename or path}: {error.strerror}. It keeps its disk space "
+        "until it is deleted, and the next save tries again"
     )
 
 
 def _put_into_place(partial: Path, final: Path) -> None:
-    """Rename, after moving aside what an earlier incarnation has published of this step."""
+    """Rename `partial` to `final`.
+
+    If an earlier incarnation has published this step, move that away first.
+    """
     aside = partial.with_name(f".replaced-{partial.name.lstrip('.')}")
     with contextlib.suppress(FileNotFoundError):
         final.rename(aside)
     try:
         partial.rename(final)
     except OSError:
-        # another incarnation has taken `partial` away meanwhile, and what stood here may be its work
+        # A newer incarnation has deleted `partial`. What was moved away may be its checkpoint, so restore it.
         with contextlib.suppress(OSError):
             aside.rename(final)
         raise
@@ -189,8 +196,11 @@ def _put_into_place(partial: Path, final: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises `DamagedCheckpoint` where there is none, it cannot be read, or it is of another step than the
-    directory's name says: then the directory was copied or renamed."""
+    """Read the manifest of a checkpoint.
+
+    Raises `DamagedCheckpoint` if there is none, if it cannot be read, or if it belongs to another step than
+    the directory's name says. In the last case the directory has been copied or renamed.
+    """
     try:
         manifest = read_object(directory / MANIFEST, "the manifest of a checkpoint")
     except ValueError as error:
@@ -207,10 +217,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(directory: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Check sizes of all files and checksums of every `parts`-th of them.
+def verify_step(directory: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Check the sizes of all files of a checkpoint, and the checksums of every `parts`-th of them.
 
-    Raises `DamagedCheckpoint` for the first file that is missing, of another size or of another content.
+    part: number of this share, from 0 to `parts` - 1. Raises `DamagedCheckpoint` for the first file that is
+    missing or has another size or content.
     """
     files = read_manifest(directory)["files"]
     for index, (name, entry) in enumerate(sorted(files.items())):
@@ -218,9 +229,9 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bool) -> None:
-    """Compare a file with its entry in the manifest: that it is there and its size, and its content if asked.
+    """Compare a file with its entry in the manifest: its size and, with `content`, its checksum.
 
-    Raises `DamagedCheckpoint` where they differ.
+    Raises `DamagedCheckpoint` if they differ.
     """
     path = directory / name
     if Path(name).name != name:
@@ -229,7 +240,7 @@ def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bo
         raise DamagedCheckpoint(f"{path}: missing")
     if path.stat().st_size != entry["bytes"]:
         raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} in the manifest")
-    # converted weights carry CRC-32, which keeps up with the disk where the processor has no SHA instructions
+    # Converted weights have CRC-32. On processors without SHA instructions, SHA-256 is slower than the disk.
     if not content:
         return
     kind, of_file = ("crc32", crc32_of_file) if "crc32" in entry else ("sha256", sha256_of_file)

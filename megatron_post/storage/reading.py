@@ -1,4 +1,4 @@
-"""Files that others wrote. Whatever is wrong with one becomes a `ValueError` that names it."""
+"""Reads files that other programs or users wrote. Every fault becomes a `ValueError` that names the file."""
 
 import contextlib
 import csv
@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
-LARGEST_JSON = 256 * 2**20  # bytes; the largest that is read, a tokenizer of 256,000 tokens, has 35 million
+# Bytes. The largest JSON file in use is a tokenizer of 256,000 tokens, with 35 million bytes.
+LARGEST_JSON = 256 * 2**20
 LARGEST_LINE = 64 * 2**20  # bytes of a line of JSON
 
-# what wrong bytes and wrong values lead to, in our own code and in that of libraries
+# The errors that invalid bytes and values cause, in this package and in libraries.
 _SYMPTOMS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, EOFError, RuntimeError,
     MemoryError, csv.Error, zlib.error, struct.error, pickle.UnpicklingError, yaml.YAMLError,
@@ -26,18 +27,19 @@ _SYMPTOMS = (
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str = "") -> Iterator[None]:
-    """Raises a `ValueError` that names the file for whatever its bytes and values lead to.
+    """Within this context an error that a file's content causes becomes a `ValueError` that names the file.
 
-    expected: what they should be, such as "the config of a Llama". Put it around parsing alone: a fault of
-    ours would look like one of the file. An error of ours that names the file already stays as it is.
+    expected: what the file should be, such as "the config of a Llama". The context should contain the parsing
+    only, because a mistake in other code would look like a fault of the file. An error of this package that
+    already names the file is not changed.
     """
     try:
         yield
     except _SYMPTOMS as error:
-        ours = type(error) is ValueError or type(error).__module__.startswith("megatron_post")
-        if ours and str(path) in str(error):
+        is_own = type(error) is ValueError or type(error).__module__.startswith("megatron_post")
+        if is_own and str(path) in str(error):
             raise
-        if isinstance(error, ValueError) and hasattr(error, "errors"):  # pydantic's, one for each key
+        if isinstance(error, ValueError) and hasattr(error, "errors"):  # pydantic has one error per key
             keys = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
             raise ValueError(f"{path}: {'; '.join(keys)}") from error
         wrong = f"not {expected}" if expected else "cannot be read"
@@ -45,20 +47,24 @@ def reading(path: str | Path, expected: str = "") -> Iterator[None]:
 
 
 def plain_file(path: Path, what: str) -> Path:
-    """The path itself. Raises `ValueError` unless a plain file, or a link to one, is there: to open a pipe
-    would wait for ever. what: begins the message, "config file"."""
+    """Return `path` if it is a regular file or a link to one, and raise `ValueError` otherwise.
+
+    Opening a pipe would wait forever. what: the start of the message, such as "config file".
+    """
     if path.is_file():
         return path
     if path.is_dir():
         raise ValueError(f"{what} {path} is a directory; name a file in it")
     if os.path.lexists(path):
-        raise ValueError(f"{what} {path} is no plain file, or a link that leads to none")
+        raise ValueError(f"{what} {path} is not a regular file, or is a link that does not lead to one")
     raise ValueError(f"{what} {path} does not exist{did_you_mean_path(path)}")
 
 
 def plain_files(directory: Path, *, unseen: str = "") -> None:
-    """Raises `ValueError` unless everything below a directory is a plain file, or a directory. unseen: what
-    lies in directories below one of this name is not looked at."""
+    """Raises `ValueError` unless everything below a directory is a regular file or a directory.
+
+    unseen: directories below a directory of this name are not checked.
+    """
     for folder, directories, files in os.walk(directory):
         if Path(folder).name == unseen:
             directories.clear()
@@ -67,7 +73,7 @@ def plain_files(directory: Path, *, unseen: str = "") -> None:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """The value in a JSON file. Raises `ValueError` naming the file."""
+    """The value in a JSON file. Raises `ValueError` with the file's name."""
     with reading(path, expected):
         size = plain_file(path, "file").stat().st_size
         if size > LARGEST_JSON:
@@ -76,7 +82,7 @@ def read_json(path: Path, expected: str) -> Any:
 
 
 def read_object(path: Path, expected: str) -> dict[str, Any]:
-    """As `read_json`, of a file that holds a JSON object."""
+    """The object in a JSON file. Raises `ValueError` like `read_json`, or if the value is not an object."""
     value = read_json(path, expected)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not {expected}: it holds a {type(value).__name__} and no object")
@@ -84,13 +90,13 @@ def read_object(path: Path, expected: str) -> dict[str, Any]:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """` (did you mean 'x'?)` for the known name that is most like this one; nothing where none is."""
+    """` (did you mean 'x'?)` for the most similar known name. Empty if no known name is similar."""
     found = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def did_you_mean_path(path: Path) -> str:
-    """As `did_you_mean`, of the names in the directory where a path that does not exist would be."""
+    """Like `did_you_mean`, for a path that does not exist and the names in its directory."""
     with contextlib.suppress(OSError, ValueError):
         found = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
         return f" (did you mean {path.with_name(found[0])}?)" if found else ""

@@ -103,7 +103,7 @@ class Resuming:
         share = {"part": self.topology.rank, "parts": self.topology.world_size}
         damaged = "is damaged and passed over"
         try:
-            manifest.verify(directory, **share)
+            manifest.verify_step(directory, **share)
             state = _state_of(directory)
             if not self._is_own(state):
                 return None, (

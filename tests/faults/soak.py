@@ -98,7 +98,7 @@ class Soak:
         """The same command again, on the next layout. last: what has just ended."""
         if last is not None:
             for step in manifest.published_steps(self.directory / "checkpoints"):
-                manifest.verify(manifest.step_directory(self.directory / "checkpoints", step))
+                manifest.verify_step(manifest.step_directory(self.directory / "checkpoints", step))
         # a layout's turn comes soon, and it may follow itself
         self.deck = self.deck or self.draw.sample([*self.layouts] * 2, 2 * len(self.layouts))
         name = self.deck.pop()

@@ -42,7 +42,7 @@ def _falls_back(run: Run, named: str) -> None:
     assert f"step {STEPS} is damaged and passed over" in again.output and named in again.output
     assert again.resumed == STEPS - 2
     run.check_end()
-    manifest.verify(_newest(run))
+    manifest.verify_step(_newest(run))
 
 
 def test_flipped_bytes_are_refused(whole_set: None, finished: Run) -> None:
@@ -68,7 +68,7 @@ def test_flipped_bytes_are_refused(whole_set: None, finished: Run) -> None:
         except DamagedCheckpoint:
             tried += 1
     path.write_bytes(content)
-    manifest.verify(directory)
+    manifest.verify_step(directory)
     FIGURES.append(
         f"flipped bytes: {tried} tried, {tried} refused (all of files up to {EVERY_BYTE // 1024} KiB, every "
         f"{STRIDE}st of larger ones; {time.monotonic() - began:.0f} s)"
@@ -171,7 +171,7 @@ def test_disk_full_during_a_save(whole_set: None, run: Run, small_disk: Path, as
     assert first.wait() == [2, 2], first.output
     assert "a checkpoint could not be saved" in first.output and "No space left on device" in first.output
     assert run.published == [2]
-    manifest.verify(manifest.step_directory(run.root, 2))
+    manifest.verify_step(manifest.step_directory(run.root, 2))
     subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
     second = run.start(setting)
     assert second.wait() == [0, 0], second.output

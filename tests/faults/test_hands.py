@@ -26,7 +26,7 @@ def test_one_signal_after_another(run: Run) -> None:
         if "asked to stop" in first.output:
             break
     assert first.wait() == [REQUEUE, REQUEUE], first.output
-    manifest.verify(manifest.step_directory(run.root, run.published[-1]))
+    manifest.verify_step(manifest.step_directory(run.root, run.published[-1]))
     second = run.start()
     assert second.wait() == [0, 0], second.output
     assert second.resumed == first.step
@@ -44,7 +44,7 @@ def test_checkpoints_removed_while_it_runs(run: Run) -> None:
         assert statuses == [2, 2], first.output
         assert "a checkpoint could not be saved" in first.output
     for step in run.published:
-        manifest.verify(manifest.step_directory(run.root, step))
+        manifest.verify_step(manifest.step_directory(run.root, step))
     FIGURES.append(f"checkpoints removed under a live run: ended with {statuses}")
 
 

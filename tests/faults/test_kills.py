@@ -48,7 +48,7 @@ def test_fifty_kills(whole_set: None, tmp_path: Path) -> None:
         early += not one.step
         before = max(one.step, before) if while_starting else one.step or before
         for step in run.published:
-            manifest.verify(manifest.step_directory(run.root, step))
+            manifest.verify_step(manifest.step_directory(run.root, step))
     FIGURES.append(
         f"SIGKILL of a random rank: {kills} tried, {kills} survived ({mid_save} with a checkpoint half "
         f"written, {early} before the first step), in {runs} runs of {STEPS} steps, saved every {EVERY}\n"

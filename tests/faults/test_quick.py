@@ -19,7 +19,7 @@ def test_signal_to_one_rank_saves_and_asks_for_a_requeue(run: Run, number: signa
     assert first.wait() == [REQUEUE, REQUEUE], first.output
     saved = run.published[-1]
     assert f"saved after step {saved}" in first.output
-    manifest.verify(manifest.step_directory(run.root, saved))
+    manifest.verify_step(manifest.step_directory(run.root, saved))
     second = run.start()
     assert second.wait() == [0, 0], second.output
     assert second.resumed == saved == first.step
@@ -32,7 +32,7 @@ def test_kill_in_the_middle_of_a_save(run: Run) -> None:
     first.signal(signal.SIGKILL, 0)
     first.kill()
     for step in run.published:
-        manifest.verify(manifest.step_directory(run.root, step))
+        manifest.verify_step(manifest.step_directory(run.root, step))
     second = run.start()
     assert second.wait() == [0, 0], second.output
     assert not list(run.root.glob(".*tial-*"))
@@ -101,5 +101,5 @@ def test_an_old_incarnation_that_wakes_publishes_nothing(run: Run) -> None:
         name: time for name, time in before.items() if name.startswith("step-")
     }
     for step in run.published:
-        manifest.verify(manifest.step_directory(run.root, step))
+        manifest.verify_step(manifest.step_directory(run.root, step))
     assert weights(run.directory) == run.expected

@@ -28,7 +28,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
     to_hf(tmp_path / "checkpoints", tmp_path / "back")
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()} == before
-    manifest.verify(manifest.step_directory(tmp_path / "checkpoints", 0))
+    manifest.verify_step(manifest.step_directory(tmp_path / "checkpoints", 0))
 
 
 @pytest.mark.parametrize("size", ["8b", "405b"])

@@ -33,7 +33,7 @@ from megatron_post.rounds.report import metrics_of
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
 from megatron_post.storage.files import read_lines
-from megatron_post.storage.manifest import read_manifest, verify
+from megatron_post.storage.manifest import read_manifest, verify_step
 from tests.unit.junk.junk import replace_by_junk
 from tests.unit.junk.runner import ENOUGH, SEED, Copy, inputs, limits
 
@@ -87,7 +87,7 @@ READERS: dict[str, tuple[str, Callable[[], Any], int]] = {
     "Meta's weights": ("meta/consolidated.00.pth", lambda: _weights(MetaDirectory("meta")), 25),
     "manifest": (f"{STEP}/manifest.json", lambda: read_manifest(Path(STEP)), 40),
     "metadata": (f"{STEP}/.metadata", lambda: read_metadata(Path(STEP, ".metadata")), 40),
-    "files of a checkpoint": (f"{STEP}/config.json", lambda: verify(Path(STEP)), 25),
+    "files of a checkpoint": (f"{STEP}/config.json", lambda: verify_step(Path(STEP)), 25),
     "checkpoint": (f"{STEP}/__0_0.distcp", lambda: _weights(MegatronCheckpoint("converted")), 25),
     "record": ("bench/step-2026.json", lambda: read_records("bench"), 40),
     "jobs": ("run/slurm/jobs.jsonl", lambda: submitted_jobs("run"), 40),

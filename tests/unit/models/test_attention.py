@@ -1,4 +1,4 @@
-"""Packed attention against a dense mask written out, in float64."""
+"""Packed attention is compared with a dense mask in float64."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from megatron_post.parallel.context import ContextSplit
 CU_SEQLENS = torch.tensor([0, 4, 24, 32, 64], dtype=torch.int32)
 
 
-# two responses behind the second segment, which is their prompt and has 3 tokens of padding
+# The last two segments are responses to the second one, which has 3 tokens of padding.
 SEEN = torch.tensor([[0, 0], [0, 0], [1, 2], [1, 2]])
 LENGTHS = torch.tensor([4, 17, 6, 32], dtype=torch.int32)
 
 
 def _packed(rank: int, size: int, *, shared_prompt: bool, more: int = 0) -> PackedSegments:
-    """more: responses of 4 tokens each, cut from the last one."""
+    """This rank's part of a pack. more: number of responses of 4 tokens that are cut from the last one."""
     cuts = torch.arange(64 - 4 * more, 64, 4, dtype=torch.int32)
     cu_seqlens = torch.cat([CU_SEQLENS[:-1], cuts, CU_SEQLENS[-1:]])
     lengths = torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]])
@@ -61,8 +61,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, shared_prompt: bool
 @pytest.mark.parametrize("shared_prompt", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
 def test_blocks_equal_a_dense_mask(size: int, shared_prompt: bool) -> None:
-    """Outputs of all context-parallel ranks, and the gradients that they send back, add up to the dense
-    ones."""
+    """Each context-parallel rank's output is exact, and the ranks' gradients add up to the dense gradient."""
     q, k, v = _tensors(torch.float64)
     expected = _dense(q, k, v, scale=0.3, shared_prompt=shared_prompt)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -82,8 +81,10 @@ def test_blocks_equal_a_dense_mask(size: int, shared_prompt: bool) -> None:
 @pytest.mark.parametrize("shared_prompt", [False, True])
 @pytest.mark.parametrize("size", [1, 2])
 def test_flex_equals_blocks(size: int, shared_prompt: bool) -> None:
-    """The block mask that a GPU uses says the same as the blocks; FlexAttention's own reference runs it here,
-    in fp32, so 1e-5."""
+    """The GPU's block mask allows the same pairs as the blocks.
+
+    FlexAttention's own reference runs here in fp32, so the tolerance is 1e-5.
+    """
     q, k, v = (x.detach() for x in _tensors(torch.float32))
     for rank in range(size):
         packed = _packed(rank, size, shared_prompt=shared_prompt)
@@ -98,9 +99,9 @@ def test_flex_equals_blocks(size: int, shared_prompt: bool) -> None:
 def test_flex_equals_blocks_over_several_tiles(
     monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
 ) -> None:
-    """Outputs and gradients of a pack that 128, a tile's width, divides neither as a whole nor by segment.
+    """Outputs and gradients agree. Neither the pack nor its segments are multiples of a tile's width, 128.
 
-    FlexAttention refuses gradients on a CPU, although its plain implementation has them.
+    FlexAttention refuses gradients on a CPU, although its plain implementation can compute them.
     """
     from torch.nn.attention import flex_attention as module
 
@@ -131,8 +132,11 @@ def test_flex_equals_blocks_over_several_tiles(
 
 
 def test_flex_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packs of one length and 4 to 10 segments: a mask whose shapes changed with them would be compiled anew
-    for each, and after 8 of them FlexAttention would hold all scores of the pack."""
+    """The packs have one length and 4 to 10 segments.
+
+    If the mask's shapes depended on the number of segments, each number would be compiled. After 8
+    compilations torch gives up, and FlexAttention would then hold all scores of the pack in memory.
+    """
     kernel, counter = attention._flex_kernel(False), CompileCounter()
     compiled = torch.compile(kernel, dynamic=False, backend=counter)
     monkeypatch.setattr(attention, "_flex_kernel", lambda compiled_for_gpu: compiled)

@@ -1,4 +1,4 @@
-"""Llama 3.1's frequencies against `transformers`' own function."""
+"""Llama 3.1's frequencies are compared with those of `transformers`."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ def test_frequencies_equal_transformers(preset: str) -> None:
 
     model = Model(preset=preset)  # type: ignore[call-arg]
     values = to_hf_config(model, dtype="float32", bos_id=1, eos_ids=[2], pad_id=None)
-    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**values)).inv_freq
-    torch.testing.assert_close(inverse_frequencies(model), theirs, rtol=1e-6, atol=0)
+    expected = LlamaRotaryEmbedding(transformers.LlamaConfig(**values)).inv_freq
+    torch.testing.assert_close(inverse_frequencies(model), expected, rtol=1e-6, atol=0)
 
 
-def test_lengths_for_transformer_engine() -> None:
-    """megatron-core keeps the angles of 32 lengths: packs of any longest segment ask for few of them."""
+def test_lengths_for_transformer_engine_are_powers_of_two() -> None:
+    """megatron-core caches the angles of 32 lengths, so packs must ask for few different lengths."""
     rotary = PositionRotary(Model(preset="tiny"), device=torch.device("cpu"), context_group=None)  # type: ignore[call-arg]
     for longest, asked in ((1, 1), (1000, 1024), (1024, 1024), (1025, 2048)):
         packed = transformer_engine_segments(
@@ -33,9 +33,12 @@ def test_lengths_for_transformer_engine() -> None:
 
 
 def test_scaling_by_hand() -> None:
-    """head_dim 4, theta 100: frequencies 1 and 0.1, wavelengths 6.28 and 62.8. With original context 64, low
-    1, high 4: 6.28 < 64/4 is kept; 62.8 lies between 16 and 64, smooth = (64/62.83 - 1) / 3 = 0.00620, so
-    0.1 x ((1 - 0.00620) / 8 + 0.00620) = 0.0130422."""
+    """head_dim 4 and theta 100 give the frequencies 1 and 0.1, with wavelengths 6.28 and 62.8.
+
+    The original context is 64, low is 1 and high is 4. The wavelength 6.28 is below 64/4 and is kept. The
+    wavelength 62.8 lies between 16 and 64 and has smooth = (64/62.83 - 1) / 3 = 0.00620. Its frequency
+    becomes 0.1 x ((1 - 0.00620) / 8 + 0.00620) = 0.0130422.
+    """
     shape = {
         "num_layers": 1,
         "hidden_size": 8,

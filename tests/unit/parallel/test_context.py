@@ -1,4 +1,4 @@
-"""The zigzag split, by hand."""
+"""The zigzag split, worked out by hand."""
 
 import pytest
 import torch
@@ -6,9 +6,11 @@ import torch
 from megatron_post.parallel.context import ContextSplit
 
 
-def test_by_hand() -> None:
-    """Segments of 4 and 8 over 2 ranks: chunks of 1 and 2. Rank 0 holds chunks 0 and 3 of each, rank 1 chunks
-    1, 2."""
+def test_split_by_hand() -> None:
+    """Segments of 4 and 8 tokens over 2 ranks have chunks of 1 and 2 tokens.
+
+    Rank 0 has chunks 0 and 3 of each segment, and rank 1 has chunks 1 and 2.
+    """
     cu_seqlens = torch.tensor([0, 4, 12])
     split = ContextSplit(cu_seqlens, 2)
     assert split.indices(0).tolist() == [0, 3, 4, 5, 10, 11]
@@ -33,6 +35,6 @@ def test_gathering_restores_the_pack(size: int) -> None:
         assert split.indices(rank).tolist() == [i for start, end in spans for i in range(start, end)]
 
 
-def test_a_segment_that_does_not_divide() -> None:
+def test_a_segment_that_cannot_be_divided_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"a segment of 6 tokens .* multiple of 4"):
         ContextSplit(torch.tensor([0, 4, 10]), 2)

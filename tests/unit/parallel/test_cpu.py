@@ -1,4 +1,4 @@
-"""The CPU adapter maps CUDA calls and leaves nothing behind."""
+"""The CPU adapter maps CUDA calls, and undoes all changes on exit."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_maps_cuda_to_the_cpu() -> None:
         assert not torch.empty(2, pin_memory=True).is_pinned()
 
 
-def test_undone_on_exit() -> None:
+def test_everything_is_undone_on_exit() -> None:
     before = {
         name: getattr(torch.cuda, name)
         for name in ("current_device", "Stream", "manual_seed", "memory_stats")

@@ -1,4 +1,4 @@
-"""A rank knows itself under torchrun, under srun, and alone; a batch script is no rank."""
+"""A process finds its rank under torchrun, under srun and alone. A batch script is not a rank."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_post.parallel.environment import rank_from_environment
 BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16"}
 STEP = {**BATCH, "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "16"}
 NODES = {**BATCH, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}  # a task a node
-# the shell of `salloc` where Slurm runs it as a step, and `srun --pty bash`
+# The shell of `salloc`, if Slurm runs it as a step, or of `srun --pty bash`.
 SHELL = {**BATCH, "SLURM_STEP_NUM_TASKS": "1"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 GROUPS = {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}
@@ -29,18 +29,18 @@ def _enter(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None
         (BATCH, (0, 1, 0)),
         (STEP, (11, 16, 3)),
         (TORCHRUN, (5, 8, 1)),
-        # torchrun as the one task of each node; started by hand in an allocation of more nodes than it uses
+        # torchrun is the only task of each node, or a user starts it by hand on some of the allocated nodes.
         ({**NODES, **TORCHRUN, **GROUPS}, (5, 8, 1)),
         ({**BATCH, **TORCHRUN, **GROUPS, "GROUP_WORLD_SIZE": "1"}, (5, 8, 1)),
         ({**SHELL, **TORCHRUN, **GROUPS, "GROUP_WORLD_SIZE": "1"}, (5, 8, 1)),
         (SHELL, (0, 1, 0)),
-        # three nodes, of which torchrun has lost one
+        # torchrun has lost one of three nodes.
         ({**NODES, **TORCHRUN, **GROUPS, "SLURM_STEP_NUM_TASKS": "3"}, (5, 8, 1)),
-        # another launcher on each node; a script that copies Slurm's numbers; enroot's hook in each task
+        # Another launcher runs on each node, a script copies Slurm's numbers, or a hook of enroot does so.
         ({**NODES, **TORCHRUN}, (5, 8, 1)),
         ({**STEP, "RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}, (11, 16, 3)),
         ({**OPEN_MPI, **TORCHRUN}, (5, 8, 1)),
-        ({**NODES, **OPEN_MPI, **TORCHRUN}, (5, 8, 1)),  # mpirun starts a daemon a node with srun
+        ({**NODES, **OPEN_MPI, **TORCHRUN}, (5, 8, 1)),  # mpirun starts one daemon per node with srun
         ({"PMI_SIZE": "1", "PMI_RANK": "0", **TORCHRUN}, (5, 8, 1)),
     ],
 )
@@ -54,18 +54,18 @@ def test_rank(
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        # a batch script in a container of PyTorch, whose environment srun has handed on
+        # A batch script runs in a PyTorch container, and srun passes the container's environment on.
         ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, "task 11 of 16 .*RANK=0 and WORLD_SIZE=1"),
         ({**STEP, "RANK": "0", "WORLD_SIZE": "16"}, "task 11 of 16 .*RANK=0 and WORLD_SIZE=16"),
         ({**STEP, **TORCHRUN}, "SLURM_STEP_NUM_TASKS=16.*RANK=5 and WORLD_SIZE=8"),
-        # torchrun on each node, without --nnodes
+        # torchrun runs on each node without --nnodes.
         (
             {**NODES, **TORCHRUN, **GROUPS, "GROUP_WORLD_SIZE": "1"},
             "task 1 of 2 .*GROUP_WORLD_SIZE=1.*--nnodes=2",
         ),
-        # a container that hands on only some of Slurm's variables
+        # A container keeps only some of Slurm's variables.
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, "srun has started .* task 3 of 8 .*SLURM_NTASKS=8"),
-        # mpirun, which sets no RANK
+        # mpirun does not set RANK.
         (OPEN_MPI, "mpirun has started .* task 5 of 8 .*RANK=0 and WORLD_SIZE=1"),
         ({**NODES, **OPEN_MPI}, "OMPI_COMM_WORLD_SIZE=8.*RANK=1 and WORLD_SIZE=2"),
         ({"PMI_RANK": "1", "PMI_SIZE": "4"}, "PMI_SIZE=4.*RANK=0 and WORLD_SIZE=1"),
@@ -79,7 +79,7 @@ def test_rank(
 def test_contradictions_are_refused(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
 ) -> None:
-    """Each of these would hang, or train alone beside others in one run directory."""
+    """In each of these cases the run would hang, or several tasks would train alone in one run directory."""
     _enter(monkeypatch, environment)
     with pytest.raises(ValueError, match=message):
         rank_from_environment()

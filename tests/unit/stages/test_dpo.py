@@ -1,4 +1,4 @@
-"""What masks, packs and stores do to the loss of the DPO stage."""
+"""The loss of the DPO stage under masks, empty packs and units of three responses."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ NAN = float("nan")
 def _stage_loss(
     output: Tensor, batch: PackedBatch, *, name: str = "sigmoid"
 ) -> tuple[float, int, dict[str, float]]:
-    """Loss, count and metric sums of one pack on one rank; gradients go to `output`."""
+    """Loss, count and metric sums of one pack on one rank. `output` receives gradients."""
     stage = DPO(DPOConfig(loss=name), SegmentSums())  # type: ignore[arg-type]
     loss, count, metrics = stage.loss(output, batch)
     loss.backward()
@@ -34,8 +34,7 @@ def _batch() -> PackedBatch:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_untrained_values_do_not_matter(name: str) -> None:
-    """NaN wherever there is no loss, in policy and reference: the values of a run without NaN, and zero
-    gradients there."""
+    """Policy and reference are NaN at all untrained tokens. The loss does not change, and gradients are 0."""
     batch = _batch()
     torch.manual_seed(0)
     clean = (-5 * torch.rand(len(batch.tokens))).requires_grad_()
@@ -49,8 +48,8 @@ def test_untrained_values_do_not_matter(name: str) -> None:
     assert not dirty.grad[~batch.trained].any() and dirty.grad[batch.trained].all()
 
 
-def test_all_masked() -> None:
-    """Pairs without a single trained token: each gives ln 2 + 0.2 x 0, and nothing to learn."""
+def test_pairs_without_trained_tokens() -> None:
+    """Each pair gives the loss ln 2 + 0.2 x 0, and all gradients are 0."""
     batch = _batch()
     batch = replace(batch, trained=torch.zeros_like(batch.trained))
     output = torch.full((len(batch.tokens),), NAN, requires_grad=True)
@@ -61,8 +60,8 @@ def test_all_masked() -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_pairs(name: str) -> None:
-    """A pack of padding, as fills up a round of reference or scoring: 0 of 0, with zero gradients."""
+def test_a_pack_without_pairs(name: str) -> None:
+    """A pack of padding, which fills up the last group of packs, gives 0 of 0 and zero gradients."""
     (pack,) = packs([], counts=[0], layout="separate")
     batch = DPO(DPOConfig(), SegmentSums()).collate(pack)
     output = torch.full((len(batch.tokens),), NAN, requires_grad=True)
@@ -71,9 +70,11 @@ def test_no_pairs(name: str) -> None:
     assert output.grad.tolist() == [0.0] * len(output)
 
 
-def test_best_against_worst_alone() -> None:
-    """A store of the reward model may hold three responses: DPO compares the first with the third, and an
-    example stays one pair."""
+def test_dpo_pairs_only_the_best_with_the_worst() -> None:
+    """A unit of a reward model's store may have three responses.
+
+    DPO makes one pair of its first and third.
+    """
     (pack,) = packs(examples(4, sizes=(3, 2)), counts=[4], layout="separate")
     pairs = DPO(DPOConfig(), SegmentSums()).collate(pack).comparisons
     assert pairs is not None

@@ -1,4 +1,4 @@
-"""Cross-entropy of trained tokens: sums and counts, never means."""
+"""The cross-entropy of trained tokens is a sum and a count, and not a mean."""
 
 import torch
 
@@ -6,7 +6,7 @@ from megatron_post.stages.sft import sft_loss
 
 
 def test_worked_by_hand() -> None:
-    """-(-1) + -(-4) = 5 over two trained tokens; each pulls with -1, the untrained one not at all."""
+    """-(-1) + -(-4) = 5 over two trained tokens. Their gradients are -1, and the untrained token's is 0."""
     logps = torch.tensor([-1.0, -2.0, -4.0], requires_grad=True)
     loss, count = sft_loss(logps, torch.tensor([True, False, True]))
     loss.backward()
@@ -14,8 +14,8 @@ def test_worked_by_hand() -> None:
     assert logps.grad.tolist() == [-1.0, 0.0, -1.0]
 
 
-def test_nothing_trained() -> None:
-    """A context-parallel rank may hold padding alone: 0 of 0, and gradients that are zero and not missing."""
+def test_a_rank_without_trained_tokens() -> None:
+    """A context-parallel rank may hold only padding. The result is 0 of 0, and gradients exist and are 0."""
     logps = torch.tensor([-1.0, float("nan")], requires_grad=True)
     loss, count = sft_loss(logps, torch.zeros(2, dtype=torch.bool))
     loss.backward()
@@ -24,7 +24,7 @@ def test_nothing_trained() -> None:
 
 
 def test_untrained_values_do_not_matter() -> None:
-    """NaN and infinity where no loss is: a mask that multiplies would give NaN, forward or backward."""
+    """Untrained tokens are NaN and infinity. Multiplying by a mask would give NaN, forward or backward."""
     logps = torch.tensor([float("nan"), -3.0, float("-inf")], requires_grad=True)
     loss, count = sft_loss(logps, torch.tensor([False, True, False]))
     loss.backward()

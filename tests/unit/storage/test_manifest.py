@@ -1,4 +1,4 @@
-"""Complete or invisible, and nothing damaged is taken for good."""
+"""A checkpoint is complete or invisible, and a damaged one is recognized."""
 
 import errno
 import os
@@ -24,17 +24,22 @@ def _publish(root: Path, step: int, *, keep: int = 2, keep_every: int = 0) -> Pa
     return manifest.publish(root, step, files=files, state={"seed": 1}, keep=keep, keep_every=keep_every)
 
 
-def test_published_is_complete_and_found(tmp_path: Path) -> None:
+def test_a_published_checkpoint_is_complete(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         directory = _publish(tmp_path, step)
-        manifest.verify(directory)
+        manifest.verify_step(directory)
     assert manifest.published_steps(tmp_path) == [20, 30]
     assert (tmp_path / "latest").read_text() == "step-00000030\n"
     assert manifest.read_manifest(directory)["state"] == {"seed": 1}
 
 
-def test_what_is_dropped_is_invisible_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who dies while deleting an old checkpoint leaves no half of one, and the next start clears up."""
+def test_an_interrupted_removal_leaves_no_visible_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process dies while it deletes an old checkpoint.
+
+    The rest is invisible, and the next start removes it.
+    """
 
     def die(path: Path, **_: object) -> None:
         if path.name.startswith(".stale"):
@@ -50,8 +55,11 @@ def test_what_is_dropped_is_invisible_at_once(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000020"]
 
 
-def test_every_mth_is_kept_and_a_newer_one_does_not_count(tmp_path: Path) -> None:
-    """A newer step is damaged, or the run had gone on from it: it must not push out the one before."""
+def test_multiples_of_keep_every_stay_and_newer_steps_do_not_count(tmp_path: Path) -> None:
+    """A newer step must be damaged, since the run did not resume from it.
+
+    It must not displace an older one.
+    """
     for step in (10, 20, 30, 40):
         _publish(tmp_path, step, keep=1, keep_every=20)
     assert manifest.published_steps(tmp_path) == [20, 40]
@@ -59,28 +67,28 @@ def test_every_mth_is_kept_and_a_newer_one_does_not_count(tmp_path: Path) -> Non
     assert manifest.published_steps(tmp_path) == [30, 40]
 
 
-def test_partial_is_invisible(tmp_path: Path) -> None:
+def test_a_partial_directory_is_invisible(tmp_path: Path) -> None:
     manifest.partial_directory(tmp_path, 5).mkdir(parents=True)
     assert manifest.published_steps(tmp_path) == []
 
 
-def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    """Any single byte of any file: the manifest itself, the metadata, the data."""
+def test_every_flipped_byte_is_detected(tmp_path: Path) -> None:
+    """A bit is flipped in each byte of each file: the manifest, the metadata and the data."""
     directory = _publish(tmp_path, 1)
     read = manifest.read_manifest(directory)
     for path in sorted(directory.iterdir()):
         good = path.read_bytes()
         for i in range(len(good)):
             path.write_bytes(good[:i] + bytes([good[i] ^ 0x40]) + good[i + 1 :])
-            if path.name == manifest.MANIFEST and chr(good[i]).isspace() and _still(directory, read):
-                continue  # JSON's white space
+            if path.name == manifest.MANIFEST and chr(good[i]).isspace() and _reads_as(directory, read):
+                continue  # white space in JSON has no meaning
             with pytest.raises(manifest.DamagedCheckpoint, match=str(directory)):
-                manifest.verify(directory)
+                manifest.verify_step(directory)
         path.write_bytes(good)
-    manifest.verify(directory)
+    manifest.verify_step(directory)
 
 
-def _still(directory: Path, read: dict) -> bool:
+def _reads_as(directory: Path, read: dict) -> bool:
     try:
         return manifest.read_manifest(directory) == read
     except manifest.DamagedCheckpoint:
@@ -88,7 +96,7 @@ def _still(directory: Path, read: dict) -> bool:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "zero"])
-def test_other_damage(tmp_path: Path, damage: str) -> None:
+def test_missing_short_and_overwritten_files_are_detected(tmp_path: Path, damage: str) -> None:
     directory = _publish(tmp_path, 1)
     file = directory / "weights"
     if damage == "remove":
@@ -96,7 +104,7 @@ def test_other_damage(tmp_path: Path, damage: str) -> None:
     else:
         file.write_bytes(bytes(64) if damage == "zero" else file.read_bytes()[:-1])
     with pytest.raises(manifest.DamagedCheckpoint, match="weights"):
-        manifest.verify(directory)
+        manifest.verify_step(directory)
 
 
 STRAYS = [
@@ -111,8 +119,8 @@ STRAYS = [
 ]
 
 
-def test_strays_are_no_steps(tmp_path: Path) -> None:
-    """Directories of other names, a file of a step's name, links to nowhere and to themselves."""
+def test_other_entries_are_not_steps(tmp_path: Path) -> None:
+    """They are directories with other names, a file with a step's name, and broken or circular links."""
     _publish(tmp_path, 10)
     for name in STRAYS:
         (tmp_path / name).mkdir()
@@ -129,12 +137,12 @@ def test_strays_are_no_steps(tmp_path: Path) -> None:
     assert manifest.partial_directories(tmp_path, before_epoch=4) == [partial]
     assert manifest.published_steps(tmp_path / "step-00000009") == []
     assert manifest.published_steps(tmp_path / "nowhere") == manifest.stray_names(tmp_path / "nowhere") == []
-    _publish(tmp_path, 9, keep=1)  # where a file stood
+    _publish(tmp_path, 9, keep=1)  # a file has this name
     assert manifest.published_steps(tmp_path) == [9, 10]
 
 
-def test_a_link_to_a_checkpoint_is_one(tmp_path: Path) -> None:
-    """And where it is dropped, the checkpoint stays where it is."""
+def test_a_link_to_a_checkpoint_counts_as_one(tmp_path: Path) -> None:
+    """When the link is removed, the checkpoint itself stays."""
     elsewhere = _publish(tmp_path / "elsewhere", 10)
     root = tmp_path / "here"
     root.mkdir()
@@ -142,15 +150,18 @@ def test_a_link_to_a_checkpoint_is_one(tmp_path: Path) -> None:
     assert manifest.published_steps(root) == [10]
     _publish(root, 20, keep=1)
     assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000020"]
-    manifest.verify(elsewhere)
+    manifest.verify_step(elsewhere)
 
 
 @pytest.mark.parametrize("call", ["unlink", "rename"])
 def test_an_old_checkpoint_that_cannot_be_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], call: str
 ) -> None:
-    """As an immutable file or directory of step 10 cannot: the next ones are published all the same, it is
-    said why its space is missing, and tried again with the next one."""
+    """Step 10 has an immutable file or directory.
+
+    The next steps are published nevertheless. A warning says that step 10 keeps its disk space, and every
+    save tries again to delete it.
+    """
     _publish(tmp_path, 10, keep=1)
     real = getattr(os, call)
 
@@ -162,11 +173,10 @@ def test_an_old_checkpoint_that_cannot_be_deleted(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuse)
         for step in (20, 30):
-            manifest.verify(_publish(tmp_path, step, keep=1))
-            said = capsys.readouterr().out
-            assert re.search(
-                r"step-00000010\S* cannot be deleted: \S+: Operation not permitted; its space", said
-            )
+            manifest.verify_step(_publish(tmp_path, step, keep=1))
+            output = capsys.readouterr().out
+            warning = r"step-00000010\S* cannot be deleted: \S+: Operation not permitted. It keeps"
+            assert re.search(warning, output)
     left = ["step-00000010"] if call == "rename" else []
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [*left, "step-00000030"]
     _publish(tmp_path, 40, keep=1)
