@@ -4,6 +4,7 @@ Nothing is imported to learn its version, and a probe that fails is reported ins
 the machine where something is broken.
 """
 
+import functools
 import importlib.util
 import os
 import platform
@@ -51,12 +52,12 @@ class Part:
 
 def diagnose(console: Console) -> None:
     """Print everything. Never raises."""
-    has_gpu, failure = _or(False, _has_gpu), import_failure()
+    has_gpu = _or(False, _has_gpu)
     _print(console, "versions", versions())
     _print(console, "machine", machine())
     table = Table("fused part", "state", "what it means here", box=SIMPLE)
     colours = {"active": "green", "missing": "yellow", "not needed": "dim"}
-    parts = fused_parts(has_gpu=has_gpu, core_loads=failure is None)
+    parts = fused_parts(has_gpu=has_gpu, core_loads=import_failure() is None)
     for part in parts:
         table.add_row(part.name, Text(part.state, style=colours[part.state]), part.meaning)
     console.print(table)
@@ -64,7 +65,7 @@ def diagnose(console: Console) -> None:
     for part in parts:
         if part.remedy:
             console.print(f"to add {part.name}: {part.remedy}", highlight=False, soft_wrap=True)
-    problems = [*([] if failure is None else [failure]), *find_problems()]
+    problems = list(find_problems())
     for problem in problems:
         text = Text.assemble(("problem: ", "red"), printable(problem))
         console.print(text, highlight=False, soft_wrap=True)
@@ -121,12 +122,13 @@ def fused_parts(*, has_gpu: bool, core_loads: bool = True) -> list[Part]:
     return [_engine(engine, has_gpu, core_loads), _fused_adam(engine, has_gpu), _triton(has_gpu)]
 
 
+@functools.cache
 def import_failure() -> str | None:
     """Why megatron-core cannot be imported, with the remedy; None where it can, or is not there.
 
-    It is imported in a process of its own. megatron-core imports an installed Transformer Engine and guards
-    against its absence alone: one whose extension for torch is missing, or was built for another torch, ends
-    every run.
+    A process of its own imports it, once, which takes seconds. megatron-core imports an installed Transformer
+    Engine and is prepared for its absence alone. One whose extension for torch is missing, or was built for
+    another torch, ends every run.
     """
     if not (_found("megatron.core") and _found("torch")):
         return None  # which is another problem
@@ -148,7 +150,11 @@ def import_failure() -> str | None:
     reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1].rstrip(".")
     if not _found("transformer_engine") or "transformer_engine" not in done.stderr:
         return f"megatron.core cannot be imported, nothing can be trained ({reason}); {install_command()}"
-    part = "" if _engine_is_whole() else "its extension for torch, transformer_engine_torch, is missing: "
+    part = (
+        ""
+        if _or(True, _engine_is_whole)
+        else "its extension for torch, transformer_engine_torch, is missing: "
+    )
     return (
         f"Transformer Engine {installed_version('transformer-engine')} is installed and cannot be loaded, "
         f"and megatron.core cannot be imported beside it: {part}{reason}. Build it for this torch: "
@@ -167,6 +173,9 @@ def _engine_is_whole() -> bool:
 
 def find_problems() -> Iterable[str]:
     """What will break a run, each with its remedy."""
+    failure = import_failure()
+    if failure is not None:
+        yield failure
     if _or("absent", apex_kind) == "unrelated":
         yield (
             f"the installed apex {installed_version('apex')} is not NVIDIA's but an unrelated package of "
