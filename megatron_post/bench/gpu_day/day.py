@@ -120,7 +120,7 @@ class Day:
             spent = time.monotonic() - began
             # one that the end of the piece has cut off may have the next one's time
             status = "failed" if spent >= check.most - 1 else "not begun"
-            return Outcome(status, f"ended after {spent:.0f} s", {}, spent)
+            return Outcome(status, f"cut off after {spent:.0f} s", {}, spent)
         spent = time.monotonic() - began
         return self._read(log.read_text(errors="replace"), failed=process.returncode != 0, seconds=spent)
 

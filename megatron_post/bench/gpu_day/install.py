@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from megatron_post.bench.gpu_day.prepare import ENGINE, PART
@@ -55,13 +54,15 @@ def build_engine(output: Path) -> None:
         ["tar", "-xf", str(sources[0]), "-C", str(tree), "--strip-components=1", "--skip-old-files"],
         check=True,
     )
-    # the headers of cuDNN and NCCL come with torch's own packages
-    packages = Path(sysconfig.get_paths()["purelib"], "nvidia")
+    # the headers of CUDA, cuDNN and NCCL come with torch's own packages, beside it
+    torch = importlib.util.find_spec("torch")
+    packages = Path(torch.origin).parents[1] / "nvidia" if torch and torch.origin else tree
     headers = [str(path) for path in packages.glob("*/include") if path.is_dir()]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(target), os.environ.get("PYTHONPATH")))),
         "CPATH": os.pathsep.join([*headers, os.environ.get("CPATH", "")]).strip(os.pathsep),
         "NVTE_FRAMEWORK": "pytorch",
+        "NVTE_PYTORCH_FORCE_BUILD": "TRUE",  # and no look for a wheel on GitHub
         "MAX_JOBS": str(max(1, (os.cpu_count() or 4) * 3 // 4)),
     }
     # isolated, pip would build it for another torch than the one that is here

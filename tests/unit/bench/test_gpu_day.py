@@ -65,7 +65,7 @@ def test_statuses_and_table(pieces: Path) -> None:
         "not run": ("skipped", "not run: no ncu"),
         "command": ("passed", "last | line"),
         "broken": ("failed", "ValueError: why"),
-        "slow": ("failed", "ended after 1 s"),
+        "slow": ("failed", "cut off after 1 s"),
         "of a GPU": ("skipped", "a reason"),
         "of an engine": ("skipped", "Transformer Engine is not here"),
         "late": ("not begun", "6 s of the piece were left"),
