@@ -4,6 +4,7 @@ The names are Megatron's. Every refusal repeats a check of megatron-core or Tran
 otherwise fail on the nodes.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from megatron_post.installation import install_command
@@ -110,7 +111,7 @@ def switch_machine_errors(
     version: of Transformer Engine; None where it is not known.
     """
     if has_gpu and has_transformer_engine:
-        known = tuple(map(int, version.split(".")[:2])) if version else _PACKED_ALL_TO_ALL
+        known = tuple(map(int, re.findall(r"\d+", version)[:2])) if version else _PACKED_ALL_TO_ALL
         if config.parallel.cp_comm_type == "a2a" and known < _PACKED_ALL_TO_ALL:
             return [
                 f"parallel.cp_comm_type=a2a needs Transformer Engine 2.10 or newer for packed rows, and this "

@@ -46,15 +46,18 @@ def raise_for(found: Sequence[str], origin: str) -> None:
 
 def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str]:
     """The config on nodes x ranks: group sizes, batch, and tensor-parallel groups inside nodes."""
+    capability = gpu(cluster.gpu).capability if cluster.gpus_per_node and cluster.gpu else None
     found = world_errors(
         config,
         world_size=nodes * cluster.ranks,
         has_gpu=cluster.gpus_per_node > 0,
         has_transformer_engine=True,  # the nodes' affair: a login node may have none
-        capability=gpu(cluster.gpu).capability if cluster.gpus_per_node and cluster.gpu else None,
+        capability=capability,
         cuda=torch.version.cuda if cluster.python is None and cluster.container is None else None,
     )
-    if config.parallel.tp_comm_overlap and cluster.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+    in_order = cluster.environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    is_blackwell = capability is not None and capability >= (10, 0)
+    if config.parallel.tp_comm_overlap and not (in_order or is_blackwell):
         found.append(
             "parallel.tp_comm_overlap=true needs kernels that run in the order of their launch; set "
             'environment.CUDA_DEVICE_MAX_CONNECTIONS="1" in the cluster\'s file'

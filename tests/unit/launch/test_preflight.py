@@ -70,7 +70,8 @@ def test_user_buffers_want_kernels_in_order_of_launch() -> None:
     assert "parallel.tp_comm_overlap=true needs" in found
     assert 'set environment.CUDA_DEVICE_MAX_CONNECTIONS="1"' in found
     ordered = H100.model_copy(update={"environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}})
-    assert layout_findings(config, ordered, nodes=1) == []
+    for cluster in (ordered, H100.model_copy(update={"gpu": "b200-180gb"})):
+        assert layout_findings(config, cluster, nodes=1) == []
 
 
 def test_fp8_that_the_clusters_gpu_does_not_have() -> None:
