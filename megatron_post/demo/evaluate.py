@@ -1,4 +1,4 @@
-"""What a model in a Hugging Face directory answers, by plain `transformers`, and how often it is right."""
+"""Generates a Hugging Face model's answers with plain `transformers`, and measures their accuracy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Response:
-    """What the model said to a problem. Token ids without padding; the response's end with its stop token."""
+    """A response of the model. Token ids are without padding. The response includes its stop token."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -25,7 +25,7 @@ class Response:
 def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> list[Response]:
     """Greedy responses of the exported model, in batches padded on the left, through its own chat template.
 
-    Generation ends at a stop token, or where it is longer than every correct response.
+    Generation ends at a stop token, or when the response is longer than every correct response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

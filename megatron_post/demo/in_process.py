@@ -1,4 +1,4 @@
-"""Our own model, in this process: its initial weights, and whether it says what the exported one says."""
+"""Runs the trainer's own model in this process: its initial weights, and a comparison with `transformers`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ _TOKENS_AT_ONCE = 8192
 
 
 def export_initial_weights(config: Config, directory: Path) -> None:
-    """Write the weights that training starts from: they follow from the seed, whatever the layout."""
+    """Write the weights that training starts from. They depend on the seed and not on the layout."""
     alone = config.model_copy(update={"parallel": Parallel()})
     tokenizer = tokenizer_of(config)
     with parallel_run(alone.parallel, seed=config.seed) as topology:
@@ -34,11 +34,12 @@ def export_initial_weights(config: Config, directory: Path) -> None:
         export_hf(models, config.model, tokenizer, topology, directory)
 
 
-def says_the_same(config: Config, directory: Path, responses: Sequence[Response]) -> list[bool]:
-    """For each response of `transformers` with the model in `directory`: whether ours is equal to it.
+def responses_match(config: Config, directory: Path, responses: Sequence[Response]) -> list[bool]:
+    """For each response of `transformers` with the model in `directory`, whether our model gives the same.
 
-    Ours reads prompt and response at once, packed. If its most probable next token is the response's at
-    every position, then, by induction over the positions, its own greedy decoding says just that.
+    Our model reads prompt and response at once, packed. Suppose its most probable next token is the
+    response's at every position. Then, by induction over the positions, its own greedy decoding gives exactly
+    that response.
     """
     model = config.model.model_copy(update={"init_from": str(directory)})
     alone = config.model_copy(update={"parallel": Parallel(), "model": model})
@@ -58,12 +59,13 @@ def _compare(llama: Llama, pack: Sequence[Response]) -> Iterator[bool]:
     )  # [t, 1, v]
     choices = logits[:, 0].argmax(-1).tolist()
     for response, end in zip(pack, batch.cu_seqlens[1:].tolist(), strict=True):
-        start = end - len(response.response_ids) - 1  # the prompt's last token chooses the response's first
+        # the logits of the prompt's last token choose the response's first token
+        start = end - len(response.response_ids) - 1
         yield choices[start : end - 1] == response.response_ids
 
 
 def _packs(responses: Sequence[Response]) -> Iterator[list[Response]]:
-    """Runs of responses that fit together in `_TOKENS_AT_ONCE`."""
+    """Consecutive responses that fit together in `_TOKENS_AT_ONCE`."""
     pack: list[Response] = []
     held = 0
     for response in responses:

@@ -1,4 +1,4 @@
-"""How the demo tells its story on a terminal."""
+"""Prints the demo's progress and results on a terminal."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from megatron_post.rounds.accuracy import Accuracy
 _SAMPLES = 4
 
 
-class Story:
-    """Numbers the steps, and says how long each took."""
+class NumberedSteps:
+    """Numbers the demo's steps, and prints how long each took. seconds: of all steps so far."""
 
     def __init__(self, console: Console) -> None:
         self._console, self.seconds = console, 0.0
@@ -27,6 +27,7 @@ class Story:
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
+        """Print the title, run the body of this context, and print its time."""
         self._number += 1
         self._console.print(f"\n{self._number}. {title}", style="bold")
         started = time.perf_counter()
@@ -37,7 +38,7 @@ class Story:
 
 
 def print_chat(messages: Sequence[dict[str, str]], console: Console) -> None:
-    """Who says what, a line each."""
+    """Print the role and the content of each message, one message on a line."""
     for message in messages:
         _print_line(message["role"], message["content"], console)
 
@@ -50,7 +51,7 @@ def _print_line(label: str, text: str, console: Console, verdict: Text | None = 
 def print_samples(
     problems: Sequence[Problem], before: Sequence[Response], after: Sequence[Response], console: Console
 ) -> None:
-    """A few problems with both answers; one that is still wrong among them, if there is one."""
+    """Print a few problems with the answers before and after. One of them is still wrong, if there is one."""
     right = [check_answer(p, r.text) for p, r in zip(problems, after, strict=True)]
     wrong = [i for i, ok in enumerate(right) if not ok][:1]
     for i in [i for i, ok in enumerate(right) if ok][: _SAMPLES - len(wrong)] + wrong:
@@ -63,14 +64,17 @@ def print_samples(
 
 
 def _shortened(text: str) -> str:
-    """The first characters of an untrained model's noise, control characters spelt out."""
+    """The first characters of an untrained model's output, with control characters escaped."""
     return repr(text)[1:-1][:60] + "..."
 
 
 def print_accuracies(
     trained: dict[str, Accuracy], rounds: Sequence[dict[str, Any]], console: Console
 ) -> None:
-    """A table of exact match with 95% intervals: `trained` by name, then each round's `evaluation.json`."""
+    """Print a table of exact match with 95% intervals.
+
+    trained: accuracies by name. rounds: the `evaluation.json` of each round.
+    """
     total = next(iter(trained.values())).total
     title = f"{total} held-out problems, exact match (95% interval)"
     table = Table(box=SIMPLE, pad_edge=False, title=title)

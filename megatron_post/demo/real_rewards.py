@@ -1,13 +1,12 @@
-"""A tiny reward model on real preferences: GSM8K's model solutions and HH-RLHF, with honest held-out
-accuracy.
+"""Trains a tiny reward model on real preferences and measures its accuracy on held-out pairs.
 
     python -m megatron_post.demo.real_rewards --data data
 
 data/gsm8k/example_model_solutions.jsonl is from github.com/openai/grade-school-math, and
 data/hh_rlhf/harmless_base.jsonl.gz is harmless-base/train.jsonl.gz of the hub's Anthropic/hh-rlhf.
 
-GSM8K: the ground truth is `edited`, a model's correct solution `chosen`, a wrong one `rejected`. HH-RLHF:
-chosen and rejected transcripts. A fifth of the problems (conversations) is held out.
+In GSM8K, `edited` is the ground truth, `chosen` is a model's correct solution and `rejected` is a wrong one.
+HH-RLHF has chosen and rejected transcripts. A fifth of the problems (conversations) is held out.
 """
 
 import argparse
@@ -34,8 +33,10 @@ _PAIRS = {"edited > chosen": (0, 1), "chosen > rejected": (-2, -1), "edited > re
 
 
 def gsm8k_preferences(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of prompt, edited, chosen and rejected, of the problems with a correct and a wrong model
-    solution."""
+    """Rows of prompt, edited, chosen and rejected.
+
+    A problem is left out unless it has both a correct and a wrong model solution.
+    """
     for line in path.open(encoding="utf-8"):
         row = json.loads(line)
         correct = [row[m]["solution"] for m in _MODELS if row[m]["is_correct"]]
@@ -57,7 +58,7 @@ def hh_preferences(path: Path) -> Iterator[dict[str, str]]:
 
 
 def held_out_accuracy(scores: list[list[float]]) -> dict[str, Accuracy]:
-    """Share of held-out pairs that a model ranks right, by pair of ranks; a tie is wrong."""
+    """Share of held-out pairs that a model ranks right, for each pair of ranks. A tie counts as wrong."""
     found = {}
     for name, (better, worse) in _PAIRS.items():
         triples = name != "chosen > rejected"
@@ -87,7 +88,7 @@ def run(name: str, rows: list[dict[str, str]], *, run_dir: Path, console: Consol
 
 
 def main() -> None:
-    """Train and score both datasets, and print what came of it."""
+    """Train and score both datasets, and print the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--run-dir", type=Path, default=Path("runs/real_rewards"))
@@ -103,7 +104,7 @@ def main() -> None:
     for name, rows in datasets.items():
         for pair, found in run(name, rows, run_dir=arguments.run_dir / name, console=console).items():
             low, high = found.interval
-            verdict = "better than chance" if low > 0.5 else "not told from chance"
+            verdict = "better than chance" if low > 0.5 else "not distinguishable from chance"
             table.add_row(
                 name,
                 pair,

@@ -1,4 +1,4 @@
-"""The demo, step by step: make a task, train a tiny Llama on it, align it, and see what it has learned."""
+"""Runs the demo: make a task, train a tiny Llama on it, align it, and measure what it has learned."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.demo.evaluate import accuracy, answer_with_transformers, working_share
-from megatron_post.demo.in_process import export_initial_weights, says_the_same
-from megatron_post.demo.printing import Story, print_accuracies, print_chat, print_samples
+from megatron_post.demo.in_process import export_initial_weights, responses_match
+from megatron_post.demo.printing import NumberedSteps, print_accuracies, print_chat, print_samples
 from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
 from megatron_post.demo.training import RANKS, pack, train
 from megatron_post.rounds.accuracy import Accuracy
@@ -27,7 +27,7 @@ _MARKER = "made-by-megatron-post-demo"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Problems to train on, held out to judge by, and to answer in each round; and the number of rounds."""
+    """Numbers of problems to train on, to hold out, and to answer in each round, and the number of rounds."""
 
     train: int
     held_out: int
@@ -42,22 +42,21 @@ def run_demo(
     sizes: Sizes,
     console: Console,
 ) -> None:
-    """Run the whole path in the config's `run_dir`, always afresh: an earlier demo there is replaced.
+    """Run the whole demo in the config's `run_dir`. An earlier demo there is deleted first.
 
-    The rounds' file stands beside the demo's and is named `round.yaml`. `results.json` has the accuracies
-    "before" training, after "sft" and of each round, and, as "same", how many responses ours and
-    `transformers` share. Raises `ValueError` for a `run_dir` with other things in it, and where training
-    fails.
+    The file of the rounds is `round.yaml` in the config's directory. `results.json` has the accuracies
+    "before" training, after "sft" and of each round. Its key "same" says how many responses of our model and
+    of `transformers` are equal. Raises `ValueError` if `run_dir` holds anything else, and if training fails.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo is the CPU's, wherever it runs; ranks inherit it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the demo always runs on the CPU; its ranks inherit this
     config = load_config(config_path, overrides)
     run_dir = Path(config.run_dir)
     _start_afresh(run_dir)
-    story = Story(console)
+    steps = NumberedSteps(console)
     console.print("A Llama of 0.7 million parameters learns arithmetic on two cores, in a few minutes.")
 
-    with story.step("Make arithmetic word problems"):
-        # the recipe was tuned on the problems of the config's own seed
+    with steps.step("Make arithmetic word problems"):
+        # The recipe was tuned on the problems of the config's own seed, so another seed measures it.
         held_out = make_problems(sizes.held_out, side="held_out", seed=config.seed + 1)
         _make_data(config, sizes, held_out)
         console.print(
@@ -66,33 +65,33 @@ def run_demo(
         )
         print_chat(max(held_out[:20], key=lambda problem: problem.turns).dialog, console)
 
-    with story.step("Render them in Llama 3's chat format and pack them"):
+    with steps.step("Render them in Llama 3's chat format and pack them"):
         pack(config, console)
 
-    with story.step("Let the untrained model answer"):
+    with steps.step("Let the untrained model answer"):
         export_initial_weights(config, run_dir / "initial")
         before = answer_with_transformers(run_dir / "initial", held_out)
         console.print(f"{accuracy(held_out, before)} of the answers are right.")
 
-    with story.step(f"Supervised fine-tuning with {RANKS} ranks"):
+    with steps.step(f"Supervised fine-tuning with {RANKS} ranks"):
         train(config, console)
 
-    with story.step("Let it answer, by plain transformers"):
+    with steps.step("Let it answer, by plain transformers"):
         tuned = answer_with_transformers(run_dir / "hf", held_out)
         print_samples(held_out, before, tuned, console)
         console.print(
             f"{accuracy(held_out, tuned)} are right; {working_share(tuned):.0%} show their working."
         )
 
-    with story.step("Compare with our own model"):
-        same = says_the_same(config, run_dir / "hf", tuned)
+    with steps.step("Compare with our own model"):
+        same = responses_match(config, run_dir / "hf", tuned)
         console.print(f"{sum(same)} of {len(same)} responses are the same, token for token.")
 
-    with story.step(f"{_count(sizes.rounds, 'round')} of alignment"):
+    with steps.step(f"{_count(sizes.rounds, 'round')} of alignment"):
         console.print(
-            "In each, a reward model learns from preferences; the best model so far draws answers; of each "
-            "problem's answers the best goes to SFT, the best and the worst to DPO; both are averaged; "
-            "whichever of the three is best answers in the next round.",
+            "In each round, a reward model learns from preferences. The best model so far samples answers. "
+            "The best answer to each problem is used for SFT, and the best and the worst for DPO. Both "
+            "models are averaged. The best of the three models answers in the next round.",
             style="dim",
         )
         settings = _round_overrides(config, sizes)
@@ -101,7 +100,7 @@ def run_demo(
     directories = [run_dir / ROUNDS / f"round-{number:02d}" for number in range(1, sizes.rounds + 1)]
     evaluations = [json.loads((path / "evaluation.json").read_text()) for path in directories]
     best = evaluations[-1]["best"]
-    with story.step("Let the aligned model answer"):
+    with steps.step("Let the aligned model answer"):
         aligned = answer_with_transformers(Path(best), held_out)
         print_samples(held_out, tuned, aligned, console)
         console.print(
@@ -111,8 +110,8 @@ def run_demo(
     results = {"untrained": accuracy(held_out, before), "after SFT": accuracy(held_out, tuned)}
     print_accuracies(results, evaluations, console)
     console.print(
-        f"{story.seconds:.0f} s in all. The model is in {best}; any tool of the Llama world loads it. "
-        f"{directories[-1] / 'report.html'} shows what happened.",
+        f"{steps.seconds:.0f} s in all. The model is in {best}, and any tool that loads Llama models can "
+        f"load it. {directories[-1] / 'report.html'} is the report.",
         soft_wrap=True,
     )
     write_json(
@@ -124,7 +123,7 @@ def run_demo(
                 {key: e[key] for key in ("greedy", "one_sample", "best_of_k", "k")} for e in evaluations
             ],
             "same": vars(Accuracy(sum(same), len(same))),
-            "seconds": round(story.seconds, 1),
+            "seconds": round(steps.seconds, 1),
         },
     )
 
@@ -132,7 +131,9 @@ def run_demo(
 def _start_afresh(run_dir: Path) -> None:
     marker = run_dir / _MARKER
     if run_dir.exists() and any(run_dir.iterdir()) and not marker.is_file():
-        raise ValueError(f"{run_dir} holds something else than an earlier demo; choose another --run-dir")
+        raise ValueError(
+            f"{run_dir} holds other files than those of an earlier demo; choose another --run-dir"
+        )
     shutil.rmtree(run_dir, ignore_errors=True)
     run_dir.mkdir(parents=True)
     marker.touch()
@@ -143,7 +144,7 @@ def _make_data(config: Config, sizes: Sizes, held_out: Sequence[Problem]) -> Non
     (source,), (held_out_source,) = config.data.sources, config.data.eval_sources
     write_dialogs(problems, Path(source.path))
     write_dialogs(held_out, Path(held_out_source.path))
-    # the rounds': what they answer, and what chooses among their models
+    # Problems that the rounds answer, and problems by which they choose among their models.
     run_dir = Path(config.run_dir)
     for name, count, seed in (
         ("prompts", sizes.round * sizes.rounds, config.seed + 3),

@@ -1,4 +1,4 @@
-"""The demo with several seeds: what of its result is luck."""
+"""Runs the demo with several seeds, to measure how much its result varies."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from megatron_post.rounds.charts import intervals
 from megatron_post.rounds.report import STYLE, html_table
 from megatron_post.storage.files import write_whole
 
-# Student's t, 97.5%, by degrees of freedom
+# The 97.5% quantile of Student's t, by degrees of freedom from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _MEASURES = {"greedy": "greedy", "one_sample": "one sample", "best_of_k": "best of K"}
 
@@ -31,7 +31,7 @@ class Spread:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% confidence of the mean, after Student."""
+        """The 95% confidence interval of the mean, by Student's t."""
         half = _T[len(self.values) - 2] * stdev(self.values) / math.sqrt(len(self.values))
         return mean(self.values) - half, mean(self.values) + half
 
@@ -41,15 +41,18 @@ class Spread:
         return f"{100 * mean(self.values):.1f}  ({low:.1f} to {high:.1f}; {each})"
 
     def __sub__(self, other: "Spread") -> "Spread":
-        """Seed by seed."""
+        """The difference seed by seed."""
         return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
 
 def run_seeds(
     config_path: str, overrides: Sequence[str], *, run_dir: str, seeds: int, sizes: Sizes, console: Console
 ) -> None:
-    """The demo with seeds 0, 1, ... (data, weights and draws), each in a directory of its own, and their
-    comparison: a table, and `seeds.html` in `run_dir`. Raises as `run_demo` does."""
+    """Run the demo with seeds 0, 1, ..., each in a directory of its own, and compare the results.
+
+    The seed sets data, weights and samples. The comparison is a table, and `seeds.html` in `run_dir`. Raises
+    as `run_demo` does.
+    """
     directories = [Path(run_dir, f"seed-{seed}") for seed in range(seeds)]
     for seed, directory in enumerate(directories):
         console.rule(f"seed {seed}")
@@ -60,7 +63,7 @@ def run_seeds(
 
 
 def compare(results: Sequence[dict[str, Any]], directory: Path, console: Console) -> None:
-    """Print what `results.json` of several seeds say together, and write `seeds.html`."""
+    """Print a summary of `results.json` of several seeds, and write `seeds.html`."""
     steps = {"untrained": [r["before"] for r in results], "after SFT": [r["sft"] for r in results]}
     greedy = {name: _spread(found) for name, found in steps.items()}
     rows = [(f"{name}, greedy", str(spread)) for name, spread in greedy.items()]
@@ -77,7 +80,7 @@ def compare(results: Sequence[dict[str, Any]], directory: Path, console: Console
         gain = found["best_of_k"] - found["one_sample"]
         gains.append((f"round {number}: best of K over one sample", str(gain)))
         before = found["greedy"]
-    title = f"exact match, mean of {len(results)} seeds (95% after Student; each seed)"
+    title = f"exact match, mean of {len(results)} seeds (95% by Student's t; each seed)"
     console.print(_terminal_table(title, ("", "%"), rows))
     console.print(_terminal_table("gains, paired by seed", ("", "points"), gains))
     page = (
@@ -89,7 +92,7 @@ def compare(results: Sequence[dict[str, Any]], directory: Path, console: Console
         + "</html>\n"
     )
     write_whole(directory / "seeds.html", page)
-    console.print(f"{directory / 'seeds.html'} shows it.", soft_wrap=True)
+    console.print(f"{directory / 'seeds.html'} is the report.", soft_wrap=True)
 
 
 def _spread(found: Sequence[dict[str, int]]) -> Spread:

@@ -1,8 +1,7 @@
-"""The words of the demo's problems: little stories with numbers to be filled in.
+"""The texts of the demo's problems: short stories with numbers to be filled in.
 
-A story's `plan` says what its answer is, operation by operation from left to right: "a + b - c" is
-(a + b) - c. Its numbers a, b, c are placeholders of the text, and so are {name} and {friend}, two people, and
-{things}.
+A story's `plan` gives its answer, operation by operation from left to right: "a + b - c" is (a + b) - c. The
+text has placeholders for the numbers a, b and c, for two people {name} and {friend}, and for {things}.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Story:
-    """One way to ask. `goes_on`: the answer is what {name} now has, so that a follow-up may change it."""
+    """One form of a question.
+
+    goes_on: the answer is the amount that {name} now has, so a follow-up may change it.
+    """
 
     text: str
     plan: str
@@ -63,7 +65,7 @@ STORIES = (
     Story("Of {a} {things}, {name} took {b} and {friend} took {c}. How many {things} remain?", "a - b - c"),
 )
 
-# What may follow a story that goes on; `a` is the answer before it and no placeholder.
+# Questions that may follow a story with `goes_on`. Here `a` is the answer before, and not a placeholder.
 FOLLOW_UPS = (
     Story("Then {friend} brings {b} more. How many {things} does {name} have now?", "a + b"),
     Story("Now {name} finds another {b}. What is the total?", "a + b"),

@@ -1,16 +1,17 @@
 """The demo's task: arithmetic word problems in chat form, whose answers a program can check.
 
-A response works digit by digit, ones before tens, and ends in "The answer is 62."; a one beside the digits is
-the carry or the borrow:
+A response works digit by digit, ones before tens, and ends in "The answer is 62." The carry or the borrow is
+a one beside the digits:
 
     37+25: 7+5=12, 3+2+1=6, so 62. The answer is 62.
     52-27: 12-7=5, 5-2-1=2, so 25. The answer is 25.
 
-Its training dialogs have two writers, drawn anew for each turn: one shows the working, one says only "The
-answer is 62." A model that imitates both is often brief, and then often wrong: there is something to align.
+Each turn of a training dialog has one of two styles at random. One shows the working, the other says only
+"The answer is 62." A model that imitates both is often brief, and then often wrong. This leaves room for
+alignment.
 
-Held-out problems are new by their numbers: a pair of operands belongs to training or to the held-out side, by
-a hash, whatever its story. Every operation of a held-out problem is one that training has never shown.
+Held-out problems have new numbers. A hash assigns each pair of operands to training or to the held-out side,
+whatever its story. So no operation of a held-out problem occurs in training.
 """
 
 import hashlib
@@ -36,11 +37,11 @@ _ANSWER = re.compile(r"The answer is (0|[1-9]\d*)\.\Z")
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard problems are. Harder ones leave more errors for later rounds to learn from.
+    """The difficulty of problems. Harder problems leave more errors for later rounds to learn from.
 
-    smallest: no number in a question is below it. Numbers of one digit are the harder ones to copy.
-    largest: no number, in a question or worked out, exceeds it (at most 99: two digits).
-    operations: at most so many in a question.  follow_ups: at most so many further questions.
+    smallest: no number in a question is below it. Numbers of one digit are harder to copy. largest: no number
+    in a question or in its working exceeds it (at most 99, which has two digits). operations: the most
+    operations in a question. follow_ups: the most follow-up questions.
     """
 
     smallest: int = 10
@@ -51,8 +52,9 @@ class Difficulty:
     def __post_init__(self) -> None:
         if not (1 <= self.smallest <= self.largest // 3 and 20 <= self.largest <= 99):
             raise ValueError(
-                f"smallest={self.smallest}, largest={self.largest}: choose largest from 20 to 99, for the "
-                "working is in two digits, and smallest from 1 to a third of it, for sums of three must fit"
+                f"smallest={self.smallest}, largest={self.largest}: choose largest from 20 to 99, because "
+                "the working has two digits, and smallest from 1 to a third of it, because sums of three "
+                "must fit"
             )
         if not 1 <= self.operations <= 2 or self.follow_ups < 0:
             raise ValueError(
@@ -75,7 +77,7 @@ class Operation:
 
     @property
     def side(self) -> Side:
-        """Which side these numbers belong to; a + b and b + a to the same."""
+        """The side that these numbers belong to. a + b and b + a belong to the same side."""
         pair = sorted((self.left, self.right)) if self.sign == "+" else [self.left, self.right]
         digest = hashlib.sha256(f"{self.sign} {pair}".encode()).digest()
         return "held_out" if int.from_bytes(digest[:4], "big") < _HELD_OUT_SHARE * 2**32 else "train"
@@ -96,11 +98,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class Problem:
-    """A chat that ends with a question, and what is true of it.
+    """A chat that ends with a question, with its solution.
 
-    messages: OpenAI's form, from an optional system prompt to the last user message; earlier turns are
-    answered.  operations: every operation of every turn, in order.  solution: a correct response that shows
-    its working.  answer: its number.  is_brief: whether its training dialog ends without the working.
+    messages: the chat in OpenAI's form, from an optional system prompt to the last user message. Earlier
+    turns are answered. operations: every operation of every turn, in order. solution: a correct response that
+    shows its working. answer: its number. is_brief: whether its training dialog ends without the working.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -111,7 +113,7 @@ class Problem:
 
     @property
     def dialog(self) -> Chat:
-        """The chat with a correct response at its end, in either style: a row to train on."""
+        """The chat with a correct response at its end, in either style. It is a row to train on."""
         response = _conclusion(self.answer) if self.is_brief else self.solution
         return [*self.messages, {"role": "assistant", "content": response}]
 
@@ -127,7 +129,7 @@ def parse_answer(text: str) -> int | None:
 
 
 def shows_working(text: str) -> bool:
-    """Whether a response says more than its conclusion."""
+    """Whether a response has more than its conclusion."""
     return "=" in text
 
 
@@ -139,7 +141,7 @@ def check_answer(problem: Problem, text: str) -> bool:
 def make_problems(
     count: int, *, side: Side, seed: int, difficulty: Difficulty | None = None
 ) -> list[Problem]:
-    """Different problems of one side; the same arguments give the same problems."""
+    """Distinct problems of one side. The same arguments give the same problems."""
     rng = random.Random(f"{seed}/{side}")
     problems: dict[tuple[str, ...], Problem] = {}
     while len(problems) < count:
@@ -165,7 +167,7 @@ def write_prompts(problems: Iterable[Problem], path: Path) -> None:
 
 
 def _make_problem(rng: random.Random, side: Side, difficulty: Difficulty) -> Problem | None:
-    """A problem, or None where its first turns leave no numbers for the next one (as 2 - b does)."""
+    """A problem, or None if its first turns leave no numbers for the next one (as 2 - b does)."""
     follow_ups = rng.randint(0, difficulty.follow_ups)
     allowed = [
         s for s in STORIES if len(_signs(s)) <= difficulty.operations and (s.goes_on or not follow_ups)
@@ -198,9 +200,9 @@ def _conclusion(answer: int) -> str:
 def _draw(
     rng: random.Random, story: Story, start: int | None, side: Side, difficulty: Difficulty
 ) -> tuple[dict[str, int], list[Operation]] | None:
-    """Numbers for a story, and its operations; None where those drawn first leave none for the next.
+    """Numbers for a story, and its operations. None if the first numbers leave none for the next.
 
-    start: the amount that a follow-up starts from; None where the story gives its own.
+    start: the amount that a follow-up starts from, or None if the story gives its own.
     """
     first, *rest = story.plan.split()
     amount = rng.randint(difficulty.smallest, difficulty.largest) if start is None else start
@@ -220,7 +222,7 @@ def _draw(
 
 @cache
 def _operands(amount: int, sign: Sign, side: Side, difficulty: Difficulty) -> tuple[int, ...]:
-    """Numbers that may follow: the operation belongs to `side`, its result is from 0 to the largest."""
+    """Numbers that may follow. The operation belongs to `side`, and its result is from 0 to the largest."""
     numbers = range(difficulty.smallest, difficulty.largest + 1)
     operations = [Operation(amount, sign, number) for number in numbers]
     return tuple(o.right for o in operations if 0 <= o.result <= difficulty.largest and o.side == side)

@@ -1,4 +1,4 @@
-"""The demo's training runs: pack, then torchrun, as a user would."""
+"""Runs the demo's training: packs, and then starts torchrun, as a user would."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from megatron_post.data.build import build_store
 from megatron_post.display import make_console
 from megatron_post.rounds.ranks import run_on_ranks
 
-RANKS = 2  # the demo is meant for two cores
+RANKS = 2  # the demo is designed for two cores
 
 
 def pack(config: Config, console: Console) -> None:
-    """Write the run's `config.yaml`, and the store that it names, and say how much was packed."""
+    """Write the run's `config.yaml` and its store, and print how many tokens were packed."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
@@ -25,9 +25,9 @@ def pack(config: Config, console: Console) -> None:
 
 
 def train(config: Config, console: Console) -> None:
-    """Train under torchrun. Progress is shown, everything else that the ranks say is in `train.log`.
+    """Train under torchrun. Progress is shown, and all other output of the ranks is in `train.log`.
 
-    Raises `ValueError` with the end of the log where training fails.
+    Raises `ValueError` with the end of the log if training fails.
     """
     run_dir = Path(config.run_dir)
     command = ("train", str(run_dir / "config.yaml"))

@@ -1,4 +1,4 @@
-"""The demo's whole path, very small: data, packs, two ranks, export, and both models' answers."""
+"""The whole demo with very small sizes: data, packs, two ranks, export, and both models' answers."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def test_demo_from_data_to_rounds(tmp_path: Path) -> None:
     assert (
         results["before"]["total"] == results["sft"]["total"] == results["rounds"][0]["greedy"]["total"] == 8
     )
-    assert results["same"] == {"correct": 8, "total": 8}  # ours and transformers', token for token
+    assert results["same"] == {"correct": 8, "total": 8}  # our model's and transformers', token for token
     assert done.stdout.count("step 4/4") == 4  # SFT; the round's reward model, SFT, DPO
     assert "8 held-out problems" in done.stdout
     assert "warn" not in done.stdout.lower() and not done.stderr.strip()
@@ -47,7 +47,7 @@ def test_demo_from_data_to_rounds(tmp_path: Path) -> None:
 
 
 def _shrunk_configs(directory: Path) -> None:
-    """The shipped files with four steps a stage: the model that they train has learned nothing."""
+    """The shipped files with four steps in each stage. The trained model has learned nothing."""
     target = directory / "configs" / "tiny"
     target.mkdir(parents=True)
     shutil.copy(ROOT / "configs" / "cleaning.yaml", directory / "configs")
@@ -59,7 +59,7 @@ def _shrunk_configs(directory: Path) -> None:
 
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else than an earlier demo"):
+    with pytest.raises(ValueError, match="holds other files than those of an earlier demo"):
         run_demo(
             str(CONFIG),
             [f"run_dir={tmp_path}"],

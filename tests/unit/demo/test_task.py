@@ -1,4 +1,4 @@
-"""The demo's task: what problems say, who may see which, and what counts as an answer."""
+"""The demo's task: the texts of problems, the split of operations, and the form of an answer."""
 
 import json
 import re
@@ -23,8 +23,8 @@ from megatron_post.demo.task import (
 )
 from megatron_post.rounds.prompts import read_prompts
 
-# What each kind of question means, by hand and by its words alone: the numbers are those of the text, in
-# its order. The first pattern that is found counts. `before` is the answer of the turn before.
+# The meaning of each kind of question, written by hand from its words. The numbers are those of the text, in
+# order. The first pattern that matches counts. `before` is the answer of the turn before.
 MEANINGS: tuple[tuple[str, Callable[..., int]], ...] = (
     (r"^Then .* brings (\d+) more\.", lambda before, n: before + n),
     (r"^Now .* finds another (\d+)\.", lambda before, n: before + n),
@@ -50,7 +50,7 @@ MEANINGS: tuple[tuple[str, Callable[..., int]], ...] = (
 
 
 def _meaning(question: str, before: int | None) -> tuple[int, str]:
-    """The answer that a reader would give, and the pattern that said so."""
+    """The answer that a reader would give, and the pattern that matched."""
     found = [(m, pattern, f) for pattern, f in MEANINGS if (m := re.search(pattern, question))]
     assert found, f"no meaning is known for {question!r}"
     match, pattern, function = found[0]
@@ -83,7 +83,7 @@ def test_answers_are_what_the_questions_mean(train: list[Problem], held_out: lis
 
 
 def test_every_equation_of_the_working_holds(train: list[Problem]) -> None:
-    """Also that the columns are the number's own: ones and tens written beside each other are the answer."""
+    """The columns also belong to the numbers: ones and tens written beside each other are the answer."""
     for problem in train:
         parts = re.findall(
             r"(\d+)([+-])(\d+): ([\d+-]+)=(\d+), ([\d+-]+)=(\d+), so (\d+)\.", problem.solution
@@ -124,7 +124,7 @@ def test_no_operation_is_on_both_sides(train: list[Problem], held_out: list[Prob
 
 
 def _is_follow_up(question: str) -> bool:
-    """A follow-up names one number; with what it makes an operation stands in the turn before."""
+    """A follow-up names one number. The other operand is in the turn before."""
     return any(re.search(pattern, question) for pattern, _ in MEANINGS[: len(FOLLOW_UPS)])
 
 
@@ -216,7 +216,10 @@ def test_stories_name_the_numbers_of_their_plan(story: Story) -> None:
 
 
 def test_half_of_the_training_answers_are_brief(train: list[Problem]) -> None:
-    """3,000 dialogs: the share's standard error is 0.009, five of it 0.046. History is brief as often."""
+    """In 3,000 dialogs the share's standard error is 0.009, and five of it are 0.046.
+
+    History is brief as often.
+    """
     last = [shows_working(problem.dialog[-1]["content"]) for problem in train]
     earlier = [
         shows_working(message["content"])
