@@ -149,6 +149,8 @@ def test_names_in_the_text_exist(page: Path) -> None:
             assert any((root / span).is_file() for root in (ROOT, ROOT / "megatron_post")), (
                 f"{page.name}: {span}"
             )
+        if re.match(r"make [a-z]", span):
+            _check_others(span.split(), f"{page.name}: `{span}`")
         words = arguments(span.split())
         if words is not None:
             _check_names(words, f"{page.name}: `{span}`")
