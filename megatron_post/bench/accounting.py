@@ -39,9 +39,9 @@ class Counts:
         )
 
 
-def count_packs(packs: Iterable[Pack], stage: Stage) -> Counts:
+def count_packs(packs: Iterable[Pack], stage: Stage, *, scalar_head: bool = False) -> Counts:
     """The counts of these packs, as the stage trains them."""
-    return sum((_count(pack, stage.collate(pack), scores=stage.head == "scalar") for pack in packs), Counts())
+    return sum((_count(pack, stage.collate(pack), scores=scalar_head) for pack in packs), Counts())
 
 
 def _count(pack: Pack, batch: PackedBatch, *, scores: bool) -> Counts:

@@ -115,7 +115,10 @@ def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tupl
     wrapped = wrap_data_parallel(models, config, topology)
     stepper = Stepper(wrapped, stage, topology, portable=uses_portable_attention(config))
     packs = _packs(config, count=min(_PACKS, steps + warmup))
-    batches = [(stepper.prepare(pack), count_packs([pack], stage)) for pack in packs]
+    batches = [
+        (stepper.prepare(pack), count_packs([pack], stage, scalar_head=config.traits.scalar_head))
+        for pack in packs
+    ]
     taken = []
     for number in range(warmup + steps):
         if number == warmup and topology.device.type == "cuda":

@@ -104,7 +104,11 @@ def measure_steps(config: Config, *, steps: int, warmup: int) -> Measured | None
                 seconds, packs = timed_step(trainer, loader, number)
                 if number > warmup:
                     phases = trainer.guard.heartbeat.seconds()
-                    taken.append(TimedStep(seconds, phases, count_packs(packs, stage)))
+                    taken.append(
+                        TimedStep(
+                            seconds, phases, count_packs(packs, stage, scalar_head=run.traits.scalar_head)
+                        )
+                    )
         trainer.metrics.close()
         first = topology.tensor_rank == topology.context_rank == topology.pipeline_rank == 0
         own = Rank(topology.rank, first, tuple(taken), peak_memory(topology.device))

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_post.config.stages import STAGES
+
 Kind = Literal["identity", "free", "harmless"]
 Settings = Mapping[str, Any]  # every key of a config, as `settings.flatten` writes it
 
@@ -37,11 +39,11 @@ def _is(*stages: str) -> Callable[[Settings], bool]:
 
 
 def _has_reference(settings: Settings) -> bool:
-    return settings["stage"] == "dpo" and settings["dpo.loss"] != "simpo"
+    return STAGES[settings["stage"]].has_reference and settings["dpo.loss"] != "simpo"
 
 
 def _draws_weights(settings: Settings) -> bool:
-    return settings["model.init_from"] is None or settings["stage"] == "reward"
+    return settings["model.init_from"] is None or STAGES[settings["stage"]].scalar_head
 
 
 _ROWS = "split subset format columns epochs weight max_rows train_on templated ignore batch"

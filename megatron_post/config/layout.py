@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def store_layout(config: "Config") -> str:
     """How examples stand in the packed store: what the stage's collate expects there."""
-    return {"sft": "dialogs", "reward": config.reward.layout, "dpo": "separate"}[config.stage]
+    layouts = {"dialogs": "dialogs", "preferences": config.reward.layout, "pairs": "separate"}
+    return layouts[config.traits.examples]
 
 
 def segment_multiple(config: "Config") -> int:

@@ -10,6 +10,7 @@ from megatron_post.config.data import Data, Tokenizer
 from megatron_post.config.layout import layout_errors
 from megatron_post.config.presets import PRESETS
 from megatron_post.config.section import Count, Distinct, Name, NonNegative, Positive, Section, Whole
+from megatron_post.config.stages import STAGES, StageName, Traits
 from megatron_post.storage.reading import did_you_mean
 
 RoleName = Literal["header", "prompt", "body", "terminator"]
@@ -254,7 +255,7 @@ class Checkpoint(Section):
 class Config(Section):
     """A run, complete. `load_config` makes one; the resolved form is saved with every checkpoint."""
 
-    stage: Literal["sft", "reward", "dpo"] = Field("sft", description="training method")
+    stage: StageName = Field("sft", description="training method")
     run_dir: Name = Field(description="checkpoints, metrics and exports of this run")
     seed: Whole = Field(1234, description="of random weights, and of the order of the data")
     model: Model
@@ -271,19 +272,29 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
 
     @property
+    def traits(self) -> Traits:
+        """What distinguishes the stage from others."""
+        return STAGES[self.stage]
+
+    @property
     def shares_prompts(self) -> bool:
         """Whether several responses see one prompt, which is beyond Transformer Engine's packed attention."""
-        return self.stage == "reward" and self.reward.layout != "separate"
+        return self.traits.examples == "preferences" and self.reward.layout != "separate"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference policy."""
+        return self.traits.has_reference and self.dpo.needs_reference
 
     @property
     def stores_reference(self) -> bool:
         """Whether the reference's log-probabilities are in the store."""
-        return self.stage == "dpo" and self.dpo.needs_reference and self.dpo.reference == "store"
+        return self.needs_reference and self.dpo.reference == "store"
 
     @property
     def runs_reference(self) -> bool:
         """Whether a frozen copy of the first weights runs at every step."""
-        return self.stage == "dpo" and self.dpo.needs_reference and self.dpo.reference == "frozen"
+        return self.needs_reference and self.dpo.reference == "frozen"
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Config":

@@ -37,7 +37,7 @@ class MegatronCheckpoint:
                 self.model: Model = read_model(self.directory)
                 self.scalar_head: bool = self._manifest["state"]["scalar_head"]
             else:
-                self.model, self.scalar_head = self._config.model, self._config.stage == "reward"
+                self.model, self.scalar_head = self._config.model, self._config.traits.scalar_head
             self.checkpoint = DistCheckpoint(self.directory)
         self._runs: dict[str, list[tuple[CoreTensor, RowRange]]] = {}
         dtypes: dict[str, torch.dtype] = {}

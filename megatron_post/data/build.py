@@ -151,14 +151,14 @@ def _read(
 
 
 def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:
-    if config.stage == "sft":
+    if config.traits.examples == "dialogs":
         return DialogUnits(source.name, tokenizer)
     return PreferenceUnits(
         source.name,
         tokenizer,
         layout=store_layout(config),
         rules=config.data.preferences,
-        pair_only=config.stage == "dpo",
+        pair_only=config.traits.examples == "pairs",
         seed=config.seed,
     )
 

@@ -111,7 +111,7 @@ def build_model(config: Config, topology: Topology, *, portable: bool | None = N
 def _chunk(
     config: Config, core: TransformerConfig, topology: Topology, *, virtual_stage: int | None, portable: bool
 ) -> Llama:
-    m, pipeline, scalar = config.model, config.parallel.pipeline, config.stage == "reward"
+    m, pipeline, scalar = config.model, config.parallel.pipeline, config.traits.scalar_head
     stage, last = virtual_stage or 0, config.parallel.virtual_pipeline - 1
     model = Llama(
         config=core,

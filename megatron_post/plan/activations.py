@@ -144,7 +144,7 @@ class Activations:
     def loss(self) -> dict[str, int]:
         """Of the last chunk: the final norm and the head."""
         z = self._sizes
-        if self.config.stage == "reward":
+        if self.config.traits.scalar_head:
             # the portable norm's output in fp32 is what the head reads
             copy = 0 if z.element == FP32 else z.s * z.h * FP32
             return {"norms": self.norm(), "loss": copy + 4 * z.t * FP32}
@@ -161,7 +161,7 @@ class Activations:
     def loss_backward(self) -> int:
         """Needed beyond what is kept while the head's backward pass runs."""
         z = self._sizes
-        if self.config.stage == "reward":
+        if self.config.traits.scalar_head:
             return 2 * z.s * z.h * FP32
         hidden = z.t * z.h * z.element * (2 if z.sequence else 1)
         if self.config.loss.impl == "unfused":
@@ -204,7 +204,7 @@ class Activations:
     def batch(self) -> int:
         """A pack as tensors, which the portable attention wants described token by token."""
         z = self._sizes
-        mine = z.t * (4 * INT64 + 1) + (z.t * FP32 if self.config.stage == "dpo" else 0)
+        mine = z.t * (4 * INT64 + 1) + (z.t * FP32 if self.config.needs_reference else 0)
         return mine + (z.t * INT64 + z.T * (2 * INT64 + 1) if self.layers != "transformer_engine" else 0)
 
     def angles(self) -> int:

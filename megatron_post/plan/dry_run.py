@@ -230,12 +230,12 @@ def _whole_model(config: Config, stages: Sequence[StageReport]) -> int:
     padding of the vocabulary."""
     m, p = config.model, config.parallel
     layers = sum(sum(stage.layers) for stage in stages)
-    copied = layers * 2 * m.hidden_size + m.hidden_size + (m.hidden_size if config.stage == "reward" else 0)
+    copied = layers * 2 * m.hidden_size + m.hidden_size + (m.hidden_size if config.traits.scalar_head else 0)
     sharded = (sum(stage.parameters for stage in stages) - copied) * p.tensor
     tables = sum(chunk.embedding for rank in chunks(config) for chunk in rank)
     tied_elsewhere = m.tie_word_embeddings and p.pipeline * p.virtual_pipeline > 1
-    tables += (not m.tie_word_embeddings or tied_elsewhere) and config.stage != "reward"
+    tables += (not m.tie_word_embeddings or tied_elsewhere) and not config.traits.scalar_head
     multiple = 128 * p.tensor if p.tensor > 1 else 1
     padding = -m.vocab_size % multiple
-    extra = m.vocab_size * m.hidden_size * (tied_elsewhere and config.stage != "reward")
+    extra = m.vocab_size * m.hidden_size * (tied_elsewhere and not config.traits.scalar_head)
     return sharded + copied - tables * padding * m.hidden_size - extra

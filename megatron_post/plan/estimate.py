@@ -250,7 +250,7 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
         found += [{"parallel.sequence": True}]
     if config.precision.fp8:
         found += [{"precision.fp8": None}]
-    if config.stage == "dpo" and config.dpo.reference == "frozen":
+    if config.runs_reference:
         found += [{"dpo.reference": "store"}]
     if config.loss.impl == "unfused":
         found += [{"loss.impl": "fused"}]

@@ -112,7 +112,7 @@ def attention_forward(config: Config, squares: float) -> float:
 def loss_again(config: Config) -> float:
     """Share of the fused loss' logits that its backward pass computes again: those of all chunks but the
     last."""
-    if config.stage == "reward" or config.loss.impl != "fused":
+    if config.traits.scalar_head or config.loss.impl != "fused":
         return 0.0
     tokens = config.data.pack_length // config.parallel.context
     chunk = Activations(config, "transformer_engine", ()).loss_chunk()
@@ -123,7 +123,7 @@ def _head(config: Config, tokens: float, tensor_rank: int) -> tuple[float, float
     """Forward through the output projection of the real vocabulary, and what is computed beyond three times
     that."""
     h, rows = config.model.hidden_size, vocabulary_rows(config)
-    if config.stage == "reward":
+    if config.traits.scalar_head:
         return 2 * tokens * h / config.parallel.tensor, 0.0
     real = min(max(config.model.vocab_size - tensor_rank * rows, 0), rows)
     one = 2 * tokens * h

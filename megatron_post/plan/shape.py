@@ -74,7 +74,7 @@ def head_parameters(config: Config, chunk: Chunk) -> int:
     """Of the output layer, or of the reward model's scalar head. A tied one is a copy only where the
     embedding stands elsewhere."""
     h = config.model.hidden_size
-    if config.stage == "reward":
+    if config.traits.scalar_head:
         return h
     tied = config.model.tie_word_embeddings and chunk.embedding
     return 0 if tied else vocabulary_rows(config) * h
@@ -87,5 +87,5 @@ def model_parameters(config: Config) -> int:
     attention = m.num_attention_heads * m.head_dim
     layer = m.hidden_size * (2 * attention + 2 * kv + 3 * m.ffn_hidden_size + 2)
     embeddings = m.vocab_size * m.hidden_size
-    head = m.hidden_size if config.stage == "reward" else embeddings * (not m.tie_word_embeddings)
+    head = m.hidden_size if config.traits.scalar_head else embeddings * (not m.tie_word_embeddings)
     return m.num_layers * layer + embeddings + m.hidden_size + head

@@ -207,7 +207,7 @@ class Costs:
     def head(self, kind: str) -> PassTime:
         """The last norm, the output projection (never FP8) and the loss."""
         z = self._z
-        if self.config.stage == "reward":
+        if self.config.traits.scalar_head:
             return PassTime(elementwise=self._bytes(4 * z.s * z.h))
         one = self._multiply(z.rows * z.h, fp8=False)
         logits = z.t * z.rows

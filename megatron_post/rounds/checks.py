@@ -9,6 +9,7 @@ from megatron_post.config.data import Source
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
+from megatron_post.config.stages import StageName
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
@@ -17,7 +18,7 @@ from megatron_post.rounds.backends import Request, VllmBackend, prompt_ids
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.round import Round
-from megatron_post.rounds.settings import RoundSettings, StageName
+from megatron_post.rounds.settings import RoundSettings
 from megatron_post.rounds.verifier import ExactMatch
 
 _HEADER = 16  # tokens of a message around its text, at most

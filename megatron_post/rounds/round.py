@@ -14,6 +14,7 @@ from megatron_post.config.load import parse, read_tree, to_yaml, validate
 from megatron_post.config.overrides import merged
 from megatron_post.config.references import escaped
 from megatron_post.config.schema import Config
+from megatron_post.config.stages import StageName
 from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
@@ -34,7 +35,7 @@ from megatron_post.rounds.select import (
     candidates,
     select,
 )
-from megatron_post.rounds.settings import RoundSettings, StageFile, StageName
+from megatron_post.rounds.settings import RoundSettings, StageFile
 from megatron_post.storage.files import write_json, write_pieces, write_whole
 from megatron_post.storage.reading import read_object
 

@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 
 from megatron_post.config.load import to_yaml
+from megatron_post.config.stages import StageName
 from megatron_post.convert.configs import read_model
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.checks import check_backend, check_files, check_models
 from megatron_post.rounds.failures import failures_of
 from megatron_post.rounds.generate import take_gpus
 from megatron_post.rounds.ranks import run_on_ranks
-from megatron_post.rounds.settings import RoundSettings, StageName, load_round
+from megatron_post.rounds.settings import RoundSettings, load_round
 from megatron_post.rounds.state import State, alone
 from megatron_post.rounds.steps import Step, all_steps
 from megatron_post.storage.files import write_whole

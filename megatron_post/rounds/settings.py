@@ -15,9 +15,6 @@ from megatron_post.rounds.backends import BackendSettings, Sampling, ServerBacke
 from megatron_post.rounds.merge import Method
 from megatron_post.rounds.select import SELECTION_NEEDS, Selection
 
-StageName = Literal["reward", "sft", "dpo"]
-
-
 _NEEDS = (
     Needs("generate.collected_samples", "start.preferences", ((),)),
     Needs("generate.collected_samples", "start.reward", (None,)),

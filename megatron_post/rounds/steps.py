@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_post.config.stages import StageName
 from megatron_post.rounds.backends import gpus_of
 from megatron_post.rounds.round import Round
-from megatron_post.rounds.settings import RoundSettings, StageName
+from megatron_post.rounds.settings import RoundSettings
 
 # `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
 _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"

@@ -1,6 +1,6 @@
 """The protocol of a stage. A stage is a small object that satisfies it, and not a subclass."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,14 +13,6 @@ Metrics = dict[str, tuple[Tensor, Tensor]]
 
 class Stage(Protocol):
     """A post-training method."""
-
-    @property
-    def head(self) -> Literal["lm", "scalar"]:
-        """The model's output: log-probabilities of labels ("lm"), or a score per token ("scalar")."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss needs the log-probabilities of a reference policy."""
 
     def collate(self, pack: Pack) -> PackedBatch:
         """The tensors of a pack, with its labels and a mask of the trained ones."""

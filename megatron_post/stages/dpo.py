@@ -1,7 +1,6 @@
 """Direct preference optimisation on packed pairs, with a reference's log-probabilities of the same tokens."""
 
 import dataclasses
-from typing import Literal
 
 import torch
 from megatron_post_kernels.dpo_loss import dpo_loss
@@ -21,8 +20,6 @@ class DPO:
     The count is the number of pairs.
     """
 
-    head: Literal["lm"] = "lm"
-
     def __init__(self, settings: DPOConfig, sums: SegmentSums) -> None:
         self._sums = sums
         self._settings = DPOSettings(
@@ -34,7 +31,6 @@ class DPO:
             nll_per_token=settings.nll_normalization == "per_token",
         )
         self._trained_roles = role_numbers(settings.trained_roles)
-        self.needs_reference = settings.needs_reference
 
     def collate(self, pack: Pack) -> PackedBatch:
         """Tensors of a pack with its pairs.

@@ -1,7 +1,6 @@
 """The reward model: it ranks the responses of an example by a score at each response's last token."""
 
 import dataclasses
-from typing import Literal
 
 import torch
 from megatron_post_kernels.ranking_loss import ranking_loss
@@ -19,9 +18,6 @@ class Reward:
 
     So an example with three responses has the same weight as one with two.
     """
-
-    head: Literal["scalar"] = "scalar"
-    needs_reference = False
 
     def __init__(self, settings: RewardConfig, sums: SegmentSums) -> None:
         self._layout, self._sums = settings.layout, sums

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the tokens of the trained roles. Prompts are masked."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +16,6 @@ class SFT:
 
     By default these are bodies and terminators, so that it learns to stop.
     """
-
-    head: Literal["lm"] = "lm"
-    needs_reference = False
 
     def __init__(self, trained_roles: Iterable[RoleName]) -> None:
         self._trained_roles = role_numbers(trained_roles)

@@ -14,10 +14,10 @@ def check_weights(directory: Path, stored: dict[str, Any], config: Config) -> No
     stored: the `state` of the checkpoint's manifest.
     """
     wrong = differences(config.model, read_model(directory))
-    if stored["scalar_head"] != (config.stage == "reward"):
+    if stored["scalar_head"] != config.traits.scalar_head:
         kind = "a reward model's" if stored["scalar_head"] else "a language model's"
         wrong.append(f"stage={config.stage}, and the weights are {kind}")
-    if config.stage == "dpo" and config.dpo.needs_reference and config.model.init_from is None:
+    if config.needs_reference and config.model.init_from is None:
         wrong.append("the reference needs model.init_from, the directory that was converted")
     if wrong:
         raise ValueError(f"{directory} cannot start this run:\n  " + "\n  ".join(wrong))

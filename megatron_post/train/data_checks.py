@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_post.config.schema import Config
+from megatron_post.config.settings import flatten
 from megatron_post.data.build import packed_sources
 from megatron_post.data.pack import Pack
 from megatron_post.data.store import PackStore, StoreError
@@ -61,9 +62,8 @@ def _check_trained(config: Config, stage: Stage, store: PackStore) -> None:
     count = min(len(store), config.train.eval_packs) if store.group == "eval" else len(store)
     if any(_is_trained(store.read(number), stage) for number in range(count)):
         return
-    roles = {"sft": config.loss.trained_roles, "dpo": config.dpo.trained_roles}.get(config.stage)
-    key = "loss.trained_roles" if config.stage == "sft" else "dpo.trained_roles"
-    what = "no pair" if roles is None else f"no token with {key}=[{','.join(roles)}]"
+    key = config.traits.trained_roles
+    what = "no pair" if key is None else f"no token with {key}=[{','.join(flatten(config)[key])}]"
     raise StoreError(
         f"store {store.path}/{store.group} has {what} in any of its {count} packs, so there is nothing to "
         f"{'train' if store.group == 'train' else 'evaluate'}; `megatron-post data stats {store.path}` shows "

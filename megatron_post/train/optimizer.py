@@ -64,7 +64,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         overlap_param_gather_with_optimizer_step=o.overlap_param_gather_with_optimizer_step,
     )
     overrides = get_standard_config_overrides(settings)
-    if config.stage == "reward":
+    if config.traits.scalar_head:
         factor = config.reward.head_lr_multiplier
         head = ParamKey(name="*output_layer.weight")
         overrides[head] = ParamGroupOverride(max_lr=o.lr * factor, min_lr=o.min_lr * factor)

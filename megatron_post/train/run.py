@@ -61,7 +61,7 @@ def train(config: Config) -> None:
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     # Opening checks that the weights belong to this model, before any rank joins a process group.
-    open_weights(config.model, seed=config.seed, scalar_head=config.stage == "reward")
+    open_weights(config.model, seed=config.seed, scalar_head=config.traits.scalar_head)
     with StopRequest() as stop, joined_ranks(config) as topology:
         check_trained(config, make_stage(config, topology), [train_store, held_out], topology)
         start_from = config.model.init_from
@@ -281,7 +281,7 @@ def build_trainer(
 def load_model(config: Config, topology: Topology) -> list[Llama]:
     """Build this rank's model chunks and load the initial weights into them."""
     chunks = build_model(config, topology)
-    weights = open_weights(config.model, seed=config.seed, scalar_head=config.stage == "reward")
+    weights = open_weights(config.model, seed=config.seed, scalar_head=config.traits.scalar_head)
     load_weights(chunks, weights, config.model)
     return chunks
 

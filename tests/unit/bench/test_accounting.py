@@ -44,5 +44,5 @@ def test_responses_see_their_prompt() -> None:
     """
     (pack,) = packs_of([8, 4, 4], [-1, 0, 1], count=1)
     stage = Reward(RewardConfig(layout="isolated"), SegmentSums())
-    found = count_packs([_padded(pack, [6, 4, 4])], stage)
+    found = count_packs([_padded(pack, [6, 4, 4])], stage, scalar_head=True)
     assert found == Counts(16, 14, 2, 1, Load(14, 164), Load(16, 192))

@@ -68,7 +68,7 @@ def test_names() -> None:
 
 
 def test_junk_takes_no_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     for text in ("://a:" * 40_000, "eyJ-" * 40_000, "?key" * 40_000, "api_key:" * 20_000, "a" * 200_000):
         redact(text, [KEY])
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5

@@ -59,7 +59,7 @@ def _peak(config: Config, packs: list[Pack], topology: Topology) -> int:
     with Tracker() as tracker:
         stage = make_stage(config, topology)
         models = build_model(config, topology, portable=True)
-        frozen = stage.needs_reference and config.dpo.reference == "frozen"
+        frozen = config.runs_reference
         reference = build_model(config, topology, portable=True) if frozen else None
         for model in (*models, *(reference or ())):
             for parameter in model.parameters():
