@@ -38,7 +38,7 @@ def _layer_errors(config: "Config") -> list[str]:
         return []
     return [
         f"{key}={_text(value)} needs Transformer Engine's {part}, and {other}; set {key}={_text(off)}"
-        for key, value, off in _on(config)
+        for key, value, off in switches_on(config)
         if part == "layers" or key in _OF_ATTENTION
     ]
 
@@ -120,11 +120,12 @@ def switch_machine_errors(
         return []
     missing = "a GPU" if not has_gpu else f"Transformer Engine (install it: {install_command('cuda')})"
     return [
-        f"{key}={_text(value)} needs {missing}; set {key}={_text(off)}" for key, value, off in _on(config)
+        f"{key}={_text(value)} needs {missing}; set {key}={_text(off)}"
+        for key, value, off in switches_on(config)
     ]
 
 
-def _on(config: "Config") -> list[tuple[str, Any, Any]]:
+def switches_on(config: "Config") -> list[tuple[str, Any, Any]]:
     """(key, value, value that switches it off) of the switches of Transformer Engine that are on."""
     found = []
     for key in _OF_TRANSFORMER_ENGINE:

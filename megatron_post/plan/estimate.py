@@ -15,6 +15,7 @@ from megatron_post.config.layout import (
 )
 from megatron_post.config.load import raise_for
 from megatron_post.config.schema import Config
+from megatron_post.config.switches import switches_on
 from megatron_post.plan.activations import Layers, Segment
 from megatron_post.plan.flops import Load, step_flops
 from megatron_post.plan.hardware import GIB, GPU
@@ -254,7 +255,7 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
         found += [{"dpo.reference": "store"}]
     if config.loss.impl == "unfused":
         found += [{"loss.impl": "fused"}]
-    return found
+    return found + [{key: off} for key, _, off in switches_on(config)]
 
 
 def verdict(plan: Plan, *, search: bool = True) -> str:

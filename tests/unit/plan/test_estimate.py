@@ -1,5 +1,6 @@
 """Verdicts that help, the search, and the page."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
             assert changed(config, change) == other.config
     fixed = changed(config, {"recompute.mode": "full"})
     assert fixed is not None and "fits" in verdict(make_plan(fixed, gpus=512, gpu=H100))
+
+
+def test_a_switch_that_takes_too_much_is_named() -> None:
+    """405B's twelve user buffers of 16,384 tokens are 16,384^2 x 24 bytes: 6 GiB, which this GPU lacks."""
+    parallel = BIG | {"tp_comm_overlap": True}
+    sections: dict[str, Any] = {
+        "recompute": {"mode": "full"},
+        "train": {"steps": 1, "global_batch": 16},
+    }
+    config = llama_config("llama3.1_405b", parallel, pack_length=131072, **sections)
+    total = make_plan(config, gpus=512, gpu=H100).fullest.total
+    plan = make_plan(config, gpus=512, gpu=dataclasses.replace(H100, memory=total - 1))
+    (other,) = [o for change, o in single_changes(plan) if change == {"parallel.tp_comm_overlap": False}]
+    assert total - other.fullest.total == 6 * GIB
+    assert "  parallel.tp_comm_overlap=false fits" in verdict(plan)
 
 
 def test_fp8_that_the_gpu_does_not_have() -> None:
