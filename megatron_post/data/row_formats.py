@@ -20,7 +20,7 @@ from typing import Any
 from megatron_post.config.data import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
 from megatron_post.data.row_columns import Columns, check_columns
-from megatron_post.data.row_keys import KeyCounts, Keys, text_of
+from megatron_post.data.row_keys import KeyCounts, Keys, as_list, text_of
 from megatron_post.data.row_messages import Said, read_messages
 from megatron_post.data.row_preferences import (
     from_preference,
@@ -183,6 +183,7 @@ def _message_columns(row: Keys) -> list[str]:
 
 
 def _holds_messages(value: Any) -> bool:
+    value = as_list(value)
     return (
         isinstance(value, list)
         and bool(value)

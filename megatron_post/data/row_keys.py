@@ -117,6 +117,19 @@ def from_json(value: Any, name: str) -> Any:
         raise BadRow(f"{name} are not JSON: {error}") from None
 
 
+def as_list(value: Any) -> Any:
+    """The list of mappings that `datasets` gives as a mapping of lists, for features of type `Sequence`.
+
+    Other values as they are.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(inner, list) for inner in value.values()):
+        return value
+    lengths = {len(inner) for inner in value.values()}
+    if len(lengths) != 1:
+        return value
+    return [dict(zip(value, inner, strict=True)) for inner in zip(*value.values(), strict=True)]
+
+
 def messages_in(text: str) -> list[Any] | None:
     """The messages whose JSON a text is, in which each has a role and a content; None for another text."""
     if not text.lstrip().startswith("[") or not ('"role"' in text or '"from"' in text):

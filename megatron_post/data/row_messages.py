@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_post.config.data import Reasoning
 from megatron_post.data.dialog import BadRow, Message
-from megatron_post.data.row_keys import Keys, from_json, is_blank, text_of
+from megatron_post.data.row_keys import Keys, as_list, from_json, is_blank, text_of
 from megatron_post.data.row_labels import refuse_label
 from megatron_post.data.row_marks import message_mark, words_of
 from megatron_post.data.row_tools import calls_in, calls_of
@@ -46,7 +46,7 @@ def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Sa
 
     raw: a list of messages, or its JSON text; name: its key. Raises `BadRow`.
     """
-    raw = from_json(raw, name) if isinstance(raw, str) else raw
+    raw = as_list(from_json(raw, name) if isinstance(raw, str) else raw)
     if not isinstance(raw, list) or not raw:
         raise BadRow(f"{name} must be a list that is not empty, not {raw!r:.80}")
     found = [_keys_of(message, number, row) for number, message in enumerate(raw, start=1)]
@@ -122,7 +122,7 @@ def _reasoning(keys: Keys, number: int, rule: Reasoning) -> str:
 
 def _content(keys: Keys, number: int, role: str, reasoning: Reasoning) -> tuple[str, str]:
     """The text and the reasoning of a content, which is a text or OpenAI's list of parts."""
-    content = keys.one_of("content", "value")
+    content = as_list(keys.one_of("content", "value"))
     if content is None and role != "assistant":
         raise BadRow(f"message {number} from {role} has no content")
     if isinstance(content, str):

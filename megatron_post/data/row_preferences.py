@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_post.data.dialog import BadRow, Message, Preference
 from megatron_post.data.row_columns import Columns
-from megatron_post.data.row_keys import Keys, from_json, messages_in, text_of
+from megatron_post.data.row_keys import Keys, as_list, from_json, messages_in, text_of
 from megatron_post.data.row_messages import Said
 from megatron_post.data.row_tools import tools_of
 
@@ -47,6 +47,7 @@ def turns_of(value: Any, role: str) -> list[Any]:
         return turns[:-1] if opens_response else turns
     if isinstance(value, str):
         return messages_in(value) or [{"role": role, "content": value}]
+    value = as_list(value)
     if isinstance(value, dict) and ("role" in value or "from" in value):
         return [value]
     if not isinstance(value, list):
@@ -56,7 +57,7 @@ def turns_of(value: Any, role: str) -> list[Any]:
 
 def history_of(value: Any) -> list[Any]:
     """Earlier turns: messages, or pairs of a question and its answer. Raises `BadRow`."""
-    turns = from_json(value, "history") or []
+    turns = as_list(from_json(value, "history")) or []
     if not isinstance(turns, list):
         raise BadRow(f"history must be a list, not {turns!r:.80}")
     messages: list[Any] = []

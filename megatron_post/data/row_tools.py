@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_post.data.dialog import CODE_INTERPRETER, BadRow, ToolCall
-from megatron_post.data.row_keys import Keys, from_json, is_blank
+from megatron_post.data.row_keys import Keys, as_list, from_json
 
 
 def tools_of(row: Keys, mapped: Any = None) -> tuple[dict[str, Any], ...]:
@@ -36,7 +36,7 @@ def calls_of(message: Keys) -> tuple[ToolCall, ...]:
 
 def calls_in(raw: Any, message: Keys) -> tuple[ToolCall, ...]:
     """Calls in a list of them, in one, or in the JSON text of either. Raises `BadRow`."""
-    raw = from_json(raw, "tool calls")
+    raw = as_list(from_json(raw, "tool calls"))
     calls = raw if isinstance(raw, list) else [] if raw is None else [raw]
     return tuple(_call(_read(call, "tool calls"), message) for call in calls)
 
@@ -52,7 +52,7 @@ def _call(call: Any, message: Keys) -> ToolCall:
     if (kind := keys.get("type")) not in (None, "function"):
         raise BadRow(f"a tool call of type {kind!r} cannot be written; only functions can be called")
     name, arguments = inner.get("name"), inner.one_of("arguments", "parameters")
-    arguments = {} if is_blank(arguments) else arguments
+    arguments = {} if arguments in (None, "", [], {}) else arguments
     if name == CODE_INTERPRETER and isinstance(arguments, str) and not arguments.lstrip().startswith("{"):
         return ToolCall(name, {"code": arguments})
     return ToolCall(name, ToolCall("" if name == CODE_INTERPRETER else name, arguments).parameters)
@@ -64,7 +64,7 @@ def _read(value: Any, name: str) -> Any:
 
 
 def _list(value: Any, name: str) -> list[dict[str, Any]]:
-    tools = from_json(value, name)
+    tools = as_list(from_json(value, name))
     tools = [] if tools is None else tools
     tools = [_read(tool, name) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

@@ -168,6 +168,27 @@ def test_arrow_and_json_lines_give_the_same_tokens(tmp_path: Path, suffix: str) 
         assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.roles.tolist() == theirs.roles.tolist()
 
 
+@pytest.mark.parametrize("name", ["messages", "dialog"])
+def test_a_sequence_of_mappings_is_a_list(tmp_path: Path, name: str) -> None:
+    """`datasets` gives features of type `Sequence` as a mapping of lists."""
+    text = datasets.Value("string")
+    part = datasets.Sequence({"type": text, "text": text})
+    message = {"role": text, "content": part, "weight": datasets.Value("float32")}
+    tools = datasets.Sequence({"type": text, "function": {"name": text}})
+    features = datasets.Features({name: datasets.Sequence(message), "tools": tools})
+    contents = [{"type": ["text"], "text": [word]} for word in ("a", "b", "c", "d")]
+    roles, weights = ["user", "assistant"] * 2, [None, 0.0, None, 1.0]
+    said = {"role": roles, "content": contents, "weight": weights}
+    row = {name: said, "tools": {"type": ["function"], "function": [{"name": "f"}]}}
+    table = datasets.Dataset.from_list([row], features=features)
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert isinstance(table[0][name], dict)
+    ((_, dialog),) = read_rows(Source(name="s", path=str(tmp_path / "rows.parquet")), bad_rows=BadRows())
+    assert isinstance(dialog, Dialog) and dialog.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert [message.content for message in dialog.messages] == ["a", "b", "c", "d"]
+    assert [message.trained for message in dialog.messages[1::2]] == [False, True]
+
+
 @pytest.mark.parametrize("arguments", ['{"a": null, "b": [null]}', {"a": None, "b": [None]}])
 def test_a_null_of_json_stays(tmp_path: Path, arguments: Any) -> None:
     """In a text of JSON in any source, and in JSON Lines."""
