@@ -15,31 +15,12 @@ _GOOD_IF_TRUE = {
     *("thumbs_up", "liked", "preferred", "positive", "safe"),
 }
 _BAD_IF_TRUE = {
-    *(
-        "bad",
-        "rejected",
-        "undesirable",
-        "incorrect",
-        "wrong",
-        "downvoted",
-        "thumbs_down",
-        "disliked",
-        "unsafe",
-    ),
+    *("bad", "rejected", "undesirable", "incorrect", "wrong", "downvoted", "thumbs_down", "disliked"),
+    "unsafe",
 }
 _GOOD = {
-    "true",
-    "t",
-    "yes",
-    "y",
-    "good",
-    "desirable",
-    "chosen",
-    "accepted",
-    "correct",
-    "positive",
-    "like",
-    "up",
+    *("true", "t", "yes", "y", "good", "desirable", "chosen", "accepted", "correct", "positive"),
+    *("like", "up"),
 }
 _BAD = {
     *("false", "f", "no", "n", "bad", "undesirable", "rejected", "incorrect", "wrong", "negative", "unsafe"),

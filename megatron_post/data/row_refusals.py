@@ -21,19 +21,12 @@ _TEMPLATES = dict.fromkeys(
 )
 # Of the prompt, beside a form that has another name for it; often the same text once more.
 _ASKED = (
-    "prompt",
-    "query",
-    "question",
-    "instruction",
-    "input",
-    "context",
-    "contexts",
-    "passage",
-    "documents",
+    *("prompt", "query", "question", "instruction", "input", "context", "contexts", "passage", "documents"),
 )
 _REASONING = dict.fromkeys(REASONING, "put it into its message, or leave it out with data.reasoning=drop")
 
-# Of chat templates: Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS, Command.
+# Of chat templates: Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS, Command,
+# Granite, InternLM, OpenChat, OpenAssistant.
 _MARKERS = (
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<|python_tag|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
@@ -41,24 +34,37 @@ _MARKERS = (
     *("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<｜User｜>", "<｜Assistant｜>"),
     *("<|start|>", "<|channel|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
+    *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    *("<|start_of_role|>", "<|end_of_role|>", "<|User|>", "<|Bot|>", "<|end_of_turn|>", "<|prompter|>"),
 )
 # Llama 2's <s> and </s> are tags of HTML as well, but not around a whole text.
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)) + r"|\A\s*<s>|</s>\s*\Z")
-# A transcript: HH-RLHF's turns, a cue at the end, or the two headings of Alpaca's and Vicuna's prompts.
-_TURN = re.compile(r"\n\n\s*(?:Human|Assistant):|\n\s*(?:Assistant|AI|Bot):\s*\Z")
+# A transcript: HH-RLHF's turns, or the two headings of Alpaca's and Vicuna's prompts.
+_TURN = re.compile(r"\n\n\s*(?:Human|Assistant):")
 _HEADINGS = re.compile(
     r"#{2,}\s*(?:Human|User|Instruction)\s*:.*#{2,}\s*(?:Assistant|Response|GPT)\s*:", re.DOTALL
 )
 # Lines of both sides. An assistant may be asked to write such, so this is of prompts alone.
-_SIDES = re.compile(r"\A\s*(?:Human|User):.*\n\s*(?:Assistant|AI|Bot):", re.DOTALL)
+_SIDES = re.compile(r"\A\s*(?:Human|HUMAN|User|USER):.*\n\s*(?:Assistant|ASSISTANT|AI|Bot):", re.DOTALL)
+# A cue at the end, in a line of its own or after who asks, and a response that begins with it.
+_CUE = re.compile(r"(\n\s*)?\[?(?:Assistant|ASSISTANT|AI|Bot)\]?\s*:\Z|#{2,}\s*(?:Response|Assistant)\s*:?\Z")
+_ASKS = re.compile(r"\b(?:Human|HUMAN|User|USER)\]?\s*:")
+_ANSWERS = re.compile(r"\A\s*(?:Assistant|ASSISTANT)\s*:")
 
 
 def template_mark(text: str, *, role: str) -> str | None:
     """What shows that the text of a role has been templated before; None where nothing does."""
     if role != "ipython" and messages_in(text):
         return "messages as JSON"
-    if ":" not in text and "<" not in text and "INST]" not in text:  # as in many texts
+    if not any(mark in text for mark in (":", "<", "[", "##")):  # as in many texts
         return None
+    for pattern in (_MARKER, _TURN, _HEADINGS, _ANSWERS if role == "assistant" else _SIDES):
+        if found := pattern.search(text):
+            return found[0].strip().partition(":")[0] + (":" if ":" in found[0] else "")
+    cue = _CUE.search(text.rstrip()[-40:])
+    if cue and (cue[1] or cue[0].startswith("#") or _ASKS.search(text)):
+        return cue[0].strip()
+    return None
     for pattern in (_MARKER, _TURN, _HEADINGS, *(() if role == "assistant" else (_SIDES,))):
         if found := pattern.search(text):
             return found[0].strip().partition(":")[0] + (":" if ":" in found[0] else "")

@@ -356,6 +356,12 @@ def test_columns_leave_out_nothing_that_matters(tmp_path: Path, key: str) -> Non
         "Be kind.\n\nHuman: Sky?\n\nAssistant: Blue.",
         "### Human: Sky?### Assistant:",
         "Below is an instruction.\n\n### Instruction:\nSky?\n\n### Response:",
+        "Sky?\n\n### Response:",
+        "A curious user and an assistant. USER: Sky? ASSISTANT:",
+        "[Human]: Sky?\n[Assistant]:",
+        "GPT4 Correct User: Sky?<|end_of_turn|>GPT4 Correct Assistant:",
+        "[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT]Sky?",
+        "<|start_of_role|>user<|end_of_role|>Sky?",
     ],
 )
 def test_templated_texts_are_refused_unless_the_source_keeps_them(tmp_path: Path, text: str) -> None:
@@ -382,8 +388,22 @@ def test_a_transcript_in_which_the_assistant_speaks_twice_is_refused(tmp_path: P
     )
 
 
-def test_texts_that_only_look_like_templates_are_read(tmp_path: Path) -> None:
-    text = "#### 4 <<2+2=4>>\n<s>old</s> f <| x |> g; our\nAssistant: Ann\n### Response: none"
+def test_a_response_that_begins_as_a_transcripts_is_refused_and_a_prompt_is_not(tmp_path: Path) -> None:
+    text = "Assistant: Blue."
+    assert "holds 'Assistant:'" in reason(tmp_path, {"prompt": "Sky?", "completion": text})
+    assert read(tmp_path, {"prompt": text, "completion": "Hm?"})[1] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#### 4 <<2+2=4>>\n<s>old</s> f <| x |> g; our\nAssistant: Ann\n### Response: none",
+        "Mend this job offer for an Assistant:",
+        "What does this mean?\n\nUser: none; AI: off",
+        "Which of the two is the response:",
+    ],
+)
+def test_texts_that_only_look_like_templates_are_read(tmp_path: Path, text: str) -> None:
     assert len(read(tmp_path, {"prompt": text, "completion": text})[0]) == 1
 
 
