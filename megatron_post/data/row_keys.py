@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_post.data.dialog import BadRow
 
@@ -87,6 +87,8 @@ class KeyCounts:
     unused: rows by key. columns: whether a row had the column, for those that a row may lack.
     """
 
+    MOST_NAMED: ClassVar[int] = 50
+
     unused: Counter[str] = field(default_factory=Counter)
     columns: dict[str, bool] = field(default_factory=dict)
 
@@ -94,9 +96,11 @@ class KeyCounts:
         """Lines for people, none where there is nothing to say."""
         lines = []
         if self.unused:
-            counted = self.unused.most_common()
-            named = [f"{key} ({count:,} row{'s' * (count > 1)})" for key, count in counted]
-            lines.append(f"keys not used: {', '.join(named)}")
+            counted = self.unused.most_common(self.MOST_NAMED)
+            named = [f"{key:.80} ({count:,} row{'s' * (count > 1)})" for key, count in counted]
+            others = len(self.unused) - len(named)
+            more = f", and {others:,} others" if others else ""
+            lines.append(f"keys not used: {', '.join(named)}{more}")
         if missing := [name for name, seen in self.columns.items() if not seen]:
             lines.append(f"columns that no row has: {', '.join(missing)}")
         return lines

@@ -436,6 +436,16 @@ def test_every_other_key_is_counted_once_a_row(tmp_path: Path) -> None:
     assert read(tmp_path, rows[2], ignore=["id", "name"])[1] == []
 
 
+def test_a_list_of_keys_has_an_end(tmp_path: Path) -> None:
+    """Rows of generated names would fill the terminal."""
+    rows = [{"messages": TURNS, "id": 1, f"{i}-{'x' * 999}": 1} for i in range(80)]
+    _, (said,) = read(tmp_path, *rows)
+    assert said.startswith("keys not used: id (80 rows), 0-xxx") and said.endswith(
+        "xxx (1 row), and 31 others"
+    )
+    assert len(said) < 50 * 100
+
+
 def test_the_examples_of_the_documentation_are_read(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs/rows.md").read_text()
     rows = [json.loads(line) for line in text.split("```json\n")[1].split("```")[0].splitlines()]
