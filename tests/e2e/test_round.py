@@ -17,7 +17,7 @@ from megatron_post.config.load import load_config
 from megatron_post.convert.configs import read_model
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.launch.chain import load_chain
-from megatron_post.rounds import round as round_module
+from megatron_post.rounds import run as run_module
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.run import run_rounds, state_of
 from megatron_post.rounds.settings import load_round
@@ -237,7 +237,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (["select.verifier=null"], "the first reward model has no data"),
         (["start.policy=/nowhere"], "start.policy=/nowhere: no such directory"),
         (["round=3"], "round: unknown key"),
-        (["ranks=3"], r"stages.reward on ranks=3: .*global_batch=1"),
+        (["ranks=3"], r"stages.sft on ranks=3: .*global_batch=1"),
         (["average.method=slerp", "average.weights.policy=1"], "slerp merges two models, not 3"),
         (["average.weights.sft=0"], r"average.weights.sft: .*greater than 0"),
         (["generate.sampling.seed=3"], "a round draws by its own `seed`"),
@@ -265,7 +265,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not (tmp_path / "round" / "run").exists()
     with pytest.raises(ValueError, match=r"'round-01/rest' \(did you mean 'round-01/report'\?\); steps are"):
         run_rounds(config, console=console, only="round-01/rest")
-    monkeypatch.setattr(round_module, "rank_from_environment", lambda: (1, 2, 1))
+    monkeypatch.setattr(run_module, "rank_from_environment", lambda: (1, 2, 1))
     for options, message in (
         ({}, "give --only and one of round-01/collect, round-01/generate, round-01/choose;"),
         ({"only": "round-01/select"}, "several ranks share the drawing of one step"),
