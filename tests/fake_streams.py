@@ -47,7 +47,7 @@ class FakeStream:
     """Its own work runs in order."""
 
     def __init__(self, device: "FakeDevice", *_: Any, **__: Any) -> None:
-        self._device = device
+        self._device, self.speed = device, device.draw_speed()
         self.queue: list[FakeEvent | Work] = []  # an event here is waited for
         device.streams.append(self)
 
@@ -86,6 +86,10 @@ class FakeDevice:
         self._default = FakeStream(self)
         self._local = threading.local()  # each thread has a current stream of its own, as in torch
 
+    def draw_speed(self) -> float:
+        """How often a stream is chosen among others: one may lag far behind."""
+        return self._random.choice((1.0, 0.3, 0.02))
+
     @property
     def current(self) -> FakeStream:
         return getattr(self._local, "stream", self._default)
@@ -100,28 +104,28 @@ class FakeDevice:
             self._local.stream = outer
 
     def run_some(self) -> None:
-        """What a device may have done by now: nothing, all, or anything between."""
+        """What a device may have done by now: nothing, much, or anything between."""
         with self.lock:
-            for _ in range(self._random.choice((0, 0, 0, 1, 3, 1000))):
-                if not self._run_one():
-                    return
+            speeds = [stream.speed for stream in self.streams]
+            for _ in range(self._random.choice((0, 0, 1, 2, 4, 8, 30))):
+                self._run_first(*self._random.choices(self.streams, speeds))
 
     def run_until(self, done: Callable[[], bool]) -> None:
         with self.lock:
             while not done():
-                assert self._run_one(), "the streams wait for each other"
+                ready = [stream for stream in self.streams if stream.queue and _can_run(stream.queue[0])]
+                assert ready, "the streams wait for each other"
+                self._run_first(self._random.choice(ready))
 
     def synchronize(self, *_: Any) -> None:
         self.run_until(lambda: not any(stream.queue for stream in self.streams))
 
-    def _run_one(self) -> bool:
-        ready = [stream for stream in self.streams if stream.queue and _can_run(stream.queue[0])]
-        if not ready:
-            return False
-        first = self._random.choice(ready).queue.pop(0)
-        if not isinstance(first, FakeEvent):
-            first()
-        return True
+    def _run_first(self, stream: FakeStream) -> None:
+        """The first work of a stream, if there is any and it waits for nothing."""
+        if stream.queue and _can_run(stream.queue[0]):
+            first = stream.queue.pop(0)
+            if not isinstance(first, FakeEvent):
+                first()
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Launch a copy of the same type and shape on the current stream."""

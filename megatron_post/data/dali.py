@@ -29,6 +29,7 @@ class DaliLoader:
     def __init__(self, loader: PackLoader, *, device_id: int | None = None, prefetch: int = 2) -> None:
         self._loader = loader
         self._device_id = device_id
+        self._held: tuple[Any, torch.cuda.Event] | None = None
         self._inside: deque[Pack] = deque()  # packs that the pipeline has taken and not given back yet
         self._pipeline = _pipeline(
             _import_dali(), _feed(loader, self._inside), device_id=device_id, prefetch=prefetch
@@ -51,12 +52,21 @@ class DaliLoader:
         self._loader.close()
 
     def _next_pack(self) -> Pack:
-        # on the stream that copies them, so that DALI fills a buffer again only behind that copy. Without a
-        # stream the buffer is free as soon as the host lets go of it, when the copy may not have begun
-        stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
-        outputs = self._pipeline.run(stream)
+        outputs = self._pipeline.run()
         moved = {name: self._hand_over(output) for name, output in zip(_MOVED, outputs, strict=True)}
+        if self._device_id is not None:
+            self._hold(outputs)
         return dataclasses.replace(self._inside.popleft(), **moved)
+
+    def _hold(self, outputs: Any) -> None:
+        """Keep a pack's buffers until the copies of them have run, which is waited for at the next pack.
+
+        DALI fills a buffer again once nothing holds it, and the copies are only queued by then.
+        """
+        held = (outputs, torch.cuda.current_stream(self._device_id).record_event())
+        if self._held is not None:
+            self._held[1].synchronize()
+        self._held = held
 
     def _hand_over(self, output: Any) -> Any:
         """A copy, since DALI uses its buffers again."""
@@ -73,9 +83,9 @@ def _import_dali() -> ModuleType:
             f"data.backend=dali needs NVIDIA DALI: {error}; install it ({install_command('dali')}), or set "
             "data.backend=torch"
         ) from error
-    if "cuda_stream" not in inspect.signature(nvidia.dali.Pipeline.run).parameters:
+    if "exec_dynamic" not in inspect.signature(nvidia.dali.Pipeline).parameters:
         raise ValueError(
-            f"data.backend=dali: NVIDIA DALI {nvidia.dali.__version__} cannot give a batch on a CUDA stream; "
+            f"data.backend=dali: NVIDIA DALI {nvidia.dali.__version__} cannot leave a batch to who holds it; "
             f"install 1.53 or later ({install_command('dali')}), or set data.backend=torch"
         )
     return nvidia.dali

@@ -1,9 +1,8 @@
 """DALI on a GPU gives the plain loader's packs however the GPU orders its work, by stand-ins for both.
 
 The stand-in for DALI has the default execution model of DALI 2.4, by its sources and docstrings. It copies
-packs ahead into buffers of a pool, on a stream of its own. Where outputs are bound to a stream, that stream
-waits for them, and their buffer is free behind the work that the stream has when nothing holds them any more.
-Where they are bound to none, the host waits for them, and their buffer is free at once.
+packs ahead into buffers of a pool, on a stream of its own. The host waits until a pack has been copied, and
+its buffers are free as soon as nothing holds them.
 """
 
 import sys
@@ -36,10 +35,13 @@ class _Node:
 class _Pipeline:
     """NVIDIA DALI's `Pipeline`, as far as the loader uses it."""
 
-    def __init__(self, device: FakeDevice, *, prefetch_queue_depth: int, binds: bool, **_: Any) -> None:
-        self._own, self._depth, self._binds = FakeStream(device), prefetch_queue_depth, binds
+    def __init__(
+        self, device: FakeDevice, *, prefetch_queue_depth: int, exec_dynamic: bool, **_: Any
+    ) -> None:
+        assert exec_dynamic  # other models fill buffers again that are still held
+        self._device, self._own, self._depth = device, FakeStream(device), prefetch_queue_depth
         self._source: Iterator[tuple[list[np.ndarray], ...]] = iter(())
-        self._free: list[tuple[np.ndarray, FakeEvent | None]] = []
+        self._free: list[np.ndarray] = []
         self._ahead: deque[list[tuple[np.ndarray, np.ndarray]]] = deque()
         self._done: deque[FakeEvent] = deque()
 
@@ -60,43 +62,34 @@ class _Pipeline:
     def build(self) -> None:
         pass
 
-    def run(self, cuda_stream: FakeStream | None = None, /) -> list[list[np.ndarray]]:
-        stream = cuda_stream if self._binds else None
+    def run(self) -> list[list[np.ndarray]]:
         while len(self._ahead) <= self._depth:
             self._ahead.append([self._copied(array) for (array,) in next(self._source)])
             self._done.append(self._own.record_event())
         done = self._done.popleft()
-        if stream is None:
-            done.synchronize()
-        else:
-            stream.wait_event(done)
+        self._device.run_until(lambda: done.happened)
         outputs = []
         for buffer, content in self._ahead.popleft():
-            weakref.finalize(content, self._release, buffer, stream).atexit = False
+            weakref.finalize(content, self._free.append, buffer).atexit = False
             outputs.append([content])
             del content
         return outputs
 
     def _copied(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A buffer, and the part of it that will hold the array."""
-        buffer, free = self._free.pop() if self._free else (np.zeros(1024, np.uint8), None)
-        if free is not None:
-            self._own.wait_event(free)
+        buffer = self._free.pop() if self._free else np.zeros(1024, np.uint8)
         held = array.copy()  # to pinned memory, at once
         self._own.launch(lambda: buffer[: held.nbytes].__setitem__(slice(None), held.view(np.uint8)))
         return buffer, buffer[: held.nbytes].view(held.dtype)
 
-    def _release(self, buffer: np.ndarray, stream: FakeStream | None) -> None:
-        self._free.append((buffer, None if stream is None else stream.record_event()))
 
-
-def _install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, *, binds: bool = True) -> None:
-    """The stand-in for `nvidia.dali`. binds: whether outputs are bound to the stream that is named."""
+def _install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
+    """The stand-in for `nvidia.dali`."""
     made: list[_Pipeline] = []
 
     class Pipeline(_Pipeline):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(device, binds=binds, **settings)
+        def __init__(self, *, exec_dynamic: bool, **settings: Any) -> None:
+            super().__init__(device, exec_dynamic=exec_dynamic, **settings)
             made.append(self)
 
     fake = types.ModuleType("nvidia.dali")
@@ -143,22 +136,27 @@ def test_packs_are_right_in_any_order_of_work(
         assert _is_right(store, device)
 
 
-def test_outputs_without_a_stream_are_overwritten(store: PackStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault that the loader had, and that the test above must be able to see."""
+@pytest.mark.parametrize("forgotten", ["_hold", "synchronize"])
+def test_a_buffer_that_is_let_go_too_early_is_overwritten(
+    store: PackStore, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    """The fault that the loader had, and half of its remedy: the test above must see either."""
+    owner = DaliLoader if forgotten == "_hold" else FakeEvent
+    monkeypatch.setattr(owner, forgotten, lambda self, *_: None)
     found = []
     for seed in SEEDS:
         with fake_streams(seed) as device, monkeypatch.context() as patch:
-            _install(patch, device, binds=False)
+            _install(patch, device)
             found.append(_is_right(store, device))
     assert not all(found)
 
 
-def test_a_dali_without_streams_is_refused(store: PackStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_dali_is_refused(store: PackStore, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_streams(0) as device:
         _install(monkeypatch, device)
         fake = sys.modules["nvidia.dali"]
         fake.__version__ = "1.44.0"  # type: ignore[attr-defined]
-        monkeypatch.setattr(fake, "Pipeline", type("Pipeline", (), {"run": lambda self, **inputs: None}))
+        monkeypatch.setattr(fake, "Pipeline", lambda batch_size, num_threads: None)
         loader = PackLoader(store, seed=3, global_batch=4, data_rank=1, data_size=2, consumed_packs=4)
         with loader, pytest.raises(ValueError, match=r"DALI 1\.44\.0 cannot .* 1\.53.*\[dali\]"):
             DaliLoader(loader, device_id=0)
