@@ -1,11 +1,13 @@
-"""`dpo_loss` beside its torch reference, and what it adds to a linear cross-entropy.
+"""Times `dpo_loss` and its torch reference, and what it adds to a linear cross-entropy.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_dpo_loss.py
 
-The first tables: from log-probabilities, responses of 512 tokens. Bytes: forward reads policy, reference and
-mask, backward reads the mask and writes the gradient. What is this small is bound by the launches, of which
-an event's time has its part. The second ones: from hidden states, forward and backward, with a cached
-reference, beside the plain sum of -logp of the same tokens.
+The first tables start from log-probabilities of responses of 512 tokens. The forward pass reads the policy,
+the reference and the mask. The backward pass reads the mask and writes the gradient. Operations of this size
+are bound by their launches, and the time between events includes a part of the launches.
+
+The second tables start from hidden states, with a cached reference. They compare forward and backward with
+the plain sum of -logp of the same tokens.
 """
 
 import functools
@@ -15,7 +17,7 @@ from megatron_post_kernels.dpo_loss import dpo_loss
 from megatron_post_kernels.linear_logprob import linear_logprob
 from megatron_post_kernels.pair_losses import DPOSettings
 from passes import FORWARD, Loss, passes
-from timing import Contender, arguments, copy_roof, heading, interleaved, matmul_roof, print_table
+from timing import Implementation, arguments, copy_roof, heading, interleaved, matmul_roof, print_table
 from torch import Tensor
 
 RESPONSE = 512  # tokens
@@ -23,8 +25,10 @@ SETTINGS = DPOSettings(nll_weight=0.2)
 
 
 def pair_losses(tokens: int, response: int, device: str) -> dict[str, Loss]:
-    """Sum of the loss over pairs of neighbouring responses, of log-probabilities [t], by implementation.
-    Half of a response is trained."""
+    """Functions of log-probabilities [t] that sum the loss over pairs of neighbouring responses, by name.
+
+    Half of each response is trained.
+    """
     cu_seqlens = torch.arange(0, tokens + 1, response, dtype=torch.int32, device=device)
     chosen, rejected = torch.arange(tokens // response, device=device).reshape(-1, 2).T.contiguous()
     trained = torch.arange(tokens, device=device) % response >= response // 2
@@ -44,15 +48,15 @@ def pair_losses(tokens: int, response: int, device: str) -> dict[str, Loss]:
         return terms.loss.sum()
 
     return {
-        "ours": functools.partial(loss, impl="auto"),
+        "megatron-post": functools.partial(loss, impl="auto"),
         "torch eager": functools.partial(loss, impl="torch"),
     }
 
 
 def from_logps(
     tokens: int, response: int, device: str, *, compiled: bool
-) -> tuple[list[Contender], dict[str, float]]:
-    """Contenders, forward alone and with backward, and the bytes of each."""
+) -> tuple[list[Implementation], dict[str, float]]:
+    """Implementations, each without and with its backward pass, and the bytes that each moves."""
     losses = pair_losses(tokens, response, device)
     if compiled:
         losses["torch.compile"] = torch.compile(losses["torch eager"])
@@ -64,8 +68,8 @@ def from_logps(
 
 def from_hidden(
     tokens: int, rows: int, width: int, response: int, device: str
-) -> tuple[list[Contender], dict[str, float]]:
-    """The plain loss and DPO with NLL on top of `linear_logprob`, and the operations that both need."""
+) -> tuple[list[Implementation], dict[str, float]]:
+    """The plain loss and DPO with NLL, both on `linear_logprob`, and the operations that each needs."""
     hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=device, requires_grad=True)
     weight = torch.randn(rows, width, dtype=torch.bfloat16, device=device).div_(width**0.5).requires_grad_()
     labels = torch.randint(0, rows, (tokens,), device=device)
@@ -79,11 +83,11 @@ def from_hidden(
     losses = pair_losses(tokens, response, device)
     field = [
         roof,
-        Contender("sum of -logp", functools.partial(step, lambda logps: -logps.sum())),
-        Contender("DPO + NLL, ours", functools.partial(step, losses["ours"])),
-        Contender("DPO + NLL, torch eager", functools.partial(step, losses["torch eager"])),
+        Implementation("sum of -logp", functools.partial(step, lambda logps: -logps.sum())),
+        Implementation("DPO + NLL, megatron-post", functools.partial(step, losses["megatron-post"])),
+        Implementation("DPO + NLL, torch eager", functools.partial(step, losses["torch eager"])),
     ]
-    work = {contender.name: 6.0 * tokens * rows * width for contender in field}
+    work = {implementation.name: 6.0 * tokens * rows * width for implementation in field}
     return field, work | {roof.name: operations}
 
 
@@ -94,7 +98,7 @@ def main() -> None:
     for tokens in [64] if chosen.tiny else chosen.tokens:
         field, work = from_logps(tokens, response, device, compiled=not chosen.tiny)
         timings = interleaved(field, device=device, rounds=chosen.rounds, seconds=chosen.seconds)
-        title = f"dpo_loss, t {tokens:,}, fp32; forward and backward where not said"
+        title = f"dpo_loss, t {tokens:,}, fp32; forward and backward unless the name says forward"
         print_table(title, timings, work=work, unit="GB/s", roof="copy")
     shapes = [(t, v, h) for h in chosen.hidden for v in chosen.rows for t in chosen.tokens]
     for tokens, rows, width in [(64, 256, 32)] if chosen.tiny else shapes:

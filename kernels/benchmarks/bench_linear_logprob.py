@@ -1,10 +1,10 @@
-"""`linear_logprob` beside torch, torch.compile, F.linear_cross_entropy and Liger-Kernel.
+"""Times `linear_logprob`, torch, torch.compile, F.linear_cross_entropy and Liger-Kernel.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_linear_logprob.py
 
-Forward and backward together. Work: the three matrix multiplications that the task needs, 6 t v h; computing
-the logits again is not work. Memory: beyond hidden and weight, with their gradients ("into main_grad": with
-hidden's alone).
+Times include forward and backward. Work counts the three matrix multiplications that the task needs, 6 t v h.
+Computing the logits again does not count. Memory counts what is allocated beyond hidden and weight. It
+includes their gradients, but "into main_grad" has only hidden's gradient.
 """
 
 import argparse
@@ -14,22 +14,22 @@ from collections.abc import Callable
 
 import torch
 from megatron_post_kernels.linear_logprob import linear_logprob
-from timing import Contender, arguments, heading, interleaved, matmul_roof, print_table
+from timing import Implementation, arguments, heading, interleaved, matmul_roof, print_table
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -logp with softmax in fp32, as trainers without a fused loss compute it."""
+    """Sum of -logp with the softmax in fp32, as trainers without a fused loss compute it."""
     logits = torch.nn.functional.linear(hidden, weight)
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def losses(tiny: bool, main_grad: Tensor) -> dict[str, Loss]:
-    """Sum of -logp by contender."""
+    """Functions that compute the sum of -logp, by name."""
 
-    def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_logprob(hidden, weight, labels).sum()
 
     def one_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -39,15 +39,16 @@ def losses(tiny: bool, main_grad: Tensor) -> dict[str, Loss]:
         return -linear_logprob(hidden, weight, labels, weight_grad=main_grad).sum()
 
     found: dict[str, Loss] = {
-        "ours": ours,
-        "ours, one chunk": one_chunk,
-        "ours, into main_grad": accumulating,
+        "megatron-post": fused,
+        "megatron-post, one chunk": one_chunk,
+        "megatron-post, into main_grad": accumulating,
         "torch eager": eager,
     }
     if not tiny:
-        torch.compiler.reset()  # a shape of its own each time, and no limit on recompilations
+        torch.compiler.reset()  # otherwise a new shape counts towards the limit of recompilations
         found["torch.compile"] = torch.compile(eager, dynamic=False)
-    # without options, which came later than the function, it holds all logits, as "torch eager" does
+    # The options came in a later version than the function. Without them it stores all logits, like "torch
+    # eager".
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["F.linear_cross_entropy"] = functools.partial(
             torch.nn.functional.linear_cross_entropy,
@@ -61,13 +62,13 @@ def losses(tiny: bool, main_grad: Tensor) -> dict[str, Loss]:
     return found
 
 
-def contender(name: str, loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> Contender:
+def implementation(name: str, loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> Implementation:
     def step() -> Tensor:
         value = loss(hidden, weight, labels)
         torch.autograd.grad(value, (hidden, weight), allow_unused=True)
         return value.detach()
 
-    return Contender(name, step)
+    return Implementation(name, step)
 
 
 def measure(tokens: int, rows: int, width: int, chosen: argparse.Namespace) -> None:
@@ -80,7 +81,7 @@ def measure(tokens: int, rows: int, width: int, chosen: argparse.Namespace) -> N
     roof, operations = matmul_roof(min(tokens, 8192), rows, width, device)
     field = [roof]
     for name, loss in losses(chosen.tiny, main_grad).items():
-        field.append(contender(name, loss, hidden, weight, labels))
+        field.append(implementation(name, loss, hidden, weight, labels))
     timings = interleaved(field, device=device, rounds=chosen.rounds, seconds=chosen.seconds)
     work = {c.name: 6.0 * tokens * rows * width for c in field} | {roof.name: operations}
     title = f"linear_logprob, t {tokens:,}, h {width:,}, v/tp {rows:,}, bf16; forward and backward"

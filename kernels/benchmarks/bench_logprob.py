@@ -1,8 +1,8 @@
-"""`logprob` beside torch, torch.compile and Liger-Kernel, from given bf16 logits.
+"""Times `logprob`, torch, torch.compile and Liger-Kernel on given bf16 logits.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_logprob.py
 
-Bytes: the forward pass reads the logits once, forward and backward read them twice and write them once.
+The forward pass reads the logits once. Forward and backward together read them twice and write them once.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from megatron_post_kernels.logprob import logprob
-from timing import Contender, arguments, copy_roof, heading, interleaved, print_table
+from timing import Implementation, arguments, copy_roof, heading, interleaved, print_table
 from torch import Tensor
 
 _FORWARD = ", forward"
@@ -25,10 +25,13 @@ def eager(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def losses(tiny: bool) -> dict[str, Loss]:
-    """-logp [t] by contender."""
-    found: dict[str, Loss] = {"ours": lambda logits, labels: -logprob(logits, labels), "torch eager": eager}
+    """Functions that compute -logp [t], by name."""
+    found: dict[str, Loss] = {
+        "megatron-post": lambda logits, labels: -logprob(logits, labels),
+        "torch eager": eager,
+    }
     if not tiny:
-        torch.compiler.reset()  # a shape of its own each time, and no limit on recompilations
+        torch.compiler.reset()  # otherwise a new shape counts towards the limit of recompilations
         found["torch.compile"] = torch.compile(eager, dynamic=False)
     if importlib.util.find_spec("liger_kernel") is not None:
         from liger_kernel.transformers.functional import liger_cross_entropy
@@ -37,8 +40,11 @@ def losses(tiny: bool) -> dict[str, Loss]:
     return found
 
 
-def contenders(loss: Loss, name: str, logits: Tensor, labels: Tensor) -> list[Contender]:
-    """The forward pass, and both. Losses may overwrite the logits: each step begins with fresh ones."""
+def implementations(loss: Loss, name: str, logits: Tensor, labels: Tensor) -> list[Implementation]:
+    """The forward pass, and forward with backward.
+
+    Losses may overwrite the logits, so each step refills them.
+    """
     upstream = torch.ones(len(labels), device=labels.device)
     leaf = logits.detach().requires_grad_()
 
@@ -54,7 +60,7 @@ def contenders(loss: Loss, name: str, logits: Tensor, labels: Tensor) -> list[Co
         torch.autograd.grad(values, leaf, upstream.to(values.dtype))
         return values.sum()
 
-    return [Contender(name + _FORWARD, forward, refresh), Contender(name, both, refresh)]
+    return [Implementation(name + _FORWARD, forward, refresh), Implementation(name, both, refresh)]
 
 
 def measure(tokens: int, rows: int, chosen: argparse.Namespace) -> None:
@@ -64,10 +70,10 @@ def measure(tokens: int, rows: int, chosen: argparse.Namespace) -> None:
     labels = torch.randint(0, rows, (tokens,), device=chosen.device)
     field = [copy]
     for name, loss in losses(chosen.tiny).items():
-        field += contenders(loss, name, logits, labels)
+        field += implementations(loss, name, logits, labels)
     timings = interleaved(field, device=chosen.device, rounds=chosen.rounds, seconds=chosen.seconds)
     work = {c.name: size if c.name.endswith(_FORWARD) else 3 * size for c in field} | {copy.name: copied}
-    title = f"logprob, t {tokens:,}, v/tp {rows:,}, bf16; forward and backward where not said"
+    title = f"logprob, t {tokens:,}, v/tp {rows:,}, bf16; forward and backward unless the name says forward"
     print_table(title, timings, work=work, unit="GB/s", roof=copy.name)
 
 

@@ -1,9 +1,10 @@
-"""`ranking_loss` beside its torch reference, on examples of 2 and 3 responses of 512 tokens.
+"""Times `ranking_loss` and its torch reference on examples of 2 and 3 responses of 512 tokens.
 
     PYTHONPATH=kernels python kernels/benchmarks/bench_ranking_loss.py
 
-Bytes: forward reads scores and pairs, and writes margins and gradient; backward scales the gradient. A pack
-has few responses: launches are all that this takes, and an event's time has its part of them.
+The forward pass reads scores and pairs, and writes margins and gradient. The backward pass scales the
+gradient. A pack has few responses, so the time is that of the launches, and the time between events includes
+a part of it.
 """
 
 import functools
@@ -11,14 +12,14 @@ import functools
 import torch
 from megatron_post_kernels.ranking_loss import ranking_loss
 from passes import FORWARD, Loss, passes
-from timing import Contender, arguments, copy_roof, heading, interleaved, print_table
+from timing import Implementation, arguments, copy_roof, heading, interleaved, print_table
 from torch import Tensor
 
 RESPONSE = 512  # tokens
 
 
 def examples(responses: int) -> tuple[list[int], list[int], list[float]]:
-    """Better and worse responses and weights of the pairs of examples of 3 and 2 responses in turn."""
+    """Better response, worse response and weight of each pair. Examples have 3 and 2 responses in turn."""
     better, worse, weights = [], [], []
     start, size = 0, 3
     while start + size <= responses:
@@ -31,8 +32,10 @@ def examples(responses: int) -> tuple[list[int], list[int], list[float]]:
     return better, worse, weights
 
 
-def contenders(responses: int, device: str, *, compiled: bool) -> tuple[list[Contender], dict[str, float]]:
-    """Forward alone and with backward, and the bytes of each."""
+def implementations(
+    responses: int, device: str, *, compiled: bool
+) -> tuple[list[Implementation], dict[str, float]]:
+    """Implementations, each without and with its backward pass, and the bytes that each moves."""
     better, worse, weights = (torch.tensor(column, device=device) for column in examples(responses))
     leaf = torch.randn(responses, device=device, requires_grad=True)
 
@@ -40,7 +43,7 @@ def contenders(responses: int, device: str, *, compiled: bool) -> tuple[list[Con
         return ranking_loss(scores, better, worse, weights, impl=impl)[0]  # type: ignore[arg-type]
 
     losses: dict[str, Loss] = {
-        "ours": functools.partial(loss, impl="auto"),
+        "megatron-post": functools.partial(loss, impl="auto"),
         "torch eager": functools.partial(loss, impl="torch"),
     }
     if compiled:
@@ -57,9 +60,11 @@ def main() -> None:
     chosen = arguments(__doc__ or "", tokens=[8192, 32_768, 131_072])
     print(heading(chosen.device))
     for responses in [12] if chosen.tiny else [tokens // RESPONSE for tokens in chosen.tokens]:
-        field, work = contenders(responses, chosen.device, compiled=not chosen.tiny)
+        field, work = implementations(responses, chosen.device, compiled=not chosen.tiny)
         timings = interleaved(field, device=chosen.device, rounds=chosen.rounds, seconds=chosen.seconds)
-        title = f"ranking_loss, {responses:,} responses, fp32; forward and backward where not said"
+        title = (
+            f"ranking_loss, {responses:,} responses, fp32; forward and backward unless the name says forward"
+        )
         print_table(title, timings, work=work, unit="GB/s", roof="copy")
 
 

@@ -1,7 +1,8 @@
-"""What the benchmarks of kernels share: interleaved timing on one GPU, and the table.
+"""Interleaved timing on one GPU and the table of results, for the benchmarks of kernels.
 
-Contenders take turns, round by round, so that clocks and heat are the same for all of them; the roofs (a
-cuBLAS matrix multiplication, a copy) are contenders as well. Times are medians, between CUDA events.
+Implementations run in turn, round by round, so that clocks and temperature are the same for all of them. The
+roofs (a cuBLAS matrix multiplication or a copy) are timed in the same way. Times are medians between CUDA
+events.
 """
 
 import argparse
@@ -20,20 +21,22 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
+    """One row of a table. step: the function that is timed. prepare: called before each step, untimed."""
+
     name: str
-    step: Callable[[], object]  # what is timed
-    prepare: Callable[[], None] = _nothing  # before each step, untimed
+    step: Callable[[], object]
+    prepare: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True)
 class Timing:
-    seconds: float  # median of a step
-    peak_bytes: int  # most that a step allocated beyond what was there; 0 on the CPU
+    seconds: float  # median over steps
+    peak_bytes: int  # the most memory that a step allocated beyond what was allocated before; 0 on the CPU
 
 
 def arguments(description: str, *, tokens: list[int], hidden: list[int] | None = None) -> argparse.Namespace:
-    """The command line. Ends the process with one line where there is neither a GPU nor --tiny."""
+    """Parse the command line. Ends the process with one line if there is neither a GPU nor --tiny."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tokens", type=int, nargs="+", default=tokens)
     parser.add_argument("--rows", type=int, nargs="+", default=[128_256, 128_256 // 8], help="v/tp")
@@ -50,86 +53,87 @@ def arguments(description: str, *, tokens: list[int], hidden: list[int] | None =
 
 
 def heading(device: str) -> str:
-    """The GPU, the versions and the date: figures without them are worth nothing."""
+    """The GPU, torch's version and the date, without which figures cannot be compared."""
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, tiny shapes: times mean nothing"
     return f"{name}, torch {torch.__version__}, {datetime.date.today()}"
 
 
 def interleaved(
-    contenders: Sequence[Contender], *, device: str, rounds: int, seconds: float
+    implementations: Sequence[Implementation], *, device: str, rounds: int, seconds: float
 ) -> dict[str, Timing | str]:
-    """Timing by name; a sentence instead of one for a contender that does not fit in memory.
+    """The timing of each implementation by name, or a sentence if it does not fit in memory.
 
-    Two untimed steps come first: compilation, and the peak of memory.
+    Two untimed steps come first. One is for compilation, and the other measures the peak of memory.
     """
     results: dict[str, Timing | str] = {}
     peaks = {}
-    for contender in contenders:
+    for implementation in implementations:
         try:
-            _step(contender, device)
-            peaks[contender.name] = _peak_bytes(contender, device)
+            _step(implementation, device)
+            peaks[implementation.name] = _peak_bytes(implementation, device)
         except torch.cuda.OutOfMemoryError:
-            results[contender.name] = "does not fit"
-    running = [contender for contender in contenders if contender.name in peaks]
-    times: dict[str, list[float]] = {contender.name: [] for contender in running}
+            results[implementation.name] = "does not fit"
+    running = [implementation for implementation in implementations if implementation.name in peaks]
+    times: dict[str, list[float]] = {implementation.name: [] for implementation in running}
     start = time.perf_counter()
     for number in range(rounds):
         if number >= 3 and time.perf_counter() - start > seconds:
             break
-        for contender in running[number % len(running) :] + running[: number % len(running)]:
-            times[contender.name].append(_step(contender, device))
+        for implementation in running[number % len(running) :] + running[: number % len(running)]:
+            times[implementation.name].append(_step(implementation, device))
     for name, values in times.items():
         results[name] = Timing(statistics.median(values), peaks[name])
     return results
 
 
-def _step(contender: Contender, device: str) -> float:
-    contender.prepare()
+def _step(implementation: Implementation, device: str) -> float:
+    implementation.prepare()
     if device == "cpu":
         start = time.perf_counter()
-        contender.step()
+        implementation.step()
         return time.perf_counter() - start
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
-    contender.step()
+    implementation.step()
     after.record()
     after.synchronize()
     return before.elapsed_time(after) / 1000
 
 
-def _peak_bytes(contender: Contender, device: str) -> int:
+def _peak_bytes(implementation: Implementation, device: str) -> int:
     if device == "cpu":
-        contender.step()
+        implementation.step()
         return 0
-    contender.prepare()
+    implementation.prepare()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    contender.step()
+    implementation.step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
-def matmul_roof(tokens: int, rows: int, hidden: int, device: str) -> tuple[Contender, float]:
-    """A cuBLAS product [tokens, hidden] x [hidden, rows] in bf16, and its floating-point operations."""
+def matmul_roof(tokens: int, rows: int, hidden: int, device: str) -> tuple[Implementation, float]:
+    """A cuBLAS product [tokens, hidden] x [hidden, rows] in bf16, and its number of operations."""
     left = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
     right = torch.randn(rows, hidden, device=device, dtype=torch.bfloat16)
     out = torch.empty(tokens, rows, device=device, dtype=torch.bfloat16)
-    return Contender("cuBLAS", lambda: torch.mm(left, right.T, out=out)), 2.0 * tokens * rows * hidden
+    return Implementation("cuBLAS", lambda: torch.mm(left, right.T, out=out)), 2.0 * tokens * rows * hidden
 
 
-def copy_roof(count: int, device: str) -> tuple[Contender, float]:
-    """A copy of `count` bytes, and the bytes it moves: each is read and written."""
+def copy_roof(count: int, device: str) -> tuple[Implementation, float]:
+    """A copy of `count` bytes, and the number of bytes that it reads and writes."""
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Contender("copy", lambda: target.copy_(source)), 2.0 * count
+    return Implementation("copy", lambda: target.copy_(source)), 2.0 * count
 
 
 def print_table(
     title: str, timings: dict[str, Timing | str], *, work: dict[str, float], unit: str, roof: str
 ) -> None:
-    """One row a contender. work: by name, floating-point operations or bytes that the task needs at least.
+    """Print one row for each implementation.
 
-    unit: "TFLOP/s" or "GB/s". roof: the name of the contender whose rate is 100%.
+    work: the least number of floating-point operations or bytes that the task needs, by name. unit: "TFLOP/s"
+    or "GB/s". roof: the name of the implementation whose rate is 100%.
     """
     scale = {"TFLOP/s": 1e12, "GB/s": 1e9}[unit]
     best = timings[roof]

@@ -1,16 +1,18 @@
-"""Direct preference optimisation: from per-token log-probabilities to a loss a pair.
+"""Direct preference optimisation: a loss for each pair from per-token log-probabilities.
 
 With S(y) the sum of log pi over the trained tokens of response y, R(y) the reference's, n(y) their number,
 chosen response c and rejected response r of a pair:
     loss = f(S, R, n) + nll_weight x NLL(c)
-where f is one of pair_losses.py and NLL(c) is -S(c) / n(c) or -S(c). So d loss / d log pi(token) is one
-number for all trained tokens of a response: the kernels keep two slopes a pair and no gradient a token.
+where f is one of the losses in pair_losses.py, and NLL(c) is -S(c) / n(c) or -S(c). So d loss / d log
+pi(token) is the same number for all trained tokens of a response. The kernels store two slopes for each pair,
+and no gradient for each token.
 
-Where one rank holds all tokens, forward is one launch: a program a pair sums both responses and takes the
-loss, its slopes and the metrics. Where context parallelism splits them, a program a segment sums what this
-rank holds, the sums are added over the ranks, and a program a pair does the rest. Backward is one launch: a
-program a segment writes its slope times the upstream gradient to its trained tokens, zero to the others.
-Each sum is taken by one program in a fixed order, so results do not depend on how a launch is scheduled.
+If one rank has all tokens, the forward pass is one launch. One program per pair sums both responses and
+computes the loss, its slopes and the metrics. With context parallelism, one program per segment sums this
+rank's tokens, the sums are added over the ranks, and one program per pair does the rest. The backward pass is
+one launch. One program per segment writes its slope times the upstream gradient to trained tokens, and zero
+to the others. Each sum is computed by one program in a fixed order, so results do not depend on the schedule
+of a launch.
 """
 
 from collections.abc import Callable
@@ -24,20 +26,20 @@ from torch.autograd.function import once_differentiable
 from megatron_post_kernels.implementation import Implementation, resolve
 from megatron_post_kernels.pair_losses import LOSSES, DPOSettings, PairLogps, chosen_nll
 
-# ratios beyond e^60 in the estimate of KL would overflow fp32 in a sum, and an infinite metric says less
+# Ratios above e^60 in the estimate of the KL could overflow a sum in fp32, and the metric would be infinite.
 MAX_LOG_RATIO = 60.0
-_TOKENS = 1024  # that a program takes at a time: 8 a thread
-_PAIRS = 128  # among which a program looks for its segment at a time
+_TOKENS = 1024  # a program processes so many tokens at a time, which are 8 per thread
+_PAIRS = 128  # a program searches so many pairs at a time for its segment
 _NUM_WARPS = 4
 
 
 @dataclass(frozen=True)
 class PairTerms:
-    """What each pair gives, fp32 [p]. Gradients flow from `loss` alone.
+    """The loss and metrics of each pair, fp32 [p]. Only `loss` has a gradient.
 
-    loss = preference_loss + nll_weight x nll; rewards are beta x (S - R); logps are S; kl is Schulman's k3
-    estimate of KL(policy || reference), the mean of ref/pi - 1 - log(ref/pi) over the tokens of both
-    responses: exact in expectation only where the responses are the policy's own.
+    loss = preference_loss + nll_weight x nll. The rewards are beta x (S - R), and logps are S. kl is
+    Schulman's k3 estimate of KL(policy || reference), the mean of ref/pi - 1 - log(ref/pi) over the tokens of
+    both responses. Its expectation is exact only if the policy has generated the responses.
     """
 
     loss: Tensor
@@ -53,10 +55,10 @@ class PairTerms:
 def segment_sums(
     logps: Tensor, reference_logps: Tensor | None, trained: Tensor, cu_seqlens: Tensor
 ) -> Tensor:
-    """Sums over the trained tokens of each segment: S, R, their number and the sum of k3. Returns [4, s].
+    """Sums over each segment's trained tokens: S, R, the number of tokens and the sum of k3. Returns [4, s].
 
-    Without a reference, R is S as a constant. On a GPU `index_add` sums in no fixed order; the kernel's is
-    fixed.
+    Without a reference, R is a constant equal to S. On a GPU `index_add` has no fixed order of summation,
+    unlike the kernel.
     """
     reference = logps.detach() if reference_logps is None else reference_logps
     zero = torch.zeros_like(logps)
@@ -71,7 +73,10 @@ def segment_sums(
 
 
 def pair_terms(sums: Tensor, chosen: Tensor, rejected: Tensor, settings: DPOSettings) -> PairTerms:
-    """sums: [4, s] as `segment_sums` gives them; chosen, rejected: int64 [p], segments."""
+    """The loss and metrics of each pair. sums: [4, s] from `segment_sums`.
+
+    chosen, rejected: int64 [p], segments.
+    """
     (policy, fixed, lengths, kl), c, r = sums, chosen, rejected
     fixed, lengths, kl = fixed.detach(), lengths.detach(), kl.detach()
     logps = PairLogps(policy[c], policy[r], fixed[c], fixed[r], lengths[c], lengths[r])
@@ -103,15 +108,17 @@ def dpo_loss(
 ) -> PairTerms:
     """Loss and metrics of each pair, fp32 [p] each, differentiable in `logps`.
 
-    logps, reference_logps: fp32 [t/cp], of any value, NaN included, where untrained; without a reference
-      (`simpo`) the policy, as a constant, stands for it. trained: bool [t/cp].
-    cu_seqlens: int [s + 1], where the segments of this rank's tokens begin, and t/cp: under context
-      parallelism the pack's offsets / cp, as a rank holds an equal share of each segment.
-    chosen, rejected: int64 [p], segments; alike on every rank. One may stand in several pairs or in none.
-    sum_over_context: the sum of a tensor over the context-parallel ranks, on each of them, differentiable,
-      and its own adjoint; None where one rank holds all tokens. Losses and metrics are then complete on every
-      rank: count them on one.
-    Raises `ValueError` for an unknown loss, a policy in another dtype than its kernel's, and where `impl`
+    logps, reference_logps: fp32 [t/cp]. Untrained tokens may have any value, including NaN. Without a
+    reference
+      (`simpo`), a constant copy of the policy replaces it. trained: bool [t/cp].
+    cu_seqlens: int [s + 1], offsets of the segments among this rank's tokens. With context parallelism these
+      are the pack's offsets / cp, because a rank has an equal share of each segment.
+    chosen, rejected: int64 [p], segments, identical on every rank. A segment may be in several pairs or in
+    none. sum_over_context: a differentiable function that sums a tensor over the context-parallel ranks and
+    is its
+      own adjoint, or None if one rank has all tokens. Every rank then has complete losses and metrics, so the
+      caller must count them on one rank only.
+    Raises `ValueError` for an unknown loss, for a policy that is not fp32 with the kernels, and if `impl`
     cannot run.
     """
     if settings.loss not in LOSSES:
@@ -133,7 +140,7 @@ def dpo_loss(
 
 
 class _DPOLoss(torch.autograd.Function):
-    """(losses [p], metrics [7, p]) by the kernels."""
+    """(losses [p], metrics [7, p]), computed by the kernels."""
 
     @staticmethod
     def forward(
@@ -190,7 +197,8 @@ class _DPOLoss(torch.autograd.Function):
         slopes, chosen, rejected, trained, cu_seqlens = ctx.saved_tensors
         upstream = upstream.contiguous()
         if ctx.sum_over_context is not None:
-            # the slopes are alike on every rank: where the loss is counted is all that differs
+            # Every rank has the same slopes. Only the upstream gradients differ, because one rank counts the
+            # loss. The sum gives that rank's gradient to all of them.
             upstream = ctx.sum_over_context(upstream)
         gradient = slopes.new_empty(len(trained))
         with torch.cuda.device_of(slopes):

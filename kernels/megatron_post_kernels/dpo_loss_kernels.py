@@ -1,7 +1,7 @@
-"""Triton kernels of `dpo_loss`. Imported at the first launch: only then is Triton needed.
+"""Triton kernels of `dpo_loss`. This module is imported at the first launch, which needs Triton.
 
-Untrained tokens are never read: what stands there may be NaN. Loops are `while` loops, for the bounds of a
-`range` must be constants in Triton 3.6's interpreter (under numpy 2.4), and these differ from pack to pack.
+Untrained tokens are never read, because they may be NaN. Loops are `while` loops, because Triton 3.6's
+interpreter (with numpy 2.4) needs constant bounds for `range`, and these bounds differ from pack to pack.
 """
 
 import triton
@@ -15,7 +15,7 @@ def loss_and_slopes(  # type: ignore[no-untyped-def]
     chosen, rejected, fixed_chosen, fixed_rejected, num_chosen, num_rejected, beta, noise, margin,
     LOSS: tl.constexpr,
 ):  # fmt: skip
-    """f of a pair, d f / d S(chosen), d f / d S(rejected): the branches follow `pair_losses.LOSSES`."""
+    """f of a pair, d f / d S(chosen) and d f / d S(rejected). There is one branch for each of `LOSSES`."""
     ratio_chosen, ratio_rejected = chosen - fixed_chosen, rejected - fixed_rejected
     x = beta * (ratio_chosen - ratio_rejected)
     per_chosen, per_rejected = 1.0 / tl.maximum(num_chosen, 1.0), 1.0 / tl.maximum(num_rejected, 1.0)
@@ -34,7 +34,7 @@ def loss_and_slopes(  # type: ignore[no-untyped-def]
         slope = -beta * ((1.0 - noise) * tl.sigmoid(-x) + noise * tl.sigmoid(x)) * share
         return loss, slope, -slope
     else:
-        tl.static_assert(LOSS == "simpo", "a loss without a branch")
+        tl.static_assert(LOSS == "simpo", "this loss has no branch here")
         y = beta * (chosen * per_chosen - rejected * per_rejected - margin)
         slope = -beta * tl.sigmoid(-y)
         return minus_log_sigmoid(y), slope * per_chosen, -slope * per_rejected
@@ -45,7 +45,7 @@ def _sums_of_tokens(  # type: ignore[no-untyped-def]
     logps, reference, trained, cu_seqlens, segment,
     MAX_LOG_RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """S, R, the number of trained tokens and the sum of k3 of one segment, of the tokens that are here."""
+    """S, R, the number of trained tokens and the sum of k3 of one segment, over this rank's tokens."""
     start = tl.load(cu_seqlens + segment).to(tl.int64)
     end = tl.load(cu_seqlens + segment + 1).to(tl.int64)
     policy_sums, fixed_sums = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -71,7 +71,7 @@ def sum_segments(  # type: ignore[no-untyped-def]
     logps, reference, trained, cu_seqlens, sums, num_segments,
     MAX_LOG_RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program s: sums [4, s] of segment s, of the tokens that are here."""
+    """Program s writes the sums [4, s] of segment s over this rank's tokens."""
     segment = tl.program_id(0)
     policy, fixed, count, k3 = _sums_of_tokens(
         logps, reference, trained, cu_seqlens, segment, MAX_LOG_RATIO, BLOCK
@@ -99,7 +99,7 @@ def take_pairs(  # type: ignore[no-untyped-def]
     beta, noise, margin, nll_weight,
     LOSS: tl.constexpr, NLL_PER_TOKEN: tl.constexpr, MAX_LOG_RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program p: losses [p], metrics [7, p] and slopes [2, p] of pair p, from sums [4, s] or from tokens."""
+    """Program p writes losses [p], metrics [7, p] and slopes [2, p] of pair p, from sums [4, s] or tokens."""
     pair, num_pairs = tl.program_id(0), tl.num_programs(0)
     c, r = tl.load(chosen + pair), tl.load(rejected + pair)
     if sums is not None:
@@ -136,7 +136,7 @@ def spread_slopes(  # type: ignore[no-untyped-def]
     upstream, slopes, chosen, rejected, num_pairs, trained, cu_seqlens, gradient,
     BLOCK: tl.constexpr, PAIR_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program s: gradient [t] of the tokens of segment s, from slopes [2, p] and d / d loss [p]."""
+    """Program s writes the gradient [t] of its segment, from slopes [2, p] and upstream gradients [p]."""
     segment = tl.program_id(0)
     slope_sums = tl.zeros([PAIR_BLOCK], tl.float32)
     first = 0

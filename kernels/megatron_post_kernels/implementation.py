@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: Triton's kernels, or plain torch."""
+"""Selects the implementation of an operation: Triton kernels or plain torch."""
 
 import importlib.util
 import os
@@ -11,11 +11,11 @@ Implementation = Literal["auto", "triton", "torch"]
 
 
 def resolve(impl: Implementation, tensor: Tensor) -> Literal["triton", "torch"]:
-    """The implementation for operations on `tensor`: "auto" is Triton on CUDA and torch elsewhere.
+    """The implementation for operations on `tensor`. "auto" selects Triton on CUDA and torch elsewhere.
 
-    Kernels accumulate in fp32, so "auto" takes torch for float64. On the CPU kernels run only in Triton's
-    interpreter, in a process that was started with TRITON_INTERPRET=1.
-    Raises `ValueError` for an unknown `impl`, and for "triton" where it cannot run.
+    Kernels accumulate in fp32, so "auto" selects torch for float64. On the CPU kernels run only in Triton's
+    interpreter, which needs a process that was started with TRITON_INTERPRET=1.
+    Raises `ValueError` for an unknown `impl`, and for "triton" if it cannot run.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl={impl!r}: choose "auto", "triton" or "torch"')

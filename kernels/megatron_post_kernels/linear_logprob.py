@@ -1,15 +1,16 @@
-"""Per-token log-probability straight from hidden states, without the logits of all tokens.
+"""Per-token log-probability directly from hidden states, without storing the logits of all tokens.
 
     logp_t = x_t[label_t] - log sum_i exp x_t[i],    x_t = W h_t
 
-Tokens go in chunks: cuBLAS writes a chunk's logits into one buffer that all chunks share, and a kernel reads
-the statistics off them (vocabulary_softmax.py has the equations). One collective for all tokens closes the
-forward pass, which keeps hidden, weight, two numbers a token and the buffer with the last chunk's logits. The
-backward pass begins with that chunk and computes the logits of the others again. It turns them in place into
-their gradient dx, and adds
+Tokens are processed in chunks. cuBLAS writes a chunk's logits into one buffer that all chunks share, and a
+kernel computes their statistics (vocabulary_softmax.py has the equations). The forward pass ends with one
+collective for all tokens. It keeps hidden, weight, two numbers per token and the buffer with the last chunk's
+logits. The backward pass begins with that chunk and computes the logits of the others again. It overwrites
+them with their gradient dx, and adds
     dh_t = W^T dx_t         dW = sum_t dx_t h_t^T   (in fp32 over several chunks)
-With n chunks that is (8 - 2/n) t v h floating-point operations, where keeping all logits takes 6 and 2 t v
-bytes. Tokens that fit in one chunk, as 8,192 on 8 tensor-parallel ranks do, cost no multiplication twice.
+With n chunks this takes (8 - 2/n) t v h floating-point operations. Keeping all logits takes 6 t v h and 2 t v
+bytes of memory. If all tokens fit in one chunk, such as 8,192 tokens on 8 tensor-parallel ranks, no
+multiplication is repeated.
 Shapes: t tokens, h hidden, v padded vocabulary, tp ranks.
 """
 
@@ -32,9 +33,8 @@ from megatron_post_kernels.vocabulary_softmax import (
     write_gradient,
 )
 
-_CHUNK_BYTES = (
-    512 * 2**20
-)  # logits of a chunk: enough rows to fill a GPU, little beside weights and gradients
+# Size of a chunk's logits. They have enough rows to fill a GPU, and are small beside weights and gradients.
+_CHUNK_BYTES = 512 * 2**20
 
 
 def linear_logprob_reference(
@@ -84,11 +84,12 @@ class _LinearLogprob(torch.autograd.Function):
         all_hidden = _gathered(hidden, shard) if ctx.sequence_parallel else hidden
         hidden_grad = all_hidden.new_empty(all_hidden.shape) if needs_hidden else None
         chunks = _chunks(len(labels), ctx.chunk_tokens)
-        is_whole = weight_grad is None and len(chunks) == 1  # one product is the weight's gradient
+        is_whole = weight_grad is None and len(chunks) == 1  # then one product is the weight's whole gradient
         if needs_weight and weight_grad is None:
             wide = accumulation_dtype(weight)
             weight_grad = torch.empty_like(weight) if is_whole else torch.zeros_like(weight, dtype=wide)
-        buffer, ctx.buffer = ctx.buffer, None  # its logits serve once: a second backward pass begins anew
+        # The gradient overwrites the buffer, so a second backward pass must compute all logits again.
+        buffer, ctx.buffer = ctx.buffer, None
         written = buffer is not None
         if buffer is None:
             buffer = _logits_buffer(all_hidden, weight, ctx.chunk_tokens, shard)
@@ -116,7 +117,7 @@ def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
 
 
 def _logits_buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int, shard: VocabularyShard) -> Tensor:
-    """[at most chunk_tokens, valid_rows]; a token's logits begin v/tp elements behind those before."""
+    """A buffer [at most chunk_tokens, valid_rows], whose rows are v/tp elements apart."""
     return hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight))[:, : shard.valid_rows]
 
 
@@ -125,9 +126,9 @@ def _write_logits(buffer: Tensor, hidden: Tensor, weight: Tensor, shard: Vocabul
 
 
 def _chunk_tokens(tokens: int, weight: Tensor) -> int:
-    """Even chunks of whole 128 tokens, the tile of a matrix multiplication, within `_CHUNK_BYTES`.
+    """Tokens of equal chunks within `_CHUNK_BYTES`, a multiple of 128, the tile of a matrix multiplication.
 
-    Padding rows count, so that every rank of a group cuts alike.
+    Padding rows count, so that every rank of a group has the same chunks.
     """
     most = max(128, _CHUNK_BYTES // (len(weight) * weight.element_size()) // 128 * 128)
     chunks = max(1, -(-tokens // most))
@@ -135,13 +136,15 @@ def _chunk_tokens(tokens: int, weight: Tensor) -> int:
 
 
 def _accumulates_wider(torch_version: str) -> bool:
-    """Whether addmm on CUDA adds a product of bf16 or fp16 to fp32. The overload is in 2.8 and 2.9 as well,
-    and refuses fp32 there (pytorch#167931 mended it)."""
+    """Whether addmm on CUDA can add a product of bf16 or fp16 to fp32.
+
+    torch 2.8 and 2.9 also have the overload, but refuse fp32 (fixed by pytorch#167931).
+    """
     return TorchVersion(torch_version) >= (2, 10)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, accumulated in the dtype of `out`, which may be wider than theirs."""
+    """out += left @ right, accumulated in the dtype of `out`, which may be wider than that of the factors."""
     if out.is_cuda and out.dtype != left.dtype and _accumulates_wider(torch.__version__):
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
@@ -159,7 +162,7 @@ def _gathered(hidden: Tensor, shard: VocabularyShard) -> Tensor:
 def _summed(
     hidden_grad: Tensor, shape: torch.Size, sequence_parallel: bool, shard: VocabularyShard
 ) -> Tensor:
-    """The gradient summed over the ranks; with sequence parallelism the rows of this rank's tokens alone."""
+    """The gradient summed over the ranks. With sequence parallelism it has only the rows of this rank."""
     if not sequence_parallel:
         torch.distributed.all_reduce(hidden_grad, group=shard.group)
         return hidden_grad
@@ -181,29 +184,29 @@ def linear_logprob(
     weight_grad: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> Tensor:
-    """Log-probability of each label, in nats, without a [t, v/tp] of all tokens.
+    """Log-probability of each label, in nats, without the logits [t, v/tp] of all tokens in memory.
 
-    hidden: [t, h], with `sequence_parallel` this rank's [t/tp, h]: bf16, fp16 or fp32 (float64 with
+    hidden: [t, h], or this rank's [t/tp, h] with `sequence_parallel`. bf16, fp16 or fp32 (float64 with
       impl="torch").
-    weight: [v/tp, h] of hidden's dtype, this rank's vocabulary rows.
-    labels: int64 [t], the whole vocabulary's ids, the same on every rank of `group`.
-    group: tensor-parallel ranks, each with as many rows, in their order. All of them must call alike.
-    valid_rows: rows of this shard that are real; those behind them are padding, and are not even read.
+    weight: [v/tp, h] of hidden's dtype, this rank's vocabulary rows. labels: int64 [t], ids of the whole
+    vocabulary, identical on every rank of `group`. group: tensor-parallel ranks in the order of their rows.
+    Each has the same number of rows. All of them must
+      call this function with the same settings.
+    valid_rows: number of this shard's rows that are real. The rows after them are padding and are never read.
     sequence_parallel: gather hidden over `group`, here and again in the backward pass, and scatter its
-      gradient. Without it the gradient is all-reduced: hidden's is whole on every rank, either way.
-    chunk_tokens: tokens whose logits exist at one time. Default: even chunks of at most 512 MiB of logits
-      (2,048 tokens of 128,256 rows in bf16); the last chunk's stay until the backward pass. Small chunks are
-      slow: each reads the weight three times, and reads and writes its gradient.
-    weight_grad: fp32 [v/tp, h] into which the backward pass adds the weight's gradient, such as Megatron's
-      `main_grad`; autograd then gets None for the weight. Without it, the sum over several chunks is kept in
-      an fp32 buffer of the backward pass, rounded once to the weight's dtype, and one chunk's gradient is
-      written in that dtype. Untouched where the weight is frozen.
-    What needs no gradient costs none: neither a frozen weight's nor a frozen hidden's is computed or
-    allocated, and under `torch.no_grad` nothing is kept.
-    Returns fp32 [t] (float64 for float64), 0 where the label is `ignore_index`, -inf for a label that no rank
-    has. Deterministic as far as the matrix multiplications are. Gradients that arrive for ignored tokens may
-    be NaN.
-    Raises `ValueError` for shapes and types that do not fit.
+      gradient. Otherwise the gradient is all-reduced. In both cases the ranks' gradients are summed.
+    chunk_tokens: number of tokens whose logits are in memory together. By default chunks are equal and have
+    at
+      most 512 MiB of logits (2,048 tokens of 128,256 rows in bf16). The last chunk's logits stay until the
+      backward pass. Small chunks are slow, because each one reads the weight three times, and reads and
+      writes the weight's gradient. weight_grad: fp32 [v/tp, h], such as Megatron's `main_grad`. The backward
+      pass adds the weight's gradient to it, and autograd gets None for the weight. Without it, several chunks
+      are summed in an fp32 buffer, which is rounded once to the weight's dtype, and the gradient of a single
+      chunk is written in that dtype. It does not change if the weight is frozen. The gradient of a frozen
+      weight or of a frozen hidden is neither computed nor allocated. Under `torch.no_grad` nothing is kept.
+      Returns fp32 [t] (float64 for float64), with 0 for labels equal to `ignore_index` and -inf for a label
+      that no rank has. The result is deterministic if the matrix multiplications are. The upstream gradients
+      of ignored tokens may be NaN. Raises `ValueError` for shapes and types that do not fit.
     """
     shard = VocabularyShard(
         len(weight),

@@ -1,4 +1,4 @@
-"""-log sigmoid(x) within Triton kernels, as the losses over pairs of responses need it."""
+"""-log sigmoid(x) for Triton kernels of losses over pairs of responses."""
 
 import triton
 from triton import language as tl
@@ -6,10 +6,10 @@ from triton import language as tl
 
 @triton.jit
 def minus_log_sigmoid(x):  # type: ignore[no-untyped-def]
-    """max(-x, 0) + log(1 + e^-|x|): never infinite before x is, and relatively exact for large x too.
+    """max(-x, 0) + log(1 + e^-|x|). It is finite for every finite x, and has a small relative error.
 
-    1 + e rounds e; log(1 + e) x e / ((1 + e) - 1) takes the logarithm's share of that back (Goldberg 1991,
-    theorem 4).
+    1 + e rounds e. The product log(1 + e) x e / ((1 + e) - 1) corrects the rounding (Goldberg 1991, theorem
+    4).
     """
     e = tl.exp(-tl.abs(x))
     one_more = 1.0 + e

@@ -1,4 +1,4 @@
-"""Per-token log-probability, and entropy, from logits whose vocabulary may be split over ranks.
+"""Per-token log-probability and entropy from logits whose vocabulary may be split over ranks.
 
     logp_t = x_t[label_t] - log sum_i exp x_t[i]        H_t = - sum_i p_t[i] log p_t[i]
 
@@ -95,16 +95,16 @@ def logprob(
     """Log-probability of each label, in nats.
 
     logits: [t, v/tp] of this rank, bf16, fp16 or fp32 (float64 with impl="torch"). **The backward pass
-      overwrites them with their gradient**, so that no second [t, v/tp] exists: they must be the output of an
-      operation and have no other use. Autograd raises `RuntimeError` where another operation, or a second
-      backward pass, still needs them.
-    labels: int64 [t], the whole vocabulary's ids, the same on every rank of `group`.
-    group: tensor-parallel ranks, each with as many columns, in the order of their vocabulary rows.
-    valid_rows: vocabulary rows of this shard that are real. Columns behind them are padding: no probability,
-      no gradient, whatever they hold.
-    with_entropy: also the entropy of each token's distribution, differentiable.
-    Returns fp32 [t] (float64 for float64), or two of them; 0 where the label is `ignore_index`. A label that
-    no rank has gives -inf. Deterministic: sums run in a fixed order.
+      overwrites them with their gradient**, so that there is no second [t, v/tp] in memory. They must be the
+      output of an operation and have no other use. Autograd raises `RuntimeError` if another operation or a
+      second backward pass still needs them.
+    labels: int64 [t], ids of the whole vocabulary, identical on every rank of `group`.
+    group: tensor-parallel ranks in the order of their vocabulary rows. Each has the same number of columns.
+    valid_rows: number of this shard's vocabulary rows that are real. Columns after them are padding. They get
+      no probability and no gradient, whatever values they have.
+    with_entropy: also return the entropy of each token's distribution, which is differentiable.
+    Returns fp32 [t] (float64 for float64), or two of them, with 0 for labels equal to `ignore_index`. A label
+    that no rank has gives -inf. The result is deterministic, because sums have a fixed order.
     Raises `ValueError` for shapes and types that do not fit, and for logits that are a leaf of autograd.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:

@@ -1,13 +1,13 @@
-"""Triton kernels of `logprob` and `linear_logprob`. Imported at the first launch: only then is Triton needed.
+"""Triton kernels of `logprob` and `linear_logprob`. This module is imported at the first launch.
 
-A row is one token, a column one vocabulary row of this rank's shard. Offsets are 64-bit: t * v passes 2^31
-at 16,745 tokens of Llama 3's vocabulary.
+A row is one token, and a column is one vocabulary row of this rank's shard. Offsets have 64 bits, because t *
+v exceeds 2^31 at 16,745 tokens of Llama 3's vocabulary.
 """
 
 import triton
 from triton import language as tl
 
-# The running maximum starts at the least finite fp32 and not at -inf: -inf - -inf is NaN.
+# The running maximum starts at the lowest finite fp32 and not at -inf, because -inf - -inf is NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -25,11 +25,13 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Of one token's logits over COLUMNS: maximum, sum of exp(x - maximum), target logit, and with entropy
-    the sum of exp(x - maximum) (x - maximum). One program a token.
+    """Statistics of one token's logits over COLUMNS. One program processes one token.
 
-    Each lane keeps a running maximum and sum of its own, and lanes meet once, behind the loop: no barrier
-    inside it, and one exp to rescale for STEPS logits.
+    These are the maximum, the sum of exp(x - maximum) and the target logit. With entropy there is also the
+    sum of exp(x - maximum) (x - maximum).
+
+    Each lane keeps its own running maximum and sum, and the lanes are combined once after the loop. So the
+    loop has no barrier, and needs one exp to rescale for STEPS logits.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
@@ -39,7 +41,7 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     maximum = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
-    # an ignored token's statistics are never used: its row is not read
+    # The statistics of an ignored token are never used, so its row is not read.
     if label != ignore_index:
         for start in range(0, COLUMNS, STEPS * LANES):
             column = start + tile
@@ -84,14 +86,17 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     WITH_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Overwrites logits with their gradient; zeros for tokens without one, which are not read, and for the
-    padding between `columns` and `all_columns`. One program a token and block of columns."""
+    """Overwrite logits with their gradient. One program processes one block of one token's columns.
+
+    Tokens without a gradient get zeros and are not read. The padding between `columns` and `all_columns` also
+    gets zeros.
+    """
     program = tl.program_id(0)
     blocks = tl.cdiv(all_columns, BLOCK)
     row = (program // blocks).to(tl.int64)
     label = tl.load(labels + row)
     trained = label != ignore_index
-    # what stands at ignored tokens may be NaN
+    # The upstream gradients of ignored tokens may be NaN.
     gradient = tl.load(logps_grad + row, mask=trained, other=0.0)
     pulled = gradient != 0
     if WITH_ENTROPY:

@@ -1,10 +1,11 @@
-"""Ranking loss of the reward model: `-log sigmoid(r_better - r_worse)`, no margin term.
+"""Ranking loss of the reward model: `-log sigmoid(r_better - r_worse)`, without a margin term.
 
 "The Llama 3 Herd of Models", section 4.1.1; Ouyang et al. (2022), equation 1, over all ranked pairs of an
 example. With the margin m of a pair and its weight w,
     loss = sum w (-log sigmoid(m))    d loss / d r_better = -w sigmoid(-m) = -d loss / d r_worse.
-One launch gives loss, margins and gradient: each program owns some responses and walks all pairs in order,
-so that a response in two pairs has one writer. A pack has few pairs, and they stay in the cache.
+One launch computes the loss, margins and gradient. Each program owns some responses and reads all pairs in
+order, so only one program writes the gradient of a response in two pairs. A pack has few pairs, which stay in
+the cache.
 """
 
 from typing import Any
@@ -16,14 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from megatron_post_kernels.implementation import Implementation, resolve
 
-_SCORES, _PAIRS = 32, 64  # responses that a program owns, pairs that it takes at a time
+_SCORES, _PAIRS = 32, 64  # responses that a program owns, and pairs that it processes at a time
 _NUM_WARPS = 4
 
 
 def ranking_loss_torch(
     scores: Tensor, better: Tensor, worse: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reference of `ranking_loss`: plain torch, in the dtype of its input."""
+    """The reference of `ranking_loss` in plain torch and in the dtype of its input."""
     margins = scores[better] - scores[worse]
     return -(weights * F.logsigmoid(margins)).sum(), margins.detach()
 
@@ -33,10 +34,10 @@ def ranking_loss(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of `-log sigmoid(better - worse)`, differentiable in `scores`, and the margins.
 
-    scores: fp32 [s], of each segment; better, worse: int64 [p], the segments of a pair's responses, of which
-    one may stand in several pairs or in none; weights: fp32 [p], 1 / pairs of the example.
-    Returns (loss sum [], margins [p]). With equal scores a pair gives ln 2.
-    Raises `ValueError` for scores in another dtype than the kernel's, and where `impl` cannot run.
+    scores: fp32 [s], one for each segment. better, worse: int64 [p], the segments of each pair's responses. A
+    segment may be in several pairs or in none. weights: fp32 [p], 1 / number of pairs of the example.
+    Returns (loss sum [], margins [p]). A pair with equal scores has the loss ln 2.
+    Raises `ValueError` for scores that are not fp32 with the kernel, and if `impl` cannot run.
     """
     if resolve(impl, scores) == "torch":
         return ranking_loss_torch(scores, better, worse, weights)
@@ -49,7 +50,7 @@ def ranking_loss(
 
 
 class _RankingLoss(torch.autograd.Function):
-    """(loss [], margins [p]) by the kernel, which leaves the gradient for backward to scale."""
+    """(loss [], margins [p]). The kernel also computes the gradient, which the backward pass scales."""
 
     @staticmethod
     def forward(
@@ -62,7 +63,7 @@ class _RankingLoss(torch.autograd.Function):
             scores.new_empty(len(better)),
             scores.new_empty(len(scores)),
         )
-        programs = max(1, -(-len(scores) // _SCORES))  # the first also writes the loss
+        programs = max(1, -(-len(scores) // _SCORES))  # at least one, because the first writes the loss
         with torch.cuda.device_of(scores):
             rank_pairs[(programs,)](
                 scores,

@@ -1,4 +1,4 @@
-"""Triton kernel of `ranking_loss`. Imported at the first launch: only then is Triton needed."""
+"""Triton kernel of `ranking_loss`. This module is imported at the first launch, which needs Triton."""
 
 import triton
 from triton import language as tl
@@ -11,14 +11,16 @@ def rank_pairs(  # type: ignore[no-untyped-def]
     scores, better, worse, weights, loss, margins, gradient, num_scores, num_pairs,
     SCORES: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient [s] of SCORES responses, from all pairs in order; program 0 writes loss [] and margins [p],
-    too."""
+    """Write the gradient [s] of SCORES responses from all pairs.
+
+    Program 0 also writes loss [] and margins [p].
+    """
     program = tl.program_id(0)
     responses = program * SCORES + tl.arange(0, SCORES)
     pulls = tl.zeros([SCORES, PAIRS], tl.float32)
     losses = tl.zeros([PAIRS], tl.float32)
     first = 0
-    while first < num_pairs:  # no `range`: see dpo_loss_kernels.py
+    while first < num_pairs:  # dpo_loss_kernels.py says why this is no `range`
         pairs = first + tl.arange(0, PAIRS)
         inside = pairs < num_pairs
         b = tl.load(better + pairs, mask=inside, other=-1)

@@ -1,15 +1,15 @@
-"""Softmax over a vocabulary that is split over ranks: what `logprob` and `linear_logprob` share.
+"""Softmax over a vocabulary that is split over ranks, for `logprob` and `linear_logprob`.
 
-Rank r holds the logits x of vocabulary rows r * v/tp up to (r + 1) * v/tp. Of each token it computes, over
-its own rows,
-    m_r = max x    s_r = sum exp(x - m_r)    y_r = x of the label, -inf where another rank owns it
-    w_r = sum exp(x - m_r) (x - m_r)         (for the entropy alone)
-One all-gather of these three or four numbers a token, and every rank has, with m = max_r m_r,
+Rank r has the logits x of vocabulary rows r * v/tp up to (r + 1) * v/tp. For each token it computes, over its
+own rows,
+    m_r = max x    s_r = sum exp(x - m_r)    y_r = x of the label, or -inf if another rank owns it
+    w_r = sum exp(x - m_r) (x - m_r)         (only for the entropy)
+One all-gather exchanges these three or four numbers per token. With m = max_r m_r every rank then computes
     s = sum_r s_r exp(m_r - m)    logp = (max_r y_r - m) - log s
     entropy H = log s - sum_r (w_r + s_r (m_r - m)) exp(m_r - m) / s
 Subtracting m before log s keeps the accuracy at logits of 1e4, where log-sum-exp itself has an ulp of 1e-3.
-With p = exp((x - m) - log s), g the gradient of logp and e that of H, the gradient of the logits needs no
-communication:
+With p = exp((x - m) - log s), the gradient g of logp and the gradient e of H, each rank computes the gradient
+of its logits without communication:
     dx = g ([column is the label] - p) - e p (log p + H)
 """
 
@@ -23,15 +23,15 @@ from torch.distributed import ProcessGroup
 
 GRADIENT_LAUNCH = {"BLOCK": 4096, "num_warps": 4}
 _LOWEST = torch.finfo(torch.float32).min
-_CPU_BLOCK = 2**22  # logits that the torch implementation holds in fp32 at a time: 16 MiB
+_CPU_BLOCK = 2**22  # the torch implementation has so many logits in fp32 at a time, which take 16 MiB
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The vocabulary rows of this rank, and how they are computed with."""
+    """The vocabulary rows of this rank, and the implementation that computes with them."""
 
-    rows: int  # v/tp, padding included, on every rank the same
-    valid_rows: int  # real ones, before the padding
+    rows: int  # v/tp including padding, the same on every rank
+    valid_rows: int  # real rows, which come before the padding
     group: ProcessGroup | None  # the tensor-parallel ranks, in the order of their rows
     ignore_index: int
     impl: Literal["triton", "torch"]
@@ -50,24 +50,24 @@ class VocabularyShard:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """fp32, and float64 for float64."""
+    """The dtype of sums: float64 for float64, and fp32 for every other dtype."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def statistics_launch(element_size: int) -> dict[str, int]:
-    """How a program walks along a row: 16-byte loads, 16 KiB of them at a time.
+    """Launch settings of the statistics kernel. A program reads 16 KiB of a row at a time, in 16-byte loads.
 
-    Not measured on a GPU: chosen by the registers that tests/kernels/test_compile.py reads off the binary,
-    for many bytes in flight on a multiprocessor; twice as many fp32 spill.
+    The size was chosen for many bytes in flight on a multiprocessor, from the number of registers that
+    tests/kernels/test_compile.py reads from the binary. Twice the size would spill registers with fp32.
     """
     return {"STEPS": 16 // element_size, "LANES": 1024, "num_warps": 4}
 
 
 def compute_statistics(logits: Tensor, labels: Tensor, out: Tensor, shard: VocabularyShard) -> None:
-    """Writes m_r, s_r, y_r (and w_r where `out` has a fourth row) of each token.
+    """Write m_r, s_r and y_r of each token into `out`, and w_r if `out` has a fourth row.
 
-    logits: [t, valid_rows or more], the last dimension contiguous; labels: int64 [t], contiguous;
-    out: [3 or 4, t], the last dimension contiguous.
+    logits: [t, valid_rows or more], with a contiguous last dimension. labels: int64 [t], contiguous.
+    out: [3 or 4, t], with a contiguous last dimension.
     """
     if not len(labels):
         return
@@ -93,10 +93,11 @@ def compute_statistics(logits: Tensor, labels: Tensor, out: Tensor, shard: Vocab
 def combine_statistics(
     statistics: Tensor, labels: Tensor, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The one collective. statistics: [3 or 4, t] of this rank, the same t on every rank.
+    """Combine the statistics of all ranks, with the only collective of the softmax.
 
-    Returns logps [t], the entropy [t] (None without a fourth row) and the normalizers m and log s [2, t].
-    logps and entropy are 0 where the label is ignored; a label outside the vocabulary gives -inf.
+    statistics: [3 or 4, t] of this rank, with the same t on every rank. Returns logps [t], the entropy [t]
+    (None without a fourth row) and the normalizers m and log s [2, t]. logps and entropy are 0 for ignored
+    labels, and logps is -inf for a label outside the vocabulary.
     """
     gathered = statistics
     if shard.group_size > 1:
@@ -128,10 +129,10 @@ def write_gradient(
     entropy: Tensor | None = None,
     entropy_grad: Tensor | None = None,
 ) -> None:
-    """Overwrites logits [t, rows] with their gradient: zeros in padding and for tokens without a gradient.
+    """Overwrite logits [t, rows] with their gradient. Padding and tokens without a gradient get zeros.
 
-    labels: int64 [t]; normalizers: [2, t]; logps_grad, entropy, entropy_grad: [t], of any value where the
-    label is ignored.
+    labels: int64 [t]. normalizers: [2, t]. logps_grad, entropy, entropy_grad: [t]. Ignored labels may have
+    any value there.
     """
     if not logits.numel():
         return
@@ -160,7 +161,8 @@ def write_gradient(
             WITH_ENTROPY=entropy is not None,
             **GRADIENT_LAUNCH,
         )
-    # autograd must notice what it cannot see: who still needs these logits gets an error and not a gradient
+    # Autograd does not see that a kernel has overwritten the logits. With the new version it raises an error
+    # if another operation still needs them, instead of using the gradient as if it were the logits.
     torch.autograd.graph.increment_version(logits)
 
 
@@ -215,7 +217,7 @@ def _torch_gradient(
 
 
 def _targets(labels: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Whether this rank owns each label, and the label's column here: any column where it does not."""
+    """Whether this rank owns each label, and the label's column. The column is arbitrary if it does not."""
     target = labels - shard.first_row
     owned = (target >= 0) & (target < shard.valid_rows) & (labels != shard.ignore_index)
     return owned, target.where(owned, 0)

@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for Hopper and Blackwell on a machine without a GPU, and reads what they use.
+"""Compiles Triton kernels for Hopper and Blackwell without a GPU, and reads the resources that they use.
 
-Kernels are compiled in the process of the tests, where Triton is itself. The interpreter
-(`TRITON_INTERPRET=1`) replaces every kernel and Triton's own functions when they are decorated, so it lives
-in a process of its own: see tests/kernels/interpreter.py.
+Kernels are compiled in the process of the tests. Triton's interpreter (`TRITON_INTERPRET=1`) replaces every
+kernel and Triton's own functions when they are decorated, so it runs in another process. See
+tests/kernels/interpreter.py.
 """
 
 import re
@@ -19,12 +19,12 @@ CAPABILITIES = pytest.mark.parametrize("capability", [90, 100], ids=["sm_90", "s
 
 @dataclass(frozen=True)
 class Resources:
-    """What the binary of one kernel asks of a multiprocessor."""
+    """The resources that the binary of one kernel needs."""
 
-    registers: int  # a thread; at most 255
-    shared_bytes: int  # a program
-    stack_bytes: int  # a thread: spilled registers live here
-    local_bytes: int  # a thread
+    registers: int  # per thread, at most 255
+    shared_bytes: int  # per program
+    stack_bytes: int  # per thread, for spilled registers
+    local_bytes: int  # per thread
 
 
 def compiled_resources(
@@ -36,14 +36,14 @@ def compiled_resources(
     capability: int,
     num_stages: int = 3,
 ) -> Resources:
-    """Compiles `kernel` and reads its registers, shared and spilled bytes.
+    """Compile `kernel`, and read its registers, shared bytes and spilled bytes.
 
-    kernel: a function under `@triton.jit`.
-    signature: type by argument, as `triton.compile` wants it: "*bf16", "i32", "fp32". ":16" behind a type
-      says that the value is a multiple of 16, which a launch finds out by itself: "*bf16:16", "i64:16".
+    kernel: a function under `@triton.jit`. signature: type by argument, as `triton.compile` expects it, such
+    as "*bf16", "i32" or "fp32". A suffix ":16"
+      says that the value is a multiple of 16. A launch would find this out from the value.
     constexprs: value by `tl.constexpr` argument.
     capability: 90 for Hopper, 100 for Blackwell.
-    Raises `AssertionError` where the two do not name exactly the kernel's arguments.
+    Raises `AssertionError` unless signature and constexprs together name exactly the kernel's arguments.
     """
     import triton
     from triton import knobs
@@ -82,7 +82,8 @@ def compiled_resources(
             check=True,
         ).stdout
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    # what a launch asks for is in the metadata; the binary names only what is fixed when it is linked
+    # The metadata has the shared memory that a launch requests. The binary has only what is fixed when
+    # linked.
     return Resources(
         registers=found["REG"],
         shared_bytes=max(found["SHARED"], compiled.metadata.shared),

@@ -1,10 +1,10 @@
-"""Runs a test of Triton kernels on the GPU, or else in a process that has Triton's interpreter.
+"""Runs a test of Triton kernels on the GPU, or else in a process with Triton's interpreter.
 
-`TRITON_INTERPRET=1` counts when Triton is imported and when a kernel is decorated, and what was decorated
-under it can no longer be compiled. So the process of the tests never sets it, and compiles for GPUs
-(tests/kernels/compiling.py). A test under `@on_kernels` runs in one child, spawned at the first such test,
-that sets the variable before it imports torch or Triton. Ranks that such a test starts (tests/ranks.py)
-inherit the variable, as the child has a fork server of its own.
+`TRITON_INTERPRET=1` takes effect when Triton is imported and when a kernel is decorated. A kernel that was
+decorated with it cannot be compiled. So the process of the tests never sets it, and compiles for GPUs
+(tests/kernels/compiling.py). Tests under `@on_kernels` run in one child process. It is spawned at the first
+such test, and sets the variable before it imports torch or Triton. Ranks that such a test starts
+(tests/ranks.py) inherit the variable, because the child has its own fork server.
 """
 
 import functools
@@ -17,9 +17,9 @@ from typing import Any
 
 
 def on_kernels(test: Callable[..., None]) -> Callable[..., None]:
-    """The test, run on the GPU where there is one, else in the interpreter's process.
+    """Run the test on a GPU if there is one, or else in the interpreter's process.
 
-    Arguments of the test (from `parametrize`) must be picklable; a failure arrives with its own traceback.
+    The test's arguments (from `parametrize`) must be picklable. A failure keeps its own traceback.
     """
 
     @functools.wraps(test)
@@ -33,7 +33,7 @@ def on_kernels(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def kernel_device() -> str:
-    """Where the tensors of a test under `@on_kernels` belong."""
+    """The device for the tensors of a test under `@on_kernels`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

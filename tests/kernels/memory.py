@@ -1,4 +1,4 @@
-"""Which memory torch operations allocate, seen at the dispatcher: on any device, the CPU included."""
+"""Tracks the memory that torch operations allocate on any device, by watching the dispatcher."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class AllocationTracker(TorchDispatchMode):
         super().__init__()
         self.peak_bytes = 0
         self.largest = 0
-        # by storage; a weak reference also keeps its address from being used again
+        # Memory is counted by storage. The weak reference also prevents reuse of the storage's address.
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

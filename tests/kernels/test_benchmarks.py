@@ -1,4 +1,4 @@
-"""The benchmarks of kernels run, tiny, on the CPU; without a GPU they say so; their arithmetic."""
+"""The benchmarks of kernels run on the CPU with tiny shapes, report a missing GPU, and compute rates."""
 
 import importlib
 import os
@@ -26,13 +26,31 @@ def _run(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("bench_logprob", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
-        ("bench_linear_logprob", ["cuBLAS", "ours", "ours, into main_grad", "torch eager"]),
-        ("bench_dpo_loss", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
-        ("bench_ranking_loss", ["copy", "ours, forward", "ours", "torch eager, forward", "torch eager"]),
+        (
+            "bench_logprob",
+            ["copy", "megatron-post, forward", "megatron-post", "torch eager, forward", "torch eager"],
+        ),
+        (
+            "bench_linear_logprob",
+            [
+                "cuBLAS",
+                "megatron-post",
+                "megatron-post, one chunk",
+                "megatron-post, into main_grad",
+                "torch eager",
+            ],
+        ),
+        (
+            "bench_dpo_loss",
+            ["copy", "megatron-post, forward", "megatron-post", "torch eager, forward", "torch eager"],
+        ),
+        (
+            "bench_ranking_loss",
+            ["copy", "megatron-post, forward", "megatron-post", "torch eager, forward", "torch eager"],
+        ),
     ],
 )
-def test_tiny(name: str, rows: list[str]) -> None:
+def test_a_benchmark_runs_with_tiny_shapes(name: str, rows: list[str]) -> None:
     done = _run(name, "--tiny", "--rounds", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     printed = done.stdout.splitlines()
@@ -43,7 +61,7 @@ def test_tiny(name: str, rows: list[str]) -> None:
     assert roof[-2:] == ["100.0%", "0.00"] and float(roof[1]) > 0
 
 
-def test_without_a_gpu() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     done = _run("bench_logprob")
     assert done.returncode == 1
     assert done.stdout == ""
@@ -52,7 +70,7 @@ def test_without_a_gpu() -> None:
 
 
 def test_linear_cross_entropy_without_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch that has the function alone leaves that contender out."""
+    """This implementation is left out if torch has the function but not its options."""
     monkeypatch.syspath_prepend(str(KERNELS / "benchmarks"))
     bench = importlib.import_module("bench_linear_logprob")
     monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda: None, raising=False)
@@ -62,7 +80,7 @@ def test_linear_cross_entropy_without_its_options(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("target", ["gpu-test", "gpu-bench"])
-def test_nothing_is_installed_on_a_machine_without_a_network(target: str, tmp_path: Path) -> None:
+def test_gpu_targets_install_nothing(target: str, tmp_path: Path) -> None:
     done = subprocess.run(
         ["make", "--dry-run", target, f"VENV={tmp_path}", "PYTHON=its-own-python"],
         cwd=KERNELS.parent,
@@ -74,17 +92,21 @@ def test_nothing_is_installed_on_a_machine_without_a_network(target: str, tmp_pa
 
 
 def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """2e9 bytes in 1 ms are 2,000 GB/s; 3e9 in 2 ms are 1,500, 75% of that."""
+    """2e9 bytes in 1 ms are 2,000 GB/s. 3e9 bytes in 2 ms are 1,500 GB/s, which is 75% of it."""
     monkeypatch.syspath_prepend(str(KERNELS / "benchmarks"))
     timing = importlib.import_module("timing")
     timing.print_table(
         "title",
-        {"copy": timing.Timing(1e-3, 0), "ours": timing.Timing(2e-3, 2**29), "theirs": "does not fit"},
-        work={"copy": 2e9, "ours": 3e9},
+        {
+            "copy": timing.Timing(1e-3, 0),
+            "megatron-post": timing.Timing(2e-3, 2**29),
+            "other": "does not fit",
+        },
+        work={"copy": 2e9, "megatron-post": 3e9},
         unit="GB/s",
         roof="copy",
     )
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[3] == ["copy", "1.000", "2000.0", "100.0%", "0.00"]
-    assert lines[4] == ["ours", "2.000", "1500.0", "75.0%", "0.50"]
-    assert lines[5] == ["theirs", "does", "not", "fit"]
+    assert lines[4] == ["megatron-post", "2.000", "1500.0", "75.0%", "0.50"]
+    assert lines[5] == ["other", "does", "not", "fit"]

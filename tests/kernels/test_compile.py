@@ -14,7 +14,7 @@ from megatron_post_kernels.vocabulary_softmax import GRADIENT_LAUNCH, statistics
 from tests.kernels.compiling import CAPABILITIES, compiled_resources
 
 BYTES_IN_FLIGHT = {90: 29_000, 100: 43_300}
-# 8B on one rank, and 405B (or 8B) on 8 tensor-parallel ranks: the kernels never see h
+# Columns of 8B on one rank, and of 405B or 8B on 8 tensor-parallel ranks. The kernels do not depend on h.
 COLUMNS = pytest.mark.parametrize("columns", [128_256, 128_256 // 8])
 DTYPES = pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
 ENTROPY = pytest.mark.parametrize("with_entropy", [False, True])
@@ -46,7 +46,7 @@ def test_statistics(columns: int, dtype: str, size: int, with_entropy: bool, cap
         num_warps=num_warps,
         capability=capability,
     )
-    # for bf16 and 16,032 columns on Blackwell the compiler keeps to 80 registers, and spills two
+    # For bf16 and 16,032 columns on Blackwell the compiler uses only 80 registers, and spills two.
     assert used.stack_bytes <= {90: 0, 100: 8}[capability] and used.local_bytes == 0
     assert used.registers <= {90: 80, 100: 96}[capability]
     assert used.shared_bytes <= 1024
@@ -58,7 +58,7 @@ def test_statistics(columns: int, dtype: str, size: int, with_entropy: bool, cap
 @DTYPES
 @ENTROPY
 def test_gradient(dtype: str, size: int, with_entropy: bool, capability: int) -> None:
-    """The shard's width is an argument: one binary for all."""
+    """The shard's width is an argument, so one binary serves all widths."""
     constexprs, num_warps = _launch(GRADIENT_LAUNCH)
     used = compiled_resources(
         gradient_kernel,

@@ -1,4 +1,7 @@
-"""The compile harness sees what a kernel uses: without this, "no spills" could not fail."""
+"""The compile harness reads a kernel's resources correctly.
+
+Otherwise a test of "no spills" could not fail.
+"""
 
 import pytest
 
@@ -17,7 +20,7 @@ def scale_rows(pointer, stride, SIZE: tl.constexpr):  # type: ignore[no-untyped-
 
 
 def test_a_small_kernel_fits() -> None:
-    """512 fp32 over 4 warps are 4 a thread; the sum over warps passes one fp32 a warp, in shared memory."""
+    """512 fp32 over 4 warps are 4 per thread. The sum over warps uses one fp32 of shared memory per warp."""
     used = compiled_resources(
         scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 512}, num_warps=4, capability=90
     )
@@ -26,8 +29,8 @@ def test_a_small_kernel_fits() -> None:
     assert used.stack_bytes == used.local_bytes == 0
 
 
-def test_a_spill_is_seen() -> None:
-    """16,384 fp32 on one warp are 512 a thread: 2,048 bytes, and a thread has 255 registers of 4 bytes."""
+def test_a_spill_is_detected() -> None:
+    """16,384 fp32 on one warp are 512 per thread, but a thread has only 255 registers."""
     used = compiled_resources(
         scale_rows, {"pointer": "*fp32:16", "stride": "i32:16"}, {"SIZE": 16384}, num_warps=1, capability=90
     )

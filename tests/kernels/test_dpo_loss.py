@@ -1,5 +1,4 @@
-"""From log-probabilities of tokens to a loss a pair, its gradient and metrics: torch and kernels against
-loops in double precision."""
+"""The DPO loss, its gradient and metrics, in torch and in kernels, against loops in double precision."""
 
 import math
 from dataclasses import dataclass, replace
@@ -40,7 +39,7 @@ def _pack(
     seed: int = 0,
     scale: float = 1.0,
 ) -> Pack:
-    """Random log-probabilities, NaN wherever a token is not trained; `trained` is their share."""
+    """Random log-probabilities, with NaN for untrained tokens. trained: the share of trained tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     mask = torch.rand(tokens, generator=generator) < trained
@@ -55,7 +54,7 @@ def _pack(
 
 
 def _run(pack: Pack, settings: DPOSettings, weights: list[float] | None = None, **kwargs: Any) -> Any:
-    """Terms as lists by name, and the gradient of the sum of weight x loss, as a list."""
+    """The terms as lists by name, and the gradient of the sum of weight x loss as a list."""
     device = kernel_device()
     logps = pack.logps.detach().clone().to(device).requires_grad_()
     chosen, rejected = torch.tensor(pack.pairs, dtype=torch.long, device=device).reshape(-1, 2).T
@@ -77,7 +76,7 @@ def _run(pack: Pack, settings: DPOSettings, weights: list[float] | None = None, 
 
 
 def _by_hand(pack: Pack, settings: DPOSettings, weights: list[float] | None = None) -> Any:
-    """The same with loops over tokens; derivatives by central differences of the formula."""
+    """The same values from loops over tokens. Derivatives are central differences of the formula."""
     offsets, logps = pack.cu_seqlens.tolist(), pack.logps.tolist()
     reference = logps if pack.reference is None else pack.reference.tolist()
 
@@ -112,7 +111,7 @@ def _by_hand(pack: Pack, settings: DPOSettings, weights: list[float] | None = No
 def _pair_by_hand(
     policy: list[float], fixed: list[float], counts: list[int], settings: DPOSettings
 ) -> tuple[float, float, float]:
-    """Loss with NLL, loss without, NLL."""
+    """The loss with NLL, the loss without it, and the NLL."""
 
     def lost(x: float) -> float:
         return math.log1p(math.exp(-x)) if x > -30 else -x
@@ -132,8 +131,10 @@ def _pair_by_hand(
 
 
 def _assert_equal(found: Any, expected: Any, *, rel: float = 3e-6, absolute: float = 3e-6) -> None:
-    """Sums of up to 3,000 numbers below 1 in fp32, in blocks: 1e-6 of the sum. Derivatives of the loops carry
-    1e-9 of their own."""
+    """fp32 sums of up to 3,000 numbers below 1, in blocks, have a relative error of 1e-6.
+
+    The derivatives of the loops have an error of 1e-9.
+    """
     (terms, gradient), (wanted, wanted_gradient) = found, expected
     for name, value in wanted.items():
         assert terms[name] == pytest.approx(value, rel=rel, abs=absolute * 10), name
@@ -142,7 +143,7 @@ def _assert_equal(found: Any, expected: Any, *, rel: float = 3e-6, absolute: flo
 
 RAGGED = _pack(
     [7, 0, 1, 2500, 1030, 64, 3, 12, 5], [(3, 4), (2, 0), (7, 6), (1, 5)], seed=1
-)  # more than two blocks of tokens, one token, none; segment 8 stands in no pair
+)  # segments have more than two blocks of tokens, one token or none, and segment 8 is in no pair
 
 
 @pytest.mark.parametrize("nll_per_token", [True, False])
@@ -151,9 +152,9 @@ RAGGED = _pack(
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_against_loops(impl: str, name: str, has_reference: bool, nll_per_token: bool) -> None:
-    """Ragged segments with NaN at every untrained token, pairs weighted unequally by what comes after."""
+    """Segments have unequal lengths and NaN at untrained tokens. Upstream gradients differ between pairs."""
     settings = replace(SETTINGS, loss=name, nll_per_token=nll_per_token)
-    # of short sums: 2,500 tokens a response would drive the sigmoid to where nothing is left to compare
+    # The log-probabilities are scaled down. With 2,500 tokens in a response the sigmoid would saturate.
     assert RAGGED.reference is not None
     reference = RAGGED.reference / 50 if has_reference else None
     pack = replace(RAGGED, logps=RAGGED.logps / 50, reference=reference)
@@ -164,7 +165,10 @@ def test_against_loops(impl: str, name: str, has_reference: bool, nll_per_token:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_many_pairs(impl: str) -> None:
-    """140 pairs are more than a block of pairs in backward; the lower number is not always the better."""
+    """140 pairs are more than one block of pairs in backward.
+
+    Either segment of a pair can be the better one.
+    """
     pairs = [(2 * i + i % 2, 2 * i + 1 - i % 2) for i in range(140)]
     pack = _pack([2 + i % 5 for i in range(280)], pairs)
     _assert_equal(_run(pack, SETTINGS, impl=impl), _by_hand(pack, SETTINGS))
@@ -173,7 +177,7 @@ def test_many_pairs(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_a_segment_in_two_pairs(impl: str) -> None:
-    """Its tokens get both pairs' gradients, and with one response on both sides of a pair they cancel."""
+    """Its tokens get the gradients of both pairs. They cancel if one response is on both sides of a pair."""
     pack = _pack([6, 4, 5], [(0, 1), (1, 2), (0, 2), (2, 2)])
     _assert_equal(_run(pack, SETTINGS, impl=impl), _by_hand(pack, SETTINGS))
 
@@ -182,7 +186,10 @@ def test_a_segment_in_two_pairs(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_all_masked(impl: str, name: str) -> None:
-    """No trained token, values NaN: finite losses, metrics of 0 and gradients of 0."""
+    """There is no trained token and all values are NaN.
+
+    Losses are finite, and metrics and gradients are 0.
+    """
     pack = _pack([4, 3, 0, 2], [(0, 1), (2, 3)], trained=0.0)
     terms, gradient = _run(pack, replace(SETTINGS, loss=name), impl=impl)
     assert all(map(math.isfinite, terms["loss"])) and gradient == [0.0] * 9
@@ -192,7 +199,7 @@ def test_all_masked(impl: str, name: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_no_pairs(impl: str) -> None:
-    """A pack of padding alone."""
+    """The pack has only padding."""
     terms, gradient = _run(_pack([5], [], trained=0.0), SETTINGS, impl=impl)
     assert not any(terms.values()) and gradient == [0.0] * 5
 
@@ -201,8 +208,11 @@ def test_no_pairs(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_extreme_logps(impl: str, name: str) -> None:
-    """The policy's log-probabilities are -1e4 a token in one response and -1e-4 in the other, both ways
-    round; the reference's are -1. Everything stays finite; margins of 1e4 saturate the sigmoid exactly."""
+    """The policy's log-probabilities are -1e4 per token in one response and -1e-4 in the other.
+
+    Either response can be the chosen one. The reference's are -1. All results are finite, and margins of
+    1e4 saturate the sigmoid exactly.
+    """
     pack = _pack([6, 8, 8, 6], [(0, 1), (2, 3)], trained=1.0)
     low, high = torch.full((14,), -1e4), torch.full((14,), -1e-4)
     logps = torch.cat((low[:6], high[:8], high[:8], low[:6]))
@@ -210,13 +220,13 @@ def test_extreme_logps(impl: str, name: str) -> None:
     settings = replace(SETTINGS, loss=name)
     found = _run(pack, settings, impl=impl)
     assert all(math.isfinite(x) for values in (*found[0].values(), found[1]) for x in values)
-    # central differences of a saturated loss of 1e4 and more have 12 digits less 5
+    # A saturated loss is 1e4 or more, so its central differences have 5 digits less than the usual 12.
     _assert_equal(found, _by_hand(pack, settings), rel=1e-5, absolute=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradient_of_the_reference(name: str) -> None:
-    """In float64, by finite differences: segments of 0, 1 and more tokens."""
+    """Finite differences in float64, with segments of 0, 1 and more tokens."""
     pack = _pack([4, 1, 0, 3], [(0, 1), (2, 3)], trained=0.8)
     logps = pack.logps.nan_to_num(0.0).double().requires_grad_()
     reference = pack.reference.double() if pack.reference is not None else None
@@ -237,7 +247,7 @@ def test_bitwise_repeatable() -> None:
 
 @on_kernels
 def test_context_path_on_one_rank() -> None:
-    """Sums, then pairs: the same numbers as the one launch to the bit, for the order of sums is the same."""
+    """Two launches give the same bits as one launch, because the order of summation is the same."""
     one = _run(RAGGED, SETTINGS, impl="triton")
     two = _run(RAGGED, SETTINGS, impl="triton", sum_over_context=lambda x: x)
     assert str(one) == str(two)
@@ -256,7 +266,7 @@ def test_bf16_is_refused() -> None:
 
 
 def _context_rank(impl: str, name: str) -> Any:
-    """One of two ranks with its zigzag part; the loss is counted on the first."""
+    """One of two ranks with its zigzag part. The first rank counts the loss."""
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.group.WORLD
     pack = _split_pack()
@@ -282,8 +292,10 @@ def _context_rank(impl: str, name: str) -> Any:
 
 
 def _split_pack() -> Pack:
-    """One rank's part of a response may have no trained token: the last segment trains its second token
-    alone."""
+    """A pack in which one rank's part of a response has no trained token.
+
+    The last segment trains only its second token.
+    """
     pack = _pack([8, 16, 4, 12, 8, 4], [(1, 0), (3, 4), (2, 5)], seed=3)
     pack.trained[-4:] = torch.tensor([False, True, False, False])
     pack.logps[-3] = -1.5
@@ -295,8 +307,10 @@ def _split_pack() -> Pack:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_context_parallel(impl: str, name: str) -> None:
-    """Two ranks: complete terms on both, and gradients of their tokens as on one rank, not twice them though
-    each computes the loss."""
+    """Both ranks have complete terms, and their tokens have the gradients of one rank.
+
+    The gradients must not be doubled, although each rank computes the loss.
+    """
     pack = _split_pack()
     terms, gradient = _run(pack, replace(SETTINGS, loss=name), impl="torch")
     for found, part, mine in run_ranks(_context_rank, 2, impl, name):

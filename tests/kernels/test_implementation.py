@@ -1,4 +1,4 @@
-"""Which implementation runs, and that the package works on a machine without Triton."""
+"""The selection of an implementation, and the package on a machine without Triton."""
 
 import subprocess
 import sys

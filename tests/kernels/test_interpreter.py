@@ -1,4 +1,4 @@
-"""The interpreter has a process of its own, and the tests' process still compiles."""
+"""The interpreter runs in its own process, and the tests' process can still compile."""
 
 import os
 
@@ -22,11 +22,11 @@ def fails(number: int) -> None:
     raise AssertionError(f"number {number}")
 
 
-def test_a_failure_arrives() -> None:
+def test_a_failure_in_the_interpreter_is_reported() -> None:
     with pytest.raises(AssertionError, match="number 2"):
         fails(number=2)
 
 
-def test_this_process_is_left_alone() -> None:
+def test_this_process_does_not_interpret() -> None:
     assert "TRITON_INTERPRET" not in os.environ
     assert type(triton.language.max).__name__ == "JITFunction"

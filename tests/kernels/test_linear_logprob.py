@@ -1,4 +1,4 @@
-"""Log-probabilities from hidden states: against float64, over dtypes, chunks, shards, frozen inputs."""
+"""Log-probabilities from hidden states against float64, over dtypes, chunks, shards and frozen inputs."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ ERROR = {torch.float32: 5e-6, torch.float16: 3 * 2**-9, torch.bfloat16: 3 * 2**-
 def _case(
     tokens: int, rows: int, dtype: torch.dtype, *, valid: int, hidden: int = HIDDEN
 ) -> dict[str, Tensor]:
-    """Labels with every third ignored from the second on, gradients NaN where ignored, padding rows NaN."""
+    """Inputs in which every third label is ignored. Ignored gradients and padding rows are NaN."""
     generator = torch.Generator().manual_seed(tokens * rows)
     weight = torch.randn(rows, hidden, generator=generator).div(hidden**0.25)
     weight[valid:] = torch.nan
@@ -38,7 +38,7 @@ def _case(
 
 
 def _results(case: dict[str, Tensor], **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """logps and the gradients of hidden and weight."""
+    """The logps, and the gradients of hidden and weight."""
     device = kernel_device()
     hidden, weight = (case[name].to(device).requires_grad_() for name in ("hidden", "weight"))
     logps = linear_logprob(hidden, weight, case["labels"].to(device), **settings)
@@ -87,8 +87,11 @@ def test_no_trained_token(impl: str) -> None:
     assert all(result.eq(0).all() for result in _results(case, impl=impl))
 
 
-def test_chunks_do_not_matter() -> None:
-    """Rows of hidden's gradient are those of one chunk, bit for bit; the weight's sum has another order."""
+def test_the_number_of_chunks_does_not_matter() -> None:
+    """Hidden's gradient is that of one chunk, bit for bit.
+
+    The weight's gradient is summed in another order.
+    """
     case = _case(50, 30, torch.float64, valid=30)
     whole = _results(case)
     for chunk in (1, 7, 50, 1000):
@@ -98,7 +101,10 @@ def test_chunks_do_not_matter() -> None:
 
 @pytest.mark.parametrize(("chunk", "chunks"), [(8, 1), (4, 2), (2, 4)])
 def test_the_last_chunk_is_not_computed_twice(chunk: int, chunks: int) -> None:
-    """(8 - 2/n) t v h operations over n chunks; 8 t v h in a second backward pass over the same forward."""
+    """n chunks take (8 - 2/n) t v h operations.
+
+    A second backward pass over the same forward takes 8 t v h.
+    """
     case = _case(8, 10, torch.float32, valid=10)
     inputs = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
     product = 2 * 8 * 10 * HIDDEN
@@ -113,7 +119,10 @@ def test_the_last_chunk_is_not_computed_twice(chunk: int, chunks: int) -> None:
 
 
 def test_default_chunks() -> None:
-    """512 MiB over 128,256 rows of bf16 are 2,093 tokens: 2,048. Chunks are even, and at least 128."""
+    """512 MiB over 128,256 rows of bf16 are 2,093 tokens, rounded to 2,048.
+
+    Chunks have equal sizes of 128 or more.
+    """
     from megatron_post_kernels.linear_logprob import _chunk_tokens
 
     weight = torch.empty(128_256, 1, dtype=torch.bfloat16, device="meta")
@@ -126,7 +135,7 @@ def test_default_chunks() -> None:
 
 
 def test_wide_accumulation_by_version() -> None:
-    """torch 2.8 and 2.9 have the overload of addmm, and raise where bf16 products are added to fp32."""
+    """torch 2.8 and 2.9 have the overload of addmm, but raise an error if bf16 products are added to fp32."""
     from megatron_post_kernels.linear_logprob import _accumulates_wider
 
     versions = ["2.6.0", "2.8.0+cu128", "2.9.1", "2.10.0a0+git1234", "2.10.0+cu130", "2.11.0+cu130", "2.13.0"]
@@ -147,7 +156,10 @@ def test_gradcheck() -> None:
 @on_kernels
 @BOTH
 def test_weight_grad_accumulates(impl: Implementation) -> None:
-    """Two microbatches on top of what is there, in fp32 though the weight is bf16; autograd gets nothing."""
+    """Two microbatches are added in fp32, although the weight is bf16.
+
+    Autograd gets no gradient of the weight.
+    """
     case = _case(7, 12, torch.bfloat16, valid=10)
     device = kernel_device()
     weight = case["weight"].to(device).requires_grad_()
@@ -170,7 +182,7 @@ def test_weight_grad_accumulates(impl: Implementation) -> None:
 
 
 def test_one_chunk_makes_no_wider_gradient() -> None:
-    """Of the weight's size its gradient in bf16 is allocated, and no sum in fp32 to zero and to round."""
+    """The only allocation of the weight's size is its gradient in bf16. There is no sum in fp32."""
     case = _case(8, 500, torch.bfloat16, valid=490, hidden=1024)
     inputs = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
     with AllocationTracker() as tracker:
@@ -183,7 +195,7 @@ def test_one_chunk_makes_no_wider_gradient() -> None:
 
 
 def test_frozen_weight() -> None:
-    """Hidden's gradient as before; nothing of the weight's size is allocated, and weight_grad stays."""
+    """Hidden's gradient and weight_grad do not change, and nothing of the weight's size is allocated."""
     case = _case(6, 400, torch.float32, valid=400)
     main_grad = torch.ones(400, HIDDEN)
     hidden = case["hidden"].requires_grad_()
@@ -199,7 +211,7 @@ def test_frozen_weight() -> None:
 
 
 def test_frozen_hidden() -> None:
-    """The weight's gradient as before; nothing of hidden's size is allocated."""
+    """The weight's gradient does not change, and nothing of hidden's size is allocated."""
     case = _case(60, 10, torch.float32, valid=10)
     weight = case["weight"].requires_grad_()
     with AllocationTracker() as tracker:
@@ -226,8 +238,11 @@ def test_reference_pass_keeps_nothing() -> None:
 
 
 def test_memory_is_flat_in_tokens() -> None:
-    """No [t, v] anywhere. From 1,024 tokens to 4,096, what is added is hidden's gradient and numbers a token:
-    label, statistics and normalizers, of which at most 20 fp32 live at one time."""
+    """No [t, v] is allocated.
+
+    From 1,024 to 4,096 tokens, only hidden's gradient and some numbers per token are added. These are the
+    label, statistics and normalizers, at most 20 fp32 at one time.
+    """
     rows, hidden, chunk = 2048, 32, 128
     peaks = {}
     for tokens in (1024, 4096):
@@ -243,17 +258,20 @@ def test_memory_is_flat_in_tokens() -> None:
 
 
 def test_gradients_beat_eager_bf16() -> None:
-    """Errors against float64 of both gradients, in the mean square, beside torch's own bf16."""
+    """Both gradients have smaller mean square errors against float64 than torch's own bf16."""
     case = _case(96, 1000, torch.bfloat16, valid=1000, hidden=64)
     expected = _expected(case, valid=1000)
     eager = _expected(case, valid=1000, dtype=torch.bfloat16)
-    ours = _results(case, chunk_tokens=7, impl="torch")
-    for result, theirs, wanted in zip(ours, eager, expected, strict=True):
-        assert (result.double() - wanted).norm() <= (theirs.double() - wanted).norm()
+    own = _results(case, chunk_tokens=7, impl="torch")
+    for result, other, wanted in zip(own, eager, expected, strict=True):
+        assert (result.double() - wanted).norm() <= (other.double() - wanted).norm()
 
 
 def _sharded(dtype: torch.dtype, impl: str, sequence_parallel: bool) -> None:
-    """One rank: 12 rows of a weight of which 30 are real, and its share of 8 tokens. Equal to one rank."""
+    """One rank with 12 rows of a weight with 30 real rows, and its share of 8 tokens.
+
+    Equals a single rank.
+    """
     torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     valid = min(30, 12 * size)
@@ -278,7 +296,7 @@ def _sharded(dtype: torch.dtype, impl: str, sequence_parallel: bool) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_over_ranks(size: int, sequence_parallel: bool) -> None:
-    """With 4 ranks the third shard is half padding and the fourth nothing else."""
+    """With 4 ranks, half of the third shard and the whole fourth shard are padding."""
     run_ranks(_sharded, size, torch.float32, "torch", sequence_parallel)
 
 
@@ -293,7 +311,7 @@ def test_sharded_kernels_over_ranks(size: int, sequence_parallel: bool) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="max_memory_allocated needs a GPU")
 @pytest.mark.parametrize("tokens", [8192, 32_768])
 def test_memory_on_a_gpu(tokens: int) -> None:
-    """Llama 3 8B: at most 1 GiB beyond the gradients, whatever the number of tokens."""
+    """Llama 3 8B needs at most 1 GiB beyond the gradients for any number of tokens."""
     hidden = torch.randn(tokens, 4096, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     weight = torch.randn(128_256, 4096, dtype=torch.bfloat16, device="cuda").mul_(0.02).requires_grad_()
     main_grad = torch.zeros(weight.shape, device="cuda")
@@ -305,7 +323,7 @@ def test_memory_on_a_gpu(tokens: int) -> None:
     assert extra <= 2**30
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_is_reported() -> None:
     hidden, weight, labels = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"weight \[5, 2\]"):
         linear_logprob(hidden, weight[:, :2], labels)

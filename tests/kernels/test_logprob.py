@@ -1,4 +1,4 @@
-"""Log-probability and entropy of given logits: against float64, over dtypes, shapes, masks and shards."""
+"""Log-probability and entropy of given logits against float64, over dtypes, shapes, masks and shards."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ GRADIENT_ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e
 
 
 def _case(tokens: int, columns: int, dtype: torch.dtype, *, valid: int) -> dict[str, Tensor]:
-    """Random logits, labels with every third ignored from the second on, and gradients, NaN where ignored."""
+    """Random logits, labels and gradients. Every third label is ignored, and its gradient is NaN."""
     generator = torch.Generator().manual_seed(tokens * columns)
     logits = (3 * torch.randn(tokens, columns, generator=generator)).to(dtype)
     logits[:, valid:] = torch.nan
@@ -33,7 +33,7 @@ def _case(tokens: int, columns: int, dtype: torch.dtype, *, valid: int) -> dict[
 
 
 def _results(case: dict[str, Tensor], **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """logps, entropy and the gradient of the logits."""
+    """The logps, the entropy and the gradient of the logits."""
     logits = case["logits"].to(kernel_device()).requires_grad_()
     logps, entropy = logprob(logits * 1, case["labels"].to(kernel_device()), with_entropy=True, **settings)
     gradients = case["gradients"].to(kernel_device())
@@ -51,7 +51,10 @@ def _expected(case: dict[str, Tensor], *, valid: int | None = None) -> tuple[Ten
 
 
 def _assert_equal(case: dict[str, Tensor], results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """fp32 results lie within a few ulps of 16, the largest values here; gradients as their dtype allows."""
+    """fp32 results agree within a few ulps of 16, the largest value.
+
+    Gradients agree as their dtype allows.
+    """
     for name, result, wanted in zip(("logps", "entropy"), results, expected, strict=False):
         assert result.dtype == torch.float32
         assert result.double().tolist() == pytest.approx(wanted.tolist(), rel=2e-6, abs=4e-6), name
@@ -84,7 +87,7 @@ def test_worked_by_hand(impl: Implementation) -> None:
 def test_against_float64(
     impl: Implementation, dtype: torch.dtype, tokens: int, columns: int, valid: int
 ) -> None:
-    """8,301 columns are a whole step of the kernel's loop and a ragged one; what is behind them is NaN."""
+    """8,301 columns are a whole step and a partial step of the kernel's loop. Padding columns are NaN."""
     case = _case(tokens, columns, dtype, valid=valid)
     results = _results(case, valid_rows=valid, impl=impl)
     _assert_equal(case, results, _expected(case, valid=valid))
@@ -94,8 +97,10 @@ def test_against_float64(
 @on_kernels
 @BOTH
 def test_extreme_logits(impl: Implementation) -> None:
-    """+-1e4 and -inf: p is 1, 1/2 or 0, exactly, and nothing is NaN. log-sum-exp in fp32 would be off by 5e-4
-    at 1e4."""
+    """Logits are +-1e4 and -inf. p is exactly 1, 1/2 or 0, and nothing is NaN.
+
+    log-sum-exp in fp32 would have an error of 5e-4 at 1e4.
+    """
     logits = torch.tensor(
         [
             [1e4, -1e4, 0.0, 1e4],
@@ -130,7 +135,7 @@ def test_no_token_and_no_trained_token(impl: Implementation) -> None:
 @on_kernels
 @BOTH
 def test_tokens_without_gradient_are_not_read(impl: Implementation) -> None:
-    """An untrained prompt may have any logits: where(gradient == 0), not a product with 0."""
+    """An untrained prompt may have any logits. They are masked by a condition and not by a product with 0."""
     case = _case(3, 10, torch.float32, valid=10)
     case["labels"][:], case["gradients"][:] = 4, 0.0
     case["logits"][2] = torch.nan
@@ -140,7 +145,7 @@ def test_tokens_without_gradient_are_not_read(impl: Implementation) -> None:
 @on_kernels
 @BOTH
 def test_labels(impl: Implementation) -> None:
-    """A label that no rank has is -inf, not a plausible number; any value can be the ignored one, 0 too."""
+    """A label that no rank has gives -inf. Any value can be the ignored label, including 0."""
     logits = torch.zeros(4, 6, device=kernel_device())
     labels = torch.tensor([5, 4, -1, 0], device=kernel_device())
     logps = logprob(logits, labels, valid_rows=5, ignore_index=0, impl=impl)
@@ -158,7 +163,7 @@ def test_runs_are_bitwise_equal(impl: Implementation) -> None:
 @on_kernels
 @BOTH
 def test_gradient_takes_the_logits_place(impl: Implementation) -> None:
-    """And whoever still needs the logits is told, instead of reading a gradient."""
+    """An operation that still needs the logits gets an error instead of the gradient."""
     device = kernel_device()
     source = torch.randn(3, 8, device=device, requires_grad=True)
     labels = torch.arange(3, device=device)
@@ -176,7 +181,7 @@ def test_gradient_takes_the_logits_place(impl: Implementation) -> None:
 
 
 def test_memory() -> None:
-    """Beyond the logits: 2 blocks of 2**22 fp32 and a few numbers a token, never another [t, v]."""
+    """Beyond the logits there are 2 blocks of 2**22 fp32 and a few numbers per token, and no other [t, v]."""
     logits, labels = (
         torch.randn(512, 40_000, dtype=torch.bfloat16, requires_grad=True),
         torch.zeros(512).long(),
@@ -188,7 +193,7 @@ def test_memory() -> None:
 
 
 def test_float64_and_gradcheck() -> None:
-    """The torch implementation in float64 equals the reference to its last digits, and gradcheck that."""
+    """In float64 the torch implementation equals the reference to the last digits, and passes gradcheck."""
     case = _case(7, 19, torch.float64, valid=17)
     results = _results({**case, "gradients": case["gradients"].double()}, valid_rows=17)
     for result, expected in zip(results, _expected(case, valid=17), strict=True):
@@ -199,7 +204,7 @@ def test_float64_and_gradcheck() -> None:
 
 
 def test_gradients_beat_eager_bf16() -> None:
-    """Root mean square errors against float64: softmax in fp32, rounded once, beside torch's own in bf16."""
+    """The softmax in fp32, rounded once, has smaller errors against float64 than torch's own in bf16."""
     case = _case(64, 2000, torch.bfloat16, valid=2000)
     case["gradients"][1] = 0.0
     expected = _expected(case)[2]
@@ -207,8 +212,8 @@ def test_gradients_beat_eager_bf16() -> None:
     logps, _ = logprob_reference(eager, case["labels"])
     logps.backward(torch.where(case["labels"] != IGNORED, case["gradients"][0], 0.0).to(torch.bfloat16))
     assert eager.grad is not None
-    ours = _results(case, impl="torch")[2]
-    assert (ours.double() - expected).norm() <= (eager.grad.double() - expected).norm()
+    own = _results(case, impl="torch")[2]
+    assert (own.double() - expected).norm() <= (eager.grad.double() - expected).norm()
 
 
 def _sharded(dtype: torch.dtype, impl: Implementation) -> None:
@@ -244,7 +249,7 @@ def test_sharded_kernels_over_ranks(size: int) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="2^31 logits need a GPU")
 def test_offsets_beyond_32_bits() -> None:
-    """The last of 17,000 tokens x 128,256 columns lies behind 2^31 elements."""
+    """The last of 17,000 tokens x 128,256 columns has an offset above 2^31 elements."""
     logits = torch.zeros(17_000, 128_256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     logps = logprob(logits * 1, torch.full((17_000,), 128_255, device="cuda"))
     (gradient,) = torch.autograd.grad(logps[-1], logits)
@@ -253,7 +258,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert gradient[0].eq(0).all()
 
 
-def test_wrong_input_is_named() -> None:
+def test_wrong_input_is_reported() -> None:
     logits, labels = torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="labels \\[2\\]"):
         logprob(logits, labels[:2])

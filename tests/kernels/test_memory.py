@@ -1,12 +1,15 @@
-"""The memory tracker counts by hand what a few lines allocate."""
+"""The memory tracker counts what a few lines allocate, as worked out by hand."""
 
 import torch
 
 from tests.kernels.memory import AllocationTracker
 
 
-def test_peak_is_what_lives_at_one_time() -> None:
-    """400 bytes live; 800 come and go; then 1,200 join: 1,600. Views and results in place are not memory."""
+def test_the_peak_counts_what_is_allocated_together() -> None:
+    """400 bytes stay allocated, 800 are freed again, and then 1,200 are added, so the peak is 1,600.
+
+    Views and in-place results allocate nothing.
+    """
     given = torch.ones(100)
     with AllocationTracker() as tracker:
         kept = given + 1
@@ -16,8 +19,11 @@ def test_peak_is_what_lives_at_one_time() -> None:
     assert (tracker.peak_bytes, tracker.largest) == (1600, 300)
 
 
-def test_backward_is_seen() -> None:
-    """exp keeps its result of 400 bytes; the sum has 4; backward makes grad of each, 400 for x itself."""
+def test_the_backward_pass_is_tracked() -> None:
+    """exp keeps its result of 400 bytes, and the sum has 4.
+
+    The backward pass allocates a gradient for each.
+    """
     x = torch.ones(100, requires_grad=True)
     with AllocationTracker() as tracker:
         x.exp().sum().backward()

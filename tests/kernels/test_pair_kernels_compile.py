@@ -1,4 +1,4 @@
-"""The kernels of `dpo_loss` and `ranking_loss` compile for Hopper and Blackwell and spill nothing."""
+"""The kernels of `dpo_loss` and `ranking_loss` compile for Hopper and Blackwell without spills."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ KINDS = {
     "trained": "*i1:16",
     "cu_seqlens": "*i32:16",
 }
-TOKENS = {"MAX_LOG_RATIO": 60.0, "BLOCK": 1024}  # as dpo_loss.py launches them
+TOKENS = {"MAX_LOG_RATIO": 60.0, "BLOCK": 1024}  # the values with which dpo_loss.py launches them
 
 
 def _compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Resources:
-    """Nothing spilled; the sums over four warps pass a few numbers through shared memory."""
+    """Compile and check that nothing spills. Sums over four warps need little shared memory."""
     signature = {name: KINDS[name] for name in kernel.arg_names if name not in constants}
     used = compiled_resources(kernel, signature, constants, num_warps=4, capability=capability)
     assert used.stack_bytes == used.local_bytes == 0
@@ -58,5 +58,5 @@ def test_spread_slopes(capability: int) -> None:
 
 @CAPABILITIES
 def test_rank_pairs(capability: int) -> None:
-    """A tile of 32 x 64 fp32 is 16 registers on each of 128 threads."""
+    """A tile of 32 x 64 fp32 takes 16 registers on each of 128 threads."""
     assert _compiled(rank_pairs, {"SCORES": 32, "PAIRS": 64}, capability).registers <= 128

@@ -1,4 +1,4 @@
-"""Each preference loss by worked arithmetic."""
+"""Each preference loss, worked out by hand."""
 
 import math
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_worked_by_hand(name: str, settings: DPOSettings, expected: float) -> No
     [("sigmoid", math.log(2)), ("ipo", 25.0), ("hinge", 1.0), ("robust", math.log(2))],
 )
 def test_policy_equals_reference(name: str, expected: float) -> None:
-    """delta is 0: ln 2; (0 - 1 / (2 x 0.1))^2 = 25; 1; (0.8 ln 2 - 0.2 ln 2) / 0.6 = ln 2."""
+    """The losses at delta 0: ln 2, (0 - 1 / (2 x 0.1))^2 = 25, 1 and (0.8 ln 2 - 0.2 ln 2) / 0.6 = ln 2."""
     loss = LOSSES[name](_pair(-6.0, -5.0), DPOSettings(beta=0.1, label_smoothing=0.2))
     assert loss.item() == pytest.approx(expected)
 
@@ -84,7 +84,7 @@ def test_sigmoid_gradient_by_hand() -> None:
 
 
 def test_hinge_stops_beyond_its_margin() -> None:
-    """beta delta = 0.1 x 20 > 1: nothing to learn."""
+    """beta delta = 0.1 x 20 > 1, so loss and gradient are 0."""
     pair = _pair(4.0, -15.0)
     pair.chosen.requires_grad_()
     loss = LOSSES["hinge"](pair, DPOSettings(beta=0.1))
@@ -94,7 +94,7 @@ def test_hinge_stops_beyond_its_margin() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.4])
 def test_robust_is_unbiased(noise: float) -> None:
-    """Labels flipped with probability e: (1 - e) robust(delta) + e robust(-delta) is the clean loss."""
+    """With a share e of labels flipped, (1 - e) robust(delta) + e robust(-delta) is the clean loss."""
     pair = _pair(-5.0, -6.0)
     flipped = PairLogps(
         pair.rejected, pair.chosen, pair.reference_rejected, pair.reference_chosen, *[None] * 2
@@ -105,7 +105,10 @@ def test_robust_is_unbiased(noise: float) -> None:
 
 
 def test_simpo_needs_no_reference() -> None:
-    """Another reference, the same loss; a longer response of the same log-probability is liked better."""
+    """The reference does not change the loss.
+
+    Of equal log-probabilities, the longer response is preferred.
+    """
     settings = DPOSettings(beta=2.0, margin=0.5)
     pair = _pair(-5.0, -6.0)
     other = replace(pair, reference_chosen=torch.full_like(pair.chosen, NAN))
@@ -115,7 +118,7 @@ def test_simpo_needs_no_reference() -> None:
 
 
 def test_nll_normalisation() -> None:
-    """-6 over 4 tokens: 1.5 a token, 6 a sequence. No trained token: 0 and not 0 / 0."""
+    """-6 over 4 tokens is 1.5 per token and 6 per sequence. Without trained tokens it is 0 and not 0 / 0."""
     chosen, lengths = torch.tensor([-6.0, 0.0]), torch.tensor([4.0, 0.0])
     assert chosen_nll(chosen, lengths, per_token=True).tolist() == [1.5, 0.0]
     assert chosen_nll(chosen, lengths, per_token=False).tolist() == [6.0, 0.0]

@@ -1,4 +1,4 @@
-"""-log sigmoid(r_better - r_worse), weighted so that an example weighs one; in torch and in the kernel."""
+"""The ranking loss in torch and in the kernel. Each example has a total weight of one."""
 
 import math
 import random
@@ -44,8 +44,10 @@ def test_worked_by_hand(impl: Implementation) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_three_responses_weigh_as_two(impl: Implementation) -> None:
-    """With equal scores the three pairs of an example of three give ln 2 in all, as one pair does; the best
-    is pulled up by 2/3 x 1/2, the worst down by as much, and the middle one stays."""
+    """With equal scores the three pairs of an example of three responses give ln 2 in total, like one pair.
+
+    The best score is pulled up by 2/3 x 1/2, the worst is pulled down by as much, and the middle one stays.
+    """
     three, _, gradient = _ranked(impl, [0.7] * 3, [0, 0, 1], [1, 2, 2], [1 / 3] * 3)
     two, _, _ = _ranked(impl, [0.7] * 2, [0], [1], [1.0])
     assert three == pytest.approx(math.log(2)) and two == pytest.approx(math.log(2))
@@ -55,8 +57,10 @@ def test_three_responses_weigh_as_two(impl: Implementation) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_large_margins_stay_finite(impl: Implementation) -> None:
-    """log(1 + e^20000) is 20000 and not infinite; the other way it is 0, with gradients -1 and 0. A margin of
-    20 leaves log(1 + e^-20) = 2.0611536e-9, which 1 + e^-20 alone would round to 0."""
+    """log(1 + e^20000) is 20000 and not infinite. In the other order it is 0. The gradients are -1 and 0.
+
+    A margin of 20 gives log(1 + e^-20) = 2.0611536e-9. In fp32 the sum 1 + e^-20 alone would round to 1.
+    """
     loss, _, gradient = _ranked(impl, [-1e4, 1e4], [0], [1], [1.0])
     assert loss == 20000.0 and gradient == [-1.0, 1.0]
     loss, _, gradient = _ranked(impl, [1e4, -1e4], [0], [1], [1.0])
@@ -68,7 +72,7 @@ def test_large_margins_stay_finite(impl: Implementation) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @on_kernels
 def test_no_pairs(impl: Implementation) -> None:
-    """A pack of padding: 0, with zero gradients, whatever the score is."""
+    """A pack of padding has the loss 0 and zero gradients for any score."""
     assert _ranked(impl, [math.nan], [], [], []) == (0.0, [], [0.0])
 
 
@@ -107,7 +111,7 @@ def test_against_loops(impl: Implementation) -> None:
 
 @on_kernels
 def test_upstream_gradient_scales() -> None:
-    """Both implementations, behind a factor of -3."""
+    """Both implementations are followed by a factor of -3."""
     found = []
     for impl in IMPLEMENTATIONS:
         scores = torch.linspace(-2, 2, 6, device=kernel_device()).requires_grad_()
@@ -131,7 +135,7 @@ def test_gradient_of_the_reference() -> None:
 
 @on_kernels
 def test_bf16_scores_are_refused() -> None:
-    """Differences of scores in bf16 have 8 bits: whoever has such scores must say that they are enough."""
+    """Differences of scores in bf16 have only 8 bits, so the caller must convert such scores explicitly."""
     scores = torch.zeros(2, dtype=torch.bfloat16, device=kernel_device())
     better, worse = torch.tensor([[0], [1]], device=kernel_device())
     with pytest.raises(ValueError, match=r"bfloat16.*call \.float"):

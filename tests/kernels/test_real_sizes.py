@@ -16,12 +16,12 @@ from megatron_post_kernels.vocabulary_softmax import (
 from tests.kernels.interpreter import kernel_device, on_kernels
 
 COLUMNS, HIDDEN, TENSOR = 128_256 // 8, 16_384, 8
-FAR = 2**30 + 16  # elements from token to token: the last of three begins behind 2^31
+FAR = 2**30 + 16  # elements from token to token, so that the last of three begins after 2^31
 ERROR = 3 * 2**-6  # in bf16, as tests/kernels/test_linear_logprob.py works it out
 
 
 class _LastShard(VocabularyShard):
-    """Of 8 ranks, without their group."""
+    """The last of 8 shards, without a process group."""
 
     @property
     def first_row(self) -> int:
@@ -30,7 +30,10 @@ class _LastShard(VocabularyShard):
 
 @on_kernels
 def test_offsets_beyond_32_bits() -> None:
-    """A label of another rank's, an ignored one, one of this shard. What lies beside a row is left alone."""
+    """One label is another rank's, one is ignored and one is in this shard.
+
+    Memory beside a row is unchanged.
+    """
     generator = torch.Generator().manual_seed(0)
     device = kernel_device()
     rows = torch.randn(3, COLUMNS, generator=generator).to(device, torch.bfloat16)
@@ -48,21 +51,23 @@ def test_offsets_beyond_32_bits() -> None:
     logps, _, normalizers = combine_statistics(statistics, labels, shard)
     write_gradient(logits, labels, normalizers, gradient, shard)
 
-    # fp32 sums of 16,032 terms, in lanes of 16: some 20 roundings of 6e-8
+    # fp32 sums of 16,032 terms in lanes of 16 have about 20 roundings of 6e-8.
     expected = rows.double().log_softmax(1)
     torch.testing.assert_close(logps[2].double(), expected[2, 5], rtol=0, atol=1e-5)
     assert logps[0] == -torch.inf and logps[1] == 0
     wanted = -gradient[::2, None].double() * expected[::2].exp()
     wanted[1, 5] += 0.5
-    # rounded to bf16, or cut by the interpreter, which is at most an ulp
+    # Results are rounded to bf16, or truncated by the interpreter, with an error of at most one ulp.
     torch.testing.assert_close(logits[::2].double(), wanted, rtol=2**-7, atol=1e-9)
     assert logits[1].eq(0).all() and storage[beside].eq(7.0).all()
 
 
 @on_kernels
 def test_a_whole_shard() -> None:
-    """Hidden states of 16,384 and a weight of 16,032 rows, which are 501 rows 32 times over: each probability
-    is a 32nd of that over the 501, and so float64 is cheap."""
+    """Hidden states have 16,384 values, and the weight has 16,032 rows, which repeat 501 rows 32 times.
+
+    So each probability is 1/32 of that over the 501 rows, and float64 is cheap.
+    """
     generator = torch.Generator().manual_seed(1)
     device, few = kernel_device(), COLUMNS // 32
     hidden = torch.randn(3, HIDDEN, generator=generator).div(HIDDEN**0.25).to(device, torch.bfloat16)
