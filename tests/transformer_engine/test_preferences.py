@@ -52,9 +52,9 @@ def test_shared_prompts(name: str, expected: Any) -> None:
     _check(name, expected, "reward", "isolated")
 
 
-@pytest.mark.parametrize("name", ["TP2 + SP", "CP2"])
-def test_portable_layers_beside_transformer_engine(name: str, expected: Any) -> None:
-    _check(name, expected, "reward", "isolated", portable=True)
+@pytest.mark.parametrize(("name", "sections"), [("TP2 + SP", RECOMPUTED), ("CP2", {})])
+def test_portable_layers_beside_transformer_engine(name: str, sections: Any, expected: Any) -> None:
+    _check(name, expected, "reward", "isolated", portable=True, **sections)
 
 
 def test_responses_that_see_earlier_ones(expected: Any) -> None:
