@@ -7,6 +7,8 @@ gathered: `python -m megatron_post.bench.gpu_day.prepare`.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +21,15 @@ from megatron_post.bench.gpu_day.plan import OUTPUT, PIECES
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ends the process with status 1 where a check has failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", default=OUTPUT, help="directory of results, and of what was prepared")
+    place = os.environ.get("GPU_DAY_OUTPUT", OUTPUT)  # of a process that a check starts
+    parser.add_argument("--output", default=place, help="directory of results, and of what was prepared")
     parser.add_argument(
         "--piece", action="append", choices=list(PIECES), help="again and again; default: all"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="of a piece")
     parser.add_argument("--build-engine", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its checks end with it
     output = Path(chosen.output).resolve()
     if chosen.build_engine:
         build_engine(output)

@@ -55,6 +55,7 @@ class Day:
         self.machine = self._machine()
         self.has_gpu = bool(self.machine["GPU"])
         self._results = self._earlier()
+        self._running: list[subprocess.Popen[bytes]] = []
 
     def run(self, name: str, *, minutes: float) -> None:
         """Run what is open of a piece, for so long at most."""
@@ -62,11 +63,15 @@ class Day:
         checks = [check for check in PIECES[name] if self._status(check) in _OPEN]
         print(f"== {name}: {len(checks)} of {len(PIECES[name])} checks to run, {minutes:g} minutes at most")
         beside = {c.name: self._start(c) for c in checks if c.beside and not self._reason(c)}
-        for check in [check for check in checks if check.name not in beside]:
-            self._keep(name, check, self._outcome(check, end=end))
-        for check in [check for check in checks if check.name in beside]:
-            outcome = self._await(check, *beside[check.name], seconds=end - time.monotonic())
-            self._keep(name, check, outcome)
+        try:
+            for check in [check for check in checks if check.name not in beside]:
+                self._keep(name, check, self._outcome(check, end=end))
+            for check in [check for check in checks if check.name in beside]:
+                outcome = self._await(check, *beside[check.name], seconds=end - time.monotonic())
+                self._keep(name, check, outcome)
+        finally:
+            for process in self._running:
+                _end(process)
 
     def _status(self, check: Check) -> str:
         return str(self._results.get(check.name, {}).get("status", "not begun"))
@@ -95,7 +100,6 @@ class Day:
         engine = engine_path(self._output)
         if check.engine and engine is not None:
             environment["PYTHONPATH"] = f"{engine}{os.pathsep}{environment['PYTHONPATH']}"
-            environment["GPU_DAY_ENGINE"] = str(engine)
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, *check.command],
@@ -106,6 +110,7 @@ class Day:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._running.append(process)
         return process, log, time.monotonic()
 
     def _await(
@@ -114,9 +119,7 @@ class Day:
         try:
             process.wait(timeout=max(1.0, min(seconds, check.most)))
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             spent = time.monotonic() - began
             # one that the end of the piece has cut off may have the next one's time
             status = "failed" if spent >= check.most - 1 else "not begun"
@@ -198,6 +201,13 @@ class Day:
             pass
         self._path.rename(self._output / f"results-{time.strftime('%Y%m%d-%H%M%S')}.json")
         return {}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """A check and the processes that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _commit() -> str:

@@ -69,7 +69,7 @@ PIECES: dict[str, tuple[Check, ...]] = {
             "build Transformer Engine",
             ("-m", "megatron_post.bench.gpu_day", "--build-engine"),
             "its extension for this torch",
-            most=530,
+            most=1200,  # what is compiled stays, so the end of a piece is no failure
             without_gpu=_NO_ENGINE,
             beside=True,
         ),

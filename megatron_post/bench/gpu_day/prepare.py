@@ -85,23 +85,14 @@ def fill(files: list[Path], output: Path, *, most: int = MOST) -> list[Path]:
 
 
 def _tree(target: Path) -> None:
-    """This checkout at its commit."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
-    )
-    archive = [
-        "git",
-        "-C",
-        str(ROOT),
-        "archive",
-        "--format=tar.gz",
-        "HEAD",
-        "-o",
-        str(target / "tree.tar.gz"),
-    ]
-    if commit.returncode or subprocess.run(archive).returncode:
-        sys.exit("git has no commit of this checkout to archive")
-    print(f"tree.tar.gz has commit {commit.stdout.strip()}")
+    """This checkout at its commit, which the file COMMIT names."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    name = commit.stdout.strip()
+    archive = [*git, "archive", "--format=tar.gz", f"--add-virtual-file=COMMIT:{name}"]
+    if commit.returncode or subprocess.run([*archive, "-o", str(target / "tree.tar.gz"), "HEAD"]).returncode:
+        sys.exit("git has no commit of this checkout to archive, or is older than 2.38")
+    print(f"tree.tar.gz has commit {name}")
 
 
 def _demo(target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -100,6 +101,21 @@ def test_the_same_command_goes_on(pieces: Path, tmp_path: Path, monkeypatch: pyt
     Day(pieces).run("one", minutes=1)
     assert (tmp_path / "count").read_text() == "xx"
     assert len(list(pieces.glob("results-*.json"))) == 1
+
+
+def test_no_check_outlives_the_command(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeping = ("-c", "import time; time.sleep(60)")
+    checks = (Check("long", sleeping, "", beside=True), Check("good", _says("", True), ""))
+    monkeypatch.setattr(day, "PIECES", {"one": checks})
+    found = Day(pieces)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(found, "_keep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        found.run("one", minutes=1)
+    assert [process.poll() for process in found._running] == [-signal.SIGKILL, 0]
 
 
 def test_what_is_carried_fits_and_becomes_whole(tmp_path: Path) -> None:
