@@ -1,4 +1,4 @@
-"""What the tests read out of README.md, CONTRIBUTING.md and docs/: code blocks, commands, links, headings."""
+"""What the tests read out of docs/ and the pages beside code: blocks, commands, links, headings."""
 
 import json
 import re
@@ -30,7 +30,8 @@ class Block:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launchers/README.md"]
+    return [*files, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:
