@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whichever layout has written it."""
+"""Reads the tensors of a checkpoint that any layout has written."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron_post.storage import manifest
 
 
 def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:
-    """Whole weights and whole states of Adam, by megatron-core's keys. The checksums are verified first."""
+    """Whole weights and Adam's whole state by megatron-core's keys. The checksums are verified first."""
     manifest.verify_step(directory)
     checkpoint, found = DistCheckpoint(directory), {}
     for key, kind in checkpoint.kinds.items():

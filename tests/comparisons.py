@@ -1,5 +1,4 @@
-"""Preference examples of random tokens, their packs in every layout, and the losses written out with
-loops."""
+"""Preference examples of random tokens, their packs in every layout, and the losses as loops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,10 @@ class Example:
 
 
 def examples(count: int, *, sizes: Sequence[int] = (2,), seed: int = 0) -> list[Example]:
-    """`count` examples of random tokens, with `sizes` responses in turn, of 2 to 12 tokens behind 3 to 9."""
+    """`count` examples of random tokens, with prompts of 3 to 9 tokens and responses of 2 to 12 tokens.
+
+    sizes: the numbers of responses of an example, which are used in turn.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for i in range(count):
@@ -39,8 +41,10 @@ def examples(count: int, *, sizes: Sequence[int] = (2,), seed: int = 0) -> list[
 
 
 def packs(made: Sequence[Example], *, counts: Sequence[int], layout: str) -> list[Pack]:
-    """Packs that hold `counts` examples each. Segments are padded to multiples of 4, as CP 2 needs; responses
-    stand in an order that is not their rank's."""
+    """Packs with `counts` examples each.
+
+    Segments are padded to multiples of 4, as CP 2 needs. Responses are not in the order of their ranks.
+    """
     result, start = [], 0
     for count in counts:
         segments: list[Rendered] = []
@@ -71,8 +75,7 @@ def joined(prompt: Rendered, response: Rendered) -> Rendered:
 
 
 def dpo_by_hand(policy: Any, reference: Any, made: Sequence[Example], settings: DPO) -> dict[str, Tensor]:
-    """Sums over pairs of the sigmoid loss and its metrics: one row at a time, one token at a time, no
-    masks."""
+    """Sums of the sigmoid loss and its metrics over pairs, by loops over rows and tokens without masks."""
     sums: dict[str, Any] = {name: 0.0 for name in ("loss", "nll", "margin", "accuracy", "logps_chosen", "kl")}
     for example in made:
         pi = [_token_logps(policy, example.prompt, response) for response in example.responses]
@@ -92,7 +95,7 @@ def dpo_by_hand(policy: Any, reference: Any, made: Sequence[Example], settings: 
 
 
 def ranking_by_hand(model: Any, made: Sequence[Example]) -> dict[str, Tensor]:
-    """Sums over examples: each response in a row of its own, scored at its last token."""
+    """Sums over examples. Each response is in its own row and is scored at its last token."""
     sums: dict[str, Any] = {"loss": 0.0, "margin": 0.0, "accuracy": 0.0}
     for example in made:
         scores = [_score(model, joined(example.prompt, response)) for response in example.responses]
@@ -105,7 +108,7 @@ def ranking_by_hand(model: Any, made: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def _token_logps(model: Any, prompt: Rendered, response: Rendered) -> list[Tensor]:
-    """log p of each body token of a response (not of its terminator) given all before it."""
+    """log p of each body token of a response, given all tokens before it. The terminator is left out."""
     tokens = np.concatenate((prompt.tokens, response.tokens))
     logits = model(torch.from_numpy(tokens).long()[None]).logits[0].log_softmax(-1)
     start = len(prompt)

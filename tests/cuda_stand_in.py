@@ -1,8 +1,9 @@
-"""A machine that looks as if it had a GPU without Transformer Engine and Apex, for our own code on a CPU.
+"""Makes a CPU look like a GPU without Transformer Engine and Apex, to run this package's GPU code.
 
-`torch.cuda.is_available()` is true, NCCL is gloo, and tensors lie on the CPU. megatron-core keeps the
-optimizer that it has chosen by itself. The GPU has a generator of its own, whose state has 16 bytes as a real
-one's: a seed and an offset. No CUDA kernel runs, nothing is asynchronous, and `Tensor.is_cuda` stays false.
+`torch.cuda.is_available()` is true, gloo replaces NCCL, and tensors are on the CPU. megatron-core keeps the
+optimizer that it selects itself. The GPU has its own random generator. Its state has 16 bytes like that of a
+real GPU, which are a seed and an offset. No CUDA kernel runs, nothing is asynchronous, and `Tensor.is_cuda`
+is false.
 """
 
 import contextlib
@@ -17,7 +18,10 @@ from megatron_post.parallel.cpu import cpu_as_cuda
 
 
 class CudaGenerator:
-    """What `torch.cuda` keeps of a generator. A draw moves the offset, and leaves the CPU's alone."""
+    """A generator with the state of a CUDA generator.
+
+    A draw moves its offset, and not the CPU's generator.
+    """
 
     def __init__(self) -> None:
         self._seed, self._offset = 0, 0
@@ -41,7 +45,7 @@ class CudaGenerator:
 
 @contextlib.contextmanager
 def cuda_stand_in() -> Iterator[CudaGenerator]:
-    """Within this context `parallel_run` takes the path of a GPU."""
+    """Within this context `parallel_run` runs its code for a GPU."""
     import megatron.core.optimizer as core_optimizer
     import megatron.core.optimizer.distrib_optimizer as core_distributed
     import megatron.core.tensor_parallel.random as core_random

@@ -1,10 +1,10 @@
-"""CUDA streams on a CPU that run their work late and out of order, wherever no event forbids it.
+"""CUDA streams on a CPU that run their work late, and in any order that the events allow.
 
-Work that is launched on a stream waits in its queue. From time to time the device runs some of what is ready,
-drawn from a seed: the first of a queue, unless it waits for an event that has not happened. A host that
-synchronizes runs what is ready until its stream or event is done. A copy reads and writes addresses when it
-runs. As on a GPU, it keeps nothing alive, and it finds what has been written there meanwhile. So a test must
-keep the memory until the device is synchronized.
+Work that is launched on a stream waits in the stream's queue. From time to time the device runs some of the
+work that is ready, in an order drawn from a seed. The first item of a queue is ready unless it waits for an
+event that has not happened. A host that synchronizes runs ready work until its stream or event is done. A
+copy reads and writes addresses when it runs. As on a GPU it does not keep memory alive, and it copies
+whatever was written there in the meantime. So a test must keep the memory until the device is synchronized.
 
 `Tensor.clone` and `Tensor.copy_` are launched. Every other operation runs at once, on the host. `pin_memory`
 is ignored.
@@ -25,7 +25,7 @@ Work = Callable[[], object]
 
 
 class FakeEvent:
-    """Has happened once everything has run that was on the stream when the event was recorded."""
+    """An event that has happened once all work has run that was on the stream when it was recorded."""
 
     def __init__(self, device: "FakeDevice", *_: Any, **__: Any) -> None:
         self._device, self.happened = device, True
@@ -44,11 +44,11 @@ class FakeEvent:
 
 
 class FakeStream:
-    """Its own work runs in order."""
+    """A stream. Its own work runs in order."""
 
     def __init__(self, device: "FakeDevice", *_: Any, **__: Any) -> None:
         self._device, self.speed = device, device.draw_speed()
-        self.queue: list[FakeEvent | Work] = []  # an event here is waited for
+        self.queue: list[FakeEvent | Work] = []  # the stream waits for an event in its queue
         device.streams.append(self)
 
     def launch(self, work: Work) -> None:
@@ -77,17 +77,17 @@ class FakeStream:
 
 
 class FakeDevice:
-    """Draws from `seed` what runs when."""
+    """A device that draws the order of its work from `seed`."""
 
     def __init__(self, seed: int) -> None:
         self.lock = threading.RLock()
         self.streams: list[FakeStream] = []
         self._random = random.Random(seed)
         self._default = FakeStream(self)
-        self._local = threading.local()  # each thread has a current stream of its own, as in torch
+        self._local = threading.local()  # as in torch, each thread has its own current stream
 
     def draw_speed(self) -> float:
-        """How often a stream is chosen among others: one may lag far behind."""
+        """Draw the weight with which a stream is chosen. A stream may fall far behind the others."""
         return self._random.choice((1.0, 0.3, 0.02))
 
     @property
@@ -96,7 +96,7 @@ class FakeDevice:
 
     @contextlib.contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
-        """Within this context `stream` is this thread's current one."""
+        """Within this context `stream` is this thread's current stream."""
         outer, self._local.stream = self.current, stream
         try:
             yield
@@ -104,7 +104,7 @@ class FakeDevice:
             self._local.stream = outer
 
     def run_some(self) -> None:
-        """What a device may have done by now: nothing, much, or anything between."""
+        """Run none, some or much of the ready work, as a device may do at any time."""
         with self.lock:
             speeds = [stream.speed for stream in self.streams]
             for _ in range(self._random.choice((0, 0, 1, 2, 4, 8, 30))):
@@ -121,7 +121,7 @@ class FakeDevice:
         self.run_until(lambda: not any(stream.queue for stream in self.streams))
 
     def _run_first(self, stream: FakeStream) -> None:
-        """The first work of a stream, if there is any and it waits for nothing."""
+        """Run the first work of a stream, if there is any and it waits for no event."""
         if stream.queue and _can_run(stream.queue[0]):
             first = stream.queue.pop(0)
             if not isinstance(first, FakeEvent):
@@ -141,7 +141,7 @@ def _can_run(first: FakeEvent | Work) -> bool:
 
 @contextlib.contextmanager
 def fake_streams(seed: int) -> Iterator[FakeDevice]:
-    """Within this context `torch.cuda` has the streams of a fake device, on any thread."""
+    """Within this context `torch.cuda` uses the streams of a fake device, on any thread."""
     device = FakeDevice(seed)
 
     def clone(source: Tensor, **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs a function on real gloo ranks, each a process of its own."""
+"""Runs a function on real gloo ranks, each in its own process."""
 
 import multiprocessing
 import multiprocessing.forkserver
@@ -10,8 +10,8 @@ from multiprocessing.forkserver import ForkServer
 from typing import Any
 from unittest import mock
 
-# The server imports the heavy modules once; ranks fork from it in milliseconds. It never runs an operation
-# itself.
+# The server imports the heavy modules once, and ranks fork from it in milliseconds. It never runs an
+# operation itself, because threads of an operation would not survive the fork.
 _PRELOAD = [
     "torch",
     "megatron.core",
@@ -25,7 +25,7 @@ _context.set_forkserver_preload(_PRELOAD)
 
 
 def server_with(*modules: str) -> ForkServer:
-    """Another server of ranks, for tests whose processes must import something before the modules above."""
+    """Another fork server, for tests whose processes must import something before the modules above."""
     server = ForkServer()
     server.set_forkserver_preload(list(modules))
     return server
@@ -38,10 +38,11 @@ def run_ranks(
     timeout: float = 300.0,
     server: ForkServer | None = None,
 ) -> list[Any]:
-    """`function(*args)` on `world_size` processes with torchrun's environment. Returns their results by rank.
+    """Run `function(*args)` on `world_size` processes with torchrun's environment. Returns results by rank.
 
     server: the process that ranks fork from, by default one that has imported the modules above. Raises
-    `AssertionError` with the rank's traceback where one fails, or does not end within `timeout` seconds.
+    `AssertionError` with the rank's traceback if a rank fails, or `queue.Empty` if none answers for `timeout`
+    seconds.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -52,7 +53,7 @@ def run_ranks(
         for rank in range(world_size)
     ]
     connect = (server or multiprocessing.forkserver._forkserver).connect_to_new_process
-    # the module has one server for all contexts, and no argument to name another
+    # The module has one server for all contexts, and no argument to choose another one.
     with mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", connect):
         for process in ranks:
             process.start()

@@ -1,4 +1,4 @@
-"""A tiny config and packs of unequal segments, which the tests of layouts and parity share."""
+"""A tiny config and packs of unequal segments, for the tests of layouts and parity."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +11,8 @@ from megatron_post.config.schema import Config
 from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
 
-# 250 ids: not a multiple of anything, so that tensor parallelism pads the vocabulary. Grouped-query
-# attention, and a RoPE scaling whose three bands (kept, interpolated, stretched) all occur within 64
-# positions.
+# Tensor parallelism must pad a vocabulary of 250 ids. The model has grouped-query attention, and a RoPE
+# scaling whose three bands (kept, interpolated and stretched) all occur within 64 positions.
 MODEL = {
     "num_layers": 4,
     "hidden_size": 64,
@@ -37,7 +36,7 @@ PACK_LENGTH = 128
 
 
 def tiny_config(run_dir: str | Path = "unused", *, stage: str = "sft", **sections: dict[str, Any]) -> Config:
-    """The tiny config, with keys of its sections replaced: `tiny_config(parallel={"tensor": 2})`."""
+    """The tiny config with replaced keys of its sections, such as `tiny_config(parallel={"tensor": 2})`."""
     values: dict[str, Any] = {
         "stage": stage,
         "run_dir": str(run_dir),
@@ -64,8 +63,10 @@ def switched(config: Config, switches: dict[str, Any]) -> Config:
 
 
 def tiny_packs(count: int = 4, *, seed: int = 0, vocab_size: int = 250) -> list[Pack]:
-    """Packs of 3 to 5 segments of unequal lengths (multiples of 4), each with prompt, body, terminator and
-    padding."""
+    """Packs of 3 to 5 segments, each with prompt, body, terminator and padding.
+
+    Segments have unequal lengths, which are multiples of 4.
+    """
     rng = np.random.default_rng(seed)
     packs = []
     for _ in range(count):

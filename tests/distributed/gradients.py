@@ -1,4 +1,4 @@
-"""What the tests of layouts do to see whole gradients."""
+"""Gathers whole gradients, for the tests of layouts."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def gather_shards(chunk: Any) -> None:
-    """Undo the reduce-scatter: every rank gets all shards of the reduced gradients."""
+    """Undo the reduce-scatter, so that every rank has all shards of the reduced gradients."""
     for buffer in chunk.buffers:
         for bucket in buffer.buckets:
             group = buffer.data_parallel_group

@@ -1,4 +1,4 @@
-"""Two data-parallel ranks that the loader balances step as ranks with packs in plain order do."""
+"""Two data-parallel ranks whose packs are balanced take the same step as ranks with packs in plain order."""
 
 from itertools import chain, islice
 from pathlib import Path
@@ -29,7 +29,7 @@ BATCH, SEED = 8, 1
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve tiny packs, stored: 3 to 5 segments of unequal lengths each."""
+    """A store of twelve tiny packs, each with 3 to 5 segments of unequal lengths."""
     path = tmp_path_factory.mktemp("balance") / "store"
     packs = tiny_packs(12)
     segments = [len(pack.lengths) for pack in packs]
@@ -60,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _numbers(store: PackStore, topology: Topology, *, balanced: bool) -> list[int]:
-    """The first step's packs of this rank: of the loader, or every other one of the stream."""
+    """This rank's packs of the first step, from the loader or as every other pack of the stream."""
     if not balanced:
         stream = pack_indices(len(store), seed=SEED, start=0)
         return list(islice(stream, BATCH))[topology.data_rank :: topology.data_size]
@@ -77,7 +77,7 @@ def _numbers(store: PackStore, topology: Topology, *, balanced: bool) -> list[in
 
 
 def _steps(path: str) -> list[dict[str, Any]]:
-    """Of one step in plain order and one balanced: metrics, gradient norm, whole gradients, packs."""
+    """Take one step in plain order and one balanced. Returns metrics, gradient norm, gradients and packs."""
     config = tiny_config()
     store = open_store(path, "train")
     with parallel_run(config.parallel, seed=1) as topology:
@@ -102,9 +102,11 @@ def _steps(path: str) -> list[dict[str, Any]]:
         return found
 
 
-def test_balanced_ranks_step_as_in_plain_order(store: Path) -> None:
-    """The same eight packs, dealt otherwise: loss, gradient norm and every gradient agree to fp32 sums in
-    another order (see test_layouts), and the fuller rank has less to do."""
+def test_balanced_ranks_take_the_same_step(store: Path) -> None:
+    """The ranks have the same eight packs in another distribution, and the fuller rank has less work.
+
+    Loss, gradient norm and every gradient agree as fp32 sums in another order do (see test_layouts).
+    """
     plain, balanced = zip(*run_ranks(_steps, 2, str(store)), strict=True)
     dealt = [[rank["numbers"] for rank in ranks] for ranks in (plain, balanced)]
     assert sorted(chain(*dealt[0])) == sorted(chain(*dealt[1]))

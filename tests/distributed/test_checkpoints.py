@@ -1,4 +1,4 @@
-"""What ranks save is the same in every layout: weights and Adam's state, bit for bit."""
+"""Every layout saves the same weights and the same state of Adam, bit for bit."""
 
 from math import prod
 from pathlib import Path
@@ -41,7 +41,7 @@ LAYOUTS = [
 
 
 def _train_or_resume_and_save(config: Config) -> None:
-    """Two steps where there is no checkpoint, else none; then a checkpoint one step later."""
+    """Take two steps if there is no checkpoint, and none otherwise. Then save as if one step later."""
     with parallel_run(config.parallel, seed=1) as topology:
         trainer, position = build_trainer(config, topology)
         if not position.step:
@@ -52,8 +52,8 @@ def _train_or_resume_and_save(config: Config) -> None:
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [("sft", "fp32"), ("sft", "bf16"), ("reward", "fp32")])
-def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> None:
-    """Saved by one layout, loaded and saved again by the next, seven times; no layout pads 256 ids."""
+def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str) -> None:
+    """Seven layouts in turn load the last one's checkpoint and save it again. No layout pads 256 ids."""
     saved: dict[str, Tensor] = {}
     two = {"overlap": True, "overlap_param_gather_with_optimizer_step": True}
     for step, (ranks, parallel) in enumerate(LAYOUTS, start=1):
@@ -75,7 +75,7 @@ def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> Non
         assert whole.keys() == saved.keys()
         for key, value in saved.items():
             assert torch.equal(whole[key], value), (key, parallel)
-    if stage == "sft":  # the packs hold no pairs to learn from
+    if stage == "sft":  # the packs have no pairs, so a reward model has no gradient
         assert all(bool(value.any()) for key, value in saved.items() if ".exp_avg." in key)
 
 
@@ -84,8 +84,10 @@ def test_the_same_in_every_layout(tmp_path: Path, stage: str, dtype: str) -> Non
 def test_bytes_that_launch_counts_are_those_that_are_written(
     tmp_path: Path, dtype: str, each: int, stage: str
 ) -> None:
-    """Of the tensors exactly, padded rows of the vocabulary included: 250 ids on two tensor-parallel ranks
-    are 256. The files hold at most 2 KiB more for each piece."""
+    """The count of tensor bytes is exact and includes padded rows of the vocabulary.
+
+    250 ids are padded to 256 on two tensor-parallel ranks. Files have at most 2 KiB more for each piece.
+    """
     config = tiny_config(tmp_path / "run", stage=stage, parallel={"tensor": 2}, precision={"dtype": dtype})
     run_ranks(_train_or_resume_and_save, 2, config)
     directory = manifest.step_directory(tmp_path / "run" / "checkpoints", 1)
@@ -99,7 +101,7 @@ def test_bytes_that_launch_counts_are_those_that_are_written(
 
 
 class _WithScales(RMSNorm):
-    """A norm that keeps something beside its tensors, as Transformer Engine's layers do."""
+    """A norm that keeps an object besides its tensors, as Transformer Engine's layers do."""
 
     scales: Tensor | None = None
 
@@ -111,8 +113,10 @@ class _WithScales(RMSNorm):
 
 
 def _scales_after_resume(config: Config, scales: float | None) -> tuple[int, float | None]:
-    """Where training stands after it resumed with layers that keep scales, and those of the last norm; then a
-    checkpoint one step later, with `scales` there."""
+    """Resume with layers that keep scales. Returns the step, and the scales of the last norm.
+
+    Then saves one step later, with `scales` in the last norm.
+    """
     with mock.patch.object(specs, "RMSNorm", _WithScales), parallel_run(config.parallel, seed=1) as topology:
         trainer, position = build_trainer(config, topology)
         norm = getattr(unwrap_model(trainer.chunks[-1]).decoder, "final_layernorm", None)
@@ -124,9 +128,11 @@ def _scales_after_resume(config: Config, scales: float | None) -> tuple[int, flo
         return position.step, found
 
 
-def test_scales_that_the_checkpoint_lacks_begin_afresh(tmp_path: Path) -> None:
-    """The portable layers save none; whoever saves some gets them back, also on four stages, the first of
-    which has the embedding and nothing that keeps scales."""
+def test_scales_missing_from_the_checkpoint_keep_their_initial_values(tmp_path: Path) -> None:
+    """The portable layers save no scales. Layers that save scales get them back, also on four stages.
+
+    The first of these stages has only the embedding, and so no layer that keeps scales.
+    """
     values: dict[str, Any] = {"model": {"num_layers": 2}, "checkpoint": {"keep": 5}}
     one = tiny_config(tmp_path / "run", **values)
     layout = {"pipeline": 4, "embedding_and_loss_as_layers": True}
@@ -143,14 +149,14 @@ def _resume_where_one_cannot_read(config: Config) -> None:
             build_trainer(config, topology)
 
 
-def _resume_whatever_the_settings_say(config: Config) -> None:
-    """A manifest can say that its settings are the config's, and hold tensors of others."""
+def _resume_without_comparing_settings(config: Config) -> None:
+    """A manifest may have the settings of the config although its tensors belong to another model."""
     with mock.patch.object(resume, "compare", return_value=([], [])):
         _train_or_resume_and_save(config)
 
 
-def test_all_ranks_hear_why_one_cannot_resume(tmp_path: Path) -> None:
-    """A disk that fails on one of two; a model with other sizes."""
+def test_all_ranks_report_why_one_cannot_resume(tmp_path: Path) -> None:
+    """First one of two disks fails. Then the model has other sizes."""
     config = tiny_config(tmp_path / "run")
     run_ranks(_train_or_resume_and_save, 2, config)
     said = r"cannot be resumed here. 1 ranks report an error, the first is rank 1: OSError: this disk"
@@ -161,11 +167,11 @@ def test_all_ranks_hear_why_one_cannot_resume(tmp_path: Path) -> None:
         run_ranks(_train_or_resume_and_save, 2, wider)
     said = r"2 ranks report an error, the first is rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
     with pytest.raises(AssertionError, match=said):
-        run_ranks(_resume_whatever_the_settings_say, 2, wider)
+        run_ranks(_resume_without_comparing_settings, 2, wider)
 
 
-def test_rows_that_only_pad(tmp_path: Path) -> None:
-    """250 ids, on two tensor-parallel ranks padded to 256: saved by one rank, by two and by one again."""
+def test_padding_rows_of_the_vocabulary(tmp_path: Path) -> None:
+    """250 ids are padded to 256 on two tensor-parallel ranks. One rank saves, then two, then one again."""
     saved = []
     for step, parallel in enumerate(({}, {"tensor": 2}, {}), start=1):
         config = tiny_config(tmp_path / "run", parallel=parallel, checkpoint={"keep": 3})
@@ -192,9 +198,11 @@ def _bytes_read_to_resume(config: Config) -> int:
     return sum(spent)
 
 
-def test_each_rank_reads_what_it_keeps(tmp_path: Path) -> None:
-    """Its own of fp32 weights, masters and moments: with n parameters 16 n / 4 bytes on each of four
-    data-parallel ranks, but for what pads their buffers."""
+def test_each_rank_reads_only_its_own_part(tmp_path: Path) -> None:
+    """fp32 weights, masters and moments of n parameters have 16 n bytes.
+
+    So each of four data-parallel ranks reads 16 n / 4 bytes, apart from the padding of gradient buffers.
+    """
     config = tiny_config(tmp_path / "run")
     run_ranks(_train_or_resume_and_save, 4, config)
     parameters = sum(prod(shape) for shape in hf_shapes(config.model).values())
@@ -202,8 +210,8 @@ def test_each_rank_reads_what_it_keeps(tmp_path: Path) -> None:
         assert spent == pytest.approx(16 / 4 * parameters, rel=0.01)
 
 
-def _ours_and_megatron_cores(config: Config) -> None:
-    """Load the newest checkpoint, spoil everything, and load it again as megatron-core would."""
+def _load_with_both_loaders(config: Config) -> None:
+    """Load the newest checkpoint, overwrite all values, and load it again with megatron-core's loader."""
     with parallel_run(config.parallel, seed=1) as topology:
         trainer, position = build_trainer(config, topology)
         models, optimizer = unwrap_model(trainer.chunks), trainer.optimizer
@@ -211,7 +219,7 @@ def _ours_and_megatron_cores(config: Config) -> None:
         states = {f"model{i}": state for i, state in enumerate(model_states)}
         weights = [parameter for model in models for parameter in model.parameters()]
         live = [shard.values for shard in own_shards(states, optimizer)] + [p.detach() for p in weights]
-        ours = [values.clone() for values in live]
+        first = [values.clone() for values in live]
         for values in live:
             values.fill_(0.125)
         wanted = dict(states)
@@ -222,14 +230,14 @@ def _ours_and_megatron_cores(config: Config) -> None:
             model.load_state_dict(loaded[f"model{i}"], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])
         assert position.step and len(live) > len(weights)
-        for found, expected in zip(live, ours, strict=True):
+        for found, expected in zip(live, first, strict=True):
             assert torch.equal(found, expected)
 
 
 def test_megatron_core_loads_the_same(tmp_path: Path) -> None:
-    """Weights, masters and moments in bf16, saved under PP 2 x DP 2, loaded under TP 2 x DP 2."""
+    """Weights, masters and moments of a bf16 run are saved by PP 2 x DP 2 and loaded by TP 2 x DP 2."""
     values: dict[str, Any] = {"model": {"vocab_size": 256}, "precision": {"dtype": "bf16"}}
     saved = tiny_config(tmp_path / "run", parallel={"pipeline": 2}, **values)
     run_ranks(_train_or_resume_and_save, 4, saved)
     config = tiny_config(tmp_path / "run", parallel={"tensor": 2, "sequence": True}, **values)
-    run_ranks(_ours_and_megatron_cores, 4, config)
+    run_ranks(_load_with_both_loaders, 4, config)

@@ -72,7 +72,7 @@ def gradients(
 
 
 def joined(results: list[tuple[dict[str, Any], float, dict[str, Any]]]) -> tuple[dict, float, dict]:
-    """The ranks' `gradients` together: each has what it holds, and metrics are the last stage's."""
+    """Join the ranks' `gradients`. Metrics come from the last pipeline stage."""
     metrics = next(m for m, _, _ in reversed(results) if m)
     assert all(norm == pytest.approx(results[0][1], rel=1e-6) for _, norm, _ in results)
     return metrics, results[0][1], {name: g for _, _, part in results for name, g in part.items()}
@@ -91,8 +91,12 @@ def test_layout_equals_one_rank(name: str, one_rank: tuple[dict, float, dict]) -
 def check_equal(
     found: tuple[dict, float, dict], expected: tuple[dict, float, dict], *, count: int | None = None
 ) -> None:
-    """fp32 sums of some hundred terms in another order differ by about sqrt(100) x 6e-8: 1e-6. 1e-5 leaves
-    room for five chained layers, and no room for a wrong factor, a missing shard or a leaked segment."""
+    """Compare two results with a tolerance of 1e-5.
+
+    fp32 sums of about a hundred terms in another order differ by about sqrt(100) x 6e-8, which is 1e-6. The
+    tolerance allows for five layers in a chain. A wrong factor, a missing shard or a leaked segment exceeds
+    it.
+    """
     (metrics, norm, gradients), (expected_metrics, expected_norm, expected_gradients) = found, expected
     assert metrics["loss_count"] == expected_metrics["loss_count"]
     assert metrics["loss_count"] == count if count is not None else metrics["loss_count"] > 100

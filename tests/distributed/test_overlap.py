@@ -1,5 +1,7 @@
-"""`optimizer.overlap` over several steps, with a bucket for each parameter: what it gathers and reduces while
-other things are computed is what is gathered and reduced without it."""
+"""`optimizer.overlap` gives the same weights as training without it, over several steps.
+
+Each parameter has its own bucket, so that many collectives overlap with the computation.
+"""
 
 import functools
 from typing import Any
@@ -34,7 +36,7 @@ LAYOUTS = {
 
 
 class _Poisoned(SFT):
-    """SFT whose first loss after `poisoned` was set has no finite gradient."""
+    """SFT whose first loss after `poisoned` is set has a gradient that is not finite."""
 
     poisoned = False
 
@@ -47,10 +49,10 @@ class _Poisoned(SFT):
 def _train(
     parallel: dict[str, Any], sections: dict[str, Any], optimizer_keys: dict[str, bool]
 ) -> tuple[int, list[int], dict[str, Any]]:
-    """Four steps, the second with a bad pack and passed over, held-out packs behind the first and third.
+    """Take four steps. The second one has a bad pack and is skipped. Held-out packs follow steps 1 and 3.
 
-    Returns this rank's place among the data-parallel ones, the packs that it calls bad, where the first pack
-    of the second data-parallel rank is, and its weights as it would export them.
+    Only the first pack of the second data-parallel rank is bad. Returns this rank's data-parallel rank, the
+    packs that it reports as bad, and the weights as it would export them.
     """
     config = tiny_config(parallel=parallel, optimizer={"clip_grad": 0.0, **optimizer_keys}, **sections)
     bucket_each = functools.partial(optimizer_module.DistributedDataParallelConfig, bucket_size=1)
@@ -89,9 +91,12 @@ def _train(
     ("name", "switch"),
     [(name, None) for name in LAYOUTS] + [("PP2 x VPP2 x DP2", "overlap_param_gather_with_optimizer_step")],
 )
-def test_weights_and_search_as_without_overlap(name: str, switch: str | None) -> None:
-    """Two ranks' gradients are added in either order alike, Adam is by element, nothing is clipped: equal to
-    the last bit. Every stage of the rank with the bad pack finds it, and no other rank."""
+def test_overlap_changes_neither_weights_nor_the_search_for_bad_packs(name: str, switch: str | None) -> None:
+    """Weights are equal to the last bit, and only the rank with the bad pack finds it, on every stage.
+
+    The sum of two ranks' gradients does not depend on the order, Adam works by element, and nothing is
+    clipped.
+    """
     world_size, parallel, sections = LAYOUTS[name]
     expected = run_ranks(_train, world_size, parallel, sections, {})
     keys = {"overlap": True} | ({switch: True} if switch else {})

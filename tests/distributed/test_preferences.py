@@ -1,4 +1,4 @@
-"""Reward model and DPO against loops in float64 over `transformers`, in every layout."""
+"""The reward model and DPO in every layout, against loops in float64 over `transformers`."""
 
 from typing import Any
 
@@ -107,8 +107,11 @@ def reward_float64() -> tuple[dict, dict]:
 
 
 def _assert_equal(found: tuple[dict, dict], expected: tuple[dict, dict], *, count: int) -> None:
-    """fp32 against float64: sums of ten log-probabilities of some 5 each carry 1e-6, through four layers and
-    back 1e-5; 5e-5 holds for every layout and fails for any token, pair or rank counted twice."""
+    """Compare fp32 with float64, with a tolerance of 5e-5 for gradients.
+
+    fp32 sums of ten log-probabilities of about 5 have an error of 1e-6, which becomes 1e-5 through four
+    layers and back. A token, pair or rank that is counted twice exceeds the tolerance.
+    """
     (metrics, gradients), (sums, wanted) = found, expected
     assert metrics["loss_count"] == count
     for name, value in sums.items():
@@ -127,7 +130,7 @@ def test_dpo(name: str, dpo_float64: tuple[dict, dict]) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_reward_isolated(name: str, reward_float64: tuple[dict, dict]) -> None:
-    """The prompt once, responses blind to each other: the loss and gradients of separate rows."""
+    """Responses share one prompt and do not see each other. Loss and gradients are those of separate rows."""
     world_size, parallel = LAYOUTS[name]
     found = _run(world_size, preference_config("reward", parallel), [3, 9], "isolated")
     _assert_equal(found, reward_float64, count=12)
@@ -144,8 +147,10 @@ def test_reward_separate(name: str, reward_float64: tuple[dict, dict]) -> None:
     ("world_size", "parallel", "counts"),
     [(1, {}, [6, 6]), (1, {}, [1, 4, 4, 3]), (4, {}, [2, 1, 6, 3]), (4, {"context": 2}, [1, 11])],
 )
-def test_a_pair_weighs_a_pair(world_size: int, parallel: dict, counts: list[int], dpo_float64: tuple) -> None:
-    """However the twelve pairs are packed, and over however many ranks and microbatches."""
+def test_every_pair_has_the_same_weight(
+    world_size: int, parallel: dict, counts: list[int], dpo_float64: tuple
+) -> None:
+    """The packing of the twelve pairs and the number of ranks and microbatches do not matter."""
     found = _run(world_size, preference_config("dpo", parallel), counts, "separate")
     _assert_equal(found, dpo_float64, count=12)
 
@@ -162,7 +167,7 @@ def _first_loss(config: Config) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_first_step_is_ln_2(name: str) -> None:
-    """With policy = reference: ln 2 + 0.2 NLL, to 1e-6, and no margin."""
+    """With policy = reference the loss is ln 2 + 0.2 NLL to 1e-6, and the margin is 0."""
     world_size, parallel = LAYOUTS[name]
     results = run_ranks(_first_loss, world_size, preference_config("dpo", parallel))
     metrics = next(m for m in reversed(results) if m)
@@ -171,8 +176,10 @@ def test_first_step_is_ln_2(name: str) -> None:
 
 
 def test_concatenated_sees_earlier_responses() -> None:
-    """The report's approximation: one row a prompt, where a response sees those before it. The first response
-    of each row scores as alone, the second does not."""
+    """In the Llama 3 report's approximation a response also sees the responses before it in its row.
+
+    The first response of each row has the same score as alone, and the second has another score.
+    """
     config = preference_config("reward", {}, reward={"layout": "concatenated"})
     (scores,) = run_ranks(_scores, 1, config)
     ((alone),) = run_ranks(_scores, 1, preference_config("reward", {}))

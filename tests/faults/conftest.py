@@ -1,4 +1,4 @@
-"""A tiny run, its uninterrupted result, and the figures that `make fault-test` prints."""
+"""A tiny run, the result of an uninterrupted twin, and the figures that `make fault-test` prints."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FIGURES: list[str] = []
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and what its uninterrupted twin ended with."""
+    """A run directory, and the final weights and the losses of an uninterrupted twin."""
 
     config: Path
     directory: Path
@@ -34,15 +34,17 @@ class Run:
         return manifest.published_steps(self.root)
 
     def start(self, *overrides: str, **options: object) -> Incarnation:
-        """One more incarnation of this run."""
+        """Start another incarnation of this run."""
         self.directory.mkdir(exist_ok=True)
         log = self.directory / f"log-{len(list(self.directory.glob('log-*')))}"
         where = f"run_dir={self.directory}"
         return Incarnation(self.config, where, *overrides, log=log, **options)  # type: ignore[arg-type]
 
     def check_end(self) -> None:
-        """The weights are the uninterrupted run's, bit for bit, and so is the loss of every step. The metrics
-        have each step once, however often it was taken."""
+        """Check that weights and losses equal those of the uninterrupted run, bit for bit.
+
+        The metrics must have each step once, even if it was repeated.
+        """
         assert weights(self.directory) == self.expected
         assert losses(self.directory) == list(self.losses.items())
 
@@ -52,13 +54,13 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, loss) of each line of training, in the file's order."""
+    """(step, loss) of each training line, in the order of the file."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
 def prepare(directory: Path, **sections: object) -> Run:
-    """A store and config in `directory`, and the uninterrupted run."""
+    """Write a store and a config into `directory`, and run them without interruption."""
     values: dict[str, dict] = {
         "model": {"num_layers": 2},
         "train": {"steps": STEPS, "global_batch": 4, "step_deadline": 120},
@@ -86,9 +88,9 @@ def run(prepared: Run, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def whole_set() -> None:
-    """What only `make fault-test` runs."""
+    """Skips a test that only `make fault-test` runs."""
     if not os.environ.get("FAULT_TESTS"):
-        pytest.skip("minutes of faults are run by `make fault-test`")
+        pytest.skip("this test takes minutes and is run by `make fault-test`")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""One start of a run: real ranks with the real command line, forked from a server that has it imported."""
+"""One start of a run. Its real ranks run the command line, and fork from a server that has imported it."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ Inject = Callable[[], None]
 class Incarnation:
     """`megatron-post train CONFIG` on ranks, as srun would start it. Output goes to `log`.
 
-    inject: a module's function that each rank calls first; it finds its rank in the environment.
+    inject: a module-level function that each rank calls first. It can read its rank from the environment.
     """
 
     def __init__(
@@ -49,17 +49,17 @@ class Incarnation:
 
     @property
     def output(self) -> str:
-        """What this incarnation has printed so far."""
+        """The output of this incarnation so far."""
         return self.log.read_text(errors="replace")
 
     @property
     def step(self) -> int:
-        """The last step it has printed."""
+        """The last step that it has printed."""
         return max((int(text) for text in re.findall(r"^step +(\d+)/", self.output, re.M)), default=0)
 
     @property
     def resumed(self) -> int:
-        """The step after which it went on."""
+        """The step from which it resumed, or 0."""
         return int((re.findall(r"resumed after step (\d+)", self.output) or ["0"])[0])
 
     @property
@@ -67,8 +67,7 @@ class Incarnation:
         return any(rank.is_alive() for rank in self.ranks)
 
     def until(self, is_true: Callable[[], Any], *, timeout: float = 120) -> None:
-        """Poll, a hundred times a second. Raises `AssertionError` after `timeout` seconds or at the end of a
-        rank."""
+        """Wait until `is_true()`. Raises `AssertionError` after `timeout` seconds or if a rank ends."""
         deadline = time.monotonic() + timeout
         while not is_true():
             assert all(rank.is_alive() for rank in self.ranks), f"a rank has ended:\n{self.output}"
@@ -76,7 +75,10 @@ class Incarnation:
             time.sleep(0.01)
 
     def wait(self, *, timeout: float = 240) -> list[int | None]:
-        """Exit statuses by rank, negative for signals. Raises `AssertionError` if one does not end."""
+        """Wait for the exit statuses by rank, negative for signals.
+
+        Raises `AssertionError` if a rank hangs.
+        """
         deadline = time.monotonic() + timeout
         for rank in self.ranks:
             rank.join(timeout=max(0.0, deadline - time.monotonic()))
@@ -86,14 +88,14 @@ class Incarnation:
         return [rank.exitcode for rank in self.ranks]
 
     def signal(self, number: signal.Signals, *ranks: int) -> None:
-        """To some ranks, or to all."""
+        """Send a signal to some ranks, or to all."""
         for rank in ranks or range(len(self.ranks)):
             pid = self.ranks[rank].pid
             assert pid is not None
             os.kill(pid, number)
 
     def kill(self) -> None:
-        """SIGKILL to what is left, as a launcher does when one rank has died."""
+        """Kill the remaining ranks with SIGKILL, as a launcher does when one rank has died."""
         for rank in self.ranks:
             rank.kill()
         for rank in self.ranks:

@@ -1,4 +1,4 @@
-"""What goes wrong inside a rank; each is called there before the command."""
+"""Faults inside a rank. The rank calls one of these functions before it runs the command."""
 
 import itertools
 import json
@@ -25,18 +25,20 @@ _advance = Trainer.advance
 
 
 def nan_loss() -> None:
-    """On rank 1: NaN as the loss of one microbatch of step 5, if that step is run."""
+    """Make the loss of one microbatch of step 5 NaN on rank 1."""
     _spoil_loss(lambda value: value * float("nan"))
 
 
 def nan_gradient() -> None:
-    """On rank 1: a finite loss whose gradient is NaN, in one microbatch of step 5 and whenever that is run
-    again."""
+    """Make the gradient of one microbatch of step 5 NaN on rank 1, with a finite loss.
+
+    This also happens whenever the microbatch is repeated.
+    """
     _spoil_loss(_NaNGradient.apply)
 
 
 def slow_steps() -> None:
-    """From the third step on data take 5 s."""
+    """From the third step on, loading data takes 5 s."""
     taken = itertools.count(1)
 
     def taking(self: PackLoader) -> Any:
@@ -48,7 +50,7 @@ def slow_steps() -> None:
 
 
 def write_samples(directory: Path) -> None:
-    """Each process writes the units of the packs that it takes into a file in `directory`, a line a step."""
+    """Each process writes the units of its packs into a file in `directory`, one line for each step."""
 
     def taking(self: PackLoader) -> Any:
         packs = _next(self)
@@ -61,10 +63,10 @@ def write_samples(directory: Path) -> None:
 
 
 def record_history(directory: Path, start: int) -> None:
-    """Each process writes what it has trained on: a line of JSON for each step whose weights have moved.
+    """Each process writes the units it has trained on, one JSON line for each step that changed the weights.
 
-    start: the number of this start of the run. A line is written before the step can be in a checkpoint, and
-    of ranks that train on the same packs by one alone.
+    start: the number of this start of the run. A line is written before the step can be in a checkpoint. Of
+    the ranks that train on the same packs, only one writes.
     """
     file = os.open(directory / f"{start:04d}-{os.getpid()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -92,7 +94,7 @@ class _NaNGradient(torch.autograd.Function):
 def _spoil_loss(spoil: Any) -> None:
     if os.environ["RANK"] != "1":
         return
-    seen: dict[bytes, int] = {}  # microbatches by content: a step that is run again has the same number
+    seen: dict[bytes, int] = {}  # microbatches by content, so that a repeated one has the same number
 
     def loss(self: SFT, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
         number = seen.setdefault(batch.tokens.numpy().tobytes(), len(seen))

@@ -1,6 +1,6 @@
 """`python -m tests.faults.observed DIRECTORY START COMMAND...`, which torchrun can start.
 
-It runs a command of megatron-post, and writes what that trains on into DIRECTORY.
+It runs a command of megatron-post, and records in DIRECTORY the samples that the command trains on.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A run that meets fault after fault, the run that meets none, and what of the two is compared."""
+"""A run with many faults, its undisturbed twin, and the comparison of the two."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from tests.e2e.runs import start as start_under_torchrun
 from tests.faults.incarnation import Incarnation
 from tests.faults.injections import record_history
 
-EVERY, DEADLINE = 20, 8.0  # steps between checkpoints; seconds after which a step is a hang
+EVERY, DEADLINE = 20, 8.0  # steps between checkpoints, and seconds after which a step counts as a hang
 
 Layout = tuple[int, tuple[str, ...]]  # ranks, overrides
 EXACT: dict[str, Layout] = {
@@ -36,7 +36,7 @@ WITH_TP: dict[str, Layout] = {**EXACT, "TP 2": (2, ("parallel.tensor=2",))}
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A run that met no fault: its end, and the units of every step."""
+    """The result of a run without faults, and the units of each of its steps."""
 
     config: Path
     steps: int
@@ -52,11 +52,11 @@ class Figures:
     starts: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     repeated: int = 0
-    hangs: int = 0  # that no fault has caused: the machine was busy
+    hangs: int = 0  # hangs without a fault, because the machine was busy
 
 
 class Soak:
-    """One run under faults."""
+    """One run with faults. `draw` decides when they happen, and which layout each start uses."""
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class Soak:
         self.stray: list[psutil.Process] = []  # ranks that have outlived their launcher
 
     def to_the_end(self) -> None:
+        """Run until the last step, with all faults on the way."""
         one = self.start()
         while True:
             while self.faults and self.reaches(one, self.faults[0][1]):
@@ -89,17 +90,17 @@ class Soak:
             if set(statuses) == {0}:
                 assert not self.faults, "the run was over before all faults had struck"
                 return
-            # a step took too long although nobody has stopped a rank
+            # A step took too long although no rank was suspended.
             assert set(statuses) <= {REQUEUE, -signal.SIGKILL} and "hang: step" in one.output, one.output
             self.figures.hangs += 1
             one = self.start()
 
     def start(self, *, last: Incarnation | None = None) -> Incarnation:
-        """The same command again, on the next layout. last: what has just ended."""
+        """Start the same command again on the next layout. last: the incarnation that has just ended."""
         if last is not None:
             for step in manifest.published_steps(self.directory / "checkpoints"):
                 manifest.verify_step(manifest.step_directory(self.directory / "checkpoints", step))
-        # a layout's turn comes soon, and it may follow itself
+        # Each layout is in the deck twice, so that a layout can also follow itself.
         self.deck = self.deck or self.draw.sample([*self.layouts] * 2, 2 * len(self.layouts))
         name = self.deck.pop()
         ranks, overrides = self.layouts[name]
@@ -115,7 +116,7 @@ class Soak:
         )
 
     def reaches(self, one: Incarnation, step: int) -> bool:
-        """Wait until a step has been printed, and a moment longer. False where the ranks end before."""
+        """Wait until a step is printed, and a moment longer. Returns False if a rank ends before."""
         while one.step < step:
             if not all(rank.is_alive() for rank in one.ranks):
                 return False
@@ -124,13 +125,13 @@ class Soak:
         return all(rank.is_alive() for rank in one.ranks)
 
     def strike(self, kind: str, one: Incarnation) -> Incarnation:
-        """One fault. Returns the incarnation that goes on, or a new one."""
+        """Inject one fault. Returns the incarnation that goes on, or a new one."""
         before = one.step
         victim = self.draw.randrange(len(one.ranks))
         match kind:
             case "SIGKILL of a rank":
                 one.signal(signal.SIGKILL, victim)
-                time.sleep(self.draw.uniform(0, 0.3))  # what the others do meanwhile
+                time.sleep(self.draw.uniform(0, 0.3))  # the other ranks go on for a moment
                 one.kill()
             case "SIGKILL at the start":
                 one.kill()
@@ -152,7 +153,7 @@ class Soak:
                 one.signal(signal.SIGCONT, victim)
                 return one
             case "SIGSTOP for long" if len(one.ranks) == 1:
-                one.signal(signal.SIGSTOP)  # nobody else watches
+                one.signal(signal.SIGSTOP)  # no other rank watches this one
                 time.sleep(DEADLINE + 1)
                 one.signal(signal.SIGCONT)
                 return one
@@ -174,7 +175,7 @@ class Soak:
         return again
 
     def kill_a_launcher(self) -> None:
-        """The run goes on under torchrun, which is killed while it trains. Its ranks may live on."""
+        """Continue the run under torchrun, and kill torchrun while it trains. Its ranks may stay alive."""
         self.starts += 1
         log = self.directory / f"log-{self.starts:04d}"
         command = [str(self.history), str(self.starts), "train", str(self.twin.config)]
@@ -190,7 +191,7 @@ class Soak:
         self.stray = psutil.Process(torchrun.pid).children(recursive=True)
         torchrun.kill()
         torchrun.wait()
-        if self.draw.random() < 0.5:  # as a cgroup's end does
+        if self.draw.random() < 0.5:  # as happens when a cgroup ends
             self.end_stray()
 
     def end_stray(self) -> None:
@@ -201,19 +202,18 @@ class Soak:
         self.stray = []
 
     def is_resumed(self, one: Incarnation, before: int, *, exactly: bool = False) -> None:
-        """The newest checkpoint is there: at most the one that was being written is lost, and what came after
-        it."""
+        """Check that at most an unfinished checkpoint and the steps after it are lost."""
         one.until(lambda: one.step or not one.alive)
         lost = before - one.resumed
         assert lost == 0 if exactly else lost <= 2 * EVERY, (before, one.resumed)
 
     def check_end(self, is_close: Callable[[str, Tensor, Tensor], bool]) -> None:
-        """What was trained, and what came of it, is what the undisturbed run has."""
+        """Check that samples, metrics, weights and Adam's state are those of the undisturbed run."""
         units, total = units_of_steps(self.history)
         assert units == self.twin.units
         self.figures.repeated += total - self.twin.steps
         found, expected = metrics_of_steps(self.directory), self.twin.metrics
-        # every step once and in order, however often it was taken
+        # Each step is there once and in order, even if it was repeated.
         assert [(step, rate) for step, _, rate in found] == [(step, rate) for step, _, rate in expected]
         assert is_close("loss", losses_of_steps(found), losses_of_steps(expected))
         tensors, state = end_of(self.directory, self.twin.steps)
@@ -224,10 +224,10 @@ class Soak:
 
 
 def units_of_steps(history: Path) -> tuple[dict[int, Counter[int]], int]:
-    """The units of each step as the newest start has trained them, and how many steps all starts have taken.
+    """The units of each step, as the newest start has trained it, and the number of steps of all starts.
 
-    Whatever an older start has trained on in a step must be a part of it: a killed one may have got as far on
-    some ranks alone.
+    The units of an older start in a step must be a part of the newest start's units. They may be fewer,
+    because a killed start may have finished the step on some ranks only.
     """
     starts: defaultdict[int, defaultdict[int, Counter[int]]] = defaultdict(lambda: defaultdict(Counter))
     for file in history.iterdir():
@@ -242,7 +242,7 @@ def units_of_steps(history: Path) -> tuple[dict[int, Counter[int]], int]:
 
 
 def end_of(run_dir: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Weights and Adam's state in the last checkpoint; its step and its place in the data."""
+    """Weights and Adam's state of the last checkpoint, and its step and position in the data."""
     directory = manifest.step_directory(run_dir / "checkpoints", steps)
     stored = manifest.read_manifest(directory)
     state = {"step": stored["step"], "consumed_packs": stored["state"]["consumed_packs"]}
@@ -252,7 +252,7 @@ def end_of(run_dir: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, obje
 def undisturbed(
     directory: Path, steps: int, layout: Layout = EXACT["DP 2"], *, lr: float = 1e-3
 ) -> Undisturbed:
-    """Make a run and take it to its end."""
+    """Prepare a run, and run it to its last step without faults."""
     ranks, overrides = layout
     small_run(
         directory,
@@ -270,12 +270,12 @@ def undisturbed(
     tensors, state = end_of(whole, steps)
     units, total = units_of_steps(history)
     counts = sum(units.values(), Counter()).values()
-    assert total == steps and max(counts) - min(counts) <= 1  # every epoch has every unit once
+    assert total == steps and max(counts) - min(counts) <= 1  # each epoch has each unit once
     return Undisturbed(config, steps, tensors, state, metrics_of_steps(whole), units)
 
 
 def metrics_of_steps(run_dir: Path) -> list[tuple[int, float, float]]:
-    """Step, loss and rate of each line of training, in the order of the file."""
+    """Step, loss and learning rate of each training line, in the order of the file."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["lr"]) for line in lines if line["kind"] == "train"]
 

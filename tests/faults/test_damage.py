@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cut short, half there or poisoned; and disks that are full."""
+"""Damaged, truncated, incomplete and malicious checkpoints, and full disks."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from megatron_post.storage.manifest import DamagedCheckpoint
 from tests.e2e.poison import entries, replace_entry, saved
 from tests.faults.conftest import FIGURES, STEPS, Run
 
-# Every byte of files up to this size is tried, and of larger ones every 101st.
+# Each byte of files up to EVERY_BYTE is flipped, and every STRIDE-th byte of larger ones.
 EVERY_BYTE, STRIDE = 64 * 1024, 401
 
 
 @pytest.fixture
 def finished(prepared: Run, tmp_path: Path) -> Run:
-    """A finished run with checkpoints of the last step and of two steps before."""
+    """A finished run with checkpoints of the last step and of the step two before it."""
     subprocess.run(["cp", "-r", prepared.config.parent / "whole", tmp_path / "run"], check=True)
     return Run(prepared.config, tmp_path / "run", prepared.expected, prepared.losses)
 
@@ -46,7 +46,7 @@ def _falls_back(run: Run, named: str) -> None:
 
 
 def test_flipped_bytes_are_refused(whole_set: None, finished: Run) -> None:
-    """Single bytes of a real checkpoint, each flipped on the disk and put right again."""
+    """One bit is flipped in single bytes of a real checkpoint on the disk, one byte at a time."""
     directory, tried, began = _newest(finished), 0, time.monotonic()
     files = manifest.read_manifest(directory)["files"]
     for name, entry in files.items():
@@ -76,7 +76,7 @@ def test_flipped_bytes_are_refused(whole_set: None, finished: Run) -> None:
 
 
 def test_a_run_falls_back_from_each_damage(whole_set: None, finished: Run) -> None:
-    """One flipped byte in each file in turn, a truncation, a zeroed page, a missing file."""
+    """The damages are a flipped bit in each file in turn, a truncation, a zeroed page and a missing file."""
     names = [manifest.MANIFEST, *sorted(manifest.read_manifest(_newest(finished))["files"])]
     draw = random.Random(1)
     for name in names:
@@ -117,14 +117,14 @@ class _Payload:
 
 
 def _sign(directory: Path) -> None:
-    """A manifest that fits what is there now, as anyone can write it."""
+    """Write a manifest that fits the files, as an attacker could."""
     content = manifest.read_manifest(directory)
     content["files"] = manifest.checksums(directory, sorted(content["files"]))
     (directory / manifest.MANIFEST).write_text(json.dumps({"sha256": sha256_of_json(content), **content}))
 
 
 @pytest.mark.parametrize("poison", POISONS)
-def test_a_poisoned_checkpoint_runs_nothing(whole_set: None, finished: Run, poison: str) -> None:
+def test_a_malicious_checkpoint_executes_nothing(whole_set: None, finished: Run, poison: str) -> None:
     directory, witness = _newest(finished), finished.directory / "witness"
     named = ".metadata"
     if poison == "pickle in .metadata":
@@ -154,7 +154,7 @@ def test_a_poisoned_checkpoint_runs_nothing(whole_set: None, finished: Run, pois
 
 @pytest.fixture
 def small_disk(run: Run) -> Iterator[Path]:
-    """A tmpfs under the checkpoints that holds one and a half of them."""
+    """A tmpfs for the checkpoints, with room for one and a half of them."""
     run.root.mkdir(parents=True)
     size = sum(path.stat().st_size for path in (run.config.parent / "whole/checkpoints").glob("*4/*"))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(run.root)]

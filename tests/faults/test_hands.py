@@ -1,4 +1,4 @@
-"""What impatient people and careless settings do to a live run: it ends well, or says what it lacks."""
+"""Careless actions of users against a live run. The run ends well, or its message says what is wrong."""
 
 import shutil
 import signal
@@ -15,8 +15,10 @@ pytestmark = pytest.mark.usefixtures("whole_set")
 
 
 def test_one_signal_after_another(run: Run) -> None:
-    """Both kinds, to both ranks, again and again, from the middle of a save on: one checkpoint more, one
-    end."""
+    """SIGTERM and SIGUSR1 are sent to both ranks many times, from the middle of a save on.
+
+    The run writes one more checkpoint and ends once.
+    """
     first = run.start()
     first.until(lambda: first.step >= 3 and list(run.root.glob(".partial-*")))
     while first.alive:
@@ -35,7 +37,7 @@ def test_one_signal_after_another(run: Run) -> None:
 
 
 def test_checkpoints_removed_while_it_runs(run: Run) -> None:
-    """`rm -r RUN/checkpoints`: the run goes on and saves anew, unless that hit a save; then it says so."""
+    """After `rm -r RUN/checkpoints` the run goes on and saves again. If a save fails, it reports that."""
     first = run.start("train.steps=60")
     first.until(lambda: first.step >= 4)
     shutil.rmtree(run.root, ignore_errors=True)
@@ -49,7 +51,7 @@ def test_checkpoints_removed_while_it_runs(run: Run) -> None:
 
 
 def test_a_deadline_shorter_than_a_step(run: Run) -> None:
-    """No rank is missing, and the report says so."""
+    """The report says that no rank is missing."""
     first = run.start("train.step_deadline=2", inject=slow_steps)
     assert first.wait() == [REQUEUE, REQUEUE], first.output
     assert "train.step_deadline is too short" in first.output
@@ -57,7 +59,7 @@ def test_a_deadline_shorter_than_a_step(run: Run) -> None:
 
 
 def test_rollback_before_the_first_checkpoint(run: Run) -> None:
-    """Nothing to go back to: the next start begins anew, and passes over what was not finite."""
+    """Without a checkpoint the next start begins at step 0, and skips the packs that were not finite."""
     settings = ("train.on_not_finite=rollback", "checkpoint.every=100")
     first = run.start(*settings, inject=nan_loss)
     assert first.wait() == [REQUEUE, REQUEUE], first.output

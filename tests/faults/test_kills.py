@@ -1,4 +1,4 @@
-"""SIGKILL of a random rank at random moments; the figures are what `make fault-test` prints."""
+"""SIGKILL of a random rank at random moments. `make fault-test` prints the figures."""
 
 import random
 import signal
@@ -14,9 +14,11 @@ KILLS, EVERY, STEPS = 50, 2, 120
 
 
 def test_fifty_kills(whole_set: None, tmp_path: Path) -> None:
-    """Every third while a checkpoint is being written, every fifth at any moment from the start on, the
-    others at any moment of two seconds of training. What is published is intact each time, and the end is the
-    uninterrupted run's."""
+    """Published checkpoints are intact after each kill, and the end equals the uninterrupted run's.
+
+    Every third kill happens while a checkpoint is written, and every fifth at any moment from the start on.
+    The other kills happen within two seconds of training.
+    """
     seed = random.SystemRandom().randrange(2**32)
     print(f"moments drawn from seed {seed}")
     draw = random.Random(seed)
@@ -58,7 +60,7 @@ def test_fifty_kills(whole_set: None, tmp_path: Path) -> None:
 
 
 def _kill(one: Incarnation, run: Run, draw: random.Random, *, mid_save: bool, latest: float) -> bool:
-    """Kill one rank, then, as a launcher does, the rest. False where the run was over first."""
+    """Kill one rank and then, like a launcher, the others. Returns False if the run ended before."""
     moment = one.began + draw.uniform(0, latest)
     began_at = one.step
 
@@ -75,6 +77,6 @@ def _kill(one: Incarnation, run: Run, draw: random.Random, *, mid_save: bool, la
         return False
     victim = draw.randrange(len(one.ranks))
     one.signal(signal.SIGKILL, victim)
-    time.sleep(draw.uniform(0, 0.3))  # what the others do meanwhile
+    time.sleep(draw.uniform(0, 0.3))  # the other ranks go on for a moment
     one.kill()
     return True

@@ -1,4 +1,4 @@
-"""torchrun around the ranks; and another number of them after a stop."""
+"""Ranks under torchrun, and another number of ranks after a stop."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ from tests.faults.injections import write_samples
 
 
 def test_sigterm_to_torchrun(whole_set: None, run: Run) -> None:
-    """It passes the signal on and waits; the ranks save and leave with the status for a requeue."""
+    """torchrun passes the signal on and waits. The ranks save and exit with the status for a requeue."""
     run.directory.mkdir()
     log = run.directory / "torchrun"
     process = start_under_torchrun(
@@ -41,7 +41,7 @@ def test_sigterm_to_torchrun(whole_set: None, run: Run) -> None:
 
 
 def test_samples_are_the_same_multiset_on_other_numbers_of_ranks(whole_set: None, run: Run) -> None:
-    """Two ranks, then one, then four: together they take exactly the packs that one loader gives."""
+    """The run has two ranks, then one, then four. Together they take exactly the packs of one loader."""
     seen = run.directory / "seen"
     seen.mkdir(parents=True)
     steps = []

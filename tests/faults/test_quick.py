@@ -39,8 +39,8 @@ def test_kill_in_the_middle_of_a_save(run: Run) -> None:
     run.check_end()
 
 
-def test_a_stopped_rank_is_named_and_the_job_ends(run: Run) -> None:
-    """Deadline 4 s: the end within 9 s, although a stopped process neither answers nor ends itself."""
+def test_a_suspended_rank_is_reported_and_the_job_ends(run: Run) -> None:
+    """The deadline is 4 s and the job ends within 9 s, although a suspended process cannot end itself."""
     first = run.start("train.step_deadline=4")
     first.until(lambda: first.step >= 3)
     first.signal(signal.SIGSTOP, 1)
@@ -57,7 +57,7 @@ def test_a_stopped_rank_is_named_and_the_job_ends(run: Run) -> None:
 
 
 @pytest.mark.parametrize("inject", [nan_loss, nan_gradient])
-def test_not_finite_on_one_rank_is_named_before_the_optimizer_moves(run: Run, inject: object) -> None:
+def test_not_finite_on_one_rank_is_reported_before_the_weights_change(run: Run, inject: object) -> None:
     first = run.start(inject=inject)
     assert first.wait() == [2, 2], first.output
     kind = "loss" if inject is nan_loss else "gradient"
@@ -65,13 +65,16 @@ def test_not_finite_on_one_rank_is_named_before_the_optimizer_moves(run: Run, in
     assert f"rank 1, microbatch 1: {kind}; samples sums:" in first.output
     assert "rank 0, microbatch" not in first.output
     assert run.published[-1] == 4
-    second = run.start()  # the fault has gone
+    second = run.start()  # without the fault
     assert second.wait() == [0, 0], second.output
     run.check_end()
 
 
 def test_skip_and_rollback_agree(run: Run) -> None:
-    """Both pass over step 5, one without and one after going back to step 4; a kill does not forget it."""
+    """Both policies skip the packs of step 5, "rollback" after returning to step 4.
+
+    A kill changes nothing.
+    """
     ends = []
     for policy in ("skip", "rollback"):
         one = Run(run.config, run.directory.with_name(policy), run.expected, run.losses)
@@ -87,7 +90,7 @@ def test_skip_and_rollback_agree(run: Run) -> None:
     assert ends[0] == ends[1] != run.expected
 
 
-def test_an_old_incarnation_that_wakes_publishes_nothing(run: Run) -> None:
+def test_a_suspended_incarnation_that_resumes_publishes_nothing(run: Run) -> None:
     old = run.start(name="1.0")
     old.until(lambda: old.step >= 3)
     old.signal(signal.SIGSTOP)

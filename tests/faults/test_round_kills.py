@@ -1,7 +1,7 @@
-"""SIGKILL of a round and all its ranks at random moments; the figures are what `make fault-test` prints.
+"""SIGKILL of a round and all its ranks at random moments. `make fault-test` prints the figures.
 
-Processes fork from a server that has everything imported, as `Incarnation`'s do, and a step's ranks fork from
-the round: so a round takes seconds, of which few are imports, and most kills fall into work.
+The round forks from a server that has imported everything, and the ranks of its steps fork from the round. So
+a round takes seconds and spends few of them on imports, and most kills happen during work.
 """
 
 import json
@@ -30,13 +30,13 @@ from tests.e2e.test_round import round_file
 from tests.faults.conftest import FIGURES
 
 KILLS = int(os.environ.get("ROUND_KILLS", 20 if os.environ.get("FAULT_TESTS") else 2))
-# what tells of the course of a run, not of its result
+# Files that depend on the course of a run and not only on its result.
 _COURSE = re.compile(r"\.log$|/(metrics\.jsonl|tensorboard/.*|incarnations/.*|checkpoints/.*)$")
 _context = multiprocessing.get_context("forkserver")
 
 
 class RoundProcess:
-    """`megatron-post round CONFIG`, in a process group of its own. Output goes to `log`."""
+    """`megatron-post round CONFIG` in its own process group. Output goes to `log`."""
 
     def __init__(self, config: Path, log: Path) -> None:
         log.write_text("")
@@ -45,7 +45,7 @@ class RoundProcess:
         self._process.start()
 
     def ends_within(self, seconds: float) -> bool:
-        """Wait. Raises `AssertionError` where it ended badly."""
+        """Wait and return whether it has ended. Raises `AssertionError` if its exit status is not 0."""
         self._process.join(seconds)
         if self._process.exitcode is None:
             return False
@@ -53,7 +53,7 @@ class RoundProcess:
         return True
 
     def kill(self) -> None:
-        """SIGKILL to the round and all that it has started, at once."""
+        """Kill the round and all processes that it has started at once."""
         assert self._process.pid is not None
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -67,14 +67,16 @@ class RoundProcess:
 
     @property
     def step(self) -> str:
-        """The step that it has printed last."""
+        """The last step that it has printed."""
         return (re.findall(r"^round-01/(\S+)$", self.log.read_text(), re.M) or ["start"])[-1]
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Every kill at any moment of a whole round's time after a start. A round that comes to its end, whatever
-    happened to it, has the files of the undisturbed one and no other, byte for byte."""
+    """A round that is killed at random moments ends with the files of the undisturbed round, byte for byte.
+
+    Each kill happens at a random moment within the duration of a whole round.
+    """
     seed = random.SystemRandom().randrange(2**32)
     print(f"moments drawn from seed {seed}")
     draw = random.Random(seed)
@@ -115,7 +117,7 @@ def _since(file: Path) -> float:
 
 
 def _contents(run: Path) -> dict[str, Any]:
-    """All that a round has made: rows, scores, stores, weights, its report, and the steps that are done."""
+    """The contents of all files that a round has made, and the names of its finished steps."""
     files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
     state = json.loads(files.pop("state.json").read_text())
     found = {name: path.read_bytes() for name, path in files.items() if not _COURSE.search(name)}
@@ -123,7 +125,7 @@ def _contents(run: Path) -> dict[str, Any]:
 
 
 def _check_rows(run: Path) -> None:
-    """Each prompt's samples once, and a score of each."""
+    """Check that each prompt has its samples once, and that each sample has a score."""
     for responses, scores, prompts in (("samples", "scores", 6), ("held_out-samples", "held_out-scores", 12)):
         rows = list(read_lines(run / "round-01" / f"{responses}.jsonl"))
         assert [(r["prompt"], r["sample"]) for r in rows] == [
@@ -141,7 +143,7 @@ def _main(config: str, log: str) -> None:
 
 
 def _on_forked_rank(command: Sequence[str], *, log: Path, **_: Any) -> None:
-    """As `run_on_ranks` for one rank, without another interpreter's start."""
+    """Like `run_on_ranks` for one rank, but without starting another interpreter."""
     sys.stdout.flush()
     child = os.fork()
     if child:

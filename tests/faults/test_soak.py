@@ -1,10 +1,10 @@
-"""A soak: a run of two ranks meets fault after fault, of every kind, and ends as one that met none.
+"""A soak: a run of two ranks has faults of every kind, and ends like a run without faults.
 
-After each fault the same command is started again, often on another layout. The layouts that change are two
-data-parallel ranks, one rank, and two pipeline ranks. With two packs a step and no clipping their arithmetic
-is the same to the last bit: a gradient is the sum of two packs' gradients, which does not depend on their
-order, and Adam works element by element. So weights, Adam's state, losses and rates must be equal, not close.
-`test_soak_over_tensor_parallel_ranks` says what is asked where layouts round differently.
+After each fault the same command is started again, often on another layout. The layouts are two data-parallel
+ranks, one rank, and two pipeline ranks. With two packs a step and no clipping their arithmetic is the same to
+the last bit. A gradient is the sum of two packs' gradients, which does not depend on their order, and Adam
+works element by element. So weights, Adam's state, losses and rates must be equal and not only close.
+`test_soak_over_tensor_parallel_ranks` describes the check for layouts that round differently.
 """
 
 import os
@@ -31,7 +31,7 @@ from tests.faults.soak import (
     undisturbed,
 )
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", 1800))  # of the whole soak; a run that has begun is finished
+SECONDS = float(os.environ.get("SOAK_SECONDS", 1800))  # no new run begins after this time
 SEED = int(os.environ.get("SOAK_SEED", random.SystemRandom().randrange(2**32)))
 EACH_ONCE = (
     "SIGKILL of a rank",
@@ -53,7 +53,7 @@ def soak(
     seconds: float,
     is_close: Callable[[str, Tensor, Tensor], bool],
 ) -> Figures:
-    """Runs under faults, one after the other, until `seconds` have passed."""
+    """Repeat runs with faults until `seconds` have passed."""
     print(f"faults drawn from SOAK_SEED={SEED}")
     draw, figures, began = random.Random(SEED), Figures(), time.monotonic()
     while not figures.runs or time.monotonic() - began < seconds:
@@ -79,14 +79,14 @@ def _equal(_: str, one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.slow
 def test_each_fault_once(tmp_path: Path) -> None:
-    """The short form: weights, Adam's state and the samples of every step are the undisturbed run's."""
+    """The short form. Weights, Adam's state and the samples of every step equal the undisturbed run's."""
     (tmp_path / "twin").mkdir()
     twin = undisturbed(tmp_path / "twin", 1000)
     soak(twin, tmp_path, EACH_ONCE, EXACT, seconds=0, is_close=_equal)
 
 
 def test_soak(whole_set: None, tmp_path: Path) -> None:
-    """Thirty minutes, and thirty-six faults in each run of them."""
+    """The soak takes thirty minutes, and each of its runs has thirty-six faults."""
     (tmp_path / "twin").mkdir()
     twin = undisturbed(tmp_path / "twin", 3000)
     figures = soak(
@@ -96,12 +96,16 @@ def test_soak(whole_set: None, tmp_path: Path) -> None:
 
 
 def test_soak_over_tensor_parallel_ranks(whole_set: None, tmp_path: Path) -> None:
-    """Two tensor-parallel ranks add up in another order, and a difference in rounding lives on in all later
-    steps. The samples must be exactly the undisturbed run's. Its weights, Adam's state and losses must be no
-    farther away than ten times what this layout alone moves them, without any fault."""
+    """The samples must be exactly those of the undisturbed run, but weights may differ by rounding.
+
+    Two tensor-parallel ranks sum in another order, and a difference in rounding affects all later steps. The
+    distance of weights, Adam's state and losses may be at most ten times the distance that this layout causes
+    without any fault.
+    """
     for name in ("twin", "control"):
         (tmp_path / name).mkdir()
-    # at a rate at which rounding stays rounding: at ten times this one 1,500 steps make a tenth of it
+    # With this learning rate rounding differences stay small. With ten times the rate they grow to a tenth of
+    # the values in 1,500 steps.
     twin = undisturbed(tmp_path / "twin", 1500, lr=1e-4)
     control = undisturbed(tmp_path / "control", 1500, WITH_TP["TP 2"], lr=1e-4)
     assert control.units == twin.units and control.state == twin.state
