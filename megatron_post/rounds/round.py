@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_post.config.load import parse, read_tree, to_yaml, validate
+from megatron_post.config.load import load_config, parse, read_tree, to_yaml, validate
 from megatron_post.config.overrides import merged
 from megatron_post.config.references import escaped
 from megatron_post.config.schema import Config
+from megatron_post.config.settings import flatten
 from megatron_post.config.stages import StageName
 from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
@@ -96,14 +97,7 @@ class Round:
             self._select(Samples(responses=str(responses)), "collected")
 
     def pack_reward(self) -> None:
-        """All batches so far; a number tells the newest."""
-        batches = [*self.settings.start.preferences]
-        if not batches:
-            batches = [str(Round(self.settings, 1, self.console).directory / "collected" / PREFERENCES)]
-        earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
-        batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
-        sources = [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
-        self._pack("reward", self.settings.start.base or self.policy, sources)
+        self._pack("reward")
 
     def generate(self) -> None:
         """The policy's samples, and behind them those of the policy before."""
@@ -130,23 +124,10 @@ class Round:
         )
 
     def pack_sft(self) -> None:
-        """What was selected: in this round, where SFT goes on from the policy; in all so far, where it starts
-        from `start.base`, which has seen none of it."""
-        first = 1 if self.settings.start.base else self.number
-        rounds = [Round(self.settings, n, self.console) for n in range(first, self.number + 1)]
-        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in rounds]
-        sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
-        self._pack(
-            "sft",
-            self.settings.start.base or self.policy,
-            sources,
-            times=len(rounds) if self.settings.stages.sft_steps_a_round else 1,
-        )
+        self._pack("sft")
 
     def pack_dpo(self) -> None:
-        """The newest batch alone."""
-        path = str(self.directory / "selection" / PREFERENCES)
-        self._pack("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", path)])
+        self._pack("dpo")
 
     def average(self) -> None:
         target = self.directory / "average"
@@ -320,11 +301,50 @@ class Round:
         train = config.train.model_copy(update={"steps": times * config.train.steps})
         return config.model_copy(update={"train": train})
 
-    def _pack(
-        self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
-    ) -> None:
+    def stage_config(self, stage: StageName) -> Config:
+        """What the packing of a stage writes, and its training reads. Raises `ConfigError` with every error.
+
+        The reward model is trained on all batches so far, of which a number tells the newest. DPO is trained
+        on the newest batch alone. SFT is trained on what was selected: in this round, where it goes on from
+        the policy, and in all rounds so far, where it starts from `start.base`, which has seen none of it.
+        """
+        start = self.settings.start
+        if stage == "dpo":
+            path = str(self.directory / "selection" / PREFERENCES)
+            return self.config("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", path)])
+        if stage == "reward":
+            batches = [*start.preferences]
+            if not batches:
+                first = Round(self.settings, 1, self.console)
+                batches = [str(first.directory / "collected" / PREFERENCES)]
+            earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
+            batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
+            sources = [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
+            return self.config("reward", start.base or self.policy, sources)
+        first_round = 1 if start.base else self.number
+        rounds = [Round(self.settings, n, self.console) for n in range(first_round, self.number + 1)]
+        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in rounds]
+        sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
+        times = len(rounds) if self.settings.stages.sft_steps_a_round else 1
+        return self.config("sft", start.base or self.policy, sources, times=times)
+
+    def check_packed(self, stage: StageName) -> None:
+        """Raises `ValueError` where a stage's file has changed since its data was packed. Training reads what
+        was written then, and would pass over the change."""
+        path = self.directory / stage / "config.yaml"
+        before, after = flatten(load_config(path)), flatten(self.stage_config(stage))
+        changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+        if changed:
+            lines = [f"  {key}: {before.get(key)} there, {after.get(key)} here" for key in changed]
+            raise ValueError(
+                f"{getattr(self.settings.stages, stage)} says something else than {path}, which "
+                f"{self.name}/{stage}-pack wrote\n" + "\n".join(lines) + "\nundo the change, or take it with "
+                f"--again-from {self.name}/{stage}-pack"
+            )
+
+    def _pack(self, stage: StageName) -> None:
         """Write a stage's config, and the store that it names."""
-        config = self.config(stage, model, sources, times=times)
+        config = self.stage_config(stage)
         for left_by_a_kill in (self.directory / stage).glob(".store.*.partial"):
             shutil.rmtree(left_by_a_kill)
         summaries = build_store(config, console=make_console(quiet=True), overwrite=True)

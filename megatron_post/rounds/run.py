@@ -7,7 +7,7 @@ for `launch round`, with a job for each step.
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,10 @@ def run_rounds(
             return
     with alone(Path(settings.run_dir)) as lock:
         state = state_of(settings)
-        if again_from is not None:
-            _forget(steps[names.index(again_from) :], state)
+        again = [] if again_from is None else steps[names.index(again_from) :]
+        wanted = state.left(names) if only is None else (only,)
+        _check_packed(steps, {*wanted, *(step.name for step in again)})
+        _forget(again, state)
         chosen = state.left(names) if only is None else (only,)
         for step in steps:
             if step.name in chosen:
@@ -114,6 +116,8 @@ def chain_of(
     if Path(settings.run_dir, "state.json").is_file():
         left = state_of(settings).left([step.name for step in steps])
         steps = [step for step in steps if step.name in left]
+        if needs_inputs:
+            _check_packed(steps, set(left))
     if not steps:
         raise ValueError(
             f"{settings.run_dir}: every step is done; `megatron-post round {path} --again-from STEP` does "
@@ -134,6 +138,14 @@ def chain_of(
             entry |= {"like": _like(settings, step.stage)} if needs_inputs else {}
         values.append(entry | ({"after": [values[-1]["name"]]} if values else {}))
     return {"run_dir": settings.run_dir, "steps": values}
+
+
+def _check_packed(steps: Sequence[Step], to_do: Set[str]) -> None:
+    """Raises `ValueError` where a stage is to be trained as it was packed, and its file has changed since."""
+    for step in steps:
+        packing = step.name.replace("-train", "-pack")
+        if step.check is not None and step.name in to_do and packing not in to_do:
+            step.check()
 
 
 def _like(settings: RoundSettings, stage: StageName) -> list[str]:

@@ -1,7 +1,8 @@
 """The steps of a round in their order, each with its command or its action and what it writes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ class Step:
 
     outputs: what is removed before the step is done anew on demand. ranks, per_node: of a chain's job, and
     how many of them a node has at most. run_dir, stage: of a training run. draws: its ranks, which may be any
-    number, share the drawing of samples.
+    number, share the drawing of samples. check: raises `ValueError` where the stage's packing is out of date.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Step:
     run_dir: Path | None = None
     stage: StageName | None = None
     draws: bool = False
+    check: Callable[[], None] | None = None
 
     @property
     def ranks_here(self) -> int:
@@ -60,9 +62,10 @@ def _steps(r: Round) -> list[Step]:
 
     def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
         ranks = settings.ranks or r.stage(stage).parallel.model_size
-        trained = (d / output, stage) if trains else ()
-        places = (ranks, settings.ranks_per_node)
-        steps.append(Step(f"{r.name}/{name}", (d / output,), None, words, *places, *trained))
+        step = Step(f"{r.name}/{name}", (d / output,), None, words, ranks, settings.ranks_per_node)
+        if trains:
+            step = replace(step, run_dir=d / output, stage=stage, check=partial(r.check_packed, stage))
+        steps.append(step)
 
     def train(stage: StageName) -> None:
         command(f"{stage}-train", stage, ("train", str(d / stage / "config.yaml")), stage, trains=True)

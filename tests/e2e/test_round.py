@@ -19,7 +19,7 @@ from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.launch.chain import load_chain
 from megatron_post.rounds import run as run_module
 from megatron_post.rounds.round import Round
-from megatron_post.rounds.run import run_rounds, state_of
+from megatron_post.rounds.run import chain_of, run_rounds, state_of, write_chain
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.steps import all_steps
 from megatron_post.storage.files import read_lines
@@ -159,6 +159,28 @@ def test_copies_draw_the_same(whole: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stage_whose_file_has_changed_is_not_trained_by_the_old_one(whole: Path) -> None:
+    """Training reads what packing wrote. The chain and the run refuse to pass over the change."""
+    path, config, state = whole / "sft.yaml", whole / "round.yaml", whole / "run" / "state.json"
+    text, before, console = path.read_text(), state.read_bytes(), Console(quiet=True)
+    path.write_text(text.replace("steps: 2", "steps: 3"))
+    try:
+        with pytest.raises(ValueError, match=r"(?s)sft.yaml says .*train.steps: 2 there, 3 here.*undo"):
+            run_rounds(config, again_from="round-01/sft-train", console=console)
+        assert state.read_bytes() == before and (whole / "run/round-01/sft/hf").is_dir()
+        content = json.loads(before)
+        done = list(content["done"])[: list(content["done"]).index("round-01/sft-pack") + 1]
+        state.write_text(json.dumps(content | {"done": {name: 1.0 for name in done}}))
+        with pytest.raises(ValueError, match="take it with --again-from round-01/sft-pack"):
+            chain_of(config, (), console=console)
+        path.write_text(text)
+        assert chain_of(config, (), console=console)["steps"][0]["name"] == "round-01/sft-train"
+    finally:
+        path.write_text(text)
+        state.write_bytes(before)
+
+
+@pytest.mark.slow
 def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
     stage = whole / "run" / "round-01" / "sft"
     (stage / ".store.1.partial" / "train").mkdir(parents=True)
@@ -168,8 +190,6 @@ def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
 
 def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
     """One job a step, each after the one before; training steps are `train` on their ranks."""
-    from megatron_post.rounds.run import write_chain
-
     config = round_file(tmp_path / "round")
     count = write_chain(config, ["rounds=2"], tmp_path / "chain.yaml", console=Console(quiet=True))
     chain = load_chain(tmp_path / "chain.yaml")
@@ -190,8 +210,6 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
 
 def test_nodes_of_a_chain(tmp_path: Path) -> None:
     """Copies of the model fill nodes by their GPUs; scores and the reference are asked on all ranks."""
-    from megatron_post.rounds.run import chain_of
-
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     for stage in ("reward", "sft", "dpo"):
         path = tmp_path / "round" / f"{stage}.yaml"
@@ -210,8 +228,6 @@ def test_nodes_of_a_chain(tmp_path: Path) -> None:
 
 def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
     """Jobs on ranks leave no mark in the state, those between them do."""
-    from megatron_post.rounds.run import chain_of
-
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     names = [step["name"] for step in chain_of(config, (), console=console)["steps"]]
     assert not (tmp_path / "round" / "run").exists()
