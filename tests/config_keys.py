@@ -31,7 +31,7 @@ such files are read. A heading names the section that has the keys. A `*` in it 
 entry in a list, and a name in brackets for the `kind` that has the keys. Keys of `model` follow from
 `model.preset` unless they are given. Limits that no real value meets are left out.
 """
-_LARGEST_LIMIT = 1000  # of those that are shown
+_LARGEST_LIMIT = 1000  # larger limits are not shown
 _TYPES = {
     "integer": "whole number",
     "number": "number",
@@ -57,7 +57,9 @@ def page() -> str:
         sections: dict[str, list[str]] = {}
         for key, what, default, meaning in keys(schema_of(kind)):
             section, _, name = key.rpartition(".") if not key.endswith(".*") else (key, "", "*")
-            sections.setdefault(section.rpartition(".")[0], [])  # a section stands before those inside it
+            sections.setdefault(
+                section.rpartition(".")[0], []
+            )  # a section comes before the sections inside it
             sections.setdefault(section, []).append(f"| `{name}` | {what} | {default} | {meaning} |")
         for section, rows in ((section, rows) for section, rows in sections.items() if rows):
             heading = [f"### `{section}`"] if section else []
@@ -68,14 +70,14 @@ def page() -> str:
 
 
 def keys(schema: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every key, those of nested sections included."""
+    """(key, type, default, meaning) of every key, including those of nested sections."""
     return list(_keys(schema, schema.get("$defs", {}), prefix="", seen={}))
 
 
 def _keys(
     section: dict[str, Any], known: dict[str, Any], *, prefix: str, seen: dict[str, str]
 ) -> Iterator[tuple[str, str, str, str]]:
-    """seen: where each section was listed first; it is not listed again."""
+    """Yield the keys below `prefix`. seen: where each section was listed first. It is not listed again."""
     for name, value in section.get("properties", {}).items():
         sections = list(_sections(value, known))
         plain = [option for option in _options(value, known) if "properties" not in option]
@@ -95,7 +97,7 @@ def _keys(
 
 
 def _sections(value: dict[str, Any], known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Sections that a value may be, or be a list of, each with what stands between its key and theirs."""
+    """The sections that a value may be or may be a list of, each with the text between the two keys."""
     options = _options(value, known)
     sections = [option for option in options if "properties" in option]
     for section in sections:
@@ -132,7 +134,7 @@ def _type(value: dict[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """As code in a cell, where a bar would end the cell."""
+    """Text as code in a table's cell, where a bar would otherwise end the cell."""
     return f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 

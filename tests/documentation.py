@@ -1,4 +1,4 @@
-"""What the tests read out of docs/ and the pages beside code: blocks, commands, links, headings."""
+"""Reads blocks, commands, links and headings from docs/ and from the pages beside code, for tests."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _END = {"&&", "||", "|", ";", ">", ">>", "&", "<"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. `title` is the name of the file that the reader is told to write, or empty."""
+    """A fenced block. `title` is the name of the file that the reader writes from it, or empty."""
 
     page: Path
     line: int
@@ -53,7 +53,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def json_values(text: str) -> list[Any]:
-    """The JSON values that a text holds one after another."""
+    """The JSON values in a text, one after another."""
     found, decoder = [], json.JSONDecoder()
     while text := text.lstrip():
         value, end = decoder.raw_decode(text)
@@ -73,8 +73,11 @@ def spans(page: Path) -> list[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Simple commands of a shell text as lists of words, without comments, assignments and redirections.
-    Text between <<'WORD' and WORD is passed over, because it is the content of a file."""
+    """The simple commands of a shell text as lists of words.
+
+    Comments, assignments and redirections are left out. Text between <<'WORD' and WORD is skipped, because it
+    is the content of a file.
+    """
     text = re.sub(r"<<-?'?(\w+)'?[^\n]*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
     for line in text.replace("\\\n", " ").splitlines():
         words: list[str] = []
@@ -93,7 +96,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def arguments(words: list[str]) -> list[str] | None:
-    """What follows `megatron-post` or `-m megatron_post` in a command; None where neither is in it."""
+    """The words after `megatron-post` or `-m megatron_post` in a command. None if it has neither."""
     if "megatron-post" in words:
         return words[words.index("megatron-post") + 1 :]
     if "megatron_post" in words and words[words.index("megatron_post") - 1] == "-m":

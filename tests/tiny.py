@@ -53,8 +53,10 @@ def tiny_config(run_dir: str | Path = "unused", *, stage: str = "sft", **section
 
 
 def switched(config: Config, switches: dict[str, Any]) -> Config:
-    """The config with dotted keys replaced and nothing checked, as for a switch that fp32 cannot have on a
-    GPU."""
+    """The config with replaced dotted keys, without a check.
+
+    So a test can use a switch that is not allowed with fp32 on a GPU.
+    """
     for key, value in switches.items():
         section, name = key.split(".")
         changed = getattr(config, section).model_copy(update={name: value})

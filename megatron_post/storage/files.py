@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, and JSON lines."""
+"""Writes small files that are either complete or absent, and reads and writes JSON lines."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from megatron_post.storage.reading import LARGEST_LINE, plain_file, reading
 
 
 class DiskFull(ValueError):
-    """No space, or no quota, left; the message says what is kept and what to do."""
+    """The disk or a quota is full. The message says what is kept and what to do."""
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -23,7 +23,7 @@ def is_disk_full(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Raises `DiskFull` for a disk that gets full while `path` is written."""
+    """Raises `DiskFull` if the disk is full while `path` is written within this context."""
     try:
         yield
     except OSError as error:
@@ -44,7 +44,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file beside its place, flush it to the disk and rename it. Raises `DiskFull`."""
+    """Write a file under a temporary name, flush it to the disk and rename it. Raises `DiskFull`."""
     with full_disk_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in path.parent.glob(f".{glob.escape(path.name)}.*"):
@@ -62,23 +62,26 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """As `write_pieces`."""
+    """Write a text as `write_pieces` does."""
     write_pieces(path, [content])
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As `write_pieces`."""
+    """Write a JSON value as `write_pieces` does."""
     write_pieces(path, [json.dumps(content, indent=2) + "\n"])
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """As `write_pieces`, a row a line."""
+    """Write one JSON row per line as `write_pieces` does."""
     write_pieces(path, (json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file that this package wrote. Raises `ValueError` where there is no such file, and naming the
-    line that is no JSON object."""
+    """The rows of a file of JSON lines that this package wrote.
+
+    Raises `ValueError` if the file does not exist, or if a line is not a JSON object. The message names the
+    line.
+    """
     number = 0
     with reading(path, "a file of rows"), plain_file(path, "file").open("rb") as file:
         while line := file.readline(LARGEST_LINE):

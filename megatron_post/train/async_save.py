@@ -158,7 +158,7 @@ class Saver:
     def _fail(self, save: Save, error: Exception) -> None:
         """Store the error, and leave a mark for the first rank, which waits for this rank's note.
 
-        If the first rank fails, it removes the files of all ranks, since nobody else will publish them.
+        If the first rank fails, it removes the files of all ranks, since no other rank publishes them.
         """
         self.error = error
         if save.publish is not None:

@@ -28,7 +28,8 @@ from megatron_post.config.schema import Config
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.models.build import padded_vocab_size
 
-# megatron-core's names of Adam's state. Only these have a prefix in a checkpoint; weights have none.
+# megatron-core's names of Adam's state. In a checkpoint its keys have a prefix, and those of weights have
+# none.
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 

@@ -159,14 +159,14 @@ def test_all_ranks_report_why_one_cannot_resume(tmp_path: Path) -> None:
     """First one of two disks fails. Then the model has other sizes."""
     config = tiny_config(tmp_path / "run")
     run_ranks(_train_or_resume_and_save, 2, config)
-    said = r"cannot be resumed here. 1 ranks report an error, the first is rank 1: OSError: this disk"
-    with pytest.raises(AssertionError, match=said):
+    message = r"cannot be resumed here. 1 ranks report an error, the first is rank 1: OSError: this disk"
+    with pytest.raises(AssertionError, match=message):
         run_ranks(_resume_where_one_cannot_read, 2, config)
     wider = tiny_config(tmp_path / "run", model={"ffn_hidden_size": 128})
     with pytest.raises(AssertionError, match=r"model.ffn_hidden_size: 96 there, 128 here"):
         run_ranks(_train_or_resume_and_save, 2, wider)
-    said = r"2 ranks report an error, the first is rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
-    with pytest.raises(AssertionError, match=said):
+    message = r"2 ranks report an error, the first is rank 0: .*linear_fc2.weight is \(4, 64, 96\) there"
+    with pytest.raises(AssertionError, match=message):
         run_ranks(_resume_without_comparing_settings, 2, wider)
 
 

@@ -1,4 +1,4 @@
-"""One of each fault, in under two minutes; `make fault-test` runs them by the dozen."""
+"""One fault of each kind, in under two minutes. `make fault-test` runs many of each."""
 
 import signal
 import time

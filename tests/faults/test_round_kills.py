@@ -131,8 +131,8 @@ def _check_rows(run: Path) -> None:
         assert [(r["prompt"], r["sample"]) for r in rows] == [
             (p + 1, k) for p in range(prompts) for k in range(4)
         ]
-        said = [i for i, row in enumerate(rows, start=1) if row["messages"][-1]["content"]]
-        assert [row["row"] for row in read_lines(run / "round-01" / f"{scores}.jsonl")] == said
+        answered = [i for i, row in enumerate(rows, start=1) if row["messages"][-1]["content"]]
+        assert [row["row"] for row in read_lines(run / "round-01" / f"{scores}.jsonl")] == answered
 
 
 def _main(config: str, log: str) -> None:

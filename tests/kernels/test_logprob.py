@@ -68,7 +68,7 @@ def _assert_equal(case: dict[str, Tensor], results: tuple[Tensor, ...], expected
 def test_worked_by_hand(impl: Implementation) -> None:
     """p = (1/4, 3/4): log 3/4 = -0.28768, entropy 1/4 log 4 + 3/4 log 4/3 = 0.56234, gradient (-1/4, 1/4).
 
-    The label is no one's second time: ignored, so 0 and no gradient.
+    The second token has the same logits, and its label is ignored. It gives 0 and no gradient.
     """
     logits = torch.tensor([[0.0, math.log(3)]] * 2, device=kernel_device(), requires_grad=True)
     labels = torch.tensor([1, IGNORED], device=kernel_device())

@@ -37,9 +37,12 @@ def _compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Resour
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("split", [False, True])
 def test_take_pairs(name: str, split: bool, capability: int) -> None:
-    """Four sums of 1,024 lanes on 128 threads are 32 registers a thread, the values in flight as many: 128 at
-    most, and four programs share a multiprocessor. Where context parallelism gives the sums no block is left,
-    and 64 are plenty."""
+    """At most 128 registers let four programs share a multiprocessor.
+
+    Four sums of 1,024 lanes on 128 threads take 32 registers per thread, and the values in flight take as
+    many. With context parallelism the sums are inputs, so there is no block of tokens and 64 registers
+    suffice.
+    """
     constants = {**TOKENS, "LOSS": name, "NLL_PER_TOKEN": True} | ({} if split else {"sums": None})
     assert _compiled(take_pairs, constants, capability).registers <= (64 if split else 128)
 

@@ -28,14 +28,14 @@ def _pair(chosen: float, rejected: float, *, lengths: tuple[int, int] = (4, 2)) 
     ],
 )
 def test_worked_by_hand(name: str, settings: DPOSettings, expected: float) -> None:
-    """The policy gives the chosen response -5 (4 tokens), the rejected -6 (2 tokens); the reference -6 and
-    -5.
+    """The log-ratios of a pair are 1 and -1, so delta is 2.
 
-    Log-ratios 1 and -1: delta 2.
+    The policy gives the chosen response (4 tokens) -5 and the rejected one (2 tokens) -6. The reference gives
+    them -6 and -5.
     sigmoid  -log sigmoid(0.5 x 2) = log(1 + e^-1) = 0.31326
     ipo      per token 1 / 4 and -1 / 2: (0.75 - 1 / (2 x 0.5))^2 = 0.0625, and not (2 - 1)^2 = 1
     hinge    1 - 0.25 x 2 = 0.5
-    robust   (0.8 x 0.31326 - 0.2 x 1.31326) / 0.6 = -0.02007, negative: unbiased estimates may be
+    robust   (0.8 x 0.31326 - 0.2 x 1.31326) / 0.6 = -0.02007, because unbiased estimates can be negative
     simpo    means -1.25 and -3: -log sigmoid(2 (1.75 - 0.5)) = log(1 + e^-2.5) = 0.07889
     """
     loss = LOSSES[name](_pair(-5.0, -6.0), settings)
