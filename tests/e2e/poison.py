@@ -1,4 +1,4 @@
-"""Pickles that would touch a file, in every form in which a reader could meet them, and signed manifests."""
+"""Pickles that would touch a file, in every form that a reader could meet, and signed manifests."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ from megatron_post.storage.checksums import sha256_of_json
 
 
 class Call:
-    """Pickled, a call of `function` with these arguments."""
+    """An object whose pickle calls `function` with these arguments."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -61,21 +61,24 @@ def poisons(witness: Path) -> dict[str, bytes]:
 
 
 def sign(step: Path, names: Iterable[str] | None = None) -> None:
-    """A manifest that fits what is there now, as anyone can write it. names: of other files than before."""
+    """Write a manifest that fits the present files, as any attacker can.
+
+    names: the files that it lists. By default the same files as before.
+    """
     content = manifest.read_manifest(step)
     content["files"] = manifest.checksums(step, sorted(content["files"] if names is None else names))
     (step / manifest.MANIFEST).write_text(json.dumps({"sha256": sha256_of_json(content), **content}))
 
 
 def entries(step: Path) -> dict[MetadataIndex, bool]:
-    """Every entry of a checkpoint's data files, and whether it is an object beside tensors."""
+    """Every entry of a checkpoint's data files, and whether it is an object and not a tensor."""
     metadata = read_metadata(step / ".metadata")
     kinds = metadata.state_dict_metadata
     return {i: isinstance(kinds[i.fqn], BytesStorageMetadata) for i in metadata.storage_data}
 
 
 def replace_entry(step: Path, index: MetadataIndex, content: bytes) -> Path:
-    """Put `content` at the end of the file where an entry lies, and say that the entry is there."""
+    """Append `content` to the file of an entry, and let the metadata point there."""
     metadata = read_metadata(step / ".metadata")
     file = step / metadata.storage_data[index].relative_path
     metadata.storage_data[index] = _StorageInfo(file.name, file.stat().st_size, len(content))
@@ -90,7 +93,7 @@ def command(*arguments: object) -> tuple[int, str]:
     """Exit status and output of `megatron-post ARGUMENTS`, in this process."""
     status, argv = 0, ["megatron-post", *map(str, arguments)]
     with (
-        tempfile.TemporaryFile("w+") as output,  # and no text in memory: the watchdog needs a descriptor
+        tempfile.TemporaryFile("w+") as output,  # a real file, because the watchdog needs a descriptor
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
         mock.patch.object(sys, "argv", argv),
@@ -107,7 +110,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Case:
-    """A command that met a poison. ran: whether the poison did what it was made for."""
+    """A command that read a poisoned file. ran: whether the pickle in it was run."""
 
     what: str
     reader: str
@@ -116,8 +119,8 @@ class Case:
     ran: bool
 
 
-def meet(what: str, reader: str, arguments: tuple[object, ...], witness: Path) -> Case:
-    """Give a command what is poisoned."""
+def run_on_poison(what: str, reader: str, arguments: tuple[object, ...], witness: Path) -> Case:
+    """Run a command that reads the poisoned file."""
     status, output = command(*arguments)
     ran = witness.exists()
     witness.unlink(missing_ok=True)
@@ -125,8 +128,10 @@ def meet(what: str, reader: str, arguments: tuple[object, ...], witness: Path) -
 
 
 def check(case: Case, *, named: str | None) -> None:
-    """Nothing was run, and the refusal is one line. named: what it names, or None where the command does not
-    read what was changed."""
+    """Nothing was run, and the refusal is one line.
+
+    named: a text in the refusal, or None if the command does not read the changed file.
+    """
     assert not case.ran, case
     assert "Traceback" not in case.output, case.output
     assert case.status == (0 if named is None else 2), case
@@ -136,6 +141,6 @@ def check(case: Case, *, named: str | None) -> None:
 
 
 def succeed(*arguments: object) -> None:
-    """A command that must end with 0."""
+    """Run a command that must end with status 0."""
     status, output = command(*arguments)
     assert status == 0, output

@@ -53,7 +53,7 @@ def small_run(directory: Path, **sections: object) -> Config:
 def start(
     command: list[str], *, ranks: int, log: Path, module: str = "megatron_post"
 ) -> subprocess.Popen[bytes]:
-    """`megatron-post COMMAND` on ranks, under torchrun where there are several; output goes to `log`."""
+    """Start `megatron-post COMMAND` on ranks, under torchrun if there are several. Output goes to `log`."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -80,7 +80,7 @@ def start(
 
 
 def kill_9(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a launcher and all its ranks at once; torchrun gives each rank a session of its own."""
+    """Send SIGKILL to a launcher and all its ranks at once. torchrun gives each rank a session of its own."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""The commands as a user runs them."""
+"""The bench commands as a user runs them."""
 
 import json
 import signal
@@ -23,12 +23,12 @@ def _config(directory: Path) -> str:
 
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["megatron-post", "bench", *arguments])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process goes on to other tests
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process runs other tests afterwards
     cli.main()
 
 
 def test_steps_on_two_ranks(tmp_path: Path) -> None:
-    """Under torchrun, TP 2: one table, one record, and nothing beside."""
+    """Under torchrun with TP 2 there are one table and one record, and no other files."""
     output, log = tmp_path / "out", tmp_path / "log"
     command = ["bench", "step", _config(tmp_path), "parallel.tensor=2", "--steps", "2", "--warmup", "1"]
     assert start([*command, "--output", str(output)], ranks=2, log=log).wait(timeout=600) == 0, (
@@ -47,7 +47,7 @@ def test_steps_on_two_ranks(tmp_path: Path) -> None:
 def test_proxy_and_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A proxy says what it is before anything else; its record is on the page."""
+    """A proxy first prints that it is a proxy. Its record is on the page."""
     options = ["--proxy-rank", "1", "--world", "4", "--steps", "1", "--warmup", "0"]
     with pytest.raises(SystemExit) as done:
         _main(
@@ -114,8 +114,8 @@ def test_refusals(
     assert message in capsys.readouterr().err
 
 
-def test_asked_to_end_it_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM, as from a batch system, while gigabytes of scratch files grow."""
+def test_terminated_benchmark_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM, as from a batch system, arrives while gigabytes of scratch files are written."""
     command = ["bench", "convert", "--directory", str(tmp_path / "disk"), "--output", str(tmp_path / "out")]
     process = start(command, ranks=1, log=tmp_path / "log")
     deadline = time.monotonic() + 120

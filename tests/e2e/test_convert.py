@@ -1,4 +1,4 @@
-"""A converted model trains in any layout, and what is saved there converts back; the command line does it."""
+"""A converted model trains in any layout, and its checkpoints convert back. The commands work."""
 
 import json
 from pathlib import Path
@@ -44,12 +44,12 @@ def _run(directory: Path, command: list[str], *, ranks: int = 1, status: int = 0
 
 
 @pytest.mark.slow
-def test_resumes_in_any_layout_and_comes_back(tmp_path: Path) -> None:
-    """HF -> Megatron -> one step at a rate that changes nothing in fp32 -> Megatron -> HF: the same bytes.
+def test_trains_in_any_layout_and_converts_back(tmp_path: Path) -> None:
+    """HF -> Megatron -> one step at a rate that changes nothing in fp32 -> Megatron -> HF has the same bytes.
 
-    The vocabulary of 511 is padded to 512 over two tensor-parallel ranks. Loss and gradient norm are those of
-    one rank that starts from the directory itself; after a real step, so is the next loss. Sums of fp32 in
-    another order differ by some 1e-6.
+    The vocabulary of 511 is padded to 512 over two tensor-parallel ranks. Loss and gradient norm equal those
+    of one rank that starts from the directory itself. After a real step, the next loss is also equal. Sums of
+    fp32 in another order differ by about 1e-6.
     """
     config = small_run(tmp_path, model={"vocab_size": 511}, train={"steps": 1})
     tensors = weights_of(config.model)
@@ -77,7 +77,7 @@ def test_resumes_in_any_layout_and_comes_back(tmp_path: Path) -> None:
     assert abs(expected[0][0] - expected[1][0]) > 1e-3 * expected[0][0]
     text = _run(tmp_path, ["convert", "inspect", str(tmp_path / "PP2" / "checkpoints")])
     assert "step 1, weights and optimizer" in text and "optimizer.state.exp_avg" in text
-    # a directory that the trainer exported converts as well, and byte for byte under one pipeline stage
+    # An exported directory converts as well, byte for byte if there is one pipeline stage.
     back = (tmp_path / "TP2" / "back" / "model.safetensors").read_bytes()
     assert (tmp_path / "TP2" / "hf" / "model.safetensors").read_bytes() == back
 
@@ -89,7 +89,7 @@ def _metrics(run: Path) -> list[tuple[float, float]]:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    """Every command once, and a message and status 2 for what a user can mend."""
+    """Every command runs once. A user's error gives a message and status 2."""
     model = shaped_like("8b")
     hf, root, back = (str(tmp_path / name) for name in ("hf", "run/checkpoints", "back"))
     write_hf(tmp_path / "hf", model, weights_of(model))
@@ -127,8 +127,10 @@ def _logits(configs: list[Config], tokens: np.ndarray) -> list[np.ndarray]:
 
 
 def test_logits_equal_transformers(tmp_path: Path) -> None:
-    """The trainer's logits from a converted checkpoint beside `transformers`' from the directory that comes
-    back, for every size's shape; fp32 sums of up to 832 terms in another order differ by some 1e-6."""
+    """The trainer's logits from a converted checkpoint equal those of `transformers` after the way back.
+
+    Every size's shape is tested. fp32 sums of up to 832 terms in another order differ by about 1e-6.
+    """
     transformers = pytest.importorskip("transformers")
     configs = []
     for size, tied in (("8b", False), ("70b", True), ("405b", False)):
@@ -136,7 +138,7 @@ def test_logits_equal_transformers(tmp_path: Path) -> None:
         write_hf(tmp_path / size / "hf", model, weights_of(model))
         to_megatron(tmp_path / size / "hf", tmp_path / size / "checkpoints")
         to_hf(tmp_path / size / "checkpoints", tmp_path / size / "back")
-        (tmp_path / size / "back" / "tokenizer.json").unlink()  # it is no real one
+        (tmp_path / size / "back" / "tokenizer.json").unlink()  # it is not a real tokenizer
         configs.append(tiny_config(tmp_path / size, model={**model.model_dump(), "rope_scaling": None}))
     tokens = np.random.default_rng(0).integers(0, 253, 100).astype(np.int32)
     (found,) = run_ranks(_logits, 1, configs, tokens)
@@ -151,7 +153,7 @@ def test_logits_equal_transformers(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    """Another RoPE, a language model for a reward run, a DPO run without a reference: before they train."""
+    """Another RoPE, a language model for a reward run and DPO without a reference are refused early."""
     model = tiny_config().model
     root = tmp_path / "checkpoints"
     to_megatron(write_hf(tmp_path / "hf", model, weights_of(model)), root)
@@ -170,7 +172,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     check_weights(step, state, tiny_config(tmp_path))
 
 
-def test_a_step_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_step_is_refused(tmp_path: Path) -> None:
     model = shaped_like("8b")
     root = to_megatron(write_hf(tmp_path / "hf", model, weights_of(model)), tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="has no step 7; it has 0"):

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, on the configs of this repository."""
+"""The plan commands as a user runs them, on the configs of this repository."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ def _plan(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[st
 
 
 def test_plan(tmp_path: Path) -> None:
-    """405B as the repository configures it fits on 512 H100s; the page is written beside."""
+    """405B as the repository configures it fits on 512 H100s, and the page is written."""
     page = tmp_path / "plan.html"
     done = _plan(SFT_405B, "--gpus", "512", "--gpu", "h100-80gb", "--json", "--html", str(page))
     assert done.returncode == 0, done.stderr
@@ -40,7 +40,7 @@ def test_a_table_for_the_terminal() -> None:
 
 
 def test_a_refusal_names_what_fits() -> None:
-    """Exit status 1: a plan, of something that does not fit."""
+    """A plan that does not fit ends with status 1."""
     done = _plan(SFT_405B, "--gpus", "512", "--", "recompute.mode=none")
     assert done.returncode == 1, done.stderr
     assert "GiB too much" in done.stdout and "recompute.mode=full fits" in done.stdout
@@ -62,14 +62,17 @@ def test_refusals(arguments: tuple[str, ...], message: str) -> None:
 
 
 def _processor_seconds() -> float:
-    """Of all children so far: a loaded machine does not change it much."""
+    """Processor seconds of all children so far. The load of the machine changes them little."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.slow
 def test_search_of_512_gpus(tmp_path: Path) -> None:
-    """Within 60 seconds of processor time. The winner's config is what was said."""
+    """The search takes at most 60 seconds of processor time.
+
+    The written config is the winner that was printed.
+    """
     winner, began = tmp_path / "winner.yaml", _processor_seconds()
     done = _plan("search", DPO_405B, "--gpus", "512", "--json", "--output", str(winner), timeout=900)
     assert done.returncode == 0, done.stderr
@@ -83,7 +86,7 @@ def test_search_of_512_gpus(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_dry_run_of_16384_ranks() -> None:
-    """Every stage of 405B; within 60 seconds of processor time and 4 GB."""
+    """Every stage of 405B is built within 60 seconds of processor time and 4 GB."""
     began = _processor_seconds()
     done = _plan("dry-run", DPO_405B, "--gpus", "16384", "--rank", "all", "--json", timeout=900)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
-"""No byte of a checkpoint, a store, a tokenizer or a model is run, whoever wrote it and signed it.
+"""No byte of a checkpoint is ever run, whoever wrote and signed the checkpoint.
 
-Each test replaces one thing after another by pickles that would touch a file, signs what an attacker can
-sign, and gives the result to every command that reads it. The commands run in one process, where a start
-takes a tenth of a second.
+Each test replaces one thing after another by pickles that would touch a file. It signs what an attacker can
+sign, and runs every command that reads the result. All commands run in this process, where a start takes a
+tenth of a second.
 """
 
 import shutil
@@ -21,11 +21,23 @@ from megatron_post.parallel.topology import parallel_run
 from megatron_post.storage import manifest
 from megatron_post.train.loading import METADATA
 from megatron_post.train.run import build_trainer
-from tests.e2e.poison import Call, Case, check, entries, meet, poisons, replace_entry, saved, sign, succeed
+from tests.e2e.poison import (
+    Call,
+    Case,
+    check,
+    entries,
+    poisons,
+    replace_entry,
+    run_on_poison,
+    saved,
+    sign,
+    succeed,
+)
 from tests.e2e.runs import small_run
 from tests.ranks import run_ranks
 
-# by this program, asynchronously; from its export, by `convert`; by megatron-core's `dist_checkpointing.save`
+# Checkpoints that this program saved asynchronously, that `convert` made from its export, and that
+# megatron-core's `dist_checkpointing.save` saved.
 STEPS = {"trained": 2, "converted": 0, "megatron-core": 2}
 READERS = ("train", "inspect", "verify", "megatron-to-hf", "merge")
 Change = Callable[[Path], object]
@@ -68,7 +80,7 @@ def _make_checkpoints(directory: Path) -> None:
 
 
 def _commands(base: Path, run: Path, step: Path, work: Path) -> dict[str, tuple[object, ...]]:
-    """Everything that reads a checkpoint; `work` is where it may write."""
+    """Every command that reads a checkpoint. work: the directory in which it may write."""
     models = [{"model": str(step)}, {"model": str(base / "hf")}]
     (work / "merge.yaml").write_text(yaml.safe_dump({"models": models}))
     return {
@@ -83,7 +95,7 @@ def _commands(base: Path, run: Path, step: Path, work: Path) -> dict[str, tuple[
 def _walk(
     base: Path, directory: Path, kind: str, changes: Mapping[str, Change], readers: Sequence[str] = READERS
 ) -> list[Case]:
-    """Each change of a checkpoint, given to each reader; every time of a fresh copy."""
+    """Run each reader on a fresh copy with each change of a checkpoint."""
     found = []
     for what, change in changes.items():
         for reader in readers:
@@ -93,7 +105,7 @@ def _walk(
             step = _step(work, kind)
             change(step)
             arguments = _commands(base, work / kind, step, work)[reader]
-            found.append(meet(what, reader, arguments, directory / "witness"))
+            found.append(run_on_poison(what, reader, arguments, directory / "witness"))
     return found
 
 
@@ -109,7 +121,7 @@ def _as_it_is(step: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["trained", "megatron-core"])
 def test_every_object_of_a_checkpoint(base: Path, tmp_path: Path, kind: str) -> None:
-    """Each object beside tensors as a pickle that calls a function, and one of them in each form."""
+    """Each object is replaced by a pickle that calls a function, and one object by each form of pickle."""
     forms = poisons(tmp_path / "witness")
     objects = [index for index, is_object in entries(_step(base, kind)).items() if is_object]
     assert len(objects) >= 4
@@ -127,8 +139,10 @@ def test_every_object_of_a_checkpoint(base: Path, tmp_path: Path, kind: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STEPS)
 def test_every_tensor_of_a_checkpoint(base: Path, tmp_path: Path, kind: str) -> None:
-    """Each archive of a tensor, by one that holds an object. Conversion has no use for Adam's state, and
-    `inspect` for no values."""
+    """Each archive of a tensor is replaced by one that holds an object.
+
+    Conversion does not read Adam's state, and `inspect` reads no values.
+    """
     poison = saved(Call(Path.touch, tmp_path / "witness"))
     changes = {
         f"{index.fqn} {number}": partial(replace_entry, index=index, content=poison)
@@ -146,7 +160,7 @@ def test_every_tensor_of_a_checkpoint(base: Path, tmp_path: Path, kind: str) -> 
         check(case, named=".distcp: not a file of plain tensors")
 
 
-# what each command reads of the files of a checkpoint besides the data; convert takes the others along or not
+# The files that each command reads besides the data. Conversion copies some other files without reading them.
 DECISIVE = {
     "train": ("manifest.json", ".metadata", "common.pt", "generators-0.safetensors"),
     "others": ("manifest.json", ".metadata", "config.yaml"),

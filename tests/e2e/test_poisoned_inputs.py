@@ -1,4 +1,4 @@
-"""No byte of a model, a tokenizer or a store is run. Checkpoints are in test_poison.py."""
+"""No byte of a model, a tokenizer or a store is ever run. Checkpoints are in test_poison.py."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from megatron_post.config.schema import Model
 from megatron_post.convert.mapping import META_NAMES
 from megatron_post.data.build import build_store
 from megatron_post.data.tokenizer import load_tokenizer
-from tests.e2e.poison import Call, Case, check, meet, poisons, saved
+from tests.e2e.poison import Call, Case, check, poisons, run_on_poison, saved
 from tests.e2e.runs import small_run
 from tests.ranks import run_ranks
 from tests.unit.convert.models import weights_of, write_hf
 
 Change = Callable[[Path], object]
 FORMS = ("a plain pickle", "an object of the list", "an old archive")
-# what reads each kind of input
+# The commands that read each kind of input.
 READERS = {
     "hf": ("inspect", "verify", "hf-to-megatron", "merge", "train", "generate", "reference"),
     "reward": ("score",),
@@ -37,7 +37,7 @@ READERS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model, a reward model, Meta's files, a store of dialogs and one of preferences."""
+    """A language model, a reward model, a Meta model, a store of dialogs and a store of preferences."""
     directory = tmp_path_factory.mktemp("inputs")
     config = small_run(directory, model={"num_layers": 1, "rope_scaling": None}, train={"steps": 1})
     model, tokenizer = config.model, load_tokenizer(directory / "tokenizer")
@@ -70,7 +70,7 @@ def _write_meta(directory: Path, model: Model) -> None:
 
 
 def _commands(base: Path, changed: Path, work: Path) -> dict[str, tuple[object, ...]]:
-    """Every command that reads an input, given the one that was changed; `work` is where it may write."""
+    """Every command that reads the changed input. work: the directory in which it may write."""
     (work / "merge.yaml").write_text(yaml.safe_dump({"models": [{"model": str(changed)}] * 2}))
     sampling = {"samples": 1, "max_tokens": 2}
     drawing = {"model": str(changed), "prompts": str(base / "prompts.jsonl"), "sampling": sampling}
@@ -97,7 +97,7 @@ def _commands(base: Path, changed: Path, work: Path) -> dict[str, tuple[object, 
 
 
 def _walk(base: Path, directory: Path, kind: str, changes: Mapping[str, Change]) -> list[Case]:
-    """Each change of an input, given to each reader; every time of a fresh copy."""
+    """Run each reader on a fresh copy with each change of an input."""
     found = []
     for what, change in changes.items():
         for reader in READERS[kind]:
@@ -106,7 +106,7 @@ def _walk(base: Path, directory: Path, kind: str, changes: Mapping[str, Change])
             changed = Path(shutil.copytree(base / kind, work / kind))
             change(changed)
             arguments = _commands(base, changed, work)[reader]
-            found.append(meet(what, reader, arguments, directory / "witness"))
+            found.append(run_on_poison(what, reader, arguments, directory / "witness"))
     return found
 
 
@@ -135,8 +135,10 @@ def test_unchanged_every_command_reads_it(base: Path, tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", ["hf", "reward", "meta"])
 def test_every_file_of_a_model(base: Path, tmp_path: Path, kind: str) -> None:
-    """Weights and configs are read by all commands, the tokenizer by those that use it; the others carry it
-    along."""
+    """All commands read weights and configs.
+
+    The tokenizer is read only by those that use it, and copied by others.
+    """
     (cases,) = run_ranks(_walk, 1, base, tmp_path, kind, _files(base, tmp_path, kind, FORMS))
     for case in cases:
         name, uses_text = case.what.split()[0], case.reader in ("train", "generate", "score")
@@ -147,13 +149,13 @@ def test_every_file_of_a_model(base: Path, tmp_path: Path, kind: str) -> None:
 
 
 def _config(directory: Path, *, name: str = "config.json", **values: object) -> None:
-    """More keys in a JSON file."""
+    """Add keys to a JSON file."""
     path = directory / name
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def _code(directory: Path, *, witness: Path) -> None:
-    """Code beside the weights, which the config and the tokenizer's name."""
+    """Write code beside the weights, to which the config and the tokenizer refer."""
     classes = {
         "AutoConfig": "evil.A",
         "AutoModelForCausalLM": "evil.A",
@@ -168,7 +170,7 @@ def _code(directory: Path, *, witness: Path) -> None:
 
 
 def _other_weights(directory: Path, *, content: bytes) -> None:
-    """Pickled weights beside those in safetensors, under names where `transformers` looks for some."""
+    """Write pickled weights beside the safetensors, under names that `transformers` looks for."""
     for name in ("pytorch_model.bin", "adapter_model.bin", "other.bin"):
         _write(directory, name=name, content=content)
     _write(
@@ -180,15 +182,15 @@ def _other_weights(directory: Path, *, content: bytes) -> None:
 
 
 def _template(directory: Path, *, witness: Path) -> None:
-    """A chat template that calls a function of Python's."""
+    """Write a chat template that calls a Python function."""
     text = f"{{{{ cycler.__init__.__globals__.os.system('touch {witness}') }}}}"
     _write(directory, name="chat_template.jinja", content=text.encode())
     _config(directory, name="tokenizer_config.json", chat_template=text)
 
 
 @pytest.mark.parametrize("kind", ["hf", "reward"])
-def test_what_lies_beside_a_model(base: Path, tmp_path: Path, kind: str) -> None:
-    """What `transformers` might load, and we have no use for."""
+def test_other_files_of_a_model_directory(base: Path, tmp_path: Path, kind: str) -> None:
+    """`transformers` might load these files. This project does not use them."""
     witness = tmp_path / "witness"
     changes: dict[str, Change] = {
         "code": partial(_code, witness=witness),
@@ -211,7 +213,7 @@ def test_an_object_among_metas_tensors(base: Path, tmp_path: Path) -> None:
 
 
 def _sign_store(store: Path) -> None:
-    """Checksums that fit the files that are there now, as anyone can write them."""
+    """Write checksums that fit the present files, as any attacker can."""
     content = json.loads((store / "checksums.json").read_text())
     content.pop("sha256")
     for name in content["files"]:
@@ -228,7 +230,7 @@ def _write_and_sign(store: Path, *, name: str, content: bytes) -> None:
 
 
 def _pickling_codec(store: Path, *, codec: str, content: bytes) -> None:
-    """An array whose codec would unpickle."""
+    """Write an array whose codec would unpickle."""
     array = store / "train" / "segment_offsets"
     _config(array, name="zarr.json", codecs=[{"name": codec, "configuration": {"protocol": 5}}])
     _write(array, name="c/0", content=content)
@@ -236,7 +238,7 @@ def _pickling_codec(store: Path, *, codec: str, content: bytes) -> None:
 
 
 def _older_array(store: Path, *, dtype: str, filters: list[str], content: bytes) -> None:
-    """The same in zarr's older format, in which arrays of objects are pickled."""
+    """Write such an array in zarr's older format, in which arrays of objects are pickled."""
     shutil.rmtree(store / "train" / "segment_offsets")
     for group in (store, store / "train"):
         attributes = json.loads((group / "zarr.json").read_text())["attributes"]
@@ -255,8 +257,10 @@ def _older_array(store: Path, *, dtype: str, filters: list[str], content: bytes)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["store", "pairs"])
 def test_every_file_of_a_store(base: Path, tmp_path: Path, kind: str) -> None:
-    """Each file as a pickle, and arrays whose codecs would unpickle. Every command reads all metadata, and
-    of the arrays what it needs; `data verify` reads all."""
+    """Each file is replaced by a pickle, and arrays get codecs that would unpickle.
+
+    Every command reads all metadata, and only the arrays that it needs. `data verify` reads all arrays.
+    """
     content = pickle.dumps(Call(Path.touch, tmp_path / "witness"))
     names = [path.relative_to(base / kind) for path in sorted((base / kind).rglob("*")) if path.is_file()]
     changes: dict[str, Change] = {
@@ -270,7 +274,7 @@ def test_every_file_of_a_store(base: Path, tmp_path: Path, kind: str) -> None:
         )
     (cases,) = run_ranks(_walk, 1, base, tmp_path, kind, changes)
     for case in cases:
-        if case.reader == "data verify":  # which lists all damaged packs
+        if case.reader == "data verify":  # it lists all damaged packs
             assert case.status == 2 and not case.ran and "Traceback" not in case.output, case
         else:
             check(case, named=f"/{kind}" if case.what.endswith(".json") or case.status else None)

@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def _rows(directory: Path) -> Path:
-    """120 sums with a right answer, a wrong one, and for each third a better worded one."""
+    """120 sums with a right answer and a wrong one. Every third also has an answer in better words."""
     rows = []
     for i in range(120):
         row: dict[str, Any] = {
@@ -63,8 +63,10 @@ def _metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def test_reward_model_learns_exports_and_scores(tmp_path: Path) -> None:
-    """isolated under TP 2 x CP 2 with SP; its export scores the same in `transformers`, which pools the last
-    token."""
+    """A reward model trains with isolated rows under TP 2 x CP 2 with SP.
+
+    Its export has the same scores in `transformers`, which pools the last token.
+    """
     rows = _rows(tmp_path)
     layout = {"tensor": 2, "context": 2, "sequence": True}
     config = _config(tmp_path, "reward", parallel=layout)
@@ -81,7 +83,8 @@ def test_reward_model_learns_exports_and_scores(tmp_path: Path) -> None:
     expected = _scores_of_transformers(export, rows, limit=20)
     for line, scores in zip(found, expected, strict=False):
         np.testing.assert_allclose(line["scores"], scores, atol=1e-4)
-    # a crash in the middle of a line: the rest is scored again, to the same values, in another layout
+    # The file ends in the middle of a line, as after a crash. The rest is scored again, in another layout, to
+    # the same values.
     complete = output.read_bytes()
     output.write_bytes(complete[: len(complete) // 2])
     layout = ("parallel.context=2", "parallel.pipeline=2")
@@ -118,8 +121,8 @@ def _scores_of_transformers(export: Path, rows: Path, *, limit: int) -> list[lis
     return result
 
 
-def test_a_reward_model_is_read_back(tmp_path: Path) -> None:
-    """Export, import, export: the same bytes, score included."""
+def test_a_reward_model_exports_the_same_bytes(tmp_path: Path) -> None:
+    """Export, import and export give the same bytes, score included."""
     _rows(tmp_path)
     config = _config(tmp_path, "reward", train={"steps": 1})
     build_store(config, console=Console(quiet=True))
@@ -140,7 +143,7 @@ def test_a_reward_model_is_read_back(tmp_path: Path) -> None:
 
 
 def _initial_policy(directory: Path, config: Config) -> Path:
-    """Weights to start from, as a Hugging Face directory."""
+    """Write the weights to start from as a Hugging Face directory."""
     from safetensors.torch import save_file
 
     from megatron_post.convert.hf_config import to_hf_config
@@ -157,9 +160,12 @@ def _initial_policy(directory: Path, config: Config) -> Path:
     return target
 
 
-def test_stored_and_frozen_reference_train_alike(tmp_path: Path) -> None:
-    """One rank: bit for bit, for both are the same forward pass. A reference computed under TP 2 x CP 2
-    differs by rounding alone. A reference of other weights is refused."""
+def test_stored_and_frozen_reference_train_the_same(tmp_path: Path) -> None:
+    """On one rank they are equal bit for bit, because both are the same forward pass.
+
+    A reference that was computed under TP 2 x CP 2 differs only by rounding. A reference of other weights is
+    refused.
+    """
     _rows(tmp_path)
     plain = _config(tmp_path, "dpo")
     policy = _initial_policy(tmp_path, plain)
@@ -205,9 +211,11 @@ def _reference(config: Config) -> np.ndarray:
 
 
 def test_bad_pairs(tmp_path: Path) -> None:
-    """Equal responses, an empty one: refused with their line, or counted where the config allows them;
-    near-equal and low-rated ones: counted drops; a prompt longer than the pack: refused, or dropped where the
-    config says so."""
+    """Bad pairs are refused with their line, or counted if the config allows them.
+
+    Equal responses and empty responses are bad. Nearly equal responses and responses with low ratings are
+    dropped and counted. A prompt longer than the pack is refused, or dropped if the config says so.
+    """
     good = {"prompt": "What is 1 plus 1?", "chosen": "It is 2.", "rejected": "No idea, maybe 4?"}
     rows = [
         good,

@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if it had not been."""
+"""A run that is killed resumes as if it had not been interrupted."""
 
 import random
 import re
@@ -16,7 +16,7 @@ from tests.e2e.runs import kill_9, small_run, start
 def _train(
     directory: Path, name: str, *, ranks: int = 1, overrides: tuple[str, ...] = ()
 ) -> tuple[str, dict[str, bytes]]:
-    """Log and exported weights of a run to the end."""
+    """Log and exported weights of a run that is trained to its end."""
     run_dir, log = directory / name, directory / f"{name}.log"
     command = ["train", str(directory / "config.yaml"), f"run_dir={run_dir}", *overrides]
     assert start(command, ranks=ranks, log=log).wait(timeout=240) == 0, log.read_text()
@@ -24,7 +24,7 @@ def _train(
 
 
 def test_kill_9_at_a_random_moment(tmp_path: Path) -> None:
-    """kill -9, the same command again: the same final weights, bit for bit, in TP 2 and with Adam's state."""
+    """After kill -9 the same command gives the same final weights bit for bit, in TP 2 and with Adam."""
     small_run(tmp_path, parallel={"tensor": 2}, train={"steps": 30})
     _, expected = _train(tmp_path, "whole", ranks=2)
     seed = random.SystemRandom().randrange(2**32)
@@ -46,8 +46,10 @@ def test_kill_9_at_a_random_moment(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    """One flipped byte in the newest checkpoint: the run names it, goes back one, and ends with the same
-    weights."""
+    """One byte of the newest checkpoint is flipped. The run names it and resumes from the one before.
+
+    It ends with the same weights.
+    """
     small_run(tmp_path)
     _, expected = _train(tmp_path, "run")
     root = tmp_path / "run" / "checkpoints"
@@ -62,8 +64,10 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_another_layout_resumes(tmp_path: Path) -> None:
-    """Saved under TP 2 after 4 of 8 steps, continued under PP 2: weights equal to fp32 rounding through
-    Adam."""
+    """A run saved under TP 2 after 4 of 8 steps continues under PP 2.
+
+    The weights are equal up to fp32 rounding in Adam.
+    """
     small_run(tmp_path, checkpoint={"every": 4, "keep": 5})
     _, parts = _train(tmp_path, "whole", ranks=2, overrides=("parallel.tensor=2",))
     whole = load(parts["model.safetensors"])
@@ -81,8 +85,12 @@ def test_another_layout_resumes(tmp_path: Path) -> None:
 
 
 def test_another_stream_is_refused(tmp_path: Path) -> None:
-    """Another seed would train other samples, and rows of a vocabulary may only pad: refused with both
-    values, status 2."""
+    """Another seed would train other samples, and a vocabulary may only be padded.
+
+    Both are refused with status 2.
+
+    The message has both values.
+    """
     small_run(tmp_path, train={"steps": 2})
     _train(tmp_path, "run")
     log = tmp_path / "refused.log"

@@ -1,4 +1,4 @@
-"""Rounds as a user runs them: whole, done anew from a step, as a chain, and what is refused.
+"""Rounds as a user runs them: whole, repeated from a step, as a chain, and with wrong settings.
 
 Kills are in tests/faults/test_round_kills.py.
 """
@@ -28,8 +28,7 @@ from tests.unit.rounds.models import tiny_policy
 
 
 def _policy(directory: Path) -> Path:
-    """Random weights that stop after a few tokens: the logit of the last stop token is far out, on either
-    side."""
+    """Random weights that stop after a few tokens, because the logit of the last stop token is extreme."""
     tiny_policy(directory)
     weights = load_file(directory / "model.safetensors")
     weights["lm_head.weight"][load_tokenizer(directory).stop_ids[-1]] *= 5
@@ -38,7 +37,7 @@ def _policy(directory: Path) -> Path:
 
 
 def round_file(directory: Path, **changes: Any) -> Path:
-    """A round of two optimizer steps a stage, each checkpointed, on 12 prompts."""
+    """A round on 12 prompts, with two optimizer steps in each stage and a checkpoint at each step."""
     directory.mkdir(parents=True)
     prompts = [{"prompt": f"a b {i}", "answer": str(i), "solution": f"It is {i}."} for i in range(12)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -73,7 +72,7 @@ def round_file(directory: Path, **changes: Any) -> Path:
 
 
 def _kept(directory: Path) -> dict[str, Any]:
-    """What a round must have made, whatever happened to it: rows without places, and weights."""
+    """The results that a round must have in any case: rows without their paths, and weights."""
     r = directory / "run" / "round-01"
     files = ["collected.jsonl", "samples.jsonl", "selection/sft.jsonl", "selection/preferences.jsonl"]
     rows = {f: [json.dumps(row).replace(str(directory), "") for row in read_lines(r / f)] for f in files}
@@ -88,7 +87,7 @@ def _assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with one round, run without a disturbance."""
+    """A directory with one round that ran without interruption."""
     directory = tmp_path_factory.mktemp("rounds") / "whole"
     log = directory.parent / "log"
     process = start(["round", str(round_file(directory))], ranks=1, log=log)
@@ -97,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_round_makes_what_it_promises(whole: Path) -> None:
+def test_a_round_writes_all_its_files(whole: Path) -> None:
     r = whole / "run" / "round-01"
     samples = list(read_lines(r / "samples.jsonl"))
     assert [(row["prompt"], row["sample"]) for row in samples] == [
@@ -125,8 +124,8 @@ def test_a_round_makes_what_it_promises(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_done_anew_from_a_step(whole: Path) -> None:
-    """Averaging and all behind it are done again, with the same result; what was before is not touched."""
+def test_repeated_from_a_step(whole: Path) -> None:
+    """Averaging and all steps after it run again with the same result. The steps before are not touched."""
     before = _kept(whole)
     selected = (whole / "run" / "round-01" / "selection" / "sft.jsonl").stat().st_mtime_ns
     log = whole.parent / "again"
@@ -140,8 +139,8 @@ def test_done_anew_from_a_step(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_copies_draw_the_same(whole: Path) -> None:
-    """Two copies of the model share the drawing of a step: the samples and the choice of one."""
+def test_copies_sample_the_same(whole: Path) -> None:
+    """Two copies of the model share the sampling of a step: the samples, and the choice of one."""
     names = ["choice.json", *(f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))]
     names += ["held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl"]
     files = [whole / "run" / "round-01" / name for name in names]
@@ -151,9 +150,9 @@ def test_copies_draw_the_same(whole: Path) -> None:
         log.read_text()
     )
     assert [file.read_bytes() for file in files] == before
-    said = (whole / "run" / "round-01" / "choose.log").read_text()
+    output = (whole / "run" / "round-01" / "choose.log").read_text()
     for answers in files[1:]:
-        assert all(f"rank {rank} of 2: {answers}: " in said for rank in (0, 1))
+        assert all(f"rank {rank} of 2: {answers}: " in output for rank in (0, 1))
     refused = start(["round", str(whole / "round.yaml"), "generate.copies=2"], ranks=2, log=log).wait(600)
     assert refused and "several ranks share the drawing of one step" in log.read_text()
 
@@ -189,7 +188,7 @@ def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
 
 
 def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
-    """One job a step, each after the one before; training steps are `train` on their ranks."""
+    """Each step is a job that waits for the one before. Training steps are `train` on their ranks."""
     config = round_file(tmp_path / "round")
     count = write_chain(config, ["rounds=2"], tmp_path / "chain.yaml", console=Console(quiet=True))
     chain = load_chain(tmp_path / "chain.yaml")
@@ -209,7 +208,7 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_nodes_of_a_chain(tmp_path: Path) -> None:
-    """Copies of the model fill nodes by their GPUs; scores and the reference are asked on all ranks."""
+    """Copies of the model fill nodes by their GPUs. Scores and the reference are computed on all ranks."""
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     for stage in ("reward", "sft", "dpo"):
         path = tmp_path / "round" / f"{stage}.yaml"
@@ -226,8 +225,8 @@ def test_nodes_of_a_chain(tmp_path: Path) -> None:
         chain_of(config, [backend, "generate.copies=3"], console=console)
 
 
-def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
-    """Jobs on ranks leave no mark in the state, those between them do."""
+def test_a_chain_starts_after_finished_steps(tmp_path: Path) -> None:
+    """Jobs on ranks write nothing to the state. The jobs between them do."""
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     names = [step["name"] for step in chain_of(config, (), console=console)["steps"]]
     assert not (tmp_path / "round" / "run").exists()
@@ -244,7 +243,7 @@ def test_a_chain_goes_on_behind_what_is_done(tmp_path: Path) -> None:
     assert more[0]["name"] == "round-02/reward-pack"
 
 
-def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
     tiny_policy(tmp_path / "other", scalar_head=True, text="x y z q w e r t")
     cases = [

@@ -1,4 +1,4 @@
-"""Names among a run's checkpoints that are none are named once and passed over, by every command."""
+"""Every command reports stray names among a run's checkpoints once, and ignores them."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ STRAYS = (".DS_Store", "backup", "step-00000002.bak", "step-00000003", "step-000
 
 
 def _train_among_strays(directory: Path) -> list[tuple[int, str]]:
-    """A run of two steps, then strays, then every command that looks for checkpoints."""
+    """Run two steps, make stray files, and run every command that looks for checkpoints."""
     train = ("train", directory / "config.yaml")
     succeed(*train)
     root = directory / "run" / "checkpoints"

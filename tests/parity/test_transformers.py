@@ -1,4 +1,4 @@
-"""The same weights in `transformers`: padded rows there, packs here."""
+"""Packs in this trainer equal padded rows in `transformers`, with the same weights."""
 
 import json
 from itertools import pairwise
@@ -30,7 +30,7 @@ def _random_hf(directory: Path, config: Config, *, shards: bool) -> Any:
     torch.manual_seed(5)
     values = to_hf_config(config.model, dtype="float32", bos_id=1, eos_ids=[2], pad_id=None)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**values, "initializer_range": 0.1}))
-    for parameter in model.parameters():  # norms too, or a forgotten norm weight would not show
+    for parameter in model.parameters():  # norms are random too, so that a forgotten norm weight is noticed
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(directory, max_shard_size="60KB" if shards else "5GB")
     return model
@@ -62,8 +62,10 @@ def _one_segment(tokens: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_equal_transformers(tmp_path: Path, tied: bool) -> None:
-    """Random Llama with 3.1 RoPE scaling, grouped queries and weights in many shards, at positions beyond the
-    original context."""
+    """The logits are equal, also at positions beyond the original context.
+
+    The model is a random Llama with 3.1 RoPE scaling, grouped queries and weights in many shards.
+    """
     config = tiny_config(model={"init_from": str(tmp_path / "hf"), "tie_word_embeddings": tied})
     reference = _random_hf(tmp_path / "hf", config, shards=not tied)
     tokens = np.random.default_rng(0).integers(0, 250, 200).astype(np.int32)
@@ -84,8 +86,10 @@ def _loss_and_gradients(config: Config) -> tuple[dict[str, float], dict[str, np.
 
 
 def test_packed_equals_padded(tmp_path: Path) -> None:
-    """Loss and gradients over packs equal `transformers` over the same dialogs as padded rows, with the loss
-    written out: -log p of each trained token given its prefix."""
+    """Loss and gradients over packs equal those of `transformers` over the same dialogs as padded rows.
+
+    The loss is written out: -log p of each trained token given its prefix.
+    """
     config = tiny_config(model={"init_from": str(tmp_path)})
     reference = _random_hf(tmp_path, config, shards=False)
     ((metrics, ours),) = run_ranks(_loss_and_gradients, 1, config)
@@ -135,7 +139,7 @@ def _export(config: Config, target: Path) -> None:
     "parallel", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
 )
 def test_round_trip_is_bit_exact(tmp_path: Path, parallel: dict[str, int], tied: bool) -> None:
-    """HF -> here -> HF: the same names and bytes, and `transformers` loads the result without a word."""
+    """HF -> here -> HF keeps names and bytes, and `transformers` loads the result without a warning."""
     model = {"init_from": str(tmp_path / "hf"), "tie_word_embeddings": tied}
     config = tiny_config(model=model, parallel=parallel)
     _random_hf(tmp_path / "hf", config, shards=False)

@@ -1,19 +1,21 @@
-"""TRL's DPOTrainer and RewardTrainer: the same weights, rows and optimizer give the same five steps.
+"""With the same weights, rows and optimizer, five steps equal those of TRL's DPOTrainer and RewardTrainer.
 
-What it takes to have TRL 1.16 train the same tokens under the same masks:
-- Rows are conversational. Plain text gets its end-of-turn appended as text and is cut where the tokenised
-  prompt and prompt + response part, which need not be the prompt's end; a chat template cuts behind the
-  assistant's header. The tokenizer is ours as it is exported, and TRL's ids are compared with ours first.
-- The pad token is not the end of turn: transformers reads a score at the last token that is not the pad
-  token, and would read it before the terminator.
-- TRL trains a response's terminator: here `dpo.trained_roles=(body, terminator)`.
-- TRL has no NLL term; its `sft` loss is a mean over the chosen tokens of a microbatch, whose long responses
-  weigh more. It is our mean over pairs where a microbatch is one pair.
-- TRL's defaults that are switched off: shuffling, gradient checkpointing, bf16.
-- The rate of each step: transformers begins a warm-up at 0 and ends above the lowest rate, one step earlier
-  than we do.
-AdamW, weight decay (no norm decays on either side), and clipping (it bites at every step) are the same
-settings on both sides. TRL pads pairs to rows, we pack 3 and 5 of them.
+TRL 1.16 trains the same tokens under the same masks only under these conditions:
+- Rows are conversational. TRL appends the end of turn to plain text as text. It cuts plain text where the
+  tokens of the prompt and of prompt + response differ, which need not be the prompt's end. With a chat
+  template it cuts after the assistant's header. Both sides use our exported tokenizer, and the token ids are
+  compared first.
+- The pad token is not the end of turn. transformers reads a score at the last token that is not the pad
+  token, so otherwise it would read the score before the terminator.
+- TRL trains a response's terminator. Our setting for that is `dpo.trained_roles=(body, terminator)`.
+- TRL has no NLL term. Its `sft` loss is a mean over the chosen tokens of a microbatch, in which long
+  responses weigh more. It equals our mean over pairs if a microbatch is one pair.
+- Shuffling, gradient checkpointing and bf16 are defaults of TRL, and are switched off.
+- The learning rate of each step is set explicitly. transformers starts a warm-up at 0 and ends above the
+  lowest rate, one step earlier than our schedule.
+
+AdamW, weight decay (of no norm) and clipping (active at every step) have the same settings on both sides. TRL
+pads pairs to rows. Our side packs 3 and 5 pairs.
 """
 
 import random
@@ -46,7 +48,7 @@ datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[dev]'")
 
-STEPS, COUNTS = 5, [3, 5]  # pairs of each of our packs of a step
+STEPS, COUNTS = 5, [3, 5]  # a step of our side has two packs, with this many pairs
 PAIRS = sum(COUNTS)
 OPTIMIZER = {
     "lr": 2e-3,
@@ -59,10 +61,8 @@ OPTIMIZER = {
 }
 TRL_MASK = ("body", "terminator")
 WORDS = ("red", "green", "blue", "seven", "eleven", "apples", "trains", "rain", "because", "why", "3", "14")
-GOOD, BAD = (
-    WORDS[::2],
-    WORDS[1::2],
-)  # what chosen and rejected responses say, so that five steps teach something
+# Chosen and rejected responses use different words, so that five steps can learn a difference.
+GOOD, BAD = WORDS[::2], WORDS[1::2]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,10 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def _rows() -> list[dict[str, Any]]:
-    """Five steps of pairs in TRL's conversational form; every third prompt has a system message and an
-    earlier turn, which carries no loss."""
+    """Five steps of pairs in TRL's conversational form.
+
+    Every third prompt has a system message and an earlier turn, which carries no loss.
+    """
     draw = random.Random(0)
 
     def message(role: str, words: tuple[str, ...] = WORDS) -> dict[str, str]:
@@ -101,7 +103,7 @@ def _packs(tokenizer: Tokenizer, layout: str) -> list[list[Pack]]:
 
 
 def _config(tmp_path: Path, tokenizer_directory: Path, stage: str, **sections: Any) -> Config:
-    """The stage's config, and in `weights` beside it a random Hugging Face model for both sides."""
+    """The stage's config. A random Hugging Face model for both sides is written to `weights`."""
     tokenizer = load_tokenizer(tokenizer_directory)
     values: dict[str, Any] = {
         "model": {"vocab_size": tokenizer.vocab_size, "init_from": str(tmp_path / "weights")},
@@ -122,8 +124,11 @@ def _config(tmp_path: Path, tokenizer_directory: Path, stage: str, **sections: A
     return config
 
 
-def _ours(config: Config, layout: str) -> tuple[list[dict], list[np.ndarray], dict[str, np.ndarray]]:
-    """Metrics of each step, each step's scores before it (chosen, then rejected), and the final weights."""
+def _our_steps(config: Config, layout: str) -> tuple[list[dict], list[np.ndarray], dict[str, np.ndarray]]:
+    """Metrics and scores (chosen, then rejected) of each step, and the final weights.
+
+    The scores are computed before the step.
+    """
     with parallel_run(config.parallel, seed=1) as topology:
         trainer, _ = build_trainer(config, topology)
         stage: Any = make_stage(config, topology)
@@ -146,18 +151,19 @@ def _scores(outputs: list[tuple[Any, Any]], stage: Any) -> np.ndarray:
     return torch.cat(chosen + rejected).numpy()
 
 
-# of each of the five steps: two to warm up, three down to the lowest
+# Learning rates of the five steps: two to warm up, three down to the lowest.
 RATES = (1e-3, 2e-3, 1.4e-3, 0.8e-3, 0.2e-3)
 
 
 class _OurRates:
-    """A transformers Trainer that trains with the rates of our schedule."""
+    """A transformers Trainer that uses the learning rates of our schedule."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        theirs: Any = self
-        rates = [rate / OPTIMIZER["lr"] for rate in (*RATES, RATES[-1])]  # it asks for one more
-        theirs.lr_scheduler = LambdaLR(optimizer or theirs.optimizer, rates.__getitem__)
-        return theirs.lr_scheduler
+        trainer: Any = self
+        # transformers asks for one rate more than there are steps
+        rates = [rate / OPTIMIZER["lr"] for rate in (*RATES, RATES[-1])]
+        trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, rates.__getitem__)
+        return trainer.lr_scheduler
 
 
 class _DPOTrainer(_OurRates, trl.DPOTrainer):
@@ -205,28 +211,26 @@ def _trl_dpo(config: Config, directory: Path, *, microbatch: int, **settings: An
     return trainer
 
 
-def _assert_same_steps(ours: list[dict], theirs: Any, names: dict[str, str]) -> None:
-    """Every named metric at every step, to 2e-5 (measured: 5e-6 for the sums of log-probabilities, 4e-7 for
-    losses and rewards); the gradient norm relative to itself."""
-    log = [entry for entry in theirs.state.log_history if "grad_norm" in entry]
-    assert len(log) == len(ours) == STEPS
-    for ours_now, theirs_now in zip(ours, log, strict=True):
-        for name, their_name in {"loss": "loss", "lr": "learning_rate", **names}.items():
-            assert ours_now[name] == pytest.approx(theirs_now[their_name], abs=2e-5), (
-                name,
-                ours_now,
-                theirs_now,
-            )
-        assert ours_now["grad_norm"] == pytest.approx(theirs_now["grad_norm"], rel=1e-5)
-        assert ours_now["grad_norm"] > OPTIMIZER["clip_grad"]  # so that clipping is compared, too
+def _assert_same_steps(our_metrics: list[dict], trl_trainer: Any, names: dict[str, str]) -> None:
+    """Every named metric is equal at every step, to 2e-5. The gradient norm is compared relative to itself.
+
+    Differences of 5e-6 were measured for the sums of log-probabilities, and 4e-7 for losses and rewards.
+    """
+    log = [entry for entry in trl_trainer.state.log_history if "grad_norm" in entry]
+    assert len(log) == len(our_metrics) == STEPS
+    for our_step, trl_step in zip(our_metrics, log, strict=True):
+        for name, trl_name in {"loss": "loss", "lr": "learning_rate", **names}.items():
+            assert our_step[name] == pytest.approx(trl_step[trl_name], abs=2e-5), (name, our_step, trl_step)
+        assert our_step["grad_norm"] == pytest.approx(trl_step["grad_norm"], rel=1e-5)
+        assert our_step["grad_norm"] > OPTIMIZER["clip_grad"]  # otherwise clipping would not be compared
 
 
-def _assert_same_weights(ours: dict[str, np.ndarray], theirs: Any, before: Path) -> None:
+def _assert_same_weights(our_weights: dict[str, np.ndarray], trl_trainer: Any, before: Path) -> None:
     """After five steps every tensor has moved by the same vector."""
-    start = type(theirs.model).from_pretrained(before).state_dict()
-    after = theirs.model.state_dict()
-    assert ours.keys() == after.keys()
-    for name, value in ours.items():
+    start = type(trl_trainer.model).from_pretrained(before).state_dict()
+    after = trl_trainer.model.state_dict()
+    assert our_weights.keys() == after.keys()
+    for name, value in our_weights.items():
         moved = after[name].numpy() - start[name].numpy()
         assert np.linalg.norm(value - after[name].numpy()) <= 1e-3 * np.linalg.norm(moved), name
 
@@ -251,86 +255,98 @@ DPO_NAMES = {
     ],
 )
 def test_dpo(tmp_path: Path, tokenizer_directory: Path, loss: str, settings: dict[str, float]) -> None:
-    """Each loss alone, two microbatches of four pairs there."""
+    """Each loss is compared alone. TRL takes two microbatches of four pairs."""
     dpo = {"loss": loss, "trained_roles": TRL_MASK, "nll_weight": 0.0, "reference": "frozen", **settings}
     config = _config(tmp_path, tokenizer_directory, "dpo", dpo=dpo)
-    theirs = _trl_dpo(config, tmp_path / "trl", microbatch=4, loss_type=[loss], **settings)
-    ((ours, _, weights),) = run_ranks(_ours, 1, config, "separate")
-    _assert_same_steps(ours, theirs, DPO_NAMES)
-    _assert_same_weights(weights, theirs, tmp_path / "weights")
+    trainer = _trl_dpo(config, tmp_path / "trl", microbatch=4, loss_type=[loss], **settings)
+    ((metrics, _, weights),) = run_ranks(_our_steps, 1, config, "separate")
+    _assert_same_steps(metrics, trainer, DPO_NAMES)
+    _assert_same_weights(weights, trainer, tmp_path / "weights")
 
 
 def test_dpo_with_nll(tmp_path: Path, tokenizer_directory: Path) -> None:
-    """The report's loss, with 0.2 x the mean NLL of the chosen tokens. One pair a microbatch there, as said
-    above; the pairs of a step are the same."""
+    """The report's loss has 0.2 x the mean NLL of the chosen tokens. TRL takes one pair in a microbatch.
+
+    The module's docstring says why. The pairs of a step are the same on both sides.
+    """
     dpo = {"trained_roles": TRL_MASK, "nll_weight": 0.2, "nll_normalization": "per_token"}
     config = _config(tmp_path, tokenizer_directory, "dpo", dpo={**dpo, "reference": "frozen"})
-    theirs = _trl_dpo(
+    trainer = _trl_dpo(
         config, tmp_path / "trl", microbatch=1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2]
     )
-    ((ours, _, weights),) = run_ranks(_ours, 1, config, "separate")
-    _assert_same_steps(ours, theirs, DPO_NAMES)
-    _assert_same_weights(weights, theirs, tmp_path / "weights")
-    assert ours[0]["loss"] == pytest.approx(np.log(2) + 0.2 * ours[0]["nll"], abs=1e-6)
+    ((metrics, _, weights),) = run_ranks(_our_steps, 1, config, "separate")
+    _assert_same_steps(metrics, trainer, DPO_NAMES)
+    _assert_same_weights(weights, trainer, tmp_path / "weights")
+    assert metrics[0]["loss"] == pytest.approx(np.log(2) + 0.2 * metrics[0]["nll"], abs=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # CPO is one of TRL's experimental trainers, and says so
+@pytest.mark.filterwarnings("ignore")  # CPO warns that it is one of TRL's experimental trainers
 def test_simpo() -> None:
-    """TRL has SimPO in its CPOTrainer, on mean log-probabilities and with gamma where we have beta x margin.
-    Only its formula is compared: that trainer tokenises in another way."""
+    """The formula equals that of TRL's CPOTrainer.
+
+    CPOTrainer uses mean log-probabilities, and its gamma is our beta x margin. Only the formula is compared,
+    because that trainer tokenises in another way.
+    """
     cpo = pytest.importorskip("trl.experimental.cpo")
     chosen, rejected, unused = -20 * torch.rand(3, 8)
     lengths = torch.arange(1.0, 17.0).reshape(2, 8)
     settings = DPOSettings(beta=2.0, margin=0.5)
-    ours = LOSSES["simpo"](PairLogps(chosen, rejected, unused, unused, *lengths), settings)
+    loss = LOSSES["simpo"](PairLogps(chosen, rejected, unused, unused, *lengths), settings)
     device = SimpleNamespace(device="cpu")
     trainer = SimpleNamespace(
         alpha=0.0, accelerator=device, loss_type="simpo", beta=2.0, simpo_gamma=1.0, label_smoothing=0.0
     )
-    theirs, _, _ = cpo.CPOTrainer.cpo_loss(trainer, chosen / lengths[0], rejected / lengths[1])
-    torch.testing.assert_close(ours, theirs)
+    trl_loss, _, _ = cpo.CPOTrainer.cpo_loss(trainer, chosen / lengths[0], rejected / lengths[1])
+    torch.testing.assert_close(loss, trl_loss)
 
 
 def test_terminator_mask_is_the_difference(tmp_path: Path, tokenizer_directory: Path) -> None:
-    """Llama 3's mask leaves the terminators out: the same rows then give other log-probabilities at once, and
-    another loss as soon as the policy has left its reference. No tolerance here would hide it."""
+    """Llama 3's mask leaves the terminators out, and no tolerance of these tests hides the difference.
+
+    The same rows then have other log-probabilities at once. The loss differs as soon as the policy has left
+    its reference.
+    """
     dpo = {"nll_weight": 0.0, "reference": "frozen"}
     masked = _config(tmp_path, tokenizer_directory, "dpo", dpo=dpo)
     as_trl = masked.model_copy(update={"dpo": masked.dpo.model_copy(update={"trained_roles": TRL_MASK})})
-    ((ours, _, _),), ((theirs, _, _),) = (run_ranks(_ours, 1, c, "separate") for c in (masked, as_trl))
-    assert ours[0]["logps_chosen"] > theirs[0]["logps_chosen"] + 1.0
-    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-6)
-    assert abs(ours[-1]["loss"] - theirs[-1]["loss"]) > 1e-3
+    ((llama, _, _),), ((trl_mask, _, _),) = (
+        run_ranks(_our_steps, 1, config, "separate") for config in (masked, as_trl)
+    )
+    assert llama[0]["logps_chosen"] > trl_mask[0]["logps_chosen"] + 1.0
+    assert llama[0]["loss"] == pytest.approx(trl_mask[0]["loss"], abs=1e-6)
+    assert abs(llama[-1]["loss"] - trl_mask[-1]["loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["separate", "isolated"])
 def test_reward(tmp_path: Path, tokenizer_directory: Path, layout: str) -> None:
-    """Every response's score before each step, loss, margin and accuracy; `isolated` shares the prompt of a
-    pair, TRL repeats it."""
+    """Every response's score before each step is equal, and so are loss, margin and accuracy.
 
-    their_scores = []
+    `isolated` stores the prompt of a pair once. TRL repeats it.
+    """
+
+    trl_scores = []
 
     class Recorder(_OurRates, trl.RewardTrainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            their_scores.append(outputs.logits.detach()[:, 0].numpy().copy())
+            trl_scores.append(outputs.logits.detach()[:, 0].numpy().copy())
             return loss
 
     config = _config(tmp_path, tokenizer_directory, "reward", reward={"layout": layout})
-    theirs = Recorder(
+    trainer = Recorder(
         model=config.model.init_from,
         args=trl.RewardConfig(**_trl_settings(config, tmp_path / "trl", microbatch=PAIRS)),
         train_dataset=datasets.Dataset.from_list(_rows()),
         processing_class=transformers.AutoTokenizer.from_pretrained(tokenizer_directory),
     )
     for row, example in zip(
-        theirs.train_dataset, _examples(load_tokenizer(tokenizer_directory)), strict=True
+        trainer.train_dataset, _examples(load_tokenizer(tokenizer_directory)), strict=True
     ):
         for name, response in zip(("chosen_ids", "rejected_ids"), example.responses, strict=True):
             assert row[name] == [*example.prompt.tokens.tolist(), *response.tokens.tolist()]
-    theirs.train()
-    ((ours, scores, weights),) = run_ranks(_ours, 1, config, layout)
-    _assert_same_steps(ours, theirs, {"margin": "margin", "accuracy": "accuracy"})
-    np.testing.assert_allclose(scores, their_scores, atol=2e-5)
+    trainer.train()
+    ((metrics, scores, weights),) = run_ranks(_our_steps, 1, config, layout)
+    _assert_same_steps(metrics, trainer, {"margin": "margin", "accuracy": "accuracy"})
+    np.testing.assert_allclose(scores, trl_scores, atol=2e-5)
     assert np.abs(scores[-1] - scores[0]).max() > 0.1
-    _assert_same_weights(weights, theirs, tmp_path / "weights")
+    _assert_same_weights(weights, trainer, tmp_path / "weights")

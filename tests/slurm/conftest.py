@@ -1,4 +1,7 @@
-"""One small cluster for all tests here. `make slurm-test` runs them; else, or without Slurm, they skip."""
+"""One small cluster for all tests of this directory.
+
+`make slurm-test` runs them. Otherwise, or without Slurm, they are skipped.
+"""
 
 import json
 import os
@@ -26,7 +29,7 @@ def _slurm_is_here() -> None:
 
 @pytest.fixture(scope="session")
 def lab(_slurm_is_here: None) -> Iterator[Lab]:
-    """A running cluster, which this process's own Slurm commands see too."""
+    """A running cluster. The Slurm commands of this process use it too."""
     cluster = Lab()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(cluster.conf))
@@ -65,16 +68,17 @@ def whole(lab: Lab, data: Path, clusters: "ClusterFiles") -> Run:
 
 @pytest.fixture(scope="session")
 def moved(lab: Lab, data: Path, clusters: "ClusterFiles", whole: Run) -> Iterator["Future[MovedRun]"]:
-    """The same run, interrupted, by a thread, while other tests wait."""
+    """The same run, which a thread interrupts while other tests wait."""
     pool = ThreadPoolExecutor(1)
     yield pool.submit(preempted_and_a_node_lost, lab, data, clusters(partition="spot"))
     pool.shutdown(wait=False)
 
 
 class ClusterFiles:
-    """`clusters(python=...)` writes a cluster file: configs/clusters/local.yaml, whole nodes, and changes.
+    """`clusters(python=...)` writes a cluster file: configs/clusters/local.yaml with whole nodes and changes.
 
-    Ranks do without torch's compiler, which nothing here uses: importing it takes a fifth of a rank's start.
+    Ranks run without torch's compiler, which these tests do not use. Importing it takes a fifth of a rank's
+    start.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -1,7 +1,8 @@
-"""A real Slurm on this machine: munged, slurmctld and some slurmd on loopback, each test session its own.
+"""A real Slurm on this machine: munged, slurmctld and some slurmd on loopback, one for each test session.
 
-Traps that shaped it: credentials expire after 5 s, or a requeued job waits for two minutes; GPUs need device
-files to be counted; ranks live on when slurmd is killed; `sbatch -W` polls rarely, so tests poll themselves.
+Several facts of Slurm shaped it. Credentials must expire after 5 s, because a requeued job otherwise waits
+for two minutes. GPUs are counted only if they have device files. Ranks survive a killed slurmd. `sbatch -W`
+polls rarely, so the tests poll themselves.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from pathlib import Path
 import psutil
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-# Debian puts daemons where a user's PATH does not look
+# Debian installs daemons in directories that are not in a user's PATH.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 _COMMON = """
 ClusterName=lab
@@ -62,7 +63,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 """
-# `spot` gives way to `urgent` within its grace time
+# Jobs of `urgent` preempt jobs of `spot`, which have a grace time.
 _PARTITIONS = """
 PartitionName=lab Nodes=ALL Default=YES MaxTime=7-00:00:00 PriorityTier=5 PreemptMode=OFF State=UP
 PartitionName=spot Nodes=ALL MaxTime=7-00:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=10 State=UP
@@ -75,7 +76,7 @@ _H100 = (
 
 
 def installed() -> bool:
-    """Whether Slurm's daemons are on this machine."""
+    """Whether Slurm's daemons are installed on this machine."""
     return all(shutil.which(name, path=PATH) for name in DAEMONS)
 
 
@@ -83,7 +84,7 @@ class Lab:
     """A running cluster. `lab("squeue", ...)` runs a command that sees it."""
 
     def __init__(self) -> None:
-        # short, since unix socket paths end at 108 bytes
+        # The path is short because paths of unix sockets have at most 108 bytes.
         self.base = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
         self.conf = self.base / "slurm.conf"
         self.env = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": PATH}
@@ -93,7 +94,7 @@ class Lab:
         self.base.chmod(0o755)
 
     def start_nodes(self, count: int) -> None:
-        """munged, slurmctld and `count` slurmd of 8 CPUs without GPUs; waits until all are idle."""
+        """Start munged, slurmctld and `count` slurmd of 8 CPUs without GPUs, and wait until all are idle."""
         port = _free_ports(count + 1)
         names = [f"n{i}" for i in range(1, count + 1)]
         nodes = [
@@ -109,7 +110,7 @@ class Lab:
         wait_until(lambda: self("sinfo", "-h", "-N", "-p", "lab", "-o", "%T").split() == ["idle"] * count, 40)
 
     def start_plan(self, count: int) -> None:
-        """slurmctld alone, of `count` nodes of 8 H100s that need not exist for `sbatch --test-only`."""
+        """Start slurmctld only. Its `count` nodes of 8 H100s need not exist for `sbatch --test-only`."""
         for index in range(8):
             (self.base / "dev" / f"nvidia{index}").touch()
         gres = f"AutoDetect=off\nName=gpu Type=h100 File={self.base}/dev/nvidia[0-7]\n"
@@ -125,12 +126,15 @@ class Lab:
         self._start_controller(port, nodes, [*leaves, spine])
 
     def __call__(self, *command: str, check: bool = True, **env: str) -> str:
-        """Output of a command, stdout first. Raises `AssertionError` where `check` is on and it fails."""
+        """Output of a command, stdout first.
+
+        Raises `AssertionError` if `check` is set and the command fails.
+        """
         done = subprocess.run(
             command, env={**self.env, **env}, capture_output=True, text=True, timeout=60, cwd=self.base
         )
-        said = f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
-        assert not check or done.returncode == 0, said
+        message = f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, message
         return (done.stdout + done.stderr).strip()
 
     def state(self, job: int) -> str:
@@ -144,14 +148,17 @@ class Lab:
         wait_until(lambda: self.state(job) in states, timeout, lambda: f"job {job} is {self.state(job)}")
         return self.state(job)
 
-    def restarted(self, job: int, times: int, describe: Callable[[], str]) -> None:
-        """Wait until a job has been requeued for the `times`-th time. Slurm holds it back for 6 s then; a
-        StartTime of now would do away with that, but a job may then meet its own credential being revoked."""
-        wait_until(lambda: self.restarts(job) >= times, 90, describe)
+    def restarted(self, job: int, times: int, explain: Callable[[], str]) -> None:
+        """Wait until a job has been requeued for the `times`-th time.
+
+        Slurm then holds the job back for 6 s. A StartTime of now would avoid the delay, but the job may then
+        start while its own credential is being revoked.
+        """
+        wait_until(lambda: self.restarts(job) >= times, 90, explain)
         assert self.restarts(job) == times
 
     def kill_node(self, name: str) -> None:
-        """Power off: slurmd, its step daemons and all ranks of a node, at once."""
+        """Kill slurmd, its step daemons and all ranks of a node at once, as a power failure does."""
         victims = [self._daemons[name].pid]
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
@@ -164,7 +171,7 @@ class Lab:
         self._daemons[name].wait(10)
 
     def freeze(self, job: int) -> list[psutil.Process]:
-        """Stop the ranks of a job, but neither srun nor its script, until they are thawed."""
+        """Stop the ranks of a job, but neither srun nor its script. Returns the stopped processes."""
         ranks = []
         for process in self._processes():
             with contextlib.suppress(psutil.Error):
@@ -175,7 +182,7 @@ class Lab:
         return ranks
 
     def stop(self) -> None:
-        """End everything that was started, and all that it started."""
+        """Stop all processes that were started, and the processes that those started."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             self("scancel", "--me", check=False)
             wait_until(lambda: not self("squeue", "-h"), 15)
@@ -191,7 +198,7 @@ class Lab:
         shutil.rmtree(self.base, ignore_errors=True)
 
     def _processes(self) -> Iterator[psutil.Process]:
-        """Everything that this cluster has started, but not this test."""
+        """All processes that this cluster has started, without this test."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environ = process.environ()
@@ -227,17 +234,17 @@ class Lab:
 
 
 def wait_until(
-    is_true: Callable[[], bool], timeout: float, describe: Callable[[], str] = lambda: "it did not happen"
+    is_true: Callable[[], bool], timeout: float, explain: Callable[[], str] = lambda: "it did not happen"
 ) -> None:
     """Poll five times a second. Raises `AssertionError` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not is_true():
-        assert time.monotonic() < deadline, f"after {timeout:.0f} s: {describe()}"
+        assert time.monotonic() < deadline, f"after {timeout:.0f} s: {explain()}"
         time.sleep(0.2)
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` free loopback ports in a row, below the ephemeral ones."""
+    """The first of `count` consecutive free loopback ports below the ephemeral ports."""
     for first in range(23000, 31000, 64):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(first, first + count):

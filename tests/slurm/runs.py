@@ -1,4 +1,4 @@
-"""Runs of the real trainer that tests submit, watch and disturb."""
+"""Runs of the real trainer that tests submit, watch and interrupt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,12 @@ class Run:
 
     @property
     def nodes(self) -> list[str]:
-        """Names of the nodes that it runs on, the first rank's first."""
+        """Names of the nodes that it runs on, in the order of their ranks."""
         listed = self.lab("squeue", "-h", "-j", str(self.number), "-o", "%N")
         return self.lab("scontrol", "show", "hostnames", listed).split()
 
     def reaches(self, step: int, timeout: float = 400) -> None:
-        """Wait for a checkpoint of `step` or later, by a running job."""
+        """Wait until a running job has a checkpoint of `step` or later."""
 
         def reached() -> bool:
             state = self.lab.state(self.number)
@@ -44,7 +44,7 @@ class Run:
         wait_until(reached, timeout, lambda: self.log[-3000:])
 
     def resumed(self, times: int) -> None:
-        """Wait until its ranks have gone on from a checkpoint for the `times`-th time."""
+        """Wait until its ranks have resumed from a checkpoint for the `times`-th time."""
         is_there = "resumed after step"
         wait_until(lambda: self.log.count(is_there) >= times, 400, lambda: self.log[-3000:])
 
@@ -53,7 +53,7 @@ class Run:
         self.lab.restarted(self.number, times, lambda: self.log[-3000:])
 
     def weights(self, timeout: float = 600) -> dict[str, bytes]:
-        """The exported weights, once the job has succeeded."""
+        """The exported weights, after the job has succeeded."""
         state = self.lab.wait(self.number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout=timeout)
         assert state == "COMPLETED", self.log
         files = {file.name: file.read_bytes() for file in (self.directory / "hf").glob("*.safetensors")}
@@ -62,14 +62,14 @@ class Run:
 
 
 def launch(lab: Lab, data: Path, name: str, cluster: str, *overrides: str) -> Run:
-    """`megatron-post launch` of the small run under another name, on two nodes."""
+    """Launch the small run under another name on two nodes, as `megatron-post launch` does."""
     directory = data / name
     launch_run(str(data / "config.yaml"), cluster, [f"run_dir={directory}", *overrides], nodes=2, name=name)
     return Run(lab, directory, submitted_jobs(directory)[-1])
 
 
 def preempt(lab: Lab, job: int) -> None:
-    """A more urgent job takes a job's nodes for a second."""
+    """Start a more urgent job for a second on the nodes of a job."""
     nodes = lab("squeue", "-h", "-j", str(job), "-o", "%N")
     options = ["-p", "urgent", "--exclusive", "-N2", "-w", nodes, "-o", "/dev/null"]
     lab("sbatch", *options, "--wrap", "sleep 1")
@@ -83,7 +83,7 @@ class MovedRun(NamedTuple):
 
 
 def preempted_and_a_node_lost(lab: Lab, data: Path, cluster: str) -> MovedRun:
-    """A run that goes through both, and is on its way to its end."""
+    """A run that is preempted and loses a node. It is still running when this returns."""
     run = launch(lab, data, "moved", cluster)
     run.reaches(4)
     preempt(lab, run.number)

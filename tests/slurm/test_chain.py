@@ -1,4 +1,4 @@
-"""A chain of real jobs: pack, SFT, pack pairs, reference, DPO. One of them requeued: the same bytes."""
+"""A chain of real jobs: pack, SFT, pack pairs, reference, DPO. A requeued job changes no byte."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.tiny import tiny_config
 
 
 def _chain(data: Path, directory: Path) -> Path:
-    """Files of a chain whose every output is in `directory`."""
+    """Write the files of a chain whose every output is in `directory`."""
     directory.mkdir()
     pairs = [
         {"prompt": f"What is {i} plus {i % 7}?", "chosen": f"{i + i % 7}.", "rejected": f"{i + 3 + i % 5}?"}
@@ -85,7 +85,10 @@ def _chain(data: Path, directory: Path) -> Path:
 
 @pytest.mark.slow
 def test_round(lab: Lab, data: Path, clusters: ClusterFiles) -> None:
-    """Two chains at once; in one the SFT step is requeued. At step 0 policy and reference agree."""
+    """Two chains run at once, and in one of them the SFT step is requeued.
+
+    At step 0, policy and reference agree.
+    """
     cluster = load_cluster(clusters())
     runs = {}
     for name in ("plain", "disturbed"):

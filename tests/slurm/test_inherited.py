@@ -1,4 +1,4 @@
-"""What a job inherits must not say which rank its processes are. On a real Slurm."""
+"""Variables that a job inherits must not change which rank its processes have. On a real Slurm."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_post.launch.script import Job
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab
 
-# $1 to $3 are `-m megatron_post train`
+# The arguments $1 to $3 are `-m megatron_post train`.
 RANK = f"""#!/bin/bash
 [[ $FORGET != no ]] || export RANK=0 WORLD_SIZE=1
 exec {sys.executable} -c 'import os
@@ -32,8 +32,10 @@ def _run(lab: Lab, directory: Path, cluster_file: str) -> tuple[str, list[str]]:
 def test_enroots_hook_in_the_batch_container(
     lab: Lab, clusters: ClusterFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With RANK=0 and WORLD_SIZE=1 in the job script, the ranks are Slurm's. Where a rank still has them,
-    it refuses to train alone and names both worlds."""
+    """With RANK=0 and WORLD_SIZE=1 in the job script, the ranks are still Slurm's.
+
+    If a rank itself has these variables, it refuses to train alone and names both worlds.
+    """
     path = tmp_path / "rank.sh"
     path.write_text(RANK)
     path.chmod(0o755)

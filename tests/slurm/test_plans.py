@@ -1,4 +1,4 @@
-"""Every shipped script and launch plan is one that Slurm accepts, on a planned cluster of 2,048 x 8 H100s."""
+"""Slurm accepts every shipped script and launch plan, on a planned cluster of 2,048 x 8 H100s."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +46,10 @@ def _name(path: Path) -> str:
 
 
 def _at_once(submit: Callable[[], str]) -> str:
-    """The answer to `submit`, which takes less than a second; on a busy machine not at every try."""
+    """The answer to `submit`, which takes less than a second in at least one of several tries.
+
+    A busy machine may need several tries.
+    """
     for _ in range(TRIES):
         started = time.perf_counter()
         answer = submit()
@@ -57,13 +60,13 @@ def _at_once(submit: Callable[[], str]) -> str:
 
 
 def _accepted(job: Job, cluster: Cluster) -> None:
-    """At once, on whole nodes, which have 192 cores there."""
+    """The job is accepted in less than a second, on whole nodes, which have 192 cores there."""
     answer = _at_once(lambda: slurm.test_only(job, cluster))
     assert f"using {192 * job.nodes} processors on nodes h100-" in answer
 
 
 def test_nothing_shipped_is_left_out() -> None:
-    """A file is launched here, or is a part of one that is."""
+    """Every file is launched here, or is a part of a file that is."""
     parts = {path for path in SHIPPED if path not in RUNS and path not in ROUNDS}
     texts = {path: path.read_text() for path in SHIPPED}
     assert len(RUNS) >= 3
@@ -73,7 +76,7 @@ def test_nothing_shipped_is_left_out() -> None:
 @pytest.mark.parametrize("nodes", [None, 256, 2048])
 @pytest.mark.parametrize("config", RUNS, ids=_name)
 def test_launch_plans(planned: Lab, config: Path, nodes: int | None) -> None:
-    """On the fewest nodes, on 256 and on all 2,048."""
+    """On the fewest nodes, on 256 nodes and on all 2,048 nodes."""
     resolved, cluster, job = planned_run(str(config), H100, BATCH_OF_ALL_NODES, nodes=nodes)
     assert layout_findings(resolved, cluster, nodes=job.nodes) == []
     _accepted(job, cluster)
@@ -82,7 +85,7 @@ def test_launch_plans(planned: Lab, config: Path, nodes: int | None) -> None:
 @pytest.mark.parametrize("file", ROUNDS, ids=_name)
 def test_rounds(planned: Lab, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job of a round, on its own nodes."""
-    monkeypatch.chdir(ROOT)  # its files name each other from there on
+    monkeypatch.chdir(ROOT)  # its files name each other relative to this directory
     values = chain_of(file, (), console=Console(quiet=True), needs_inputs=False)
     chain, cluster = parse_chain(values, origin=str(file)), load_cluster(H100)
     assert chain_findings(chain, cluster, ROOT) == []
@@ -91,14 +94,14 @@ def test_rounds(planned: Lab, file: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_by_hand(planned: Lab, script: Path) -> None:
+def test_shipped_scripts_are_accepted(planned: Lab, script: Path) -> None:
     for nodes in ("1", "2048"):
         command = ("sbatch", "--test-only", f"--nodes={nodes}", str(script), "config.yaml")
         assert "to start at " in _at_once(partial(planned, *command))
 
 
 def test_one_node_too_many_is_refused(planned: Lab) -> None:
-    """The planned cluster does refuse what does not fit."""
+    """The planned cluster refuses jobs that do not fit."""
     _, cluster, job = planned_run(str(RUNS[-1]), H100, BATCH_OF_ALL_NODES, nodes=2049)
     with pytest.raises(slurm.SlurmError, match=r"Node count specification invalid"):
         slurm.test_only(job, cluster)

@@ -1,4 +1,4 @@
-"""A round as a chain of real jobs ends with the same weights as one on this machine; two nodes draw."""
+"""A round as a chain of real jobs has the same weights as a round on this machine. Two nodes sample."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.slurm.lab import Lab
 
 @pytest.mark.slow
 def test_round_as_a_chain(lab: Lab, tmp_path: Path, clusters: ClusterFiles) -> None:
-    """The same rows, scores and averaged weights; after the chain, the state leaves nothing to be chosen."""
+    """Rows, scores and averaged weights are equal. After the chain, no step is left to do."""
     console = Console(quiet=True)
     config = round_file(tmp_path / "slurm")
     on_two_nodes = ("generate.copies=2", "ranks_per_node=1")
@@ -32,5 +32,5 @@ def test_round_as_a_chain(lab: Lab, tmp_path: Path, clusters: ClusterFiles) -> N
     here, there = (tmp_path / name / "run" / "round-01" for name in ("local", "slurm"))
     for name in ("scores.jsonl", "held_out-scores.jsonl"):
         assert (here / name).read_text() == (there / name).read_text()
-    ours, theirs = (load_file(r / "average" / "model.safetensors") for r in (here, there))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    local, chained = (load_file(r / "average" / "model.safetensors") for r in (here, there))
+    assert all(torch.equal(local[name], chained[name]) for name in local)

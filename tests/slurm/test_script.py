@@ -1,5 +1,7 @@
-"""What train.sbatch does around its ranks, on a real Slurm. The ranks are a shell script that keeps the
-contract: on SIGUSR1 or SIGTERM it saves and ends with 75."""
+"""The behaviour of train.sbatch around its ranks, on a real Slurm.
+
+The ranks are a shell script that fulfils the contract: on SIGUSR1 or SIGTERM it saves and ends with 75.
+"""
 
 import shutil
 import time
@@ -17,10 +19,10 @@ from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab, wait_until
 from tests.slurm.runs import preempt
 
-# real runs train while these tests mostly wait
+# These tests mostly wait, and real runs train in the meantime.
 pytestmark = pytest.mark.usefixtures("whole", "moved")
 
-# $4 is what the rank shall do; every rank runs it, rank 0 alone writes checkpoints
+# $4 says what the rank does. Every rank runs this script, but only rank 0 writes checkpoints.
 RANK = r"""#!/bin/bash
 checkpoint() {
     [[ $SLURM_PROCID == 0 ]] || return 0
@@ -34,7 +36,7 @@ case $4 in
 done) exit 0 ;;
 crash) [[ $SLURM_PROCID == 1 ]] && exit 3; sleep 60 ;;
 loop) exit 75 ;;
-peer) until [[ -e $RUN/finish ]]; do [[ -e $RUN/lost ]] && exit 1; sleep 0.1; done ;;
+until-lost) until [[ -e $RUN/finish ]]; do [[ -e $RUN/lost ]] && exit 1; sleep 0.1; done ;;
 hang) [[ $SLURM_PROCID == 2 ]] && kill -STOP $$; exit 75 ;;
 wait) until [[ -e $RUN/finish ]]; do sleep 0.1; done ;;
 esac
@@ -53,7 +55,7 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _submit(
     directory: Path, cluster_file: str, what: str, *, name: str = "job", nodes: int = 2
 ) -> tuple[int, Path]:
-    """Job id and log of ranks that do `what`. Rank scripts see `-m megatron_post train WHAT`."""
+    """Job id and log of ranks that do `what`. Rank scripts receive `-m megatron_post train WHAT`."""
     cluster = load_cluster(cluster_file)
     job = Job(name, ("train", what), "run", directory, nodes=nodes)
     submitted = remember([job.folder], job, slurm.submit(job, cluster))
@@ -68,7 +70,7 @@ def _nodes(lab: Lab, job: int) -> list[str]:
     return lab("scontrol", "show", "hostnames", lab("squeue", "-h", "-j", str(job), "-o", "%N")).split()
 
 
-def _says(path: Path, text: str, times: int = 1, timeout: float = 60) -> None:
+def _wait_for_line(path: Path, text: str, times: int = 1, timeout: float = 60) -> None:
     wait_until(lambda: _log(path).count(text) >= times, timeout, lambda: f"{text!r} not in {_log(path)}")
 
 
@@ -76,9 +78,10 @@ def _says(path: Path, text: str, times: int = 1, timeout: float = 60) -> None:
 def limited(
     lab: Lab, clusters: ClusterFiles, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path, Path]:
-    """Job, log and directory of ranks under a limit of a minute, Slurm's shortest, while other tests run.
+    """Job, log and directory of ranks with a time limit of a minute, Slurm's shortest.
 
-    Slurm looks at limits twice a minute, and sends the warning up to 30 s early.
+    They run while other tests run. Slurm checks limits twice a minute, and sends the warning up to 30 s
+    early.
     """
     directory = tmp_path_factory.mktemp("limited")
     path = directory / "rank.sh"
@@ -88,9 +91,13 @@ def limited(
     return *_submit(directory, cluster_file, "wait"), directory
 
 
-def test_ranks_know_themselves(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """Four ranks, two on each node in order, one address and port, and an incarnation of the job and its
-    restarts."""
+def test_ranks_have_number_address_and_incarnation(
+    lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path
+) -> None:
+    """Four ranks run in order, two on each node, with one address and port.
+
+    The incarnation is made from the job and its restarts.
+    """
     job, log = _submit(tmp_path, clusters(python=str(rank)), "done")
     assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
     lines = sorted(line.split() for line in _log(log).splitlines() if line.startswith("rank "))
@@ -101,8 +108,8 @@ def test_ranks_know_themselves(lab: Lab, clusters: ClusterFiles, tmp_path: Path,
     assert len({line[11] for line in lines}) == 1
 
 
-def test_names_are_names(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """A job's name, and what it is told to do, are never run by a shell."""
+def test_job_names_are_never_run(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A shell never runs a job's name or its arguments."""
     name = f"$(touch {tmp_path}/witness) `touch {tmp_path}/witness` 'x' \" JobState=FAKED"
     job, log = _submit(tmp_path, clusters(python=str(rank)), "done", name=name, nodes=1)
     assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
@@ -113,14 +120,16 @@ def test_names_are_names(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank:
     assert (row["name"], row["state"], row["why"]) == (name, "COMPLETED", "done")
 
 
-def test_told_to_leave(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """Slurm's warning reaches all ranks; they end with 75 at their own pace; the job is requeued and goes on.
-    Each incarnation has a number above the last one's, and a port of its own."""
+def test_warning_requeues_the_job(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """Slurm's warning reaches all ranks, each ends with 75 at its own pace, and the requeued job continues.
+
+    Each incarnation has a higher number than the last one, and its own port.
+    """
     job, log = _submit(tmp_path, clusters(python=str(rank)), "wait")
-    _says(log, "rank 3 of 4")
+    _wait_for_line(log, "rank 3 of 4")
     lab("scancel", "--batch", "--signal=USR1", str(job))
     lab.restarted(job, 1, lambda: _log(log))
-    _says(log, "rank 3 of 4", times=2)
+    _wait_for_line(log, "rank 3 of 4", times=2)
     assert status_rows(tmp_path / "run")[0]["checkpoint"] == "1"
     (tmp_path / "run" / "finish").touch()
     assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
@@ -133,12 +142,15 @@ def test_told_to_leave(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: P
 
 
 def test_preempted_with_grace(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """A more urgent job takes the nodes: the ranks save within the grace time; the job waits and goes on."""
+    """A more urgent job takes the nodes.
+
+    The ranks save within the grace time, and the job waits and continues.
+    """
     job, log = _submit(tmp_path, clusters(python=str(rank), partition="spot"), "wait")
-    _says(log, "rank 3 of 4")
+    _wait_for_line(log, "rank 3 of 4")
     preempt(lab, job)
     lab.restarted(job, 1, lambda: _log(log))
-    _says(log, "rank 3 of 4", times=2)
+    _wait_for_line(log, "rank 3 of 4", times=2)
     assert "requeued after checkpoint 1" in _log(log)
     (tmp_path / "run" / "finish").touch()
     assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
@@ -146,7 +158,10 @@ def test_preempted_with_grace(lab: Lab, clusters: ClusterFiles, tmp_path: Path, 
 
 
 def test_a_crash_is_not_requeued(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """One rank fails: the others are ended at once, and the job fails, since all nodes are fit."""
+    """One rank fails.
+
+    The other ranks are stopped at once, and the job fails because all nodes are healthy.
+    """
     started = time.monotonic()
     job, log = _submit(tmp_path, clusters(python=str(rank)), "crash")
     assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
@@ -158,26 +173,28 @@ def test_a_crash_is_not_requeued(lab: Lab, clusters: ClusterFiles, tmp_path: Pat
 
 
 def test_an_unfit_node_is_left_out(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """A health check drains a node, and a rank fails: requeued, and that node is not given out again."""
-    job, log = _submit(tmp_path, clusters(python=str(rank)), "peer")
-    _says(log, "rank 3 of 4")
+    """A health check drains a node, and a rank fails. The job is requeued without that node."""
+    job, log = _submit(tmp_path, clusters(python=str(rank)), "until-lost")
+    _wait_for_line(log, "rank 3 of 4")
     unfit = _nodes(lab, job)[0]
     lab("scontrol", "update", f"NodeName={unfit}", "State=DRAIN", "Reason=test")
     (tmp_path / "run" / "lost").touch()
-    _says(log, f"unfit node ({unfit} drain")
+    _wait_for_line(log, f"unfit node ({unfit} drain")
     (tmp_path / "run" / "lost").unlink()
     lab.restarted(job, 1, lambda: _log(log))
-    _says(log, "rank 3 of 4", times=2)
+    _wait_for_line(log, "rank 3 of 4", times=2)
     assert unfit not in _nodes(lab, job)
     (tmp_path / "run" / "finish").touch()
     assert lab.wait(job, "COMPLETED", "FAILED") == "COMPLETED", _log(log)
     lab("scontrol", "update", f"NodeName={unfit}", "State=RESUME")
 
 
-def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """Ranks that always ask for a requeue: after 2 restarts without a new checkpoint there is no other."""
+def test_requeue_loop_stops_with_a_reason(
+    lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path
+) -> None:
+    """Ranks always request a requeue. After 2 restarts without a new checkpoint the job stops."""
     job, log = _submit(tmp_path, clusters(python=str(rank), max_stalled_restarts=1), "loop", nodes=1)
-    _says(log, "stopped: ", timeout=120)
+    _wait_for_line(log, "stopped: ", timeout=120)
     assert lab.wait(job, "COMPLETED", "FAILED") == "FAILED", _log(log)
     assert lab.restarts(job) == 2
     assert _log(log).count("rank 0 of 2") == 2
@@ -186,8 +203,11 @@ def test_crash_loop_stops_and_says_why(lab: Lab, clusters: ClusterFiles, tmp_pat
     assert "for this reason: the ranks asked for it" in row["why"]
 
 
-def test_a_hanging_rank_is_left_behind(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """A watchdog ends the ranks with 75, but one is stopped dead: killed after 5 s, and the job requeued."""
+def test_a_hanging_rank_is_killed(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """A watchdog ends the ranks with 75, but one does not react.
+
+    It is killed after 5 s, and the job is requeued.
+    """
     job, log = _submit(tmp_path, clusters(python=str(rank)), "hang")
     lab.restarted(job, 1, lambda: _log(log))
     assert "the ranks asked for it: requeued after checkpoint 0" in _log(log)
@@ -196,9 +216,9 @@ def test_a_hanging_rank_is_left_behind(lab: Lab, clusters: ClusterFiles, tmp_pat
 
 
 def test_cancelled_stays_cancelled(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """`launch cancel` is no requeue, although the ranks save and end with 75."""
+    """`launch cancel` causes no requeue, although the ranks save and end with 75."""
     job, log = _submit(tmp_path, clusters(python=str(rank)), "wait")
-    _says(log, "rank 3 of 4")
+    _wait_for_line(log, "rank 3 of 4")
     (found,) = active_findings([str(tmp_path / "run"), str(tmp_path / "other")])
     assert f"job {job} is queued or running for it" in found
     assert cancel_run(tmp_path / "run") == [job]
@@ -209,7 +229,7 @@ def test_cancelled_stays_cancelled(lab: Lab, clusters: ClusterFiles, tmp_path: P
 
 
 def test_chain(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
-    """A step waits for those before it; behind one that fails nothing runs nor stays queued."""
+    """A step waits for the steps before it. After a failed step, no later step runs or stays queued."""
     (tmp_path / "chain.yaml").write_text(
         """
 run_dir: run
@@ -225,11 +245,11 @@ steps:
     assert [job.name for job in (first, left, right, last)] == ["first", "left", "right", "last"]
     assert last.after == (left.job_id, right.job_id)
     lab.wait(left.job_id, "COMPLETED")
-    _says(right.log, "rank 1 of 2")
-    # requeued in the middle of the chain: those behind go on waiting
+    _wait_for_line(right.log, "rank 1 of 2")
+    # A job is requeued in the middle of the chain. The later jobs continue to wait.
     lab("scontrol", "requeue", str(right.job_id))
     lab.restarted(right.job_id, 1, lambda: _log(right.log))
-    _says(right.log, "rank 1 of 2", times=2)
+    _wait_for_line(right.log, "rank 1 of 2", times=2)
     assert lab.state(last.job_id) == "PENDING"
     (tmp_path / "run" / "finish").touch()
     assert lab.wait(last.job_id, "COMPLETED", "FAILED") == "COMPLETED"
@@ -265,9 +285,9 @@ steps:
 
 
 def test_time_limit(lab: Lab, limited: tuple[int, Path, Path]) -> None:
-    """Told by Slurm ahead of the limit, the ranks save, and the job goes on."""
+    """Slurm warns the ranks before the limit. They save, and the job continues."""
     job, log, directory = limited
-    # more often where the tests before took longer
+    # It restarts more often if the tests before took longer.
     wait_until(lambda: lab.restarts(job) >= 1, 90, lambda: _log(log))
     (directory / "run" / "finish").touch()
     assert lab.wait(job, "COMPLETED", "FAILED", "TIMEOUT") == "COMPLETED", _log(log)
@@ -275,7 +295,10 @@ def test_time_limit(lab: Lab, limited: tuple[int, Path, Path]) -> None:
 
 
 def test_everything_wrong_at_once(lab: Lab, clusters: ClusterFiles, data: Path, tmp_path: Path) -> None:
-    """Layout, tokenizer, weights, store and Slurm's own refusal in one error, and nothing queued."""
+    """One error has the findings about layout, tokenizer, weights, store and Slurm's refusal.
+
+    Nothing is queued.
+    """
     from megatron_post.launch.launch import launch_run
 
     shutil.copy(data / "config.yaml", tmp_path / "config.yaml")

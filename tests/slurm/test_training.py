@@ -1,6 +1,6 @@
-"""Real runs on a real Slurm, 2 nodes x 2 ranks. However they are interrupted, they end in the same bytes.
+"""Real runs on a real Slurm, 2 nodes x 2 ranks, end in the same bytes however they are interrupted.
 
-The trainer is disturbed here, train.sbatch's own decisions are tested in test_script.py.
+These tests interrupt the trainer. The decisions of train.sbatch are tested in test_script.py.
 """
 
 import re
@@ -15,7 +15,7 @@ from tests.slurm.runs import MovedRun, Run, launch
 
 
 def test_preempted_and_a_node_lost(moved: Future[MovedRun], whole: Run) -> None:
-    """One run, one after the other: preempted by a more urgent job, and a node powered off."""
+    """One run is first preempted by a more urgent job, and then loses a node."""
     run, lost = moved.result()
     assert run.weights() == whole.weights()
     assert len(re.findall(r"resumed after step \d+", run.log)) == 2, run.log
@@ -25,8 +25,11 @@ def test_preempted_and_a_node_lost(moved: Future[MovedRun], whole: Run) -> None:
 
 @pytest.mark.slow
 def test_time_limit_and_requeued_by_hand(lab: Lab, data: Path, clusters: ClusterFiles, whole: Run) -> None:
-    """The limit comes nearer while the ranks stand still, since Slurm looks at it only twice a minute. Told
-    ahead of it, they leave; with a longer limit the run goes on. Then an operator requeues it."""
+    """The ranks leave when Slurm warns them before the limit. Then an operator requeues the job.
+
+    The ranks are frozen until the limit is near, because Slurm checks it only twice a minute. The run
+    continues with a longer limit.
+    """
     run = launch(lab, data, "limited", clusters(warning_seconds=60))
     run.reaches(4)
     ranks = lab.freeze(run.number)
