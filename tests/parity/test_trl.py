@@ -113,7 +113,7 @@ def _config(tmp_path: Path, tokenizer_directory: Path, stage: str, **sections: A
         "train": {"steps": STEPS, "global_batch": len(COUNTS)},
         **sections,
     }
-    config = tiny_config(tmp_path / "run", **values).model_copy(update={"stage": stage})
+    config = tiny_config(tmp_path / "run", stage=stage, **values)
     scalar = stage == "reward"
     hf = to_hf_config(
         config.model, dtype="float32", bos_id=1, eos_ids=[2], pad_id=tokenizer.pad_id, scalar_head=scalar
