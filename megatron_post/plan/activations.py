@@ -1,16 +1,16 @@
-"""What a forward pass keeps for its backward pass, module by module, and what either needs while it runs.
+"""Memory that a forward pass keeps for its backward pass, and working memory of both, module by module.
 
-Three kinds of layers, for they keep different things:
-* "portable" (models/specs.py), read off its operations on a CPU and checked against them by
-  tests/unit/plan/test_memory.py. Its norms compute in fp32 and keep three tensors, its SwiGLU keeps five of
-  f.
-* "transformer_engine", from what its modules and megatron-core's fused SwiGLU and RoPE save in their source
-  (TE 2.x); **not measured**, for no GPU was at hand.
-* "mixed": the second with the attention of the first, as FlexAttention computes it; **not measured** either.
+There are three kinds of layers, because they keep different tensors:
+* "portable" (models/specs.py) follows from its operations on a CPU. tests/unit/plan/test_memory.py compares
+  the two. Its norms compute in fp32 and keep three tensors. Its SwiGLU keeps five tensors of width f.
+* "transformer_engine" follows from the tensors that its modules and megatron-core's fused SwiGLU and RoPE
+  save in their source (TE 2.x). It was **not measured** on a GPU.
+* "mixed" is the second kind with the attention of the first, as FlexAttention computes it. It was **not
+  measured** either.
 
-t: tokens of this context-parallel rank, s: the share of them that it holds between tensor-parallel regions (t
-/ tp with sequence parallelism, else t), T: tokens of the whole pack; a, k, f: its heads', key-value heads'
-and ffn widths. All results are bytes.
+t is the tokens of this context-parallel rank. s is the share of them that the rank holds between
+tensor-parallel regions: t / tp with sequence parallelism, and otherwise t. T is the tokens of the whole pack.
+a, k and f are the rank's widths of heads, key-value heads and ffn. All results are bytes.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,16 @@ from megatron_post.plan.shape import vocabulary_rows
 
 Layers = Literal["portable", "transformer_engine", "mixed"]
 FP32, INT64 = 4, 8
-CHUNK_BYTES = 512 * 2**20  # of logits: megatron_post_kernels.linear_logprob
-CPU_BLOCK = 2**22  # logits that its torch implementation takes at a time
+CHUNK_BYTES = 512 * 2**20  # bytes of logits in a chunk of megatron_post_kernels.linear_logprob
+CPU_BLOCK = 2**22  # logits that its torch implementation computes at a time
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of a pack that attend to each other, and how many tokens of earlier segments they see
-    besides."""
+    """Tokens of a pack that attend to each other.
+
+    seen: tokens of earlier segments to which they also attend.
+    """
 
     length: int
     seen: int = 0
@@ -59,8 +61,11 @@ class Activations:
         return z.s * (z.h * z.element + FP32) + output
 
     def norms(self) -> int:
-        """Both norms of a layer. Transformer Engine fuses the second into the MLP's first matrix, so that a
-        recomputed MLP keeps the norm's input alone."""
+        """Both norms of a layer.
+
+        Transformer Engine fuses the second norm into the MLP's first matrix. So a recomputed MLP keeps only
+        the input of that norm.
+        """
         z, first = self._sizes, self.norm()
         with_mlp = self.layers != "portable" and self._selective("mlp") and not self._selective("layernorm")
         return first + (z.s * z.h * z.element if with_mlp else first)
@@ -74,27 +79,29 @@ class Activations:
         mixed, rotated, projected = z.t * (z.a + 2 * z.k), z.t * (z.a + z.k), z.t * z.a
         if self.layers == "transformer_engine":
             return z.element * (mixed + rotated + projected)
-        # cosine and sine, of queries and of keys, which the fused rotation does not keep
+        # cosine and sine of queries and of keys, which the fused rotation does not keep
         angles = 4 * z.t * z.d if self.layers == "portable" else 0
         if z.context > 1 and not self._selective("core_attn"):
-            mixed, rotated = 0, z.t * z.a  # keys and values are kept gathered
+            mixed, rotated = 0, z.t * z.a  # keys and values are kept after they are gathered
         return z.element * (mixed + angles + rotated + projected)
 
     def _core_attention(self) -> int:
-        """What the attention kernel keeps besides its inputs."""
+        """Tensors that the attention kernel keeps besides its inputs."""
         z = self._sizes
         normalizers = FP32 * z.t * z.heads
         if self.layers == "transformer_engine":
-            # its output is the projection's input; a context-parallel ring keeps no other rank's keys.
-            # With all tokens of some heads, the output is kept as well before it is exchanged.
+            # The output is the projection's input. A context-parallel ring keeps no keys of other ranks. If
+            # ranks exchange heads for tokens, the output before the exchange is kept as well.
             exchanged = self.config.parallel.cp_comm_type == "a2a"
             return normalizers + (z.element * z.t * z.a if exchanged else 0)
         gathered = 2 * z.T * z.k if z.context > 1 else 0
         return normalizers + z.element * (z.t * z.a + gathered + self._blocks())
 
     def _blocks(self) -> int:
-        """Elements of masks, of blocks that are no squares, and of keys and values that are put together from
-        several segments. Chunk r of a segment's 2 cp sees r + 1 of them. FlexAttention keeps none of it."""
+        """Elements of masks, of blocks that are not square, and of keys and values that are joined.
+
+        Chunk r of a segment's 2 cp chunks attends to r + 1 of them. FlexAttention keeps none of these.
+        """
         if self.layers == "mixed":
             return 0
         z = self._sizes
@@ -132,34 +139,36 @@ class Activations:
         return 0 if self._sizes.tensor == 1 else self._sizes.t * 3 * INT64
 
     def boundary(self, *, first: bool, last: bool) -> int:
-        """What the schedule itself holds: the received input of a chunk, and, where the CPU does not free
-        what it has sent, its output."""
+        """Tensors that the schedule itself keeps for a chunk.
+
+        They are the received input and, if the CPU does not free what it has sent, the output.
+        """
         z = self._sizes
         one = z.s * z.h * z.element
         if self.layers != "portable":
-            return 0  # the input is the first norm's, the output is freed
+            return 0  # the first norm keeps the input anyway, and the output is freed
         kept_anyhow = z.element == FP32 or self.config.recompute.mode == "full"
         return one * ((not first and not kept_anyhow) + (not last))
 
     def loss(self) -> dict[str, int]:
-        """Of the last chunk: the final norm and the head."""
+        """Tensors of the last chunk: the final norm and the head."""
         z = self._sizes
         if self.config.traits.scalar_head:
-            # the portable norm's output in fp32 is what the head reads
+            # The head reads the portable norm's output in fp32.
             copy = 0 if z.element == FP32 else z.s * z.h * FP32
             return {"norms": self.norm(), "loss": copy + 4 * z.t * FP32}
         logits = z.t * z.rows if self.config.loss.impl == "unfused" else self.loss_chunk() * z.rows
         return {"norms": self.norm(), "loss": logits * z.element + 8 * z.t * FP32}
 
     def loss_chunk(self) -> int:
-        """Tokens whose logits exist at one time: megatron_post_kernels.linear_logprob's even chunks."""
+        """Tokens whose logits exist at one time, as megatron_post_kernels.linear_logprob chunks them."""
         z = self._sizes
         most = max(128, CHUNK_BYTES // (z.rows * z.element) // 128 * 128)
         count = max(1, -(-z.t // most))
         return min(z.t, max(128, -(-z.t // (count * 128)) * 128))
 
     def loss_backward(self) -> int:
-        """Needed beyond what is kept while the head's backward pass runs."""
+        """Working memory of the head's backward pass, beyond what is kept."""
         z = self._sizes
         if self.config.traits.scalar_head:
             return 2 * z.s * z.h * FP32
@@ -167,10 +176,11 @@ class Activations:
         if self.config.loss.impl == "unfused":
             return max(self._softmax(z.t), hidden + z.rows * z.h * z.element)
         weight = z.rows * z.h * z.element
-        if self.loss_chunk() < z.t and z.element != FP32:  # the sum over chunks, rounded at the end
+        # the sum over chunks is kept in fp32 and rounded at the end
+        if self.loss_chunk() < z.t and z.element != FP32:
             weight += z.rows * z.h * FP32
             if self.layers == "portable":
-                weight += self.loss_chunk() * (z.rows + z.h) * FP32  # a CPU multiplies in fp32
+                weight += self.loss_chunk() * (z.rows + z.h) * FP32  # the CPU multiplies in fp32
         return hidden + max(weight, self._softmax(self.loss_chunk()))
 
     def _softmax(self, tokens: int) -> int:
@@ -182,7 +192,7 @@ class Activations:
         return block * (4 * FP32 + (0 if z.element == FP32 else z.element))
 
     def layer_backward(self) -> int:
-        """Needed beyond what is kept while a layer's backward pass runs, what it recomputes included."""
+        """Working memory of a layer's backward pass, beyond what is kept. Recomputed tensors are included."""
         z = self._sizes
         stream = z.s * z.h * z.element
         ffn = z.t * z.f * z.element
@@ -197,18 +207,18 @@ class Activations:
         return working
 
     def gather_buffer(self) -> int:
-        """The gathered input of a matrix under sequence parallelism, one for all layers."""
+        """The gathered input of a matrix under sequence parallelism. All layers share one buffer."""
         z = self._sizes
         return z.t * z.h * z.element if z.sequence else 0
 
     def batch(self) -> int:
-        """A pack as tensors, which the portable attention wants described token by token."""
+        """A pack as tensors. The portable attention needs a description of each token."""
         z = self._sizes
         mine = z.t * (4 * INT64 + 1) + (z.t * FP32 if self.config.needs_reference else 0)
         return mine + (z.t * INT64 + z.T * (2 * INT64 + 1) if self.layers != "transformer_engine" else 0)
 
     def angles(self) -> int:
-        """Rotary angles that every recomputed layer of a chunk is given again."""
+        """Rotary angles, which are kept for the recomputed layers of a chunk."""
         return self._sizes.t * self._sizes.d * FP32 if self.config.recompute.mode == "full" else 0
 
     def _selective(self, module: str) -> bool:
@@ -253,7 +263,7 @@ class _Sizes:
             heads=heads,
             rows=vocabulary_rows(config),
             element=element,
-            # with FP8 a matrix keeps the transposed FP8 copy of its input for the weight's gradient
+            # With FP8 a matrix keeps the transposed FP8 copy of its input for the gradient of the weight.
             linear_input=1 if config.precision.fp8 else element,
             tensor=p.tensor,
             context=p.context,

@@ -1,4 +1,4 @@
-"""`megatron-post plan`: its options, and what it prints."""
+"""The options and the output of `megatron-post plan`."""
 
 import difflib
 from pathlib import Path
@@ -12,13 +12,16 @@ from megatron_post.storage.writing import write_text
 
 
 def with_default(name: str) -> type[TyperGroup]:
-    """A group in which a first word that is no command goes to the command `name`: `plan CONFIG` means `plan
-    show CONFIG`. A config named like a command is reached as ./NAME."""
+    """A group of commands in which `plan CONFIG` means `plan show CONFIG`. name: the default command.
+
+    A first word that is not a command goes to the default command. A config that is named like a command must
+    be written as ./NAME.
+    """
 
     class Group(TyperGroup):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             word = args[0] if args else "--help"
-            # a misspelt command is left to the group, which names the one that was meant
+            # The group handles a misspelt command, and suggests the right one.
             is_misspelt = bool(difflib.get_close_matches(word, self.commands)) and not Path(word).exists()
             if word not in (*self.commands, "--help", "-h") and not is_misspelt:
                 args = [name, *args]
@@ -30,14 +33,14 @@ def with_default(name: str) -> type[TyperGroup]:
 plan_app = typer.Typer(
     cls=with_default("show"),
     no_args_is_help=True,
-    help="Say what a run takes before it queues: `plan CONFIG --gpus N [--gpu NAME] [-- KEY=VALUE...]`.",
+    help="Predict memory and time of a run: `plan CONFIG --gpus N [--gpu NAME] [-- KEY=VALUE...]`.",
 )
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[-- KEY=VALUE...]")]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs of the run.")]
 Gpu = Annotated[str, typer.Option(help="h100-80gb, h200-141gb or b200-180gb.")]
 SegmentLength = Annotated[
-    int | None, typer.Option(help="Tokens of the segments that fill a pack; by default one segment.")
+    int | None, typer.Option(help="Tokens of the segments that fill a pack. By default one segment.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -50,10 +53,12 @@ def show(
     gpu: Gpu = "h100-80gb",
     segment_length: SegmentLength = None,
     as_json: AsJson = False,
-    html: Annotated[str | None, typer.Option(help="Also write a page with both drawn.")] = None,
+    html: Annotated[str | None, typer.Option(help="Also write a page with charts.")] = None,
 ) -> None:
-    """Memory by rank and kind, and time; exit status 1 where it does not fit. The word `show` may be left
-    out."""
+    """Print memory by rank and kind, and time. The word `show` may be omitted.
+
+    The exit status is 1 if the run does not fit.
+    """
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.estimate import make_plan
@@ -82,9 +87,11 @@ def search(
     as_json: AsJson = False,
     fp8: Annotated[
         str | None,
-        typer.Option(help="Try this recipe too, such as tensorwise, besides the config's and none."),
+        typer.Option(help="Try this recipe, such as tensorwise, as well as the config's and none."),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Write a config with the winner here.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="File in which a config with the winner is written.")
+    ] = None,
 ) -> None:
     """Rank all layouts that fit, fastest first, and print the winner as YAML."""
     from megatron_post.config.load import load_config
@@ -112,12 +119,13 @@ def dry_run(
     config: ConfigPath,
     gpus: Gpus,
     overrides: Overrides = None,
-    rank: Annotated[str, typer.Option(help="A rank, or `all` for one of every stage.")] = "all",
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Tensor-parallel groups stay inside.")] = 8,
+    rank: Annotated[str, typer.Option(help="A rank, or `all` for one rank of every stage.")] = "all",
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, help="GPUs of a node. Tensor-parallel groups must stay inside a node.")
+    ] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Build every distinct stage of real modules without memory, check all groups, trace one pack's
-    collectives."""
+    """Build every distinct stage without memory, check all groups, and trace the collectives of one pack."""
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.dry_run import dry_run as build

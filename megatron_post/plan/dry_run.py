@@ -1,10 +1,8 @@
-"""A layout built without its machines: every distinct stage of real modules on fake tensors, and one pack
-traced.
+"""Builds a layout on one machine: every distinct stage of real modules on fake tensors, with one pack traced.
 
-Fake tensors are meta tensors that remember their device, so that 405B takes no memory and no arithmetic;
-process groups are fake as well. What the trace records are the collectives that this trainer's portable
-layers really call; Transformer Engine's run at the same places, its context parallelism as a ring instead of
-a gather.
+Fake tensors are meta tensors that remember their device, so 405B takes no memory and no arithmetic. Process
+groups are fake as well. The trace records the collectives that this trainer's portable layers call. Those of
+Transformer Engine run at the same places, but its context parallelism is a ring instead of a gather.
 """
 
 import contextlib
@@ -40,9 +38,11 @@ AXES = ("tensor", "context", "data", "pipeline")
 
 @dataclass(frozen=True)
 class StageReport:
-    """One pipeline rank's chunks, built and traced: parameters on each of its tensor-parallel ranks; of one
-    pack's forward and backward pass the collectives (name, group, calls, bytes), and the most bytes that one
-    chunk's took."""
+    """The built and traced chunks of one pipeline rank.
+
+    parameters: on each of its tensor-parallel ranks. collectives: (name, group, calls, bytes) of one pack's
+    forward and backward pass. activation_bytes: the peak of the chunk that takes most.
+    """
 
     pipeline_rank: int
     rank: int
@@ -65,8 +65,9 @@ class DryRun:
 def dry_run(config: Config, *, world_size: int, per_node: int, ranks: Sequence[int] | None = None) -> DryRun:
     """Build and trace the stages of `ranks` (by default one rank of every pipeline stage).
 
-    Raises `ConfigError` for a config that cannot run on so many ranks, where ranks are not mapped once,
-    tensor-parallel groups cross nodes, or the stages' parameters do not add up to the model's.
+    Raises `ConfigError` for a config that cannot run on this number of ranks, for groups that do not hold
+    each rank once, for tensor-parallel groups that cross nodes, and if the parameters of the stages do not
+    add up to the model's.
     """
     began = time.perf_counter()
     raise_for(world_errors(config, world_size=world_size, has_gpu=True, has_transformer_engine=True))
@@ -89,9 +90,10 @@ def dry_run(config: Config, *, world_size: int, per_node: int, ranks: Sequence[i
 
 
 def check_groups(parallel: Parallel, *, world_size: int, per_node: int) -> dict[str, tuple[int, int]]:
-    """megatron-core's groups along every axis: each rank in one of each, none twice, TP inside a node.
+    """megatron-core's groups along every axis, as (number of groups, ranks of each).
 
-    Raises `ConfigError` where that is not so.
+    Raises `ConfigError` unless each rank is in exactly one group of each axis, and tensor-parallel groups
+    stay inside a node.
     """
     from megatron.core.parallel_state import RankGenerator
 
@@ -123,7 +125,7 @@ def check_groups(parallel: Parallel, *, world_size: int, per_node: int) -> dict[
 
 
 def _stages(config: Config, ranks: Sequence[int], *, world_size: int) -> Iterator[StageReport]:
-    """Ranks whose chunks are alike are built once."""
+    """The reports of ranks. Ranks with identical chunks are built once."""
     parts, stride = chunks(config), world_size // config.parallel.pipeline
     known: dict[tuple[tuple[int, bool, bool], ...], StageReport] = {}
     for rank in ranks:
@@ -136,7 +138,7 @@ def _stages(config: Config, ranks: Sequence[int], *, world_size: int) -> Iterato
 def _stage(
     config: Config, shape: tuple[tuple[int, bool, bool], ...], *, rank: int, world_size: int
 ) -> StageReport:
-    """All chunks built, and of those that are alike one traced for all."""
+    """Build all chunks of a rank. Of identical chunks only one is traced."""
     with fake_rank(config.parallel, rank=rank, world_size=world_size) as topology:
         packed = _packed(config, topology)
         collectives: Counter[tuple[str, str, str]] = Counter()
@@ -148,7 +150,7 @@ def _stage(
                 with Tracker() as tracker:
                     _trace(models[shape.index(kind)], config, topology, packed)
                 peak = max(peak, tracker.peak)
-                for name, axis, calls, size in _named(tracker, topology):
+                for name, axis, calls, size in _collectives_by_axis(tracker, topology):
                     collectives[name, axis, "calls"] += times * calls
                     collectives[name, axis, "bytes"] += times * size
         rows = sorted({(name, axis) for name, axis, _ in collectives})
@@ -164,11 +166,14 @@ def _stage(
 
 @contextlib.contextmanager
 def _fake_modules() -> Iterator[None]:
-    """Within this context megatron-core neither saves nor compares generator states, which fake tensors have
-    not, and modules stay on the device on which they were made."""
+    """Adapt megatron-core and torch to fake tensors within this context.
+
+    Fake tensors have no generator states, so these are neither saved nor compared. Modules stay on the device
+    on which they were made.
+    """
     with (
         mock.patch.object(torch.nn.Module, "to", lambda module, *_: module),
-        # made without `fp8=None`, a recomputed norm asks Transformer Engine for FP8's state
+        # Without `fp8=None`, a recomputed norm asks Transformer Engine for the state of FP8.
         mock.patch.object(
             tensor_parallel, "CheckpointWithoutOutput", partial(core_random.CheckpointWithoutOutput, fp8=None)
         ),
@@ -184,7 +189,7 @@ def _fake_modules() -> Iterator[None]:
 
 
 def _packed(config: Config, topology: Topology) -> PackedSeqParams:
-    """What the portable layers must know of a pack that is one segment."""
+    """The arguments of the portable layers for a pack that is one segment."""
     tokens = torch.zeros(config.data.pack_length, dtype=torch.long)
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
     whole = PackedBatch(
@@ -201,7 +206,7 @@ def _packed(config: Config, topology: Topology) -> PackedSeqParams:
 
 
 def _trace(model: Any, config: Config, topology: Topology, packed: PackedSeqParams) -> None:
-    """One pack's part forward and backward through a chunk."""
+    """Run this rank's part of one pack forward and backward through a chunk."""
     t = config.data.pack_length // topology.groups.cp.size()
     shard = t // topology.groups.tp.size() if config.parallel.sequence else t
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
@@ -214,7 +219,7 @@ def _trace(model: Any, config: Config, topology: Topology, packed: PackedSeqPara
     model.zero_grad(set_to_none=True)
 
 
-def _named(tracker: Tracker, topology: Topology) -> tuple[tuple[str, str, int, int], ...]:
+def _collectives_by_axis(tracker: Tracker, topology: Topology) -> tuple[tuple[str, str, int, int], ...]:
     groups = {"tensor": topology.groups.tp, "context": topology.groups.cp}
     names = {tuple(torch.distributed.get_process_group_ranks(group)): axis for axis, group in groups.items()}
     rows = [
@@ -226,8 +231,10 @@ def _named(tracker: Tracker, topology: Topology) -> tuple[tuple[str, str, int, i
 
 
 def _whole_model(config: Config, stages: Sequence[StageReport]) -> int:
-    """Parameters of the model, from what the stages were built of: shards times TP, copies once, without the
-    padding of the vocabulary."""
+    """Parameters of the whole model, from those of its stages.
+
+    Shards count TP times, copies count once, and the padding of the vocabulary does not count.
+    """
     m, p = config.model, config.parallel
     layers = sum(sum(stage.layers) for stage in stages)
     copied = layers * 2 * m.hidden_size + m.hidden_size + (m.hidden_size if config.traits.scalar_head else 0)

@@ -1,4 +1,4 @@
-"""A config on so many GPUs: memory, time, and where it does not fit, which single change would make it."""
+"""Plans a config on a number of GPUs: memory, time, and single changes that would make it fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,8 +26,10 @@ from megatron_post.plan.timing import Costs
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step of a config takes. segment_length: tokens of the segments that fill a pack; by default
-    one."""
+    """Memory and time of a step of a config.
+
+    segment_length: tokens of the segments that fill a pack. By default the pack is one segment.
+    """
 
     config: Config
     gpus: int
@@ -49,7 +51,7 @@ class Plan:
 
     @cached_property
     def memory(self) -> list[RankMemory]:
-        """Of each pipeline rank."""
+        """Memory of each pipeline rank."""
         return self._memory(extremes=False)
 
     @cached_property
@@ -77,20 +79,20 @@ class Plan:
 
     @property
     def shortfall(self) -> int:
-        """Bytes by which the fullest rank does not fit; 0 or less where it does."""
+        """Bytes by which the fullest rank does not fit. It is 0 or less if the rank fits."""
         return self.fullest.total - self.gpu.memory
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the figures must know."""
+        """Notes that a reader of the figures must know."""
         notes = {
             "times are those of bf16: fp32 takes several times as long, and is not timed": (
                 self.config.precision.dtype == "fp32"
             ),
             "parallel.tp_comm_overlap: what it hides is computed and was not measured; published steps of "
             "runs with it are nearer to the plan without it": self.config.parallel.tp_comm_overlap,
-            "parallel.cp_comm_type=a2a: Transformer Engine makes the order of tokens on the host, and waits "
-            "for the GPU for every segment of a pack in every layer, which is not timed": (
+            "parallel.cp_comm_type=a2a: Transformer Engine computes the order of tokens on the host, and "
+            "waits for the GPU for every segment of a pack in every layer, which is not timed": (
                 self.config.parallel.cp_comm_type == "a2a"
             ),
         }
@@ -98,7 +100,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of an optimizer step."""
+        """Tokens of an optimizer step."""
         return self.config.train.global_batch * self.config.data.pack_length
 
     @property
@@ -107,7 +109,7 @@ class Plan:
 
     @property
     def model_flops(self) -> float:
-        """Of a step, without recomputation."""
+        """FLOPs of a step, without recomputation."""
         pack = Load.of(self.pack)
         packs = self.config.train.global_batch
         return step_flops(self.config, Load(pack.tokens * packs, pack.squares * packs)).model
@@ -119,12 +121,15 @@ class Plan:
 
 
 def make_plan(config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None) -> Plan:
-    """The plan of a config. Raises `ConfigError` with every reason why it cannot run on so many GPUs, and
-    `ValueError` for a length that no pack has."""
+    """The plan of a config.
+
+    Raises `ConfigError` with every reason why it cannot run on this number of GPUs, and `ValueError` for a
+    length that no pack has.
+    """
     errors = _errors(config, gpus, gpu)
     raise_for(errors)
     plan = Plan(config, gpus, gpu, segment_length)
-    assert plan.pack  # where a length is refused
+    assert plan.pack  # computing the pack refuses a wrong length
     return plan
 
 
@@ -141,7 +146,7 @@ def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:
 
 
 def layout_line(config: Config, data_size: int) -> str:
-    """TP 8 + SP x PP 8 x VPP 8 x CP 8 x DP 1, recompute full, FP8 tensorwise."""
+    """A line such as "TP 8 + SP x PP 8 x VPP 8 x CP 8 x DP 1, recompute full, FP8 tensorwise"."""
     p = config.parallel
     sizes = {"TP": p.tensor, "PP": p.pipeline, "VPP": p.virtual_pipeline, "CP": p.context, "DP": data_size}
     text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one GPU"
@@ -151,18 +156,17 @@ def layout_line(config: Config, data_size: int) -> str:
 
 
 def layers_on_gpu(config: Config) -> Layers:
-    """The layers that run on a GPU with Transformer Engine."""
+    """The kind of layers that run on a GPU with Transformer Engine."""
     if uses_portable_layers(config, has_transformer_engine=True):
         return "portable"
     return "mixed" if config.shares_prompts else "transformer_engine"
 
 
 def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
-    """Segments of `length` that fill a pack, with the padding that context parallelism adds to each; by
-    default one, whose attention costs most. Of rows that share a prompt: half of it is the prompt, a quarter
-    each response.
+    """Segments of `length` that fill a pack, each with the padding that context parallelism adds.
 
-    Raises `ValueError` for a length that no pack has.
+    By default there is one segment, whose attention costs most. If rows share a prompt, half of each row is
+    the prompt and a quarter is each response. Raises `ValueError` for a length that no pack has.
     """
     total = config.data.pack_length
     length = total if length is None else length
@@ -183,7 +187,7 @@ def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config | None:
-    """The config with dotted keys replaced, or None where that cannot be."""
+    """The config with dotted keys replaced, or None if the result is not valid."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         section, name = key.split(".")
@@ -200,8 +204,10 @@ def changed(config: Config, changes: dict[str, Any]) -> Config | None:
 
 
 def single_changes(plan: Plan) -> list[tuple[dict[str, Any], Plan]]:
-    """Changes of one setting that fit, of each setting the fastest: what to do about a plan that does not.
-    Those that need another store, or more GPUs, come last."""
+    """Changes of one setting that make a plan fit. For each setting this is the fastest change.
+
+    Changes that need another store or more GPUs come last.
+    """
     best: dict[str, tuple[dict[str, Any], Plan]] = {}
     for change, other in _variants(plan):
         if other.shortfall > 0:
@@ -235,7 +241,7 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
         found += [{"recompute.mode": "selective"}]
     if r.mode != "full":
         found += [{"recompute.mode": "selective", "recompute.modules": ["core_attn", "mlp"]}]
-        # other modules have no effect with it, which a config refuses
+        # The config refuses modules with the mode full, because they would have no effect.
         default = {"recompute.modules": ["core_attn"]} if r.mode == "selective" else {}
         found += [{"recompute.mode": "full"} | default]
     for size in (2, 4, 8):
@@ -259,8 +265,10 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
 
 
 def verdict(plan: Plan, *, search: bool = True) -> str:
-    """In a line or a few: fits, or by how much not, and what to change. search: say so where `plan search`
-    may find more."""
+    """A text that says whether the plan fits, by how much it does not, and what to change.
+
+    search: mention `plan search` if no single change fits.
+    """
     fullest, device = plan.fullest, plan.gpu
     where = f"pipeline rank {fullest.pipeline_rank} takes {fullest.total / GIB:.1f} GiB"
     room = f"{device.name} has {device.memory / GIB:.1f} GiB"

@@ -1,5 +1,4 @@
-"""Standing in for one rank of thousands: process groups that exist on paper and collectives that do
-nothing."""
+"""Runs as one rank of thousands, with fake process groups and collectives that do nothing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,11 +17,11 @@ from megatron_post.parallel.topology import Topology
 def fake_rank(
     parallel: Parallel, *, rank: int, world_size: int, gpu: torch.device | None = None
 ) -> Iterator[Topology]:
-    """Be `rank` of `world_size` within this context. What is received from another rank holds whatever its
-    memory held; gathered parts are copies of this rank's.
+    """Run as `rank` of `world_size` within this context.
 
-    gpu: where modules live, by default on the CPU. Raises `ValueError` where there is a GPU that was not
-    asked for, which megatron-core would then use.
+    Tensors that are received from another rank have undefined values. Gathered parts are copies of this
+    rank's part. gpu: the device of modules, by default the CPU. Raises `ValueError` if a GPU is visible that
+    was not requested, because megatron-core would use it.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -1,5 +1,4 @@
-"""The one fitted number: the share of a GPU's peak that matrix multiplications reach, from published
-steps."""
+"""Fits the one free number: the share of a GPU's peak that multiplications reach in published steps."""
 
 import csv
 import dataclasses
@@ -58,7 +57,7 @@ def _published(row: dict[str, str]) -> Published:
 
 
 def predicted(point: Published, *, matrix_efficiency: float | None = None) -> float:
-    """Seconds of a published step by this planner's model."""
+    """Seconds of a published step as this planner predicts them."""
     device = gpu("h100-80gb")
     if matrix_efficiency is not None:
         device = dataclasses.replace(device, matrix_efficiency=matrix_efficiency)
@@ -74,7 +73,8 @@ def fit(points: list[Published]) -> float:
         return sum(math.log(predicted(p, matrix_efficiency=efficiency) / p.seconds) ** 2 for p in points)
 
     low, high = 0.5, 1.0
-    while high - low > 1e-3:  # convex: time falls as efficiency rises
+    # a ternary search works because time falls as efficiency rises, so the error is convex
+    while high - low > 1e-3:
         left, right = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, right) if error(left) < error(right) else (left, high)
     return round((low + high) / 2, 3)

@@ -1,11 +1,14 @@
-"""Floating-point operations of packs: what the model needs, and what is computed beyond that.
+"""Floating-point operations of packs: those that the model needs, and those that are computed in addition.
 
-A multiply-add is two operations. A matrix of P parameters takes 2 P t forward and twice that backward (its
-input's gradient and its own). Causal attention computes half of every segment's square: scores and weighted
-values take 2 a L^2 forward, with a = heads x head_dim, and 4 a L^2 backward; fused attention computes the
-scores once more in its backward pass, which is 5 a L^2. A segment that besides itself sees `seen` tokens
-before it has L^2 + 2 L seen in place of L^2. Norms, activations, rotary embedding, softmax and the
-optimizer are not counted.
+A multiply-add is two operations. A matrix of P parameters takes 2 P t forward. It takes twice that backward,
+for the gradients of its input and of itself.
+
+Causal attention computes half of every segment's square. Scores and weighted values take 2 a L^2 forward,
+with a = heads x head_dim, and 4 a L^2 backward. Fused attention computes the scores again in its backward
+pass, which makes 5 a L^2. A segment that also attends to `seen` tokens before it has L^2 + 2 L seen instead
+of L^2.
+
+Norms, activations, rotary embedding, softmax and the optimizer are not counted.
 """
 
 from collections.abc import Iterable
@@ -15,13 +18,14 @@ from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Activations, Segment
 from megatron_post.plan.shape import Chunk, chunks, layer_matrices, vocabulary_rows
 
-# Of the forward pass: what fused attention computes in its backward pass, and what of it the model needs.
+# Multiples of the forward pass: what fused attention computes in its backward pass, and what the model needs
+# of it.
 ATTENTION_BACKWARD, ATTENTION_GRADIENTS = 2.5, 2.0
 
 
 @dataclass(frozen=True)
 class Load:
-    """What packs ask of a model: tokens, and the sum over their segments of L^2 + 2 L seen."""
+    """The work of packs: tokens, and the sum over their segments of L^2 + 2 L seen."""
 
     tokens: float
     squares: float
@@ -37,12 +41,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a forward and backward pass. matrices and attention are what the model needs, the others come on
-    top.
+    """FLOPs of a forward and backward pass. The model needs matrices and attention.
 
-    recomputed: activations under the recompute policy; scores: attention's scores in its backward pass;
-    loss: the head's products beyond three, of chunks whose logits were not kept or of padding rows;
-    reference: the forward pass of a frozen reference.
+    The others are additional.
+
+    recomputed: activations under the recompute policy. scores: attention's scores in its backward pass. loss:
+    products of the head beyond three, for chunks whose logits were not kept and for padding rows. reference:
+    the forward pass of a frozen reference.
     """
 
     matrices: float = 0.0
@@ -54,12 +59,12 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the model's mathematics needs, however it is computed."""
+        """FLOPs that the model's mathematics needs, however it is computed."""
         return self.matrices + self.attention
 
     @property
     def executed(self) -> float:
-        """All of it: what the hardware did."""
+        """All FLOPs that the hardware executes."""
         return float(sum(getattr(self, f.name) for f in fields(self)))
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -70,9 +75,10 @@ class Flops:
 
 
 def step_flops(config: Config, load: Load) -> Flops:
-    """Of all ranks that hold the model together. load: of the whole packs.
+    """FLOPs of all ranks that hold the model together. load: of the whole packs.
 
-    Given real tokens alone, `model` is what the step needs; given padded ones, `executed` is what it does.
+    With the load of real tokens, `model` is what the step needs. With the load of padded tokens, `executed`
+    is what it does.
     """
     tensor, context = config.parallel.tensor, config.parallel.context
     parts = [chunk for rank in chunks(config) for chunk in rank]
@@ -83,7 +89,7 @@ def step_flops(config: Config, load: Load) -> Flops:
 
 
 def chunk_flops(config: Config, chunk: Chunk, load: Load, *, tensor_rank: int = 0) -> Flops:
-    """Of one rank's share of packs through a chunk, forward and backward. load: of the whole packs.
+    """FLOPs of one rank's share of packs through a chunk, forward and backward. load: of the whole packs.
 
     The last tensor-parallel ranks hold padding rows of the vocabulary, which the fused loss does not
     multiply.
@@ -104,14 +110,16 @@ def chunk_flops(config: Config, chunk: Chunk, load: Load, *, tensor_rank: int = 
 
 
 def attention_forward(config: Config, squares: float) -> float:
-    """Of a layer's attention on one rank. squares: of the whole packs."""
+    """FLOPs of a layer's attention on one rank. squares: of the whole packs."""
     m, p = config.model, config.parallel
     return 2 * squares * m.num_attention_heads * m.head_dim / p.tensor / p.context
 
 
 def loss_again(config: Config) -> float:
-    """Share of the fused loss' logits that its backward pass computes again: those of all chunks but the
-    last."""
+    """Share of the fused loss' logits that its backward pass computes again.
+
+    These are the logits of all chunks except the last.
+    """
     if config.traits.scalar_head or config.loss.impl != "fused":
         return 0.0
     tokens = config.data.pack_length // config.parallel.context
@@ -120,8 +128,10 @@ def loss_again(config: Config) -> float:
 
 
 def _head(config: Config, tokens: float, tensor_rank: int) -> tuple[float, float]:
-    """Forward through the output projection of the real vocabulary, and what is computed beyond three times
-    that."""
+    """FLOPs of the output projection of the real vocabulary, and FLOPs beyond three times that.
+
+    The first is of the forward pass.
+    """
     h, rows = config.model.hidden_size, vocabulary_rows(config)
     if config.traits.scalar_head:
         return 2 * tokens * h / config.parallel.tensor, 0.0

@@ -1,9 +1,9 @@
-"""GPUs and the network between them: published rates with their sources, and the shares of them that are
-reached.
+"""GPUs and their networks: published rates with their sources, and the shares of them that are reached.
 
-`matrix_efficiency` is the one number that was fitted (plan/fit.py): the share of the best multiplication
-anybody measured that those of a training step reach. The other shares are the same for all GPUs and say where
-they are from. Only H100 steps were there to fit; what is said of H200 and B200 is extrapolated.
+`matrix_efficiency` is the one number that was fitted (plan/fit.py). It is the speed of multiplications in a
+training step relative to the best multiplication that anyone measured. The other shares are the same for all
+GPUs, with their sources. Only H100 steps were available for the fit. The figures of H200 and B200 are
+extrapolated.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from megatron_post.storage.reading import did_you_mean
 
 GIB = 2**30
-# Fitted to two of the six published H100 steps; docs/planner.md has the fit and what was held out of it.
+# Fitted to two of the six published H100 steps. docs/planner.md has the fit and the steps that were held out.
 MATRIX_EFFICIENCY = 0.809
 
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes that `nvidia-smi` shows; rates in FLOP/s and bytes/s, one direction for links.
+    """Rates of a GPU and its network.
 
-    bf16, fp8: dense peaks of the data sheet. bf16_measured, fp8_measured: the fastest multiplication
-    measured.
+    memory: bytes as `nvidia-smi` shows them. Rates are in FLOP/s and bytes/s, and of links in one direction.
+    bf16, fp8: dense peaks of the data sheet. bf16_measured, fp8_measured: the fastest measured
+    multiplication.
     """
 
     name: str
@@ -37,14 +38,14 @@ class GPU:
     source: str
     per_node: int = 8
     matrix_efficiency: float = MATRIX_EFFICIENCY
-    # of the bf16 peak: FlashAttention-3 at 8,192 tokens, pytorch/benchmark pull request 2391: 614 TFLOP/s on
-    # H100; backward is an assumption
+    # Shares of the bf16 peak. Forward is FlashAttention-3 at 8,192 tokens, 614 TFLOP/s on H100 in
+    # pytorch/benchmark pull request 2391. Backward is an assumption.
     attention_forward: float = 0.62
     attention_backward: float = 0.50
-    # assumptions
+    # These are assumptions.
     bandwidth_efficiency: float = 0.85
     link_efficiency: float = 0.80
-    latency: float = 15e-6  # seconds that a collective takes at least
+    latency: float = 15e-6  # least seconds of a collective
     reserve: int = 4 * GIB  # CUDA context, NCCL's and cuBLAS's buffers, fragmentation
 
 
@@ -86,7 +87,7 @@ GPUS = {
             bf16=2250e12,
             fp8=4500e12,
             bf16_measured=1745e12,
-            fp8_measured=1745e12 * 1402.6 / 794.5,  # assumed to gain as much as on the H100
+            fp8_measured=1745e12 * 1402.6 / 794.5,  # assumes the same gain as on the H100
             memory_bandwidth=8.0e12,
             nvlink=900e9,
             network=50e9,
@@ -99,7 +100,7 @@ GPUS = {
 
 
 def gpu(name: str) -> GPU:
-    """By name. Raises `ValueError` for one that is not in the table."""
+    """The GPU with this name. Raises `ValueError` if it is not in the table."""
     if name not in GPUS:
         meant = did_you_mean(name, list(GPUS))
         raise ValueError(
@@ -109,8 +110,10 @@ def gpu(name: str) -> GPU:
 
 
 def gpu_of_device(device: str) -> GPU | None:
-    """By the name that CUDA gives a device ("NVIDIA H100 80GB HBM3"); None where the table has none of it:
-    the cards for PCIe slots are slower, and GH200 and GB200 are others."""
+    """The GPU with CUDA's name of a device ("NVIDIA H100 80GB HBM3"), or None if it is not in the table.
+
+    Cards for PCIe slots are slower, and GH200 and GB200 are other GPUs, so they are not matched.
+    """
     words = device.upper().split()
     if "PCIE" in words or "NVL" in words:
         return None

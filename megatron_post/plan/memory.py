@@ -1,9 +1,10 @@
 """Memory of every pipeline rank by kind, at the peak of a training step.
 
-Static: parameters; gradients (fp32, DDP's buffers); the optimizer's shard over data x context ranks (fp32
-master, where the parameters are bf16, and Adam's two moments); FP8 copies of the matrices; a frozen
-reference. On top, what the schedule's passes hold: not a number of microbatches times a guess, but the
-largest sum over the order in which the rank runs its passes.
+Some memory is static: parameters, gradients (fp32, in DDP's buffers), the optimizer's shard over data x
+context ranks, FP8 copies of the matrices, and a frozen reference. The optimizer's shard has Adam's two
+moments and, if the parameters are bf16, an fp32 master. The passes of the schedule hold further memory. It is
+the largest sum over the order in which the rank runs its passes, and not an estimate from the number of
+microbatches.
 """
 
 from collections import Counter
@@ -18,10 +19,10 @@ from megatron_post.plan.shape import Chunk, chunk_parameters, chunks, layer_matr
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a pipeline rank by kind. All its tensor-, context- and data-parallel ranks hold as much."""
+    """Bytes of a pipeline rank by kind. All its tensor-, context- and data-parallel ranks hold the same."""
 
     pipeline_rank: int
-    parameters: int  # how many
+    parameters: int  # number of parameters
     kinds: dict[str, int]
 
     @property
@@ -39,19 +40,20 @@ def memory(
     reserve: int = 0,
     extremes: bool = False,
 ) -> list[RankMemory]:
-    """Peak of each pipeline rank.
+    """Peak memory of each pipeline rank.
 
-    data_size: data-parallel ranks. segments: of a pack; by default one fills it.
-    fp8_copies: bytes a parameter of cached FP8 weights: 2 where a transposed copy is needed (Hopper), else 1.
-    reserve: bytes of the runtime (CUDA context, NCCL, fragmentation), counted as a kind.
-    extremes: only of the ranks of which one is the fullest: the first, the second and the last. Those between
-    are cut like the second and hold fewer passes.
+    data_size: data-parallel ranks. segments: of a pack. By default one segment fills it. fp8_copies: bytes of
+    cached FP8 weights for each parameter. It is 2 if a transposed copy is needed (Hopper), and otherwise 1.
+    reserve: bytes of the runtime (CUDA context, NCCL, fragmentation), which are a kind of their own.
+    extremes: compute only the first, second and last rank, one of which is the fullest. The ranks between
+    them have the same layers as the second and hold fewer passes.
     """
     ledger = Activations(config, layers, tuple(segments) or (Segment(config.data.pack_length),))
     microbatches = config.train.global_batch // data_size
     p = config.parallel
     result = []
-    # warm-up, and one group of microbatches through all chunks: from there on the schedule repeats itself
+    # The warm-up and one group of microbatches through all chunks are enough. After that the schedule
+    # repeats.
     enough = min(microbatches, 3 * p.pipeline)
     for rank, parts in enumerate(chunks(config)):
         if extremes and 1 < rank < p.pipeline - 1:
@@ -71,7 +73,7 @@ def memory(
 def static_kinds(
     config: Config, parts: Sequence[Chunk], *, data_size: int, fp8_copies: int
 ) -> dict[str, int]:
-    """What lives through the whole step."""
+    """Memory that is held through the whole step, by kind."""
     count = sum(chunk_parameters(config, chunk) for chunk in parts)
     element = 2 if config.precision.dtype == "bf16" else FP32
     moments = 2 * FP32 + (FP32 if element == 2 else 0)
@@ -84,7 +86,7 @@ def static_kinds(
     if config.precision.fp8:
         kinds["fp8 weights"] = matrices * fp8_copies
     if config.optimizer.gradient_accumulation_fusion:
-        # Transformer Engine returns an unused tensor for autograd, and keeps one for every shape of a weight
+        # Transformer Engine returns an unused tensor to autograd, and keeps one for every shape of a weight.
         kinds["unused gradients"] = sum(layer_matrices(config).values()) * element
     if config.runs_reference:
         kinds["reference"] = count * element + (matrices * fp8_copies if config.precision.fp8 else 0)
@@ -92,7 +94,7 @@ def static_kinds(
 
 
 def held(ledger: Activations, chunk: Chunk) -> Counter[str]:
-    """What one forward pass of a chunk keeps until its backward pass, by module."""
+    """Bytes that one forward pass of a chunk keeps until its backward pass, by module."""
     kept: Counter[str] = Counter()
     if ledger.config.recompute.mode == "full":
         kept["layer inputs"] = chunk.layers * ledger.layer() + ledger.angles() * bool(chunk.layers)
@@ -115,12 +117,12 @@ def working(ledger: Activations, chunk: Chunk, kind: str) -> int:
     layer = ledger.layer_backward() if chunk.layers else 0
     if not chunk.head:
         return layer
-    # when the layers' turn comes, what the head kept is free again
+    # The tensors of the head are free again when the backward pass reaches the layers.
     return max(ledger.loss_backward(), layer - sum(ledger.loss().values()))
 
 
 def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass]) -> dict[str, int]:
-    """Activations by module and working memory at the moment when they are most together."""
+    """Activations by module and working memory, at the moment when their sum is largest."""
     kept = [held(ledger, chunk) for chunk in parts]
     weights = [sum(item.values()) for item in kept]
     extras = {
@@ -131,16 +133,16 @@ def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass
     in_flight = [0] * len(parts)
     now = most = extra_then = 0
     then = tuple(in_flight)
-    for work in order:
-        if work.kind == "forward":
-            in_flight[work.chunk] += 1
-            now += weights[work.chunk]
-        extra = extras[work.kind, work.chunk]
+    for task in order:
+        if task.kind == "forward":
+            in_flight[task.chunk] += 1
+            now += weights[task.chunk]
+        extra = extras[task.kind, task.chunk]
         if now + extra > most:
             most, extra_then, then = now + extra, extra, tuple(in_flight)
-        if work.kind == "backward":
-            in_flight[work.chunk] -= 1
-            now -= weights[work.chunk]
+        if task.kind == "backward":
+            in_flight[task.chunk] -= 1
+            now -= weights[task.chunk]
     total: Counter[str] = Counter()
     for passes, modules in zip(then, kept, strict=True):
         for name, size in modules.items():
@@ -149,8 +151,11 @@ def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass
 
 
 def user_buffers(config: Config) -> int:
-    """Of `tp_comm_overlap`: twelve, one for each multiplication with its communication, of a rank's tokens.
-    With FP8 the eight that are gathered have a byte a number (Transformer Engine's `initialize_ub`)."""
+    """Bytes of the buffers of `tp_comm_overlap`.
+
+    There are twelve, one for each multiplication with its communication, with a rank's tokens. With FP8 the
+    eight gathered buffers have one byte per number (Transformer Engine's `initialize_ub`).
+    """
     p = config.parallel
     gathered = 1 if config.precision.fp8 else 2
     one = config.data.pack_length // p.context * config.model.hidden_size
@@ -158,8 +163,10 @@ def user_buffers(config: Config) -> int:
 
 
 def receive_buffers(config: Config, rank: int) -> int:
-    """Tensors between pipeline ranks that are on their way: an input and a gradient, of which the interleaved
-    schedule asks for the next while it computes."""
+    """Bytes of tensors in transfer between pipeline ranks: an input and a gradient.
+
+    The interleaved schedule receives the next ones while it computes.
+    """
     p = config.parallel
     shard = config.data.pack_length // p.context // (p.tensor if p.sequence else 1)
     one = shard * config.model.hidden_size * (2 if config.precision.dtype == "bf16" else FP32)

@@ -1,5 +1,4 @@
-"""A plan as one self-contained HTML page: memory bars and the pipeline's timeline, drawn in SVG without
-scripts."""
+"""Renders a plan as one self-contained HTML page, with memory bars and the pipeline's timeline in SVG."""
 
 from megatron_post.display import html_text
 from megatron_post.plan.estimate import Plan, layout_line, verdict
@@ -54,11 +53,11 @@ def page(plan: Plan) -> str:
 <dl>{entries}</dl>{notes}
 <h2>Memory of each pipeline rank</h2>
 {_memory(plan)}
-<h2>Where the step goes, on the busiest rank</h2>
+<h2>Time of a step on the busiest rank</h2>
 {_time(plan)}
 <h2>The pipeline</h2>
-<p class="faint">Forward passes blue, backward passes ochre, darker for later chunks of the model; gaps are
-the bubble.</p> {_timeline(plan)}
+<p class="faint">Forward passes are blue, and backward passes are ochre. Later chunks of the model are darker.
+Gaps are the bubble.</p> {_timeline(plan)}
 <p class="faint">Predicted by megatron-post's planner. docs/planner.md says what was measured and what is
 assumed.</p> </body></html>
 """
@@ -77,7 +76,7 @@ def _memory(plan: Plan) -> str:
             label = f"{kind}: {size / GIB:.2f} GiB"
             bars.append(bar(x, y, size * scale, rows - 6, colour, label))
             x += size * scale
-        x = edge if edge - 65 < x < edge else x  # the label must not lie on the line
+        x = edge if edge - 65 < x < edge else x  # the label must not overlap the line
         bars.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{rank.total / GIB:.1f} GiB</text>')
     height = len(plan.memory) * rows
     bars.append(
@@ -103,7 +102,7 @@ def _timeline(plan: Plan) -> str:
     scale, row = (WIDTH - _LABEL) / timeline.seconds, 22
     groups: dict[tuple[int, str, int], list[Event]] = {}
     for event in timeline.events:
-        groups.setdefault((event.rank, event.work.kind, event.work.chunk), []).append(event)
+        groups.setdefault((event.rank, event.task.kind, event.task.chunk), []).append(event)
     shapes = [f'<text x="0" y="{rank * row + 14}">rank {rank}</text>' for rank in range(timeline.pipeline)]
     for (rank, kind, chunk), events in sorted(groups.items()):
         boxes = "".join(
@@ -131,12 +130,12 @@ def svg(shapes: list[str], height: float) -> str:
 
 
 def bar(x: float, y: float, width: float, height: float, colour: str, title: str) -> str:
-    """A filled box that tells its title when pointed at."""
+    """A filled box that shows its title under the pointer."""
     box = f'x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" fill="{colour}"'
     return f"<rect {box}><title>{html_text(title)}</title></rect>"
 
 
 def key(colours: dict[str, str]) -> str:
-    """Names beside their colours."""
+    """A legend with names and their colours."""
     entries = (f'<li><i style="background:{c}"></i>{html_text(name)}</li>' for name, c in colours.items())
     return f'<ul class="key">{"".join(entries)}</ul>'

@@ -1,4 +1,4 @@
-"""A plan, a search or a dry run as terminal tables and as JSON."""
+"""Prints a plan, a search or a dry run as tables, and converts them to JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from megatron_post.config.overrides import merged, with_overrides
 from megatron_post.config.yaml_text import write_yaml
 from megatron_post.plan.estimate import Plan, layout_line, verdict
 from megatron_post.plan.hardware import GIB
-from megatron_post.plan.search import Found, override
+from megatron_post.plan.search import SearchResult, override
 from megatron_post.plan.shape import model_parameters
 
 if TYPE_CHECKING:
-    from megatron_post.plan.dry_run import DryRun  # which imports torch and megatron-core
+    from megatron_post.plan.dry_run import DryRun  # not at run time: it imports torch and megatron-core
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """For tools. Bytes, seconds, and shares from 0 to 1."""
+    """A plan as plain values for tools. Units are bytes and seconds, and shares are from 0 to 1."""
     time = plan.time
     return {
         "stage": plan.config.stage,
@@ -49,7 +49,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def time_rows(plan: Plan) -> dict[str, float]:
-    """Seconds of a step by what the busiest pipeline rank does; they add up to the step."""
+    """Seconds of a step by what the busiest pipeline rank does. They add up to the step."""
     time = plan.time
     rows = {
         "matrix multiplications": time.passes.matrices,
@@ -66,7 +66,7 @@ def time_rows(plan: Plan) -> dict[str, float]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Layout, memory by rank and kind, time, and the verdict."""
+    """Print layout, memory by rank and kind, time, and the verdict."""
     t = plan.time
     console.print(
         f"{plan.config.stage}, {model_parameters(plan.config):,} parameters, {plan.gpus} x {plan.gpu.name}: "
@@ -112,10 +112,11 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def print_search(found: Found, console: Console) -> None:
-    """The best layouts, and the winner as YAML."""
+def print_search(found: SearchResult, console: Console) -> None:
+    """Print the best layouts, and the winner as YAML."""
     console.print(
-        f"{found.possible:,} layouts, of which {found.fitting:,} fit; tokens/s: of a GPU", highlight=False
+        f"{found.fitting:,} of {found.possible:,} possible layouts fit; tokens/s are of one GPU",
+        highlight=False,
     )
     names = ("TP", "PP", "VPP", "CP", "DP", "recompute", "fp8", "GiB", "s a step", "tokens/s", "MFU")
     table = Table(*names, box=None)
@@ -133,12 +134,12 @@ def print_search(found: Found, console: Console) -> None:
             f"{plan.model_flops_utilization:.1%}",
         )
     console.print(table)
-    console.print("# the fastest, to be put over the config")
+    console.print("# the fastest layout, as overrides of the config")
     console.print(write_yaml(override(found.plans[0])), highlight=False, end="")
 
 
-def search_json(found: Found) -> dict[str, Any]:
-    """For tools: the plans, best first, and the winner's YAML."""
+def search_json(found: SearchResult) -> dict[str, Any]:
+    """A search as plain values for tools: the plans, best first, and the winner's YAML."""
     return {
         "possible": found.possible,
         "fitting": found.fitting,
@@ -147,13 +148,13 @@ def search_json(found: Found) -> dict[str, Any]:
     }
 
 
-def winner_config(found: Found, config: str, overrides: Sequence[str]) -> str:
-    """YAML of a config: the one that was searched for, with the fastest layout. config: its path."""
+def winner_config(found: SearchResult, config: str, overrides: Sequence[str]) -> str:
+    """YAML of the config that was searched for, with the fastest layout. config: its path."""
     return write_yaml(merged(with_overrides(read_tree(config), overrides), override(found.plans[0])))
 
 
 def print_dry_run(found: "DryRun", console: Console) -> None:
-    """Groups, and what each stage holds and says to others."""
+    """Print the groups, and the layers, parameters and collectives of each stage."""
     console.print(
         f"{found.model_parameters:,} parameters; {found.world_size:,} ranks, each in one group of:",
         highlight=False,
@@ -176,5 +177,5 @@ def print_dry_run(found: "DryRun", console: Console) -> None:
 
 
 def dry_run_json(found: "DryRun") -> dict[str, Any]:
-    """For tools."""
+    """A dry run as plain values for tools."""
     return dataclasses.asdict(found)

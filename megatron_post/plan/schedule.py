@@ -1,12 +1,12 @@
-"""The pipeline schedules of megatron-core 0.16, simulated: who computes what and when, and what each rank
-holds.
+"""Simulates the pipeline schedules of megatron-core 0.16: the order and the times of all passes.
 
-Without virtual stages it is 1F1B (`forward_backward_pipelining_without_interleaving`): rank r of p warms up
-with p - r - 1 forward passes, then alternates. With v chunks a rank it is the interleaved schedule: 2 (p - r
-- 1) + (v - 1) p passes of warm-up, chunks in turn every p microbatches. The order of passes on a rank is
-megatron-core's exactly; when each begins follows from the passes that it waits for. With equal passes and
-free transfers the ideal time is m v (f + b) a rank, and the part of the whole that a rank idles is
-(p - 1) / (v m + p - 1), Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+Without virtual stages the schedule is 1F1B (`forward_backward_pipelining_without_interleaving`): rank r of p
+warms up with p - r - 1 forward passes, and then alternates. With v chunks on each rank it is the interleaved
+schedule. Its warm-up has 2 (p - r - 1) + (v - 1) p passes, and the chunk changes every p microbatches.
+
+The order of passes on a rank is exactly megatron-core's. Each pass starts when the passes that it waits for
+have ended. With equal passes and free transfers, the ideal time of a rank is m v (f + b), and a rank is idle
+for (p - 1) / (v m + p - 1) of the time (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 """
 
 from collections.abc import Callable
@@ -27,17 +27,17 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Event:
-    """A pass and when it was computed, in seconds from the start of the step."""
+    """A pass and its times, in seconds from the start of the step."""
 
     rank: int
-    work: Pass
+    task: Pass
     start: float
     end: float
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All passes of a step. Events of a rank stand in the order in which it computes them."""
+    """All passes of a step. The events of a rank are in the order in which it computes them."""
 
     pipeline: int
     events: tuple[Event, ...]
@@ -59,7 +59,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Part of the ranks' time, from 0 to 1, in which they compute nothing."""
+        """Share of the ranks' time, from 0 to 1, in which they compute nothing."""
         busy = sum(self.busy(rank) for rank in range(self.pipeline))
         return 1 - busy / (self.pipeline * self.seconds)
 
@@ -69,7 +69,7 @@ def rank_order(
 ) -> list[Pass]:
     """The passes of a pipeline rank in megatron-core's order.
 
-    Raises `ValueError` where the interleaved schedule cannot run: it takes microbatches in groups of
+    Raises `ValueError` if the interleaved schedule cannot run, because it takes microbatches in groups of
     `pipeline`.
     """
     if virtual > 1 and microbatches % pipeline:
@@ -102,10 +102,11 @@ def simulate(
     transfer: float = 0.0,
     forward_only: bool = False,
 ) -> Timeline:
-    """When every pass of a step runs; with `forward_only`, as a frozen reference's do.
+    """The times of every pass of a step.
 
-    seconds(rank, pass): how long one takes, whatever its stage holds (embedding, loss) and however long its
-    pack attends. transfer: seconds between a pass and the moment its result can be used by another rank.
+    seconds(rank, pass): the duration of a pass, which may depend on its stage (embedding, loss) and its pack.
+    transfer: seconds until another rank can use the result of a pass. forward_only: run forward passes only,
+    as a frozen reference does.
     """
     shape = {"pipeline": pipeline, "virtual": virtual, "microbatches": microbatches}
     orders = [rank_order(rank, **shape, forward_only=forward_only) for rank in range(pipeline)]
@@ -117,16 +118,16 @@ def simulate(
         waiting, moved = False, False
         for rank, order in enumerate(orders):
             while positions[rank] < len(order):
-                work = order[positions[rank]]
-                stage = work.chunk * pipeline + rank
-                ready = _ready(work, stage, last, ended, transfer)
+                task = order[positions[rank]]
+                stage = task.chunk * pipeline + rank
+                ready = _ready(task, stage, last, ended, transfer)
                 if ready is None:
                     waiting = True
                     break
                 start = max(clocks[rank], ready)
-                clocks[rank] = start + seconds(rank, work)
-                ended[work.kind, work.microbatch, stage] = clocks[rank]
-                events.append(Event(rank, work, start, clocks[rank]))
+                clocks[rank] = start + seconds(rank, task)
+                ended[task.kind, task.microbatch, stage] = clocks[rank]
+                events.append(Event(rank, task, start, clocks[rank]))
                 positions[rank] += 1
                 moved = True
         assert moved or not waiting, "the schedule's order never deadlocks"
@@ -134,16 +135,18 @@ def simulate(
 
 
 def _ready(
-    work: Pass, stage: int, last: int, ended: dict[tuple[Kind, int, int], float], transfer: float
+    task: Pass, stage: int, last: int, ended: dict[tuple[Kind, int, int], float], transfer: float
 ) -> float | None:
-    """When a pass's input is there, or None while that is unknown. stage: in the model's order, last: the
-    last of them."""
-    if work.kind == "forward":
+    """The time at which a pass's input is ready, or None while it is unknown.
+
+    stage: in the model's order. last: the last stage.
+    """
+    if task.kind == "forward":
         if stage == 0:
             return 0.0
-        before = ended.get(("forward", work.microbatch, stage - 1))
+        before = ended.get(("forward", task.microbatch, stage - 1))
         return None if before is None else before + transfer
     if stage == last:
-        return ended.get(("forward", work.microbatch, stage))
-    after = ended.get(("backward", work.microbatch, stage + 1))
+        return ended.get(("forward", task.microbatch, stage))
+    after = ended.get(("backward", task.microbatch, stage + 1))
     return None if after is None else after + transfer

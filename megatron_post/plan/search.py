@@ -1,7 +1,7 @@
-"""Layouts of a config on so many GPUs, ranked: every one that is possible, most by a closed form, the best
-simulated.
+"""Ranks all possible layouts of a config on a number of GPUs.
 
-A microbatch is always one pack, so the microbatch's size is `data.pack_length` and not searched.
+A closed form ranks them, and the best are simulated. A microbatch is always one pack, so the size of a
+microbatch is `data.pack_length` and is not searched.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import chunks
 from megatron_post.plan.step import around_the_pipeline
 
-# (mode, modules), from what costs least time to what saves most memory
+# (mode, modules), from the least additional time to the most saved memory
 RECOMPUTE = (("none", ["core_attn"]), ("selective", ["core_attn"]), ("selective", ["core_attn", "mlp"]),
              ("full", ["core_attn"]))  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Found:
-    """Plans that fit, best first; and of all possible layouts how many there were and how many fit."""
+class SearchResult:
+    """Plans that fit, best first, and the numbers of layouts that are possible and that fit."""
 
     plans: list[Plan]
     possible: int
@@ -39,11 +39,11 @@ def search(
     segment_length: int | None = None,
     fp8: str | None = None,
     keep: int = 10,
-) -> Found:
-    """The fastest layouts that fit. fp8: a recipe that is tried besides the config's own and none.
+) -> SearchResult:
+    """The fastest layouts that fit. fp8: a recipe to try as well as the config's own and none.
 
-    Raises `ConfigError` for no such recipe, for one that the GPU does not have, and where no layout fits,
-    with the one that misses by least.
+    Raises `ConfigError` for an unknown recipe, for a recipe that the GPU does not have, and if no layout
+    fits. In the last case the message has the layout that is closest.
     """
     precision = parse(Precision, {"fp8": fp8}, origin="--fp8")
     for asked in (config, config.model_copy(update={"precision": precision})):
@@ -61,23 +61,25 @@ def search(
                 possible += 1
                 plan = Plan(candidate, gpus, gpu, segment_length)
                 if plan.shortfall <= 0:
-                    fitting.append((bound(plan), plan))
+                    fitting.append((closed_form_seconds(plan), plan))
                 elif closest is None or plan.shortfall < closest.shortfall:
                     closest = plan
     if not fitting:
-        raise ConfigError(_nothing(config, gpus, gpu, possible, closest))
+        raise ConfigError(_no_layout_message(config, gpus, gpu, possible, closest))
     fitting.sort(key=lambda item: item[0])
     best = sorted((plan for _, plan in fitting[: 2 * keep]), key=lambda plan: plan.time.seconds)
-    return Found(best[:keep], possible, len(fitting))
+    return SearchResult(best[:keep], possible, len(fitting))
 
 
-def bound(plan: Plan) -> float:
-    """Seconds of a step by the closed form: the busiest rank's passes, p - 1 chunks of bubble, and what
-    stands around the pipeline."""
+def closed_form_seconds(plan: Plan) -> float:
+    """Seconds of a step by a closed form.
+
+    It adds the busiest rank's passes, a bubble of p - 1 chunks, and the time outside the pipeline.
+    """
     p, costs, parts = plan.config.parallel, plan.costs, chunks(plan.config)
 
     def pipeline(*kinds: str) -> tuple[float, float]:
-        """Seconds that the busiest rank computes, and with the bubble."""
+        """Seconds that the busiest rank computes, without and with the bubble."""
         table = {
             (c.layers, c.embedding, c.head): sum(costs.chunk(c, plan.pack, kind).total for kind in kinds)
             for rank in parts
@@ -93,7 +95,7 @@ def bound(plan: Plan) -> float:
 
 
 def _layouts(config: Config, *, gpus: int, per_node: int) -> Iterator[Config]:
-    """Every way to cut the model and its packs over the GPUs."""
+    """Every way to divide the model and its packs over the GPUs."""
     for tensor in _divisors(per_node):
         for pipeline in _divisors(gpus // tensor if gpus % tensor == 0 else 1):
             for context in _divisors(gpus // tensor // pipeline):
@@ -125,7 +127,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def override(plan: Plan) -> dict[str, Any]:
-    """The layout as a config's sections, to be put over the config that was searched for."""
+    """The layout as sections that override those of the config."""
     c = plan.config
     return {
         "parallel": c.parallel.model_dump(),
@@ -134,12 +136,12 @@ def override(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _nothing(config: Config, gpus: int, gpu: GPU, possible: int, closest: Plan | None) -> str:
+def _no_layout_message(config: Config, gpus: int, gpu: GPU, possible: int, closest: Plan | None) -> str:
     if closest is None:
         return (
             f"no layout of model.num_layers={config.model.num_layers}, train.global_batch="
             f"{config.train.global_batch} and data.pack_length={config.data.pack_length} is possible on "
-            f"{gpus} GPUs: their number, or train.global_batch, must divide otherwise"
+            f"{gpus} GPUs; change the number of GPUs or train.global_batch"
         )
     return (
         f"none of {possible} layouts fits on {gpus} x {gpu.name}. The closest: "

@@ -1,4 +1,4 @@
-"""How a layout cuts the model: the chunks of every pipeline rank, and their parameters."""
+"""Divides the model over a layout: the chunks of every pipeline rank, and their parameters."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ VOCABULARY_TILE = 128
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of layers on a pipeline rank, and whether the embedding or the head stands beside them."""
+    """Consecutive layers on a pipeline rank, and whether the chunk also has the embedding or the head."""
 
     rank: int
     number: int
@@ -19,9 +19,11 @@ class Chunk:
 
 
 def chunks(config: Config) -> list[list[Chunk]]:
-    """Chunks of each pipeline rank, as megatron-core deals layers out: chunk c of rank r is stage c * p + r
-    of the model, all of equally many layers, where `embedding_and_loss_as_layers` takes one from the first
-    and one from the last."""
+    """Chunks of each pipeline rank, as megatron-core assigns layers.
+
+    Chunk c of rank r is stage c * p + r of the model. All stages have equally many layers, except that
+    `embedding_and_loss_as_layers` takes one from the first and one from the last.
+    """
     p = config.parallel
     counted = p.embedding_and_loss_as_layers
     each = (config.model.num_layers + 2 * counted) // (p.pipeline * p.virtual_pipeline)
@@ -38,8 +40,7 @@ def chunks(config: Config) -> list[list[Chunk]]:
 
 
 def vocabulary_rows(config: Config) -> int:
-    """Rows of the embedding on a tensor-parallel rank, padding included
-    (`models.build.padded_vocab_size`)."""
+    """Rows of the embedding on a tensor-parallel rank, with padding (`models.build.padded_vocab_size`)."""
     tensor = config.parallel.tensor
     multiple = VOCABULARY_TILE * tensor if tensor > 1 else 1
     return -(-config.model.vocab_size // multiple) * multiple // tensor
@@ -60,7 +61,7 @@ def layer_matrices(config: Config) -> dict[str, int]:
 
 
 def chunk_parameters(config: Config, chunk: Chunk) -> int:
-    """Parameters of a chunk on one tensor-parallel rank, vocabulary padding included."""
+    """Parameters of a chunk on one tensor-parallel rank, with vocabulary padding."""
     h, rows = config.model.hidden_size, vocabulary_rows(config)
     count = chunk.layers * (sum(layer_matrices(config).values()) + 2 * h)
     if chunk.embedding:
@@ -71,8 +72,10 @@ def chunk_parameters(config: Config, chunk: Chunk) -> int:
 
 
 def head_parameters(config: Config, chunk: Chunk) -> int:
-    """Of the output layer, or of the reward model's scalar head. A tied one is a copy only where the
-    embedding stands elsewhere."""
+    """Parameters of the output layer, or of the reward model's scalar head.
+
+    A tied output layer is a copy only if the embedding is in another chunk.
+    """
     h = config.model.hidden_size
     if config.traits.scalar_head:
         return h

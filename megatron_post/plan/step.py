@@ -1,5 +1,4 @@
-"""Time of an optimizer step: the pipeline simulated with the times of its passes, and what stands around
-it."""
+"""Time of an optimizer step: the simulated pipeline, and the time outside it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,10 @@ from megatron_post.plan.timing import Costs, PassTime
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step. passes: of the pipeline, by what the busiest rank's time goes to."""
+    """Seconds of an optimizer step.
+
+    passes: the seconds that the busiest rank computes, by kind. The other seconds are outside the pipeline.
+    """
 
     timeline: Timeline
     busiest: int
@@ -30,19 +32,19 @@ class StepTime:
 
 
 def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
-    """Of one data-parallel rank's packs of a step, all of `pack_length` tokens."""
+    """The time of a step. packs: of one data-parallel rank, each of `pack_length` tokens."""
     config, p = costs.config, costs.config.parallel
     parts = chunks(config)
     distinct = {pack: number for number, pack in enumerate(dict.fromkeys(map(tuple, packs)))}
     numbers = [distinct[tuple(pack)] for pack in packs]
     table = {
         (c, pack, kind): costs.chunk(c, segments, kind)
-        for c in {_like(c) for rank in parts for c in rank}
+        for c in {_without_place(c) for rank in parts for c in rank}
         for segments, pack in distinct.items()
         for kind in ("forward", "backward")
     }
     times = {
-        (c.rank, c.number, pack, kind): table[_like(c), pack, kind]
+        (c.rank, c.number, pack, kind): table[_without_place(c), pack, kind]
         for rank in parts
         for c in rank
         for pack in distinct.values()
@@ -52,7 +54,7 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
 
     def schedule(*, forward_only: bool) -> Timeline:
         return simulate(
-            lambda rank, work: seconds[rank, work.chunk, numbers[work.microbatch], work.kind],
+            lambda rank, task: seconds[rank, task.chunk, numbers[task.microbatch], task.kind],
             pipeline=p.pipeline,
             virtual=p.virtual_pipeline,
             microbatches=len(packs),
@@ -63,7 +65,7 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
     timeline = schedule(forward_only=False)
     busiest = max(range(p.pipeline), key=timeline.busy)
     counts = Counter(
-        (busiest, e.work.chunk, numbers[e.work.microbatch], e.work.kind)
+        (busiest, e.task.chunk, numbers[e.task.microbatch], e.task.kind)
         for e in timeline.events
         if e.rank == busiest
     )
@@ -73,8 +75,8 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
     return StepTime(timeline, busiest, passes, *around, reference)
 
 
-def _like(chunk: Chunk) -> Chunk:
-    """The same for all chunks whose passes take equally long."""
+def _without_place(chunk: Chunk) -> Chunk:
+    """The chunk without its place. It is equal for all chunks whose passes take equally long."""
     return replace(chunk, rank=0, number=0)
 
 
@@ -84,16 +86,17 @@ def around_the_pipeline(
     """Seconds of the reduce-scatter of gradients, the all-gather of parameters, and Adam.
 
     passes: seconds that the busiest rank computes. With `optimizer.overlap` the collectives run beside the
-    last and the first microbatches (of the interleaved schedule: groups of `pipeline`), a third of whose time
-    is forward and two thirds backward. The first chunk's parameters may be gathered beside the update of the
-    others.
+    last and the first microbatches. In the interleaved schedule these are groups of `pipeline` microbatches.
+    A third of their time is forward and two thirds are backward. The first chunk's parameters may be gathered
+    beside the update of the others.
     """
     config, p = costs.config, costs.config.parallel
     largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
     ranks = costs.data_size * p.context
     reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
     gather = costs.collective(2 * largest, ranks, spacing=p.tensor)
-    # Adam reads gradient, master and moments and writes master, moments and parameter; buffers are zeroed
+    # Adam reads gradient, master and moments and writes master, moments and parameter. Buffers are then
+    # zeroed.
     update = (30 * largest / ranks + 4 * largest) / (
         costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
     )

@@ -1,12 +1,13 @@
-"""Time of a training step: a roofline for every operation, collectives by size and place, the pipeline
-simulated.
+"""Time of the passes of a training step: a roofline for every operation, and collectives by size and place.
 
 An operation takes max(FLOPs / reached FLOP/s, bytes / reached bytes/s). A ring collective of n ranks moves (n
-- 1) / n of its bytes over the slowest link that it crosses: NVLink within a node, one network card a GPU
-beyond. Those of tensor parallelism are waited for, but for the ones that run beside another multiplication of
-the backward pass; where userbuffers hide more (the published runs may use them), multiplications beside them
-run slower, and counting either as waiting is closer to what was published than counting neither. `OURS` is
-this trainer, `NEMO` the published runs.
+- 1) / n of its bytes over the slowest link that it crosses: NVLink within a node, and one network card for
+each GPU between nodes.
+
+Collectives of tensor parallelism count as waiting, except those that run beside another multiplication of the
+backward pass. User buffers may hide more, and the published runs may use them. But multiplications beside
+user buffers run slower, and counting the collectives as waiting is closer to the published steps than
+counting neither effect. `THIS_TRAINER` is this trainer, and `NEMO` is the published runs.
 """
 
 from collections.abc import Sequence
@@ -22,18 +23,18 @@ from megatron_post.plan.shape import Chunk, layer_matrices, vocabulary_rows
 
 @dataclass(frozen=True)
 class Software:
-    """chunked_loss: logits of one chunk at a time, computed again in the backward pass."""
+    """chunked_loss: logits of one chunk exist at a time, and are computed again in the backward pass."""
 
     chunked_loss: bool
 
 
-OURS = Software(chunked_loss=True)
+THIS_TRAINER = Software(chunked_loss=True)
 NEMO = Software(chunked_loss=False)
 
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of a forward or backward pass by what it does; communication is what nothing hides."""
+    """Seconds of a forward or backward pass by kind. communication: the part that is not hidden."""
 
     matrices: float = 0.0
     attention: float = 0.0
@@ -62,17 +63,17 @@ class Costs:
     config: Config
     gpu: GPU
     data_size: int
-    software: Software = OURS
+    software: Software = THIS_TRAINER
 
     @cached_property
     def _z(self) -> "_Local":
         return _Local.of(self.config)
 
     def layer(self, segments: Sequence[Segment], kind: str) -> PassTime:
-        """One layer, recomputation in its backward pass included."""
+        """One layer. The backward pass includes recomputation."""
         forward = self._layer(segments, backward=False)
         if kind == "forward":
-            # what is recomputed runs without gradients at first, where user buffers gather nothing
+            # Recomputed layers first run without gradients, and then user buffers gather nothing.
             full = self.config.recompute.mode == "full"
             return self._layer(segments, backward=False, gradients=False) if full else forward
         return self._layer(segments, backward=True) + self._recomputed(forward)
@@ -91,8 +92,10 @@ class Costs:
         )
 
     def _exchange(self) -> float:
-        """Seconds in which context-parallel ranks exchange heads for tokens (`cp_comm_type=a2a`) and back,
-        which nothing hides: queries, keys, values and output, or as many gradients."""
+        """Seconds in which context-parallel ranks exchange heads for tokens (`cp_comm_type=a2a`) and back.
+
+        Queries, keys, values and output, or their gradients, are exchanged. Nothing hides this time.
+        """
         z = self._z
         if self.config.parallel.cp_comm_type != "a2a":
             return 0.0
@@ -103,27 +106,30 @@ class Costs:
     def _matrix(
         self, name: str, parameters: int, backward: bool, *, gradients: bool = True
     ) -> tuple[float, float]:
-        """Seconds of a layer's multiplication, and of its communication that is not hidden behind it."""
+        """Seconds of a layer's multiplication, and of its communication that is not hidden."""
         z = self._z
         one = self._multiply(parameters, fp8=True)
         if not backward:
             before = name in ("qkv", "fc1")
             return one, self._exposed(before=before, beside=one if gradients or not before else 0.0)
-        gradient = max(one, self._bytes(8 * parameters))  # read and added to in fp32
+        # the accumulated gradient is read and written in fp32
+        gradient = max(one, self._bytes(8 * parameters))
         if not self.config.optimizer.gradient_accumulation_fusion:
             gradient = one + self._bytes((2 + 2 + 8) * parameters)
         gather = self._tensor_collective()
         if name in ("qkv", "fc1"):
-            # the input is gathered again beside one multiplication, its gradient scattered beside the other
+            # The input is gathered again beside one multiplication. Its gradient is scattered beside the
+            # other.
             hidden = max(0.0, gather - one) * (2 if z.sequence else 1)
             return one + gradient, hidden
         return one + gradient, self._exposed(before=True, beside=one) if z.sequence else 0.0
 
     def _exposed(self, *, before: bool, beside: float = 0.0) -> float:
-        """Seconds of a gather before, or a scatter behind, a multiplication, that are waited for.
+        """Seconds of waiting for a gather before a multiplication, or for a scatter after it.
 
-        beside: seconds of the multiplication, where user buffers may divide it: by the ranks whose parts
-        arrive one by one, or in four, of which the last is scattered when all is multiplied.
+        beside: seconds of the multiplication if user buffers may divide it. A gather divides it by the ranks,
+        whose parts arrive one by one. A scatter divides it into four parts, and the last part is sent after
+        the whole multiplication.
         """
         z = self._z
         if z.tensor == 1 or (before and not z.sequence):
@@ -140,15 +146,18 @@ class Costs:
         return self.collective(z.t * z.h * 2, z.tensor, spacing=1)
 
     def collective(self, size: float, ranks: int, *, spacing: int) -> float:
-        """Seconds of a ring gather or scatter of `size` bytes over ranks that stand `spacing` apart."""
+        """Seconds of a ring gather or scatter of `size` bytes over ranks that are `spacing` apart."""
         if ranks == 1:
             return 0.0
         link = self.gpu.nvlink if ranks * spacing <= self.gpu.per_node else self.gpu.network
         return size * (ranks - 1) / ranks / (link * self.gpu.link_efficiency) + self.gpu.latency
 
     def _attention(self, segments: Sequence[Segment], *, backward: bool) -> float:
-        """Causal: 2 L^2 a FLOPs of a segment forward, 2.5 times as many backward, which computes scores
-        again."""
+        """Seconds of causal attention.
+
+        A segment takes 2 L^2 a FLOPs forward. The backward pass takes 2.5 times as many, because it computes
+        scores again.
+        """
         z = self._z
         squares = sum(s.length * s.length + 2 * s.length * s.seen for s in segments)
         share = self.gpu.attention_backward if backward else self.gpu.attention_forward
@@ -156,14 +165,15 @@ class Costs:
         seconds = flops / (self.gpu.bf16 * share)
         if self.config.parallel.cp_comm_type == "a2a":
             return seconds
-        # the ring of context parallelism sends keys and values beside the attention of those before
+        # The ring of context parallelism sends keys and values while the attention of earlier ones is
+        # computed.
         ring = self.collective(
             4 * z.t * z.context * z.k * (2 if backward else 1), z.context, spacing=z.tensor
         )
         return max(seconds, ring)
 
     def _traffic(self, *, backward: bool) -> float:
-        """Bytes of a layer's operations that are no multiplications."""
+        """Bytes of a layer's operations other than multiplications."""
         z = self._z
         stream, inner = z.s * z.h, z.t * (2 * z.a + 2 * z.k)
         norms_and_sums = 2 * (2 + 3) * stream
@@ -172,8 +182,9 @@ class Costs:
         if backward:
             size = 2 * (2 * norms_and_sums + inner + 5 * z.t * z.f)
         if self.config.precision.fp8:
-            # casts: read bf16, write FP8 and, where needed, its transpose; forward the matrices' inputs
-            # (those of fc1 and QKV within the norm), backward the gradients of their outputs
+            # Casts read bf16 and write FP8 and, if needed, its transpose. Forward they cast the inputs of
+            # matrices. Those of fc1 and QKV are cast within the norm. Backward they cast the gradients of the
+            # matrices' outputs.
             written = 2 if self.gpu.transposed_fp8 else 1
             if backward:
                 size += (2 + written) * (2 * stream + z.t * (z.a + 2 * z.k + 2 * z.f))
@@ -226,7 +237,7 @@ class Costs:
         )
 
     def embedding(self) -> PassTime:
-        """The lookup, or the sum of its gradient; and the scatter of the sequence."""
+        """The lookup or the sum of its gradient, and the scatter of the sequence."""
         z = self._z
         gather = self._tensor_collective() if z.tensor > 1 else 0.0
         return PassTime(elementwise=self._bytes(4 * z.t * z.h), communication=gather)
@@ -239,7 +250,7 @@ class Costs:
         return time + self.head(kind) if chunk.head else time
 
     def transfer(self) -> float:
-        """Seconds in which a pipeline rank's result reaches the next."""
+        """Seconds until a pipeline rank's result has reached the next rank."""
         z, p = self._z, self.config.parallel
         if p.pipeline == 1:
             return 0.0
@@ -248,7 +259,7 @@ class Costs:
         return 2 * z.s * z.h / (link * self.gpu.link_efficiency) + self.gpu.latency
 
     def _multiply(self, parameters: int, *, fp8: bool) -> float:
-        """All of this rank's tokens by one matrix: the longer of arithmetic and memory."""
+        """Seconds of all this rank's tokens times one matrix, limited by arithmetic or by memory."""
         z = self._z
         peak = self.gpu.fp8_measured if fp8 and self.config.precision.fp8 else self.gpu.bf16_measured
         return max(2 * z.t * parameters / (peak * self.gpu.matrix_efficiency), self._bytes(2 * parameters))

@@ -1,5 +1,4 @@
-"""What torch operations allocate and communicate, seen at the dispatcher on any device and on fake
-tensors."""
+"""Records the memory and the collectives of torch operations, on any device and on fake tensors."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# c10d operation -> the name in reports
+# c10d operation -> its name in reports
 _COLLECTIVES = {
     "_allgather_base_": "all-gather",
     "allgather_into_tensor_coalesced_": "all-gather",
@@ -26,10 +25,11 @@ _COLLECTIVES = {
 
 
 class Tracker(TorchDispatchMode):
-    """While entered: bytes of living storages that operations returned, and the collectives they ran.
+    """While it is entered, records the storages that operations return and the collectives that they run.
 
-    peak: the most bytes that lived at one time. collectives: (name, ranks of the group) -> [calls, bytes],
-    bytes of the largest tensor of each call. What an operation allocates and frees within itself is not seen.
+    peak: the most bytes that were alive at one time. collectives: (name, ranks of the group) -> [calls,
+    bytes]. The bytes of a call are those of its largest tensor. Memory that an operation allocates and frees
+    itself is not seen.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,14 @@ class Tracker(TorchDispatchMode):
 
     @property
     def live(self) -> int:
-        """Bytes that live now."""
+        """Bytes that are alive now."""
         dead = [key for key, known in self._known.items() if known[0].expired()]
         for key in dead:
             self._live -= self._known.pop(key)[1]
         return self._live
 
     def holders(self) -> Counter[str]:
-        """Living bytes by the operation that allocated them."""
+        """Bytes that are alive, by the operation that allocated them."""
         _ = self.live
         found: Counter[str] = Counter()
         for _, size, name in self._known.values():

@@ -1,4 +1,7 @@
-"""The real trainer's parts under the tracker: real tensors, megatron-core's schedule, ranks fake or real."""
+"""Measures the real trainer's parts with the tracker, on fake or real ranks.
+
+Tensors are real, and the schedule is megatron-core's.
+"""
 
 from unittest import mock
 
@@ -19,7 +22,10 @@ from megatron_post.train.step import Stepper
 
 
 def packs_of(lengths: list[int], ranks: list[int], *, count: int, reference: bool = False) -> list[Pack]:
-    """Packs of segments without padding. ranks: of the responses of a unit, -1 where nothing is compared."""
+    """Packs of segments without padding.
+
+    ranks: of the responses of a unit, or -1 for segments that are not compared.
+    """
     cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
     total = int(cu_seqlens[-1])
     units = np.cumsum([rank <= 0 for rank in ranks])
@@ -40,7 +46,7 @@ def packs_of(lengths: list[int], ranks: list[int], *, count: int, reference: boo
 
 
 def peak_of_fake_rank(config: Config, packs: list[Pack], *, rank: int, world_size: int) -> int:
-    """Most bytes that live during a training step of one rank, whose others are fake."""
+    """Peak bytes of one rank during a training step. The other ranks are fake."""
     with fake_rank(config.parallel, rank=rank, world_size=world_size) as topology:
         gloo = mock.Mock(return_value=topology.groups.dp_cp)
         with mock.patch.multiple(
@@ -50,7 +56,7 @@ def peak_of_fake_rank(config: Config, packs: list[Pack], *, rank: int, world_siz
 
 
 def peak_of_gloo_rank(config: Config, packs: list[Pack]) -> int:
-    """The same of a real rank, with real communication."""
+    """Peak bytes of a real rank during a training step, with real communication."""
     with parallel_run(config.parallel, seed=1) as topology:
         return _peak(config, packs, topology)
 
@@ -68,7 +74,7 @@ def _peak(config: Config, packs: list[Pack], topology: Topology) -> int:
         del models, model, parameter
         optimizer = build_optimizer(chunks, config)
         stepper = Stepper(chunks, stage, topology, portable=True, reference=reference)
-        # Adam's moments are made by the first step
+        # the first step creates Adam's moments
         optimizer.prepare_grads()
         optimizer.step()
         for chunk in chunks:

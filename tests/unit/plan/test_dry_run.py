@@ -1,4 +1,4 @@
-"""Stages of real modules on fake tensors, and what the trace of a pack records."""
+"""Stages of real modules on fake tensors, and the trace of a pack."""
 
 import pytest
 
@@ -10,8 +10,10 @@ from tests.tiny import tiny_config
 
 
 def test_groups_of_16384_ranks() -> None:
-    """405B at TP 8, CP 8, PP 8: 32 data-parallel ranks. 16,384 / 8 groups along TP, CP and PP; 512 along
-    DP."""
+    """405B at TP 8, CP 8, PP 8 has 32 data-parallel ranks.
+
+    There are 16,384 / 8 groups along each of TP, CP and PP, and 512 along DP.
+    """
     parallel = Parallel(tensor=8, sequence=True, context=8, pipeline=8)
     groups = check_groups(parallel, world_size=16384, per_node=8)
     assert groups == {"tensor": (2048, 8), "context": (2048, 8), "data": (512, 32), "pipeline": (2048, 8)}
@@ -25,16 +27,19 @@ def test_groups_of_16384_ranks() -> None:
         (Parallel(tensor=2), 6, 3, "would cross nodes"),
     ],
 )
-def test_groups_that_cannot_be(parallel: Parallel, world_size: int, per_node: int, message: str) -> None:
+def test_impossible_groups_are_refused(
+    parallel: Parallel, world_size: int, per_node: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_groups(parallel, world_size=world_size, per_node=per_node)
 
 
 def test_collectives_of_a_layer() -> None:
-    """TP 2 with sequence parallelism, CP 2, one layer beside the embedding, one before the head. t = 64 of
-    128 tokens, h = 64, fp32: a gather or scatter of the sequence is 64 x 64 x 4 bytes. A layer gathers twice
-    forward (QKV, fc1) and scatters twice (projection, fc2); backward twice gathers gradients, twice inputs,
-    twice scatters.
+    """The collectives of two layers at TP 2 with sequence parallelism and CP 2 are counted by hand.
+
+    One layer is beside the embedding, one before the head. t is 64 of 128 tokens, h is 64, in fp32. A gather
+    or scatter of the sequence has 64 x 64 x 4 bytes. Forward, a layer gathers twice (QKV, fc1) and scatters
+    twice (projection, fc2). Backward, it gathers gradients twice and inputs twice, and scatters twice.
     """
     config = tiny_config(
         parallel={"tensor": 2, "sequence": True, "context": 2, "pipeline": 2}, model={"num_layers": 2}
@@ -43,21 +48,24 @@ def test_collectives_of_a_layer() -> None:
     first, last = found.stages
     rows = {(name, axis): (calls, size) for name, axis, calls, size in first.collectives}
     one = 64 * 64 * 4
-    # the embedding scatters its output, and gathers its gradient
+    # The embedding scatters its output and gathers its gradient.
     assert rows["all-gather", "tensor"] == (7, 7 * one)
     assert rows["reduce-scatter", "tensor"] == (5, 5 * one)
-    # keys and values are gathered: 128 tokens x 16 (one of two groups, on two ranks) x 4 bytes
+    # Keys and values are gathered: 128 tokens x 16 (one of two groups, on two ranks) x 4 bytes.
     assert rows["all-gather", "context"] == (2, 2 * 128 * 16 * 4)
     assert rows["reduce-scatter", "context"] == (2, 2 * 128 * 16 * 4)
-    # the head gathers its input in both directions and three statistics a token, and scatters a gradient
+    # The head gathers its input in both directions and three statistics of each token, and scatters a
+    # gradient.
     rows = {(name, axis): (calls, size) for name, axis, calls, size in last.collectives}
     assert rows["all-gather", "tensor"] == (9, 8 * one + 2 * 3 * 64 * 4)
     assert rows["reduce-scatter", "tensor"] == (5, 5 * one)
 
 
 def test_recomputed_norms() -> None:
-    """Their output is freed and made again: a layer keeps less and calls the same collectives. megatron-core
-    asked Transformer Engine, which is not here, for the state of FP8."""
+    """The output of recomputed norms is freed, so a layer keeps less. Its collectives are the same.
+
+    megatron-core would ask Transformer Engine, which is not installed here, for the state of FP8.
+    """
     parallel = {"tensor": 2, "sequence": True}
     kept = dry_run(tiny_config(parallel=parallel), world_size=2, per_node=2).stages[0]
     config = tiny_config(parallel=parallel, recompute={"mode": "selective", "modules": ["layernorm"]})
@@ -69,7 +77,10 @@ def test_recomputed_norms() -> None:
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_stages_hold_the_model(stage: str, mode: str) -> None:
-    """dry_run itself compares their sum with the model's; each holds what the planner says."""
+    """Each stage has the parameters that the planner computes.
+
+    dry_run itself compares their sum with the model's.
+    """
     config = tiny_config(
         stage=stage, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, recompute={"mode": mode}
     )
@@ -80,11 +91,11 @@ def test_stages_hold_the_model(stage: str, mode: str) -> None:
     assert [report.rank for report in found.stages] == [0, 4]
 
 
-def test_what_cannot_run_is_refused() -> None:
+def test_impossible_batches_are_refused() -> None:
     with pytest.raises(ConfigError, match="global_batch=4 is not a multiple of the 8 data-parallel ranks"):
         dry_run(tiny_config(train={"steps": 1, "global_batch": 4}), world_size=8, per_node=8)
 
 
-def test_a_rank_that_does_not_exist() -> None:
+def test_a_missing_rank_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank 8 is not one of 8"):
         dry_run(tiny_config(train={"steps": 1, "global_batch": 8}), world_size=8, per_node=8, ranks=[8])

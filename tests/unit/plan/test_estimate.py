@@ -1,4 +1,4 @@
-"""Verdicts that help, the search, and the page."""
+"""Verdicts, the search, and the page."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ from megatron_post.plan.estimate import (
 from megatron_post.plan.hardware import GIB, gpu
 from megatron_post.plan.page import page
 from megatron_post.plan.report import plan_json, time_rows, winner_config
-from megatron_post.plan.search import bound, search
+from megatron_post.plan.search import closed_form_seconds, search
 from tests.unit.plan.test_memory import llama_config
 
 H100 = gpu("h100-80gb")
@@ -29,9 +29,11 @@ BIG = {"tensor": 8, "sequence": True, "pipeline": 8, "context": 8, "virtual_pipe
        "embedding_and_loss_as_layers": True}  # fmt: skip
 
 
-def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
-    """405B in bf16 without recomputation at 128K does not fit; each change that is named does, and is one
-    setting."""
+def test_verdict_has_the_shortfall_and_changes_that_fit() -> None:
+    """405B in bf16 without recomputation at 128K does not fit.
+
+    Each change in the verdict changes one setting and fits.
+    """
     config = llama_config("llama3.1_405b", BIG, pack_length=131072, train={"steps": 1, "global_batch": 16})
     plan = make_plan(config, gpus=512, gpu=H100)
     assert plan.shortfall > 0
@@ -61,8 +63,8 @@ def test_a_switch_that_takes_too_much_is_named() -> None:
     assert "  parallel.tp_comm_overlap=false fits" in verdict(plan)
 
 
-def test_fp8_that_the_gpu_does_not_have() -> None:
-    """MXFP8 on H100, for a plan, for a search of the config's own recipe and for one of another."""
+def test_fp8_recipes_of_other_gpus_are_refused() -> None:
+    """MXFP8 is refused on H100, in a plan and in a search, as the config's recipe or as another one."""
     config = llama_config("llama3.1_8b", {"tensor": 2}, pack_length=8192)
     mxfp8 = changed(config, {"precision.fp8": "mxfp8"})
     assert mxfp8 is not None and make_plan(mxfp8, gpus=8, gpu=gpu("b200-180gb")).time.seconds
@@ -76,7 +78,10 @@ def test_fp8_that_the_gpu_does_not_have() -> None:
 
 
 def test_fp32_is_planned_with_the_layers_that_run() -> None:
-    """Those of fp32 are the portable ones. A row without a shared prompt stays one segment."""
+    """Transformer Engine has no attention over packed rows of fp32, so the portable layers are planned.
+
+    A row without a shared prompt stays one segment.
+    """
     config = llama_config("llama3.1_8b", {"tensor": 2}, pack_length=8192, precision={"dtype": "fp32"})
     assert layers_on_gpu(config) == "portable"
     assert pack_segments(config, None) == (Segment(8192),)
@@ -84,8 +89,11 @@ def test_fp32_is_planned_with_the_layers_that_run() -> None:
 
 @pytest.mark.parametrize("fp8", [None, "tensorwise"])
 def test_rows_that_share_a_prompt(fp8: str | None) -> None:
-    """Transformer Engine's layers and our attention: of one layer without context parallelism, more by the
-    attention's own output, which the projection keeps as well. FP8 takes hold of the matrices."""
+    """Rows that share a prompt use Transformer Engine's layers with our attention.
+
+    In one layer without context parallelism, the attention's own output is the only additional memory,
+    because the projection keeps it as well. FP8 applies to the matrices.
+    """
     precision = {"precision": {"fp8": fp8}}
     shared = llama_config("llama3.1_8b", {"tensor": 2}, stage="reward", **precision)
     separate = llama_config(
@@ -99,8 +107,11 @@ def test_rows_that_share_a_prompt(fp8: str | None) -> None:
 
 
 def test_any_number_of_chunks_a_rank_is_tried() -> None:
-    """70B with 5 chunks of 4 layers a rank is 1.8 GiB too big. More of fewer layers keep less and fit,
-    as does one of 20, slower: of these the fastest is told."""
+    """70B with 5 chunks of 4 layers on each rank takes 1.8 GiB too much.
+
+    More chunks with fewer layers keep less and fit. One chunk of 20 layers fits too, but is slower. The
+    verdict names the fastest.
+    """
     parallel = {"tensor": 8, "sequence": True, "pipeline": 4, "virtual_pipeline": 5}
     config = llama_config("llama3.1_70b", parallel, pack_length=16384, train={"steps": 1, "global_batch": 64})
     fits = {next(iter(change)): change for change, _ in single_changes(make_plan(config, gpus=64, gpu=H100))}
@@ -108,8 +119,8 @@ def test_any_number_of_chunks_a_rank_is_tried() -> None:
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 4}, BIG, {**BIG, "pipeline": 16, "virtual_pipeline": 2}])
-def test_the_fullest_rank_is_the_first_the_second_or_the_last(parallel: dict[str, Any]) -> None:
-    """Of plans that look at those alone, against all ranks."""
+def test_the_fullest_rank_is_the_first_second_or_last(parallel: dict[str, Any]) -> None:
+    """Plans that compute only these ranks agree with plans of all ranks."""
     for mode in ("none", "full"):
         config = llama_config(
             "llama3.1_405b",
@@ -123,7 +134,7 @@ def test_the_fullest_rank_is_the_first_the_second_or_the_last(parallel: dict[str
 
 
 def test_nothing_fits() -> None:
-    """405B on one node: 812 GB of bf16 parameters alone are more than 8 x 80 GB."""
+    """405B does not fit on one node, because 812 GB of bf16 parameters alone are more than 8 x 80 GB."""
     config = llama_config("llama3.1_405b", {"tensor": 8, "sequence": True})
     assert "no single change fits" in verdict(make_plan(config, gpus=8, gpu=H100))
     with pytest.raises(
@@ -133,7 +144,7 @@ def test_nothing_fits() -> None:
     assert "plan search" not in str(caught.value)
 
 
-def test_what_cannot_run_is_refused() -> None:
+def test_impossible_plans_are_refused() -> None:
     config = llama_config("llama3.1_8b", {"tensor": 2})
     with pytest.raises(ConfigError, match="9 ranks are not a multiple"):
         make_plan(config, gpus=9, gpu=H100)
@@ -144,20 +155,26 @@ def test_what_cannot_run_is_refused() -> None:
 
 
 def test_segments() -> None:
-    """8,192 in 3,000s leave 2,192; an isolated row is a prompt and two responses that see it."""
+    """8,192 tokens in segments of 3,000 leave 2,192.
+
+    An isolated row is a prompt and two responses that see it.
+    """
     config = llama_config("llama3.1_8b", {})
     assert [s.length for s in pack_segments(config, 3000)] == [3000, 3000, 2192]
     reward = llama_config("llama3.1_8b", {}, stage="reward")
     assert pack_segments(reward, None) == (Segment(4096), Segment(2048, 4096), Segment(2048, 4096))
     together = llama_config("llama3.1_8b", {}, stage="reward", reward={"layout": "concatenated"})
     assert pack_segments(together, None)[2] == Segment(2048, 6144)
-    cut = llama_config("llama3.1_8b", {"context": 8})  # every segment is cut in 16
+    cut = llama_config("llama3.1_8b", {"context": 8})  # context parallelism cuts every segment into 16 chunks
     assert [s.length for s in pack_segments(cut, 3000)] == [3008, 3008, 2176]
 
 
 def test_model_flops() -> None:
-    """Of a step's 4 packs of 4 segments: 6 t times the matrices' 8,030,261,248 less the embedding and 65
-    norms, and 6 layers x heads x head_dim x the squares."""
+    """The FLOPs of a step with 4 packs of 4 segments are computed by hand.
+
+    They are 6 t times the matrices (8,030,261,248 less the embedding and 65 norms), and 6 layers x heads x
+    head_dim x the squares.
+    """
     plan = make_plan(llama_config("llama3.1_8b", {"tensor": 2}), gpus=8, gpu=H100, segment_length=2048)
     matrices = 8_030_261_248 - 128256 * 4096 - 65 * 4096
     assert plan.model_flops == pytest.approx(6 * matrices * 4 * 8192 + 6 * 32 * 4096 * 4 * 4 * 2048**2)
@@ -172,16 +189,20 @@ def test_time_adds_up() -> None:
 
 
 def test_the_published_layout_fits() -> None:
-    """405B at 8,192 on 512 H100s ran without recomputation in TP 8, PP 8, CP 2, VPP 8, in bf16. This trainer
-    keeps gradients in fp32, 12 GiB more than bf16 ones would take."""
+    """405B at 8,192 ran on 512 H100s without recomputation, in TP 8, PP 8, CP 2, VPP 8 and bf16.
+
+    This trainer keeps gradients in fp32, which take 12 GiB more than bf16 gradients.
+    """
     config = llama_config("llama3.1_405b", {**BIG, "context": 2}, train={"steps": 1, "global_batch": 256})
     plan = make_plan(config, gpus=512, gpu=H100)
     assert plan.fullest.total - plan.fullest.kinds["gradients"] / 2 < H100.memory
 
 
-def test_search_ranks_what_fits(tmp_path: Path) -> None:
-    """The winner's YAML, put over the config, loads, and plans to what the search said. The closed form that
-    chooses what is simulated is within a tenth of the simulation."""
+def test_search_ranks_layouts_that_fit(tmp_path: Path) -> None:
+    """The winner's YAML loads as an override of the config, and its plan equals that of the search.
+
+    The closed form that chooses the layouts to simulate is within a tenth of the simulation.
+    """
     overlap, train = {"overlap": True}, {"steps": 1, "global_batch": 64}
     config = llama_config("llama3.1_8b", {}, train=train, optimizer=overlap)
     found = search(config, gpus=16, gpu=H100, keep=4)
@@ -190,7 +211,7 @@ def test_search_ranks_what_fits(tmp_path: Path) -> None:
     assert seconds == sorted(seconds)
     for plan in found.plans:
         assert plan.shortfall <= 0
-        assert bound(plan) == pytest.approx(plan.time.seconds, rel=0.1)
+        assert closed_form_seconds(plan) == pytest.approx(plan.time.seconds, rel=0.1)
     text = to_yaml(config).replace("sources: []", "sources: [{name: a, path: a}]", 1)
     (tmp_path / "config.yaml").write_text(text)
     overrides = ["seed=3", "data.sources.0.path=x"]
@@ -217,7 +238,7 @@ def test_changes_that_a_plan_names_can_be_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_search_misses_nothing(overlap: bool) -> None:
-    """What the closed form leaves out of the simulation is no faster: against all layouts simulated."""
+    """Layouts that the closed form leaves out are not faster, compared with a simulation of all layouts."""
     train = {"steps": 1, "global_batch": 64}
     config = llama_config("llama3.1_8b", {}, train=train, optimizer={"overlap": overlap})
     found = search(config, gpus=64, gpu=H100)
@@ -235,20 +256,20 @@ def test_search_tries_fp8_when_asked() -> None:
         search(config, gpus=8, gpu=H100, fp8="e4m3")
 
 
-def test_fp32_is_said_not_to_be_timed() -> None:
+def test_plans_of_fp32_have_a_note_about_time() -> None:
     config = llama_config("llama3.1_8b", {}, precision={"dtype": "fp32"})
     plan = make_plan(config, gpus=1, gpu=H100)
     assert all("fp32 takes several times as long" in text for text in (plan.notes[0], page(plan)))
 
 
-def test_no_possible_layout() -> None:
+def test_no_possible_layout_is_an_error() -> None:
     config = llama_config("llama3.1_8b", {})
     with pytest.raises(ConfigError, match=r"train.global_batch=4 .* possible on 7 GPUs"):
         search(config, gpus=7, gpu=H100)
 
 
 def test_page_is_whole() -> None:
-    """One file without references to others; every rank, kind and chunk drawn; well-formed SVG."""
+    """The page refers to no other file, draws every rank, kind and chunk, and its SVG is well-formed."""
     config = llama_config("llama3.1_405b", BIG, pack_length=131072, train={"steps": 1, "global_batch": 16})
     plan = make_plan(config, gpus=512, gpu=H100)
     text = page(plan)

@@ -1,4 +1,4 @@
-"""The one fitted number, and the published steps that were held out of it."""
+"""The fitted number, and the published steps that were held out of the fit."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FITTED = ("llama3.1-405b bf16 on 512", "llama3.1-405b fp8 on 512")
 
 
 def test_published_steps(shared_data: Path) -> None:
-    """405B within 5%, 8B and 70B within 8%; four of the six were held out."""
+    """405B is predicted within 5%, and 8B and 70B within 8%. Four of the six steps were held out."""
     points = read_published(shared_data / "published_step_times.csv")
     chosen = [point for point in points if point.name in FITTED]
     assert len(points) == 6 and len(chosen) == 2
@@ -25,7 +25,7 @@ def test_published_steps(shared_data: Path) -> None:
 
 
 def test_published_tokens_per_second_per_gpu(shared_data: Path) -> None:
-    """405B on 512 H100s: 207 in BF16 and 331 in FP8, 256 x 8,192 tokens a step."""
+    """405B on 512 H100s reaches 207 in BF16 and 331 in FP8, with 256 x 8,192 tokens in a step."""
     points = {point.name: point for point in read_published(shared_data / "published_step_times.csv")}
     for name, expected in zip(FITTED, (207, 331), strict=True):
         rate = 256 * 8192 / 512 / predicted(points[name])

@@ -1,4 +1,4 @@
-"""Operations by hand, and beside those that torch counts while the real trainer's step runs."""
+"""Operations computed by hand, and compared with torch's count while the real trainer's step runs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,29 +26,35 @@ from tests.tiny import tiny_config
 from tests.unit.plan.measured import packs_of
 from tests.unit.plan.test_memory import llama_config
 
-# Unequal packs of 128: 100^2 + 28^2 = 10,784 and 64^2 + 40^2 + 24^2 = 6,272
+# Unequal packs of 128 have squares 100^2 + 28^2 = 10,784 and 64^2 + 40^2 + 24^2 = 6,272.
 LENGTHS = ([100, 28], [64, 40, 24])
 LOAD = Load(256, 10_784 + 6_272)
 
 
 def test_by_hand() -> None:
-    """Tiny: h 64, ffn 96, 4 heads of 16, 2 key-value heads, 4 layers, 250 ids. A layer's matrices: QKV 64 x
-    128, out 64 x 64, fc1 64 x 192, fc2 96 x 64: 8,192 + 4,096 + 12,288 + 6,144 = 30,720; the head 16,000.
-    So 6 x 256 tokens x (4 x 30,720 + 16,000) = 213,319,680; attention 6 x 4 layers x 64 x 17,056 =
-    26,198,016."""
+    """The tiny model has h 64, ffn 96, 4 heads of 16, 2 key-value heads, 4 layers and 250 ids.
+
+    The matrices of a layer are QKV 64 x 128, out 64 x 64, fc1 64 x 192 and fc2 96 x 64: 8,192 + 4,096 +
+    12,288 + 6,144 = 30,720. The head has 16,000. So matrices take 6 x 256 tokens x (4 x 30,720 + 16,000) =
+    213,319,680, and attention takes 6 x 4 layers x 64 x 17,056 = 26,198,016.
+    """
     assert Load.of(Segment(n) for pack in LENGTHS for n in pack) == LOAD
     found = step_flops(tiny_config(), LOAD)
     assert (found.matrices, found.attention) == (213_319_680, 26_198_016)
-    # computing the scores again is a twelfth of six parts: half a forward pass's four
+    # The model's attention is two parts forward and four backward. Computing the scores again is a seventh
+    # part.
     assert (found.scores, found.recomputed, found.loss, found.reference) == (26_198_016 / 6, 0, 0, 0)
     assert found.model == 239_517_696 and found.executed == found.model + found.scores
 
 
 def test_grouped_queries_by_hand() -> None:
-    """h 8, 2 heads of 4, 1 group, ffn 16, vocabulary 10, 1 layer. Matrices: q and o 64 + 64, k and v 32 + 32,
-    MLP 3 x 128 = 384, output 80: 656. Two segments of 3 and 4 tokens: 7 tokens, squares 25. 6 x 656 x 7 =
-    27552, and attention: forward 2 matmuls x 2 FLOPs x 8 x L^2 / 2 = 16 L^2, x 3 with backward = 48 x 25 =
-    1200."""
+    """The model has h 8, 2 heads of 4, 1 group, ffn 16, vocabulary 10 and 1 layer.
+
+    The matrices are q and o 64 + 64, k and v 32 + 32, MLP 3 x 128 = 384 and output 80, which is 656 in all.
+    Two segments of 3 and 4 tokens have 7 tokens and squares 25. Matrices take 6 x 656 x 7 = 27552. Attention
+    takes 2 matmuls x 2 FLOPs x 8 x L^2 / 2 = 16 L^2 forward, and three times that with backward: 48 x 25 =
+    1200.
+    """
     model = {
         "num_layers": 1,
         "hidden_size": 8,
@@ -61,8 +67,11 @@ def test_grouped_queries_by_hand() -> None:
 
 
 def test_405b_is_six_p() -> None:
-    """Without attention a token of 405B costs 6 FLOPs a parameter but for the embedding's 128256 x 16384 and
-    the norms; a reward model's head is one row of 16384 in place of 128256."""
+    """Without attention, a token of 405B costs 6 FLOPs for each parameter.
+
+    The embedding's 128256 x 16384 and the norms do not count. A reward model's head is one row of 16384
+    instead of 128256.
+    """
     norms = (2 * 126 + 1) * 16384
     expected = 6 * (405_853_388_800 - 128256 * 16384 - norms)
     assert step_flops(llama_config("llama3.1_405b", {}), Load(1, 0)).model == expected
@@ -71,14 +80,19 @@ def test_405b_is_six_p() -> None:
 
 
 def test_a_response_sees_its_prompt() -> None:
-    """20 tokens behind 10 that they see: 20 x 20 / 2 + 20 x 10 pairs, twice that is 800; and the prompt's
-    100."""
+    """20 tokens that attend to 10 before them have 20 x 20 / 2 + 20 x 10 pairs. Twice that is 800.
+
+    The prompt adds 100.
+    """
     assert Load.of([Segment(10), Segment(20, seen=10)]) == Load(30, 900)
 
 
-def test_what_is_computed_besides() -> None:
-    """Full recomputation is the layers' forward pass once more, a third of theirs; a frozen reference is a
-    whole forward pass; and what selective recomputation names is computed again alone."""
+def test_additional_operations() -> None:
+    """Recomputation and a frozen reference add operations.
+
+    Full recomputation adds the layers' forward pass, a third of their operations. A frozen reference adds a
+    whole forward pass. Selective recomputation adds the forward pass of the named modules only.
+    """
     plain = step_flops(tiny_config(), LOAD)
     layers = 2 * 256 * 4 * 30_720
     attention = plain.attention / 3
@@ -93,8 +107,11 @@ def test_what_is_computed_besides() -> None:
 
 
 def test_chunks_of_the_fused_loss() -> None:
-    """405B on TP 8: 16,128 rows of 2 bytes; 512 MiB hold 16,512 tokens, so 131,072 on CP 8 are one chunk,
-    and on CP 1 eight of 16,384, seven of which are computed again: (8 - 2/8) t v h in all."""
+    """405B on TP 8 has 16,128 rows of 2 bytes, so 512 MiB hold 16,512 tokens.
+
+    131,072 tokens on CP 8 are one chunk. On CP 1 they are eight chunks of 16,384, and seven are computed
+    again: (8 - 2/8) t v h in all.
+    """
     layout = {"tensor": 8, "sequence": True}
     sizes = {context: llama_config("llama3.1_405b", layout | {"context": context}, pack_length=131072)
              for context in (1, 8)}  # fmt: skip
@@ -105,8 +122,10 @@ def test_chunks_of_the_fused_loss() -> None:
 
 
 def test_ranks_add_up_to_the_model() -> None:
-    """TP 2 pads 250 ids to 256: the last rank's 128 rows hold 122 real ones. All layouts do the same
-    together."""
+    """All layouts do the same operations together.
+
+    TP 2 pads 250 ids to 256, so the last rank's 128 rows hold 122 real ones.
+    """
     whole = step_flops(tiny_config(), LOAD)
     for parallel in (
         {"tensor": 2, "sequence": True},
@@ -134,9 +153,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("sections", CASES.values(), ids=CASES.keys())
 def test_beside_torchs_counter(sections: dict[str, Any]) -> None:
-    """Every rank of the layout steps through both packs while torch counts its matrix products. Attention's
-    forward passes are counted at its own call; a backward pass, which torch cannot see into here, is five
-    halves of one."""
+    """Every rank of the layout steps through both packs while torch counts its matrix products.
+
+    Attention's forward passes are counted at its own call. torch cannot see its backward pass here, which is
+    2.5 times a forward pass.
+    """
     config = tiny_config(**sections)
     size = config.parallel.model_size
     for rank in range(size):
@@ -148,7 +169,7 @@ def test_beside_torchs_counter(sections: dict[str, Any]) -> None:
 
 
 def test_beside_torchs_counter_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pack of 384 tokens with logits of 128 at a time: two of three chunks are computed again."""
+    """One pack of 384 tokens has logits of 128 at a time. Two of three chunks are computed again."""
     monkeypatch.setattr(linear_logprob, "_CHUNK_BYTES", 128 * 250 * 4)
     monkeypatch.setattr(activations, "CHUNK_BYTES", 128 * 250 * 4)
     config = tiny_config(data={"pack_length": 384})
@@ -175,7 +196,7 @@ def _counted(config: Config, rank: int, size: int, *, packs: list[Pack]) -> tupl
 
 
 def _pack(lengths: list[int], stage: str) -> Pack:
-    """Of DPO the first two segments are a pair."""
+    """A pack. With DPO the first two segments are a pair."""
     ranks = [-1] * len(lengths)
     ranks[:2] = [0, 1] if stage == "dpo" else [-1, -1]
     (pack,) = packs_of(lengths, ranks, count=1)
@@ -184,8 +205,10 @@ def _pack(lengths: list[int], stage: str) -> Pack:
 
 @contextmanager
 def _counting() -> Iterator[tuple[FlopCounterMode, list[float]]]:
-    """Torch's counter of matrix products, and half of 4 d q^2 for every head of each causal square that is
-    attended."""
+    """Torch's counter of matrix products, and a count of attention's forward passes.
+
+    The latter is half of 4 d q^2 for each head of every causal square.
+    """
     attended: list[float] = []
     attend = torch.nn.functional.scaled_dot_product_attention
 

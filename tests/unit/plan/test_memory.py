@@ -1,5 +1,4 @@
-"""Predicted memory against the living bytes of the real trainer, in 23 layouts; and figures worked by
-hand."""
+"""Predicted memory compared with the live bytes of the real trainer in 23 layouts, and figures by hand."""
 
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 from tests.unit.plan.measured import packs_of, peak_of_fake_rank, peak_of_gloo_rank
 
-# Wide enough that activations, and not Python's small change, are what is measured.
+# The model is wide enough that activations dominate the measured bytes.
 MODEL = {
     "num_layers": 4,
     "hidden_size": 128,
@@ -27,7 +26,7 @@ ALL = {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2}
 
 
 class Case(NamedTuple):
-    """A layout, and which of its ranks is measured."""
+    """A layout, and the rank of it that is measured."""
 
     ranks: int
     rank: int
@@ -70,7 +69,7 @@ def _config(case: Case) -> Config:
 
 
 def _segments(case: Case) -> tuple[list[int], list[int], list[Segment]]:
-    """Lengths, ranks and what they see: a prompt and two responses in isolated rows, else segments alone."""
+    """Lengths, ranks and segments: a prompt and two responses in isolated rows, or plain segments."""
     if case.stage == "reward" and "reward" not in case.sections:
         return [256, 128, 128], [-1, 0, 1], [Segment(256), Segment(128, 256), Segment(128, 256)]
     ranks = [-1, -1, -1] if case.stage == "sft" else [-1, 0, 1]
@@ -79,7 +78,7 @@ def _segments(case: Case) -> tuple[list[int], list[int], list[Segment]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_predicted_is_within_3_percent_of_living_bytes(name: str) -> None:
+def test_predicted_is_within_3_percent_of_live_bytes(name: str) -> None:
     case = CASES[name]
     config = _config(case)
     data_size = case.ranks // config.parallel.model_size
@@ -94,8 +93,11 @@ def test_predicted_is_within_3_percent_of_living_bytes(name: str) -> None:
 
 
 def test_a_fake_rank_holds_what_a_real_one_holds() -> None:
-    """Of TP 2 x PP 2 on gloo, each rank's living bytes are those that the fake group shows. Real receives of
-    gloo wait a little longer or shorter: a pipeline tensor of 64 KiB more or less, of 19 MB."""
+    """The live bytes of each rank of TP 2 x PP 2 on gloo equal those on the fake group.
+
+    Real receives of gloo wait for other times, so a pipeline tensor of 64 KiB more or less may be alive, of
+    19 MB.
+    """
     case = Case(4, 0, {"tensor": 2, "sequence": True, "pipeline": 2})
     config, packs = _config(case), packs_of([256, 256], [-1, -1], count=4)
     real = run_ranks(peak_of_gloo_rank, 4, config, packs)
@@ -104,14 +106,16 @@ def test_a_fake_rank_holds_what_a_real_one_holds() -> None:
 
 
 def test_static_memory_by_hand() -> None:
-    """One layer of the tiny model at TP 2, bf16, DP 4: see below; gradients 4 bytes, parameters 2, optimizer
-    12 / 4."""
+    """One layer of the tiny model at TP 2, bf16 and DP 4.
+
+    A parameter takes 4 bytes of gradients, 2 of parameters, and 12 / 4 of the optimizer.
+    """
     config = tiny_config(
         model={**MODEL, "num_layers": 1}, parallel={"tensor": 2}, precision={"dtype": "bf16"}
     )
     (found,) = memory(config, data_size=4)
-    # QKV 128 x (64 + 2 x 32), projection 64 x 128, fc1 128 x 352, fc2 176 x 128, two norms;
-    # embedding and head 256 x 128 each (512 rows over 2 ranks), the last norm
+    # QKV 128 x (64 + 2 x 32), projection 64 x 128, fc1 128 x 352, fc2 176 x 128, two norms; embedding and
+    # head 256 x 128 each (512 rows over 2 ranks), the last norm.
     count = 128 * 128 + 64 * 128 + 128 * 352 + 176 * 128 + 2 * 128 + 2 * 256 * 128 + 128
     assert found.parameters == count
     assert found.kinds["parameters"] == 2 * count and found.kinds["gradients"] == 4 * count
@@ -119,7 +123,7 @@ def test_static_memory_by_hand() -> None:
 
 
 def test_user_buffers_by_hand() -> None:
-    """Twelve of 8,192 x 4,096 numbers; in FP8 eight of them have one byte a number."""
+    """There are twelve buffers of 8,192 x 4,096 numbers. With FP8 eight of them have one byte per number."""
     parallel = {"tensor": 2, "sequence": True, "tp_comm_overlap": True}
     for fp8, size in ((None, 12 * 2), ("tensorwise", 8 + 4 * 2)):
         (found,) = memory(llama_config("llama3.1_8b", parallel, precision={"fp8": fp8}), data_size=1)
@@ -127,7 +131,7 @@ def test_user_buffers_by_hand() -> None:
 
 
 def test_an_exchanged_output_is_kept_twice() -> None:
-    """2,048 of 8,192 tokens by 4,096 numbers of 2 bytes, a layer."""
+    """2,048 of 8,192 tokens have 4,096 numbers of 2 bytes in each layer."""
     ledgers = (
         Activations(
             llama_config("llama3.1_8b", {"context": 4, "cp_comm_type": kind}),
@@ -157,9 +161,11 @@ def test_a_norm_that_is_fused_into_the_mlp() -> None:
 
 
 def test_fused_gradients_by_hand() -> None:
-    """An unused bf16 tensor for each of the four shapes of a layer's weights lives on. While fc2's backward
-    pass runs, its weight gradient of 14,336 x 4,096 is no longer there: the next most are two gradients of
-    1,024 x 14,336 in place of one."""
+    """An unused bf16 tensor for each of the four shapes of a layer's weights stays alive.
+
+    While fc2's backward pass runs, its weight gradient of 14,336 x 4,096 no longer exists. The next largest
+    working memory is two gradients of 1,024 x 14,336 instead of one.
+    """
     plain, fused = (
         llama_config("llama3.1_8b", {}, pack_length=1024, optimizer={"gradient_accumulation_fusion": fusion})
         for fusion in (False, True)
@@ -172,9 +178,11 @@ def test_fused_gradients_by_hand() -> None:
 
 
 def test_fused_loss_chunk_is_512_mib() -> None:
-    """128,256 rows over 8 ranks are 16,128 with padding (1,024s): 512 MiB hold 16,640 of them in bf16, in
-    whole 128s, and 131,072 / 8 = 16,384 tokens are one chunk. On one rank with 128,256 rows: 2,048 tokens
-    fit."""
+    """128,256 rows over 8 ranks are 16,128 with padding. 512 MiB hold 16,640 tokens of them in bf16.
+
+    Chunks have a multiple of 128 tokens, and 131,072 / 8 = 16,384 tokens are one chunk. On one rank with
+    128,256 rows, 2,048 tokens fit.
+    """
     config = llama_config("llama3.1_405b", {"tensor": 8, "context": 8, "sequence": True}, pack_length=131072)
     ledger = Activations(config, "transformer_engine", (Segment(131072),))
     assert ledger.loss_chunk() == 16384

@@ -1,4 +1,4 @@
-"""Parameters and layers, against the published number and against the models that are built."""
+"""Parameters and layers equal the published counts and the models that are built."""
 
 import pytest
 
@@ -23,8 +23,10 @@ def test_parameters(preset: str, count: int) -> None:
 
 
 def test_chunks_of_405b() -> None:
-    """126 layers and two stand-ins over 8 x 8 chunks of 2: one layer beside the embedding, one beside the
-    loss."""
+    """126 layers, the embedding and the loss are divided over 8 x 8 chunks of 2.
+
+    So one layer is beside the embedding, and one beside the loss.
+    """
     parallel = {"pipeline": 8, "virtual_pipeline": 8, "embedding_and_loss_as_layers": True, "tensor": 8}
     parts = chunks(llama_config("llama3.1_405b", parallel))
     assert [sum(chunk.layers for chunk in rank) for rank in parts] == [15, *[16] * 6, 15]
@@ -38,7 +40,7 @@ def test_chunks_of_405b() -> None:
      (4, {"tensor": 2, "pipeline": 2, "embedding_and_loss_as_layers": True})],
 )  # fmt: skip
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_chunks_are_those_that_are_built(world_size: int, parallel: dict, stage: str) -> None:
+def test_chunks_equal_the_built_models(world_size: int, parallel: dict, stage: str) -> None:
     layers = 6 if parallel.get("embedding_and_loss_as_layers") else 4
     config = tiny_config(stage=stage, parallel=parallel, model={"num_layers": layers})
     tensor = config.parallel.tensor

@@ -1,4 +1,4 @@
-"""The configs of this repository fit where their first lines say they run; rounds name them."""
+"""The configs of this repository fit where their first lines say they run, and rounds name them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ GPUS = {
 }
 
 
-def test_none_is_forgotten() -> None:
+def test_every_config_is_tested() -> None:
     files = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("llama3_*/*.yaml")}
     assert {name for name in files if not name.endswith(("base", "round"))} == GPUS.keys()
 

@@ -1,4 +1,4 @@
-"""Times of single operations, worked by hand."""
+"""Times of single operations, computed by hand."""
 
 import dataclasses
 
@@ -11,7 +11,8 @@ from megatron_post.plan.step import around_the_pipeline, step_time
 from megatron_post.plan.timing import Costs, Software
 from tests.unit.plan.test_memory import llama_config
 
-# A machine of round numbers: 1 PFLOP/s for everything, 1 TB/s of memory, 100 GB/s within a node, 10 beyond.
+# A GPU with round numbers: 1 PFLOP/s for everything, 1 TB/s of memory, 100 GB/s within a node, 10 GB/s
+# between nodes.
 ROUND = GPU(
     "round",
     memory=80 * 10**9,
@@ -36,8 +37,10 @@ NOT_CHUNKED = Software(chunked_loss=False)
 
 
 def test_matrices_of_a_layer() -> None:
-    """8B: 218,103,808 parameters a layer less two norms of 4,096; 2 FLOPs each a token, twice that
-    backward."""
+    """A layer of 8B has 218,103,808 parameters less two norms of 4,096.
+
+    A token takes 2 FLOPs for each parameter forward, and twice that backward.
+    """
     config = llama_config("llama3.1_8b", {}, optimizer={"gradient_accumulation_fusion": True})
     costs = Costs(config, ROUND, 1, NOT_CHUNKED)
     matrices = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
@@ -46,9 +49,12 @@ def test_matrices_of_a_layer() -> None:
     assert costs.layer(pack, "backward").matrices == pytest.approx(4 * 8192 * matrices / 1e15)
 
 
-def test_a_gradient_of_its_own_is_written_and_read_again() -> None:
-    """Without fusion each of 218,103,808 parameters costs 2 bytes written, 2 read, and 4 + 4 to add it in
-    fp32; with it the addition hides behind the arithmetic of 8,192 tokens."""
+def test_an_unfused_gradient_is_written_and_read_again() -> None:
+    """Without fusion each of 218,103,808 parameters costs additional memory traffic.
+
+    Its gradient is written and read with 2 bytes each, and added in fp32 with 4 + 4. With fusion the addition
+    is hidden behind the arithmetic of 8,192 tokens.
+    """
     pack = [Segment(8192)]
     plain, fused = (
         Costs(
@@ -71,8 +77,11 @@ def test_fp8_halves_the_layers_and_not_the_head() -> None:
 
 
 def test_attention_costs_what_its_segments_cost() -> None:
-    """2 L^2 h FLOPs causal: 8,192 tokens in one segment 2 x 8192^2 x 4096, in four a quarter of it; a
-    response of 1,024 behind a prompt of 1,024 that it sees costs three times one that stands alone."""
+    """Causal attention takes 2 L^2 h FLOPs: 8,192 tokens in one segment take 2 x 8192^2 x 4096.
+
+    In four segments they take a quarter of it. A response of 1,024 that sees a prompt of 1,024 costs three
+    times as much as a response alone.
+    """
     costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1, NOT_CHUNKED)
     whole = costs.layer([Segment(8192)], "forward").attention
     assert whole == pytest.approx(2 * 8192**2 * 4096 / 1e15)
@@ -83,8 +92,10 @@ def test_attention_costs_what_its_segments_cost() -> None:
 
 
 def test_collectives_by_size_and_place() -> None:
-    """800 bytes over 8 ranks move 700. Eight neighbours are one node; eight that stand 8 apart are eight
-    nodes."""
+    """800 bytes over 8 ranks move 700 bytes.
+
+    Eight neighbours are on one node. Eight ranks that are 8 apart are on eight nodes.
+    """
     costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1)
     assert costs.collective(800e9, 8, spacing=1) == pytest.approx(7.0)
     assert costs.collective(800e9, 8, spacing=8) == pytest.approx(70.0)
@@ -92,8 +103,7 @@ def test_collectives_by_size_and_place() -> None:
 
 
 def test_tensor_parallel_layer_waits_four_times_forward() -> None:
-    """TP 8 with sequence parallelism: two gathers and two scatters of t h 2 bytes, 7/8 of which cross a
-    link."""
+    """TP 8 with sequence parallelism has two gathers and two scatters. 7/8 of t h 2 bytes cross a link."""
     config = llama_config("llama3.1_70b", {"tensor": 8, "sequence": True})
     costs = Costs(config, ROUND, 1)
     expected = 4 * (8192 * 8192 * 2 * 7 / 8) / 100e9
@@ -101,8 +111,11 @@ def test_tensor_parallel_layer_waits_four_times_forward() -> None:
 
 
 def test_user_buffers_hide_what_fits_beside_a_multiplication() -> None:
-    """TP 8: a gather waits for 7/8 of its multiplication less, and a quarter of a scatter is never hidden.
-    Links a hundred times as fast leave that quarter alone, four scatters and two gathers of it a layer."""
+    """At TP 8 a gather is hidden by 7/8 of its multiplication, and a quarter of a scatter is never hidden.
+
+    Links that are a hundred times as fast leave only that quarter of four scatters and two gathers in each
+    layer.
+    """
     parallel = {"tensor": 8, "sequence": True}
     pack = [Segment(8192)]
     for link in (ROUND.nvlink, 100 * ROUND.nvlink):
@@ -119,7 +132,7 @@ def test_user_buffers_hide_what_fits_beside_a_multiplication() -> None:
         assert hidden.layer(pack, "forward").communication == pytest.approx(forward)
         saved = plain.layer(pack, "backward").communication - hidden.layer(pack, "backward").communication
         assert saved == pytest.approx(sum(min(whole, one[name] * 7 / 8) for name in ("proj", "fc2")))
-        # recomputed, a forward pass gathers without buffers the first time
+        # With recomputation, the first forward pass gathers without buffers.
         first = again.layer(pack, "forward").communication
         assert first == pytest.approx(2 * whole + sum(scatters))
 
@@ -133,7 +146,7 @@ def test_recomputation_costs_a_forward_pass() -> None:
 
 
 def test_a_frozen_reference_costs_a_forward_pass_of_the_step() -> None:
-    """Through the pipeline, so with its bubble: the last rank's passes and the filling before them."""
+    """The pass has the pipeline's bubble: the last rank's passes, and the time to fill the pipeline."""
     packs = [[Segment(8192)]] * 4
     for pipeline in (1, 4):
         parallel = {"pipeline": pipeline}
@@ -142,16 +155,17 @@ def test_a_frozen_reference_costs_a_forward_pass_of_the_step() -> None:
         frozen = step_time(Costs(config, ROUND, 1), packs)
         assert stored.reference == 0
         forward = [
-            sum(e.end - e.start for e in stored.timeline.events if e.rank == r and e.work.kind == "forward")
+            sum(e.end - e.start for e in stored.timeline.events if e.rank == r and e.task.kind == "forward")
             for r in range(pipeline)
         ]
-        # the last rank has the head and is slowest; a pack is there once the ranks before it have had it
+        # The last rank has the head and is slowest. A pack arrives after the ranks before it have computed
+        # it.
         filling = sum(forward[:-1]) / len(packs) + (pipeline - 1) * Costs(config, ROUND, 1).transfer()
         assert frozen.seconds - stored.seconds == pytest.approx(forward[-1] + filling)
 
 
 def test_gradients_reduce_beside_the_backward_pass() -> None:
-    """Without overlap 4 bytes a parameter are waited for, and 2 gathered."""
+    """Without overlap the step waits for 4 bytes of each parameter, and for 2 bytes to be gathered."""
     plain = llama_config("llama3.1_8b", {})
     overlapped = llama_config("llama3.1_8b", {}, optimizer={"overlap": True})
     packs = [[Segment(8192)]] * 2
@@ -162,8 +176,11 @@ def test_gradients_reduce_beside_the_backward_pass() -> None:
 
 
 def test_heads_exchanged_for_tokens() -> None:
-    """CP 4 on 8B, 8,192 tokens: of 2,048 tokens each rank sends 3/4 of 4,096 + 2 x 1,024 + 4,096 numbers of 2
-    bytes in either pass, and again where the attention is recomputed. What a rank computes is as much."""
+    """CP 4 on 8B with 8,192 tokens: each rank sends 3/4 of its 2,048 tokens' numbers.
+
+    A token has 4,096 + 2 x 1,024 + 4,096 numbers of 2 bytes, in either pass. They are sent again if the
+    attention is recomputed. The computation of a rank does not change.
+    """
     pack = [Segment(8192)]
     ring, exchange, again = (
         Costs(
@@ -181,8 +198,11 @@ def test_heads_exchanged_for_tokens() -> None:
 
 
 def test_the_first_chunk_is_gathered_beside_the_update_of_the_others() -> None:
-    """2 chunks, and no passes beside which anything is gathered. Half of the gather hides behind half of the
-    update, of 30 / 2 + 4 bytes a parameter: all of it on these links, and a part on links of a tenth."""
+    """There are 2 chunks, and no passes that could hide a gather.
+
+    Half of the gather is hidden behind half of the update, which moves 30 / 2 + 4 bytes of each parameter. On
+    these links all of that half is hidden. On links with a tenth of the speed, a part is hidden.
+    """
     keys = {"overlap": True, "overlap_param_gather_with_optimizer_step": True}
     parallel = {"pipeline": 2, "virtual_pipeline": 2}
     plain, beside = (
@@ -200,7 +220,10 @@ def test_the_first_chunk_is_gathered_beside_the_update_of_the_others() -> None:
 
 
 def test_uneven_packs_take_longer_than_their_mean() -> None:
-    """Two data-parallel packs of one segment and two of 16: on a pipeline the long ones delay the others."""
+    """Two data-parallel packs have one segment and two have 16.
+
+    On a pipeline, the long ones delay the others.
+    """
     config = llama_config("llama3.1_8b", {"pipeline": 4})
     costs = Costs(config, dataclasses.replace(ROUND, attention_forward=0.1, attention_backward=0.1), 1)
     long, short = [Segment(8192)], [Segment(512)] * 16
