@@ -208,6 +208,7 @@ def _write_files(save: Save, values: Any, *, name: str) -> dict[str, Any]:
         for key, content in save.objects.items():
             objects.append([key, name, [stream.position, len(content)]])
             stream.write(content)
+        # The first rank publishes once it has all notes, so the files must be on the disk before the note.
         os.fsync(file.fileno())
     files = {name: stream.entry}
     for small, content in save.small.items():

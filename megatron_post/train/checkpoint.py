@@ -74,6 +74,7 @@ class Checkpoints:
         """
         began = time.perf_counter()
         rank, step = self._topology.rank, position.step
+        # After a rollback a step can be saved twice. Each attempt has its own partial directory.
         self._attempts += 1
         partial = manifest.partial_directory(self.root, step, epoch=self._fence.epoch, attempt=self._attempts)
         models = [chunk.sharded_state_dict(metadata=METADATA) for chunk in unwrap_model(chunks)]
@@ -91,6 +92,8 @@ class Checkpoints:
                 consumed_packs=position.consumed_packs,
                 world_size=self._topology.world_size,
             )
+            # The run itself has now reached this step, so it may replace an unusable checkpoint of this
+            # number.
             self._passed_over -= {step}
             settings = self._config.checkpoint
             publish = partial_function(

@@ -77,6 +77,7 @@ class Spikes:
             "loss_outlier": self._losses.score(values["loss"]),
             "grad_norm_outlier": self._norms.score(values["grad_norm"]),
         }
+        # The ranks of the group have equal scores, so all of them enter the collective below or none does.
         if max(scores.values()) > self._threshold:
             own = [
                 {

@@ -49,6 +49,7 @@ def load_checkpoint(
         objects = [_read_objects(source, state) for state in states.values()]
     except Exception as found:  # damage in a file that another process wrote can raise any error
         error = str(found) if isinstance(found, ValueError) else f"{type(found).__name__}: {found}"
+    # No rank may enter the all-gather while another has an error and does not take part.
     _raise_together(source.directory, error)
     gather_weights(chunks)
     if weights_only:

@@ -72,6 +72,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = finalize_model_grads
     if o.overlap:
+        # The schedule uses `no_sync_func` to reduce gradients only after the last microbatch, and the
+        # interleaved schedule starts the reduction of each chunk by `grad_sync_func`.
         core.no_sync_func = _one_or_list([chunk.no_sync for chunk in chunks])
         core.grad_sync_func = _one_or_list([chunk.start_grad_sync for chunk in chunks])
     return optimizer

@@ -79,6 +79,7 @@ def train(config: Config) -> None:
         metrics.console(f"{config.run_dir}: {run_summary(config, topology, train_store)}")
         if start.step:
             metrics.console(f"resumed after step {start.step}")
+        # The interleaved schedule needs a number of microbatches that the pipeline size divides.
         packs = [] if held_out is None else list(
             eval_packs(
                 held_out,
@@ -88,6 +89,7 @@ def train(config: Config) -> None:
                 multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
             )
         )  # fmt: skip
+        # Each incarnation has its own directory. The file `hung` of an earlier one would end this one.
         watchdog = Watchdog(
             Path(config.run_dir) / "watchdog" / f"epoch-{trainer.checkpoints.epoch}",
             topology,
@@ -242,6 +244,8 @@ def build_trainer(
     """
     fence = claim_together(config.run_dir, topology)
     checkpoints = Checkpoints(config, topology, fence, content=content)
+    # The checkpoint is verified and compared with the config before the model is built, so that an error
+    # costs little time.
     found = checkpoints.find()
     guard = Guard(config, topology, stop or StopRequest(), sources, fence)
     stage = make_stage(config, topology)
@@ -256,6 +260,8 @@ def build_trainer(
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)
     core = get_model_config(chunks[0])
+    # The schedule calls this hook after the last backward pass. Waiting for slower ranks begins there, so the
+    # heartbeat counts it as a section of its own.
     core.finalize_model_grads_func = guard.heartbeat.entering(
         "reduce gradients", core.finalize_model_grads_func
     )

@@ -33,4 +33,5 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        # Only a flag is set. The step must be finished, because other ranks wait in its collectives.
         self.received = self.received or signal.Signals(number).name

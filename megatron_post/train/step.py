@@ -67,6 +67,8 @@ class Stepper:
         Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result
         is complete on the last pipeline stage and empty on the other stages.
         """
+        # Every pipeline stage prepares every pack. The middle stages need no tokens, but their attention
+        # needs the boundaries of segments, which megatron-core does not send from stage to stage.
         microbatches = [self.prepare(pack) for pack in packs]
         if self._reference is not None:
             microbatches = self._with_reference(microbatches, self._reference)
@@ -143,6 +145,8 @@ class Stepper:
             microbatch = next(iterator)
             return microbatch.through(chunk), partial(take, batch=microbatch.batch)
 
+        # The schedule divides the sequence length by the context-parallel size, so it gets the whole pack's.
+        # Each model chunk of the interleaved schedule runs all microbatches, so each has its own iterator.
         context_size = self._topology.groups.cp.size()
         return self._run(
             forward_step_func=forward,
@@ -181,6 +185,8 @@ class Stepper:
 @contextlib.contextmanager
 def _no_reduction(chunks: Sequence[Any]) -> Iterator[None]:
     """Within this context a backward pass leaves this rank's gradients unreduced."""
+    # The schedule reduces gradients through these hooks. With overlap, backward hooks of the chunks reduce
+    # them as well, which `no_sync` turns off.
     config = get_model_config(chunks[0])
     hooks = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     before = {name: getattr(config, name) for name in hooks}
@@ -197,4 +203,5 @@ def _no_reduction(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 def _take_output(output: Tensor, *, batch: PackedBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    # The schedule expects a loss and a count. They are not used, because there is no backward pass.
     return output.sum(), torch.zeros([], dtype=torch.int32), {"output": output}

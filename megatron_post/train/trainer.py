@@ -101,6 +101,8 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = self.stepper(packs)
         self.guard.enter("update")
+        # The norm comes before the update, so that a step that is not finite can be refused. Reading it also
+        # waits for the GPU, which the heartbeat's timing events need.
         norm, rate = gradient_norm(self.optimizer), self.optimizer.param_groups[0]["lr"]
         self.check(norm, packs)
         # An asynchronous save copies live parameters and Adam's state. The optimizer must not overwrite them
