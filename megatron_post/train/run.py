@@ -21,11 +21,7 @@ from megatron_post.data.store_format import GroupName
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.models.build import build_model, uses_portable_attention, uses_portable_layers
 from megatron_post.models.llama import Llama
-from megatron_post.models.specs import (
-    has_transformer_engine,
-    transformer_engine_version,
-    user_buffers,
-)
+from megatron_post.models.specs import has_transformer_engine, transformer_engine_version, user_buffers
 from megatron_post.parallel.context import sum_over_ranks
 from megatron_post.parallel.topology import Topology, parallel_run, rank_from_environment
 from megatron_post.stages.base import Stage
@@ -39,12 +35,7 @@ from megatron_post.train.data_checks import check_sources, check_trained
 from megatron_post.train.fence import claim_together
 from megatron_post.train.guard import Guard
 from megatron_post.train.metrics import MetricsWriter
-from megatron_post.train.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    gather_weights,
-    wrap_data_parallel,
-)
+from megatron_post.train.optimizer import build_optimizer, build_scheduler, gather_weights, wrap_data_parallel
 from megatron_post.train.reference import attach_reference, weights_digests
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
@@ -244,8 +235,7 @@ def build_trainer(
     """
     fence = claim_together(config.run_dir, topology)
     checkpoints = Checkpoints(config, topology, fence, content=content)
-    # The checkpoint is verified and compared with the config before the model is built, so that an error
-    # costs little time.
+    # A damaged checkpoint or a refused config is found here, before the model is built.
     found = checkpoints.find()
     guard = Guard(config, topology, stop or StopRequest(), sources, fence)
     stage = make_stage(config, topology)
