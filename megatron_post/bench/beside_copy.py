@@ -48,5 +48,6 @@ def _serve(connection: Connection, workers: int, function: Callable[..., Any], *
     started = time.perf_counter()
     function(*args)
     seconds = time.perf_counter() - started
+    # For children, ru_maxrss is the peak of the largest one. Linux counts it in KiB.
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     connection.send((seconds, (peak_rss() if workers == 1 else children) / 2**20))

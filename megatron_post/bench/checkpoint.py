@@ -80,7 +80,7 @@ def measure_checkpoints(
                 path = disk / f"{mode}-{number}"
                 trainer.checkpoints = checkpoints_in(run, topology, path, asynchronous=mode == MODES[1])
                 found += _intervals(trainer, store, mode, saves=saves, every=every)
-                trainer.checkpoints.wait()
+                trainer.checkpoints.wait()  # an asynchronous save may still be writing
                 size = _bytes(trainer.checkpoints.root)
         trainer.metrics.close()
         ranks: list[Any] = [None] * topology.world_size

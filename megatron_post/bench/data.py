@@ -111,6 +111,7 @@ def one_core() -> Iterator[None]:
         return
     allowed = os.sched_getaffinity(0)
     threads = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+    # Threads that start later inherit this from the thread that starts them.
     _pin(threads, {min(allowed)})
     try:
         yield

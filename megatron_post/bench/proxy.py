@@ -148,6 +148,8 @@ def _pass(
             shape = (tokens, 1, config.model.hidden_size)
             hidden = torch.randn(shape, dtype=dtype, device=topology.device)
             model.set_input_tensor([hidden.requires_grad_()])
+        # Without this, DDP would reduce the gradients, and the time of that would be meaningless on fake
+        # groups.
         with chunk.no_sync():
             began = _now(topology)
             output = microbatch.through(chunk)
@@ -161,7 +163,7 @@ def _pass(
 
 def _now(topology: Topology) -> float:
     if topology.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # kernels run asynchronously
     return time.perf_counter()
 
 

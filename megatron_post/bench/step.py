@@ -134,7 +134,7 @@ def timed_step(trainer: Trainer, loader: Iterator[list[Pack]], number: int) -> t
     trainer.report(number, values, packs, seconds=trainer.guard.elapsed())
     trainer.guard.enter("end")
     if trainer.topology.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # kernels run asynchronously, and the last ones may still run
     return time.perf_counter() - began, packs
 
 
@@ -174,7 +174,7 @@ def _synthetic_store(directory: Path, config: Config, topology: Topology, *, pac
     if local_rank == 0:
         batch, longest = config.train.global_batch, STORE_TOKENS // config.data.pack_length
         write_synthetic(directory, config, packs=max(batch, min(packs, longest)))
-    torch.distributed.barrier()
+    torch.distributed.barrier()  # no rank may open the store before it is written
     return open_synthetic(directory, config)
 
 
@@ -198,6 +198,7 @@ def scratch(topology: Topology, parent: str | Path | None = None) -> Iterator[Pa
             Path(parent).mkdir(parents=True, exist_ok=True)
         name = [tempfile.mkdtemp(prefix="megatron-post-bench-", dir=parent)]
     torch.distributed.broadcast_object_list(name, src=0)
+    # Other nodes may have a file system of their own, so every rank makes the directory.
     directory = Path(name[0])
     directory.mkdir(exist_ok=True)
     try:

@@ -49,6 +49,7 @@ def to_hf_config(
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": model.initializer_range,
+        # transformers 5 reads `rope_parameters`. Earlier releases read `rope_theta` and `rope_scaling`.
         "rope_theta": model.rope_theta,
         "rope_scaling": None if model.rope_scaling is None else rope,
         "rope_parameters": {"rope_theta": model.rope_theta, **rope},

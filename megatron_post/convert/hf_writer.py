@@ -58,8 +58,10 @@ def export_hf(
         if topology.tensor_rank == 0:
             _write_shard(tensors, {name: kinds[name] for name in shards[i]}, partial / file_name)
         else:
+            # Gathering is a collective, so the other tensor-parallel ranks must iterate as well.
             for _ in tensors:
                 pass
+    # Every rank has flushed its files when this gather returns, so rank 0 may publish the directory.
     gathered: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(gathered, (names, kinds))
     if topology.rank == 0:

@@ -228,6 +228,7 @@ def _write_part(job: Job, number: int) -> int:
     with (state / f"{name}.lock").open("w") as lock:
         if not locked(lock, wait=False):
             return 0
+        # Another process may have completed the part before this one got the lock.
         if (state / f"{name}.json").exists() and number in _done(job):
             return 0
         # The name is unique to this process. A worker whose parent was killed may still be writing, and must
@@ -243,6 +244,7 @@ def _write_part(job: Job, number: int) -> int:
         except BaseException:
             growing.unlink(missing_ok=True)
             raise
+        # The marker is written after the part, because it must never exist without the part.
         marker = state / f".{name}.{_own_suffix()}"
         marker.write_text(json.dumps(record))
         marker.rename(state / f"{name}.json")
@@ -261,6 +263,7 @@ def _finish(job: Job, report: Report) -> bool:
             )
             return False
         with (state / "lock").open("w") as lock:
+            # Several processes may find all parts complete at the same time, but only one may publish.
             locked(lock, wait=True)
             if not job.target.exists():
                 records = _done(job)

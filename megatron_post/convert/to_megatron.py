@@ -109,6 +109,7 @@ class ToMegatron:
             part.name: {"bytes": record["bytes"], "crc32": record["crc32"]}
             for part, record in zip(self.parts, records, strict=True)
         }
+        # megatron-core keeps state that is not sharded in this file. Converted weights have none.
         common = io.BytesIO()
         torch.save({}, common)
         small = self._companions | {

@@ -108,6 +108,7 @@ class _Contiguous:
 
 class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, kind: Kind) -> None:
+        # This is the protocol that torch.save uses.
         super().__init__(file, protocol=2)
         self._kind = kind
 

@@ -33,6 +33,7 @@ def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> li
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     plain: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    # Generation continues at the right end of a row, so padding must be on the left.
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", **plain)
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, use_safetensors=True, **plain

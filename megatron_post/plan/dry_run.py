@@ -78,6 +78,7 @@ def dry_run(config: Config, *, world_size: int, per_node: int, ranks: Sequence[i
     outside = [rank for rank in chosen if not 0 <= rank < world_size]
     if outside:
         raise ConfigError(f"rank {outside[0]} is not one of {world_size}")
+    # The dry run builds the portable layers, which have no FP8.
     config = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": None})})
     stages = tuple(_stages(config, chosen, world_size=world_size))
     total = model_parameters(config)

@@ -37,7 +37,7 @@ def fake_rank(
                     parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
                 ),
                 context_parallel_size=parallel.context,
-                create_gloo_process_groups=False,
+                create_gloo_process_groups=False,  # gloo would connect to ranks that do not exist
             )
             groups = ProcessGroupCollection.use_mpu_process_groups()
             tensor_parallel.model_parallel_cuda_manual_seed(1)

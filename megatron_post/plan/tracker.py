@@ -69,6 +69,7 @@ class Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._known.get(key)
+        # A new storage may have the address of one that was freed.
         if known is not None and known[0].expired():
             self._live -= self._known.pop(key)[1]
             known = None

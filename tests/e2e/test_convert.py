@@ -142,14 +142,14 @@ def test_logits_equal_transformers(tmp_path: Path) -> None:
         configs.append(tiny_config(tmp_path / size, model={**model.model_dump(), "rope_scaling": None}))
     tokens = np.random.default_rng(0).integers(0, 253, 100).astype(np.int32)
     (found,) = run_ranks(_logits, 1, configs, tokens)
-    for config, ours in zip(configs, found, strict=True):
+    for config, logits in zip(configs, found, strict=True):
         reference = transformers.LlamaForCausalLM.from_pretrained(
             Path(config.run_dir) / "back", dtype=torch.float32
         )
         with torch.no_grad():
-            theirs = reference(torch.from_numpy(tokens).long()[None]).logits[0].numpy()
-        assert np.abs(theirs).max() > 0.5
-        np.testing.assert_allclose(ours[:, :253], theirs, atol=1e-4, rtol=0)
+            expected = reference(torch.from_numpy(tokens).long()[None]).logits[0].numpy()
+        assert np.abs(expected).max() > 0.5
+        np.testing.assert_allclose(logits[:, :253], expected, atol=1e-4, rtol=0)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -69,11 +69,11 @@ def test_logits_equal_transformers(tmp_path: Path, tied: bool) -> None:
     config = tiny_config(model={"init_from": str(tmp_path / "hf"), "tie_word_embeddings": tied})
     reference = _random_hf(tmp_path / "hf", config, shards=not tied)
     tokens = np.random.default_rng(0).integers(0, 250, 200).astype(np.int32)
-    (ours,) = run_ranks(_logits, 1, config, tokens)
+    (logits,) = run_ranks(_logits, 1, config, tokens)
     with torch.no_grad():
-        theirs = reference(torch.from_numpy(tokens).long()[None]).logits[0].numpy()
-    assert np.abs(theirs).max() > 1
-    np.testing.assert_allclose(ours[:, :250], theirs, atol=1e-4, rtol=0)
+        expected = reference(torch.from_numpy(tokens).long()[None]).logits[0].numpy()
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits[:, :250], expected, atol=1e-4, rtol=0)
 
 
 def _loss_and_gradients(config: Config) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -92,13 +92,13 @@ def test_packed_equals_padded(tmp_path: Path) -> None:
     """
     config = tiny_config(model={"init_from": str(tmp_path)})
     reference = _random_hf(tmp_path, config, shards=False)
-    ((metrics, ours),) = run_ranks(_loss_and_gradients, 1, config)
+    ((metrics, gradients),) = run_ranks(_loss_and_gradients, 1, config)
     loss, count = _padded_loss(reference)
     loss.backward()
     assert metrics["loss_count"] == count
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in reference.named_parameters():
-        error = np.linalg.norm(ours[name] - parameter.grad.numpy())
+        error = np.linalg.norm(gradients[name] - parameter.grad.numpy())
         assert error <= 1e-4 * np.linalg.norm(parameter.grad.numpy()), name
 
 

@@ -84,6 +84,8 @@ def interleave(
     Only one side computes at a time, so a slow minute of the machine affects all of them. Raises
     `RuntimeError` with the traceback of a side that fails.
     """
+    # Each side has a process of its own, so that its threads, patches and caches do not affect the other
+    # sides.
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     try:

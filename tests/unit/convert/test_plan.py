@@ -41,9 +41,9 @@ def test_grouped_as_transformers_does(max_bytes: int) -> None:
     """
     hub = pytest.importorskip("huggingface_hub")
     tensors = weights_of(shaped_like("8b"))
-    theirs = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_bytes)
-    ours = plan_shards({n: Kind(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, max_bytes=max_bytes)
-    assert ours == list(theirs.filename_to_tensors.values())
+    expected = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_bytes)
+    shards = plan_shards({n: Kind(t.dtype, tuple(t.shape)) for n, t in tensors.items()}, max_bytes=max_bytes)
+    assert shards == list(expected.filename_to_tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,12 @@ def test_same_bytes_as_the_library(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 4, dtype=torch.float16),
         **{str(dtype): torch.ones(3).to(dtype) for dtype in DTYPES.values()},
     }
-    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
     header, places = header_of({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    ours = header + b"".join(bytes(raw_bytes(tensors[name])) for name in places)
-    assert ours == (tmp_path / "theirs").read_bytes()
-    assert read_header(tmp_path / "theirs") == places
-    assert load_file(tmp_path / "theirs")["a"].item() == 2.5
+    written = header + b"".join(bytes(raw_bytes(tensors[name])) for name in places)
+    assert written == (tmp_path / "library").read_bytes()
+    assert read_header(tmp_path / "library") == places
+    assert load_file(tmp_path / "library")["a"].item() == 2.5
 
 
 def _file(path: Path, header: Any, data: int = 64, *, length: int | None = None) -> Path:
