@@ -105,7 +105,7 @@ def read_records(directory: str | Path) -> list[Record]:
     if not records:
         there = "holds no records" if directory.is_dir() else "does not exist"
         raise ValueError(
-            f"{directory} {there}: `megatron-post bench step|data|... --output {directory}` first"
+            f"{directory} {there}; run `megatron-post bench step|data|... --output {directory}` first"
         )
     return sorted(records, key=lambda record: record.date)
 

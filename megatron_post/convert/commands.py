@@ -8,7 +8,7 @@ from megatron_post.display import make_console, say
 
 convert_app = typer.Typer(no_args_is_help=True, help="Convert weights from files to files, block by block.")
 
-Workers = Annotated[int, typer.Option(min=1, help="Processes on each node, or for each task of srun.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes in each task of srun or of a Slurm array.")]
 MaxShardSize = Annotated[str, typer.Option(help="Largest safetensors file, such as 5GB, 500MB or 4GiB.")]
 
 

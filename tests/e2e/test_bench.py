@@ -92,7 +92,7 @@ def test_report_names_what_changed(
             ["step", "CONFIG", "parallel.tensor=2"],
             "1 ranks are not a multiple of tensor x pipeline x context = 2",
         ),
-        (["report", "nothing"], "nothing does not exist: `megatron-post bench step"),
+        (["report", "nothing"], "nothing does not exist; run `megatron-post bench step"),
         (["convert", "--model", "9B"], "choose from '8B, 2 layers'"),
         (["merge", "--gigabytes", "3"], "--gigabytes 3: choose from 1, 2, 4"),
         (["data", "--rounds", "0"], "--rounds 0: want at least 1"),

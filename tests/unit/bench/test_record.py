@@ -57,7 +57,7 @@ def test_records_are_read_as_written(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing does not exist: `megatron-post bench step"):
+    with pytest.raises(ValueError, match="nothing does not exist; run `megatron-post bench step"):
         read_records(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no records"):
         read_records(tmp_path)

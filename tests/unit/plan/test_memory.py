@@ -145,8 +145,11 @@ def test_an_exchanged_output_is_kept_twice() -> None:
 
 
 def test_a_norm_that_is_fused_into_the_mlp() -> None:
-    """8,192 tokens of 4,096 in bf16, and a statistic of 4 bytes a token. tests/transformer_engine counts what
-    is recomputed: the MLP's own norm with it, unless norms stand by themselves."""
+    """The norm has 8,192 tokens of 4,096 numbers in bf16, and a statistic of 4 bytes for each token.
+
+    tests/transformer_engine counts what is recomputed. The MLP's own norm is recomputed with it, unless norms
+    are modules of their own.
+    """
 
     def norms(layers: Layers, *modules: str) -> int:
         recompute = {"mode": "selective", "modules": list(modules)}
