@@ -91,10 +91,10 @@ class Tokenizer:
                 "use the tokenizer of an instruct model (Llama 3.1 for tool calls)"
             ) from None
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id, special tokens included. A tokenizer may leave ids out."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def bos_id(self) -> int:

@@ -133,6 +133,17 @@ def test_fingerprint_is_stable_and_tells_tokenizers_apart(tmp_path):
     assert load_tokenizer(tmp_path).fingerprint == small.fingerprint
 
 
+def test_ids_that_are_left_out_count(tmp_path: Path) -> None:
+    """A model needs a row for the largest id, however few ids there are."""
+    small = train_small_tokenizer(SENTENCES, 300)
+    small.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert small.vocab_size == 300
+    content["model"]["vocab"]["far"] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(tmp_path).vocab_size == 5001
+
+
 def test_missing_special_token_is_named():
     with pytest.raises(ValueError, match=r"no special token '<\|image\|>'"):
         train_small_tokenizer(SENTENCES, 300).special("<|image|>")
