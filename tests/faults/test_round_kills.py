@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 
 import tests.ranks  # noqa: F401  what the server imports
-from megatron_post.rounds import round as module
+from megatron_post.rounds import run as module
 from megatron_post.storage.files import read_lines
 from tests.e2e.test_round import round_file
 from tests.faults.conftest import FIGURES
