@@ -28,6 +28,9 @@ def _trimmed(text: str) -> str:
         raise ValueError(f"{text!r} is blank; where there is none, leave the key out or write null")
     if text != text.strip():
         raise ValueError(f"{text!r} begins or ends with a blank; remove it")
+    if text.startswith("~/") or text == "~":
+        # a shell expands it at the beginning of a word only, so `run_dir=~/x` would make a directory named ~
+        raise ValueError(f"{text!r} begins with ~, which only a shell expands; write the whole path")
     return text
 
 

@@ -71,6 +71,7 @@ train: {steps: 10, global_batch: 4}
         ("run_dir=''", "run_dir: '' is blank; where there is none, leave the key out or write null"),
         ("run_dir='  '", "run_dir: '  ' is blank"),
         ("run_dir=' x'", "run_dir: ' x' begins or ends with a blank"),
+        ("run_dir=~/x", "run_dir: '~/x' begins with ~, which only a shell expands"),
         ('run_dir="a\\0b"', "run_dir: 'a\\x00b' holds a newline or another control character"),
         ('data.sources.0.name="a\\nb"', "data.sources.0.name: 'a\\nb' holds a newline"),
         (f"run_dir={'x' * 5000}", "run_dir: String should have at most 4096 characters"),
