@@ -1,4 +1,4 @@
-"""A chain of jobs: named steps, each a megatron-post command that starts when those before it succeeded."""
+"""A chain of jobs. Each step is a megatron-post command that starts after its predecessors have succeeded."""
 
 import shlex
 from collections.abc import Sequence
@@ -17,22 +17,27 @@ from megatron_post.launch.script import Job, launch_folder
 from megatron_post.storage.reading import did_you_mean
 
 
-class Step(Section):
+class ChainStep(Section):
     """One job of a chain."""
 
-    name: Name = Field(description="what `after` of other steps and the job's name say")
-    command: tuple[Line, ...] = Field(min_length=1, description="what follows `megatron-post`")
-    run_dir: Name | None = Field(None, description="of a training step: where its checkpoints are looked for")
+    name: Name = Field(description="name of the job, by which `after` of other steps refers to it")
+    command: tuple[Line, ...] = Field(min_length=1, description="arguments that follow `megatron-post`")
+    run_dir: Name | None = Field(
+        None, description="output directory of a training step, which holds its checkpoints"
+    )
     like: tuple[Line, ...] = Field(
         (),
-        description="of a training step whose config is still to be made: `train`'s arguments for one alike",
+        description="arguments of `train` for a similar run, which is checked in place of a training step "
+        "whose config does not exist yet",
     )
     nodes: Count = Field(1, description="nodes of the job")
-    ranks_per_node: Count | None = Field(None, description="null: the cluster's; 1: a single process")
-    after: tuple[Name, ...] = Field((), description="steps that must have ended with 0")
+    ranks_per_node: Count | None = Field(
+        None, description="null takes the cluster's value, 1 is a single process"
+    )
+    after: tuple[Name, ...] = Field((), description="steps that must have exited with status 0")
 
     @model_validator(mode="after")
-    def _like_a_training_step(self) -> "Step":
+    def _like_a_training_step(self) -> "ChainStep":
         if self.like and self.command[0] != "train":
             raise ValueError(
                 f"like={list(self.like)} has no effect with command {self.command[0]}, only with train"
@@ -43,8 +48,10 @@ class Step(Section):
 class Chain(Section):
     """A chain file."""
 
-    run_dir: Name = Field(description="logs of the steps without a run_dir, and the record of all jobs")
-    steps: tuple[Step, ...] = Field(min_length=1)
+    run_dir: Name = Field(
+        description="directory for the logs of steps without a run_dir and for the record of all jobs"
+    )
+    steps: tuple[ChainStep, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _can_be_ordered(self) -> "Chain":
@@ -53,7 +60,7 @@ class Chain(Section):
             f"step {name!r} is named twice" for name in sorted({n for n in names if names.count(n) > 1})
         ]
         errors += [
-            f"step {step.name!r} comes after {name!r}, which is no step{did_you_mean(name, names)}"
+            f"step {step.name!r} comes after {name!r}, which is not a step{did_you_mean(name, names)}"
             for step in self.steps
             for name in step.after
             if name not in names
@@ -69,9 +76,9 @@ class Chain(Section):
             raise ValueError("\n".join(errors))
         return self
 
-    def ordered(self) -> list[Step]:
-        """The steps so that each stands behind those that it comes after; else in the file's order."""
-        done: list[Step] = []
+    def ordered(self) -> list[ChainStep]:
+        """The steps in an order that respects `after`. Other steps keep the order of the file."""
+        done: list[ChainStep] = []
         waiting = list(self.steps)
         while waiting:
             names = {step.name for step in done}
@@ -81,7 +88,7 @@ class Chain(Section):
         return done
 
     def jobs(self, directory: Path) -> dict[str, Job]:
-        """Step name -> its job, in order."""
+        """The job of each step by the step's name, in the order in which they are submitted."""
         return {
             step.name: Job(
                 name=step.name,
@@ -96,7 +103,7 @@ class Chain(Section):
 
 
 def is_chain(path: str | Path) -> bool:
-    """Whether a file is a chain's, which has steps, and not a round's."""
+    """Whether a file describes a chain, which has `steps`, and not a round."""
     return "steps" in read_tree(path)
 
 
@@ -108,13 +115,16 @@ def load_chain(path: str | Path, overrides: Sequence[str] = ()) -> Chain:
 
 
 def parse_chain(values: Any, *, origin: str) -> Chain:
-    """A chain of plain values; `origin` names them in the `ConfigError`."""
+    """Validate a chain that is given as plain values. `origin` names their source in the `ConfigError`."""
     return parse(Chain, values, origin=origin)
 
 
 def chain_findings(chain: Chain, cluster: Cluster, directory: Path, *, disks: bool = True) -> list[str]:
-    """Steps with more ranks than a node has; of training steps layouts that cannot run, memory that does not
-    suffice and, with `disks`, disks that do not."""
+    """Find the steps that cannot run on this cluster.
+
+    A step may have more ranks than a node has. The layout of a training step may be impossible, its memory
+    may not suffice and, if `disks` is set, its disk may be too full.
+    """
     found = []
     for step in chain.ordered():
         ranks = step.ranks_per_node or cluster.ranks
@@ -127,7 +137,7 @@ def chain_findings(chain: Chain, cluster: Cluster, directory: Path, *, disks: bo
     return found
 
 
-def _train_findings(step: Step, cluster: Cluster, directory: Path, *, disks: bool) -> list[str]:
+def _train_findings(step: ChainStep, cluster: Cluster, directory: Path, *, disks: bool) -> list[str]:
     command, *arguments = step.command
     if command != "train" or not arguments:
         return []
@@ -147,8 +157,8 @@ def _train_findings(step: Step, cluster: Cluster, directory: Path, *, disks: boo
     return found
 
 
-def describe(chain: Chain, cluster: Cluster) -> list[str]:
-    """Lines for a reader: the jobs in order, their nodes x ranks, what each waits for, and its command."""
+def job_table(chain: Chain, cluster: Cluster) -> list[str]:
+    """Lines of a table for printing: each job with its nodes x ranks, its predecessors and its command."""
     rows = [("job", "nodes x ranks", "after", "command")]
     rows += [
         (
@@ -165,7 +175,7 @@ def describe(chain: Chain, cluster: Cluster) -> list[str]:
 
 
 def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submitted]:
-    """Queue all steps. Raises `SlurmError`, with nothing left in the queue, where one is refused."""
+    """Queue all steps. Raises `SlurmError` if Slurm refuses one, after the others have been cancelled."""
     jobs = chain.jobs(directory)
     ids: dict[str, int] = {}
     after = {step.name: step.after for step in chain.steps}

@@ -1,4 +1,4 @@
-"""The cluster file: what a site's Slurm wants to be told, apart from any run."""
+"""The cluster file: the settings of a site's Slurm that are the same for all runs."""
 
 import re
 from pathlib import Path
@@ -12,8 +12,9 @@ from megatron_post.config.section import Count, Line, Name, Section, Whole
 
 _TIME_LIMIT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What says which rank a process is. train.sbatch clears it, and each rank has its own from Slurm.
-_OF_A_RANK = re.compile(
+# Variables that identify a rank. train.sbatch clears them, and each rank gets its own values from Slurm.
+# A value for the whole cluster would give all ranks the same identity.
+_RANK_VARIABLE = re.compile(
     r"((LOCAL|GROUP|ROLE|NODE)_)?(RANK|WORLD_SIZE)|(TORCHELASTIC|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+"
     r"|PMI_(RANK|SIZE)|MASTER_(ADDR|PORT)|SLURM_(PROCID|LOCALID|STEP_NUM_TASKS)|MEGATRON_POST_(INCARNATION|NUMA_BINDING)"
 )
@@ -22,8 +23,8 @@ _OF_A_RANK = re.compile(
 class Container(Section):
     """A pyxis container in which the ranks run (`srun --container-image`)."""
 
-    image: Name = Field(description="a .sqsh file, or registry#image:tag")
-    mounts: tuple[Line, ...] = Field((), description="HOST:CONTAINER[:ro] each")
+    image: Name = Field(description="a .sqsh file or registry#image:tag")
+    mounts: tuple[Line, ...] = Field((), description="list of HOST:CONTAINER[:ro]")
 
     @field_validator("mounts")
     @classmethod
@@ -37,48 +38,63 @@ class Container(Section):
 class Cluster(Section):
     """How jobs are submitted and ranks are started on one cluster."""
 
-    partition: Name | None = Field(None, description="as sbatch --partition")
-    account: Name | None = Field(None, description="as sbatch --account")
-    qos: Name | None = Field(None, description="as sbatch --qos")
-    constraint: Name | None = Field(None, description="as sbatch --constraint: features of the nodes")
-    exclude: tuple[Name, ...] = Field((), description="nodes never to be used")
-    exclusive: bool = Field(True, description="whole nodes, as sbatch --exclusive")
-    memory: Name | None = Field(None, description="memory of a node, as sbatch --mem; 0: all of it")
-    gpus_per_node: Whole = Field(8, description="GPUs asked for on each node; 0: none")
-    gpu_type: Name | None = Field(None, description="type in Slurm's GRES, where it has one: h100")
-    gpu: Name | None = Field(
-        "h100-80gb", description="the planner's name of the GPU, by which memory is checked; null: it is not"
+    partition: Name | None = Field(None, description="passed to sbatch --partition")
+    account: Name | None = Field(None, description="passed to sbatch --account")
+    qos: Name | None = Field(None, description="passed to sbatch --qos")
+    constraint: Name | None = Field(
+        None, description="features that nodes must have, passed to sbatch --constraint"
     )
-    cpus_per_node: Count = Field(description="CPU cores asked for on each node, divided among its ranks")
-    ranks_per_node: Count | None = Field(None, description="null: one for each GPU")
+    exclude: tuple[Name, ...] = Field((), description="nodes that are never used, passed to sbatch --exclude")
+    exclusive: bool = Field(True, description="allocate whole nodes (sbatch --exclusive)")
+    memory: Name | None = Field(
+        None, description="host memory per node, passed to sbatch --mem. 0 requests all of it"
+    )
+    gpus_per_node: Whole = Field(8, description="number of GPUs requested per node")
+    gpu_type: Name | None = Field(
+        None, description="GPU type in Slurm's GRES, for example h100, if the site defines one"
+    )
+    gpu: Name | None = Field(
+        "h100-80gb",
+        description="the planner's name of the GPU, for the memory check. null turns the check off",
+    )
+    cpus_per_node: Count = Field(
+        description="number of CPU cores requested per node, which its ranks share equally"
+    )
+    ranks_per_node: Count | None = Field(None, description="null starts one rank per GPU")
     time_limit: Name = Field("24:00:00", description="[days-]hours:minutes:seconds")
     warning_seconds: int = Field(
         300,
         ge=1,
         le=65535,
-        description="ranks are told to save so long ahead of the time limit or preemption",
+        description="seconds before the time limit or preemption at which ranks receive the signal to save",
     )
     max_stalled_restarts: Whole = Field(
-        3, description="restarts in a row without a new checkpoint before the job stops"
+        3, description="number of consecutive restarts without a new checkpoint after which the job stops"
     )
-    node_check: bool = Field(True, description="check nodes and links before the ranks start")
+    node_check: bool = Field(True, description="check nodes and links before training starts")
     python: Name | None = Field(
-        None, description="interpreter of the ranks; null: the one that launches, in a container python3"
+        None,
+        description="Python interpreter of the ranks. null takes the interpreter that runs `launch`, or "
+        "python3 in a container",
     )
     container: Container | None = None
     numa_binding: Literal["node", "socket", "exclusive", "core-complex"] | None = Field(
         None,
-        description="CPUs of a rank, by the place of its GPU, as torchrun --numa-binding has them; null: as "
-        "Slurm binds tasks",
+        description="bind a rank to the CPUs near its GPU, with the modes of torchrun --numa-binding. null "
+        "leaves the binding to Slurm",
     )
-    environment: dict[str, Line] = Field(default_factory=dict, description="variables of the ranks")
-    setup: tuple[Line, ...] = Field((), description="lines of bash before anything runs: module load ...")
+    environment: dict[str, Line] = Field(
+        default_factory=dict, description="environment variables of the ranks"
+    )
+    setup: tuple[Line, ...] = Field(
+        (), description="lines of bash that run first, for example module load ..."
+    )
 
     @field_validator("time_limit")
     @classmethod
     def _is_a_time(cls, text: str) -> str:
         if not _TIME_LIMIT.fullmatch(text):
-            raise ValueError(f"{text!r} is no [days-]hours:minutes:seconds")
+            raise ValueError(f"{text!r} is not written as [days-]hours:minutes:seconds")
         return text
 
     @field_validator("environment")
@@ -86,11 +102,11 @@ class Cluster(Section):
     def _are_variables(cls, variables: dict[str, str]) -> dict[str, str]:
         wrong = [name for name in variables if not _VARIABLE.fullmatch(name)]
         if wrong:
-            raise ValueError(f"no names of environment variables: {', '.join(map(repr, wrong))}")
-        if taken := [name for name in variables if _OF_A_RANK.fullmatch(name)]:
+            raise ValueError(f"these cannot be names of environment variables: {', '.join(map(repr, wrong))}")
+        if taken := [name for name in variables if _RANK_VARIABLE.fullmatch(name)]:
             raise ValueError(
-                f"{', '.join(taken)} cannot be set here: the job's script sets for each rank what it must "
-                "know of itself and of the others. Remove the entry"
+                f"{', '.join(taken)} cannot be set here, because the job's script sets the variables that "
+                "identify each rank. Remove the entry"
             )
         return variables
 
@@ -117,12 +133,12 @@ class Cluster(Section):
 
     @property
     def ranks(self) -> int:
-        """Ranks on a node."""
+        """Number of ranks per node."""
         return self.ranks_per_node or self.gpus_per_node
 
     @property
     def seconds(self) -> int:
-        """The time limit."""
+        """The time limit in seconds."""
         match = _TIME_LIMIT.fullmatch(self.time_limit)
         assert match
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

@@ -1,4 +1,4 @@
-"""`megatron-post launch`: its options, and what it prints."""
+"""The options and the output of `megatron-post launch`."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ launch_app = typer.Typer(
     help="Run on Slurm: `launch CONFIG --cluster FILE [--dry-run] [-- KEY=VALUE...]`.",
 )
 ClusterPath = Annotated[str, typer.Option(help="YAML file of the cluster")]
-DryRun = Annotated[bool, typer.Option(help="Print the script and where ranks land; queue nothing.")]
-RunDir = Annotated[str, typer.Argument(metavar="RUN", help="run_dir of what was launched")]
+DryRun = Annotated[bool, typer.Option(help="Print the script and the placement of ranks. Queue nothing.")]
+RunDir = Annotated[str, typer.Argument(metavar="RUN", help="run_dir of the launched run")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[-- KEY=VALUE...]")]
 
 
@@ -26,9 +26,10 @@ def submit(
     cluster: ClusterPath,
     overrides: Overrides = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="By default the fewest that hold the model.")
+        int | None,
+        typer.Option(min=1, help="Number of nodes. The default is the fewest that hold the model."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the job; by default the run_dir's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job. The default is its run_dir.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Check everything, then queue a training run. The word `submit` may be left out."""
@@ -39,7 +40,7 @@ def submit(
 
 @launch_app.command("status")
 def status(run: RunDir) -> None:
-    """Show the jobs of a run: state, restarts, newest checkpoint, and why the last one ended."""
+    """Show the state, the restarts and the newest checkpoint of each job of a run, and why it ended."""
     from rich.table import Table
 
     from megatron_post.launch.record import status_rows
@@ -63,7 +64,7 @@ def cancel(run: RunDir) -> None:
 def logs(
     run: RunDir,
     lines: Annotated[int, typer.Option(min=1, help="Lines of each log.")] = 40,
-    follow: Annotated[bool, typer.Option(help="Go on with the newest log.")] = False,
+    follow: Annotated[bool, typer.Option(help="Keep printing new lines of the newest log.")] = False,
 ) -> None:
     """Print the end of the log of every job of a run."""
     from megatron_post.launch.record import submitted_jobs, tail
@@ -85,7 +86,7 @@ def check(
     config: Annotated[str, typer.Argument(metavar="CONFIG")],
     overrides: Overrides = None,
 ) -> None:
-    """The node check at job start; one process a rank."""
+    """Check the nodes when a job starts. Each rank runs this command as one process."""
     from megatron_post.config.load import load_config
     from megatron_post.launch.node_check import check_nodes
 

@@ -1,4 +1,4 @@
-"""`megatron-post launch`: read, check, and queue; or show what would be queued."""
+"""`megatron-post launch` reads and checks the config and the cluster file, and queues or prints the jobs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from megatron_post.config.schema import Config
 from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
 from megatron_post.display import say
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import Chain, chain_findings, describe, submit_chain
+from megatron_post.launch.chain import Chain, chain_findings, job_table, submit_chain
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.placement import fewest_nodes, place
 from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
@@ -25,16 +25,16 @@ def launch_run(
     name: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Check and queue a training run. Raises `ConfigError` with every finding, nothing being queued then.
+    """Check and queue a training run. If there are findings, raise `ConfigError` with all of them.
 
-    dry_run: print the script and the placement, and only what the config and the cluster say against them.
+    dry_run: print the script and the placement, and check the config against the cluster file only.
     """
     config, cluster, job = planned_run(config_path, cluster_path, overrides, nodes=nodes, name=name)
     if dry_run:
         _show(job, cluster)
         raise_for(layout_findings(config, cluster, nodes=job.nodes), config_path)
         placement = place(config.parallel, nodes=job.nodes, ranks_per_node=cluster.ranks)
-        say("\n".join(f"# {line}" for line in placement.describe()))
+        say("\n".join(f"# {line}" for line in placement.summary()))
         return
     raise_for([*findings(config, job, cluster), *active_findings([config.run_dir])], config_path)
     job_id = slurm.submit(job, cluster)
@@ -50,7 +50,7 @@ def planned_run(
     nodes: int | None = None,
     name: str | None = None,
 ) -> tuple[Config, Cluster, Job]:
-    """Config, cluster and job of a training run. Raises one `ConfigError` for the errors of both files."""
+    """The config, cluster and job of a run. Raises one `ConfigError` with the errors of both files."""
     errors: list[str] = []
     try:
         config = load_config(config_path, overrides)
@@ -73,17 +73,18 @@ def planned_run(
 
 
 def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool = False) -> None:
-    """Check and queue a chain of jobs; `origin` names it in errors. Its steps' data do not exist yet: its
-    layouts, their memory and the disks are looked at, and Slurm is asked.
+    """Check and queue a chain of jobs. `origin` names the chain in errors.
 
-    dry_run: print the jobs and their order, and the script of the first; Slurm is not asked.
+    The data of later steps do not exist yet, so only layouts, memory, disks and Slurm's limits are checked.
+
+    dry_run: print the jobs in order and the script of the first one, without calling Slurm.
     """
     cluster = load_cluster(cluster_path)
     jobs = chain.jobs(Path.cwd())
     found = chain_findings(chain, cluster, Path.cwd(), disks=not dry_run)
     if dry_run:
-        say("\n".join(f"# {line}" for line in describe(chain, cluster)))
-        say("# The first one's script; the others have other settings.")
+        say("\n".join(f"# {line}" for line in job_table(chain, cluster)))
+        say("# This is the script of the first job. The scripts of the others differ in their settings.")
         _show(next(iter(jobs.values())), cluster)
         raise_for(found, origin)
         return
@@ -96,7 +97,7 @@ def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool 
 
 
 def _show(job: Job, cluster: Cluster) -> None:
-    """Print a script, without the keys that the cluster file gives to its ranks."""
+    """Print a job's script without secrets, because users paste this output into tickets."""
     shown = {name: HIDDEN if is_secret_name(name) else text for name, text in cluster.environment.items()}
     say(f"# {slurm.submission(job, cluster)} <<'SCRIPT'")
     say(redact(render(job, cluster.model_copy(update={"environment": shown}))))

@@ -1,7 +1,7 @@
-"""At job start, on every rank, before megatron-core is imported: are all nodes there, healthy, of one speed?
+"""Check that all nodes of a job are present, healthy and equally fast, before megatron-core is imported.
 
-Ranks report through a key-value store on rank 0 and not through a global process group, which at thousands of
-ranks would cost more than the check.
+Every rank runs this check when a job starts. Ranks report through a key-value store on rank 0. A global
+process group with thousands of ranks would cost more than the check.
 """
 
 import json
@@ -41,7 +41,7 @@ def check_nodes(parallel: Parallel) -> bool:
     """Run the check on all ranks; rank 0 prints every finding. Returns whether the run may start."""
     rank, world_size, local_rank = rank_from_environment()
     if world_size == 1 or world_size % parallel.model_size:
-        return True  # what is wrong with a layout the run itself says
+        return True  # the run itself reports what is wrong with its layout
     ranks_per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     nodes, rest = divmod(world_size, ranks_per_node)
     assert not rest, "nodes of equal numbers of ranks"
@@ -49,7 +49,8 @@ def check_nodes(parallel: Parallel) -> bool:
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=rank == 0,
-        # longer than rank 0 waits for the last rank, or the others would give up before it can name that one
+        # This is longer than rank 0 waits for the last rank. Otherwise the other ranks would time out before
+        # rank 0 can name the absent one.
         timeout=timedelta(seconds=2 * ARRIVAL_SECONDS),
         wait_for_workers=False,
     )
@@ -60,7 +61,7 @@ def check_nodes(parallel: Parallel) -> bool:
     absent: list[int] = []
     may_start: bool | None = None
     if rank == 0:
-        # collectives would hang for a rank that is not there or has no GPU: those are settled first
+        # A collective would hang if a rank were absent or had no GPU, so rank 0 decides about those first.
         absent = _absent(store, world_size)
         present = sorted({*range(world_size)} - {*absent})
         arrivals = [Arrival(**_read(store, f"arrival/{number}")) for number in present]
@@ -103,11 +104,12 @@ def _measure(placement: Placement, store: dist.Store, arrival: Arrival, local_ra
 def _collectives(
     placement: Placement, store: dist.Store, *, device: torch.device, rank: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Seconds of an all-reduce in this rank's group along each axis, and the axes where its sum is wrong."""
+    """Seconds of an all-reduce in this rank's group along each axis, and the groups with wrong sums."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # without a device_id NCCL builds communicators when they are used: the global one never is
+    # Without a device_id NCCL builds a communicator at its first use. The global one is never used, so it
+    # costs nothing.
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("check", store),
@@ -122,7 +124,7 @@ def _collectives(
             continue
         ranks = placement.group(axis, rank)
         group = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
-        # sums of ranks are whole numbers, which fp64 holds exactly
+        # Sums of ranks are whole numbers, which fp64 represents exactly. The comparison needs no tolerance.
         values = torch.full((1 << (20 if device.type == "cuda" else 14),), float(rank), dtype=torch.float64)
         values = values.to(device)
         dist.all_reduce(values, group=group)
@@ -140,7 +142,7 @@ def _matrix_product(device: torch.device) -> Callable[[], object]:
 
 
 def _best_time(function: Callable[[], object], device: torch.device, *, tries: int = 5) -> float:
-    """Seconds of the fastest of some calls, after one that warms up."""
+    """Seconds of the fastest of `tries` calls, after one call to warm up."""
     best = float("inf")
     for attempt in range(tries + 1):
         started = time.perf_counter()
@@ -165,7 +167,10 @@ def _nvidia_smi() -> list[str]:
 
 
 def _agree(store: dist.Store, question: str, answer: bool | None, *, others: int) -> bool:
-    """Rank 0's answer, on all ranks. Rank 0 stays until the others have read it: the store dies with it."""
+    """Return rank 0's answer on all ranks. `answer` is None on the other ranks.
+
+    The store ends with the process of rank 0, so rank 0 waits until `others` ranks have read the answer.
+    """
     if answer is None:
         answer = store.get(question) == b"yes"
         store.add(f"{question}/read", 1)

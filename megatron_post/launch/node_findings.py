@@ -1,4 +1,4 @@
-"""What ranks report at job start, and the findings in it. Arithmetic alone; `node_check` collects reports."""
+"""The reports of ranks when a job starts, and the findings in them. `node_check` collects the reports."""
 
 import statistics
 from collections import defaultdict
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from megatron_post.launch.placement import Placement
 
 CLOCK_SECONDS = 0.5
-SLOW_COMPUTE = 1.5  # times the median node
-SLOW_COLLECTIVE = 3.0  # times the median group
-COLLECTIVE_FLOOR = 1e-3  # seconds below which no group is called slow
+SLOW_COMPUTE = 1.5  # relative to the median node
+SLOW_COLLECTIVE = 3.0  # relative to the median group
+COLLECTIVE_FLOOR = 1e-3  # in seconds; a faster group is never reported as slow
 LEFTOVER_MIB = 2000  # GPU memory in use before the ranks start
-# what `gpu_faults` wants of nvidia-smi
+# the fields of nvidia-smi that `gpu_faults` parses
 GPU_FIELDS = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown,memory.used"
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a rank says when it comes. gpu_faults: of the node, by its first rank."""
+    """The first report of a rank. gpu_faults: those of the whole node, reported by its first rank."""
 
     rank: int
     host: str
@@ -28,7 +28,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank has measured. compute, collectives: seconds, the best of some tries; clock: time.time()."""
+    """The measurements of a rank. compute, collectives: the best time in seconds. clock: `time.time()`."""
 
     rank: int
     host: str
@@ -40,14 +40,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line for the log. A fatal one means that the run would fail."""
+    """One line for the log. A fatal finding means that the run would fail."""
 
     text: str
     is_fatal: bool
 
 
 def judge_arrivals(arrivals: list[Arrival], placement: Placement, *, waited: float) -> list[Finding]:
-    """Who did not come in `waited` seconds, which nodes lack GPUs or have faulty ones. All of it is fatal."""
+    """Find ranks that did not arrive within `waited` seconds and nodes with missing or faulty GPUs.
+
+    All of these findings are fatal.
+    """
     found = []
     absent = sorted(set(range(placement.world_size)) - {arrival.rank for arrival in arrivals})
     if absent:
@@ -65,7 +68,7 @@ def judge_arrivals(arrivals: list[Arrival], placement: Placement, *, waited: flo
 
 
 def judge(reports: list[Report], placement: Placement) -> list[Finding]:
-    """Findings from all ranks' reports, by rank: wrong sums, slow nodes, slow groups."""
+    """Find wrong sums, slow nodes and slow groups. reports: one of each rank, in order of rank."""
     hosts = {report.rank: report.host for report in reports}
     found = [
         Finding(f"node {report.host}, rank {report.rank}: {text}", is_fatal=True)
@@ -99,8 +102,11 @@ def judge(reports: list[Report], placement: Placement) -> list[Finding]:
 
 
 def judge_clocks(reports: list[Report], *, earliest: float, latest: Iterable[float]) -> list[Finding]:
-    """Nodes whose clock reads what it cannot have read, by rank 0's clock: each report was made after
-    `earliest` and before its entry of `latest`."""
+    """Find nodes whose clock differs from rank 0's clock.
+
+    By rank 0's clock each report was made after `earliest` and before its entry in `latest`. A clock outside
+    that interval is wrong by at least the distance to it.
+    """
     skews: dict[str, float] = {}
     for report, arrival in zip(reports, latest, strict=True):
         skew = min(report.clock - earliest, 0.0) or max(report.clock - arrival, 0.0)
@@ -113,7 +119,7 @@ def judge_clocks(reports: list[Report], *, earliest: float, latest: Iterable[flo
 
 
 def gpu_faults(csv: str) -> list[str]:
-    """Faults in nvidia-smi's answer to `GPU_FIELDS`, one line a GPU."""
+    """Find faults in nvidia-smi's output for `GPU_FIELDS`, which has one line per GPU."""
     found = []
     for line in csv.splitlines():
         index, errors, slowdown, used = (part.strip() for part in line.split(","))
@@ -122,5 +128,5 @@ def gpu_faults(csv: str) -> list[str]:
         if slowdown == "Active":
             found.append(f"GPU {index} is slowed down by its hardware (heat or power)")
         if used.isdigit() and int(used) > LEFTOVER_MIB:
-            found.append(f"GPU {index} has {used} MiB in use already: another process is still on it")
+            found.append(f"GPU {index} has {used} MiB in use already: another process still runs on it")
     return found

@@ -1,4 +1,4 @@
-"""Where each rank lands: which node, and which place in the tensor, context, data and pipeline groups."""
+"""The node of each rank and its position in the tensor, context, data and pipeline groups."""
 
 import math
 from collections.abc import Iterator
@@ -12,8 +12,10 @@ Axis = Literal["TP", "CP", "DP", "PP"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Ranks in megatron-core's order (TP fastest, then CP, DP, PP), `ranks_per_node` of them on each node in
-    turn, as `srun --distribution=block` starts them."""
+    """Ranks in megatron-core's order, in which TP varies fastest, then CP, DP and PP.
+
+    Each node gets the next `ranks_per_node` ranks, as `srun --distribution=block` starts them.
+    """
 
     tensor: int
     context: int
@@ -26,7 +28,7 @@ class Placement:
         return self.tensor * self.context * self.data * self.pipeline
 
     def axes(self) -> dict[Axis, tuple[int, int]]:
-        """Axis -> (its size, distance of neighbours in rank)."""
+        """The size of each axis, and the difference in rank between neighbours along it."""
         return {
             "TP": (self.tensor, 1),
             "CP": (self.context, self.tensor),
@@ -35,7 +37,7 @@ class Placement:
         }
 
     def node(self, rank: int) -> int:
-        """Number of the rank's node."""
+        """The number of the rank's node."""
         return rank // self.ranks_per_node
 
     def group(self, axis: Axis, rank: int) -> range:
@@ -45,14 +47,14 @@ class Placement:
         return range(first, first + size * stride, stride)
 
     def groups(self, axis: Axis) -> Iterator[range]:
-        """Every group along an axis."""
+        """All groups along an axis."""
         for rank in range(self.world_size):
             group = self.group(axis, rank)
             if group[0] == rank:
                 yield group
 
     def errors(self) -> list[str]:
-        """Why ranks cannot be placed so; empty if they can. Tensor-parallel groups stay inside a node."""
+        """Reasons why this placement cannot be used, such as a tensor-parallel group that crosses nodes."""
         if self.ranks_per_node % self.tensor:
             return [
                 f"parallel.tensor={self.tensor} does not divide the {self.ranks_per_node} ranks of a node: "
@@ -60,8 +62,8 @@ class Placement:
             ]
         return []
 
-    def describe(self, *, max_nodes: int = 8) -> list[str]:
-        """Lines for a reader: how far each kind of group reaches, then at most `max_nodes` of the nodes."""
+    def summary(self, *, max_nodes: int = 8) -> list[str]:
+        """Lines for printing: the extent of each kind of group and the ranks of at most `max_nodes` nodes."""
         lines = []
         for axis, (size, _) in self.axes().items():
             if size > 1:
@@ -86,14 +88,14 @@ class Placement:
 
 
 def place(parallel: Parallel, *, nodes: int, ranks_per_node: int) -> Placement:
-    """The placement of a layout on all ranks of `nodes` nodes. They must be a multiple of one replica's."""
+    """The placement of a layout on `nodes` nodes, whose ranks must be a multiple of one replica's ranks."""
     data, rest = divmod(nodes * ranks_per_node, parallel.model_size)
     assert data and not rest, "checked by world_errors"
     return Placement(parallel.tensor, parallel.context, data, parallel.pipeline, ranks_per_node)
 
 
 def fewest_nodes(parallel: Parallel, *, ranks_per_node: int) -> int:
-    """Nodes that hold the model once: the fewest whose ranks are a multiple of TP x CP x PP."""
+    """The fewest nodes whose number of ranks is a multiple of TP x CP x PP."""
     return parallel.model_size // math.gcd(parallel.model_size, ranks_per_node)
 
 

@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a launch before it queues, all of it at once."""
+"""The checks before a job is queued. They report all findings together."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ from megatron_post.storage.manifest import published_steps
 
 
 def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:
-    """Every reason why this run would fail on this cluster; empty if none is found."""
+    """Every reason why this run would fail on this cluster. The list is empty if no check fails."""
     found = layout_findings(config, cluster, nodes=job.nodes)
     if not found:
         found += memory_findings(config, cluster, nodes=job.nodes)
@@ -38,20 +38,21 @@ def findings(config: Config, job: Job, cluster: Cluster) -> list[str]:
 
 
 def raise_for(found: Sequence[str], origin: str) -> None:
-    """Raises `ConfigError` with all findings, if there are any."""
+    """Raise `ConfigError` with all findings if there are any."""
     if found:
         lines = "\n".join(f"  - {line}" for text in found for line in text.splitlines())
         raise ConfigError(f"{origin}: {len(found)} finding(s), nothing was queued\n{lines}")
 
 
 def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str]:
-    """The config on nodes x ranks: group sizes, batch, and tensor-parallel groups inside nodes."""
+    """Check group sizes, batch, switches and the placement of the config on `nodes` nodes."""
     capability = gpu(cluster.gpu).capability if cluster.gpus_per_node and cluster.gpu else None
     found = world_errors(
         config,
         world_size=nodes * cluster.ranks,
         has_gpu=cluster.gpus_per_node > 0,
-        has_transformer_engine=True,  # the nodes' affair: a login node may have none
+        # the compute nodes need Transformer Engine, and the login node that runs this may not have it
+        has_transformer_engine=True,
         capability=capability,
         cuda=torch.version.cuda if cluster.python is None and cluster.container is None else None,
     )
@@ -59,8 +60,8 @@ def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
     is_blackwell = capability is not None and capability >= (10, 0)
     if config.parallel.tp_comm_overlap and not (in_order or is_blackwell):
         found.append(
-            "parallel.tp_comm_overlap=true needs kernels that run in the order of their launch; set "
-            'environment.CUDA_DEVICE_MAX_CONNECTIONS="1" in the cluster\'s file'
+            "parallel.tp_comm_overlap=true needs kernels that run in the order of their launch. Set "
+            'environment.CUDA_DEVICE_MAX_CONNECTIONS="1" in the cluster file'
         )
     if nodes * cluster.ranks % config.parallel.model_size == 0:
         found += place(config.parallel, nodes=nodes, ranks_per_node=cluster.ranks).errors()
@@ -68,10 +69,10 @@ def layout_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
 
 
 def memory_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str]:
-    """By how much the planner says that a possible layout does not fit, and which single changes would.
+    """Report by how much the run exceeds GPU memory in the planner's estimate, and which changes would help.
 
-    Nothing on a cluster without GPUs, or where its file names none. Raises `ValueError` for one that the
-    planner does not know.
+    The check is skipped if the cluster has no GPUs or its file has `gpu: null`. Raises `ValueError` for a GPU
+    that the planner does not know.
     """
     if not cluster.gpus_per_node or cluster.gpu is None:
         return []
@@ -84,7 +85,7 @@ def memory_findings(config: Config, cluster: Cluster, *, nodes: int) -> list[str
 
 
 def data_findings(config: Config, directory: Path) -> list[str]:
-    """Weights, tokenizer and store: there, readable, and made for one another."""
+    """Check that weights, tokenizer and store exist, can be read and belong together."""
     found = []
     weights = config.model.init_from
     if weights is not None and not (directory / weights).is_dir():
@@ -119,8 +120,11 @@ def data_findings(config: Config, directory: Path) -> list[str]:
 
 
 def disk_findings(config: Config, directory: Path) -> list[str]:
-    """Room and permission for the checkpoints that will lie side by side, the one being written included.
-    Those that the run has already take no more."""
+    """Check the permission and the free space for all checkpoints that exist at the same time.
+
+    The checkpoint that is being written counts. Checkpoints that the run has already written do not need
+    more space.
+    """
     from megatron_post.train.shards import checkpoint_bytes
 
     run_dir = directory / config.run_dir
@@ -137,16 +141,18 @@ def disk_findings(config: Config, directory: Path) -> list[str]:
     kept = f"checkpoint.keep={config.checkpoint.keep}"
     if config.checkpoint.keep_every:
         kept += f", checkpoint.keep_every={config.checkpoint.keep_every}"
-    more = f", {there} of which are there; the others" if there else ""
+    what = f"the {count - there} that are not there yet" if there else "together they"
     return [
-        f"run_dir={config.run_dir}: {count} checkpoints ({kept}, and the one being written){more} take "
-        f"{need / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free"
+        f"run_dir={config.run_dir}: {count} checkpoints must fit on the disk ({kept}, and the one being "
+        f"written): {what} take {need / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB free"
     ]
 
 
 def most_checkpoints(config: Config) -> int:
-    """How many checkpoints lie side by side while the last one is written: that one, the newest `keep` before
-    it, and of older ones the multiples of `keep_every`."""
+    """Number of checkpoints that exist while the last one is written.
+
+    These are the last one, the newest `keep` before it, and older ones at multiples of `keep_every`.
+    """
     settings = config.checkpoint
     if not settings.keep_every or not settings.every:
         return settings.keep + 1
@@ -156,7 +162,7 @@ def most_checkpoints(config: Config) -> int:
 
 
 def mount_findings(config: Config, directory: Path, mounts: Sequence[str]) -> list[str]:
-    """Paths that the container would not show at the place where the config names them."""
+    """Find paths of the config that do not exist under the same name inside the container."""
     inside = [Path(host) for host, target in (text.split(":")[:2] for text in mounts) if host == target]
     paths = {
         "the working directory": directory,
@@ -175,7 +181,7 @@ def mount_findings(config: Config, directory: Path, mounts: Sequence[str]) -> li
 
 
 def slurm_findings(job: Job, cluster: Cluster) -> list[str]:
-    """What `sbatch --test-only` has against the job."""
+    """The reason for which `sbatch --test-only` refuses the job, if it does."""
     try:
         slurm.test_only(job, cluster)
     except slurm.SlurmError as error:

@@ -1,4 +1,4 @@
-"""What was submitted for a run, and how it stands: `jobs.jsonl`, Slurm's word, the checkpoints."""
+"""The jobs that were submitted for a run (`jobs.jsonl`) and their state by Slurm and their checkpoints."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ def remember(folders: Iterable[Path], job: Job, job_id: int, *, after: tuple[int
 
 
 def submitted_jobs(run_dir: str | Path) -> list[Submitted]:
-    """Jobs of a run, oldest first. Raises `ValueError` where none was launched."""
+    """Jobs of a run, the oldest first. Raises `ValueError` if none was launched."""
     path = launch_folder(Path(run_dir)) / "jobs.jsonl"
     if not path.is_file():
         raise ValueError(f"nothing was launched for {run_dir}: {path} does not exist (RUN is a run_dir)")
@@ -67,7 +67,7 @@ def submitted_jobs(run_dir: str | Path) -> list[Submitted]:
 
 
 def status_rows(run_dir: str | Path) -> list[dict[str, str]]:
-    """One row a job for a reader: id, name, state, restarts, newest checkpoint, times, nodes, why."""
+    """One row per job for printing: id, name, state, restarts, newest checkpoint, times, nodes and reason."""
     rows = []
     for job in submitted_jobs(run_dir):
         state = slurm.job_state(job.job_id)
@@ -82,22 +82,22 @@ def status_rows(run_dir: str | Path) -> list[dict[str, str]]:
                 "ran": state.time_used,
                 "left": state.time_left,
                 "nodes": state.nodes,
-                "why": state.reason if state.state == "PENDING" else last_word(job.log) or state.reason,
+                "why": state.reason if state.state == "PENDING" else last_message(job.log) or state.reason,
             }
         )
     return rows
 
 
-def last_word(log: Path) -> str:
-    """What the launcher's script said last in a log, without its time."""
+def last_message(log: Path) -> str:
+    """The last message of the launcher's script in a log, without its time."""
     if not log.is_file():
         return ""
-    said = re.findall(r"^launch: \S+ (.*)$", tail(log, 200), re.MULTILINE)
-    return said[-1] if said else ""
+    messages = re.findall(r"^launch: \S+ (.*)$", tail(log, 200), re.MULTILINE)
+    return messages[-1] if messages else ""
 
 
 def tail(log: Path, lines: int) -> str:
-    """The last lines of a log, read from its end."""
+    """The last lines of a log. Only the end of the file is read, because logs can be large."""
     with reading(log, "a log"), log.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 400 * lines))
@@ -106,18 +106,18 @@ def tail(log: Path, lines: int) -> str:
 
 
 def active_jobs(run_dir: str | Path) -> list[int]:
-    """Jobs of a run that have not ended, last of a chain first."""
+    """Ids of a run's jobs that have not ended, the last one of a chain first."""
     states = {job.job_id: slurm.job_state(job.job_id) for job in reversed(submitted_jobs(run_dir))}
     return [job for job, state in states.items() if not state.is_final and state.state != "UNKNOWN"]
 
 
 def active_findings(run_dirs: Iterable[str]) -> list[str]:
-    """Runs that a job which was launched before still has, or waits for: a second one would supersede it."""
+    """Find runs that an earlier job still uses or will use. A second job would supersede that one."""
     found = []
     for run_dir in sorted(run_dirs):
         if not (launch_folder(Path(run_dir)) / "jobs.jsonl").is_file():
             continue
-        with contextlib.suppress(slurm.SlurmError):  # who cannot be asked is a finding of its own
+        with contextlib.suppress(slurm.SlurmError):  # `slurm_findings` reports that Slurm fails
             if jobs := active_jobs(run_dir):
                 found.append(
                     f"run_dir={run_dir}: job {', '.join(map(str, jobs))} is queued or running for it; choose "
@@ -127,7 +127,7 @@ def active_findings(run_dirs: Iterable[str]) -> list[str]:
 
 
 def cancel_run(run_dir: str | Path) -> list[int]:
-    """Cancel every job of a run that has not ended. Returns their ids, last of a chain first."""
+    """Cancel every job of a run that has not ended. Returns their ids, the last one of a chain first."""
     active = active_jobs(run_dir)
     slurm.cancel(active)
     return active

@@ -1,7 +1,7 @@
-"""From a job to what sbatch is given: options as arguments, and the script with its settings written in.
+"""Turn a job into the arguments of sbatch and a script that contains its settings.
 
-Options travel as arguments and never through a shell or `#SBATCH` lines; every value in the script is quoted.
-So a name like `$(rm -rf ~)` is a name.
+Options are passed as arguments and never through a shell or `#SBATCH` lines, and every value in the script is
+quoted. A name like `$(rm -rf ~)` is therefore never executed.
 """
 
 import shlex
@@ -18,11 +18,11 @@ _BEGIN, _END = "# >>> settings\n", "# <<< settings\n"
 
 @dataclass(frozen=True)
 class Job:
-    """One Slurm job: a command of megatron-post on all ranks of some nodes.
+    """One Slurm job, which runs a command of megatron-post on all ranks of some nodes.
 
-    name: as Slurm shows it. command: what follows `megatron-post`. run_dir: where its checkpoints are looked
-    for and its log goes, relative to `directory`, in which it runs. ranks_per_node: the cluster's unless
-    given, as for a command that is one process.
+    name: the name that Slurm shows. command: the arguments that follow `megatron-post`. directory: the
+    working directory of the job. run_dir: the directory of its checkpoints and its log, relative to
+    `directory`. ranks_per_node: None takes the cluster's value. A command that is a single process sets 1.
     """
 
     name: str
@@ -43,23 +43,23 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the launcher keeps what it knows of a run."""
+        """The directory in which the launcher keeps its files about a run."""
         return launch_folder(self.directory / self.run_dir)
 
     @property
     def _file_name(self) -> str:
-        """A name for files: other characters than letters, digits, dot, dash and underscore become dashes."""
+        """The job's name with a dash for each character except letters, digits, dots and underscores."""
         kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in self.name)
         return kept.strip(".-")[:80] or "job"
 
 
 def launch_folder(run_dir: Path) -> Path:
-    """Logs, submitted jobs and progress notes of a run; `train.sbatch` writes into the same folder."""
+    """The directory of a run's logs, its record of jobs and the progress notes that `train.sbatch` writes."""
     return run_dir / "slurm"
 
 
 def sbatch_options(job: Job, cluster: Cluster) -> list[str]:
-    """Arguments of sbatch for a job, without those that depend on other jobs."""
+    """Arguments of sbatch for a job, except those that depend on other jobs."""
     ranks = job.ranks_per_node or cluster.ranks
     gpus = f"{cluster.gpu_type}:{cluster.gpus_per_node}" if cluster.gpu_type else cluster.gpus_per_node
     options = {
@@ -71,7 +71,7 @@ def sbatch_options(job: Job, cluster: Cluster) -> list[str]:
         "time": cluster.time_limit,
         "signal": f"B:USR1@{cluster.warning_seconds}",
         "open-mode": "append",
-        # sbatch expands % in this one
+        # sbatch expands % in this option only, so a % in the directory's name must be doubled
         "output": str(job.log.parent).replace("%", "%%") + "/" + job.log.name,
         "chdir": job.directory,
         "partition": cluster.partition,
@@ -86,7 +86,7 @@ def sbatch_options(job: Job, cluster: Cluster) -> list[str]:
 
 
 def render(job: Job, cluster: Cluster) -> str:
-    """The script: `train.sbatch` with its settings replaced by this job's."""
+    """The script of a job: `train.sbatch` with the settings of this job."""
     template = resources.files("megatron_post.launch").joinpath("train.sbatch").read_text()
     head, rest = template.split(_BEGIN)
     _, body = rest.split(_END)

@@ -1,4 +1,4 @@
-"""Slurm's commands and what they answer, parsed. Nothing else in the package runs them."""
+"""Calls of Slurm's commands. No other module of the package runs them."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.script import Job, render, sbatch_options
 
-# squeue's columns have fixed widths: no value can then be taken for two
+# Columns of squeue have fixed widths, because a value may contain any separator.
 _COLUMNS = {"State": 24, "RestartCnt": 12, "Reason": 80, "TimeUsed": 24, "TimeLeft": 24, "NodeList": 400}
 FINAL_STATES = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
@@ -19,12 +19,12 @@ FINAL_STATES = (
 
 
 class SlurmError(ValueError):
-    """Slurm refused something or is not there; the message has the command and its answer."""
+    """Slurm refused a command or is not installed. The message contains the command and its output."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of a job. Times are as Slurm writes them; fields that it does not tell are empty."""
+    """The state of a job. Times are in Slurm's notation. Fields that Slurm does not report are empty."""
 
     state: str
     restarts: int = 0
@@ -39,27 +39,27 @@ class JobState:
 
 
 def submit(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> int:
-    """Queue a job, to start once all jobs in `after` have ended with 0. Returns its id."""
+    """Queue a job that starts after all jobs in `after` have exited with status 0. Returns its id."""
     job.folder.mkdir(parents=True, exist_ok=True)
     answer = _run(_sbatch(job, cluster, after=after), stdin=render(job, cluster))
     number = re.match(r"\d+", answer)
     if number is None:
-        raise SlurmError(f"sbatch answered {answer!r} where a job id was expected")
+        raise SlurmError(f"sbatch printed {answer!r} where a job id was expected")
     return int(number[0])
 
 
 def test_only(job: Job, cluster: Cluster) -> str:
-    """What `sbatch --test-only` says of a job that it would accept. Raises `SlurmError` for another."""
+    """The output of `sbatch --test-only`. Raises `SlurmError` if Slurm would refuse the job."""
     return _run([*_sbatch(job, cluster), "--test-only"], stdin=render(job, cluster)).strip()
 
 
 def submission(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> str:
-    """The command line of `submit`, for a reader; the script is its standard input."""
+    """The command line of `submit` for printing. Its standard input is the script."""
     return shlex.join(_sbatch(job, cluster, after=after))
 
 
 def job_state(job_id: int) -> JobState:
-    """State of a job that is queued, runs, or ended lately; of an older one from accounting, else UNKNOWN."""
+    """The state of a job by squeue or, if squeue has dropped the job, by accounting. Otherwise UNKNOWN."""
     layout = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
     try:
         lines = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--Format={layout}"])
@@ -84,13 +84,13 @@ def job_state(job_id: int) -> JobState:
 
 
 def cancel(job_ids: Sequence[int]) -> None:
-    """Cancel jobs. A running one is told to save first (Slurm's SIGTERM, then KillWait seconds)."""
+    """Cancel jobs. A running job can save, because Slurm sends SIGTERM KillWait seconds before SIGKILL."""
     if job_ids:
         _run(["scancel", *map(str, job_ids)])
 
 
 def _accounted(job_id: int) -> JobState:
-    """sacct's record of a job, where the cluster keeps one."""
+    """The state of a job by sacct, if the cluster keeps accounting records."""
     try:
         text = _run(
             ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}",
@@ -107,7 +107,7 @@ def _accounted(job_id: int) -> JobState:
 def _sbatch(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> list[str]:
     command = ["sbatch", "--parsable", *sbatch_options(job, cluster)]
     if after:
-        # a job whose predecessor failed would wait for ever
+        # without kill-on-invalid-dep a job whose predecessor failed would wait for ever
         command += [f"--dependency=afterok:{':'.join(map(str, after))}", "--kill-on-invalid-dep=yes"]
     return command
 
@@ -118,8 +118,8 @@ def _run(command: Sequence[str], *, stdin: str = "") -> str:
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]} did not answer within 120 s") from None
+        raise SlurmError(f"{command[0]} did not finish within 120 s") from None
     if done.returncode:
         raise SlurmError(f"{shlex.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
-    # --test-only answers on stderr
+    # `sbatch --test-only` prints its result on stderr
     return done.stdout or done.stderr

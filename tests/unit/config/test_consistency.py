@@ -162,7 +162,7 @@ ROUND = {
         (
             Chain,
             {"run_dir": "r", "steps": [STEP, STEP | {"name": "s", "after": ["trian"]}]},
-            "step 's' comes after 'trian', which is no step (did you mean 'train'?)",
+            "step 's' comes after 'trian', which is not a step (did you mean 'train'?)",
         ),
     ],
 )  # fmt: skip

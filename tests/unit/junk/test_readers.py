@@ -24,7 +24,7 @@ from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.errors import message_of
 from megatron_post.launch.chain import load_chain
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.launch.record import last_word, submitted_jobs
+from megatron_post.launch.record import last_message, submitted_jobs
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.generate import read_samples
 from megatron_post.rounds.merge import load_merge
@@ -91,7 +91,7 @@ READERS: dict[str, tuple[str, Callable[[], Any], int]] = {
     "checkpoint": (f"{STEP}/__0_0.distcp", lambda: _weights(MegatronCheckpoint("converted")), 25),
     "record": ("bench/step-2026.json", lambda: read_records("bench"), 40),
     "jobs": ("run/slurm/jobs.jsonl", lambda: submitted_jobs("run"), 40),
-    "log": ("run/slurm/1.log", lambda: last_word(Path("run/slurm/1.log")), 40),
+    "log": ("run/slurm/1.log", lambda: last_message(Path("run/slurm/1.log")), 40),
     "state of rounds": ("rounds/state.json", lambda: State(Path("rounds"), {}), 40),
     "metrics": ("run/metrics.jsonl", lambda: metrics_of(Path("run")), 40),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Chains are put in order, and impossible ones refused with every reason."""
+"""Chains are sorted by their dependencies, and impossible chains are refused with every reason."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ def _write(directory: Path, steps: str) -> Path:
     return directory / "chain.yaml"
 
 
-def test_order(tmp_path: Path) -> None:
-    """Each step behind those that it comes after, else as in the file."""
+def test_steps_are_sorted_by_dependency(tmp_path: Path) -> None:
+    """Each step comes after its predecessors. Otherwise the order of the file is kept."""
     chain = load_chain(
         _write(
             tmp_path,
@@ -33,7 +33,7 @@ def test_order(tmp_path: Path) -> None:
     assert (jobs["pack"].ranks_per_node, jobs["sft"].ranks_per_node) == (1, None)
 
 
-def test_every_error_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_together(tmp_path: Path) -> None:
     path = _write(
         tmp_path,
         "  - {name: a, command: [train, x], after: [gone]}\n  - {name: a, command: [train, y]}\n",
@@ -41,7 +41,7 @@ def test_every_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_chain(path)
     assert "step 'a' is named twice" in str(error.value)
-    assert "step 'a' comes after 'gone', which is no step" in str(error.value)
+    assert "step 'a' comes after 'gone', which is not a step" in str(error.value)
     path = _write(tmp_path, '  - {name: a, command: [], nods: 2}\n  - {name: "b\\n", command: [x]}\n')
     with pytest.raises(ConfigError) as error:
         load_chain(path)
@@ -50,7 +50,7 @@ def test_every_error_at_once(tmp_path: Path) -> None:
     assert "steps.1.name: 'b\\n' holds a newline" in message
 
 
-def test_a_step_whose_config_is_still_to_be_made(tmp_path: Path) -> None:
+def test_like_checks_a_step_without_config(tmp_path: Path) -> None:
     """It is checked by another's layout and model: 70B without context parallelism is 1.9 GiB too much on 8
     nodes, and three checkpoints of 70,553,706,496 x 14 bytes are too much for any disk here."""
     large = load_config(CONFIGS / "llama3_70b" / "sft.yaml", ["parallel.context=1"])
@@ -64,7 +64,7 @@ def test_a_step_whose_config_is_still_to_be_made(tmp_path: Path) -> None:
     assert chain_findings(load_chain(_write(tmp_path, f"{step}}}\n")), cluster, tmp_path) == []
 
 
-def test_a_circle(tmp_path: Path) -> None:
+def test_a_cycle_is_refused(tmp_path: Path) -> None:
     path = _write(
         tmp_path,
         "  - {name: a, command: [x], after: [c]}\n  - {name: b, command: [x], after: [a]}\n"

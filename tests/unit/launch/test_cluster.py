@@ -1,4 +1,4 @@
-"""A cluster file says everything that is wrong with it at once; the shipped ones say nothing."""
+"""All errors of a cluster file are reported together, and the shipped files have none."""
 
 from pathlib import Path
 
@@ -17,15 +17,15 @@ def _write(directory: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
-def test_shipped(path: Path) -> None:
+def test_shipped_files_are_valid(path: Path) -> None:
     cluster = load_cluster(path)
     assert cluster.environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     with pytest.raises(ValidationError):
         cluster.partition = "other"  # type: ignore[misc]
 
 
-def test_every_error_at_once(tmp_path: Path) -> None:
-    """A misspelt key, a missing one, a newline, a wrong time, a bad variable, a mount without a target."""
+def test_all_errors_are_reported_together(tmp_path: Path) -> None:
+    """The file has an unknown and a missing key, a newline, a wrong time, a bad variable and a bad mount."""
     path = _write(
         tmp_path,
         """
@@ -43,12 +43,12 @@ container: {image: x.sqsh, mounts: ["/data"]}
     assert "partiton: unknown key (value 'h100')" in message
     assert "cpus_per_node: missing" in message
     assert "account: 'a\\n#SBATCH --wrap=evil' holds a newline" in message
-    assert "time_limit: 'one day' is no [days-]hours:minutes:seconds" in message
-    assert "environment: no names of environment variables: 'A B'" in message
+    assert "time_limit: 'one day' is not written as [days-]hours:minutes:seconds" in message
+    assert "environment: these cannot be names of environment variables: 'A B'" in message
     assert "mounts must read /host:/container[:flags]" in message
 
 
-def test_what_yaml_takes_for_numbers(tmp_path: Path) -> None:
+def test_values_that_yaml_1_1_reads_as_numbers(tmp_path: Path) -> None:
     """24:00:00 is 86400 in YAML 1.1, and `yes` is true: both are passed on as they are written. A number and
     a boolean are refused where a text is wanted."""
     path = _write(tmp_path, "cpus_per_node: 96\ntime_limit: 24:00:00\nenvironment: {VERBOSE: yes}\n")
@@ -64,10 +64,12 @@ def test_what_yaml_takes_for_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_PROCID"]
 )
-def test_a_rank_knows_itself_from_slurm(tmp_path: Path, name: str) -> None:
-    """The script would clear it: what a site sets must not be lost in silence."""
+def test_variables_that_identify_a_rank_are_refused(tmp_path: Path, name: str) -> None:
+    """The script would clear the variable, and a site's setting must not be dropped in silence."""
     path = _write(tmp_path, f'cpus_per_node: 96\nenvironment: {{{name}: "1", SLURM_CPU_BIND: none}}\n')
-    with pytest.raises(ConfigError, match=f"environment: {name} cannot be set here: the job's script sets"):
+    with pytest.raises(
+        ConfigError, match=f"environment: {name} cannot be set here, because the job's script sets"
+    ):
         load_cluster(path)
 
 
@@ -89,12 +91,12 @@ def test_time_limit(tmp_path: Path, text: str, seconds: int) -> None:
     assert load_cluster(_write(tmp_path, f'cpus_per_node: 8\ntime_limit: "{text}"\n')).seconds == seconds
 
 
-def test_inheritance(tmp_path: Path) -> None:
+def test_base_file_is_inherited(tmp_path: Path) -> None:
     path = _write(tmp_path, f"base: {CLUSTERS[0]}\npartition: mine\n")
     assert load_cluster(path) == load_cluster(CLUSTERS[0]).model_copy(update={"partition": "mine"})
 
 
-def test_binding_to_gpus_wants_gpus() -> None:
+def test_numa_binding_needs_gpus() -> None:
     assert Cluster(cpus_per_node=96, numa_binding="node").numa_binding == "node"
     with pytest.raises(ValidationError, match="numa_binding=node needs GPUs on the nodes"):
         Cluster(cpus_per_node=8, gpus_per_node=0, ranks_per_node=2, numa_binding="node")

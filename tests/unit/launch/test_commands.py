@@ -1,4 +1,4 @@
-"""The command line: `launch CONFIG` without a word between, and what a dry run shows."""
+"""`launch CONFIG` works without the word `submit`, and a dry run prints the script and the placement."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def _launch(*arguments: str) -> str:
 
 
 def test_dry_run() -> None:
-    """The script with all values quoted, the sbatch line, and where ranks land; nothing is written."""
+    """It prints the sbatch line, the script with quoted values and the placement, and writes no file."""
     config = str(ROOT / "configs" / "llama3_405b" / "sft.yaml")
     text = _launch(
         config, "--cluster", H100, "--nodes", "128", "--name", "$(rm -rf ~)", "--dry-run", "--", "run_dir=a b"
@@ -34,8 +34,8 @@ def test_dry_run() -> None:
     assert not Path("a b").exists()
 
 
-def test_a_dry_run_shows_no_keys(tmp_path: Path) -> None:
-    """It is pasted into tickets. The script that is submitted has them."""
+def test_a_dry_run_hides_secrets(tmp_path: Path) -> None:
+    """Users paste its output into tickets. The script that is submitted contains the secrets."""
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(
         f"base: {H100}\nenvironment: {{SITE_TOKEN: s3cr3t, PLAIN: text,"
@@ -54,7 +54,7 @@ def test_the_fewest_nodes_by_default() -> None:
     assert "--nodes=8 " in text
 
 
-def test_errors_of_both_files_at_once(tmp_path: Path) -> None:
+def test_errors_of_both_files_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("stage: sft\n")
     (tmp_path / "cluster.yaml").write_text("gpus: 8\n")
     with pytest.raises(ConfigError) as error:

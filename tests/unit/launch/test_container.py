@@ -1,4 +1,4 @@
-"""The container recipe, with a stand-in for enroot that notes its calls."""
+"""The container recipe runs with a stand-in for enroot that records its calls."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Reports of broken nodes are found out by arithmetic; the check itself runs on real ranks."""
+"""Reports of broken nodes lead to findings, and the whole check runs on real ranks."""
 
 import contextlib
 import io
@@ -39,14 +39,14 @@ def _texts(findings: list[Finding], *, is_fatal: bool) -> list[str]:
     return [finding.text for finding in findings if finding.is_fatal == is_fatal]
 
 
-def test_healthy() -> None:
+def test_healthy_reports_give_no_findings() -> None:
     assert judge(_reports(), PLACEMENT) == []
     arrivals = [Arrival(rank, f"n{rank // 2}", gpus=2) for rank in range(4)]
     assert judge_arrivals(arrivals, PLACEMENT, waited=180) == []
 
 
 def test_absent_ranks_and_broken_gpus_are_fatal() -> None:
-    """Rank 1 is not there; n1 has one GPU for its two ranks, and that one has errors."""
+    """Rank 1 is absent. Node n1 has one GPU for its two ranks, and that GPU has memory errors."""
     faults = ["GPU 0 has 3 uncorrected memory errors"]
     arrivals = [Arrival(0, "n0", 2), Arrival(2, "n1", 1, faults), Arrival(3, "n1", 1)]
     assert _texts(judge_arrivals(arrivals, PLACEMENT, waited=180), is_fatal=True) == [
@@ -56,7 +56,7 @@ def test_absent_ranks_and_broken_gpus_are_fatal() -> None:
     ]
 
 
-def test_without_gpus_none_is_missing() -> None:
+def test_a_cpu_cluster_lacks_no_gpus() -> None:
     arrivals = [Arrival(rank, "n0", gpus=0) for rank in range(4)]
     assert judge_arrivals(arrivals, PLACEMENT, waited=180) == []
 
@@ -84,8 +84,8 @@ def test_slow_node_and_slow_group_are_named() -> None:
     assert finding.text == ("slow TP group on n2: an all-reduce takes 40.0 ms, the median TP group's 2.0 ms")
 
 
-def test_clocks() -> None:
-    """By rank 0's clock reports came between 100 and 103 s: 99 is 1 s behind, 110 is 7 s ahead."""
+def test_wrong_clocks_are_named() -> None:
+    """By rank 0's clock the reports came between 100 and 103 s, so 99 is 1 s behind and 110 is 7 s ahead."""
     reports = _reports(
         rank1=lambda r: replace(r, clock=102.9),
         rank2=lambda r: replace(r, clock=99.0),
@@ -98,8 +98,8 @@ def test_clocks() -> None:
     ]
 
 
-def test_nvidia_smi() -> None:
-    """Lines as nvidia-smi prints them: index, uncorrected errors, hardware slowdown, MiB in use."""
+def test_faults_in_the_output_of_nvidia_smi() -> None:
+    """A line has the index, the uncorrected errors, the hardware slowdown and the MiB in use."""
     assert gpu_faults("0, 0, Not Active, 4\n1, [N/A], Not Active, 530\n") == []
     found = gpu_faults("0, 2, Not Active, 4\n1, 0, Active, 0\n2, 0, Not Active, 40210\n")
     assert [text.split(":")[0] for text in found] == [
@@ -124,8 +124,8 @@ def _checked(name: str, parallel: Parallel, clock_error: float) -> tuple[bool, s
         return check_nodes(parallel), out.getvalue()
 
 
-def test_on_ranks() -> None:
-    """Four gloo ranks, TP 2 x CP 2: all may start, and rank 3's clock is named."""
+def test_check_on_four_ranks() -> None:
+    """Four gloo ranks with TP 2 x CP 2 may all start, and rank 3's wrong clock is named."""
     results = run_ranks(_checked, 4, "clock", Parallel(tensor=2, context=2), 60.0)
     assert [may_start for may_start, _ in results] == [True] * 4
     out = results[0][1]
@@ -134,14 +134,14 @@ def test_on_ranks() -> None:
 
 
 def test_an_absent_rank_is_named() -> None:
-    """Rank 3 never comes: no rank may start, within seconds."""
+    """Rank 3 never arrives, so no rank may start. The check ends within seconds."""
     results = run_ranks(_checked, 4, "absent", Parallel(), 0.0)
     assert [may_start for may_start, _ in results] == [False] * 4
     assert "FAULT: ranks 3 did not arrive within 3 s (node number 1 of the job" in results[0][1]
 
 
 def test_a_layout_that_does_not_fit_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three ranks of TP 2, by `sbatch --ntasks-per-node=3`: no groups to check, and no rank waits."""
+    """`sbatch --ntasks-per-node=3` with TP 2 has no groups to check, and no rank waits."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert check_nodes(Parallel(tensor=2))

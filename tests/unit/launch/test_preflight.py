@@ -1,4 +1,4 @@
-"""Findings that need no Slurm; those that do are in tests/slurm."""
+"""Findings that do not need Slurm. tests/slurm has the others."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ CLUSTER = Cluster(gpus_per_node=0, ranks_per_node=4, cpus_per_node=4)
 
 
 def test_layout_on_nodes() -> None:
-    """2 nodes x 4 ranks: TP 4 fits. TP 2 x PP 3 are 6 ranks, which do not divide 8."""
+    """On 2 nodes x 4 ranks TP 4 fits. TP 2 x PP 3 needs 6 ranks, which do not divide 8."""
     assert layout_findings(tiny_config(parallel={"tensor": 2}), CLUSTER, nodes=2) == []
     config = tiny_config(parallel={"tensor": 2, "pipeline": 3}, model={"num_layers": 3})
     (found,) = layout_findings(config, CLUSTER, nodes=2)
@@ -36,7 +36,7 @@ def test_layout_on_nodes() -> None:
 
 
 def test_tensor_parallel_across_nodes_is_refused() -> None:
-    """TP 2 on nodes of 3 ranks: ranks 2 and 3 are a group, on two nodes."""
+    """With TP 2 on nodes of 3 ranks the group of ranks 2 and 3 is on two nodes."""
     cluster = CLUSTER.model_copy(update={"ranks_per_node": 3})
     config = tiny_config(parallel={"tensor": 2}, train={"global_batch": 3})
     (found,) = layout_findings(config, cluster, nodes=2)
@@ -63,19 +63,19 @@ def test_memory_that_does_not_fit() -> None:
         memory_findings(config, H100.model_copy(update={"gpu": "mi300x"}), nodes=8)
 
 
-def test_user_buffers_want_kernels_in_order_of_launch() -> None:
+def test_user_buffers_need_kernels_in_order_of_launch() -> None:
     parallel = {"tensor": 2, "sequence": True, "tp_comm_overlap": True}
     config = tiny_config(parallel=parallel, precision={"dtype": "bf16"}, train={"global_batch": 8})
     (found,) = layout_findings(config, H100, nodes=1)
     assert "parallel.tp_comm_overlap=true needs" in found
-    assert 'set environment.CUDA_DEVICE_MAX_CONNECTIONS="1"' in found
+    assert 'Set environment.CUDA_DEVICE_MAX_CONNECTIONS="1"' in found
     ordered = H100.model_copy(update={"environment": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}})
     for cluster in (ordered, H100.model_copy(update={"gpu": "b200-180gb"})):
         assert layout_findings(config, cluster, nodes=1) == []
 
 
 def test_fp8_that_the_clusters_gpu_does_not_have() -> None:
-    """MXFP8 on nodes of H100s, known before the job queues. Nothing is known of a GPU without a name."""
+    """MXFP8 on H100s is refused before the job queues. A cluster file with `gpu: null` is not checked."""
     config = load_config(CONFIGS / "llama3_8b" / "sft.yaml", ["precision.fp8=mxfp8"])
     (found,) = layout_findings(config, H100, nodes=1)
     assert found.startswith("precision.fp8=mxfp8 needs GPUs of compute capability 10.0")
@@ -96,15 +96,15 @@ def test_fp8_that_the_torch_of_the_ranks_does_not_have(monkeypatch: pytest.Monke
 
 
 def test_more_nodes_as_a_remedy() -> None:
-    """405B's DPO on 64 GPUs: the optimizer's shards want four times as many."""
+    """DPO of 405B does not fit on 64 GPUs, because the optimizer's shards need four times as many."""
     config = load_config(CONFIGS / "llama3_405b" / "dpo.yaml")
     (found,) = memory_findings(config, H100, nodes=8)
     assert "  --nodes 32 fits: " in found
     assert memory_findings(config, H100, nodes=32) == []
 
 
-def test_data(tmp_path: Path) -> None:
-    """Absent: each part has its finding. A store of another tokenizer is found out."""
+def test_missing_and_unsuitable_data(tmp_path: Path) -> None:
+    """Each missing part has a finding, and so has a store that was packed with another tokenizer."""
     (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "1"}, '
                                          '{"role": "assistant", "content": "2"}]}\n')  # fmt: skip
     values: dict[str, Any] = {
@@ -132,32 +132,35 @@ class _Usage(NamedTuple):
     free: int
 
 
-def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """keep=2 needs room for 3: exactly that is enough, a byte less is not. One that is there needs none."""
+def test_free_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """keep=2 needs space for exactly 3 checkpoints. A checkpoint that exists needs no more space."""
     config = tiny_config(tmp_path / "run", checkpoint={"keep": 2})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * checkpoint_bytes(config)))
     assert disk_findings(config, tmp_path) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(3 * checkpoint_bytes(config) - 1))
     (found,) = disk_findings(config, tmp_path)
-    assert "3 checkpoints (checkpoint.keep=2, and" in found and "GB free" in found
+    assert "3 checkpoints must fit on the disk (checkpoint.keep=2, and" in found and "GB free" in found
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
     assert disk_findings(config, tmp_path) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(2 * checkpoint_bytes(config) - 1))
     (found,) = disk_findings(config, tmp_path)
-    assert "3 checkpoints (checkpoint.keep=2, and the one being written), 1 of which are there" in found
+    assert "(checkpoint.keep=2, and the one being written): the 2 that are not there yet take" in found
 
 
-def test_every_mth_checkpoint_takes_room_too() -> None:
-    """Saved after 10, 20, ... 100. While 100 is written, 80 and 90 are the newest; of those before, 20, 40
-    and 60 are multiples of 20, and 30 and 60 of 15. While 105 is written, 80 is one more."""
+def test_keep_every_needs_disk_space() -> None:
+    """Checkpoints are saved after steps 10, 20, ... 100.
+
+    While 100 is written, 80 and 90 are the newest two. Older ones are kept if they are multiples of
+    `keep_every`: 20, 40 and 60 for 20, or 30 and 60 for 15. While 105 is written, 80 is older too.
+    """
     expected = [(100, 0, 3), (100, 20, 6), (100, 15, 5), (100, 1000, 3), (105, 20, 7), (5, 20, 3)]
     for steps, keep_every, count in expected:
         checkpoint = {"every": 10, "keep": 2, "keep_every": keep_every}
         assert most_checkpoints(tiny_config(checkpoint=checkpoint, train={"steps": steps})) == count
 
 
-def test_mounts(tmp_path: Path) -> None:
-    """What is mounted elsewhere inside, or not at all, is found."""
+def test_paths_outside_the_container(tmp_path: Path) -> None:
+    """A path has a finding if it is not mounted, or is mounted under another name."""
     config = tiny_config(tmp_path / "run", tokenizer={"path": "/models/t"}, data={"store": "/data/s"})
     found = mount_findings(config, tmp_path, [f"{tmp_path}:{tmp_path}", "/data:/elsewhere"])
     assert [text for text in found if "does not exist" not in text] == [

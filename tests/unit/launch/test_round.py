@@ -24,13 +24,13 @@ def _launch(file: Path | str, *arguments: str, cluster: str = LOCAL) -> str:
 
 @pytest.fixture
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shipped files name each other from the repository on; and there is no Slurm."""
+    """Paths in shipped files are relative to the repository. Slurm is not installed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
 
 
 def test_a_round_file(at_root: None) -> None:
-    """Every step is a job after the one before; overrides go to each of them."""
+    """Every step is a job that starts after the one before, and each receives the overrides."""
     text = _launch("configs/tiny/round.yaml", "--dry-run", "--", "rounds=2")
     lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# round-0")]
     names = [line.split()[0] for line in lines]
@@ -49,13 +49,13 @@ def test_a_round_file(at_root: None) -> None:
 
 @pytest.mark.parametrize("file", ROUNDS, ids=lambda path: path.parent.name)
 def test_shipped_rounds(at_root: None, file: Path) -> None:
-    """On nodes of 8 H100s."""
+    """The shipped rounds fit on nodes of 8 H100s."""
     text = _launch(file, "--dry-run", cluster="configs/clusters/h100.yaml")
     assert "round-01/dpo-train" in text
 
 
 def test_a_chain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order in which they start; a config that is there is held against the step's nodes and ranks."""
+    """Jobs are listed in order, and a config that exists is checked against the step's nodes and ranks."""
     monkeypatch.chdir(ROOT)
     (tmp_path / "chain.yaml").write_text(
         "run_dir: runs/r\nsteps:\n"

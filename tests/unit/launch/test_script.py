@@ -1,4 +1,4 @@
-"""What reaches sbatch and bash is what was written in the files, character for character."""
+"""sbatch and bash receive the values of the files, character for character."""
 
 import os
 import re
@@ -26,8 +26,8 @@ def _job(tmp_path: Path, **values: Any) -> Job:
     return Job(**{**base, **values})
 
 
-def test_values_are_values(tmp_path: Path) -> None:
-    """bash reads the settings back as they are, and runs none of them."""
+def test_values_are_quoted(tmp_path: Path) -> None:
+    """bash reads the settings back unchanged and executes none of them."""
     cluster = _cluster(
         python=EVIL,
         environment={"VARIABLE": EVIL},
@@ -47,8 +47,8 @@ def test_values_are_values(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_ranks_run_what_launches(tmp_path: Path) -> None:
-    """An environment need not be active where it is called by its path; a container has its own Python."""
+def test_interpreter_of_the_ranks(tmp_path: Path) -> None:
+    """The ranks run the interpreter that launched them, and `python3` in a container."""
     assert f"PYTHON={shlex.quote(sys.executable)}\n" in render(_job(tmp_path), _cluster())
     assert "PYTHON=python3\n" in render(_job(tmp_path), _cluster(container={"image": "x.sqsh"}))
 
@@ -60,7 +60,7 @@ def test_a_newline_is_refused(tmp_path: Path, field: str) -> None:
 
 
 def test_options(tmp_path: Path) -> None:
-    """8 ranks share 96 CPUs; GPUs have their type; sbatch expands % in the log's name and nowhere else."""
+    """8 ranks share 96 CPUs, GPUs have a type, and only a % in the log's directory is doubled for sbatch."""
     cluster = _cluster(
         partition="p",
         account="a",
@@ -82,7 +82,7 @@ def test_options(tmp_path: Path) -> None:
 
 
 def test_setup_lines_run_and_the_rest_is_the_template(tmp_path: Path) -> None:
-    """Everything but `#SBATCH` lines and settings is the file that users submit by hand."""
+    """Except for `#SBATCH` lines and settings, the script equals the file that users submit by hand."""
     script = render(_job(tmp_path), _cluster(setup=["module load cuda", "ulimit -n 65536"]))
     assert "setup() {\n    module load cuda\n    ulimit -n 65536\n}\n" in script
     template = TEMPLATE.read_text()
@@ -98,7 +98,7 @@ def _progress(run_dir: Path, command: str = "train") -> str:
 
 
 def test_progress_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
-    """Steps are decimal although zeros lead; one without a manifest, or a partial one, is no progress."""
+    """Steps with leading zeros are decimal. A partial checkpoint or one without manifest is not progress."""
     run_dir = tmp_path / "a run"
     assert _progress(run_dir) == "checkpoint 0"
     for name in ("step-00000008", "step-00000090", "step-00000100"):
@@ -111,8 +111,11 @@ def test_progress_is_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     assert _progress(run_dir) == "checkpoint 90"
 
 
-def test_progress_of_what_does_not_train_is_what_it_has_written(tmp_path: Path) -> None:
-    """A generation that is requeued at every time limit is no crash loop: its rows grow. Logs are no work."""
+def test_progress_of_other_commands_is_the_size_of_their_files(tmp_path: Path) -> None:
+    """A generation that is requeued at every time limit is not a crash loop, because its rows grow.
+
+    Logs do not count.
+    """
     run_dir = tmp_path / "-a 'run'"
     (run_dir / "slurm").mkdir(parents=True)
     empty = _progress(run_dir, "generate")
@@ -124,7 +127,7 @@ def test_progress_of_what_does_not_train_is_what_it_has_written(tmp_path: Path) 
     assert empty.endswith(f" bytes in {run_dir}")
 
 
-def test_what_says_which_rank_a_process_is_is_not_inherited() -> None:
+def test_variables_that_identify_a_rank_are_not_inherited() -> None:
     """A batch script in a container with enroot's PyTorch hook has RANK=0 and WORLD_SIZE=1, and a shell under
     torchrun or mpirun has theirs. srun would hand all of it on to every rank."""
     inherited = {
@@ -146,17 +149,17 @@ def test_what_says_which_rank_a_process_is_is_not_inherited() -> None:
 
 
 def test_executable_by_hand(tmp_path: Path) -> None:
-    """The template stands alone: bash reads it, and nothing but its settings comes from Python."""
+    """bash accepts the template, which depends on Python only for its settings."""
     assert TEMPLATE.read_text().startswith("#!/bin/bash\n")
     subprocess.run(["bash", "-n", str(TEMPLATE)], check=True, env={"PATH": os.environ["PATH"]})
 
 
-def test_ranks_beside_their_gpus(tmp_path: Path) -> None:
-    """The rank binds itself, so that Slurm must not: it would leave it CPUs on another NUMA node."""
+def test_ranks_bind_themselves_to_cpus(tmp_path: Path) -> None:
+    """Slurm must not bind the ranks, because it could leave a rank only CPUs of another NUMA node."""
     for binding, flags in ((None, ""), ("node", "--cpu-bind=none ")):
         script = render(_job(tmp_path), _cluster(numa_binding=binding))
         run = 'srun() { echo "$MEGATRON_POST_NUMA_BINDING" "$@"; }\n'
-        settings = script.split("# >>> settings\n")[1].split("# What a rank's exit code means")[0]
+        settings = script.split("# >>> settings\n")[1].split("# A rank exits with 0")[0]
         (step,) = re.findall(r"^    srun .*$", script, re.MULTILINE)
         done = subprocess.run(
             ["bash", "-c", settings + run + step.rstrip("\\")], capture_output=True, text=True, cwd=tmp_path
