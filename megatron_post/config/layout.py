@@ -44,6 +44,11 @@ def layout_errors(config: "Config") -> list[str]:
             f"num_attention_heads={m.num_attention_heads}",
         ),
         (
+            m.hidden_size % m.num_attention_heads != 0 or m.head_dim % 2 == 0,
+            f"model.hidden_size={m.hidden_size} over num_attention_heads={m.num_attention_heads} gives heads "
+            f"of {m.head_dim}, and rotary embeddings need an even number; change one of them",
+        ),
+        (
             m.num_attention_heads % m.num_key_value_heads == 0,
             f"model.num_attention_heads={m.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={m.num_key_value_heads}",
@@ -154,6 +159,8 @@ def world_errors(
         has_transformer_engine=has_transformer_engine,
         version=transformer_engine,
     )
+    if has_gpu:
+        errors += _head_errors(config, has_transformer_engine=has_transformer_engine)
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:
         # megatron-core 0.16 asks Transformer Engine for the state of FP8 there, whether FP8 is on or not
@@ -161,3 +168,21 @@ def world_errors(
         remedy = f"recompute.modules=[{others}]" if others else "recompute.mode=none"
         errors.append(f"recompute.modules with layernorm needs Transformer Engine on a GPU; set {remedy}")
     return errors
+
+
+def _head_errors(config: "Config", *, has_transformer_engine: bool) -> list[str]:
+    """Why a GPU's attention cannot have heads of this model's width; empty if it can."""
+    m = config.model
+    if uses_portable_attention(config, has_transformer_engine=has_transformer_engine):
+        # torch/_inductor/kernel/flex/flex_attention.py: a GPU cannot multiply narrower matrices
+        fits, need = m.head_dim >= 16, "FlexAttention needs at least 16"
+    else:
+        # transformer_engine/pytorch/attention/dot_product_attention, 2.9 to 2.11: get_attention_backend
+        # removes FlashAttention, and context parallelism asserts it
+        fits, need = m.head_dim % 8 == 0, "Transformer Engine's attention needs a multiple of 8"
+    if fits:
+        return []
+    return [
+        f"model.hidden_size={m.hidden_size} over num_attention_heads={m.num_attention_heads} gives heads of "
+        f"{m.head_dim}, and on a GPU {need}; change one of them"
+    ]

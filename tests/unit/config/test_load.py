@@ -53,6 +53,7 @@ def test_all_field_errors_at_once(tmp_path: Path) -> None:
     [
         (["parallel.tensor=3"], "num_attention_heads=8 is not a multiple of parallel.tensor=3"),
         (["parallel.tensor=8"], "num_key_value_heads=4 is not a multiple of parallel.tensor=8"),
+        (["model.hidden_size=72"], "gives heads of 9, and rotary embeddings need an even number"),
         (["parallel.pipeline=3"], "model.num_layers=4 is not a multiple of parallel.pipeline=3"),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "virtual_pipeline=4 = 8"),
         (["parallel.virtual_pipeline=2"], "needs parallel.pipeline > 1"),
@@ -120,6 +121,24 @@ def test_world() -> None:
     interleaved = tiny_config(parallel={"pipeline": 2, "virtual_pipeline": 2}, train={"global_batch": 3})
     (error,) = world_errors(interleaved, world_size=2, has_gpu=True, has_transformer_engine=True)
     assert "3 microbatches a data-parallel rank are not a multiple of parallel.pipeline=2" in error
+
+
+def test_widths_of_heads_on_a_gpu() -> None:
+    """64 over 16 and 8 heads: widths of 4 and 8. A CPU takes both, and each attention of a GPU has its own
+    limit."""
+    four, eight = ({"num_attention_heads": heads, "num_key_value_heads": 2} for heads in (16, 8))
+    gpu: dict = {"world_size": 4, "has_gpu": True}
+    bf16 = {"dtype": "bf16"}
+    for model in (four, eight):
+        config = tiny_config(model=model)
+        assert world_errors(config, world_size=4, has_gpu=False, has_transformer_engine=False) == []
+        for precision, has_transformer_engine in (({"dtype": "fp32"}, True), (bf16, False)):
+            config = tiny_config(model=model, precision=precision)
+            (error,) = world_errors(config, has_transformer_engine=has_transformer_engine, **gpu)
+            assert "on a GPU FlexAttention needs at least 16" in error
+    (error,) = world_errors(tiny_config(model=four, precision=bf16), has_transformer_engine=True, **gpu)
+    assert "heads of 4, and on a GPU Transformer Engine's attention needs a multiple of 8" in error
+    assert world_errors(tiny_config(model=eight, precision=bf16), has_transformer_engine=True, **gpu) == []
 
 
 def test_recomputed_norms_need_transformer_engine() -> None:
