@@ -149,13 +149,18 @@ def check_run(config: Config) -> Tokenizer:
 
 def rank_errors(config: Config, *, world_size: int) -> list[str]:
     """Reasons why this config cannot run on `world_size` ranks of this machine's kind. Empty if it can."""
-    has_gpu = torch.cuda.is_available()
+    has_gpu, local_rank = torch.cuda.is_available(), rank_from_environment()[2]
+    if has_gpu and local_rank >= (count := torch.cuda.device_count()):
+        return [
+            f"this is local rank {local_rank}, counted from 0, and it sees {count} GPUs; start at most one "
+            "rank for each GPU of a node, or show it more in CUDA_VISIBLE_DEVICES"
+        ]
     return world_errors(
         config,
         world_size=world_size,
         has_gpu=has_gpu,
         has_transformer_engine=has_transformer_engine(),
-        capability=torch.cuda.get_device_capability(rank_from_environment()[2]) if has_gpu else None,
+        capability=torch.cuda.get_device_capability(local_rank) if has_gpu else None,
         cuda=torch.version.cuda,
         transformer_engine=transformer_engine_version(),
     )
