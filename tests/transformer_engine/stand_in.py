@@ -134,12 +134,12 @@ class CommOverlap:
         return False
 
     def get_buffer(self, local_chunk: bool = False, shape: list[int] | None = None) -> Tensor:
-        assert shape is None or shape == list(self.buffer.shape), "every pack fills the buffer"
         # a view, since Transformer Engine empties what it was given when it needs it no more
-        return self.buffer.chunk(self.size)[self.group.rank()] if local_chunk else self.buffer[:]
+        buffer = self.buffer.chunk(self.size)[self.group.rank()] if local_chunk else self.buffer[:]
+        return buffer if shape is None else buffer.view(shape)  # every pack fills the buffer
 
     def copy_into_buffer(self, values: Tensor, local_chunk: bool = False) -> None:
-        self.get_buffer(local_chunk).copy_(values)
+        self.get_buffer(local_chunk, list(values.shape)).copy_(values)
 
     @property
     def group(self) -> Any:
