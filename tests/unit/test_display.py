@@ -89,7 +89,8 @@ def test_every_module_prints_through_display() -> None:
     found = [
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path.name != "display.py"
+        # gpu_day starts where only the standard library is installed, and prints its own checks' output
+        if path.name != "display.py" and path.parent.name != "gpu_day"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and (node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")) in forbidden
