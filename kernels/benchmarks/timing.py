@@ -22,7 +22,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One row of a table. step: the function that is timed. prepare: called before each step, untimed."""
+    """One row of a table. `step` is timed. `prepare` is called before each step and is not timed."""
 
     name: str
     step: Callable[[], object]

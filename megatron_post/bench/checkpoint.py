@@ -108,9 +108,9 @@ def measure_checkpoints(
 
 
 def figures(ranks: list[list[Interval]], *, size: int) -> dict[str, Figure]:
-    """The figures of all saves. size: bytes of a checkpoint. ranks: the intervals of each rank.
+    """The figures of all saves, from the intervals of each rank. `size` is a checkpoint's bytes.
 
-    Of every save, the rank that it held up longest counts.
+    For each save the rank that waited longest counts.
     """
     worst = [
         Interval(

@@ -24,7 +24,7 @@ FORMULA = (
 
 
 def step_record(measured: Measured, *, warmup: int, origin: str, overrides: Sequence[str] = ()) -> Record:
-    """The record of a measurement. origin: the config file. overrides: of its keys."""
+    """The record of a measurement of the config file `origin` with `overrides` of its keys."""
     settings = step_settings(measured, warmup=warmup) | (
         {"overrides": " ".join(overrides)} if overrides else {}
     )

@@ -28,7 +28,7 @@ _OPEN = ("skipped", "not begun")
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed or failed: an expectation was tested; measured: there was none to test.
+    """A check has passed or failed if an expectation was tested. It is measured if there was none.
 
     figures: of a GPU, by name with their unit. A run without one has none.
     """

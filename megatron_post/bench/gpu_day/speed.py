@@ -29,7 +29,7 @@ _LARGE = "configs/llama3_405b/sft.yaml"
 
 @dataclass(frozen=True)
 class Found:
-    """ok: whether it is as expected; None where nothing was. figures: by name with their unit."""
+    """`ok`: whether the result is as expected; None if nothing was expected. `figures` have a unit."""
 
     found: str
     ok: bool | None = None

@@ -27,9 +27,10 @@ import numpy as np
 from rich.table import Table
 
 from megatron_post.bench.tables import titled
+from megatron_post.bench.trl.own_side import run_rounds
 from megatron_post.bench.trl.side import Gate, Input, Side, interleave
 from megatron_post.bench.trl.steps import MEGATRON_POST, StepFigures, summarise
-from megatron_post.bench.trl.trl_side import real_tokens
+from megatron_post.bench.trl.trl_side import real_tokens, trainer_arguments
 from megatron_post.bench.trl.workload import GSM8K, Workload, open_train_store
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
@@ -158,14 +159,7 @@ def _train_megatron_post(workload: Workload, gate: Gate, *, reference: str) -> N
             sizes = ((_count([p])[0], len(trainer.stepper.prepare(p).batch.tokens)) for p in whole)
             is_wanted = gate.ready(_input(sizes))
         with _loader(store, config) as loader:
-            for step, packs in enumerate(loader, start=1):
-                if not is_wanted:
-                    break
-                started = time.perf_counter()
-                metrics = trainer.step(packs)
-                trainer.report(step, metrics, packs, seconds=time.perf_counter() - started)
-                tokens, count = _count(packs)
-                is_wanted = gate.step(tokens=tokens, trained=count, loss=metrics["loss"])
+            run_rounds(trainer, loader, gate, is_wanted=is_wanted, count=_count)
 
 
 def _store_reference(config: Config, topology: Topology, store: PackStore) -> None:
@@ -242,7 +236,7 @@ def _trl_trainer(config: Config, directory: str, *, precompute: bool, microbatch
             counts, self.counts = self.counts, (0, 0, 0.0)
             return dict(zip(("tokens", "trained", "loss"), counts, strict=True))
 
-    o, rows = config.optimizer, list(pairs(open_train_store(config)))
+    rows = list(pairs(open_train_store(config)))
     arguments = trl.DPOConfig(
         output_dir=directory,
         loss_type=[config.dpo.loss],
@@ -251,20 +245,7 @@ def _trl_trainer(config: Config, directory: str, *, precompute: bool, microbatch
         max_length=config.data.pack_length,
         per_device_train_batch_size=microbatch,
         gradient_accumulation_steps=-(-len(rows) // microbatch),
-        max_steps=config.train.steps,
-        learning_rate=o.lr,
-        lr_scheduler_type="constant",
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        max_grad_norm=o.clip_grad,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
+        **trainer_arguments(config),
     )
     return CountingTrainer(
         model=config.model.init_from,

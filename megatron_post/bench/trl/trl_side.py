@@ -10,6 +10,7 @@ from typing import Any
 from megatron_post.bench.data import one_core
 from megatron_post.bench.trl.side import Gate, Input, Side
 from megatron_post.bench.trl.workload import Workload, open_train_store, segments
+from megatron_post.config.schema import Config
 
 
 def trl_packed() -> Side:
@@ -53,6 +54,27 @@ def _train_trl(workload: Workload, gate: Gate, *, packing: bool) -> None:
         trainer.train()
 
 
+def trainer_arguments(config: Config) -> dict[str, Any]:
+    """The arguments that TRL's trainers share: the config's optimizer and steps, on a CPU, without output."""
+    o = config.optimizer
+    return {
+        "max_steps": config.train.steps,
+        "learning_rate": o.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": o.beta1,
+        "adam_beta2": o.beta2,
+        "max_grad_norm": o.clip_grad,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
 def _trainer(workload: Workload, directory: str, *, packing: bool) -> Any:
     import datasets
     import transformers
@@ -74,7 +96,7 @@ def _trainer(workload: Workload, directory: str, *, packing: bool) -> Any:
             counts, self.counts = self.counts, (0, 0, 0.0)
             return dict(zip(("tokens", "trained", "loss"), counts, strict=True))
 
-    config, o = workload.config, workload.config.optimizer
+    config = workload.config
     rows = [{"input_ids": t.tolist(), "labels": y.tolist()} for t, y in segments(open_train_store(config))]
     tokens_per_step = config.train.global_batch * config.data.pack_length
     mean_length = sum(len(row["input_ids"]) for row in rows) / len(rows)
@@ -85,20 +107,7 @@ def _trainer(workload: Workload, directory: str, *, packing: bool) -> Any:
         packing=packing,
         per_device_train_batch_size=1 if packing else round(tokens_per_step / mean_length / accumulation),
         gradient_accumulation_steps=accumulation,
-        max_steps=config.train.steps,
-        learning_rate=o.lr,
-        lr_scheduler_type="constant",
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        max_grad_norm=o.clip_grad,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
+        **trainer_arguments(config),
     )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=f"{config.tokenizer.path}/tokenizer.json",

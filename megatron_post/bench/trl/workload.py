@@ -90,7 +90,7 @@ def open_train_store(config: Config) -> PackStore:
 
 
 def trained(roles: np.ndarray) -> np.ndarray:
-    """bool [n], whether a token has loss: assistant bodies and terminators. roles: uint8 [n]."""
+    """Whether each token has loss, as bool [n]: assistant bodies and terminators have. roles is uint8 [n]."""
     return (roles == TokenRole.BODY) | (roles == TokenRole.TERMINATOR)
 
 
