@@ -121,7 +121,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
-    """The values of the fields by which the members of a union are told apart."""
+    """The values of the fields that distinguish the members of a union."""
     return tuple(tag for field in section.model_fields.values() for tag in get_args(field.annotation))
 
 

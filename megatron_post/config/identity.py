@@ -1,7 +1,7 @@
 """What each setting is to a run that resumes, in one table.
 
 identity: part of what the run is. Another value is another run, and the resume is refused.
-free:     may change from one start to the next. The new value is applied; the change is said and recorded.
+free:     may change from one start to the next. The new value is applied, and the change is recorded.
 harmless: nothing that is trained, measured or saved depends on it.
 """
 
