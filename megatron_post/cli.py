@@ -1,4 +1,4 @@
-"""The command line. A command is a few lines that call one function; heavy imports wait until it runs."""
+"""The command line. Each command calls one function and imports it when it runs, so that `--help` is fast."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from megatron_post.rounds.commands import rounds_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Post-training for Llama 3 on megatron-core.")  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, help="Pack data into a store, and look into it.")
+data_app = typer.Typer(no_args_is_help=True, help="Pack data into a store, and inspect it.")
 config_app = typer.Typer(no_args_is_help=True, help="Show and describe configs.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
@@ -42,7 +42,7 @@ def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a stage; under torchrun on many ranks. The same command again resumes."""
+    """Train a stage, on many ranks under torchrun. Run the same command again to resume."""
     from megatron_post.config.load import load_config
     from megatron_post.train.run import train as run
 
@@ -56,7 +56,7 @@ def launch_round(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[-- KEY=VALUE...]")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Queue a round, or another chain of jobs, each to start once those before it have succeeded."""
+    """Queue a round or another chain of jobs. Each job starts after its predecessors have succeeded."""
     from megatron_post.launch.chain import is_chain, load_chain, parse_chain
     from megatron_post.launch.launch import launch_chain
     from megatron_post.rounds.run import chain_of
@@ -91,7 +91,7 @@ def data_show(
     pack: Annotated[int, typer.Option(help="Number of the pack.")] = 0,
     group: Annotated[Literal["train", "eval"], typer.Option(help="Training or held-out packs.")] = "train",
 ) -> None:
-    """Print a pack as text, coloured by role, trained tokens underlined."""
+    """Print a pack as text. Colours show roles, and trained tokens are underlined."""
     from megatron_post.data.show import show_pack
 
     show_pack(store, pack, group=group, tokenizer_path=tokenizer or None, console=make_console())
@@ -107,7 +107,7 @@ def data_stats(store: StorePath) -> None:
 
 @data_app.command("verify")
 def data_verify(store: StorePath) -> None:
-    """Read the whole store and compare all of it with its checksums."""
+    """Read the whole store and compare it with its checksums."""
     from megatron_post.data.verify import verify_store
     from megatron_post.display import make_console
 
@@ -134,7 +134,7 @@ def config_schema(
         typer.Argument(help="kind of the file; a run's is what `train` takes"),
     ] = "run",
 ) -> None:
-    """Print the JSON schema of a file of settings: a description of every key, which editors read too."""
+    """Print the JSON schema of a file of settings. It describes every key, and editors can use it."""
     from megatron_post.config.load import json_schema
     from megatron_post.config.schema import Config
     from megatron_post.config.section import Section
@@ -155,7 +155,7 @@ def config_schema(
 
 @app.command()
 def doctor() -> None:
-    """Report versions, devices, Slurm, and which fused parts are active and what each missing one costs."""
+    """Report versions, devices, Slurm, the active fused parts, and the cost of each missing one."""
     from megatron_post.doctor import diagnose
 
     diagnose(make_console())
@@ -174,7 +174,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of alignment.")] = 1,
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Do all of it for so many seeds.")] = 1,
 ) -> None:
-    """Make a small task, train and align a tiny Llama on the CPU, and show what it has learned."""
+    """Train and align a tiny Llama on a small generated task on the CPU, and show what it has learned."""
     from megatron_post.demo.run import Sizes, run_demo
     from megatron_post.demo.seeds import run_seeds
 
@@ -186,8 +186,8 @@ def demo(
 
 
 def main() -> None:
-    """Run the command that the arguments name, and end with its exit status; see `errors`."""
-    # what is missing and what it costs is for `doctor` to say, once; not for every rank at every start
+    """Run the command that the arguments name, and exit with its status (see `errors`)."""
+    # `doctor` reports missing parts and their cost. Without the filter every rank would print this too.
     warnings.filterwarnings(
         "ignore", message=".*(Transformer Engine and Apex|Apex is not|full scope is deprecated)"
     )

@@ -1,4 +1,4 @@
-"""Text that others wrote, made safe to show: on a terminal, and in an HTML page.
+"""Makes text from outside safe to print on a terminal and in an HTML page.
 
 Names of files and sources, rows of a dataset, answers of a model and messages of other libraries may hold
 anything. A terminal obeys escape sequences, which can hide text, change the clipboard or give a link another
@@ -22,7 +22,7 @@ from rich.text import Text
 # of a file name that is not UTF-8. Zl, Zp: line and paragraph separators.
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _SAFE = "\n\t\u200c\u200d"  # the last two join letters, in Persian and in emojis
-# what `printable` need not look at: printable ASCII, and most letters of other alphabets
+# A fast path of `printable`: text of printable ASCII and the letters of most alphabets is safe.
 _ORDINARY = re.compile(r"[\n\t\x20-\x7e\xa1-\xac\xae-\u05ff]*")
 
 
@@ -38,33 +38,33 @@ def printable(text: object) -> str:
 
 
 def html_text(text: object) -> str:
-    """`printable(text)` for an HTML page, in which it is text and nothing else."""
+    """`printable(text)` with HTML's special characters escaped."""
     return html.escape(printable(text))
 
 
 def say(text: object, *, file: TextIO | None = None) -> None:
-    """Print a line, or several. file: by default standard output."""
+    """Print one or more lines to `file`, which is standard output by default."""
     print(printable(text), file=file, flush=True)
 
 
 def say_json(value: Any) -> None:
-    """Print a value as JSON in ASCII, so that other programs read what was meant."""
+    """Print a value as JSON in ASCII, so that other programs read it unchanged."""
     print(json.dumps(value, indent=2).replace("\x7f", "\\u007f"), flush=True)
 
 
 def make_console(*, width: int | None = None, quiet: bool = False) -> Console:
-    """What commands print tables and coloured text on. A string is text: give colours as `style`."""
+    """A console for tables and coloured text. It does not interpret markup, so pass colours as `style`."""
     return _Console(width=width, quiet=quiet, markup=False, emoji=False)
 
 
 def make_progress(on: Console, *columns: ProgressColumn) -> Progress:
-    """A progress bar whose descriptions are text. columns: behind the description; by default the time."""
+    """A progress bar without markup. columns: those after the bar, by default the elapsed time."""
     return Progress(TextColumn("{task.description}", markup=False), BarColumn(),
                     *(columns or (TimeElapsedColumn(),)), console=on)  # fmt: skip
 
 
 class _Console(Console):
-    """Writes out control characters, first in strings, so that columns stay aligned, then in all else."""
+    """Replaces control characters first in strings, so that columns stay aligned, and then in all output."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)

@@ -1,7 +1,7 @@
-"""`megatron-post doctor`: what is installed and where, which fused parts run, what a missing one costs.
+"""`megatron-post doctor` reports installed versions, the fused parts that run, and the cost of missing ones.
 
-Nothing is imported to learn its version, and a probe that fails is reported instead of raised: doctor is for
-the machine where something is broken.
+It must work on a machine where something is broken. So it reads versions without importing packages, and it
+reports a probe that fails instead of raising its error.
 """
 
 import functools
@@ -33,8 +33,8 @@ PACKAGES = (
     "psutil",
 )  # fmt: skip
 
-ENGINE_VERSIONS = ((2, 9), (2, 12))  # megatron-core 0.16's range, the second not in it
-IMPORT_SECONDS = 300  # of megatron-core, from a cold disk that many nodes share
+ENGINE_VERSIONS = ((2, 9), (2, 12))  # megatron-core 0.16 supports versions from the first to below the second
+IMPORT_SECONDS = 300  # importing megatron-core from a cold disk that many nodes share can take minutes
 
 T = TypeVar("T")
 ApexKind = Literal["absent", "nvidia", "nvidia without CUDA extensions", "unrelated"]
@@ -42,7 +42,7 @@ ApexKind = Literal["absent", "nvidia", "nvidia without CUDA extensions", "unrela
 
 @dataclass(frozen=True)
 class Part:
-    """A fused part: its state, what that means for a run on this machine, and the command that adds it."""
+    """A fused part with its state, the effect on a run on this machine, and the command that installs it."""
 
     name: str
     state: Literal["active", "missing", "not needed"]
@@ -61,7 +61,7 @@ def diagnose(console: Console) -> None:
     for part in parts:
         table.add_row(part.name, Text(part.state, style=colours[part.state]), part.meaning)
     console.print(table)
-    # commands stand on lines of their own that are not wrapped, so that they can be copied
+    # Each command is on a line of its own that is not wrapped, so that users can copy it.
     for part in parts:
         if part.remedy:
             console.print(f"to add {part.name}: {part.remedy}", highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def installed_version(name: str) -> str:
-    """Version of a distribution, "not installed", or what is wrong with its metadata."""
+    """The version of a distribution, "not installed", or the error in its metadata."""
     try:
         return metadata.version(name) or "installed, but its metadata names no version"
     except metadata.PackageNotFoundError:
@@ -124,14 +124,14 @@ def fused_parts(*, has_gpu: bool, core_loads: bool = True) -> list[Part]:
 
 @functools.cache
 def import_failure() -> str | None:
-    """Why megatron-core cannot be imported, with the remedy; None where it can, or is not there.
+    """The reason why megatron-core cannot be imported, and the remedy. None if it can, or is not installed.
 
-    A process of its own imports it, once, which takes seconds. megatron-core imports an installed Transformer
-    Engine and is prepared for its absence alone. One whose extension for torch is missing, or was built for
-    another torch, ends every run.
+    A separate process imports it once, which takes seconds. megatron-core imports Transformer Engine if it is
+    installed, and handles only its absence. If Transformer Engine's extension for torch is missing or was
+    built for another torch, every run fails.
     """
     if not (_found("megatron.core") and _found("torch")):
-        return None  # which is another problem
+        return None  # `find_problems` reports a missing package
     code = "import megatron.core, megatron.core.extensions.transformer_engine"
     try:
         done = subprocess.run(
@@ -163,8 +163,10 @@ def import_failure() -> str | None:
 
 
 def _engine_is_whole() -> bool:
-    """Whether the extension for torch lies where Transformer Engine looks for it: beside its package, in it,
-    or among all packages."""
+    """Whether the extension for torch is in one of the directories that Transformer Engine searches.
+
+    These are its package, the directory around it, and the directory of all packages.
+    """
     spec = importlib.util.find_spec("transformer_engine")
     package = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     folders = (package.parent, package, package / "wheel_lib", Path(sysconfig.get_path("purelib")))
@@ -172,7 +174,7 @@ def _engine_is_whole() -> bool:
 
 
 def find_problems() -> Iterable[str]:
-    """What will break a run, each with its remedy."""
+    """Yield each problem that breaks a run, with its remedy."""
     failure = import_failure()
     if failure is not None:
         yield failure
@@ -220,7 +222,7 @@ def _engine(found: bool, has_gpu: bool, core_loads: bool) -> Part:
 
 
 def _fp8_recipes() -> str:
-    """Which values `precision.fp8` may have on this GPU, and what the others need."""
+    """The values of `precision.fp8` that this GPU supports, and the requirements of the others."""
     import torch
 
     capability = torch.cuda.get_device_capability()
@@ -295,7 +297,7 @@ def _memory() -> str:
 
 
 def _gpus() -> list[tuple[str, str]]:
-    """One row a GPU from nvidia-smi, which works even where torch is broken; and what torch can use."""
+    """One row per GPU from nvidia-smi, which works even if torch is broken, and the GPUs that torch sees."""
     rows = []
     if shutil.which("nvidia-smi"):
         fields = "name,memory.total,memory.free,driver_version"
@@ -321,7 +323,7 @@ def _nccl() -> str:
     import torch
 
     if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
-        return "not in this torch: ranks talk through gloo"
+        return "not in this torch, so ranks communicate through gloo"
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
@@ -330,7 +332,7 @@ def _slurm() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints. Raises for a failing or hanging one."""
+    """The output of a command. Raises `subprocess.SubprocessError` if it fails or hangs."""
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=20, check=True, stdin=subprocess.DEVNULL
     )

@@ -1,7 +1,7 @@
-"""Where errors end. What a user can mend becomes one message and exit status 2, all else keeps its traceback.
+"""The exit status and the message of an error that ends a command.
 
-Readers say which file is wrong, see `storage.reading`. What is here is the last net, which knows nothing but
-the kind of an error.
+An error that a user can mend becomes one message and exit status 2. Any other error keeps its traceback.
+Readers name the file that is wrong (`storage.reading`). This module decides by the type of an error alone.
 """
 
 import csv
@@ -27,7 +27,7 @@ _REMEDIES = {
     errno.EROFS: "choose a path on a disk that can be written",
     errno.EEXIST: "choose another path",
     errno.EISDIR: "name a file",
-    errno.ENOTDIR: "name a directory, and no file before the last part of a path",
+    errno.ENOTDIR: "every part of the path but the last must be a directory",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "its symbolic links lead to each other: mend them",
     errno.ENOSPC: "free some space and run the same command again",
@@ -41,7 +41,7 @@ _REMEDIES = {
 
 
 def exit_status(command: Callable[[], Any]) -> int:
-    """Run a command, say on standard error what went wrong, and return the exit status.
+    """Run a command, print its error on standard error, and return the exit status.
 
     With `--debug` (MEGATRON_POST_DEBUG) every error keeps its traceback.
     """
@@ -49,16 +49,16 @@ def exit_status(command: Callable[[], Any]) -> int:
         status = command()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, Exception) as error:
-        # typer turns an end of input, which a damaged file has too, into an Abort of that cause
+        # typer turns every EOFError into an Abort. A damaged file raises EOFError too, and must be reported.
         cause = error.__cause__ if isinstance(error, typer.Abort) else None
-        return _told(cause or error)
+        return _report(cause or error)
 
 
 def message_of(error: BaseException) -> str | None:
-    """What a user is told about an error of theirs; None for a fault of this program."""
+    """The message of an error that a user can mend, or None for a fault of this program."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError):
-        return _of_the_system(error)
+        return _system_message(error)
     if isinstance(error, ValueError | FloatingPointError | csv.Error):
         return text
     if isinstance(error, EOFError | zlib.error):
@@ -70,13 +70,13 @@ def message_of(error: BaseException) -> str | None:
     return None
 
 
-def _told(error: BaseException) -> int:
+def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         say("megatron-post: interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, typer.Abort):
         return FAULT
-    if hasattr(error, "format_message"):  # a wrong command or option; the class is typer's or click's own
+    if hasattr(error, "format_message"):  # a wrong command or option, by a class of typer or of click
         if text := error.format_message():
             context = getattr(error, "ctx", None)
             usage = f"; see `{context.command_path} --help`" if context is not None else ""
@@ -97,7 +97,7 @@ def _told(error: BaseException) -> int:
 
 
 def _as_override(error: BaseException) -> str:
-    """How to write an override that was given as an option, `--optimizer.lr=1` or `--optimizer.lr 1`."""
+    """The remedy for an override that was written as an option, `--optimizer.lr=1` or `--optimizer.lr 1`."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     parameters = context.command.params if context is not None else ()
     if not option or not any(parameter.name == "overrides" for parameter in parameters):
@@ -109,7 +109,7 @@ def _as_override(error: BaseException) -> str:
     return ""
 
 
-def _of_the_system(error: OSError) -> str:
+def _system_message(error: OSError) -> str:
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     reason = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0, "--debug shows where it happened")

@@ -1,4 +1,4 @@
-"""How to install what is missing, as this copy of the package was installed."""
+"""The command that installs an extra in the way in which this copy of the package was installed."""
 
 import json
 import shlex
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-Extra = Literal["", "cuda", "dali", "generate", "bench", "dev"]  # of setup.py; "": the package alone
+Extra = Literal[
+    "", "cuda", "dali", "generate", "bench", "dev"
+]  # the extras of setup.py; "" is the package without extras
 _NAME = "megatron-post"
 
 
 def install_command(extra: Extra = "") -> str:
     """A command line for a shell that installs the package with an extra.
 
-    The package is on no index: a checkout is installed from its directory, any other copy from where pip had
-    it. Transformer Engine comes as source and must be built with `--no-build-isolation`: in an isolated
-    environment pip would build it for another torch than the one that is installed.
+    The package is not on an index. A checkout is installed from its directory, and any other copy from the
+    source that pip has recorded. Transformer Engine is distributed as source and must be built with
+    `--no-build-isolation`. In an isolated environment pip would build it for a torch that is not the
+    installed one.
     """
     suffix = f"[{extra}]" if extra else ""
     words = ["pip", "install", *(["--no-build-isolation"] if extra == "cuda" else [])]
@@ -35,7 +38,7 @@ def install_command(extra: Extra = "") -> str:
 
 
 def _origin() -> dict[str, Any]:
-    """PEP 610's record of where pip had the package from; an empty `url` where there is none."""
+    """PEP 610's record of the source that pip installed from. `url` is empty if there is no record."""
     try:
         text = metadata.distribution(_NAME).read_text("direct_url.json")
         found = json.loads(text or "{}")

@@ -1,4 +1,4 @@
-"""Foreign text is shown and not obeyed: no escape sequence, no markup, and no other way to print."""
+"""Text from outside is printed without escape sequences and markup, and no module prints in another way."""
 
 import ast
 import io
@@ -25,7 +25,7 @@ RICH = re.compile(r"\x1b\[[0-9;?]*[mAKhl]|\r")
 
 
 def unsafe(text: str) -> list[str]:
-    """Characters that no terminal may be sent."""
+    """Characters that must not reach a terminal."""
     kinds = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return [c for c in text if unicodedata.category(c) in kinds and c not in "\n\t\u200c\u200d"]
 
@@ -40,7 +40,7 @@ def test_printable_text_has_no_control_characters(text: str) -> None:
         assert shown == text
 
 
-def test_what_is_hidden_becomes_visible() -> None:
+def test_invisible_characters_become_visible() -> None:
     assert display.printable("a\x1b[31m\r\x9b\u202e\udcff\U000e0041") == (
         r"a\x1b[31m\r\x9b\u202e\udcff\U000e0041"
     )

@@ -36,7 +36,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def core_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that is not about the import of megatron-core does not wait for it."""
+    """Skip the import of megatron-core, which takes seconds, in tests that do not concern it."""
     monkeypatch.setattr(doctor, "import_failure", lambda: None)
 
 
@@ -124,7 +124,7 @@ def test_fp8_recipes_of_this_gpu(
 
 
 def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU a missing part is missing; on a CPU none is needed, and its cost on a GPU is told anyway."""
+    """On a GPU the part is missing. On a CPU it is not needed, and its cost on a GPU is reported anyway."""
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     for has_gpu, state in ((True, "missing"), (False, "not needed")):
         engine, adam, triton = doctor.fused_parts(has_gpu=has_gpu)
@@ -135,10 +135,10 @@ def test_missing_parts_say_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("version", "told"), [("2.8.0", 1), ("2.9.0.post1", 0), ("2.11.0+c1", 0), ("2.12", 1)]
+    ("version", "problems"), [("2.8.0", 1), ("2.9.0.post1", 0), ("2.11.0+c1", 0), ("2.12", 1)]
 )
-def test_transformer_engines_version(monkeypatch: pytest.MonkeyPatch, version: str, told: int) -> None:
-    """megatron-core 0.16 takes 2.9 up to, and without, 2.12."""
+def test_transformer_engines_version(monkeypatch: pytest.MonkeyPatch, version: str, problems: int) -> None:
+    """megatron-core 0.16 supports versions from 2.9 to below 2.12."""
     found, installed = doctor._found, doctor.installed_version
     monkeypatch.setattr(doctor, "_found", lambda name: name == "transformer_engine" or found(name))
     versions = {"transformer-engine": version}
@@ -146,7 +146,7 @@ def test_transformer_engines_version(monkeypatch: pytest.MonkeyPatch, version: s
     lines = [
         line for line in doctor.find_problems() if line.startswith(f"transformer-engine {version} is not")
     ]
-    assert len(lines) == told
+    assert len(lines) == problems
 
 
 def test_missing_psutil_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_this_machine() -> None:
 def test_a_narrow_terminal_breaks_no_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rich took `[cuda]` for markup, and wrapped the command inside its table."""
+    """Rich would read `[cuda]` as markup, and would wrap the command inside its table."""
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
     doctor.diagnose(make_console(width=60))

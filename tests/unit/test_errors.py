@@ -1,4 +1,4 @@
-"""What a user can mend is one message and status 2, a fault of ours a traceback and status 1."""
+"""A user's error gives one message and status 2. Any other error gives a traceback and status 1."""
 
 import csv
 import errno
@@ -52,7 +52,7 @@ def test_a_users_error_is_one_line(error: BaseException, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("error", [KeyError("role"), TypeError("x"), AssertionError(), RuntimeError("NCCL")])
-def test_a_fault_of_ours_keeps_its_traceback(
+def test_an_unexpected_error_keeps_its_traceback(
     error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _raising(error) == 1
@@ -70,10 +70,10 @@ def test_debug_shows_the_traceback(
 
 
 @pytest.mark.parametrize("debug", ["", "1"])
-def test_no_error_shows_a_key(
+def test_errors_hide_secrets(
     debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the message, in what caused it, and in an option that does not exist."""
+    """Secrets are hidden in the message, in its cause, and in an option that does not exist."""
     monkeypatch.setenv("MEGATRON_POST_DEBUG", debug)
     error = ValueError("http://me:s3cr3t@host/v1?api_key=s3cr3t does not answer")
     error.__cause__ = OSError("401 for Bearer s3cr3t")
@@ -86,7 +86,7 @@ def test_no_error_shows_a_key(
     assert "***" in shown and "s3cr3t" not in shown
 
 
-def test_memory_that_torch_cannot_have(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_out_of_host_memory_is_a_users_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(lambda: torch.empty(2**50)) == 2
     assert "not enough memory" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The lines that say how to install something are lines that a shell and pip take."""
+"""A shell and pip accept the commands that messages and pages recommend for an installation."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_transformer_engine_is_built_for_the_torch_that_is_there() -> None:
         ("damaged", ["megatron-post[bench]"]),
     ],
 )
-def test_as_it_was_installed(
+def test_command_repeats_the_recorded_source(
     record: object, words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _installed(monkeypatch, tmp_path, record)
@@ -71,8 +71,8 @@ def test_as_it_was_installed(
         assert Requirement(words[-1]).extras == {"bench"}
 
 
-def test_no_other_module_says_how_to_install_this_package() -> None:
-    """A line of its own would be right for one way of installing alone."""
+def test_only_installation_has_commands_for_this_package() -> None:
+    """A command in another module would be right for one kind of installation only."""
     written = re.compile(r"pip install[^\n\"']*(\[\w+\]|megatron-post|-e \.)|megatron-post\[")
     found = [
         f"{path.relative_to(ROOT)}: {match[0]}"
