@@ -131,7 +131,7 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 def config_schema(
     file: Annotated[
         Literal["run", "round", "generate", "select", "merge", "cleaning", "cluster", "chain"],
-        typer.Argument(help="kind of the file; a run's is what `train` takes"),
+        typer.Argument(help="kind of the file. `train` takes the kind `run`."),
     ] = "run",
 ) -> None:
     """Print the JSON schema of a file of settings. It describes every key, and editors can use it."""
@@ -172,7 +172,7 @@ def demo(
     held_out_problems: Annotated[int, typer.Option(min=4, help="Problems to answer.")] = 300,
     round_problems: Annotated[int, typer.Option(min=20, help="Problems to answer a round.")] = 800,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of alignment.")] = 1,
-    seeds: Annotated[int, typer.Option(min=1, max=10, help="Do all of it for so many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="Number of seeds to repeat everything for.")] = 1,
 ) -> None:
     """Train and align a tiny Llama on a small generated task on the CPU, and show what it has learned."""
     from megatron_post.demo.run import Sizes, run_demo

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-Extra = Literal[
-    "", "cuda", "dali", "generate", "bench", "dev"
-]  # the extras of setup.py; "" is the package without extras
+# the extras of setup.py; "" is the package without extras
+Extra = Literal["", "cuda", "dali", "generate", "bench", "dev"]
 _NAME = "megatron-post"
 
 
