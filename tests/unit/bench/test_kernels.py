@@ -11,7 +11,7 @@ TABLE = """NVIDIA H200, torch 2.13, 2026-11-21
 logprob, t 8,192
                                         ms   TFLOP/s    roof     GiB
 cuBLAS                              12.500     700.0  100.0%    0.50
-ours, into main_grad                 1.250      70.0   10.0%    0.00
+megatron-post, into main_grad        1.250      70.0   10.0%    0.00
 torch.compile                                            does not fit
 
 logprob, t 16,384
@@ -23,7 +23,7 @@ cuBLAS                              25.000     700.0  100.0%    0.50
 def test_tables_are_read() -> None:
     assert {name: figure.median for name, figure in kernels.read_tables(TABLE)} == {
         "logprob, t 8,192: cuBLAS": 12.5,
-        "logprob, t 8,192: ours, into main_grad": 1.25,
+        "logprob, t 8,192: megatron-post, into main_grad": 1.25,
         "logprob, t 16,384: cuBLAS": 25.0,
     }
 
