@@ -71,6 +71,15 @@ ALLOWED = {
         "storage",
     },
     "plan": {"config", "data.batch", "display", "models", "parallel", "storage"},
+    "inference": {
+        "config",
+        "convert",
+        "data",
+        "display",
+        "installation",
+        "parallel.environment",
+        "storage",
+    },
     "rounds": {
         "config",
         "data",

@@ -1,0 +1,171 @@
+"""Answers that have been given, one line each, appended before they are used.
+
+A line is JSON, and begins with a checksum of its remainder:
+`{"crc32":"0f1e2d3c","key":"...","kind":"reply","entry":{...}}`. A process that is killed leaves at most one
+line without its end, which is cut off when the process starts again.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_post.storage.files import full_disk_explained
+from megatron_post.storage.lock import sole_writer
+from megatron_post.storage.reading import LARGEST_LINE
+
+KEY_DIGITS = 32  # 128 bits: two of 10^12 requests share one with a probability of 10^-15
+_CRC, _KEY = b'{"crc32":"', b'","key":"'
+_CRC_AT = len(_CRC)
+_KEY_AT = _CRC_AT + 8 + len(_KEY)
+_BODY_AT = _CRC_AT + 8 + 2  # behind the checksum's quote and comma
+_OFFSET_BITS = 48
+
+
+def key_of(**parts: Any) -> str:
+    """The key of a request or a program: a hash of all that its answer depends on.
+
+    parts: values that JSON can hold. The order of an object's keys does not matter.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+@dataclass
+class _Journalled:
+    """A journal file, and how far it has been read."""
+
+    path: Path
+    file: IO[bytes]
+    offset: int = 0
+    lines: int = 0
+
+
+class Journal:
+    """The journal files of a directory, one for each process that writes.
+
+    The memory holds where each entry is, and not the entry: about 200 bytes for each.
+    """
+
+    def __init__(self, directory: str | Path, writer: int = 0) -> None:
+        """Read all files of the directory and lock this writer's own, `journal-00000.jsonl` for writer 0.
+
+        Raises `ValueError` if another process has the file, and for a damaged line, with its number.
+        """
+        self._directory = Path(directory)
+        self._places: dict[bytes, int] = {}
+        self._files: list[_Journalled] = []  # the own one is the first
+        path = self._directory / f"journal-{writer:05d}.jsonl"
+        with full_disk_explained(self._directory), contextlib.ExitStack() as stack:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_writer(_lock_of(path), of=path))
+            self._writing = stack.enter_context(path.open("ab", buffering=0))
+            stack.callback(lambda: [journalled.file.close() for journalled in self._files])
+            self._own = self._open(path)
+            self._writing.truncate(self._own.offset)  # the line that a kill has torn
+            self.refresh()
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush to the disk, and let another process write."""
+        with self._stack, full_disk_explained(self._own.path):
+            os.fsync(self._writing.fileno())
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._places
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The entry of a key, or None if there is none.
+
+        If several files have one, it is this writer's own, else that of the file whose name comes first.
+        """
+        place = self._places.get(bytes.fromhex(key))
+        if place is None:
+            return None
+        file = self._files[place >> _OFFSET_BITS].file
+        file.seek(place & (1 << _OFFSET_BITS) - 1)
+        entry: dict[str, Any] = json.loads(file.readline())["entry"]
+        return entry
+
+    def append(self, key: str, kind: str, entry: dict[str, Any]) -> None:
+        """Keep an entry. It outlives this process once this returns.
+
+        kind: says what the entry is, to whoever reads the file. Raises `DiskFull`, and then keeps nothing.
+        """
+        body = json.dumps({"key": key, "kind": kind, "entry": entry}, separators=(",", ":")).encode()[1:]
+        line = _CRC + b"%08x" % zlib.crc32(body) + b'",' + body + b"\n"
+        own = self._own
+        with full_disk_explained(own.path):
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._writing.write(line[written:])
+            except OSError:
+                self._writing.truncate(own.offset)
+                raise
+        self._places[bytes.fromhex(key)] = own.offset
+        own.offset, own.lines = own.offset + len(line), own.lines + 1
+
+    def refresh(self) -> None:
+        """Read what other processes have appended since."""
+        known = {journalled.path: journalled for journalled in self._files}
+        for path in sorted(self._directory.glob("journal-*.jsonl")):
+            if path not in known:
+                self._open(path)
+            elif path != self._own.path:
+                self._read(known[path])
+
+    def _open(self, path: Path) -> _Journalled:
+        self._files.append(_Journalled(path, path.open("rb")))
+        self._read(self._files[-1])
+        return self._files[-1]
+
+    def _read(self, found: _Journalled) -> None:
+        """Note where a file's entries are, from where it was last read to its last whole line."""
+        index = next(i for i, file in enumerate(self._files) if file is found) << _OFFSET_BITS
+        found.file.seek(found.offset)
+        while (line := found.file.readline(LARGEST_LINE)).endswith(b"\n"):
+            if not _is_whole(line):
+                if len(self._files) > 1 and _is_being_written(found.path):
+                    return  # a shared file system may show the end of a line before its beginning
+                raise ValueError(
+                    f"{found.path}:{found.lines + 1}: this line of the journal is damaged: its checksum "
+                    "differs. Remove the line, and what it held is asked again"
+                )
+            key = bytes.fromhex(line[_KEY_AT : _KEY_AT + KEY_DIGITS].decode())
+            self._places.setdefault(key, index | found.offset)
+            found.offset, found.lines = found.offset + len(line), found.lines + 1
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether another process writes this file."""
+    try:
+        with sole_writer(_lock_of(path), of=path):
+            return False
+    except ValueError:
+        return True
+
+
+def _is_whole(line: bytes) -> bool:
+    return (
+        line.startswith(_CRC)
+        and line[_KEY_AT - len(_KEY) : _KEY_AT] == _KEY
+        and line[_CRC_AT : _CRC_AT + 8] == b"%08x" % zlib.crc32(line[_BODY_AT:-1])
+    )

@@ -1,0 +1,117 @@
+"""A model that is asked through a journal, so that nothing is asked twice."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_post.data.dialog import Message
+from megatron_post.inference.journal import Journal, key_of
+from megatron_post.inference.request import Refusal, Reply, Request, Sampling, reply_from_json
+
+
+class Answers(Protocol):
+    """What answers one request, for many callers at a time.
+
+    Raises `ValueError` if it does not work at all, which is no fault of the request.
+    """
+
+    async def answer(self, request: Request) -> Reply | Refusal: ...
+
+
+class Refused(Exception):
+    """A request that is refused, or whose answer cannot be used. It is refused again after a restart."""
+
+    def __init__(self, reason: str, key: str) -> None:
+        super().__init__(reason)
+        self.reason, self.key = reason, key
+
+
+@dataclass
+class Usage:
+    """What a model has been asked in this process. asked: requests that were sent, and not replayed."""
+
+    asked: int = 0
+    replayed: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+class Model:
+    """Asks once for each request, and replays the answer from the journal afterwards."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        journal: Journal,
+        *,
+        name: str,
+        scope: Sequence[str | int],
+        sampling: Sampling | None = None,
+    ) -> None:
+        """name: of the model, whose answers are not another's.
+
+        scope: the name and version of what asks, such as a recipe. Another scope's requests are other ones.
+        """
+        self._answers, self._journal = answers, journal
+        self._name, self._scope = name, list(scope)
+        self._sampling = sampling or Sampling()
+        self._asking: dict[str, asyncio.Event] = {}
+        self.usage = Usage()
+
+    async def ask(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        seed: int = 0,
+        tools: Sequence[dict[str, Any]] = (),
+        **sampling: Any,
+    ) -> Reply:
+        """The reply to a request. Equal requests have the same reply: another seed asks for another.
+
+        messages: a text is one message of the user. sampling: values of `Sampling` for this request alone.
+        Raises `Refused`, `ValueError` for wrong arguments, and what the backend raises.
+        """
+        if isinstance(messages, str):
+            messages = [Message("user", messages)]
+        values = self._sampling
+        if sampling:
+            values = Sampling.model_validate(values.model_dump() | sampling)
+        return await self.answer(Request(tuple(messages), values, seed, tuple(tools)))
+
+    async def answer(self, request: Request) -> Reply:
+        """As `ask`, for a request that has been made."""
+        key = self.key_of(request)
+        while (asking := self._asking.get(key)) is not None:  # the same request, by another caller
+            await asking.wait()
+        entry = self._journal.get(key)
+        if entry is None:
+            self._asking[key] = asyncio.Event()
+            try:
+                entry = self._keep(key, request, await self._answers.answer(request))
+            finally:
+                self._asking.pop(key).set()
+        else:
+            self.usage.replayed += 1
+        if "refusal" in entry:
+            raise Refused(entry["refusal"], key)
+        return reply_from_json(entry["reply"], key)
+
+    def key_of(self, request: Request) -> str:
+        """The journal's key of a request."""
+        return key_of(model=self._name, scope=self._scope, **request.as_json())
+
+    def _keep(self, key: str, request: Request, answer: Reply | Refusal) -> dict[str, Any]:
+        self.usage.asked += 1
+        content: dict[str, Any]
+        if isinstance(answer, Refusal):
+            kind, content = "refusal", {"refusal": answer.reason}
+            self.usage.refused += 1
+        else:
+            kind, content = "reply", {"reply": answer.as_json()}
+            self.usage.tokens += answer.tokens
+            self.usage.prompt_tokens += answer.prompt_tokens
+        entry = {"request": request.as_json(), **content}
+        self._journal.append(key, kind, entry)
+        return entry

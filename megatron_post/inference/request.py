@@ -1,0 +1,153 @@
+"""What a model is asked, and what it answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from megatron_post.config.consistency import Needs, without_effect
+from megatron_post.config.section import Count, NonNegative, Section
+from megatron_post.data.dialog import Message, ToolCall
+from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN
+
+_ROLES = {"ipython": "tool"}  # OpenAI's names of ours
+
+
+class Sampling(Section):
+    """How a response is drawn."""
+
+    temperature: NonNegative = Field(1.0, description="0: the most probable, always")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the most probable tokens that have this probability together"
+    )
+    max_tokens: Count = Field(512, description="tokens of a response, at most")
+    stop: tuple[str, ...] = Field(
+        (END_OF_TURN, END_OF_MESSAGE, END_OF_TEXT), min_length=1, description="tokens that end a response"
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "Sampling":
+        if errors := without_effect(self, (Needs("top_p", "temperature", above=0),)):
+            raise ValueError("\n".join(errors))
+        return self
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted. seed: of this response alone. tools: functions as OpenAI describes them.
+
+    Raises `ValueError` if the messages do not end with a message of the user or a tool's output.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    seed: int
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.messages or self.messages[-1].role not in ("user", "ipython"):
+            last = self.messages[-1].role if self.messages else "nobody"
+            raise ValueError(
+                f"a model is asked by the user or a tool's output, and the last message is from {last}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """All that its answer depends on, except for the model."""
+        return {
+            "messages": messages_as_json(self.messages),
+            "sampling": self.sampling.model_dump(mode="json"),
+            "seed": self.seed,
+            **({"tools": list(self.tools)} if self.tools else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer.
+
+    finish: "stop", or why it ended otherwise, in the words of OpenAI's protocol: "length", "tool_calls".
+    tokens: of the answer, its stop token included. prompt_tokens: of the request; 0 if nobody counted them.
+    key: under which the journal keeps it.
+    """
+
+    message: Message
+    finish: str
+    tokens: int
+    prompt_tokens: int = 0
+    key: str = field(default="", compare=False)
+
+    @property
+    def text(self) -> str:
+        """The message without its reasoning and tool calls."""
+        return self.message.content
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "message": messages_as_json([self.message])[0],
+            "finish": self.finish,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that will not be answered, and why: it is refused, or too long. Others may be answered."""
+
+    reason: str
+
+
+def reply_from_json(values: Mapping[str, Any], key: str = "") -> Reply:
+    """The reply that `Reply.as_json` wrote, with the journal's key."""
+    message, finish = values["message"], values["finish"]
+    return Reply(
+        assistant_message(
+            message["content"],
+            calls=[ToolCall(**call["function"]) for call in message.get("tool_calls", ())],
+            reasoning=message.get("reasoning_content", ""),
+            finish=finish,
+        ),
+        finish,
+        values["tokens"],
+        values["prompt_tokens"],
+        key,
+    )
+
+
+def assistant_message(
+    content: str, *, calls: Sequence[ToolCall] = (), reasoning: str = "", finish: str = "stop"
+) -> Message:
+    """A reply's message. A turn goes on after a call of a tool. Raises `BadRow` for calls that Llama 3's
+    format cannot carry."""
+    ends = not calls and finish != "tool_calls"
+    return Message("assistant", content, tuple(calls), end_of_turn=ends, reasoning=reasoning)
+
+
+def messages_as_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as OpenAI's protocol and the rows of datasets have them.
+
+    A call and its output have an id that follows from their place.
+    """
+    found: list[dict[str, Any]] = []
+    call_id = ""
+    for number, message in enumerate(messages, start=1):
+        values: dict[str, Any] = {
+            "role": _ROLES.get(message.role, message.role),
+            "content": message.content,
+        }
+        if message.reasoning:
+            values["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            call_id = f"call_{number}"
+            values["tool_calls"] = [_call_as_json(call, call_id) for call in message.tool_calls]
+        if message.role == "ipython" and call_id:
+            values["tool_call_id"] = call_id
+        found.append(values)
+    return found
+
+
+def _call_as_json(call: ToolCall, call_id: str) -> dict[str, Any]:
+    arguments = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments)
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
