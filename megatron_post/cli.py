@@ -57,16 +57,16 @@ def launch_round(
     dry_run: DryRun = False,
 ) -> None:
     """Queue a round or another chain of jobs. Each job starts after its predecessors have succeeded."""
-    from megatron_post.launch.chain import is_chain, load_chain, parse_chain
+    from megatron_post.config.chain import is_chain, load_chain
     from megatron_post.launch.launch import launch_chain
-    from megatron_post.rounds.run import chain_of
+    from megatron_post.rounds.chain import chain_of
 
     if is_chain(file):
         chain = load_chain(file, overrides or ())
     else:
-        values = chain_of(file, overrides or (), console=make_console(), needs_inputs=not dry_run)
-        chain = parse_chain(values, origin=file)
-    launch_chain(chain, cluster, origin=file, dry_run=dry_run)
+        chain = chain_of(file, overrides or (), console=make_console(), needs_inputs=not dry_run)
+    program = typer.main.get_command(app)
+    launch_chain(chain, cluster, origin=file, program=program, dry_run=dry_run)
 
 
 @data_app.command("pack")
@@ -135,10 +135,10 @@ def config_schema(
     ] = "run",
 ) -> None:
     """Print the JSON schema of a file of settings. It describes every key, and editors can use it."""
+    from megatron_post.config.chain import Chain
     from megatron_post.config.load import json_schema
     from megatron_post.config.schema import Config
     from megatron_post.config.section import Section
-    from megatron_post.launch.chain import Chain
     from megatron_post.launch.cluster import Cluster
     from megatron_post.rounds.cleaning import Rules
     from megatron_post.rounds.generate import Generate

@@ -71,7 +71,8 @@ def page() -> str:
 
 def keys(schema: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(key, type, default, meaning) of every key, including those of nested sections."""
-    return list(_keys(schema, schema.get("$defs", {}), prefix="", seen={}))
+    seen = {} if schema["title"] == "Config" else {"Config": "a training run"}  # it has its own tables
+    return list(_keys(schema, schema.get("$defs", {}), prefix="", seen=seen))
 
 
 def _keys(
@@ -91,7 +92,7 @@ def _keys(
         for suffix, nested in sections:
             path = f"{prefix}{name}{suffix}"
             if (first := seen.setdefault(nested["title"], path)) != path:
-                yield path, f"as `{first}`", "", _cell(meaning)
+                yield path, f"as {first if ' ' in first else f'`{first}`'}", "", _cell(meaning)
             else:
                 yield from _keys(nested, known, prefix=f"{path}.", seen=seen)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_post.config.chain import Chain
 from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.schema import Config
 from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
 from megatron_post.display import say
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import Chain, chain_findings, job_table, submit_chain
+from megatron_post.launch.chain import chain_findings, command_findings, job_table, slurm_jobs, submit_chain
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.placement import fewest_nodes, place
 from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
@@ -72,16 +74,19 @@ def planned_run(
     return config, cluster, job
 
 
-def launch_chain(chain: Chain, cluster_path: str, *, origin: str, dry_run: bool = False) -> None:
-    """Check and queue a chain of jobs. `origin` names the chain in errors.
+def launch_chain(
+    chain: Chain, cluster_path: str, *, origin: str, program: Any, dry_run: bool = False
+) -> None:
+    """Check and queue a chain of jobs. `origin` names the chain in errors. `program`: as `command_findings`.
 
     The data of later steps do not exist yet, so only layouts, memory, disks and Slurm's limits are checked.
 
     dry_run: print the jobs in order and the script of the first one, without calling Slurm.
     """
     cluster = load_cluster(cluster_path)
-    jobs = chain.jobs(Path.cwd())
-    found = chain_findings(chain, cluster, Path.cwd(), disks=not dry_run)
+    jobs = slurm_jobs(chain, Path.cwd())
+    found = command_findings(chain, program)
+    found += chain_findings(chain, cluster, Path.cwd(), disks=not dry_run)
     if dry_run:
         say("\n".join(f"# {line}" for line in job_table(chain, cluster)))
         say("# This is the script of the first job. The scripts of the others differ in their settings.")

@@ -19,6 +19,8 @@ def with_default(name: str) -> type[TyperGroup]:
     """
 
     class Group(TyperGroup):
+        default = name
+
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             word = args[0] if args else "--help"
             # The group handles a misspelt command, and suggests the right one.

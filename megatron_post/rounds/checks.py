@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from megatron_post.config.data import Source
 from megatron_post.config.layout import world_errors
@@ -65,9 +65,7 @@ def check_files(settings: RoundSettings) -> None:
         _check_lengths(settings, key, prompts, pack_length=pack_length)
     if settings.select.cleaning is not None:
         load_rules(settings.select.cleaning)
-    any_source: dict[str, Any] = {"name": "any", "path": "any"}
-    start = settings.start.base or settings.start.policy
-    configs = {stage: first.config(stage, start, [any_source]) for stage in get_args(StageName)}
+    configs = {stage: first.similar_run(stage) for stage in get_args(StageName)}
     for stage, config in configs.items():
         _check_content_tokens(config, settings)
         ranks = settings.ranks or config.parallel.model_size

@@ -108,7 +108,8 @@ def run_round(
     chain: Annotated[str | None, typer.Option(help="Write a chain file for `launch round` instead.")] = None,
 ) -> None:
     """Run rounds of reward model, sampling, SFT, DPO and averaging. The same command again resumes."""
-    from megatron_post.rounds.run import run_rounds, write_chain
+    from megatron_post.rounds.chain import write_chain
+    from megatron_post.rounds.run import run_rounds
 
     console = make_console()
     if chain is not None:

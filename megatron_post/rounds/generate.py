@@ -40,9 +40,9 @@ from megatron_post.rounds.failures import (
     write_failures,
 )
 from megatron_post.rounds.prompts import Prompt, read_prompts
-from megatron_post.rounds.state import alone
 from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.files import read_lines, write_json, write_lines, write_pieces
+from megatron_post.storage.lock import only_process_in
 from megatron_post.storage.reading import read_object, reading
 
 OpenBackend = Callable[[BackendSettings, str, Sequence[str]], Backend]
@@ -142,7 +142,7 @@ def generate(
         written = _draw(target, own, len(prompts), settings, console, open_backend)
         wait_until(target.exists, f"rank 0 to put {target} together", console)
         return written
-    with alone(parts):
+    with only_process_in(parts):
         _claim(parts, settings)
         written = _draw(target, own, len(prompts), settings, console, open_backend)
         wait_until(lambda: all(name.is_file() for name in names), f"the other parts of {target}", console)

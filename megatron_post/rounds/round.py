@@ -301,6 +301,11 @@ class Round:
         train = config.train.model_copy(update={"steps": times * config.train.steps})
         return config.model_copy(update={"train": train})
 
+    def similar_run(self, stage: StageName) -> Config:
+        """A stage's config with the first round's model, which can be made before this round has begun."""
+        start = self.settings.start.base or self.settings.start.policy
+        return self.config(stage, start, [{"name": "any", "path": "any"}])
+
     def stage_config(self, stage: StageName) -> Config:
         """What the packing of a stage writes, and its training reads. Raises `ConfigError` with every error.
 

@@ -1,12 +1,12 @@
 """Which steps of a run of rounds are done: one small file, replaced as a whole."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_post.storage.files import full_disk_explained, write_json
-from megatron_post.storage.lock import locked
+from megatron_post.rounds.settings import RoundSettings
+from megatron_post.storage.files import write_json
 from megatron_post.storage.reading import read_object, reading
 
 
@@ -52,20 +52,9 @@ class State:
         write_json(self._path, self._content)
 
 
-@contextlib.contextmanager
-def alone(run_dir: Path) -> Iterator[int]:
-    """Hold the lock of a run, or of what a command writes; gives the lock's file descriptor.
-
-    It ends with this process, and with those that inherit the descriptor. A file system without locks gives
-    it to everybody. Raises `ValueError` where another process has it.
-    """
-    with full_disk_explained(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    with file:
-        if not locked(file, wait=False):
-            raise ValueError(
-                f"{run_dir}: another process works here, or a step of one that was killed still does; "
-                "wait for it, or end it"
-            )
-        yield file.fileno()
+def state_of(settings: RoundSettings) -> State:
+    """The record of a run: more rounds may be asked for later, and other ranks."""
+    values = settings.model_dump_json(
+        exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies", "max_failed"}}
+    )
+    return State(Path(settings.run_dir), json.loads(values))

@@ -1,12 +1,13 @@
 """The steps of a round in their order, each with its command or its action and what it writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from megatron_post.config.schema import Config
 from megatron_post.config.stages import StageName
 from megatron_post.rounds.backends import gpus_of
 from megatron_post.rounds.round import Round
@@ -17,12 +18,14 @@ _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
 
 
 @dataclass(frozen=True)
-class Step:
+class RoundStep:
     """A step of a round: what this process does, or a command on ranks.
 
     outputs: what is removed before the step is done anew on demand. ranks, per_node: of a chain's job, and
-    how many of them a node has at most. run_dir, stage: of a training run. draws: its ranks, which may be any
-    number, share the drawing of samples. check: raises `ValueError` where the stage's packing is out of date.
+    how many of them a node has at most. draws: its ranks, which may be any number, share the drawing of
+    samples. Training steps alone have a run_dir, a check, which raises `ValueError` where the stage's packing
+    is out of date, and a similar_run, whose config has their layout and the shape of their model before
+    theirs is written.
     """
 
     name: str
@@ -32,39 +35,61 @@ class Step:
     ranks: int = 1
     per_node: int = 1
     run_dir: Path | None = None
-    stage: StageName | None = None
     draws: bool = False
     check: Callable[[], None] | None = None
+    similar_run: Callable[[], Config] | None = None
+
+    @property
+    def ranks_of_a_node(self) -> int:
+        """Ranks of this step on each node of a cluster."""
+        return min(self.ranks, self.per_node)
 
     @property
     def ranks_here(self) -> int:
         """Ranks of this step without a cluster: where it draws, as many as the machine has room for."""
-        return min(self.ranks, self.per_node) if self.draws else self.ranks
+        return self.ranks_of_a_node if self.draws else self.ranks
+
+    def by_itself(self, path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
+        """The command that does this step of a round file, and no other."""
+        return ("round", str(path), "--only", self.name, *overrides)
 
 
-def all_steps(settings: RoundSettings, console: Console) -> list[Step]:
+def all_steps(settings: RoundSettings, console: Console) -> list[RoundStep]:
     """Every step of every round, in order."""
     return [s for n in range(1, settings.rounds + 1) for s in _steps(Round(settings, n, console))]
 
 
-def _steps(r: Round) -> list[Step]:
+def check_packed(steps: Sequence[RoundStep], to_do: Set[str]) -> None:
+    """Raises `ValueError` where a stage is to be trained as it was packed, and its file has changed since."""
+    for step in steps:
+        packing = step.name.replace("-train", "-pack")
+        if step.check is not None and step.name in to_do and packing not in to_do:
+            step.check()
+
+
+def _steps(r: Round) -> list[RoundStep]:
     d, steps = r.directory, []
     settings = r.settings
 
     def act(name: str, action: Callable[[], None], *outputs: str) -> None:
-        steps.append(Step(f"{r.name}/{name}", tuple(d / output for output in outputs), action))
+        steps.append(RoundStep(f"{r.name}/{name}", tuple(d / output for output in outputs), action))
 
     def draw(name: str, action: Callable[[], None], *outputs: str) -> None:
         drawing = settings.generate
         per_node = max(1, settings.ranks_per_node // gpus_of(drawing.backend))
         paths = tuple(d / output for output in outputs)
-        steps.append(Step(f"{r.name}/{name}", paths, action, (), drawing.copies, per_node, draws=True))
+        steps.append(RoundStep(f"{r.name}/{name}", paths, action, (), drawing.copies, per_node, draws=True))
 
     def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
         ranks = settings.ranks or r.stage(stage).parallel.model_size
-        step = Step(f"{r.name}/{name}", (d / output,), None, words, ranks, settings.ranks_per_node)
+        step = RoundStep(f"{r.name}/{name}", (d / output,), None, words, ranks, settings.ranks_per_node)
         if trains:
-            step = replace(step, run_dir=d / output, stage=stage, check=partial(r.check_packed, stage))
+            step = replace(
+                step,
+                run_dir=d / output,
+                check=partial(r.check_packed, stage),
+                similar_run=partial(r.similar_run, stage),
+            )
         steps.append(step)
 
     def train(stage: StageName) -> None:

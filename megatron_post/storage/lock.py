@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from megatron_post.storage.files import full_disk_explained
+
 
 def locked(file: IO[str], *, wait: bool) -> bool:
     """Lock an open file. Returns whether this process has the lock.
@@ -23,6 +25,25 @@ def locked(file: IO[str], *, wait: bool) -> bool:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
     return True
+
+
+@contextlib.contextmanager
+def only_process_in(directory: Path) -> Iterator[int]:
+    """Hold the lock of a directory in which a command works. Gives the lock's file descriptor.
+
+    The lock ends with this process and with all processes that inherit the descriptor. Raises `ValueError` if
+    another process holds it.
+    """
+    with full_disk_explained(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("w")
+    with file:
+        if not locked(file, wait=False):
+            raise ValueError(
+                f"{directory}: another process works here, or a step of one that was killed still does; "
+                "wait for it, or end it"
+            )
+        yield file.fileno()
 
 
 @contextlib.contextmanager

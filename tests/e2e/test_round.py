@@ -13,14 +13,15 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from megatron_post.config.load import load_config
+from megatron_post.config.chain import load_chain
 from megatron_post.convert.configs import read_model
 from megatron_post.data.tokenizer import load_tokenizer
-from megatron_post.launch.chain import load_chain
 from megatron_post.rounds import run as run_module
+from megatron_post.rounds.chain import chain_of, write_chain
 from megatron_post.rounds.round import Round
-from megatron_post.rounds.run import chain_of, run_rounds, state_of, write_chain
+from megatron_post.rounds.run import run_rounds
 from megatron_post.rounds.settings import load_round
+from megatron_post.rounds.state import state_of
 from megatron_post.rounds.steps import all_steps
 from megatron_post.storage.files import read_lines
 from tests.e2e.runs import start
@@ -173,7 +174,7 @@ def test_a_stage_whose_file_has_changed_is_not_trained_by_the_old_one(whole: Pat
         with pytest.raises(ValueError, match="take it with --again-from round-01/sft-pack"):
             chain_of(config, (), console=console)
         path.write_text(text)
-        assert chain_of(config, (), console=console)["steps"][0]["name"] == "round-01/sft-train"
+        assert chain_of(config, (), console=console).steps[0].name == "round-01/sft-train"
     finally:
         path.write_text(text)
         state.write_bytes(before)
@@ -199,8 +200,10 @@ def test_the_chain_has_the_same_steps(tmp_path: Path) -> None:
     train = by_name["round-02/dpo-train"]
     assert train.command == ("train", str(tmp_path / "round/run/round-02/dpo/config.yaml"))
     assert train.run_dir == str(tmp_path / "round/run/round-02/dpo")
-    alike = load_config(train.like[0], train.like[1:])
-    assert (alike.stage, alike.model) == ("dpo", read_model(Path(load_round(config).start.policy)))
+    policy = load_round(config).start.policy
+    shape = read_model(Path(policy)).model_copy(update={"init_from": policy})
+    assert train.like is not None and (train.like.stage, train.like.model) == ("dpo", shape)
+    assert chain == chain_of(config, ["rounds=2"], console=Console(quiet=True))
     assert by_name["round-02/select"].command == (
         "round", str(config), "--only", "round-02/select", "rounds=2",
     )  # fmt: skip
@@ -216,8 +219,8 @@ def test_nodes_of_a_chain(tmp_path: Path) -> None:
     backend = "generate.backend={kind: vllm, tensor_parallel: 4}"
     for copies, placed in ((1, (1, 1)), (2, (1, 2)), (16, (8, 2))):
         overrides = [backend, f"generate.copies={copies}", "ranks=16"]
-        steps = chain_of(config, overrides, console=console)["steps"]
-        nodes = {s["name"].removeprefix("round-01/"): (s["nodes"], s["ranks_per_node"]) for s in steps}
+        steps = chain_of(config, overrides, console=console).steps
+        nodes = {s.name.removeprefix("round-01/"): (s.nodes, s.ranks_per_node) for s in steps}
         assert nodes["collect"] == nodes["generate"] == nodes["choose"] == placed
         assert nodes["score"] == nodes["reference"] == nodes["dpo-train"] == (2, 8)
         assert nodes["select"] == nodes["average"] == (1, 1)
@@ -228,19 +231,19 @@ def test_nodes_of_a_chain(tmp_path: Path) -> None:
 def test_a_chain_starts_after_finished_steps(tmp_path: Path) -> None:
     """Jobs on ranks write nothing to the state. The jobs between them do."""
     config, console = round_file(tmp_path / "round"), Console(quiet=True)
-    names = [step["name"] for step in chain_of(config, (), console=console)["steps"]]
+    names = [step.name for step in chain_of(config, (), console=console).steps]
     assert not (tmp_path / "round" / "run").exists()
     state = state_of(load_round(config))
     for name in ("round-01/collect", "round-01/select"):
         state.finish(name, 1.0)
-    rest = chain_of(config, (), console=console)["steps"]
-    assert [step["name"] for step in rest] == names[names.index("round-01/sft-pack") :]
-    assert "after" not in rest[0] and rest[1]["after"] == ["round-01/sft-pack"]
+    rest = chain_of(config, (), console=console).steps
+    assert [step.name for step in rest] == names[names.index("round-01/sft-pack") :]
+    assert rest[0].after == () and rest[1].after == ("round-01/sft-pack",)
     state.finish("round-01/report", 1.0)
     with pytest.raises(ValueError, match="every step is done"):
         chain_of(config, (), console=console)
-    more = chain_of(config, ["rounds=2"], console=console)["steps"]
-    assert more[0]["name"] == "round-02/reward-pack"
+    more = chain_of(config, ["rounds=2"], console=console).steps
+    assert more[0].name == "round-02/reward-pack"
 
 
 def test_wrong_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

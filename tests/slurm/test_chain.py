@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_post.config.chain import load_chain
 from megatron_post.config.load import to_yaml
-from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.launch.chain import submit_chain
 from megatron_post.launch.cluster import load_cluster
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab

@@ -10,12 +10,12 @@ from rich.console import Console
 
 from megatron_post.config.load import read_tree
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import chain_findings, parse_chain
+from megatron_post.launch.chain import chain_findings, slurm_jobs
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.launch import planned_run
 from megatron_post.launch.preflight import layout_findings
 from megatron_post.launch.script import Job
-from megatron_post.rounds.run import chain_of
+from megatron_post.rounds.chain import chain_of
 from tests.e2e.runs import ROOT
 from tests.slurm.lab import PATH, Lab
 
@@ -86,10 +86,10 @@ def test_launch_plans(planned: Lab, config: Path, nodes: int | None) -> None:
 def test_rounds(planned: Lab, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every job of a round, on its own nodes."""
     monkeypatch.chdir(ROOT)  # its files name each other relative to this directory
-    values = chain_of(file, (), console=Console(quiet=True), needs_inputs=False)
-    chain, cluster = parse_chain(values, origin=str(file)), load_cluster(H100)
+    chain = chain_of(file, (), console=Console(quiet=True), needs_inputs=False)
+    cluster = load_cluster(H100)
     assert chain_findings(chain, cluster, ROOT) == []
-    for job in chain.jobs(ROOT).values():
+    for job in slurm_jobs(chain, ROOT).values():
         _accepted(job, cluster)
 
 

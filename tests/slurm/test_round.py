@@ -7,9 +7,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.config.chain import load_chain
+from megatron_post.launch.chain import submit_chain
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.rounds.run import run_rounds, write_chain
+from megatron_post.rounds.chain import write_chain
+from megatron_post.rounds.run import run_rounds
 from tests.e2e.test_round import round_file
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab

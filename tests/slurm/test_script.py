@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_post.config.chain import load_chain
 from megatron_post.config.load import ConfigError
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import load_chain, submit_chain
+from megatron_post.launch.chain import submit_chain
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import active_findings, cancel_run, remember, status_rows
 from megatron_post.launch.script import Job

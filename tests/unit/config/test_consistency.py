@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from megatron_post.config.chain import Chain
 from megatron_post.config.consistency import NEEDS
 from megatron_post.config.load import ConfigError, load_config, parse, to_yaml
-from megatron_post.launch.chain import Chain
 from megatron_post.launch.cluster import Cluster
 from megatron_post.rounds.backends import Sampling
 from megatron_post.rounds.merge import MethodMerge
@@ -157,7 +157,7 @@ ROUND = {
         (
             Chain,
             {"run_dir": "r", "steps": [{"name": "s", "command": ["score", "x"], "like": ["y.yaml"]}]},
-            "steps.0: like=['y.yaml'] has no effect with command score",
+            "steps.0.like: it has no effect with command score, only with train",
         ),
         (
             Chain,

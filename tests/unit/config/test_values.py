@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from megatron_post.config.chain import Chain, load_chain
 from megatron_post.config.describe import _inside, _members
 from megatron_post.config.load import ConfigError, load_config, load_section, parse, read_tree
 from megatron_post.config.schema import Config
 from megatron_post.config.section import MOST
 from megatron_post.config.yaml_text import write_yaml
-from megatron_post.launch.chain import Chain, load_chain
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.rounds.cleaning import Rules, load_rules
 from megatron_post.rounds.generate import Generate
@@ -229,7 +229,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "Select": {"prompts": "a", "samples": [{"responses": "b", "scores": "c"}]},
 }
-SCHEMAS = {model.__name__: [key for key, _ in _keys(model)] for model in FILES}
+# the config of a run inside a chain is that of a run
+SCHEMAS = {model.__name__: [key for key, _ in _keys(model) if ".like." not in key] for model in FILES}
 
 
 @st.composite

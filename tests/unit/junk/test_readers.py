@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_post.bench.record import read_records
+from megatron_post.config.chain import load_chain
 from megatron_post.config.data import Source
 from megatron_post.config.load import load_config
 from megatron_post.convert.hf_config import from_hf_config
@@ -22,7 +23,6 @@ from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import open_store
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.errors import message_of
-from megatron_post.launch.chain import load_chain
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_message, submitted_jobs
 from megatron_post.rounds.cleaning import load_rules

@@ -75,6 +75,14 @@ def test_a_chain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         _launch(tmp_path / "chain.yaml", "--", "rounds=2")
 
 
+def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
+    (tmp_path / "chain.yaml").write_text("run_dir: r\nsteps: [{name: a, command: [trian, x.yaml]}]\n")
+    with pytest.raises(
+        ConfigError, match=r"step 'a': trian x.yaml: no command 'trian' \(did you mean 'train"
+    ):
+        _launch(tmp_path / "chain.yaml", "--dry-run")
+
+
 def test_a_file_that_is_neither(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("stage: sft\n")
     with pytest.raises(ConfigError, match="stage: unknown key"):

@@ -39,7 +39,7 @@ from megatron_post.rounds.backends import _response as respond_with
 from megatron_post.rounds.backends import open_backend as open_real
 from megatron_post.rounds.failures import TooManyFailures, check_failures, failures_of, read_failures
 from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed, take_gpus
-from megatron_post.rounds.state import alone
+from megatron_post.storage.lock import only_process_in
 from tests.unit.data.thinking import THINK, add_think
 from tests.unit.rounds.models import tiny_policy
 
@@ -330,7 +330,7 @@ def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    with alone(parts_of(output)), pytest.raises(ValueError, match="another process works here"):
+    with only_process_in(parts_of(output)), pytest.raises(ValueError, match="another process works here"):
         generate(_settings(tmp_path), output, console=CONSOLE, open_backend=lambda *_: Parrot())
 
 

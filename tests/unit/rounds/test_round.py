@@ -15,7 +15,7 @@ from megatron_post.rounds.round import Round
 from megatron_post.rounds.run import _forget
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
-from megatron_post.rounds.steps import Step, all_steps
+from megatron_post.rounds.steps import RoundStep, all_steps
 from megatron_post.rounds.verifier import ExactMatch
 from megatron_post.storage.files import read_lines, write_json, write_lines
 
@@ -106,7 +106,7 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
     state = State(tmp_path / "run", {})
     for step in ("pack", "train", "average"):
         state.finish(step, 1.0)
-    _forget([Step("train", (run_dir,), run_dir=run_dir), Step("average", (average,))], state)
+    _forget([RoundStep("train", (run_dir,), run_dir=run_dir), RoundStep("average", (average,))], state)
     assert list(state.done) == ["pack"]
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "config.yaml",
@@ -117,6 +117,6 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
     write_lines(tmp_path / "samples", [])
     write_failures(tmp_path / "samples", [{"prompt": 1}])
-    _forget([Step("generate", (tmp_path / "samples",))], state)
+    _forget([RoundStep("generate", (tmp_path / "samples",))], state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
-    _forget([Step("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)  # never begun
+    _forget([RoundStep("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)  # never begun

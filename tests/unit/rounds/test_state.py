@@ -1,12 +1,10 @@
-"""What is done stays done; and two processes never run the same rounds."""
+"""What is done stays done."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_post.rounds.state import State, alone
+from megatron_post.rounds.state import State
 from megatron_post.storage.files import read_lines, write_lines
 
 
@@ -20,29 +18,6 @@ def test_state_survives_and_forgets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="of a run with other seed; undo the change"):
         State(tmp_path / "run", {"seed": 2})
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.json"]
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with (
-        alone(tmp_path),
-        pytest.raises(ValueError, match="another process works here"),
-        alone(tmp_path),
-    ):
-        pass
-    with alone(tmp_path):
-        pass
-
-
-def test_ranks_that_outlive_the_round_keep_its_lock(tmp_path: Path) -> None:
-    """The kernel may end the round alone, for want of memory: its ranks still write, and a second round
-    beside them would double rows."""
-    with alone(tmp_path) as lock:
-        rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    with pytest.raises(ValueError, match="a step of one that was killed still does"), alone(tmp_path):
-        pass
-    rank.communicate()
-    with alone(tmp_path):
-        pass
 
 
 def test_what_a_kill_left_growing_is_removed(tmp_path: Path) -> None:

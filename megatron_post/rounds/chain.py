@@ -1,0 +1,68 @@
+"""The steps of a round as a chain of jobs for `launch round`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_post.config.chain import Chain, ChainJob
+from megatron_post.config.load import to_yaml
+from megatron_post.config.section import one_line
+from megatron_post.rounds.checks import check_files, check_models
+from megatron_post.rounds.settings import load_round
+from megatron_post.rounds.state import state_of
+from megatron_post.rounds.steps import all_steps, check_packed
+from megatron_post.storage.files import write_whole
+
+
+def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, *, console: Console) -> int:
+    """Write the steps as a chain file. Returns their number."""
+    chain = chain_of(path, overrides, console=console)
+    write_whole(Path(target), to_yaml(chain.model_dump(mode="json", exclude_defaults=True)))
+    return len(chain.steps)
+
+
+def chain_of(
+    path: str | Path, overrides: Sequence[str], *, console: Console, needs_inputs: bool = True
+) -> Chain:
+    """The steps that are left as a chain of jobs, each after the one before.
+
+    needs_inputs: look at the models and files that the first round starts with, too. Raises `ValueError` for
+    what a user can mend, and where no step is left.
+    """
+    for text in (str(path), *overrides):  # they become arguments of the jobs
+        one_line(text)
+    settings = load_round(path, overrides)
+    if needs_inputs:
+        check_models(settings)
+        check_files(settings)
+    steps = all_steps(settings, console)
+    if Path(settings.run_dir, "state.json").is_file():
+        left = state_of(settings).left([step.name for step in steps])
+        steps = [step for step in steps if step.name in left]
+        if needs_inputs:
+            check_packed(steps, set(left))
+    if not steps:
+        raise ValueError(
+            f"{settings.run_dir}: every step is done; `megatron-post round {path} --again-from STEP` does "
+            "one and those behind it anew"
+        )
+    jobs: list[ChainJob] = []
+    for step in steps:
+        if step.ranks % step.ranks_of_a_node:
+            raise ValueError(
+                f"{path}: {step.name} takes {step.ranks} ranks, which do not fill nodes of "
+                f"{step.ranks_of_a_node} (ranks_per_node={settings.ranks_per_node})"
+            )
+        jobs.append(
+            ChainJob(
+                name=step.name,
+                command=step.command or step.by_itself(path, overrides),
+                run_dir=None if step.run_dir is None else str(step.run_dir),
+                like=step.similar_run() if step.similar_run is not None and needs_inputs else None,
+                nodes=step.ranks // step.ranks_of_a_node,
+                ranks_per_node=step.ranks_of_a_node,
+                after=(jobs[-1].name,) if jobs else (),
+            )
+        )
+    return Chain(run_dir=settings.run_dir, steps=tuple(jobs))
