@@ -16,6 +16,9 @@ from megatron_post.data.template import TokenRole
 class PackedBatch:
     """One pack of t tokens in n segments, or a context-parallel rank's part of it.
 
+    A whole pack is on the host, because the layout of its segments is read there. Its tokens, labels and
+    `trained` may already be on a GPU, if the loader copied them ahead.
+
     Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`; the others always describe the
     whole. A token's label is its successor in the same segment; `trained` marks the labels that carry loss.
     Segment k sees, besides itself, the real tokens of the earlier segments `seen[k, 0]` to `seen[k, 1]` (none
@@ -35,11 +38,13 @@ class PackedBatch:
 
     def part(self, indices: Tensor) -> "PackedBatch":
         """The tokens at `indices` (int64), in that order."""
-        values = {name: getattr(self, name) for name in _PER_TOKEN}
-        return dataclasses.replace(self, **{k: v[indices] for k, v in values.items() if v is not None})
+        values = {name: getattr(self, name) for name in _PER_TOKEN if getattr(self, name) is not None}
+        return dataclasses.replace(
+            self, **{name: value[on_device(indices, value.device)] for name, value in values.items()}
+        )
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch on a device, copied without waiting where the memory is pinned."""
+        """The same batch on a device. The host does not wait for the copies."""
         return _moved(self, device)
 
 
@@ -60,10 +65,21 @@ class Comparisons:
 _PER_TOKEN = ("tokens", "labels", "trained", "positions", "segments", "reference_logps")
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """The same values on a device. The host does not wait for the copy.
+
+    A GPU copies pageable memory only after all its earlier work, and the host would wait for that. torch does
+    not use pinned memory again before the copy has run.
+    """
+    if values.device.type == "cpu" and device.type != "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     """A dataclass of tensors and of such dataclasses, on a device."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return on_device(value, device)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     names = [field.name for field in dataclasses.fields(value)]
@@ -72,7 +88,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
     """Tensors of a whole pack: `trained` marks labels of the given roles (int64 [k], of `TokenRole`)."""
-    # arrays from the loader, or tensors that are on the device already
+    # Tokens and roles are arrays, or tensors on the device to which the loader copied them ahead.
     tokens, roles = torch.as_tensor(pack.tokens).long(), torch.as_tensor(pack.roles)
     cu_seqlens = torch.as_tensor(pack.cu_seqlens)
     label_roles = next_in_segment(roles, cu_seqlens, fill=int(TokenRole.PADDING))
@@ -81,12 +97,12 @@ def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
     return PackedBatch(
         tokens=tokens,
         labels=next_in_segment(tokens, cu_seqlens, fill=0),
-        trained=torch.isin(label_roles, trained_roles.to(roles.device)),
-        positions=torch.arange(len(tokens), device=tokens.device) - cu_seqlens[:-1].long()[segments],
+        trained=torch.isin(label_roles, on_device(trained_roles, roles.device)),
+        positions=torch.arange(len(tokens)) - cu_seqlens[:-1].long()[segments],
         segments=segments,
         cu_seqlens=cu_seqlens,
-        lengths=torch.as_tensor(pack.lengths, device=tokens.device),
-        reference_logps=None if reference is None else torch.as_tensor(reference, device=tokens.device),
+        lengths=torch.as_tensor(pack.lengths),
+        reference_logps=None if reference is None else torch.as_tensor(reference),
     )
 
 
@@ -96,15 +112,16 @@ def role_numbers(names: Iterable[str]) -> Tensor:
 
 
 def segment_numbers(cu_seqlens: Tensor) -> Tensor:
-    """The segment of each token of a pack. cu_seqlens: int [n + 1]; returns int64 [t]."""
+    """The segment of each token of a pack. cu_seqlens: int [n + 1], on the host. Returns int64 [t]."""
     lengths = cu_seqlens.diff().long()
-    numbers = torch.arange(len(lengths), device=cu_seqlens.device)
-    return torch.repeat_interleave(numbers, lengths, output_size=int(cu_seqlens[-1]))
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=int(cu_seqlens[-1]))
 
 
 def next_in_segment(values: Tensor, cu_seqlens: Tensor, *, fill: int) -> Tensor:
-    """Each token's successor in its own segment, `fill` at a segment's last token. values: [t]; returns
-    [t]."""
+    """Each token's successor in its own segment, and `fill` at a segment's last token.
+
+    values: [t], on any device. cu_seqlens: int [n + 1], on the host. Returns [t].
+    """
     successors = torch.roll(values, -1)
-    successors[cu_seqlens[1:].long() - 1] = fill
+    successors[on_device(cu_seqlens[1:].long() - 1, values.device)] = fill
     return successors

@@ -17,7 +17,7 @@ class Pack:
     [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
     [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0
     best, -1 elsewhere; reference_logps: float32 [t] of each token's successor, where they were asked for. The
-    DALI backend hands over the first three on the GPU.
+    DALI backend hands over the first two on the GPU.
     """
 
     tokens: np.ndarray

@@ -1,12 +1,13 @@
 """The description of a pack that every layer gets: segments, positions and the context-parallel split."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_post.data.batch import PackedBatch
+from megatron_post.data.batch import PackedBatch, on_device
 from megatron_post.parallel.context import ContextSplit
 
 
@@ -53,16 +54,13 @@ def portable_segments(
 ) -> PackedSegments:
     """Packed parameters for the portable layers of a context-parallel rank.
 
-    whole: the pack before its split.
+    whole: the pack before its split, whose layout of segments is on the host.
     """
     starts = whole.cu_seqlens[:-1].long()
-    within = torch.arange(len(whole.segments), device=starts.device) - starts[whole.segments]
+    within = torch.arange(len(whole.segments)) - starts[whole.segments]
     real = within < whole.lengths.long()[whole.segments]
     indices = split.indices(rank)
-
-    def moved(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
-
+    moved = partial(on_device, device=device)
     return PackedSegments(
         qkv_format="sbhd",
         cp_group=None,
@@ -85,7 +83,7 @@ def transformer_engine_segments(
     cu_seqlens: int32, of the whole pack and on the host, so that the host never waits for the GPU.
     """
     longest = int(cu_seqlens.diff().max())
-    cu_seqlens = cu_seqlens.to(device)
+    cu_seqlens = on_device(cu_seqlens, device)
     # Padding belongs to its segment here, so the padded lengths are the same. Transformer Engine reads them
     # under context parallelism. Without it, it would compare the two on the host, twice in every layer.
     padded = cu_seqlens if context_size > 1 else None

@@ -7,7 +7,7 @@ from megatron_post_kernels.ranking_loss import ranking_loss
 from torch import Tensor
 
 from megatron_post.config.schema import Reward as RewardConfig
-from megatron_post.data.batch import PackedBatch, batch_of_pack
+from megatron_post.data.batch import PackedBatch, batch_of_pack, on_device
 from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics
 from megatron_post.stages.comparisons import SegmentSums, compare, metric
@@ -28,7 +28,7 @@ class Reward:
         # A last segment of padding has no real token. Its first token is marked, and its score is never used.
         last = batch.cu_seqlens[:-1].long() + (batch.lengths.long() - 1).clamp(min=0)
         trained = torch.zeros_like(batch.trained)
-        trained[last] = True
+        trained[on_device(last, trained.device)] = True
         batch = dataclasses.replace(batch, trained=trained, comparisons=compare(pack))
         return (
             batch
@@ -90,6 +90,4 @@ def _behind_prompt(batch: PackedBatch, pack: Pack, *, blind: bool) -> PackedBatc
         last = prompt + 1 if blind else segment
         seen[segment] = torch.tensor((prompt, last))
         offsets[segment] = int(pack.lengths[prompt:last].sum())
-    device = batch.tokens.device
-    positions = batch.positions + offsets.to(device)[batch.segments]
-    return dataclasses.replace(batch, seen=seen.to(device), positions=positions)
+    return dataclasses.replace(batch, seen=seen, positions=batch.positions + offsets[batch.segments])

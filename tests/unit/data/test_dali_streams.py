@@ -114,7 +114,10 @@ def _is_right(store: PackStore, device: FakeDevice) -> bool:
         wanted = [pack for packs in islice(expected, 7) for pack in packs]
     for pack, other in zip(taken, wanted, strict=True):
         assert np.array_equal(pack.lengths, other.lengths)
-        for name in ("tokens", "roles", "cu_seqlens"):
+        # The host reads these, and on the device it would wait for all work that was launched before.
+        assert isinstance(pack.cu_seqlens, np.ndarray)
+        assert np.array_equal(pack.cu_seqlens, other.cu_seqlens)
+        for name in ("tokens", "roles"):
             moved: Any = getattr(pack, name)
             assert isinstance(moved, torch.Tensor)
             if not np.array_equal(moved.numpy(), getattr(other, name)):

@@ -1,0 +1,85 @@
+"""Preparing a pack never waits for the GPU, so that it runs beside the update of the step before."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_post.config.schema import Config
+from megatron_post.data.batch import on_device
+from megatron_post.data.pack import Pack
+from megatron_post.parallel.topology import Topology
+from megatron_post.plan.fake_ranks import fake_rank
+from megatron_post.train.run import make_stage
+from megatron_post.train.step import Stepper
+from tests.comparisons import examples, packs
+from tests.tiny import tiny_config, tiny_packs
+from tests.waits import DEVICE, no_waits
+
+KINDS = ("sft", "dpo", "separate", "isolated", "concatenated")
+
+
+@pytest.fixture
+def topology() -> Iterator[Topology]:
+    """Context-parallel rank 1 of 2, whose GPU holds no values."""
+    parallel = tiny_config(parallel={"context": 2}).parallel
+    with fake_rank(parallel, rank=1, world_size=2) as found:
+        yield dataclasses.replace(found, device=DEVICE)
+
+
+def _config(kind: str) -> Config:
+    stage = kind if kind in ("sft", "dpo") else "reward"
+    sections = {"reward": {"layout": kind}} if stage == "reward" else {}
+    return tiny_config(stage=stage, parallel={"context": 2}, **sections)
+
+
+def _pack(kind: str) -> Pack:
+    if kind == "sft":
+        return tiny_packs(1)[0]
+    layout = "isolated" if kind in ("isolated", "concatenated") else "separate"
+    pack = packs(examples(4), counts=[4], layout=layout)[0]
+    return dataclasses.replace(pack, reference_logps=torch.zeros(len(pack.tokens)).numpy())
+
+
+def _copied_ahead(pack: Pack) -> Pack:
+    """As the DALI loader hands over a pack."""
+    moved: Any = {name: torch.as_tensor(getattr(pack, name)).to(DEVICE) for name in ("tokens", "roles")}
+    return dataclasses.replace(pack, **moved)
+
+
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["arrays", "on the GPU"])
+@pytest.mark.parametrize("portable", [False, True], ids=["Transformer Engine", "portable"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_is_prepared_without_waiting(
+    topology: Topology, kind: str, portable: bool, is_ahead: bool
+) -> None:
+    stepper = Stepper([], make_stage(_config(kind), topology), topology, portable=portable)
+    pack = _copied_ahead(_pack(kind)) if is_ahead else _pack(kind)
+    with no_waits():
+        microbatch = stepper.prepare(pack)
+    on_host = [field.name for field in dataclasses.fields(microbatch.batch) if _is_on_host(microbatch, field)]
+    assert not on_host
+
+
+def _is_on_host(microbatch: Any, field: Any) -> bool:
+    value = getattr(microbatch.batch, field.name)
+    return isinstance(value, torch.Tensor) and value.device != DEVICE
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.to(DEVICE),
+        lambda x: x.to(DEVICE, non_blocking=True),
+        lambda x: x.pin_memory().to(DEVICE),
+        lambda x: torch.zeros(4, device=DEVICE)[x],
+        lambda x: bool(on_device(x, DEVICE).any()),
+        lambda x: on_device(x, DEVICE).tolist(),
+        lambda x: on_device(x, DEVICE).nonzero(),
+    ],
+)
+def test_every_kind_of_wait_is_noticed(wait: Any) -> None:
+    with no_waits(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+        wait(torch.arange(3))
