@@ -23,7 +23,8 @@ class DaliLoader:
     """The same packs as `PackLoader` gives, in the same order.
 
     device_id None: a CPU-only pipeline and NumPy arrays, as `PackLoader`'s. A GPU's number: `tokens` and
-    `roles` are torch tensors on that GPU, `prefetch` packs of them copied ahead on DALI's own stream. Raises `ValueError` where DALI is not installed, or is older than 1.53.
+    `roles` are torch tensors on that GPU, `prefetch` packs of them copied ahead on DALI's own stream. Raises
+    `ValueError` where DALI is not installed, or is older than 1.53.
     """
 
     def __init__(self, loader: PackLoader, *, device_id: int | None = None, prefetch: int = 2) -> None:

@@ -1,9 +1,11 @@
-"""The Adam that megatron-core uses if neither Transformer Engine nor Apex provides a fused one.
+"""The Adam and the norm of gradients for megatron-core without those of Transformer Engine and Apex.
 
 megatron-core would use torch's AdamW, whose state its distributed optimizer loads wrongly. All parameters of
 a resumed run share one step counter, and each of them increments it. A run of 20 parameters that was saved at
 step 3 continues as if at step 23. An Adam with Apex's interface keeps the counter in the parameter group, and
 is loaded correctly.
+
+Its own norm reads the norm of each parameter on the host, which on a GPU means hundreds of waits in a step.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 
 class ApexStyleAdam(torch.optim.Optimizer):
@@ -63,14 +66,23 @@ class ApexStyleAdam(torch.optim.Optimizer):
             )
 
 
+def gradient_norm(
+    chunk_size: int, flag: Tensor, gradients: list[list[Tensor]], *_: Any
+) -> tuple[Tensor, None]:
+    """The norm fp32 [1] of all gradients together, with the interface of Apex's `multi_tensor_l2norm`."""
+    norms = torch.stack(torch._foreach_norm(gradients[0]))
+    return torch.linalg.vector_norm(norms).reshape(1), None
+
+
 @contextlib.contextmanager
-def resumable_adam(*, has_gpu: bool) -> Iterator[None]:
-    """Within this context megatron-core builds `ApexStyleAdam`, unless it has a fused Adam that runs here.
+def torch_optimizer(*, has_gpu: bool) -> Iterator[None]:
+    """Within this context megatron-core uses these two, unless it has fused ones that run here.
 
     has_gpu: fused Adams run on GPUs only. Apex's Adam also needs CUDA extensions, which Apex can be built
     without.
     """
     import megatron.core.optimizer as core_optimizer
+    import megatron.core.optimizer.clip_grads as core_clip
     import megatron.core.optimizer.distrib_optimizer as core_distributed
 
     has_apex = core_distributed.USING_APEX_OPTIMIZER and importlib.util.find_spec("amp_C") is not None
@@ -79,6 +91,7 @@ def resumable_adam(*, has_gpu: bool) -> Iterator[None]:
         return
     with (
         mock.patch.multiple(core_optimizer, Adam=ApexStyleAdam, USING_PYTORCH_OPTIMIZER=False),
+        mock.patch.object(core_clip, "l2_norm_impl", gradient_norm),
         mock.patch.multiple(
             core_distributed, Adam=ApexStyleAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True
         ),

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_post.parallel.adam import resumable_adam
+from megatron_post.parallel.adam import torch_optimizer
 
 _CUDA_TYPES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -30,11 +30,11 @@ _CUDA_TYPES = {
 
 
 class _CudaCallsToCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"`, `pin_memory`, `.cuda()` and `.type()`."""
+    """Rewrites `device="cuda"`, `pin_memory`, `.cuda()`, `.pin_memory()` and `.type()`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return _CUDA_TYPES.get(args[0].dtype) or func(*args)
@@ -137,7 +137,7 @@ def cpu_as_cuda() -> Iterator[None]:
                 core_random, _get_cuda_rng_state=_rng_state, _set_cuda_rng_state=_set_rng_state
             )
         )
-        stack.enter_context(resumable_adam(has_gpu=False))
+        stack.enter_context(torch_optimizer(has_gpu=False))
         stack.enter_context(_CudaCallsToCpu())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")

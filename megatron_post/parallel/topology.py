@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_post.config.schema import Parallel
-from megatron_post.parallel.adam import resumable_adam
+from megatron_post.parallel.adam import torch_optimizer
 from megatron_post.parallel.cpu import cpu_as_cuda
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.numa import bind_to_gpu
@@ -51,7 +51,7 @@ def parallel_run(parallel: Parallel, *, seed: int, timeout_minutes: float = 30.0
     """
     rank, world_size, local_rank = rank_from_environment()
     has_gpu = torch.cuda.is_available()
-    with resumable_adam(has_gpu=True) if has_gpu else cpu_as_cuda():
+    with torch_optimizer(has_gpu=True) if has_gpu else cpu_as_cuda():
         if has_gpu:
             torch.cuda.set_device(local_rank)
             bind_to_gpu(local_rank)

@@ -8,6 +8,7 @@ from megatron_post.config.schema import Config
 from megatron_post.data.pack import Pack
 from megatron_post.display import say
 from megatron_post.parallel.topology import Topology
+from megatron_post.plan.flops import Load
 from megatron_post.train.fence import Fence
 from megatron_post.train.health import Spikes
 from megatron_post.train.heartbeat import Heartbeat, Stragglers
@@ -21,7 +22,8 @@ class Guard:
     """The safety features of one run on one rank.
 
     sources: names of the store's sources, which messages use to identify samples. After `exchange_status`,
-    `leaving` is True if any rank was asked to stop, and `asked` names the signal that this rank received.
+    `leaving` is True if any rank was asked to stop, `asked` names the signal that this rank received, and
+    `load` is the work of all ranks' packs.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Guard:
         lines = StepLines(Path(config.run_dir) / "spikes.jsonl", may_write=lambda: fence.is_current)
         self._spikes = Spikes(lines, topology, self.sources, threshold=train.spike)
         self._began, self.step, self.leaving = time.perf_counter(), 0, False
+        self.load = Load(0, 0)
 
     @property
     def asked(self) -> str:
@@ -61,14 +64,23 @@ class Guard:
         """Seconds since the step began, including the time to load its data."""
         return time.perf_counter() - self._began
 
-    def exchange_status(self, *, bad_loss: bool, save_failed: bool) -> list[RankStatus]:
-        """Exchange this step's status with all ranks. Prints the ranks that are slow."""
+    def exchange_status(self, *, bad_loss: bool, save_failed: bool, load: Load) -> list[RankStatus]:
+        """Exchange this step's status with all ranks. Prints the ranks that are slow.
+
+        load: the work of this rank's packs.
+        """
         sections = self.heartbeat.seconds()
         # Reducing gradients is left out: a rank waits there for the slowest one, so the time says nothing.
         seconds = sections.get("data", 0.0) + sections.get("forward and backward", 0.0)
         asked = self._stop.received is not None
-        statuses = gather_statuses(RankStatus(bad_loss, asked, save_failed, seconds), self._topology)
+        own = RankStatus(bad_loss, asked, save_failed, seconds, load.tokens, load.squares)
+        statuses = gather_statuses(own, self._topology)
         self.leaving = any(status.leaving for status in statuses)
+        replica = self._topology.world_size // self._topology.data_size
+        self.load = Load(
+            sum(status.tokens for status in statuses) / replica,
+            sum(status.squares for status in statuses) / replica,
+        )
         slow = self._stragglers.add([status.seconds for status in statuses])
         if slow and self._topology.is_reporter:
             say(f"step {self.step}: {slow}")

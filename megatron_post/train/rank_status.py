@@ -17,12 +17,15 @@ class RankStatus:
 
     bad_loss: a loss of this rank is not finite. leaving: this rank was asked to stop. save_failed: it could
     not write its part of a checkpoint. seconds: its own work in this step, without waiting for other ranks.
+    tokens, squares: the `Load` of its packs, which all ranks of a data-parallel replica have alike.
     """
 
     bad_loss: bool
     leaving: bool
     save_failed: bool
     seconds: float
+    tokens: float
+    squares: float
 
 
 def gather_statuses(own: RankStatus, topology: Topology) -> list[RankStatus]:
@@ -31,6 +34,4 @@ def gather_statuses(own: RankStatus, topology: Topology) -> list[RankStatus]:
     received = torch.empty(topology.world_size * len(sent), dtype=sent.dtype, device=topology.device)
     torch.distributed.all_gather_into_tensor(received, sent)
     rows = received.view(topology.world_size, -1).tolist()
-    return [
-        RankStatus(bool(bad), bool(leaving), bool(failed), seconds) for bad, leaving, failed, seconds in rows
-    ]
+    return [RankStatus(*map(bool, row[:3]), *row[3:]) for row in rows]

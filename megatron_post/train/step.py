@@ -171,13 +171,16 @@ class Stepper:
             for output in outputs
         ]
         each = torch.stack(pairs)
-        self.losses = [value / max(count, 1) for value, count in each[:, names.index("loss")].tolist()]
-        totals = each.sum(0)
+        totals = each.sum(0, keepdim=True)
         # Metrics are reduced as sums and counts, like the loss. A mean of per-rank means would give packs
         # with few pairs the same weight as packs with many.
         torch.distributed.all_reduce(totals, group=self._topology.groups.dp_cp)
+        # The host waits for the GPU once, and not for the packs and then for their sum.
+        *rows, sum_of_all = torch.cat((each, totals)).tolist()
+        loss = names.index("loss")
+        self.losses = [row[loss][0] / max(row[loss][1], 1) for row in rows]
         sums: dict[str, float] = {}
-        for name, (value, count) in zip(names, totals.tolist(), strict=True):
+        for name, (value, count) in zip(names, sum_of_all, strict=True):
             sums |= {name: value, f"{name}_count": count}
         return sums
 

@@ -120,7 +120,9 @@ class Trainer:
         # Losses exist on the last pipeline stage only, and a failed save is known on one rank only. Without
         # this exchange one rank would raise while the others wait for it in the next collective.
         bad = not_finite(self.stepper.losses)
-        statuses = self.guard.exchange_status(bad_loss=bool(bad), save_failed=self.checkpoints.failed)
+        statuses = self.guard.exchange_status(
+            bad_loss=bool(bad), save_failed=self.checkpoints.failed, load=self._load(packs)
+        )
         if any(status.save_failed for status in statuses):
             self.checkpoints.wait()
         kind = "loss"
@@ -166,11 +168,12 @@ class Trainer:
     def report(self, step: int, values: dict[str, float], packs: Sequence[Pack], *, seconds: float) -> None:
         """Write a step's metrics.
 
-        Throughput counts real tokens without padding. FLOPs count the keys that each token attends to.
+        Throughput counts real tokens without padding. FLOPs count the keys that each token attends to. This
+        does not wait for the GPU, which still updates the weights: that time would be missing in every step.
         """
-        tokens, squares = self._global_cost(packs)
-        flops = step_flops(self.config, Load(tokens, squares)).model / seconds
-        values |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        load = self.guard.load
+        flops = step_flops(self.config, load).model / seconds
+        values |= {"tokens": load.tokens, "seconds": seconds, "tokens_per_second": load.tokens / seconds}
         values["saves_stalled_seconds"] = self.checkpoints.stalled
         if self.topology.device.type == "cuda":
             gpu = gpu_of_device(torch.cuda.get_device_name())
@@ -184,14 +187,11 @@ class Trainer:
         if _due(step, self.config.train.log_every) or step == self.config.train.steps:
             self.metrics.console(train_line(step, self.config.train.steps, values))
 
-    def _global_cost(self, packs: Sequence[Pack]) -> tuple[float, float]:
-        """Tokens, and pairs of a token and a key that it attends to, over all data-parallel ranks."""
+    def _load(self, packs: Sequence[Pack]) -> Load:
+        """The real tokens of packs, and their pairs of a token and a key that it attends to."""
         layout = store_layout(self.config)
         squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
-        tokens = sum(pack.lengths.sum() for pack in packs)
-        totals = torch.tensor([tokens, squares], dtype=torch.float64, device=self.topology.device)
-        torch.distributed.all_reduce(totals, group=self.topology.groups.dp)
-        return totals[0].item(), totals[1].item()
+        return Load(float(sum(pack.lengths.sum() for pack in packs)), float(squares))
 
 
 def _due(step: int, every: int) -> bool:

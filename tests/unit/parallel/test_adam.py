@@ -3,12 +3,13 @@
 from unittest import mock
 
 import megatron.core.optimizer as core_optimizer
+import megatron.core.optimizer.clip_grads as core_clip
 import megatron.core.optimizer.distrib_optimizer as core_distributed
 import pytest
 import torch
 
 from megatron_post.parallel import adam
-from megatron_post.parallel.adam import ApexStyleAdam, resumable_adam
+from megatron_post.parallel.adam import ApexStyleAdam, torch_optimizer
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -39,6 +40,15 @@ def test_the_step_counter_is_on_the_device_of_the_parameters(monkeypatch: pytest
     assert first is second and first.device.type == "meta" and first.dtype == torch.float32
 
 
+def test_the_norm_of_all_gradients() -> None:
+    """The root of 3^2 + 4^2 + 12^2 is 13. The norm stays on the device of the gradients."""
+    gradients = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
+    norm, _ = adam.gradient_norm(65536, torch.zeros(1), [gradients], False)
+    assert norm.tolist() == [13.0] and norm.dtype == torch.float32
+    elsewhere, _ = adam.gradient_norm(65536, torch.zeros(1), [[g.to("meta") for g in gradients]], False)
+    assert elsewhere.device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("engine", "apex", "extensions", "has_gpu", "is_used"),
     [
@@ -58,7 +68,8 @@ def test_when_it_is_used(engine: bool, apex: bool, extensions: bool, has_gpu: bo
         mock.patch.object(core_optimizer, "Adam", fused),
         mock.patch.object(adam.importlib.util, "find_spec", find_spec),
     ):
-        with resumable_adam(has_gpu=has_gpu):
+        with torch_optimizer(has_gpu=has_gpu):
             expected = ApexStyleAdam if is_used else fused
             assert core_optimizer.Adam is core_distributed.Adam is expected
+            assert (core_clip.l2_norm_impl is adam.gradient_norm) == is_used
         assert core_optimizer.Adam is core_distributed.Adam is fused

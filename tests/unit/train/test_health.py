@@ -1,12 +1,20 @@
 """Outlier scores worked out by hand, names of samples, and slow ranks."""
 
 import math
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from megatron_post.plan.fake_ranks import fake_rank
+from megatron_post.plan.flops import Load
+from megatron_post.train import guard
+from megatron_post.train.guard import Guard
 from megatron_post.train.health import FEWEST, Outliers, not_finite, samples_of
 from megatron_post.train.heartbeat import WINDOW, Stragglers
-from tests.tiny import tiny_packs
+from megatron_post.train.rank_status import RankStatus
+from megatron_post.train.signals import StopRequest
+from tests.tiny import tiny_config, tiny_packs
 
 
 def test_outlier_by_hand() -> None:
@@ -50,3 +58,18 @@ def test_the_slow_rank_is_named_once_a_window() -> None:
     assert lines[:-1] == [None] * (WINDOW - 1)
     assert lines[-1] is not None and lines[-1].endswith("rank 2 1.700 s")
     assert [stragglers.add([1.0, 1.1, 1.2]) for _ in range(WINDOW)] == [None] * WINDOW
+
+
+def test_the_load_of_all_ranks(tmp_path: Path) -> None:
+    """Two replicas of two ranks have packs of 100 and 60 tokens. A rank's packs are its peer's too."""
+    config = tiny_config(tmp_path, parallel={"tensor": 2})
+    loads = [Load(100, 5000), Load(100, 5000), Load(60, 1800), Load(60, 1800)]
+    statuses = [RankStatus(False, False, False, 1.0, load.tokens, load.squares) for load in loads]
+    with (
+        fake_rank(config.parallel, rank=0, world_size=4) as topology,
+        mock.patch.object(guard, "gather_statuses", lambda own, _: statuses),
+        mock.patch.object(guard, "Skips"),
+    ):
+        found = Guard(config, topology, StopRequest(), [], mock.Mock())
+        found.exchange_status(bad_loss=False, save_failed=False, load=loads[0])
+    assert found.load == Load(160, 6800)

@@ -1,7 +1,8 @@
-"""Preparing a pack never waits for the GPU, so that it runs beside the update of the step before."""
+"""Where the host waits for the GPU in a step: nowhere while packs are prepared, and never for the update."""
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from megatron_post.data.batch import on_device
 from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.fake_ranks import fake_rank
-from megatron_post.train.run import make_stage
+from megatron_post.train.run import build_trainer, make_stage
 from megatron_post.train.step import Stepper
 from tests.comparisons import examples, packs
 from tests.tiny import tiny_config, tiny_packs
-from tests.waits import DEVICE, no_waits
+from tests.waits import DEVICE, device_as_cuda, no_waits, recorded_reads, without_gloo
 
 KINDS = ("sft", "dpo", "separate", "isolated", "concatenated")
 
@@ -83,3 +84,23 @@ def _is_on_host(microbatch: Any, field: Any) -> bool:
 def test_every_kind_of_wait_is_noticed(wait: Any) -> None:
     with no_waits(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         wait(torch.arange(3))
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_waits_of_a_step(tmp_path: Path, stage: str) -> None:
+    """A step reads five results. None of them comes after the update, which runs beside the next step."""
+    config = tiny_config(tmp_path, stage=stage)
+    pack = _pack(stage)
+    with fake_rank(config.parallel, rank=0, world_size=1) as topology, without_gloo(), device_as_cuda():
+        trainer, _ = build_trainer(config, dataclasses.replace(topology, device=DEVICE))
+        with no_waits(), recorded_reads() as reads:
+            trainer.guard.begin(1, "data")
+            values = trainer.step([pack, pack])
+            trainer.report(1, values, [pack, pack], seconds=0.5)
+    assert reads == [
+        "finalize_model_grads",  # megatron-core looks whether there was a token
+        "_reduce",  # losses
+        "get_grad_norm_fp32",  # before it is decided whether to update
+        "gather_statuses",
+        "get_grad_norm_fp32",  # megatron-core reads the norm again to clip
+    ]
