@@ -108,10 +108,10 @@ def data_stats(store: StorePath) -> None:
 @data_app.command("verify")
 def data_verify(store: StorePath) -> None:
     """Read the whole store and compare it with its checksums."""
-    from megatron_post.data.verify import verify_store
+    from megatron_post.data.check_store import check_store
     from megatron_post.display import make_console
 
-    verify_store(store, console=make_console())
+    check_store(store, console=make_console())
 
 
 @config_app.command("show")

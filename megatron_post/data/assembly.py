@@ -1,4 +1,4 @@
-"""Units to packs: which unit stands where, and the rows that the store gets."""
+"""Distributes units over packs and builds the arrays that the store writer needs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from megatron_post.data.units import Units, round_up
 
 @dataclass(frozen=True)
 class Assembly:
-    """Packs of units, made by `assemble`.
+    """Packs of units. `assemble` makes it.
 
-    used: int64 [n], the units in pack order, repeats among them; segment_ends: int64 [packs + 1], where each
-    pack's segments start and end in the segments of `used`.
+    used: int64 [n], the units in pack order, with repeats.
+    segment_ends: int64 [packs + 1]. Pack i has the segments segment_ends[i]:segment_ends[i + 1] of `used`.
     """
 
     units: Units
@@ -62,8 +62,9 @@ class Assembly:
 
 
 def assemble(units: Units, used: np.ndarray, group: GroupName, settings: StoreSettings) -> Assembly:
-    """Pack the units `used` (int64 [n], repeats allowed) and put the packs in an order drawn by the seed."""
-    # best-fit keeps the order of equal lengths: shuffled first, sources do not clump together in packs
+    """Pack the units `used` (int64 [n], repeats allowed) and shuffle the packs with the seed."""
+    # Best-fit keeps the input order of units of equal length. Without this shuffle, packs would hold the
+    # units of one source side by side.
     used = used[permutation(len(used), settings.seed, group, "units")]
     lengths = units.lengths(multiple=settings.segment_multiple)[used]
     packing = _shuffled(pack_units(lengths, capacity=settings.pack_length), settings.seed, group)

@@ -1,8 +1,8 @@
-"""Which data-parallel rank takes which packs of a global batch, so that all take equally long.
+"""Distributes the packs of a global batch over data-parallel ranks, so that all ranks take equally long.
 
-Packs have equally many tokens, and a rank takes equally many packs, so whatever a token costs, two ranks
-differ by attention alone: by the squares of their segments. The most even squares are the most even times on
-any model and GPU, and nothing but the store is asked.
+All packs have the same number of tokens, and all ranks get the same number of packs. So the time of two ranks
+differs only by attention, whose cost grows with the squares of segment lengths. Even sums of squares give
+even times on any model and GPU, and they can be computed from the store alone.
 """
 
 import heapq
@@ -13,11 +13,11 @@ from megatron_post.data.store import PackStore
 
 
 def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
-    """What attention in `packs` (int64 [n]) costs, int64 [n]: the sum over segments of length^2, padding
-    included. The padding at a pack's end counts, as the segment that it is to the attention kernel.
+    """The cost of attention in each of `packs` (int64 [n]), int64 [n], which is the sum of length^2.
 
-    A response that sees a prompt of s tokens counts length^2 + 2 length s. Reads the lengths of these packs
-    alone, whatever else the store holds.
+    Lengths include padding. The padding at a pack's end counts too, because it is a segment to the attention
+    kernel. A response that sees a prompt of s tokens counts length^2 + 2 length s. The function reads only
+    the lengths of these packs.
     """
     starts = store.segment_offsets[packs]
     counts = store.segment_offsets[packs + 1] - starts
@@ -30,9 +30,9 @@ def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
 
 
 def attended(lengths: np.ndarray, ranks: np.ndarray, layout: str) -> np.ndarray:
-    """length^2 + 2 length s of each segment, int64 [segments]: it sees s tokens of earlier ones.
+    """length^2 + 2 length s of each segment that sees s tokens of earlier segments, int64 [segments].
 
-    lengths, ranks: of the segments of whole packs, in their order; layout: of the store.
+    lengths, ranks: int [segments], of whole packs in their order. layout: the store's layout.
     """
     lengths = lengths.astype(np.int64)
     if layout in ("dialogs", "separate"):
@@ -48,20 +48,24 @@ def attended(lengths: np.ndarray, ranks: np.ndarray, layout: str) -> np.ndarray:
 
 
 def _sums(values: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Sums over runs of `counts` values that end before `ends`."""
+    """Sums over consecutive runs of values. Run i has `counts[i]` values and ends before `ends[i]`."""
     totals = np.concatenate([[0], np.cumsum(values)])
     return totals[ends] - totals[ends - counts]
 
 
 def deal(costs: np.ndarray, *, ranks: int) -> np.ndarray:
-    """Deal packs of `costs` (int64 [n], n a multiple of `ranks`) out so that the ranks' sums are nearly
-    equal: int64 [ranks, n / ranks], indices of the packs, on each rank the costliest first.
+    """Distribute packs over ranks so that the ranks' sums of costs are nearly equal.
 
-    The costliest goes to the rank with least so far that still has a place (Graham's LPT, 1969, with places
-    counted). Then the fullest rank and the emptiest swap the two packs that even them out most, for as long
-    as that helps. Costliest first, for a pipeline ends its step on what is still under way, and ranks that
-    wait for each other at a collective then stand at packs of a kind. Deterministic: integers, and of equal
-    packs the first.
+    costs: int64 [n], where n is a multiple of `ranks`. Returns int64 [ranks, n / ranks], the indices of each
+    rank's packs with the costliest first.
+
+    The costliest remaining pack goes to the rank with the smallest sum that still has room (Graham's LPT,
+    1969, with a limit on the number of packs). Then the ranks with the largest and the smallest sum swap the
+    two packs that even them out most, as long as that helps.
+
+    Each rank starts with its costliest pack for two reasons. A pipeline drains with its last packs, so these
+    should be cheap. And ranks that meet at a collective are then at packs of similar cost. The result is
+    deterministic, because costs are integers and ties go to the first pack.
     """
     places = len(costs) // ranks
     assert places * ranks == len(costs)
@@ -81,14 +85,15 @@ def deal(costs: np.ndarray, *, ranks: int) -> np.ndarray:
 
 
 def _swap(dealt: np.ndarray, costs: np.ndarray) -> None:
-    """Swap packs between the fullest and the emptiest rank, in place, until the fullest cannot fall."""
+    """Swap packs between the ranks of largest and smallest sum, in place, until the largest cannot fall."""
     sums = costs[dealt].sum(axis=1)
     while True:
         full, empty = int(sums.argmax()), int(sums.argmin())
         given = costs[dealt[full]]
         by_cost = np.argsort(costs[dealt[empty]], kind="stable")
         ascending = costs[dealt[empty]][by_cost]
-        # the best that a pack can be swapped for is half the difference cheaper: one of the two next to that
+        # The best partner of a pack is cheaper by half the difference of the sums. One of the two packs whose
+        # costs are next to that value is the closest.
         above = np.searchsorted(ascending, given - (sums[full] - sums[empty]) // 2)
         places = np.stack([np.maximum(above - 1, 0), np.minimum(above, len(ascending) - 1)])
         moved = given - ascending[places]
@@ -96,7 +101,7 @@ def _swap(dealt: np.ndarray, costs: np.ndarray) -> None:
         best = np.unravel_index(fuller.argmin(), fuller.shape)
         if fuller[best] >= sums[full]:
             return
-        mine, theirs = best[1], by_cost[places[best]]
-        dealt[full, mine], dealt[empty, theirs] = dealt[empty, theirs], dealt[full, mine]
+        of_full, of_empty = best[1], by_cost[places[best]]
+        dealt[full, of_full], dealt[empty, of_empty] = dealt[empty, of_empty], dealt[full, of_full]
         sums[full] -= moved[best]
         sums[empty] += moved[best]

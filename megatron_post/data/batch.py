@@ -1,4 +1,4 @@
-"""A microbatch on its way to the model: one pack, as tensors."""
+"""The microbatch that the model gets, which is one pack as tensors."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,22 +19,23 @@ class PackedBatch:
     A whole pack is on the host, because the layout of its segments is read there. Its tokens, labels and
     `trained` may already be on a GPU, if the loader copied them ahead.
 
-    Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`; the others always describe the
-    whole. A token's label is its successor in the same segment; `trained` marks the labels that carry loss.
-    Segment k sees, besides itself, the real tokens of the earlier segments `seen[k, 0]` to `seen[k, 1]` (none
-    where `seen` is None): responses that share a prompt see the prompt's segment.
+    Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`. The other fields always
+    describe the whole pack. A token's label is its successor in the same segment, and `trained` marks the
+    labels that carry loss. Segment k sees itself and the real tokens of earlier segments, from segment
+    `seen[k, 0]` to below `seen[k, 1]`. So responses that share a prompt see the prompt's segment. If `seen`
+    is None, each segment sees only itself.
     """
 
     tokens: Tensor  # int64
-    labels: Tensor  # int64, 0 where there is none
+    labels: Tensor  # int64, 0 for the last token of a segment
     trained: Tensor  # bool
-    positions: Tensor  # int64, from 0 in each segment, or from the end of what it continues
-    segments: Tensor  # int64, number of the segment
+    positions: Tensor  # int64, from 0 in each segment, or from the end of the segment that it continues
+    segments: Tensor  # int64, the index of the token's segment
     cu_seqlens: Tensor  # int32 [n + 1]
     lengths: Tensor  # int32 [n], real tokens of each segment
     seen: Tensor | None = None  # int64 [n, 2]
     comparisons: "Comparisons | None" = None
-    reference_logps: Tensor | None = None  # float32, of the labels, under the reference policy
+    reference_logps: Tensor | None = None  # float32, log-probabilities of labels under the reference policy
 
     def part(self, indices: Tensor) -> "PackedBatch":
         """The tokens at `indices` (int64), in that order."""
@@ -50,16 +51,16 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Which responses of a pack are compared: p pairs of e examples, as segments.
+    """The p pairs of responses of e examples that are compared in a pack.
 
-    An example weighs one however many pairs it gives, so a pair of an example of three weighs a third.
+    Every example has the total weight 1. An example of three responses gives three pairs of weight 1/3.
     """
 
     better: Tensor  # int64 [p], segment of the better response
-    worse: Tensor  # int64 [p]
-    weights: Tensor  # float32 [p], 1 / pairs of the pair's example; they sum to e
+    worse: Tensor  # int64 [p], segment of the worse response
+    weights: Tensor  # float32 [p], 1 / the number of pairs of the pair's example, so that they sum to e
     ranks: Tensor  # int64 [p, 2], ranks of better and worse
-    examples: Tensor  # int64 [], e
+    examples: Tensor  # int64 [], the number e
 
 
 _PER_TOKEN = ("tokens", "labels", "trained", "positions", "segments", "reference_logps")
@@ -77,7 +78,7 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A dataclass of tensors and of such dataclasses, on a device."""
+    """`value` on a device. It is a tensor, or a dataclass that holds tensors and such dataclasses."""
     if isinstance(value, Tensor):
         return on_device(value, device)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
@@ -87,7 +88,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
-    """Tensors of a whole pack: `trained` marks labels of the given roles (int64 [k], of `TokenRole`)."""
+    """Tensors of a whole pack. `trained` marks labels of the given roles (int64 [k], of `TokenRole`)."""
     # Tokens and roles are arrays, or tensors on the device to which the loader copied them ahead.
     tokens, roles = torch.as_tensor(pack.tokens).long(), torch.as_tensor(pack.roles)
     cu_seqlens = torch.as_tensor(pack.cu_seqlens)
@@ -107,12 +108,12 @@ def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
 
 
 def role_numbers(names: Iterable[str]) -> Tensor:
-    """`TokenRole` numbers of roles as the config names them, int64 [k]."""
+    """`TokenRole` numbers of roles that are named as in the config, int64 [k]."""
     return torch.tensor([int(TokenRole[name.upper()]) for name in names], dtype=torch.long)
 
 
 def segment_numbers(cu_seqlens: Tensor) -> Tensor:
-    """The segment of each token of a pack. cu_seqlens: int [n + 1], on the host. Returns int64 [t]."""
+    """The index of each token's segment, int64 [t]. cu_seqlens: int [n + 1], on the host."""
     lengths = cu_seqlens.diff().long()
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=int(cu_seqlens[-1]))
 

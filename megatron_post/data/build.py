@@ -1,4 +1,4 @@
-"""`data pack`: sources -> rows -> rendered units -> mixture -> packs -> store."""
+"""`data pack` turns sources into rows, rendered units, a mixture, packs and a store, in this order."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
 from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits
+from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.mixture import Share, mix, shares
-from megatron_post.data.overlong import Fitting
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store_format import GROUPS, GroupName, SourceCounts, StoreSettings
@@ -28,12 +28,12 @@ from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.data.units import UnitPile, Units
 from megatron_post.display import make_progress
 
-_ROWS_AT_ONCE = 512  # rendered in one call of the tokenizer, which uses all cores
+_ROWS_AT_ONCE = 512  # one call of the tokenizer encodes them, and it uses all cores
 
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """What `data pack` made of one group. keys: of each source, those that its rows have and nothing uses."""
+    """The result of `data pack` for one group. keys: the keys of each source's rows that nothing uses."""
 
     counts: list[SourceCounts]
     keys: list[KeyCounts]
@@ -49,11 +49,11 @@ class GroupSummary:
 def build_store(
     config: Config, *, console: Console, overwrite: bool = False, append: bool = False
 ) -> dict[GroupName, GroupSummary]:
-    """Pack `data.sources` and `data.eval_sources` into `data.store`, and print what became of them.
+    """Pack `data.sources` and `data.eval_sources` into `data.store`, and print a summary.
 
-    Training sources are mixed by their epochs or weights; evaluation sources are used once. The same config
-    and data give the same store, byte for byte. Raises `ValueError` (`StoreError`, `TooManyBadRows`) for an
-    existing store, bad or overlong rows beyond what the config allows, and sources without usable rows.
+    Training sources are mixed by their epochs or weights. Rows of evaluation sources are used once. The same
+    config and data give the same store, byte for byte. Raises `ValueError` (`StoreError`, `TooManyBadRows`)
+    for an existing store, more bad or overlong rows than the config allows, and a source without usable rows.
     """
     _check_sources(config)
     tokenizer = tokenizer_of(config)
@@ -101,11 +101,11 @@ def _read(
     bad_rows: BadRows,
     progress: Progress,
 ) -> tuple[Units, list[SourceCounts], list[KeyCounts]]:
-    """Every usable row of the sources, rendered, how many of each could not be used, and unused keys."""
+    """Render every usable row of the sources. Also returns each source's counts and its unused keys."""
     pile, counts, keys = UnitPile(), [], [KeyCounts() for _ in sources]
     for number, source in enumerate(sources):
         task = progress.add_task(f"{group}: reading {source.name}", total=None)
-        fitting = Fitting(
+        limit = LengthLimit(
             source.name,
             overlong=config.data.overlong,
             capacity=config.data.pack_length,
@@ -122,20 +122,20 @@ def _read(
         )
         while batch := list(islice(rows, _ROWS_AT_ONCE)):
             for (row, read), example in zip(batch, example_units(batch), strict=True):
-                unit = None if example is None else fitting.fit(example.segments, row=row)
+                unit = None if example is None else limit.fit(example.segments, row=row)
                 if example is not None and unit is not None:
                     pile.add(unit, source=number, sample=row, turns=example.turns, ranks=example.ranks)
                     spelled += tokenizer.spelled(texts_of(read))
             progress.advance(task, len(batch))
-        fitting.check()
+        limit.check()
         progress.update(task, total=progress.tasks[task].completed)
         counts.append(
             SourceCounts(
                 source.name,
                 rows=len(pile) - before,
                 bad=bad_rows.by_source[source.name],
-                dropped=fitting.dropped,
-                truncated=fitting.truncated,
+                dropped=limit.dropped,
+                truncated=limit.truncated,
                 filtered=example_units.filtered,
                 spelled=dict(spelled),
             )
@@ -143,7 +143,7 @@ def _read(
         if len(pile) == before:
             raise ValueError(
                 f"source {source.name!r} ({source.path}) gave no usable row "
-                f"({bad_rows.by_source[source.name]} bad, {fitting.dropped} longer than data.pack_length, "
+                f"({bad_rows.by_source[source.name]} bad, {limit.dropped} longer than data.pack_length, "
                 f"{example_units.filtered} left out by data.preferences); "
                 "remove it or mend it"
             )
@@ -164,7 +164,7 @@ def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> Exam
 
 
 def packed_sources(config: Config, group: GroupName) -> tuple[Source, ...]:
-    """The sources that are packed into a group: all that the config names for it, or the newest batch."""
+    """The sources that are packed into a group. They are all of its sources, or only the newest batch."""
     named = config.data.sources if group == "train" else config.data.eval_sources
     if not config.data.preferences.newest_batch_only:
         return named

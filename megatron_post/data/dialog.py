@@ -1,4 +1,4 @@
-"""Dialogs and preferences: what a row of a dataset becomes, checked when it is made."""
+"""`Dialog` and `Preference`, which hold one row of a dataset and check it when they are made."""
 
 import json
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import Any, Literal, get_args
 RoleOfMessage = Literal["system", "user", "assistant", "ipython"]
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 
-THINK = ("<think>", "</think>")  # reasoning stands between them
+THINK = ("<think>", "</think>")  # rendered reasoning is between them
 MAX_CHARACTERS = 4_000_000  # in one row; a 128K-token row has about 600,000
 CODE_INTERPRETER = "code_interpreter"
 SEARCH_TOOLS = ("brave_search", "wolfram_alpha")  # built in, called with one query
 BUILT_IN_TOOLS = (*SEARCH_TOOLS, CODE_INTERPRETER)
 
-# Which role may follow which; None is the start. An assistant may be followed by another assistant message
-# only inside one turn (its own ended with <|eom_id|>).
+# The roles that may follow a role, or the start of the dialog (None). An assistant message may follow another
+# one only within a turn, that is, if the first ended with <|eom_id|>.
 _MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {
     None: ("system", "user"),
     "system": ("user",),
@@ -26,14 +26,14 @@ _MAY_FOLLOW: dict[str | None, tuple[str, ...]] = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason, the reader adds file and line."""
+    """A row that cannot be trained on. The message is the reason, and the reader adds the file and line."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """One call of a tool.
 
-    `arguments`: a mapping, its JSON text (as OpenAI writes it), or the code for code_interpreter.
+    `arguments` is a mapping, its JSON text (as OpenAI writes it), or the code for code_interpreter.
     """
 
     name: str
@@ -57,11 +57,12 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `end_of_turn=False`: it ends with <|eom_id|>, more of its turn follows (a tool's output).
+    """One message.
 
-    trained: whether an assistant's message may carry loss. One that may not is context, as a user's is.
-    reasoning: what the assistant thought before it answered, and what is rendered of it.
-    Raises `BadRow` for an unknown role, a content that is no text or no valid UTF-8, and wrong tool calls.
+    end_of_turn: if False, the message ends with <|eom_id|>, and its turn continues with a tool's output.
+    trained: whether an assistant's message may carry loss. If not, it is context like a user's message.
+    reasoning: the assistant's reasoning before its answer, as far as it is rendered.
+    Raises `BadRow` for an unknown role, content that is not text or not valid UTF-8, and wrong tool calls.
     """
 
     role: RoleOfMessage
@@ -95,7 +96,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """What the message says, with its reasoning before its content."""
+        """The text that is rendered, which is the reasoning (if any) and the content."""
         before, after = THINK
         return f"{before}\n{self.reasoning}\n{after}\n\n{self.content}" if self.reasoning else self.content
 
@@ -122,8 +123,8 @@ class Message:
 class Dialog:
     """A conversation that ends with the assistant.
 
-    `tools`: functions as OpenAI describes them, or `{"type": name}` for a built-in one. Raises `BadRow` for
-    roles out of order, an empty response, no assistant message that is trained, or more than
+    `tools` holds functions in OpenAI's form, or `{"type": name}` for a built-in tool. Raises `BadRow` for
+    roles out of order, an empty response, a dialog without a trained assistant message, and more than
     `MAX_CHARACTERS`.
     """
 
@@ -149,8 +150,8 @@ class Dialog:
 class Preference:
     """Responses to one prompt, ranked best first (chosen > rejected, or edited > chosen > rejected).
 
-    `rating` says how much better the chosen one is. Raises `BadRow` as `Dialog` does, and
-    for equal responses.
+    `rating` says how much better the chosen response is. Raises `BadRow` as `Dialog` does, and for equal
+    responses.
     """
 
     prompt: tuple[Message, ...]

@@ -1,4 +1,4 @@
-"""Read examples to units of segments: a dialog is one segment, a preference one of each response."""
+"""Turns dialogs and preferences into units of rendered segments, the input of packing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ from megatron_post.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ExampleUnit:
-    """What must stay in one pack: segments, the rank of each (0 best, -1 no response), and user turns."""
+    """The segments of one example, which must stay in one pack.
+
+    ranks: the rank of each segment's response, where 0 is the best and -1 means that it is not a response.
+    turns: the number of user messages.
+    """
 
     segments: tuple[Rendered, ...]
     ranks: tuple[int, ...]
@@ -23,16 +27,16 @@ class ExampleUnit:
 
 
 class ExampleUnits(Protocol):
-    """Makes units of one source's rows, and counts those that rules leave out."""
+    """Makes units of one source's rows, and counts the rows that `data.preferences` leaves out."""
 
     filtered: int
 
     def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
-        """A unit for each (row number, example); None where a rule leaves it out."""
+        """A unit for each (row number, example), or None if a rule leaves the row out."""
 
 
 class DialogUnits:
-    """Dialogs for SFT: one segment each. Raises `ValueError` for a preference."""
+    """Makes one segment of each dialog, for SFT. Raises `ValueError` for a preference."""
 
     filtered = 0
 
@@ -55,12 +59,13 @@ class DialogUnits:
 
 
 class PreferenceUnits:
-    """Preferences for the reward model and DPO, after the report's rules. Raises `ValueError` for a dialog.
+    """Makes units of preferences for the reward model and DPO, by the rules of the Llama 3 report.
 
-    layout "separate": a segment a response, prompt first. "isolated" and "concatenated": the prompt's
-    segment, then the responses', in an order drawn from (seed, source, row), for the reward model must not
-    learn that the first is the best. pair_only: the best and the worst response alone, which is what DPO
-    compares.
+    With the layout "separate" every response is a segment that repeats the prompt. With "isolated" and
+    "concatenated" the prompt is the first segment, and each response is one more. The order of responses is
+    drawn from (seed, source, row), because the reward model must not learn that the first one is the best.
+    pair_only keeps the best and the worst response only, which DPO compares. Raises `ValueError` for a
+    dialog.
     """
 
     def __init__(
@@ -114,20 +119,19 @@ class PreferenceUnits:
 
 
 def rated_high_enough(rating: str | None, least: str | None) -> bool:
-    """Whether a rating is at least `least`; rows without a rating are."""
+    """Whether a rating is at least `least`. A row without a rating is kept."""
     ratings = get_args(Rating)  # best first
     return rating is None or least is None or ratings.index(rating) <= ratings.index(least)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of token trigrams that two responses have in common (Jaccard): 1 for equal texts, 0 for disjoint
-    ones.
+    """The share of token trigrams that two responses have in common (Jaccard index), from 0 to 1.
 
-    a, b: int [n], [m]. [1 2 3 4] and [1 2 3 5] have {123, 234} and {123, 235}: 1 of 3. Texts shorter than a
-    trigram are compared whole.
+    a, b: int [n], [m], token ids. [1 2 3 4] and [1 2 3 5] have the trigrams {123, 234} and {123, 235}. One of
+    three is common, which gives 1/3. Texts that are shorter than a trigram are compared whole.
     """
-    ours, theirs = _trigrams(a), _trigrams(b)
-    return len(ours & theirs) / len(ours | theirs)
+    of_a, of_b = _trigrams(a), _trigrams(b)
+    return len(of_a & of_b) / len(of_a | of_b)
 
 
 def _trigrams(tokens: np.ndarray) -> set[bytes]:

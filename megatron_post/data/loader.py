@@ -1,5 +1,7 @@
-"""Batches by index: which packs a rank trains on follows from the store, the seed, the packs consumed and the
-ranks alone; no rank asks another."""
+"""Loads each rank's packs. Every rank computes the order of packs by itself, without communication.
+
+The order follows from the store, the seed, the number of packs consumed and the number of ranks.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -17,19 +19,19 @@ from megatron_post.data.store import PackStore
 
 
 class PackLoader:
-    """This rank's packs, step after step, without end: a step is the list of its microbatches, a pack each.
+    """An endless iterator over this rank's steps. A step is a list of microbatches, and each is one pack.
 
     Each epoch visits every pack once, in an order drawn from (seed, epoch). Epochs follow each other without
-    a gap: a global batch may hold the last packs of one and the first of the next. A step takes the next
-    `global_batch` packs of that sequence, whatever the number of ranks. They are dealt to the ranks by
-    `balance.deal`, equally many to each and so that all take about equally long.
+    a gap, so a global batch may hold the last packs of one epoch and the first of the next. A step takes the
+    next `global_batch` packs of that sequence, whatever the number of ranks. `balance.deal` gives each rank
+    the same number of them, so that all ranks take about equally long.
 
-    The position is `consumed_packs`, over all ranks: after k steps of `global_batch`, k * global_batch more
-    than at the start. A loader made with that number goes on exactly where the other stopped, on any number
-    of ranks, and with another `global_batch` too. Packs are read ahead by one background thread, `prefetch`
-    of them; what it raises is raised here. `close` (or `with`, or dropping the loader) ends the thread.
+    `consumed_packs` is the position, counted over all ranks. It grows by `global_batch` in each step. A
+    loader made with that number continues exactly where the other stopped. The number of ranks and
+    `global_batch` may differ. One background thread reads `prefetch` packs ahead, and its errors are raised
+    here. `close` (or `with`, or deleting the loader) ends the thread.
 
-    Raises `ValueError` for an empty store, and for a global batch that the ranks do not divide.
+    Raises `ValueError` for an empty store, and for a global batch that is not divisible by the ranks.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ def pack_indices(num_packs: int, *, seed: int, start: int) -> Iterator[int]:
 def dealt_indices(
     store: PackStore, stream: Iterator[int], *, global_batch: int, data_rank: int, data_size: int
 ) -> Iterator[int]:
-    """Of every next `global_batch` packs of an endless stream those that `balance.deal` gives to a rank."""
+    """The packs that `balance.deal` gives to a rank, for each `global_batch` packs of an endless stream."""
     while True:
         batch = np.fromiter(islice(stream, global_batch), dtype=np.int64, count=global_batch)
         yield from batch[deal(squares(store, batch), ranks=data_size)[data_rank]].tolist()
@@ -107,12 +109,12 @@ def dealt_indices(
 def eval_packs(
     store: PackStore, limit: int, *, data_rank: int = 0, data_size: int = 1, multiple: int = 1
 ) -> Iterator[Pack]:
-    """The first `limit` packs of the store (or all, if it has fewer), in its order, dealt to the ranks in
-    turn.
+    """This rank's share of the first `limit` packs of the store, in its order. Ranks take them in turn.
 
-    Every rank gets equally many microbatches, a multiple of `multiple` (the interleaved schedule wants the
-    number of pipeline ranks): ranks that run out get packs of padding alone, which weigh nothing in a sum
-    over counts. 5 packs on 2 ranks: rank 0 gets 0, 2, 4 and rank 1 gets 1, 3 and an empty one.
+    Every rank gets the same number of microbatches. It is a multiple of `multiple`, because the interleaved
+    schedule requires a multiple of the pipeline ranks. Missing packs are replaced by packs of padding, which
+    add nothing to a sum over counts. With 5 packs on 2 ranks, rank 0 gets 0, 2, 4 and rank 1 gets 1, 3 and an
+    empty one.
     """
     count = min(limit, len(store))
     rounds = -(-count // (data_size * multiple)) * multiple

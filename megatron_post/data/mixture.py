@@ -1,4 +1,4 @@
-"""How often each row of each source is used."""
+"""Computes how often each row of each source is used."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from megatron_post.data.permutation import permutation
 
 @dataclass(frozen=True)
 class Share:
-    """What one source became in the mixture. `rows` and `tokens` count repeats; shares are of the total."""
+    """One source's part of the mixture. `rows` and `tokens` count repeats, and shares are of the total."""
 
     name: str
     available: int
@@ -27,26 +27,25 @@ class Share:
 
 
 def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -> dict[str, np.ndarray]:
-    """Uses of each row: source name -> int64 [its rows]; the sum is what the source has in the mixture.
+    """The number of uses of each row, as a mapping of source name to int64 [rows of the source].
 
-    A source says one of three things:
+    A source has one of three settings.
 
     - `epochs: e` uses each row floor(e) times, and a fraction of the rows, drawn by the seed, once more.
-      1,000 rows at `epochs: 2.5` are 2,500 rows: 500 of them three times, 500 twice.
-    - `weight: w` asks for a share among the sources that have weights. Nothing weighted is repeated, and as
-      much as possible is used: the scale is the smallest `available / weight`, so one source is used up and
-      gives the measure. `a` with 1,000 rows and weight 3 beside `b` with 1,000 rows and weight 1: the scale
-      is min(1000/3, 1000/1), so `a` gives 1,000 rows and `b` gives 333, drawn by the seed. To repeat a small
-      source, give it epochs instead.
-    - neither uses each row once, as `epochs: 1`.
+      1,000 rows with `epochs: 2.5` give 2,500 rows. 500 of the rows are used three times and 500 twice.
+    - `weight: w` requests a share among the sources with weights. Rows of these sources are never repeated,
+      and as many as possible are used. So the scale is the smallest `available / weight`, and the source that
+      has it is used completely. For example, `a` has 1,000 rows and weight 3, and `b` has 1,000 rows and
+      weight 1. The scale is min(1000/3, 1000/1), so `a` gives 1,000 rows, and `b` gives 333 rows that the
+      seed draws. To repeat a small source, set its epochs instead.
+    - A source with neither uses each row once, as with `epochs: 1`.
 
-    Sources with epochs stand beside the weighted ones and do not change their scale: with `c` of 200 rows at
-    `epochs: 2`, the mixture above has 1000 + 333 + 400 rows. A weighted source gets at least one row. Which
-    rows are drawn depends on the seed and the source's name alone, and more epochs or weight keep the rows
-    drawn before.
+    Sources with epochs do not change the scale of the weighted ones. If `c` has 200 rows and `epochs: 2`, the
+    mixture above has 1000 + 333 + 400 rows. A weighted source gets at least one row. The drawn rows depend
+    only on the seed and the source's name, and a larger number of epochs or weight keeps all of them.
 
-    Raises `ValueError` for a weighted source without rows, which would make the mixture empty, and for a name
-    that two sources share.
+    Raises `ValueError` for a weighted source without rows, which would make the mixture empty, and for two
+    sources of the same name.
     """
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
@@ -62,7 +61,7 @@ def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -
 
 
 def shares(names: Sequence[str], uses: Sequence[np.ndarray], lengths: Sequence[np.ndarray]) -> list[Share]:
-    """The realised mixture. uses, lengths: int [rows] of each source; lengths in real tokens."""
+    """The resulting mixture. uses: int [rows] of each source. lengths: int [rows] in real tokens."""
     rows = [int(count.sum()) for count in uses]
     tokens = [int(count @ length) for count, length in zip(uses, lengths, strict=True)]
     all_rows, all_tokens = max(sum(rows), 1), max(sum(tokens), 1)

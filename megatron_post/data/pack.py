@@ -1,4 +1,4 @@
-"""One pack: the arrays that a store holds for it, and that every loader hands over."""
+"""`Pack`, the arrays of one pack. Stores read it and loaders yield it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,32 +11,29 @@ from megatron_post.data.units import round_up
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One pack of t tokens in n segments; a tail of padding is the last segment, with source and unit -1.
+    """One pack of t tokens in n segments. Padding at the pack's end is one more segment without real tokens.
 
-    tokens: int32 [t]; roles: uint8 [t], `TokenRole`; cu_seqlens: int32 [n + 1] from 0 to t; lengths: int32
-    [n], real tokens of each segment; sources: int32 [n], index in `PackStore.sources`; sample_ids: uint64
-    [n], row number in the source; unit_ids: int64 [n]; ranks: int32 [n], a preference's response's place, 0
-    best, -1 elsewhere; reference_logps: float32 [t] of each token's successor, where they were asked for. The
-    DALI backend hands over the first two on the GPU.
+    That last segment has the source and the unit -1. With the DALI backend the first two fields are tensors
+    on the GPU.
     """
 
-    tokens: np.ndarray
-    roles: np.ndarray
-    cu_seqlens: np.ndarray
-    lengths: np.ndarray
-    sources: np.ndarray
-    sample_ids: np.ndarray
-    unit_ids: np.ndarray
-    ranks: np.ndarray
-    reference_logps: np.ndarray | None = None
+    tokens: np.ndarray  # int32 [t]
+    roles: np.ndarray  # uint8 [t], `TokenRole`
+    cu_seqlens: np.ndarray  # int32 [n + 1], from 0 to t
+    lengths: np.ndarray  # int32 [n], real tokens of each segment
+    sources: np.ndarray  # int32 [n], index in `PackStore.sources`
+    sample_ids: np.ndarray  # uint64 [n], row number in the source
+    unit_ids: np.ndarray  # int64 [n], the same for all segments of a unit
+    ranks: np.ndarray  # int32 [n], rank of a preference's response, 0 for the best, -1 for other segments
+    reference_logps: np.ndarray | None = None  # float32 [t], of each token's successor, if they are needed
 
 
 def pack_of_segments(
     segments: Sequence[Rendered], *, pack_length: int, segment_multiple: int = 1, pad_id: int = 0
 ) -> Pack:
-    """Segments side by side, each padded to `segment_multiple`, and a tail of padding up to `pack_length`.
+    """A pack of consecutive segments, each padded to `segment_multiple`. The rest of the pack is padding.
 
-    Each segment is a unit of its own, with rank -1. Raises `ValueError` where they do not fit.
+    Each segment is a unit of its own, with rank -1. Raises `ValueError` if the segments do not fit.
     """
     padded = [round_up(len(segment), segment_multiple) for segment in segments]
     if sum(padded) > pack_length:

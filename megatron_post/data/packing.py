@@ -1,4 +1,4 @@
-"""Which unit goes in which pack: best-fit decreasing, in runs of equal lengths, the longest units apart."""
+"""Assigns units to packs by best-fit decreasing, and keeps the longest units in different packs."""
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """Units grouped by pack: pack i holds `units[offsets[i]:offsets[i + 1]]`, longest first.
+    """Units grouped by pack. Pack i holds `units[offsets[i]:offsets[i + 1]]`, the longest first.
 
-    units: int64 [n], every unit once; offsets: int64 [packs + 1].
+    units: int64 [n], every unit once. offsets: int64 [packs + 1].
     """
 
     units: np.ndarray
@@ -24,22 +24,23 @@ class Packing:
 
 
 def pack_units(lengths: np.ndarray, *, capacity: int) -> Packing:
-    """Put units of `lengths` (int [n], tokens, padding included) in as few packs of `capacity` tokens as
-    best-fit can.
+    """Put units in as few packs of `capacity` tokens as best-fit can.
 
-    A unit is what must stay in one pack: a dialog, or all responses of a pair. Best-fit decreasing (Johnson,
-    1974) takes the units from the longest and puts each in the fullest pack that still has room. When a unit
-    has found its pack, that pack stays the fullest one with room for the next unit of the same length as long
-    as it has room at all; so equal lengths go in runs of `room // length`, and the cost is one search a run
-    instead of one a unit.
+    lengths: int [n], tokens of each unit with padding. A unit must stay in one pack. It is a dialog, or all
+    responses of a preference.
 
-    All packs have equally many tokens, so what makes one take longer than another is attention, the square of
-    its units. Best-fit would join the longest units of all (70 and 61 in a pack of 131). They are kept apart:
-    half of as many packs as the tokens fill are opened by the longest units, one each, unless that needs more
-    packs than best-fit alone.
+    Best-fit decreasing (Johnson, 1974) starts with the longest unit and puts each unit in the fullest pack
+    that still has room for it. After that, the same pack is also the fullest one with room for the next unit
+    of the same length, until it is full. So units of equal length are placed in runs of `room // length`,
+    with one search per run instead of one per unit.
 
-    Deterministic: equal lengths keep the order of the input. Raises `ValueError` for a length that is not
-    positive or exceeds the capacity.
+    All packs have the same number of tokens, so their times differ by attention, whose cost grows with the
+    square of the lengths. Best-fit would join the longest units (70 and 61 in a pack of 131). To keep them
+    apart, each of the longest units opens a pack of its own, for half of the packs that the tokens would
+    fill. If that needs more packs in total than plain best-fit, plain best-fit is used.
+
+    The result is deterministic, because units of equal length keep their input order. Raises `ValueError` for
+    a length that is not positive or exceeds the capacity.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if lengths.size and not 0 < lengths.min() <= lengths.max() <= capacity:
@@ -49,7 +50,7 @@ def pack_units(lengths: np.ndarray, *, capacity: int) -> Packing:
         )
     descending = np.argsort(-lengths, kind="stable")
     apart = int(lengths.sum()) // (2 * capacity)
-    # of two equally good ones `min` takes the first
+    # If both need the same number of packs, `min` takes the first, which keeps the longest units apart.
     packs, counts, num_packs = min(
         (_place(lengths, capacity, apart=apart), _place(lengths, capacity, apart=0)), key=lambda p: p[2]
     )
@@ -59,13 +60,15 @@ def pack_units(lengths: np.ndarray, *, capacity: int) -> Packing:
 
 
 def _place(lengths: np.ndarray, capacity: int, *, apart: int) -> tuple[list[int], list[int], int]:
-    """Runs of units, longest first: the pack and the size of each; and the number of packs. The first `apart`
-    units each open a pack."""
+    """The pack and the size of each run of units, the longest first, and the number of packs.
+
+    Each of the first `apart` units opens a pack of its own.
+    """
     distinct, multiplicity = np.unique(lengths, return_counts=True)
     packs: list[int] = []
     counts: list[int] = []
     num_packs = 0
-    rooms: list[int] = []  # the different amounts of room in open packs, ascending
+    rooms: list[int] = []  # the distinct amounts of free tokens in open packs, ascending
     open_packs: dict[int, list[int]] = {}  # room -> the packs that have it
     for length, left in zip(distinct[::-1].tolist(), multiplicity[::-1].tolist(), strict=True):
         while left:

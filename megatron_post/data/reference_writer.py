@@ -1,5 +1,7 @@
-"""Reference log-probabilities into a store, row by row, by any number of ranks; they appear when all are
-written."""
+"""Writes reference log-probabilities into a store from any number of ranks.
+
+The array has a temporary name until all rows are written, so that a reader never sees a part of it.
+"""
 
 import os
 import shutil
@@ -16,7 +18,7 @@ from megatron_post.data.store_format import CHECKSUMS, REFERENCE
 
 
 class ReferenceWriter:
-    """The array `reference_logps` of one group of a store, under another name until `publish`."""
+    """Writes the array `reference_logps` of one group. `publish` renames it to its final name."""
 
     def __init__(self, store: PackStore) -> None:
         self._store = store
@@ -25,7 +27,7 @@ class ReferenceWriter:
         self._in_chunk = store.packs_in_chunk("tokens")
 
     def create(self, key: str) -> None:
-        """Make room for all packs. One rank calls it, before any row is written."""
+        """Create the files for all packs. One rank calls this, before any rank writes a row."""
         shutil.rmtree(self._group / self._partial, ignore_errors=True)
         node: Any = zarr.open_group(self._store.path, mode="r+", path=self._store.group)
         length = self._store.settings.pack_length
@@ -38,6 +40,8 @@ class ReferenceWriter:
             dimension_names=("pack", "token"),
             attributes={"key": key},
         )
+        # Create the chunk files in full size, so that no rank has to create or extend a file that others
+        # write.
         for chunk in range(-(-len(self._store) // self._in_chunk)):
             path = self._chunk(chunk)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,7 @@ class ReferenceWriter:
         np.zeros(len(self._store), dtype="<u4").tofile(self._group / self._partial / CHECKSUMS)
 
     def write(self, pack: int, logps: np.ndarray) -> None:
-        """One pack's row, float32 [pack_length]. Ranks may write different rows of one file at once."""
+        """Write one pack's row, float32 [pack_length]. Ranks may write to the same file at the same time."""
         chunk, row = divmod(pack, self._in_chunk)
         content = np.ascontiguousarray(logps, dtype="<f4").tobytes()
         _write_at(self._chunk(chunk), content, row * len(content))
@@ -54,7 +58,7 @@ class ReferenceWriter:
         _write_at(self._group / self._partial / CHECKSUMS, checksum, pack * len(checksum))
 
     def publish(self) -> None:
-        """Put the array in its place. One rank calls it, after all rows are written."""
+        """Rename the array to its final name. One rank calls this after all rows are written."""
         checksums = np.fromfile(self._group / self._partial / CHECKSUMS, dtype="<u4")
         node: Any = zarr.open_group(self._store.path, mode="r+", path=self._store.group)
         node[self._partial].attrs[CHECKSUMS] = array_digest(checksums)

@@ -1,5 +1,4 @@
-"""Rows that hold one column a role, by the mapping in `source.columns`, and the columns of messages that it
-names."""
+"""Reads rows by the mapping in `source.columns`, which names one column per role or a column of messages."""
 
 from typing import Any
 
@@ -34,7 +33,10 @@ def check_columns(source: Source) -> None:
 
 
 class Columns:
-    """Reads the columns of a row that `source.columns` names. by_role: a column a role, not messages."""
+    """Reads the columns of a row that `source.columns` names.
+
+    by_role: whether it names one column per role, and not a column of messages.
+    """
 
     def __init__(self, source: Source, counts: KeyCounts) -> None:
         self._columns, self._counts = source.columns, counts
@@ -48,8 +50,10 @@ class Columns:
         return key in self._first
 
     def text(self, role: str, row: Keys) -> str:
-        """The text of a role, its joined columns with a blank line between. A joined column, and that of a
-        role which a row may lack, may be absent or null. Raises `BadRow`."""
+        """The text of a role. Joined columns have a blank line between them.
+
+        Columns of optional roles and some of the joined columns may be absent or null. Raises `BadRow`.
+        """
         column = self._columns.get(role)
         if column is None:
             return ""
@@ -66,11 +70,11 @@ class Columns:
         return None if column is None else self._reach(column, row)
 
     def response(self, role: str, row: Keys) -> tuple[Message, ...]:
-        """The text of a role as the assistant's message, without the end marker."""
+        """The text of a role as an assistant message, without the end marker."""
         return (Message("assistant", self.text(role, row).removesuffix(self._marker).rstrip()),)
 
     def _reach(self, path: str, row: Keys) -> Any:
-        """What is at a path like "instances.0.output", or None."""
+        """The value at a path like "instances.0.output", or None."""
         first, *rest = [path] if path in row else path.split(".")
         value = row.get(first)
         for key in rest:

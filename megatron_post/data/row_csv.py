@@ -1,7 +1,7 @@
-"""Rows of a CSV file. A row whose fields are not those of the header is a bad row.
+"""Reads rows of a CSV file. A row with more or fewer fields than the header is a bad row.
 
-pandas, through which `datasets` reads CSV, takes the first field of a row that is too long for the name of
-the row: the others then move to the column before theirs, in silence.
+`datasets` is not used here because it reads CSV with pandas. If a row has too many fields, pandas silently
+takes the first one as the row's name, and all others move one column to the left.
 """
 
 import csv
@@ -15,11 +15,11 @@ from megatron_post.data.dialog import MAX_CHARACTERS, BadRow
 
 
 def csv_rows(file: Path) -> Iterator[dict[str, str] | BadRow]:
-    """Every column is text, as it is written: no numbers, no "NA" for nothing. Blank lines do not count.
+    """Yield each row, in which every value is a text. Numbers and "NA" are not converted. Skips blank lines.
 
-    Raises `ValueError` for names that stand twice in the header, `csv.Error` and errors of decoding.
+    Raises `ValueError` for duplicate names in the header, `csv.Error`, and errors of decoding.
     """
-    csv.field_size_limit(MAX_CHARACTERS)  # it holds for the process, and by default is 131,072
+    csv.field_size_limit(MAX_CHARACTERS)  # a limit of the whole process, which is 131,072 by default
     open_file: Any = gzip.open if file.suffix == ".gz" else open
     with open_file(file, "rt", encoding="utf-8-sig", newline="") as text:
         lines = csv.reader(text, strict=True)

@@ -1,4 +1,4 @@
-"""Which files of a directory are a split: by the README of a hub's clone, else by their names."""
+"""Finds the files of a split in a directory, by the README of a hub clone or by the names of files."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from megatron_post.config.data import Source
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 CSV_SUFFIXES = (".csv", ".csv.gz")
 SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES, ".parquet", ".arrow")
-# Data as well, which would be missing in silence where it stands beside files that are read.
+# Files with these endings hold data too. If they were skipped, a part of the split would be missing silently.
 _UNREADABLE = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".tar.gz", ".tsv", ".orc", ".feather")
-# What a configuration in a README may say and is heeded here, or says nothing about rows.
+# Keys of a configuration in a README that are used here, or that do not concern the rows.
 _CONFIG_KEYS = {"data_files", "data_dir", "default", "description", "version", "features", "drop_labels"}
 
 
 def files_of(directory: Path, source: Source) -> list[Path]:
-    """The files of `source.split`, of the configuration `source.subset` or the default one, sorted.
+    """The sorted files of `source.split` in the configuration `source.subset`, or in the default one.
 
-    A subset may also be a directory. Raises `ValueError` for a split, a configuration or files that are not
-    there, and for files that cannot be read.
+    A subset may also be a directory. Raises `ValueError` for a missing split, configuration or file, and for
+    files that cannot be read.
     """
     configs = _configs(directory)
     if configs:
@@ -59,12 +59,12 @@ def _configs(directory: Path) -> MetadataConfigs:
         return MetadataConfigs()
     try:
         return MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data)
-    except Exception as error:  # YAML, Unicode, the keys of a card: whatever is wrong, this file is the place
+    except Exception as error:  # the card may fail with many types of error, and the message names the file
         raise ValueError(f"{readme}: its dataset configurations cannot be read: {error}") from error
 
 
 def _of_config(directory: Path, configs: MetadataConfigs, source: Source) -> tuple[Path, dict[str, Any]]:
-    """Where a configuration's files are, and their patterns by split."""
+    """The directory of a configuration's files, and the patterns of files by split."""
     try:
         name = source.subset or configs.get_default_config_name()
     except ValueError as error:

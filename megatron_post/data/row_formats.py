@@ -1,15 +1,16 @@
-"""Rows of the formats in use to `Dialog` and `Preference` (docs/rows.md has an example of each).
+"""Turns rows of the common formats into `Dialog` and `Preference`. docs/rows.md has an example of each.
 
-messages    OpenAI's and ShareGPT's messages, in `messages`, `conversations` or the only other column that
-            holds some; or {"prompt", "completion"}, {"query", "response"}, {"instruction", "input", "output"}
-preference  TRL's {"prompt", "chosen", "rejected"}, plain or conversational; chosen and rejected may also hold
-            the whole conversation; "edited" (better than chosen), "rating" and "tools" if any
-transcript  HH-RLHF's {"chosen", "rejected"} as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts
-columns     a column a role, named by `source.columns`: {user: question, assistant: answer}. A value may join
-            columns ("instruction+input": those not blank, with a blank line between) and reach into nested
-            ones ("instances.0.output"). `chosen` and `rejected` instead of `assistant` make a preference;
-            {messages: dialog} names the column of messages. `end_marker` is no column but a text cut off the
-            end of responses ("<|endoftext|>" in T0's), which otherwise stays.
+messages    Messages of OpenAI's or ShareGPT's form, in `messages`, `conversations` or the only other column
+            that holds messages. Or {"prompt", "completion"}, {"query", "response"}, or {"instruction",
+            "input", "output"}.
+preference  TRL's {"prompt", "chosen", "rejected"}, plain or conversational. chosen and rejected may also hold
+            the whole conversation. "edited" (better than chosen), "rating" and "tools" are optional.
+transcript  HH-RLHF's {"chosen", "rejected"} as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts.
+columns     One column per role, which `source.columns` names, as in {user: question, assistant: answer}. A
+            value may join columns ("instruction+input" joins those that are not blank with a blank line) and
+            name nested ones ("instances.0.output"). With `chosen` and `rejected` instead of `assistant` the
+            row is a preference. {messages: dialog} names the column of messages. `end_marker` is not a
+            column. It is a text that is removed from the end of responses ("<|endoftext|>" in T0's data).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from megatron_post.config.data import Reasoning, Source, TrainOn
 from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
 from megatron_post.data.row_columns import Columns, check_columns
 from megatron_post.data.row_keys import KeyCounts, Keys, as_list, text_of
-from megatron_post.data.row_messages import Said, read_messages
+from megatron_post.data.row_messages import MarkedMessages, read_messages
 from megatron_post.data.row_preferences import (
     from_preference,
     from_ranked_columns,
@@ -35,7 +36,7 @@ from megatron_post.data.row_tools import tools_of
 
 _MESSAGES = ("messages", "conversations")
 _NO_MESSAGES = ("prompt", "completion", "chosen", "rejected", "edited", "history", "query", "response")
-# prompt, what joins it, and response
+# the columns of the prompt, of an optional part that is appended to the prompt, and of the response
 _PAIRS = (("prompt", None, "completion"), ("query", None, "response"), ("instruction", "input", "output"))
 
 
@@ -47,18 +48,20 @@ def example_of_row(
     reasoning: Reasoning = "refuse",
     counts: KeyCounts | None = None,
 ) -> Dialog | Preference:
-    """As `RowReader`, of one row."""
+    """The example of a single row. See `RowReader`."""
     return RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)(row)
 
 
 class RowReader:
-    """Makes examples of one source's rows. `counts` collects the keys that nothing used."""
+    """Makes examples of one source's rows. `counts` collects the keys that nothing has read."""
 
     def __init__(
         self, source: Source, *, train_on: TrainOn, reasoning: Reasoning, counts: KeyCounts | None = None
     ) -> None:
-        """train_on: as `data.train_on`, which the source may override. Raises `ValueError` for columns that
-        make no row."""
+        """train_on: as `data.train_on`, which the source may override.
+
+        Raises `ValueError` if `source.columns` cannot make an example.
+        """
         check_columns(source)
         self._source, self._reasoning = source, reasoning
         self._train_on = source.train_on or train_on
@@ -66,8 +69,7 @@ class RowReader:
         self._columns = Columns(source, self._counts)
 
     def __call__(self, raw: Any) -> Dialog | Preference:
-        """The dialog or preference that a row holds, by the source's format. Raises `BadRow` with the
-        reason."""
+        """The dialog or preference in a row, by the source's format. Raises `BadRow` with the reason."""
         if not isinstance(raw, Mapping):
             raise BadRow(f"a row must be a mapping, not {type(raw).__name__}")
         row = Keys(raw, ignore=self._source.ignore)
@@ -79,8 +81,8 @@ class RowReader:
         opening = example.messages if isinstance(example, Dialog) else example.prompt
         responses = () if isinstance(example, Dialog) else example.responses
         messages = list(chain(opening, *responses))
-        said = "\n".join(message.text for message in messages)
-        refuse_unused_context(row, said, by_role=self._columns.by_role)
+        texts = "\n".join(message.text for message in messages)
+        refuse_unused_context(row, texts, by_role=self._columns.by_role)
         for message in messages if self._source.templated == "refuse" else ():
             refuse_templated(message)
         self._counts.unused.update(row.unused())
@@ -91,8 +93,8 @@ class RowReader:
         if "user" in columns:
             return self._from_columns(row)
         if "messages" in columns:
-            said = self._read(self._columns.value("messages", row), row, columns["messages"])
-            return Dialog(self._trained(said), tools_of(row, self._columns.value("tools", row)))
+            read = self._read(self._columns.value("messages", row), row, columns["messages"])
+            return Dialog(self._trained(read), tools_of(row, self._columns.value("tools", row)))
         chosen = self._source.format if self._source.format != "auto" else _detect(row)
         if chosen == "messages":
             return self._from_messages(row)
@@ -100,8 +102,10 @@ class RowReader:
         return make(row, lambda value, name: self._read(value, row, name))
 
     def _from_messages(self, row: Keys) -> Dialog:
-        """A row may hold its conversation more than once, in equal words. A message is then trained if each
-        form trains it."""
+        """The dialog of a row, which may hold the same conversation in several forms.
+
+        The texts must then be equal, and a message is trained if every form trains it.
+        """
         found = {
             f"{prompt} and {response}": self._pair(row, prompt, joined, response)
             for prompt, joined, response in _pairs_in(row)
@@ -114,15 +118,15 @@ class RowReader:
             raise BadRow(f"no messages in the columns {list(row)}")
         messages, *others = found.values()
         for other in others:
-            if _words(other) != _words(messages):
+            if _all_trained(other) != _all_trained(messages):
                 raise BadRow(f"{', '.join(found)} hold different conversations")
             messages = tuple(a if b.trained else b for a, b in zip(messages, other, strict=True))
         return Dialog(messages, tools_of(row))
 
     def _pair(self, row: Keys, prompt: str, joined: str | None, response: str) -> tuple[Message, ...]:
-        """A prompt and its response, which is trained alone."""
+        """The messages of a prompt and its response. Only the response is trained."""
         asked = row.require(prompt)
-        if joined is not None and row.says(joined):
+        if joined is not None and row.has_value(joined):
             asked = f"{text_of(asked, prompt).strip()}\n\n{text_of(row.get(joined), joined).strip()}"
         context = [*history_of(row.get("history")), *turns_of(asked, "user")]
         return self._completion(context, turns_of(row.require(response), "assistant"), row)
@@ -137,21 +141,23 @@ class RowReader:
         return Dialog(self._completion([*context, turns[0]], turns[1:], row))
 
     def _completion(self, context: list[Any], completion: list[Any], row: Keys) -> tuple[Message, ...]:
-        said = self._read([*context, *completion], row, "prompt")
+        read = self._read([*context, *completion], row, "prompt")
         first = len(context)
-        if said.messages[first - 1].role == "assistant" == said.messages[first].role:
+        if read.messages[first - 1].role == "assistant" == read.messages[first].role:
             raise BadRow("the prompt ends with the assistant: a completion cannot go on with its message")
-        if any(said.marks[:first]):
+        if any(read.marks[:first]):
             raise BadRow("a message of the prompt is marked as trained; a completion is trained alone")
-        return _masked(said, first)
+        return _masked(read, first)
 
-    def _trained(self, said: Said) -> tuple[Message, ...]:
-        """The messages, of which the last turn or all are trained. A turn is all that follows a message of
-        the user: calls, their results and the answer."""
-        asked = [i for i, message in enumerate(said.messages) if message.role == "user"]
-        return _masked(said, asked[-1] + 1 if asked and self._train_on == "last_turn" else 0)
+    def _trained(self, read: MarkedMessages) -> tuple[Message, ...]:
+        """The messages with the last turn or all turns trained.
 
-    def _read(self, raw: Any, row: Keys, name: str) -> Said:
+        A turn is everything after a user message, that is, tool calls, their results and the answer.
+        """
+        asked = [i for i, message in enumerate(read.messages) if message.role == "user"]
+        return _masked(read, asked[-1] + 1 if asked and self._train_on == "last_turn" else 0)
+
+    def _read(self, raw: Any, row: Keys, name: str) -> MarkedMessages:
         return read_messages(raw, row, name=name, reasoning=self._reasoning)
 
 
@@ -173,7 +179,7 @@ def _pairs_in(row: Keys) -> list[tuple[str, str | None, str]]:
 
 
 def _message_columns(row: Keys) -> list[str]:
-    """The columns of messages by their usual names, or the only other one that holds some."""
+    """The columns of messages by their usual names, or the only other column that holds messages."""
     if known := [name for name in _MESSAGES if name in row]:
         return known
     found = [name for name in row if name not in _NO_MESSAGES and _holds_messages(row.peek(name))]
@@ -191,24 +197,28 @@ def _holds_messages(value: Any) -> bool:
     )
 
 
-def _masked(said: Said, first_trained: int) -> tuple[Message, ...]:
-    """What a message says about itself comes first, then whether it stands before `first_trained`."""
+def _masked(read: MarkedMessages, first_trained: int) -> tuple[Message, ...]:
+    """The messages with `trained` set by the message's own mark, or else by its position.
+
+    Without a mark, assistant messages from `first_trained` on are trained.
+    """
     return tuple(
         replace(message, trained=False)
         if message.role == "assistant" and not (number >= first_trained if mark is None else mark)
         else message
-        for number, (message, mark) in enumerate(zip(said.messages, said.marks, strict=True))
+        for number, (message, mark) in enumerate(zip(read.messages, read.marks, strict=True))
     )
 
 
-def _words(messages: Sequence[Message]) -> list[Message]:
+def _all_trained(messages: Sequence[Message]) -> list[Message]:
+    """The messages without the difference between trained and masked ones, for comparisons."""
     return [replace(message, trained=True) for message in messages]
 
 
 def _system_of(row: Keys) -> str:
     """The system prompt beside the messages, "" if there is none. Raises `BadRow`."""
-    said = [name for name in SYSTEM if row.says(name)]
-    return text_of(row.one_of(*said), said[0]).strip() if said else ""
+    names = [name for name in SYSTEM if row.has_value(name)]
+    return text_of(row.one_of(*names), names[0]).strip() if names else ""
 
 
 def _with_system(example: Dialog | Preference, text: str) -> Dialog | Preference:

@@ -1,4 +1,4 @@
-"""Which keys of a row are used. What nothing reads is counted: it does not vanish in silence."""
+"""Records which keys of a row are read. Unread keys are counted, so that no data is lost silently."""
 
 import json
 from collections import Counter
@@ -10,10 +10,10 @@ from megatron_post.data.dialog import BadRow
 
 
 class Keys:
-    """A mapping in a row that remembers which of its keys were read. A key that is null counts as absent.
+    """A mapping in a row that records which of its keys were read. A null value counts as absent.
 
-    place: where the mapping stands, "" for the row and "messages." for a message. ignore: keys that the
-    source wants to be passed over, here and in what is nested.
+    place: the path of the mapping, "" for the row and "messages." for a message. ignore: the keys of the
+    source's `ignore`, which are skipped here and in nested mappings.
     """
 
     def __init__(self, values: Mapping[str, Any], *, place: str = "", ignore: Collection[str] = ()) -> None:
@@ -29,26 +29,26 @@ class Keys:
         return iter(self._values)
 
     def get(self, name: str) -> Any:
-        """The value, or None; the key counts as used from now on."""
+        """The value, or None. The key counts as used from now on."""
         self._read.add(name)
         return self._values.get(name)
 
     def require(self, name: str) -> Any:
-        """As `get`. Raises `BadRow` if the key is absent or null."""
+        """The value, as `get` returns it. Raises `BadRow` if the key is absent or null."""
         if name not in self._values:
             raise BadRow(f"no column {name!r}; the row has {list(self._values)}")
         return self.get(name)
 
     def one_of(self, *names: str) -> Any:
-        """The value that goes by one of these names, or None. Raises `BadRow` if two of them differ."""
+        """The value under one of these names, or None. Raises `BadRow` if two of them differ."""
         found = {name: self.get(name) for name in names if name in self._values}
         values = list(found.values())
         if any(value != values[0] for value in values[1:]):
             raise BadRow(f"{' and '.join(f'`{name}`' for name in found)} contradict each other")
         return values[0] if values else None
 
-    def says(self, name: str) -> bool:
-        """Whether there is a value that is not blank. A blank one counts as used: it says nothing."""
+    def has_value(self, name: str) -> bool:
+        """Whether there is a value that is not blank. A blank value counts as used, as it holds no data."""
         if name not in self._values:
             return False
         if is_blank(self._values[name]):
@@ -61,30 +61,30 @@ class Keys:
         return name in self._read
 
     def among(self, names: Collection[str]) -> list[str]:
-        """Those of the names that the mapping has, which are few where the names are many."""
+        """The names that the mapping has. It loops over the mapping because `names` may be much longer."""
         return [name for name in self._values if name in names]
 
     def peek(self, name: str) -> Any:
-        """The value, or None, without using it."""
+        """The value, or None. The key does not count as used."""
         return self._values.get(name)
 
     def nested(self, values: Mapping[str, Any], place: str) -> "Keys":
-        """The keys of a mapping inside this one."""
+        """`Keys` of a mapping inside this one."""
         keys = Keys(values, place=self._place + place, ignore=self._ignore)
         self._nested.append(keys)
         return keys
 
     def unused(self) -> set[str]:
-        """Names, with their place, of all keys that nothing has read."""
+        """The names of all keys that nothing has read, with their place."""
         own = {self._place + name for name in self._values if name not in self._read}
         return own.union(*(keys.unused() for keys in self._nested))
 
 
 @dataclass
 class KeyCounts:
-    """What the good rows of a source held while nothing used it, and what `source.columns` names in vain.
+    """The unused keys of a source's good rows, and the columns of `source.columns` that no row has.
 
-    unused: rows by key. columns: whether a row had the column, for those that a row may lack.
+    unused: the number of rows by key. columns: whether any row has had the column, for each column.
     """
 
     MOST_NAMED: ClassVar[int] = 50
@@ -93,7 +93,7 @@ class KeyCounts:
     columns: dict[str, bool] = field(default_factory=dict)
 
     def summary(self) -> list[str]:
-        """Lines for people, none where there is nothing to say."""
+        """Lines to print, or none if all keys are used and all columns exist."""
         lines = []
         if self.unused:
             counted = self.unused.most_common(self.MOST_NAMED)
@@ -107,12 +107,12 @@ class KeyCounts:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: null, empty or white space."""
+    """Whether a value is null, empty or only white space."""
     return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def from_json(value: Any, name: str) -> Any:
-    """The value, read as JSON if it is a text. Blank counts as None. Raises `BadRow` if it is no JSON."""
+    """The value, parsed as JSON if it is a text. A blank one gives None. Raises `BadRow` for invalid JSON."""
     if is_blank(value) or not isinstance(value, str):
         return None if is_blank(value) else value
     try:
@@ -122,9 +122,9 @@ def from_json(value: Any, name: str) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    """The list of mappings that `datasets` gives as a mapping of lists, for features of type `Sequence`.
+    """A mapping of lists as a list of mappings. Other values are returned unchanged.
 
-    Other values as they are.
+    `datasets` gives features of type `Sequence` as a mapping of lists.
     """
     if not isinstance(value, Mapping) or not all(isinstance(inner, list) for inner in value.values()):
         return value
@@ -135,7 +135,7 @@ def as_list(value: Any) -> Any:
 
 
 def messages_in(text: str) -> list[Any] | None:
-    """The messages whose JSON a text is, in which each has a role and a content; None for another text."""
+    """The messages of a text that is the JSON of a list of messages with role and content, or None."""
     if not text.lstrip().startswith("[") or not ('"role"' in text or '"from"' in text):
         return None
     try:
@@ -153,7 +153,7 @@ def _is_message(value: Any) -> bool:
 
 
 def text_of(value: Any, name: str) -> str:
-    """The value. Raises `BadRow` if it is no text."""
+    """The value, if it is a text. Raises `BadRow` if it is not."""
     if not isinstance(value, str):
         raise BadRow(f"{name!r} is {type(value).__name__}, not text")
     return value

@@ -1,4 +1,4 @@
-"""Labels that say whether a response is good. What is bad is refused: it is never trained as good."""
+"""Labels that mark a response as good or bad. Rows with bad responses are refused."""
 
 from collections.abc import Container
 from functools import lru_cache
@@ -7,8 +7,8 @@ from typing import Any
 from megatron_post.data.dialog import BadRow
 from megatron_post.data.row_keys import Keys
 
-# Names of labels for which true is good, and of those for which true is bad, without a leading "is_". The
-# second are names of other things too, so that only true and 1 count there.
+# Names of labels, without a leading "is_", for which true means good, and those for which true means bad.
+# Other columns may have a name of the second set too, so only the values true and 1 count there.
 _GOOD_IF_TRUE = {
     *("label", "kto_tag", "kto_label", "completion_label", "response_label", "binary_label"),
     *("preference_label", "desirable", "desirability", "good", "correct", "accepted", "approved", "upvoted"),
@@ -29,10 +29,10 @@ _BAD = {
 
 
 def refuse_label(keys: Keys, place: str = "", *, skip: Container[str] = ()) -> None:
-    """Raise `BadRow` where a label of a row or of a message says that a response is bad.
+    """Raise `BadRow` if a label of a row or of a message marks a response as bad.
 
-    A label that says that it is good counts as used. place: words for where the label
-    stands. skip: names that the source's columns use.
+    A label that marks it as good counts as used. place: a phrase for the message that says where the label
+    is. skip: names that the source's columns use.
     """
     for name in keys:
         if name in skip or (is_good := _is_good(_label(name), keys.peek(name))) is None:
@@ -48,7 +48,7 @@ def refuse_label(keys: Keys, place: str = "", *, skip: Container[str] = ()) -> N
 
 @lru_cache(maxsize=4096)
 def _label(name: str) -> str | None:
-    """The name of a label in lower case, None for other names."""
+    """The name of a label in lower case, or None if `name` is not a known label."""
     plain = name.lower().replace("-", "_").replace(" ", "_")
     if plain in ("is_chosen", "was_chosen"):  # `chosen` itself is a response
         return "label"
@@ -57,14 +57,14 @@ def _label(name: str) -> str | None:
 
 
 def _is_good(label: str | None, value: Any) -> bool | None:
-    """What the value of a label says of a response, None where it says neither."""
+    """Whether the value of a label means good (True), bad (False), or neither (None)."""
     if label is None:
         return None
     if label in _BAD_IF_TRUE:
         return False if value is True or (isinstance(value, int | float) and value == 1) else None
     if isinstance(value, list):
-        said = [_is_good(label, item) for item in value]
-        return False if False in said else None
+        found = [_is_good(label, item) for item in value]
+        return False if False in found else None
     if isinstance(value, str):
         text = value.strip().lower()
         if text in _GOOD or text in _BAD:

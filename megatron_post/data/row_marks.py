@@ -1,4 +1,4 @@
-"""Marks of rows and messages that say whether they are trained. Marks of unknown names are refused."""
+"""Marks with which rows and messages say whether they are trained. Marks of unknown names are refused."""
 
 import re
 from collections.abc import Container
@@ -7,12 +7,12 @@ from functools import lru_cache
 from megatron_post.data.dialog import BadRow
 from megatron_post.data.row_keys import Keys
 
-# Keys that say whether a message is trained; those of masks say the contrary.
+# Keys that say whether a message is trained. A true value of "mask" or "masked" means that it is not trained.
 MARKS = (
     *("weight", "train", "training", "trainable", "trained", "loss", "loss_mask", "step_loss_mask"),
     *("loss_weight", "loss_scale", "mask", "masked"),
 )
-# Words in the names of unknown keys that seem to say the same: of rows and messages, and of messages alone.
+# An unknown key with one of these words in its name may be such a mark. The second set is for messages only.
 _TRAINED = {"train", "trained", "trainable", "training", "loss", "mask", "masked"}
 _TRAINED_MESSAGE = _TRAINED | {
     *("weight", "weights", "learn", "learned", "learnable", "supervise", "supervised", "supervision"),
@@ -22,9 +22,9 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 
 def message_mark(message: Keys, number: int) -> bool | None:
-    """Whether a message says that it is trained; None: it does not say.
+    """Whether a message's marks say that it is trained, or None without a mark.
 
-    Raises `BadRow` for contradictions, for weights between, and for names that are not known.
+    Raises `BadRow` for contradictory marks, for weights between 0 and 1, and for marks of unknown names.
     """
     place = f"message {number}"
     _refuse_unknown(message, place, _TRAINED_MESSAGE)
@@ -32,7 +32,7 @@ def message_mark(message: Keys, number: int) -> bool | None:
 
 
 def row_mark(row: Keys, *, skip: Container[str]) -> bool | None:
-    """As `message_mark`, of a row. skip: names that the source's columns use."""
+    """Whether a row's marks say that it is trained, as `message_mark`. skip: names that `columns` uses."""
     _refuse_unknown(row, "the row", _TRAINED, skip=skip)
     return _mark(row, "the row", skip=skip)
 
@@ -44,7 +44,7 @@ def words_of(name: str) -> frozenset[str]:
 
 
 def _mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool | None:
-    said: dict[str, bool] = {}
+    marks: dict[str, bool] = {}
     for key in keys.among(MARKS):
         if key in skip:
             continue
@@ -54,15 +54,15 @@ def _mark(keys: Keys, place: str, *, skip: Container[str] = ()) -> bool | None:
                 f"{place} has {key}={value!r:.80}; it must be true, false, 1 or 0. If it does not say "
                 f"what is trained, list {key} under the source's `ignore`"
             )
-        said[key] = bool(value) != key.startswith("mask")
-    if len(set(said.values())) > 1:
-        shown = ", ".join(f"{key}={keys.get(key)!r}" for key in said)
+        marks[key] = bool(value) != key.startswith("mask")
+    if len(set(marks.values())) > 1:
+        shown = ", ".join(f"{key}={keys.get(key)!r}" for key in marks)
         raise BadRow(f"{place} says that it is trained and that it is not: {shown}")
-    return next(iter(said.values()), None)
+    return next(iter(marks.values()), None)
 
 
 def _refuse_unknown(keys: Keys, place: str, words: set[str], *, skip: Container[str] = ()) -> None:
-    """Raise `BadRow` for true or false under a name that is not known and has one of the words."""
+    """Raise `BadRow` for a value of true or false under an unknown name that contains one of `words`."""
     for key in keys:
         if key in MARKS or key in skip or words.isdisjoint(words_of(key)):
             continue

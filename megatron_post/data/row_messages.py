@@ -1,5 +1,4 @@
-"""Messages as datasets write them, OpenAI's and ShareGPT's, to `Message`. Texts are stripped, as
-Llama 3.0's reference does."""
+"""Turns OpenAI's and ShareGPT's messages into `Message`. Texts are stripped, as in Llama 3.0's reference."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ _ROLES = {
     **{name: "assistant" for name in ("assistant", "gpt", "chatgpt", "bot", "model")},
     **{name: "ipython" for name in ("ipython", "tool", "function", "observation", "tool_response")},
 }
-_CALL_ROLES = ("function_call", "tool_call")  # the assistant's, whose content is the call
+_CALL_ROLES = ("function_call", "tool_call")  # messages of the assistant whose content is a tool call
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _UNUSABLE = {
     **dict.fromkeys(
@@ -34,17 +33,17 @@ _THOUGHT = {"reasoning", "think", "thinking", "thought", "thoughts", "cot", "rat
 
 
 @dataclass(frozen=True)
-class Said:
-    """Messages, and whether each says that it is trained: None where it does not say."""
+class MarkedMessages:
+    """Messages, and for each of them whether its marks say that it is trained (None without a mark)."""
 
     messages: tuple[Message, ...]
     marks: tuple[bool | None, ...]
 
 
-def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Said:
-    """Messages of a row. An assistant's turn goes on after a tool call, and unless the user is next.
+def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> MarkedMessages:
+    """The messages of a row. An assistant's turn continues after a tool call and until the next user message.
 
-    raw: a list of messages, or its JSON text; name: its key. Raises `BadRow`.
+    raw: a list of messages, or its JSON text. name: its key. Raises `BadRow`.
     """
     raw = as_list(from_json(raw, name) if isinstance(raw, str) else raw)
     if not isinstance(raw, list) or not raw:
@@ -72,18 +71,18 @@ def read_messages(raw: Any, row: Keys, *, name: str, reasoning: Reasoning) -> Sa
         marks.append(message_mark(keys, number))
         if marks[-1] and role != "assistant":
             raise BadRow(f"message {number} from {role} is marked as trained; only the assistant's can be")
-    return Said(tuple(messages), tuple(marks))
+    return MarkedMessages(tuple(messages), tuple(marks))
 
 
 def refuse_unusable(keys: Keys, place: str, *, skip: Container[str] = ()) -> None:
-    """Raise `BadRow` for keys of a message, or of a row, that no rendering of texts can follow."""
+    """Raise `BadRow` for keys of a message or a row that cannot be rendered, such as images."""
     for key in keys.among(_UNUSABLE):
-        if key not in skip and keys.says(key):
+        if key not in skip and keys.has_value(key):
             raise BadRow(f"{place} has `{key}`; {_UNUSABLE[key]} list {key} under the source's `ignore`")
 
 
 def _refuse_unknown_thoughts(keys: Keys, number: int) -> None:
-    """Raise `BadRow` for a text or a list under a name that seems to hold what the assistant thought."""
+    """Raise `BadRow` for a text or a list under an unknown name that seems to hold reasoning."""
     for key in keys:
         if key in REASONING or _THOUGHT.isdisjoint(words_of(key)):
             continue
@@ -109,8 +108,8 @@ def _role_name(keys: Keys, number: int) -> str:
 
 
 def _reasoning(keys: Keys, number: int, rule: Reasoning) -> str:
-    """What the message says that the assistant thought. Raises `BadRow` where the rule is to refuse it."""
-    names = [key for key in keys.among(REASONING) if keys.says(key)]
+    """The reasoning of a message, or "" if it is dropped. Raises `BadRow` if `rule` is "refuse"."""
+    names = [key for key in keys.among(REASONING) if keys.has_value(key)]
     if names and rule == "refuse":
         raise BadRow(
             f"message {number} has `{names[0]}`; data.reasoning says whether it is left out or rendered"
@@ -121,7 +120,7 @@ def _reasoning(keys: Keys, number: int, rule: Reasoning) -> str:
 
 
 def _content(keys: Keys, number: int, role: str, reasoning: Reasoning) -> tuple[str, str]:
-    """The text and the reasoning of a content, which is a text or OpenAI's list of parts."""
+    """The text and the reasoning in a message's content, which is a text or OpenAI's list of parts."""
     content = as_list(keys.one_of("content", "value"))
     if content is None and role != "assistant":
         raise BadRow(f"message {number} from {role} has no content")

@@ -1,4 +1,4 @@
-"""Rows of ranked responses to `Preference`."""
+"""Turns rows of ranked responses into `Preference`."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,38 +8,38 @@ from typing import Any
 from megatron_post.data.dialog import BadRow, Message, Preference
 from megatron_post.data.row_columns import Columns
 from megatron_post.data.row_keys import Keys, as_list, from_json, messages_in, text_of
-from megatron_post.data.row_messages import Said
+from megatron_post.data.row_messages import MarkedMessages
 from megatron_post.data.row_tools import tools_of
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _PROMPTS = ("prompt", "conversations", "messages")
-# The messages of a value, and the key that it has.
-Read = Callable[[Any, str], Said]
+# A function that reads the messages of a value. Its second argument is the key of the value, for errors.
+Read = Callable[[Any, str], MarkedMessages]
 
 
 def is_transcript(text: Any) -> bool:
-    """Whether a value is a text of turns as HH-RLHF writes them."""
+    """Whether a value is a text with turns in HH-RLHF's form."""
     return isinstance(text, str) and _TURN.match(text) is not None
 
 
 def transcript_turns(text: str) -> list[dict[str, str]]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..." as messages. Raises `BadRow`."""
+    """The messages of a text "\\n\\nHuman: ...\\n\\nAssistant: ...". Raises `BadRow`."""
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
         raise BadRow("a transcript starts with a blank line and 'Human:'")
-    said = list(zip(turns[::2], turns[1::2], strict=True))
-    for number, ((before, _), (name, _)) in enumerate(pairwise(said), start=2):
+    named = list(zip(turns[::2], turns[1::2], strict=True))
+    for number, ((before, _), (name, _)) in enumerate(pairwise(named), start=2):
         if before == name == "Assistant":
             raise BadRow(
                 f"message {number} is from assistant, whose turn had ended with message {number - 1}"
             )
-    return [{"role": "user" if name == "Human" else "assistant", "content": text} for name, text in said]
+    return [{"role": "user" if name == "Human" else "assistant", "content": text} for name, text in named]
 
 
 def turns_of(value: Any, role: str) -> list[Any]:
-    """A text of one role, a transcript that is a prompt, messages or their JSON text, as a list.
+    """A list of messages from a text of one role, a prompt as a transcript, messages, or their JSON text.
 
-    Raises `BadRow` for anything else.
+    Raises `BadRow` for other values.
     """
     if role == "user" and is_transcript(value):
         turns = transcript_turns(value)
@@ -56,7 +56,7 @@ def turns_of(value: Any, role: str) -> list[Any]:
 
 
 def history_of(value: Any) -> list[Any]:
-    """Earlier turns: messages, or pairs of a question and its answer. Raises `BadRow`."""
+    """The messages of earlier turns, from messages or pairs of question and answer. Raises `BadRow`."""
     turns = as_list(from_json(value, "history")) or []
     if not isinstance(turns, list):
         raise BadRow(f"history must be a list, not {turns!r:.80}")
@@ -72,10 +72,10 @@ def history_of(value: Any) -> list[Any]:
 
 
 def from_preference(row: Keys, read: Read) -> Preference:
-    """TRL's prompt, chosen and rejected; `edited`, `rating` and `tools` if any. Raises `BadRow`."""
+    """A preference in TRL's form, with optional `edited`, `rating` and `tools`. Raises `BadRow`."""
     responses = [read(turns_of(row.require(name), "assistant"), name) for name in _responses_in(row)]
     is_whole = all(response.messages[0].role != "assistant" for response in responses)
-    # beside whole conversations, `messages` are mostly the chosen one again
+    # In datasets with whole conversations, `messages` usually repeats the chosen one. It is not the prompt.
     named = next((name for name in (_PROMPTS[:1] if is_whole else _PROMPTS) if name in row), None)
     prompt = None
     if named is not None:
@@ -95,14 +95,14 @@ def from_preference(row: Keys, read: Read) -> Preference:
 
 
 def from_transcripts(row: Keys, read: Read) -> Preference:
-    """HH-RLHF's chosen and rejected. Raises `BadRow`."""
+    """A preference in HH-RLHF's form. Raises `BadRow`."""
     names = _responses_in(row)
     dialogs = [read(transcript_turns(text_of(row.require(name), name)), name) for name in names]
     return _split(dialogs, None, rating_of(row.get("rating")), ())
 
 
 def from_ranked_columns(row: Keys, columns: Columns, prompt: tuple[Message, ...]) -> Preference:
-    """Responses in columns of their own. Raises `BadRow`."""
+    """A preference whose responses are in the columns that the source names. Raises `BadRow`."""
     names = ["edited"] if columns.text("edited", row) else []
     responses = tuple(columns.response(name, row) for name in (*names, "chosen", "rejected"))
     return Preference(prompt, responses, rating_of(columns.text("rating", row)))
@@ -113,28 +113,38 @@ def rating_of(value: Any) -> str | None:
 
 
 def _responses_in(row: Keys) -> list[str]:
-    """Names of the ranked responses, best first; not every row has been edited."""
+    """The names of the ranked responses, the best first. Only some rows have an edited response."""
     return ["edited", "chosen", "rejected"] if row.get("edited") else ["chosen", "rejected"]
 
 
 def _split(
-    dialogs: Sequence[Said], prompt: Said | None, rating: str | None, tools: tuple[dict[str, Any], ...]
+    dialogs: Sequence[MarkedMessages],
+    prompt: MarkedMessages | None,
+    rating: str | None,
+    tools: tuple[dict[str, Any], ...],
 ) -> Preference:
-    """Conversations to their common beginning, which ends before an assistant's message, and the rests."""
-    said = [dialog.messages for dialog in dialogs]
-    shortest = min(map(len, said))
-    common = next((k for k in range(shortest) if len({repr(messages[k]) for messages in said}) > 1), shortest)
-    while common and said[0][common - 1].role not in ("user", "ipython"):
+    """A preference whose prompt is the common beginning of whole conversations.
+
+    The prompt ends before an assistant message, and the responses are the rests.
+    """
+    whole = [dialog.messages for dialog in dialogs]
+    shortest = min(map(len, whole))
+    common = next(
+        (k for k in range(shortest) if len({repr(messages[k]) for messages in whole}) > 1), shortest
+    )
+    while common and whole[0][common - 1].role not in ("user", "ipython"):
         common -= 1
     for dialog in dialogs:
         _check_marks(dialog, common)
-    beginning = said[0][:common] if prompt is None else _merged(prompt.messages, said[0][:common])
-    return Preference(beginning, tuple(messages[common:] for messages in said), rating, tools)
+    beginning = whole[0][:common] if prompt is None else _merged(prompt.messages, whole[0][:common])
+    return Preference(beginning, tuple(messages[common:] for messages in whole), rating, tools)
 
 
 def _merged(prompt: tuple[Message, ...], common: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The longer of a prompt and of the beginning of the responses, one of which ends with the other or
-    begins with the prompt."""
+    """The longer one of the prompt and the common beginning of the responses.
+
+    One must end with the other, or the beginning must start with the prompt. Raises `BadRow` otherwise.
+    """
     if prompt[-len(common) :] == common:
         return prompt
     if prompt in (common[-len(prompt) :], common[: len(prompt)]):
@@ -142,11 +152,14 @@ def _merged(prompt: tuple[Message, ...], common: tuple[Message, ...]) -> tuple[M
     raise BadRow("`prompt` and the beginning of `chosen` and `rejected` contradict each other")
 
 
-def _check_marks(said: Said, first_compared: int) -> None:
-    """Raise `BadRow` for marks that comparing cannot obey: responses are compared whole, and alone."""
-    answers = [i for i, message in enumerate(said.messages) if message.role == "assistant"]
+def _check_marks(read: MarkedMessages, first_compared: int) -> None:
+    """Raise `BadRow` for marks that a comparison cannot follow.
+
+    A preference compares whole responses, and nothing before them.
+    """
+    answers = [i for i, message in enumerate(read.messages) if message.role == "assistant"]
     for i in answers:
-        mark = said.marks[i]
+        mark = read.marks[i]
         if mark is not None and mark != (i >= first_compared):
             raise BadRow(
                 f"message {i + 1} is marked as {'' if mark else 'not '}trained; of a preference the "

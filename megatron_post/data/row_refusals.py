@@ -1,4 +1,4 @@
-"""What a row may hold that would be trained wrongly: refused by name, with what to do about it."""
+"""Refuses rows whose contents would be trained wrongly. The message names the content and the remedy."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,19 +14,20 @@ from megatron_post.data.row_marks import MARKS, row_mark
 from megatron_post.data.row_messages import REASONING, refuse_unusable
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
-# What cannot be used where it stands, and what to do instead.
+# Keys of a row that cannot be used, and what to do instead.
 _TEMPLATES = dict.fromkeys(
     ("chat_template", "chat_template_kwargs"),
     "there is one chat template; give what it should say as messages",
 )
-# Of the prompt, beside a form that has another name for it; often the same text once more.
+# Keys that may hold a part of the prompt, in a row whose form has another key for it. Many rows repeat the
+# same text there.
 _ASKED = (
     *("prompt", "query", "question", "instruction", "input", "context", "contexts", "passage", "documents"),
 )
 _REASONING = dict.fromkeys(REASONING, "put it into its message, or leave it out with data.reasoning=drop")
 
-# Of chat templates: Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS, Command,
-# Granite, InternLM, OpenChat, OpenAssistant.
+# Markers of the chat templates of Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS,
+# Command, Granite, InternLM, OpenChat and OpenAssistant.
 _MARKERS = (
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<|python_tag|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
@@ -37,26 +38,28 @@ _MARKERS = (
     *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     *("<|start_of_role|>", "<|end_of_role|>", "<|User|>", "<|Bot|>", "<|end_of_turn|>", "<|prompter|>"),
 )
-# Llama 2's <s> and </s> are tags of HTML as well, but not around a whole text.
+# Llama 2's <s> and </s> are HTML tags too, so they count only at the start and the end of a text.
 _MARKER = re.compile("|".join(map(re.escape, _MARKERS)) + r"|\A\s*<s>|</s>\s*\Z")
-# A transcript: HH-RLHF's turns, or the two headings of Alpaca's and Vicuna's prompts.
+# Transcripts have HH-RLHF's turns, or the two headings of Alpaca's and Vicuna's prompts.
 _TURN = re.compile(r"\n\n\s*(?:Human|Assistant):")
 _HEADINGS = re.compile(
     r"#{2,}\s*(?:Human|User|Instruction)\s*:.*#{2,}\s*(?:Assistant|Response|GPT)\s*:", re.DOTALL
 )
-# Lines of both sides. An assistant may be asked to write such, so this is of prompts alone.
+# Lines of both speakers. A user may ask the assistant to write such a dialog, so only prompts are searched.
 _SIDES = re.compile(r"\A\s*(?:Human|HUMAN|User|USER):.*\n\s*(?:Assistant|ASSISTANT|AI|Bot):", re.DOTALL)
-# A cue at the end, in a line of its own or after who asks, and a response that begins with it.
+# A prompt may end with a cue for the answer. It counts on a line of its own, or if the text also names the
+# user. A response may begin with such a cue.
 _CUE = re.compile(r"(\n\s*)?\[?(?:Assistant|ASSISTANT|AI|Bot)\]?\s*:\Z|#{2,}\s*(?:Response|Assistant)\s*:?\Z")
 _ASKS = re.compile(r"\b(?:Human|HUMAN|User|USER)\]?\s*:")
 _ANSWERS = re.compile(r"\A\s*(?:Assistant|ASSISTANT)\s*:")
 
 
 def template_mark(text: str, *, role: str) -> str | None:
-    """What shows that the text of a role has been templated before; None where nothing does."""
+    """The sign that the text of a role has been templated before, or None."""
     if role != "ipython" and messages_in(text):
         return "messages as JSON"
-    if not any(mark in text for mark in (":", "<", "[", "##")):  # as in many texts
+    # A fast path, because most texts contain none of these. Every pattern below needs one of them.
+    if not any(mark in text for mark in (":", "<", "[", "##")):
         return None
     for pattern in (_MARKER, _TURN, _HEADINGS, _ANSWERS if role == "assistant" else _SIDES):
         if found := pattern.search(text):
@@ -65,14 +68,10 @@ def template_mark(text: str, *, role: str) -> str | None:
     if cue and (cue[1] or cue[0].startswith("#") or _ASKS.search(text)):
         return cue[0].strip()
     return None
-    for pattern in (_MARKER, _TURN, _HEADINGS, *(() if role == "assistant" else (_SIDES,))):
-        if found := pattern.search(text):
-            return found[0].strip().partition(":")[0] + (":" if ":" in found[0] else "")
-    return None
 
 
 def refuse_templated(message: Message) -> None:
-    """Raise `BadRow` if a message holds another template's marks."""
+    """Raise `BadRow` if a message holds the markers of a chat template."""
     if mark := template_mark(message.text, role=message.role):
         raise BadRow(
             f"the {message.role} message holds {mark!r}: a chat template or a transcript is in the text, and "
@@ -82,7 +81,7 @@ def refuse_templated(message: Message) -> None:
 
 
 def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None:
-    """Raise `BadRow` for keys of a row whose neglect would train what should not be trained."""
+    """Raise `BadRow` for keys that change what should be trained and cannot be followed."""
     refuse_label(row, skip=columns)
     if row_mark(row, skip=columns) is False:
         marks = [f"{key}={row.peek(key)!r}" for key in row.among(MARKS) if key not in columns]
@@ -90,27 +89,27 @@ def refuse_harmful(row: Keys, columns: Columns, *, reasoning: Reasoning) -> None
     refuse_unusable(row, "the row", skip=columns)
     remedies = _TEMPLATES if columns.by_role or reasoning == "drop" else _TEMPLATES | _REASONING
     for name in row.among(remedies):
-        if name not in columns and row.says(name):
+        if name not in columns and row.has_value(name):
             raise BadRow(
                 f"the row has `{name}`, which would not be used: {remedies[name]}, or list {name} under the "
                 "source's `ignore`"
             )
 
 
-def refuse_unused_context(row: Keys, said: str, *, by_role: bool) -> None:
-    """Raise `BadRow` for a part of the prompt that nothing has read: the rest would be another prompt.
+def refuse_unused_context(row: Keys, texts: str, *, by_role: bool) -> None:
+    """Raise `BadRow` for a part of the prompt that nothing has read. Without it the prompt would be another.
 
-    said: all texts of the example. What stands there again is no other part. by_role: the source names the
-    columns of the prompt itself.
+    texts: all texts of the example. A part that is repeated there is not missing. by_role: whether the source
+    itself names the columns of the prompt.
     """
     for name in row.among((*SYSTEM, "history", "tools", "functions")):
-        if row.says(name) and not row.is_used(name):
+        if row.has_value(name) and not row.is_used(name):
             raise BadRow(
                 f"the row has `{name}`, which its form does not use: name it in the source's `columns` where "
                 f"they can hold it, write it into the messages, or list {name} under the source's `ignore`"
             )
     for name in () if by_role else row.among(_ASKED):
-        if not row.is_used(name) and not all(text in _one_line(said) for text in _texts_in(row.peek(name))):
+        if not row.is_used(name) and not all(text in _one_line(texts) for text in _texts_in(row.peek(name))):
             raise BadRow(
                 f"the row has `{name}`, which its form does not use and whose text is not in the messages: "
                 "write it into them, name it in the source's `columns` where they can hold it, or list "
@@ -119,7 +118,7 @@ def refuse_unused_context(row: Keys, said: str, *, by_role: bool) -> None:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    """Every text in a value, in one line, without the names of roles and kinds."""
+    """Every text in a value, each on one line, without the values of `role`, `from` and `type`."""
     if isinstance(value, str):
         yield _one_line(value)
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Tools and their calls as datasets write them: OpenAI's, its older functions, ShareGPT's."""
+"""Reads tools and tool calls in OpenAI's form, its older form with functions, and ShareGPT's form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from megatron_post.data.row_keys import Keys, as_list, from_json
 
 
 def tools_of(row: Keys, mapped: Any = None) -> tuple[dict[str, Any], ...]:
-    """The row's `tools`, or `functions` of OpenAI's older form: a list or its JSON text. Raises `BadRow`.
+    """The row's `tools`, or `functions` in OpenAI's older form, as a list or its JSON text.
 
-    mapped: the value of the column that the source names for tools.
+    mapped: the value of the column that the source names for tools. Raises `BadRow`.
     """
     values = {name: row.get(name) for name in ("tools", "functions") if name in row}
     values |= {} if mapped is None else {"the mapped column": mapped}
@@ -24,7 +24,7 @@ def tools_of(row: Keys, mapped: Any = None) -> tuple[dict[str, Any], ...]:
 
 
 def calls_of(message: Keys) -> tuple[ToolCall, ...]:
-    """The calls of a message: `tool_calls`, or the older `function_call`. Raises `BadRow`."""
+    """The calls in a message's `tool_calls`, or in the older `function_call`. Raises `BadRow`."""
     if not message.among(("tool_calls", "function_call")):
         return ()
     calls = calls_in(message.get("tool_calls"), message)
@@ -35,7 +35,7 @@ def calls_of(message: Keys) -> tuple[ToolCall, ...]:
 
 
 def calls_in(raw: Any, message: Keys) -> tuple[ToolCall, ...]:
-    """Calls in a list of them, in one, or in the JSON text of either. Raises `BadRow`."""
+    """The calls of a list, of a single call, or of the JSON text of either. Raises `BadRow`."""
     raw = as_list(from_json(raw, "tool calls"))
     calls = raw if isinstance(raw, list) else [] if raw is None else [raw]
     return tuple(_call(_read(call, "tool calls"), message) for call in calls)
@@ -59,7 +59,7 @@ def _call(call: Any, message: Keys) -> ToolCall:
 
 
 def _read(value: Any, name: str) -> Any:
-    """A tool or a call, each of which may be JSON text by itself. Raises `BadRow`."""
+    """A tool or a call, parsed if it is a JSON text. Raises `BadRow`."""
     return from_json(value, name) if isinstance(value, str) else value
 
 
@@ -73,14 +73,14 @@ def _list(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
-    """A bare function in OpenAI's wrapping."""
+    """The tool in OpenAI's form, in which a function is the value of `function`."""
     if "name" not in tool or "function" in tool or tool.get("type", "function") != "function":
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def _note_unused(tool: Any, row: Keys) -> None:
-    """Count what the template does not say of a function; `Dialog` refuses tools that are none."""
+    """Count keys of a function that the template does not render. `Dialog` refuses invalid tools."""
     place, value = "tools.", tool
     for used in (
         ("type", "function"),

@@ -1,9 +1,9 @@
-"""Reading datasets, local or on the hub, to `Dialog` and `Preference`; bad rows are counted and named.
+"""Reads local datasets and datasets on the hub into `Dialog` and `Preference`, and counts bad rows.
 
-Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8: `datasets` gives
-up a whole file at one broken line and cannot say which, and Arrow gives all rows the same nested keys.
-Parquet and Arrow files and everything on the hub go through `datasets`, which also says which files of a
-directory are a split. CSV files go through Python's own reader.
+Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8. `datasets` would
+reject a whole file for one broken line without naming it, and Arrow would give all rows the same nested keys.
+Parquet files, Arrow files and the hub are read with `datasets`, which also finds the files of a split in a
+directory. CSV files are read with Python's csv module.
 """
 
 import gzip
@@ -23,24 +23,25 @@ from megatron_post.data.row_formats import RowReader
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.storage.reading import did_you_mean_path, plain_file, reading
 
-_MAX_LINE_BYTES = 8 * MAX_CHARACTERS  # JSON writes a character in up to 6 bytes, 12 outside the basic plane
+# JSON escapes a character with up to 6 bytes, or with 12 bytes outside Unicode's basic plane.
+_MAX_LINE_BYTES = 8 * MAX_CHARACTERS
 _MAX_ARRAY_BYTES, _PIECE_BYTES = 2**32, 2**24
 
-# A row and where it is ("file:line"); a row that could not be decoded is its `BadRow`.
+# The row's number, its place ("file:line") and the row, or a `BadRow` if it could not be decoded.
 _Record = tuple[int, str, Any]
 
 
 class TooManyBadRows(ValueError):
-    """More bad rows than `data.max_bad_rows` allows; the message names the first ones."""
+    """There are more bad rows than `data.max_bad_rows` allows. The message lists the first ones."""
 
 
 class BadRows:
-    """Counts bad rows over all sources of a store and refuses when there are more than `limit`."""
+    """Counts the bad rows of all sources of a store, and raises an error beyond `limit`."""
 
     NUM_EXAMPLES = 10
 
     def __init__(self, limit: int = 0, *, key: str = "data.max_bad_rows") -> None:
-        """key: the setting that the limit is from."""
+        """key: the setting that gives the limit, for the message."""
         self.limit, self._key = limit, key
         self.count = 0
         self.examples: list[str] = []
@@ -58,7 +59,7 @@ class BadRows:
             )
 
     def summary(self) -> str:
-        """The count, and the first rows with file, line and reason, a line each."""
+        """The count, and one line for each of the first bad rows with its file, line and reason."""
         more = f"\n  and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
         return f"{self.count} bad row(s)" + "".join(f"\n  {example}" for example in self.examples) + more
 
@@ -71,12 +72,12 @@ def read_rows(
     reasoning: Reasoning = "refuse",
     counts: KeyCounts | None = None,
 ) -> Iterator[tuple[int, Dialog | Preference]]:
-    """Yield (row number, dialog or preference) of each good row, at most `source.max_rows`.
+    """Yield (row number, dialog or preference) for each good row, at most `source.max_rows` of them.
 
-    train_on, reasoning: as in `Data`; `source.train_on` comes first. counts: gets the keys that nothing used.
-    The row number counts from 1: the line in a local JSON Lines file, running on over the files of a
-    directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, or columns
-    that make no row.
+    train_on, reasoning: as in `Data`. `source.train_on` has priority. counts: collects unused keys.
+    Row numbers start at 1 and are line numbers in a local JSON Lines file. They continue over the files of a
+    directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, and for
+    columns that cannot make an example.
     """
     read = RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)
     num_good = 0
@@ -145,27 +146,28 @@ def _numbered(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
     try:
         for number, row in enumerate(load(), start=1):
             yield number, f"{where}:{number}", _without_padding(row)
-    except Exception as error:  # whatever a builder raises, the user needs to know the place
+    except Exception as error:  # builders raise many types of error, and none of them names the row
         raise ValueError(
             f"{where}: cannot be read after row {number}: {error or type(error).__name__}"
         ) from error
 
 
 def _without_padding(value: Any) -> Any:
-    """A value of Arrow without keys that are null: it gives all structs of a column the same keys."""
+    """An Arrow value without the null keys that Arrow adds to give all structs the same keys."""
     if isinstance(value, dict):
         return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
     return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(file: Path) -> Iterator[_Record]:
-    """Rows of a file of JSON lines, or of one JSON array (rows counted, not lines)."""
+    """The rows of a file of JSON lines or of one JSON array. The place of an array's row is its index."""
     with reading(file), _open(file) as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         stream.seek(0)
         if start == b"[":
             content = bytearray()
-            while piece := stream.read(_PIECE_BYTES):  # one read of the limit would take its memory at once
+            # In pieces, because one read of the whole limit would allocate that much memory at once.
+            while piece := stream.read(_PIECE_BYTES):
                 content += piece
                 if len(content) > _MAX_ARRAY_BYTES:
                     raise ValueError(f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write a row a line")
@@ -182,7 +184,7 @@ def _from_json(file: Path) -> Iterator[_Record]:
 
 
 def _decode(line: bytes) -> Any:
-    """The row in a line, its `BadRow`, or None for a blank line."""
+    """The row in a line, a `BadRow` that says why there is none, or None for a blank line."""
     if len(line) == _MAX_LINE_BYTES:
         return BadRow(f"huge: a line of {_MAX_LINE_BYTES} bytes or more")
     try:
@@ -197,7 +199,7 @@ def _decode(line: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises `ValueError` for a key that stands twice, whose first value would vanish."""
+    """A JSON object. Raises `ValueError` for a duplicate key, whose first value would be lost silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

@@ -1,4 +1,4 @@
-"""`data show`: one pack as text, coloured by role, the trained tokens underlined and counted."""
+"""`data show` prints one pack as text, coloured by role. Trained tokens are underlined and counted."""
 
 from collections.abc import Collection
 from itertools import groupby
@@ -35,10 +35,10 @@ def show_pack(
     tokenizer_path: str | None = None,
     trained_roles: Collection[TokenRole] = _TRAINED,
 ) -> None:
-    """Print pack `index` of a store: a line with source and row before each segment, then its text.
+    """Print pack `index` of a store. Each segment has a line with its source and row, and then its text.
 
-    tokenizer_path None: the tokenizer that packed the store, from where it was then. Raises `ValueError` for
-    a pack that the store has not, and for another tokenizer than the store's.
+    tokenizer_path: by default the path of the tokenizer that packed the store. Raises `ValueError` for a pack
+    that does not exist, and for a tokenizer that did not pack the store.
     """
     store = open_store(path, group)
     if not 0 <= index < len(store):
@@ -71,7 +71,7 @@ def show_pack(
 def _text(
     tokens: list[int], roles: list[int], tokenizer: Tokenizer, trained_roles: Collection[TokenRole]
 ) -> Text:
-    """Runs of one role are decoded together, so that characters of several tokens stay whole."""
+    """The text of a segment. Runs of a role are decoded whole, as a character may span tokens."""
     text = Text()
     for role, run in groupby(zip(tokens, roles, strict=True), key=lambda pair: TokenRole(pair[1])):
         ids = [token for token, _ in run]

@@ -1,4 +1,4 @@
-"""`data stats`: what a store holds, by source, as in the report's SFT table, and how full its packs are."""
+"""`data stats` prints a store's contents by source, as the report's SFT table, and how full packs are."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ _TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
 
 @dataclass(frozen=True)
 class SourceStats:
-    """One source, or all together: rows (repeats counted), their share, and means over rows of real tokens.
+    """Statistics of one source, or of all. Rows count repeats, and the other fields are means over rows.
 
-    tokens = context + response; response: what the assistant says last, with its terminator.
+    tokens: real tokens, context + response. response: tokens of the assistant's last message and terminator.
     """
 
     name: str
@@ -34,7 +34,7 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class PackingStats:
-    """How the tokens of a group's packs are used: real + segment_padding + tail_padding = capacity."""
+    """How the tokens of a group's packs are used. real + segment_padding + tail_padding = capacity."""
 
     packs: int
     segments: int
@@ -52,10 +52,10 @@ class PackingStats:
 
 @dataclass(frozen=True)
 class RoleCounts:
-    """What the roles of a group's packs say, by source, repeats counted.
+    """Counts of tokens and messages by source. Repeated rows are counted every time.
 
-    tokens: int64 [sources, roles]; trained, masked: int64 [sources], the assistant's messages that are
-    trained, and those that the rows mask.
+    tokens: int64 [sources, roles]. trained, masked: int64 [sources], the numbers of assistant messages that
+    are trained and that the rows mask.
     """
 
     tokens: np.ndarray
@@ -64,7 +64,7 @@ class RoleCounts:
 
 
 def role_counts(store: PackStore) -> RoleCounts:
-    """Count roles; reads those of every pack."""
+    """Count roles and messages. It reads the roles of every pack."""
     sources = len(store.sources)
     tokens = np.zeros((sources, len(TokenRole)), dtype=np.int64)
     messages = {role: np.zeros(sources, dtype=np.int64) for role in (TokenRole.BODY, TokenRole.MASKED)}
@@ -76,7 +76,7 @@ def role_counts(store: PackStore) -> RoleCounts:
         roles = store.read_row("roles", index)[: len(source)]
         tokens += np.bincount(source * len(TokenRole) + roles, minlength=tokens.size).reshape(tokens.shape)
         for role, count in messages.items():
-            # a message is one run: a header stands before each, or the beginning of its segment
+            # A message is one run of tokens, because a header or the segment's start precedes every message.
             inside = np.isin(roles, _TRAINED) if role is TokenRole.BODY else roles == role
             begins = inside & ~np.concatenate([[False], inside])[:-1]
             begins[ends[:-1]] = inside[ends[:-1]]
@@ -85,7 +85,7 @@ def role_counts(store: PackStore) -> RoleCounts:
 
 
 def source_stats(store: PackStore) -> list[SourceStats]:
-    """Each source of a group, then the total. A unit is a row; its tokens are those of all its segments."""
+    """The statistics of each source of a group, then the total. A unit is a row with all its segments."""
     units, first = np.unique(store.column("unit"), return_index=True)
     contexts, responses = _contexts_and_responses(store, len(units))
     sources, turns = store.column("source")[first], store.column("turns")[first]
@@ -108,7 +108,7 @@ def source_stats(store: PackStore) -> list[SourceStats]:
 def packing_stats(
     store: PackStore, *, trained_roles: Collection[TokenRole] = _TRAINED, counts: RoleCounts | None = None
 ) -> PackingStats:
-    """Real tokens and padding of a group. counts: those of the store; None: they are taken here."""
+    """Real tokens and padding of a group. counts: the store's role counts, computed here if it is None."""
     real, padded = int(store.column("length").sum()), int(store.column("padded").sum())
     capacity = len(store) * store.settings.pack_length
     by_role = (role_counts(store) if counts is None else counts).tokens.sum(axis=0)
@@ -126,7 +126,7 @@ def packing_stats(
 def print_stats(
     path: str | Path, *, console: Console, trained_roles: Collection[TokenRole] = _TRAINED
 ) -> None:
-    """Print both tables of each group of a store that has packs."""
+    """Print the tables of each group that has packs."""
     for group in GROUPS:
         store = open_store(path, group)
         if len(store):
@@ -192,8 +192,11 @@ def _print_packing(stats: PackingStats, store: PackStore, console: Console) -> N
 
 
 def _contexts_and_responses(store: PackStore, num_units: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens before the final response and in it, float64 [units]: a preference's prompt counts once, however
-    often it is stored, and its response is the mean of its responses."""
+    """The tokens before the final response and the tokens in it, float64 [units] each.
+
+    A preference's prompt counts once, even if it is stored with every response. Its response is the mean of
+    its responses.
+    """
     unit, responses = store.column("unit"), store.column("response")
     contexts = store.column("length") - responses
     ends = np.ones(len(unit)) if store.settings.layout == "dialogs" else store.column("rank") >= 0

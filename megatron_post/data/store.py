@@ -1,8 +1,9 @@
-"""Reading packed stores, whose format is in `store_format`.
+"""Reads packed stores. `store_format` describes their format.
 
-Everything is compared with its checksum before it is used: metadata when the store is opened, a column when
-it is first used, a pack whenever it is read. `data verify` reads all of it. A reader opens files by their
-path, so one whose store was replaced meanwhile gets an error and never a mixture of two stores.
+All data is compared with its checksum before it is used. That happens for metadata when the store is opened,
+for a column when it is first used, and for a pack each time it is read. `data verify` reads everything. A
+reader opens files by path. If its store has been replaced, the checksums differ, so it gets an error and
+never a mixture of two stores.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from megatron_post.storage.reading import plain_file, plain_files, read_object, 
 
 
 class PackStore:
-    """One group of a store, read-only, made by `open_store`. Any number of threads and ranks may read it."""
+    """One group of a store, for reading by any number of threads and ranks. `open_store` makes it."""
 
     def __init__(
         self,
@@ -73,8 +74,10 @@ class PackStore:
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of all that the group holds: the same for a copy of the store at another path,
-        another for other packs, sources or settings. The checksums of packs stand for the packs."""
+        """SHA-256, in hex, of the group's settings, sources, columns and the checksums of its packs.
+
+        A copy of the store at another path has the same digest.
+        """
         settings = {
             item.name: getattr(self.settings, item.name)
             for item in dataclasses.fields(StoreSettings)
@@ -84,9 +87,9 @@ class PackStore:
         return sha256_of_json({"settings": settings, "sources": sources, "arrays": dict(self._digests)})
 
     def column(self, name: str) -> np.ndarray:
-        """A per-segment column of `COLUMNS`, [segments], held in memory from the first use on.
+        """A per-segment column of `COLUMNS`, [segments]. It stays in memory after the first use.
 
-        Raises `StoreError` where it differs from its checksum.
+        Raises `StoreError` if it differs from its checksum.
         """
         if name not in self._columns:
             with damage(self.path / self.group):
@@ -99,14 +102,16 @@ class PackStore:
         return self._columns[name]
 
     def _checked(self, name: str) -> np.ndarray:
-        stated = self._digests[name]  # first: only metadata of named arrays has been compared and may be used
+        # This must fail before zarr reads anything, since only the metadata of arrays with a checksum was
+        # checked.
+        stated = self._digests[name]
         values: np.ndarray = self._node[name][:]
         if array_digest(values) != stated:
             raise ValueError(f"{name} differs from its checksum")
         return values
 
     def _check_shapes(self) -> None:
-        """That arrays fit each other. Whoever can write checksums can write them for arrays that do not."""
+        """Raise `ValueError` if arrays do not fit each other, which correct checksums do not rule out."""
         packs = len(self.segment_offsets) - 1
         shapes = {name: self._node[name].shape[0] for name in PER_TOKEN} | {CHECKSUMS: len(self._checksums)}
         steps = np.diff(self.segment_offsets)
@@ -116,7 +121,7 @@ class PackStore:
             raise ValueError(f"{OFFSETS} does not rise from 0 by the segments of a pack")
 
     def read(self, index: int) -> Pack:
-        """Pack `index`, in arrays of its own. Raises `IndexError` beyond the end, `StoreError` if damaged."""
+        """Pack `index`, as new arrays. Raises `IndexError` beyond the end, and `StoreError` for damage."""
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {self.path}/{self.group}, which has {len(self)} packs")
         segments = slice(*self.segment_offsets[index : index + 2].tolist())
@@ -154,8 +159,7 @@ class PackStore:
         return self._packs_in_chunk[name]
 
     def read_reference(self, key: str) -> None:
-        """From now on packs carry the reference's log-probabilities. Raises `StoreError` for another
-        key's."""
+        """Let `read` add reference log-probabilities. Raises `StoreError` if they have another key."""
         name = f"{self.path}/{self.group}"
         remedy = (
             f"run `megatron-post reference {self.path} --model DIR` with the model that training starts "
@@ -181,17 +185,17 @@ class PackStore:
 
     @property
     def has_reference(self) -> bool:
-        """Whether `megatron-post reference` has stored log-probabilities here, of whatever model."""
+        """Whether `megatron-post reference` has stored log-probabilities here, with any model."""
         return (self.path / self.group / REFERENCE).is_dir()
 
     @property
     def reference_key(self) -> str:
-        """The key of the stored log-probabilities. Raises `StoreError` where it cannot be read."""
+        """The key of the stored log-probabilities. Raises `StoreError` if it cannot be read."""
         with damage(self.path / self.group / REFERENCE):
             return str(self._node[REFERENCE].attrs["key"])
 
     def read_row(self, name: str, index: int) -> np.ndarray:
-        """One pack of the per-token array `name`, [pack_length], once it agrees with its checksum."""
+        """One pack of the per-token array `name`, [pack_length], after a comparison with its checksum."""
         chunk, row = divmod(index, self._packs_in_chunk[name])
         dtype, length = np.dtype(DTYPES[name]), self.settings.pack_length
         file = self.path / self.group / name / "c" / str(chunk) / "0"
@@ -219,7 +223,7 @@ class PackStore:
         )
 
     def empty(self) -> Pack:
-        """A pack of padding alone: it weighs nothing, and keeps ranks in step that have run out of packs."""
+        """A pack of padding, which has no weight in a loss. Ranks that have run out of packs use it."""
         return pack_of_segments([], pack_length=self.settings.pack_length, pad_id=self.settings.pad_id)
 
 
@@ -234,15 +238,16 @@ def open_store(
     reasoning: str | None = None,
     vocab_size: int | None = None,
 ) -> PackStore:
-    """Open a group read-only. What is given must fit: None (or multiple 1) asks for nothing.
+    """Open a group for reading. The store must match every argument that is not None.
 
-    vocab_size: token ids of the packs that are read must be smaller. Raises `StoreError` if there is no
-    complete store, if it is damaged, or if it was packed for another length, tokenizer or layout.
+    segment_multiple: the store's multiple must be divisible by it. vocab_size: all token ids that are read
+    must be smaller. Raises `StoreError` if there is no complete store, if it is damaged, or if it was packed
+    with another length, tokenizer, layout or `data.reasoning`.
     """
     path = Path(path)
     settings = read_settings(path)
     with damage(path):
-        plain_files(path, unseen="c")  # zarr would wait for a pipe for ever
+        plain_files(path, unseen="c")  # zarr would block forever on a named pipe
     checksums = read_checksums(path)
     remedy = "run `megatron-post data pack` with this config (--overwrite, or another data.store)"
     if pack_length not in (None, settings.pack_length):
@@ -274,7 +279,7 @@ def open_store(
 
 
 def read_settings(path: str | Path) -> StoreSettings:
-    """What a store was made for. Raises `StoreError` if `path` is no store of this format and version."""
+    """The settings of a store. Raises `StoreError` if `path` is not a store of this format and version."""
     path = Path(path)
     if not path.exists():
         aside = ", ".join(map(str, leftovers(path, "replaced")))
@@ -296,16 +301,16 @@ def read_settings(path: str | Path) -> StoreSettings:
 
 
 def leftovers(path: Path, kind: Literal["partial", "replaced"]) -> list[Path]:
-    """What writers of the store at `path` are writing or have set aside, `.NAME.PROCESS.KIND` beside it.
+    """The directories `.NAME.PROCESS.KIND` that writers of the store at `path` have left beside it.
 
-    Another store's name may begin with this one's, so what stands between must be a process number alone.
+    Another store's name may begin with this store's name. So PROCESS must consist of digits only.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.{kind}", re.ASCII)
     return [entry for entry in path.parent.glob(".*") if name.fullmatch(entry.name)]
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """The root attributes of a store of any version. Raises `StoreError` if `path` is something else."""
+    """The root attributes of a store of any version. Raises `StoreError` if `path` is not a store."""
     try:
         attributes = read_object(path / "zarr.json", "the metadata of a packed store").get("attributes")
         if not isinstance(attributes, dict):
@@ -319,7 +324,7 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def damage(path: Path, remedy: str = "run `megatron-post data pack` again") -> Iterator[None]:
-    """Raises `StoreError` for whatever damaged metadata and arrays lead to, with the remedy."""
+    """Turn every error that damaged metadata and arrays cause into a `StoreError` with the remedy."""
     try:
         with reading(path, "an intact part of a packed store"):
             yield
@@ -330,7 +335,7 @@ def damage(path: Path, remedy: str = "run `megatron-post data pack` again") -> I
 
 
 def _check_plain(array: Any, settings: StoreSettings, path: Path) -> int:
-    """Packs in a chunk file of an array that can be read as plain bytes."""
+    """The number of packs in a chunk file. Raises `StoreError` if the array is not stored as plain bytes."""
     length = settings.pack_length
     plain = not array.compressors and not array.filters and array.shards is None and array.shape[1] == length
     if not plain or array.chunks[1] != length or array.dtype != DTYPES[array.basename]:

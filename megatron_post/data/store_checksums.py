@@ -1,7 +1,7 @@
-"""`checksums.json` of a packed store: SHA-256 of its metadata files and of the values of its columns.
+"""Reads and writes `checksums.json`, the SHA-256 of a store's metadata files and of its columns' values.
 
-The packs have a CRC-32 each, in the array `checksums` of their group. That array is a column like the others
-here, so that this one small file stands for everything in the store but the reference's log-probabilities.
+Each pack has a CRC-32 in the array `checksums` of its group. That array is one of the columns here. So this
+small file covers everything in the store except the reference log-probabilities.
 """
 
 import hashlib
@@ -18,24 +18,29 @@ from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object
 
 FILE = "checksums.json"
-# Codecs of zarr that can only ever give numbers. Metadata may name others, among them some that load objects.
+# Codecs of zarr that can only decode numbers. Damaged or malicious metadata may name codecs that load
+# objects.
 _CODECS = {"bytes", "zstd", "crc32c"}
 _REMEDY = "run `megatron-post data pack` again"
 
 
 class StoreError(ValueError):
-    """A store that cannot be used, or must not be written; the message has the values and the remedy."""
+    """A store cannot be used or must not be written. The message has the values and the remedy."""
 
 
 @dataclass(frozen=True)
 class StoreChecksums:
-    """files: SHA-256 of each metadata file, by its path in the store; groups: of each array, by its name."""
+    """The checksums of a store.
+
+    files: SHA-256 of each metadata file by its path in the store. groups: SHA-256 of each array by its name,
+    for each group.
+    """
 
     files: Mapping[str, str]
     groups: Mapping[str, Mapping[str, str]]
 
     def arrays(self, group: str) -> Mapping[str, str]:
-        """SHA-256 of the values of a group's columns. Raises `StoreError` where the group is not there."""
+        """SHA-256 of the values of a group's columns. Raises `StoreError` if the group is missing."""
         if group not in self.groups:
             raise StoreError(f"{FILE} names no group {group!r}; {_REMEDY}")
         return self.groups[group]
@@ -48,7 +53,7 @@ def array_digest(values: np.ndarray) -> str:
 
 
 def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Write the file for the store at `path`. groups: the values of each group's columns, by their name."""
+    """Write `checksums.json` of the store at `path`. groups: the values of each group's columns by name."""
     files = [Path("zarr.json")]
     for group, arrays in groups.items():
         files += [Path(group) / name for name in _metadata_names(list(arrays))]
@@ -64,10 +69,10 @@ def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) 
 
 
 def read_checksums(path: Path) -> StoreChecksums:
-    """The checksums of a store, once its metadata files agree with them.
+    """The checksums of a store, after a comparison with its metadata files.
 
-    zarr has read nothing of the store before this. Raises `StoreError` for a file that is missing or of
-    another content, and for metadata that names a codec which could load objects.
+    This must run before zarr reads the store. Raises `StoreError` for a metadata file that is missing or has
+    changed, and for a codec that could load objects.
     """
     try:
         content = read_object(path / FILE, "the checksums of a packed store")
@@ -95,7 +100,7 @@ def read_checksums(path: Path) -> StoreChecksums:
 
 
 def _metadata_names(arrays: Sequence[str]) -> list[str]:
-    """Where a group with these columns keeps metadata. The arrays of packs are no columns, and have some."""
+    """The metadata files of a group with these columns, including those of the per-token arrays."""
     return ["zarr.json", "segment/zarr.json", *(f"{name}/zarr.json" for name in ("tokens", "roles", *arrays))]
 
 

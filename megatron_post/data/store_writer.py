@@ -1,4 +1,4 @@
-"""Writing the packed store: beside its place, then renamed, so that it is complete or not there at all."""
+"""Writes a packed store under a temporary name and renames it, so that it is never visible incomplete."""
 
 import contextlib
 import ctypes
@@ -30,21 +30,20 @@ from megatron_post.data.store_format import (
 )
 from megatron_post.storage.lock import sole_writer
 
-# Tokens in a chunk file: at least, so that a small store may grow without ever becoming millions of files; at
-# most, so that a chunk in the making is 16 MiB of tokens. A million packs of 8,192 tokens are 2,000 files an
+# Tokens in a chunk file. The minimum keeps the number of files low if a small store grows. The maximum limits
+# the buffer of the current chunk to 16 MiB of tokens. A million packs of 8,192 tokens are 2,000 files per
 # array.
 _MIN_CHUNK_TOKENS, _MAX_CHUNK_TOKENS = 2**18, 2**22
 _SEGMENTS_IN_CHUNK = 2**18
 
 
 class StoreWriter:
-    """Writes a store, or extends one, inside `with`; it appears when the block ends, and never if the block
-    raises.
+    """A context manager that writes or extends a store. The result appears when the block ends without error.
 
-    An existing store is refused unless `overwrite` (replace it) or `append` (add packs of identical settings;
-    the store is copied, so that it is complete at every moment). One process at a time may write a store:
-    another is refused. What a writer that was killed has left is removed by the next one. Raises
-    `StoreError`.
+    An existing store needs `overwrite`, which replaces it, or `append`, which adds packs of the same settings
+    to a copy of it. The old store stays complete until the rename. Only one process at a time may write a
+    store, and a second one gets an error. A writer removes the files of earlier writers that were killed.
+    Raises `StoreError`.
     """
 
     def __init__(
@@ -60,10 +59,10 @@ class StoreWriter:
         self._check_existing()
 
     def _check_existing(self) -> None:
-        """Raises `StoreError` unless what is at the path may be replaced or extended as asked."""
+        """Raise `StoreError` unless the files at the path may be replaced or extended."""
         if not self._path.exists():
             return
-        read_attributes(self._path)  # never replace what is no store
+        read_attributes(self._path)  # raises for a directory that is not a store, which is never replaced
         if not self._overwrites and not self._appends:
             raise StoreError(
                 f"store {self._path} exists; give --append to add packs, --overwrite to replace it, or "
@@ -86,10 +85,11 @@ class StoreWriter:
         with contextlib.ExitStack() as stack:
             stack.push(self._held)
             self._recover()
-            # again: recovery or another writer may have put a store here since
+            # Recovery or another writer may have created a store here since the first check.
             self._check_existing()
             if self._appends and self._path.exists():
-                for group in GROUPS:  # what is damaged must not get new checksums
+                # Check the old columns, because damaged ones would get new and valid checksums.
+                for group in GROUPS:
                     store = open_store(self._path, group)
                     for name in COLUMNS:
                         store.column(name)
@@ -101,7 +101,7 @@ class StoreWriter:
         return self
 
     def _recover(self) -> None:
-        """Undo and remove what earlier writers have left, of which none is alive: this one holds the lock."""
+        """Restore a replaced store and remove partial ones. The lock proves that no writer lives."""
         for aside in leftovers(self._path, "replaced"):
             if not self._path.exists():
                 aside.rename(self._path)
@@ -133,7 +133,8 @@ class StoreWriter:
         if not self._path.exists():
             os.rename(self._beside, self._path)
         elif not _exchange(self._beside, self._path):
-            # killed between these two, the next writer puts the old store back and a reader names it
+            # If the process is killed between these two renames, the next writer restores the old store, and
+            # a reader's error names its path.
             replaced = self._beside.with_suffix(".replaced")
             os.rename(self._path, replaced)
             os.rename(self._beside, self._path)
@@ -150,10 +151,10 @@ class StoreWriter:
     ) -> None:
         """Add packs to a group.
 
-        sources: what `columns["source"]` indexes; columns: every one of `COLUMNS`, [segments] in pack order;
-        segments_per_pack: int [packs]; packs: (tokens, roles) of each pack, [pack_length] each, as many.
+        sources: the sources that `columns["source"]` indexes. columns: all of `COLUMNS`, [segments] in pack
+        order. segments_per_pack: int [packs]. packs: (tokens, roles) of each pack, [pack_length] each.
 
-        Raises `StoreError` for a source that the group already has: its rows would be doubled.
+        Raises `StoreError` for a source that the group already has, because its rows would be duplicated.
         """
         node = self._group(group)
         known = node.attrs["sources"]
@@ -216,9 +217,8 @@ class StoreWriter:
             dtype=PER_TOKEN[name],
             compressors=None,
             dimension_names=("pack", "token"),
-            config={
-                "write_empty_chunks": True
-            },  # a chunk of zeros is a file too: packs are read without zarr
+            # Packs are read without zarr, so a chunk of zeros must be a file too.
+            config={"write_empty_chunks": True},
         )
 
 
@@ -231,14 +231,14 @@ def _extend(node: Any, name: str, values: np.ndarray) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step, so that there is one under the name `b` at every moment.
+    """Swap two directories atomically, so that a directory named `b` exists at every moment.
 
-    False where this system or file system cannot: Linux alone has it, and not on every network file system.
+    Returns False if this is not supported. Only Linux can do it, and not on every network file system.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    here, exchange = -100, 2  # AT_FDCWD of linux/fcntl.h, and RENAME_EXCHANGE of linux/fs.h
     return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 

@@ -1,15 +1,15 @@
-"""Llama 3.1's chat format: dialogs to token ids and token roles, in one pass.
+"""Renders dialogs in Llama 3.1's chat format, as token ids with a role for each token.
 
-The format is Meta's published one (llama-models, "Llama 3.1 - Prompt Formats"). Header names, the two
-newlines, contents and tool calls are encoded apart from each other, as Meta's ChatFormat does; so no token
-spans two of them.
+The format is the one that Meta published (llama-models, "Llama 3.1 - Prompt Formats"). Header names, the two
+newlines, contents and tool calls are encoded separately, as in Meta's ChatFormat. So no token spans two of
+them.
 
-A tool's output (`ipython`) ends with <|eot_id|>, as published. Where a message has both text and a call, the
-text comes first and <|python_tag|> opens the call alone (Meta's code puts the tag before both).
+A tool's output (`ipython`) ends with <|eot_id|>, as published. If a message has both text and a call, the
+text comes first, and <|python_tag|> precedes only the call. Meta's code puts the tag before both.
 
-Contents are rendered as they are. The Llama 3.0 reference stripped them; the 3.1 reference, which made the
-published examples (a system prompt that ends in a newline), does not. `rows` strips what it reads, so
-training data is the same under both, and under the chat templates of Hugging Face, which trim.
+Contents are rendered unchanged. The Llama 3.0 reference strips them. The 3.1 reference, which made the
+published examples (one has a system prompt that ends in a newline), does not. `rows` strips the texts that it
+reads, so training data is the same under both references and under Hugging Face's chat templates, which trim.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,16 +33,14 @@ from megatron_post.data.tools import call_text, with_tools
 
 
 class TokenRole(IntEnum):
-    """What a token is for: decides which tokens carry loss."""
+    """The part of the format that a token belongs to. It decides whether the token carries loss."""
 
     PADDING = 0
     HEADER = 1  # begin of text, and <|start_header_id|>role<|end_header_id|>\n\n of every message
     PROMPT = 2  # system, user and ipython bodies with their terminators
-    BODY = 3  # what the assistant says, <|python_tag|> included
+    BODY = 3  # the assistant's text and calls, with <|python_tag|>
     TERMINATOR = 4  # the assistant's <|eot_id|> or <|eom_id|>
-    MASKED = (
-        5  # bodies and terminators of the assistant that the row does not train, whatever roles are trained
-    )
+    MASKED = 5  # bodies and terminators of assistant messages that the row masks, which are never trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Rendered:
         return len(self.tokens)
 
 
-# A run of tokens of one role: text still to be encoded, or the ids of control tokens and headers.
+# A run of tokens of one role. It is a text to encode, or the ids of control tokens and headers.
 _Segment = tuple[str | list[int], TokenRole]
 
 
@@ -66,7 +64,7 @@ def render(dialog: Dialog, tokenizer: Tokenizer) -> Rendered:
 
 
 def render_batch(dialogs: Iterable[Dialog], tokenizer: Tokenizer) -> list[Rendered]:
-    """As `render`, for many dialogs: all their texts are encoded in one call, on all cores."""
+    """Render many dialogs. All their texts are encoded in one call, which uses all cores."""
     template = _Template(tokenizer)
     return _encode([list(template.opening(with_tools(d.messages, d.tools))) for d in dialogs], tokenizer)
 
@@ -74,14 +72,14 @@ def render_batch(dialogs: Iterable[Dialog], tokenizer: Tokenizer) -> list[Render
 def render_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[dict] = ()
 ) -> np.ndarray:
-    """Token ids, int32 [n], of a conversation and the assistant's header: what a model must answer."""
+    """Token ids, int32 [n], of a conversation and the header of the assistant's answer."""
     template = _Template(tokenizer)
     segments = [*template.opening(with_tools(tuple(messages), tools)), template.header("assistant")]
     return _encode([segments], tokenizer)[0].tokens
 
 
 def texts_of(example: Dialog | Preference) -> Iterator[str]:
-    """Every text that the rendering of an example encodes."""
+    """Yield every text that `render` encodes for an example."""
     responses = () if isinstance(example, Dialog) else example.responses
     opening = example.messages if isinstance(example, Dialog) else example.prompt
     for message in chain(with_tools(opening, example.tools), *responses):
@@ -90,10 +88,10 @@ def texts_of(example: Dialog | Preference) -> Iterator[str]:
 
 
 def render_preference(preference: Preference, tokenizer: Tokenizer) -> tuple[Rendered, tuple[Rendered, ...]]:
-    """Prompt and responses of a preference; prompt + response is the rendering of that whole dialog.
+    """The rendered prompt and responses of a preference. Prompt + response is the rendering of the dialog.
 
-    The prompt ends with the header that opens the response. Earlier assistant turns are no part of what is
-    compared: their BODY and TERMINATOR count as PROMPT.
+    The prompt ends with the header of the response. Its assistant turns are not compared, so their BODY and
+    TERMINATOR become PROMPT.
     """
     return render_preferences([preference], tokenizer)[0]
 
@@ -101,7 +99,7 @@ def render_preference(preference: Preference, tokenizer: Tokenizer) -> tuple[Ren
 def render_preferences(
     preferences: Iterable[Preference], tokenizer: Tokenizer
 ) -> list[tuple[Rendered, tuple[Rendered, ...]]]:
-    """As `render_preference`, for many: all their texts are encoded in one call, on all cores."""
+    """Render many preferences. All their texts are encoded in one call, which uses all cores."""
     template = _Template(tokenizer)
     rows: list[list[_Segment]] = []
     counts = []
@@ -119,7 +117,7 @@ def _as_history(role: TokenRole) -> TokenRole:
 
 
 class _Template:
-    """Messages to segments. Header ids are made once."""
+    """Splits messages into segments. It encodes the headers once, when it is made."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special = tokenizer.special
@@ -137,7 +135,7 @@ class _Template:
         return self._headers[role], TokenRole.HEADER
 
     def opening(self, messages: Sequence[Message]) -> Iterator[_Segment]:
-        """Begin of text, then the messages."""
+        """The segments of begin-of-text and of the messages."""
         yield [self._special(BOS)], TokenRole.HEADER
         yield from self.messages(messages)
 

@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer on the `tokenizers` library, from Meta's or the hub's files or a small one, trained."""
+"""Llama 3's tokenizer on the `tokenizers` library. It can be loaded from files or trained on a small text."""
 
 import base64
 import binascii
@@ -34,7 +34,7 @@ USED_SPECIAL_TOKENS = (
     PYTHON_TAG,
 )
 
-# Llama 3's split, from Meta's tokenizer.py; digits go in groups of up to `digits`.
+# The regular expression of Meta's tokenizer.py that splits text. Digits form groups of up to `digits`.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,10 +42,11 @@ _SPLIT = (
 
 
 class Tokenizer:
-    """Text to ids and back. Special tokens typed in text are text; `special` alone gives control tokens.
+    """Encodes text to ids and decodes ids.
 
-    Added tokens that are not special are found in text, and `content_tokens` names them. reasoning: what the
-    saved chat template does with it.
+    A special token that is spelled in a text is encoded as text. Only `special` gives the ids of control
+    tokens. Added tokens that are not special are recognized in text, and `content_tokens` lists them.
+    reasoning: how the saved chat template handles reasoning.
     """
 
     def __init__(self, backend: Backend, *, reasoning: Reasoning = "refuse") -> None:
@@ -58,22 +59,22 @@ class Tokenizer:
         self.content_tokens = tuple(token.content for token in added.values() if not token.special)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without begin-of-text. Raises `ValueError` where the tokenizer's split gives up."""
+        """Ids of `text`, without begin-of-text. Raises `ValueError` if the tokenizer cannot split it."""
         with _panics_explained():
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode`, of each text, on all cores."""
+        """The ids of each text, as `encode` returns them. It uses all cores."""
         with _panics_explained():
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Text of `ids`; control tokens written out unless `skip_special`."""
+        """The text of `ids`. Control tokens are spelled, or left out with `skip_special`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def spelled(self, texts: Iterable[str]) -> Counter[str]:
-        """How often the texts spell each special token. `encode` takes these as text."""
+        """How often the texts spell each special token. `encode` treats these spellings as text."""
         return Counter(name for text in texts for name in self._any_special.findall(text))
 
     @cached_property
@@ -93,7 +94,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id, special tokens included. A tokenizer may leave ids out."""
+        """One more than the largest id, including special tokens. A tokenizer may have gaps in its ids."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
@@ -102,18 +103,21 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """<|finetune_right_pad_id|>; Llama 3.0 has none, so <|end_of_text|> (roles tell padding apart)."""
+        """The id of <|finetune_right_pad_id|>, or in Llama 3.0, which has none, of <|end_of_text|>.
+
+        The role PADDING distinguishes padding from an end of text.
+        """
         return self.special(PAD if PAD in self._special else END_OF_TEXT)
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids at which generation ends: end of text, of message and of turn, those that the tokenizer has."""
+        """The ids that end generation. They are end of text, of message and of turn, if they exist."""
         stops = (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN)
         return [self._special[name] for name in stops if name in self._special]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides ids: vocabulary, merges, special tokens, split."""
+        """SHA-256 of everything that affects ids, which is vocabulary, merges, special tokens and split."""
         state = json.loads(self._backend.to_str())
         decisive = {key: state[key] for key in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
         return sha256_of_json(decisive)
@@ -121,7 +125,8 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which plain `transformers.AutoTokenizer` loads.
 
-        Its `apply_chat_template` gives the ids of `template.render`, or refuses; see `chat_template`.
+        Its `apply_chat_template` gives the ids of `template.render`, or raises an error (see
+        `chat_template`).
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -144,7 +149,7 @@ class Tokenizer:
 def tokenizer_of(config: Config, *, beside: Path = Path()) -> Tokenizer:
     """The tokenizer of a run. beside: the directory that a relative path starts from.
 
-    Raises as `load_tokenizer` does, and where rendered reasoning would spell special tokens.
+    Raises `ValueError` as `load_tokenizer` does, and if rendered reasoning would spell special tokens.
     """
     settings, reasoning = config.tokenizer, config.data.reasoning
     tokenizer = load_tokenizer(
@@ -164,8 +169,8 @@ def load_tokenizer(
     """Read Meta's `tokenizer.model`, a `tokenizer.json`, or a directory with either (`tokenizer.json` first).
 
     content_tokens: special tokens that texts may spell. reasoning: as for `Tokenizer`. Raises `ValueError` if
-    there is no tokenizer, if the file is not what its name says, or if a content token is none of its tokens
-    or one of Llama 3's format.
+    there is no tokenizer, if the file is invalid, or if a content token does not exist or is a control token
+    of Llama 3's format.
     """
     path = Path(path)
     if path.is_dir():
@@ -189,7 +194,7 @@ def load_tokenizer(
 
 
 def _with_content_tokens(backend: Backend, names: Sequence[str], path: Path) -> Backend:
-    """The tokenizer with these tokens no longer special: they are found in text, and decoding keeps them."""
+    """The tokenizer in which `names` are no longer special, so that text may contain them."""
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     stripping = [name for name, token in added.items() if token.lstrip or token.rstrip]
     if stripping:
@@ -219,8 +224,11 @@ def _with_content_tokens(backend: Backend, names: Sequence[str], path: Path) -> 
 
 @contextlib.contextmanager
 def _panics_explained() -> Iterator[None]:
-    """The library panics where the regular expression by which a tokenizer splits text has too many ways to
-    match. That is no `Exception` in Python."""
+    """Turn a panic of the `tokenizers` library into a `ValueError`.
+
+    It panics if the regular expression that splits text backtracks too often. In Python a panic is a
+    `BaseException` and not an `Exception`.
+    """
     try:
         yield
     except BaseException as error:
@@ -232,7 +240,7 @@ def _panics_explained() -> Iterator[None]:
 
 
 def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` ids with the special tokens in use, and each digit a token.
+    """Train a byte-level BPE of at most `vocab_size` ids, with Llama 3's special tokens. A digit is a token.
 
     Raises `ValueError` if `vocab_size` cannot hold 256 bytes and the special tokens.
     """
@@ -251,7 +259,7 @@ def train_small_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank, in tiktoken's format: a base64 token and its rank a line."""
+    """The rank of each token's bytes, from tiktoken's format. A line is a base64 token and its rank."""
     ranks = {}
     with reading(path):
         lines = path.read_bytes().splitlines()
@@ -268,10 +276,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _from_ranks(ranks: dict[bytes, int]) -> Backend:
-    """Byte-level BPE with tiktoken's ids.
+    """A byte-level BPE with tiktoken's ids.
 
-    tiktoken merges whichever neighbours make the token of lowest rank, so every split of a token into two
-    tokens is a merge, in the order of the token's rank.
+    tiktoken always merges the two neighbours that form the token of lowest rank. So every split of a token
+    into two tokens is a merge, and merges are in the order of the token's rank.
     """
     letters = _byte_letters()
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
@@ -282,7 +290,7 @@ def _from_ranks(ranks: dict[bytes, int]) -> Backend:
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(text[left], text[right]) for left, right in pairs]
     vocabulary = {text[token]: rank for token, rank in ranks.items()}
-    # ignore_merges: a whole word in the vocabulary is taken as it is, as tiktoken does
+    # With ignore_merges a word that is in the vocabulary becomes one token without merges, as in tiktoken.
     backend = _byte_level(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True), digits=3)
     backend.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in _llama31_special_tokens()]
@@ -298,7 +306,7 @@ def _llama31_special_tokens() -> list[str]:
 
 
 def _byte_letters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    """The printable character that represents each byte in byte-level vocabularies (GPT-2's table)."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -322,7 +330,10 @@ def _byte_level(model: models.BPE, *, digits: int) -> Backend:
 
 
 def _with_bos(backend: Backend) -> Tokenizer:
-    """Let plain text in `transformers` and vLLM start with begin-of-text, as Meta's tokenizer.json does."""
+    """Add a post-processor, as in Meta's tokenizer.json, that puts begin-of-text before plain text.
+
+    `transformers` and vLLM use it. Our own `encode` does not.
+    """
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )

@@ -1,8 +1,8 @@
-"""Tools in Llama 3.1's prompts: how they are announced, and how a call of one is written.
+"""Writes tool definitions and tool calls in the form of Llama 3.1's prompts.
 
-As in Meta's published examples ("Llama 3.1 - Prompt Formats"): built-in tools are switched on in the system
-prompt and called as `brave_search.call(query="...")`; other functions are described in a user message of
-their own, and called with a JSON object.
+It follows Meta's published examples ("Llama 3.1 - Prompt Formats"). Built-in tools are enabled in the system
+prompt and called as `brave_search.call(query="...")`. Other functions are described in a user message of
+their own and called with a JSON object.
 """
 
 import json
@@ -21,15 +21,15 @@ AFTER_FUNCTIONS = "\nReturn function calls in JSON format."
 
 
 def with_tools(messages: tuple[Message, ...], tools: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
-    """The messages with `tools` announced: in the system prompt, functions in a user message."""
+    """The messages with descriptions of `tools`, in the system prompt and in a user message for functions."""
     if not tools:
         return messages
     searches = [tool["type"] for tool in tools if tool.get("type") in SEARCH_TOOLS]
     functions = [tool["function"] for tool in tools if tool.get("type") not in BUILT_IN_TOOLS]
     has_system = bool(messages) and messages[0].role == "system"
-    said = messages[0].content if has_system else ""
+    system = messages[0].content if has_system else ""
     line = f"Tools: {', '.join(searches)}\n" if searches else "\n"
-    announced = [Message("system", ENVIRONMENT + line + said)]
+    announced = [Message("system", ENVIRONMENT + line + system)]
     if functions:
         described = "".join(_function_text(function) + "\n" for function in functions)
         announced.append(Message("user", BEFORE_FUNCTIONS + described + AFTER_FUNCTIONS))
@@ -37,7 +37,7 @@ def with_tools(messages: tuple[Message, ...], tools: Sequence[dict[str, Any]]) -
 
 
 def call_text(call: ToolCall) -> str:
-    """What follows <|python_tag|>. A query is not escaped, as in Meta's code."""
+    """The text of a call after <|python_tag|>. A query is not escaped, as in Meta's code."""
     if call.name == CODE_INTERPRETER:
         return call.parameters["code"]
     if call.name in SEARCH_TOOLS:
@@ -46,7 +46,10 @@ def call_text(call: ToolCall) -> str:
 
 
 def _function_text(function: dict[str, Any]) -> str:
-    """A function as Meta's prompt has it: properties as a list of one-key objects, `required` on one line."""
+    """A function's description as in Meta's prompt.
+
+    There, `properties` is a list of objects with one key, and `required` is on one line.
+    """
     schema = function.get("parameters") or {}
     properties = [_indented({name: value}, 16) for name, value in (schema.get("properties") or {}).items()]
     required = json.dumps(schema.get("required") or [], ensure_ascii=False)

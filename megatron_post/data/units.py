@@ -1,4 +1,4 @@
-"""Rendered units, held compactly: what must stay in one pack, and its segments."""
+"""Holds rendered units in a few large arrays. A unit is the segments that must stay in one pack."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +13,20 @@ Lengths = TypeVar("Lengths", int, np.ndarray)
 
 @dataclass(frozen=True)
 class Units:
-    """U units of S segments of T tokens. A dialog is a unit of one segment, a pair's responses one of
-    several.
+    """U units with S segments and T tokens in total.
 
-    tokens: int32 [T]; roles: uint8 [T]; segment_starts: int64 [S + 1]; unit_starts: int64 [U + 1], in
-    segments; ranks: int32 [S], see `Pack`; responses: int32 [S], tokens of the final response; sources:
-    int32, samples: uint64, turns: int32 [U].
+    A dialog is a unit of one segment. A preference is a unit of several segments.
     """
 
-    tokens: np.ndarray
-    roles: np.ndarray
-    segment_starts: np.ndarray
-    unit_starts: np.ndarray
-    ranks: np.ndarray
-    responses: np.ndarray
-    sources: np.ndarray
-    samples: np.ndarray
-    turns: np.ndarray
+    tokens: np.ndarray  # int32 [T]
+    roles: np.ndarray  # uint8 [T], `TokenRole`
+    segment_starts: np.ndarray  # int64 [S + 1], in tokens
+    unit_starts: np.ndarray  # int64 [U + 1], in segments
+    ranks: np.ndarray  # int32 [S], see `Pack`
+    responses: np.ndarray  # int32 [S], tokens of the final response
+    sources: np.ndarray  # int32 [U], index of the source
+    samples: np.ndarray  # uint64 [U], row number in the source
+    turns: np.ndarray  # int32 [U], number of user messages
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -44,14 +41,14 @@ class Units:
         return np.diff(_starts(round_up(self.segment_lengths, multiple))[self.unit_starts])
 
     def segments_of(self, units: np.ndarray) -> np.ndarray:
-        """The segments of `units` (int [n], repeats allowed), one unit after another: int64."""
+        """The segments of `units` (int [n], repeats allowed) as int64, one unit after another."""
         counts = np.diff(self.unit_starts)[units]
         within = np.arange(counts.sum()) - np.repeat(_starts(counts)[:-1], counts)
         return np.repeat(self.unit_starts[:-1][units], counts) + within
 
 
 class UnitPile:
-    """Collects units, then makes `Units` of them. Every few thousand segments are joined, to save memory."""
+    """Collects units and makes `Units` of them. It joins every few thousand segments to save memory."""
 
     def __init__(self) -> None:
         self._loose: list[Rendered] = []
@@ -71,7 +68,7 @@ class UnitPile:
         turns: int,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        """Add a unit of one or more segments that `sample`, a row number of `source`, became."""
+        """Add the unit that was made of row `sample` of `source`. It has one or more segments."""
         self._loose.extend(unit)
         for segment, rank in zip(unit, ranks or [-1] * len(unit), strict=True):
             self._segments.append((len(segment), response_length(segment.roles), rank))
@@ -99,7 +96,7 @@ class UnitPile:
 
 
 def response_length(roles: np.ndarray) -> int:
-    """Tokens of the final response: body and terminator after the last header; none where it is masked.
+    """Tokens of the final response, which is body and terminator after the last header. 0 if it is masked.
 
     roles: uint8 [n].
     """
@@ -108,7 +105,7 @@ def response_length(roles: np.ndarray) -> int:
 
 
 def round_up(lengths: Lengths, multiple: int) -> Lengths:
-    """The smallest multiples that are no less than `lengths`."""
+    """Each of `lengths` rounded up to a multiple of `multiple`."""
     return -(-lengths // multiple) * multiple
 
 

@@ -1,4 +1,4 @@
-"""A small store of recognisable packs, for the tests of store, loader and backends."""
+"""Makes a small store of recognisable packs for the tests of stores and loaders."""
 
 import hashlib
 import json
@@ -28,9 +28,10 @@ SETTINGS = StoreSettings(
 
 
 def columns_of(num_packs: int) -> dict[str, np.ndarray]:
-    """Each pack p: a segment of 5 real tokens padded to 8, and in odd packs one of 8; the rest is the tail.
+    """The columns of packs of 16 tokens.
 
-    Even packs: 8 | tail of 8. Odd packs: 8 | 8, no tail. Sample ids: 100 p and 100 p + 1.
+    Each pack p has a segment of 5 real tokens that is padded to 8. Odd packs have a second segment of 8
+    tokens, and even packs end with 8 tokens of padding. The sample ids are 100 p and 100 p + 1.
     """
     rows = [(p, second) for p in range(num_packs) for second in range(1 + p % 2)]
     pack, second = np.array(rows, dtype=np.int64).reshape(-1, 2).T
@@ -76,9 +77,9 @@ def small_store(path: Path, num_packs: int, *, tokens: np.ndarray | None = None)
 
 
 def seal(path: Path, *, only_metadata: bool = False) -> None:
-    """Give a store whose files were changed by hand checksums that agree with them, as an attacker would.
+    """Write checksums that match the changed files of a store, as an attacker would.
 
-    only_metadata: for metadata that zarr cannot open.
+    only_metadata: leave the checksums of columns, because zarr cannot open the changed metadata.
     """
     if only_metadata:
         content = json.loads((path / store_checksums.FILE).read_text())

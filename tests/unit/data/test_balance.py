@@ -1,4 +1,4 @@
-"""Costs of packs by hand, and dealing against every possible way of dealing."""
+"""Costs of packs are compared with hand calculations, and `deal` with every possible distribution."""
 
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +14,10 @@ from tests.unit.data.uneven_store import cut_packs, uneven_store
 
 
 def test_squares_count_the_tail(tmp_path: Path) -> None:
-    """Of 64: 40 + 24; one of 64; 30 + 20 and a tail of 14: 1600 + 576, 4096, 900 + 400 + 196. Any order."""
+    """The packs of 64 tokens have the segments 40 + 24, then 64, then 30 + 20 and a tail of 14.
+
+    Their costs are 1600 + 576, 4096 and 900 + 400 + 196, in any order of the packs.
+    """
     store = uneven_store(tmp_path / "s", [[40, 24], [64], [30, 20]])
     assert squares(store, np.array([0, 1, 2])).tolist() == [2176, 4096, 1496]
     assert squares(store, np.array([2, 0, 2])).tolist() == [1496, 2176, 1496]
@@ -22,10 +25,11 @@ def test_squares_count_the_tail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layout", "beside"), [("separate", 0), ("isolated", 416), ("concatenated", 552)])
 def test_squares_of_responses_that_see_their_prompt(tmp_path: Path, layout: StoreLayout, beside: int) -> None:
-    """Two examples: a prompt of 10 and responses of 6 and 10; a prompt of 8 and responses of 4 and 2; a tail.
+    """One example has a prompt of 10, responses of 6 and 10, the other a prompt of 8, responses of 4 and 2.
 
-    isolated: 2 (6 x 10 + 10 x 10) + 2 (4 x 8 + 2 x 8) = 320 + 96. concatenated: the second response sees the
-    first as well: 2 x 10 x 6 + 2 x 2 x 4 more, and each example is one causal square (26^2 + 14^2).
+    With "isolated" the costs add 2 (6 x 10 + 10 x 10) + 2 (4 x 8 + 2 x 8) = 320 + 96 to the squares. With
+    "concatenated" the second response sees the first one too, which adds 2 x 10 x 6 + 2 x 2 x 4. Each example
+    is then one causal square (26^2 + 14^2).
     """
     store = uneven_store(
         tmp_path / "s",
@@ -65,7 +69,7 @@ def test_every_pack_is_dealt_once_and_equally_many_to_each(case: tuple[list[int]
 
 
 def least_possible(costs: np.ndarray, ranks: int) -> int:
-    """The smallest possible sum of the fullest rank, by trying every way to deal."""
+    """The smallest possible maximum of the ranks' sums, found by trying every distribution."""
 
     def best(left: tuple[int, ...]) -> int:
         if not left:
@@ -80,9 +84,11 @@ def least_possible(costs: np.ndarray, ranks: int) -> int:
     return best(tuple(range(len(costs))))
 
 
-def test_near_the_best_of_all_ways_to_deal() -> None:
-    """200 small batches with a few costly packs: 8 on 2 or 4 ranks, 9 on 3. Never better than the best; at
-    most 8% worse, and on average within 1%."""
+def test_near_the_best_distribution() -> None:
+    """200 small batches have a few costly packs, with 8 packs on 2 or 4 ranks, or 9 packs on 3.
+
+    No result is better than the best distribution. The worst is at most 8% above it, the average within 1%.
+    """
     draw = np.random.default_rng(0)
     ratios = []
     for case in range(200):
@@ -96,7 +102,10 @@ def test_near_the_best_of_all_ways_to_deal() -> None:
 
 
 def test_swapping_mends_what_dealing_in_turn_cannot() -> None:
-    """7, 6, 6, 5, 4, 2 on two ranks. In turn: 7 | 6, then 6 | 6 + 5 ... gives {7, 5, 4} = 16 and
-    {6, 6, 2} = 14; 5 for 4 is not to be had, but 7 for 6 is: {6, 5, 4} and {7, 6, 2}, both 15."""
+    """The costs 7, 6, 6, 5, 4, 2 are distributed over two ranks.
+
+    The greedy step gives {7, 5, 4} = 16 and {6, 6, 2} = 14. Swapping 7 and 6 gives {6, 5, 4} and {7, 6, 2},
+    which both sum to 15.
+    """
     costs = np.array([7, 6, 6, 5, 4, 2])
     assert costs[deal(costs, ranks=2)].sum(axis=1).tolist() == [15, 15]

@@ -1,4 +1,4 @@
-"""`data pack`, from files of rows to a store, against the rows rendered one by one."""
+"""`data pack` gives a store of the same segments as rendering the rows one by one."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
 from megatron_post.data.build import build_store
 from megatron_post.data.dialog import Dialog, Message
-from megatron_post.data.overlong import Fitting
+from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.rows import TooManyBadRows
 from megatron_post.data.show import show_pack
 from megatron_post.data.store import PackStore, StoreError, open_store
@@ -55,7 +55,7 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 
 def config_for(tmp_path: Path, tokenizer_path: Path, **data: Any) -> Config:
-    """Sources a (20 rows of one turn) and b (6 rows of two), an evaluation source of 3 rows."""
+    """A config with the sources a (20 rows of one turn) and b (6 rows of two), and 3 evaluation rows."""
     write_rows(tmp_path / "a.jsonl", [dialog(seed) for seed in range(20)])
     write_rows(tmp_path / "b.jsonl", [dialog(100 + seed, turns=2) for seed in range(6)])
     write_rows(tmp_path / "held_out.jsonl", [dialog(200 + seed) for seed in range(3)])
@@ -95,7 +95,7 @@ def test_keys_that_nothing_uses_are_listed_once_a_source(tmp_path: Path, tokeniz
 def test_train_on_is_the_configurations_unless_the_source_says_otherwise(
     tmp_path: Path, tokenizer_path: Path
 ) -> None:
-    """b has 6 rows of two turns: 12 trained messages, or 6."""
+    """b has 6 rows of two turns. So it has 12 trained messages, or 6 with train_on=last_turn."""
     for data, source, expected in (
         ({}, {}, 12),
         ({"train_on": "last_turn"}, {}, 6),
@@ -113,13 +113,13 @@ def test_a_truncated_dialog_of_which_only_masked_messages_are_left_is_dropped() 
     roles = [TokenRole.HEADER, TokenRole.PROMPT, TokenRole.HEADER, TokenRole.MASKED, TokenRole.BODY]
     segment = Rendered(np.ones(5, dtype=np.int32), np.array(roles, dtype=np.uint8))
     for capacity, left in ((4, None), (5, 5)):
-        fitting = Fitting("s", overlong="truncate", capacity=capacity, multiple=1)
-        fitted = fitting.fit([segment], row=1)
+        limit = LengthLimit("s", overlong="truncate", capacity=capacity, multiple=1)
+        fitted = limit.fit([segment], row=1)
         assert (None if fitted is None else len(fitted[0])) == left
 
 
 def segments_in(store: PackStore) -> list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]:
-    """(source, row, tokens, roles) of every segment, padding cut off, after checking the padding."""
+    """(source, row, tokens, roles) of every segment without its padding, which this function checks."""
     found = []
     for index in range(len(store)):
         pack = store.read(index)
@@ -200,7 +200,7 @@ def test_the_mixture_is_applied_and_printed(tmp_path: Path, tokenizer_path: Path
 
 
 def test_sources_share_packs(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Equal lengths are shuffled before packing: sources would else fill packs of their own."""
+    """Units of equal length are shuffled before packing. Otherwise each source would fill its own packs."""
     config = config_for(tmp_path, tokenizer_path)
     for name in ("a", "b"):
         write_rows(tmp_path / f"{name}.jsonl", [dialog(7)] * 200)
@@ -233,7 +233,9 @@ def test_overlong_rows_are_dropped_or_truncated_and_counted(
         for name, row, tokens, _ in segments_in(open_store(tmp_path / "store", "train"))
         if name == "a"
     }
-    assert sorted(found) == rows  # the long question keeps nothing to train on: dropped in either case
+    assert (
+        sorted(found) == rows
+    )  # truncation would leave nothing to train of the long question, so it is dropped in both cases
     if overlong == "truncate":
         assert found[2] == tuple(rendered([dialog(2, turns=30)], tokenizer)[0].tokens[:256])
     truncated = len(rows) - 1
@@ -281,7 +283,7 @@ def test_append_adds_another_source(tmp_path: Path, tokenizer_path: Path) -> Non
 
 
 def test_texts_that_spell_special_tokens_are_counted(tmp_path: Path) -> None:
-    """Each token of each source; those that the config names are tokens, and the store remembers which."""
+    """The count is per token and source. The store lists the tokens that the config names."""
     tokenizer_path = save_with_think(tmp_path / "tokenizer")
     source = {"name": "a", "path": str(tmp_path / "a.jsonl"), "templated": "keep"}
     config = config_for(tmp_path, tokenizer_path, sources=[source])
@@ -305,7 +307,7 @@ def test_texts_that_spell_special_tokens_are_counted(tmp_path: Path) -> None:
         open_store(tmp_path / "store", "train", tokenizer_fingerprint=tokenizer_of(config).fingerprint)
     with pytest.raises(StoreError, match=r"data.reasoning=refuse, and now it is drop: the exported chat"):
         open_store(tmp_path / "store", "train", reasoning="drop")
-    show_pack(tmp_path / "store", 0, console=Console(file=StringIO()))  # knows the store's content tokens
+    show_pack(tmp_path / "store", 0, console=Console(file=StringIO()))  # uses the content tokens of the store
 
 
 def test_without_evaluation_sources(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -343,7 +345,7 @@ def segment(length: int, start: int = 0) -> Rendered:
 
 
 def test_units_of_several_segments_stay_in_one_pack() -> None:
-    """As pairs will need: three segments of 5, padded to 8, fill 24 of 32, so each unit has its own pack."""
+    """Three segments of 5 tokens, padded to 8, fill 24 of 32 tokens. So each unit has its own pack."""
     pile = UnitPile()
     for unit in range(4):
         pile.add([segment(5, 100 * unit + 10 * part) for part in range(3)], source=0, sample=unit, turns=1)
@@ -360,8 +362,8 @@ def test_units_of_several_segments_stay_in_one_pack() -> None:
         assert (tokens[24:] == -1).all() and not roles[24:].any()
 
 
-def test_packs_stand_in_an_order_of_their_own() -> None:
-    """Best-fit leaves the longest units in front, and an evaluation takes the first packs."""
+def test_packs_are_shuffled() -> None:
+    """Best-fit puts the longest units into the first packs, which an evaluation of few packs would take."""
     pile = UnitPile()
     for length in range(8, 108):
         pile.add([segment(length)], source=0, sample=length, turns=1)
@@ -372,10 +374,10 @@ def test_packs_stand_in_an_order_of_their_own() -> None:
 
 
 def test_a_pair_is_never_truncated() -> None:
-    fitting = Fitting("pairs", overlong="truncate", capacity=16, multiple=4)
-    assert fitting.fit([segment(5), segment(5)], row=1) is not None  # 8 + 8 tokens
-    assert fitting.fit([segment(5), segment(9)], row=2) is None  # 8 + 12
-    assert (fitting.dropped, fitting.truncated) == (1, 0)
+    limit = LengthLimit("pairs", overlong="truncate", capacity=16, multiple=4)
+    assert limit.fit([segment(5), segment(5)], row=1) is not None  # 8 + 8 tokens
+    assert limit.fit([segment(5), segment(9)], row=2) is None  # 8 + 12
+    assert (limit.dropped, limit.truncated) == (1, 0)
 
 
 def test_real_rows_with_the_real_tokenizer(tmp_path: Path, shared_data: Path) -> None:

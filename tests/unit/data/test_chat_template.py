@@ -1,5 +1,4 @@
-"""The exported chat template beside `render`: plain `transformers` gives the ids that training saw, or both
-refuse."""
+"""With the exported chat template, plain `transformers` gives the ids of `render`, or both raise an error."""
 
 import json
 import re
@@ -58,7 +57,7 @@ def ids(theirs: Any, row: Mapping[str, Any], **options: Any) -> list[int]:
 def assert_equal(
     row: Mapping[str, Any], tokenizer: Tokenizer, theirs: Any, *, reasoning: Reasoning = "refuse"
 ) -> None:
-    """Of the whole row, and of each prompt in it that an assistant's header may follow."""
+    """Compare the ids of the whole row, and of each prompt in it that an assistant's header may follow."""
     dialog = dialog_of(row, reasoning=reasoning)
     assert ids(theirs, row) == render(dialog, tokenizer).tokens.tolist()
     for end, message in enumerate(dialog.messages, start=1):
@@ -68,10 +67,10 @@ def assert_equal(
             assert prompt == expected.tolist()
 
 
-# What splits lines or words for one program and not for another, and what JSON and the template escape.
+# Characters that split lines or words in some programs only, and characters that JSON or the template escape.
 ODD = "\n\r\t \v\f\x1c\x1f\x85\xa0\u2028\u3000\u200b\ufeff\"'\\/{}[]<|>&é你😀\x00\x7f"
 letters = st.one_of(st.sampled_from(ODD), st.characters(codec="utf-8"), st.sampled_from("ab1 "))
-# Hypothesis finds "<|eot_id|>" by itself; what spells a control token has a test of its own
+# Hypothesis generates "<|eot_id|>" too. Texts that spell a control token have a test of their own.
 texts = st.text(letters, max_size=12).map(lambda text: text.replace("<|", "<"))
 said = texts.filter(str.strip)
 names = st.sampled_from(["now", "items", "get_weather", "é", 'a"b', "self"])
@@ -110,14 +109,14 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def contents(text: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
-    """A text as it is, or in parts."""
+    """A content as a plain text or as a list of parts."""
     parts = text.map(lambda t: [{"type": "text", "text": t[:2]}, {"type": "text", "text": t[2:]}])
     return text | parts
 
 
 @st.composite
 def turns(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """A user's message, calls and their results or earlier messages of the turn if any, and the answer."""
+    """A user message, optional calls with results or earlier messages of the turn, and the answer."""
     turn = [{"role": "user", "content": draw(contents(texts))}]
     for _ in range(draw(st.integers(0, 2))):
         if draw(st.booleans()):
@@ -167,8 +166,7 @@ def test_every_form_of_a_row_gives_the_ids_of_training(
 
 @pytest.fixture(scope="module")
 def read_json(theirs: Any) -> Callable[[str], str]:
-    """The template's reader of JSON, in the environment that `transformers` uses. It returns what it read, as
-    JSON."""
+    """Run the template's JSON reader in the environment of `transformers`. Returns the value as JSON."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = json.dumps
 
@@ -203,7 +201,7 @@ pieces = st.sampled_from(
 @example(text='["\\u12"]')
 @settings(max_examples=1500, derandomize=True)
 def test_json_is_read_as_python_reads_it(text: str, read_json: Callable[[str], str]) -> None:
-    """Beside `json.loads`: the same value, or refused by both. Half a surrogate pair is no text."""
+    """The template gives the value of `json.loads`, or both raise. A lone surrogate is not valid text."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()
@@ -266,7 +264,7 @@ def test_what_the_format_cannot_say_both_refuse(
 def test_a_spelled_control_token_is_text_in_training_and_refused_here(
     row: dict[str, Any], tokenizer: Tokenizer, theirs: Any
 ) -> None:
-    """`transformers` would turn the text into the token, and whoever wrote it would end the turn."""
+    """`transformers` would turn the text into the token, so a user's text could end the turn."""
     control = [
         tokenizer.special(name) for name in ("<|eot_id|>", "<|eom_id|>", "<|python_tag|>", "<|end_of_text|>")
     ]
@@ -282,7 +280,7 @@ def test_a_spelled_control_token_is_text_in_training_and_refused_here(
 
 
 def test_content_tokens_are_spelled_in_both_and_others_in_neither(tmp_path: Path) -> None:
-    """Beside the content's ends, where the header's newlines and the message's end are."""
+    """The tokens are at both ends of the content, next to the header's newlines and the message's end."""
     row = {
         "messages": [
             {"role": "user", "content": "<think> a\n</think>"},
@@ -307,7 +305,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 @pytest.fixture(scope="module", params=["plain", "named"])
 def of_each_rule(request: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Reasoning, Any]:
-    """By data.reasoning: a tokenizer, to which <think> is text or a token, and the exported one."""
+    """For each data.reasoning, a tokenizer for which <think> is text or a token, and the exported one."""
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "plain":
         train_small_tokenizer([WORDS] * 9, 330).save(directory)

@@ -1,4 +1,4 @@
-"""NVIDIA DALI gives the very batches of the plain loader."""
+"""The loader with NVIDIA DALI gives the batches of the plain loader."""
 
 import sys
 from itertools import islice
@@ -32,7 +32,7 @@ def test_the_same_batches(store: PackStore, device_id: int | None) -> None:
         "nvidia.dali", reason="NVIDIA DALI is not installed (pip install megatron-post[dali])"
     )
     with plain(store) as expected, DaliLoader(plain(store), device_id=device_id, prefetch=3) as loader:
-        # all are taken before any is compared: none may be a view of a buffer that DALI uses again
+        # take all before comparing any, so that a view of a buffer that DALI reuses would show wrong values
         steps = list(islice(loader, 9))
         for packs, others in zip(steps, expected, strict=False):
             assert len(packs) == 2

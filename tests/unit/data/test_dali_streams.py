@@ -1,8 +1,8 @@
-"""DALI on a GPU gives the plain loader's packs however the GPU orders its work, by stand-ins for both.
+"""With DALI on a GPU the packs are those of the plain loader, in whatever order the GPU runs its work.
 
-The stand-in for DALI has the default execution model of DALI 2.4, by its sources and docstrings. It copies
-packs ahead into buffers of a pool, on a stream of its own. The host waits until a pack has been copied, and
-its buffers are free as soon as nothing holds them.
+The tests use stand-ins for DALI and for the GPU. The stand-in for DALI has the default execution model of
+DALI 2.4, as its sources and docstrings describe it. It copies packs ahead into buffers of a pool, on a stream
+of its own. The host waits until a pack has been copied. A buffer is free as soon as nothing holds it.
 """
 
 import sys
@@ -33,12 +33,12 @@ class _Node:
 
 
 class _Pipeline:
-    """NVIDIA DALI's `Pipeline`, as far as the loader uses it."""
+    """The part of NVIDIA DALI's `Pipeline` that the loader uses."""
 
     def __init__(
         self, device: FakeDevice, *, prefetch_queue_depth: int, exec_dynamic: bool, **_: Any
     ) -> None:
-        assert exec_dynamic  # other models fill buffers again that are still held
+        assert exec_dynamic  # other execution models overwrite buffers that are still held
         self._device, self._own, self._depth = device, FakeStream(device), prefetch_queue_depth
         self._source: Iterator[tuple[list[np.ndarray], ...]] = iter(())
         self._free: list[np.ndarray] = []
@@ -76,15 +76,15 @@ class _Pipeline:
         return outputs
 
     def _copied(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A buffer, and the part of it that will hold the array."""
+        """A buffer and the view of it that will hold the array."""
         buffer = self._free.pop() if self._free else np.zeros(1024, np.uint8)
-        held = array.copy()  # to pinned memory, at once
+        held = array.copy()  # the copy to pinned memory is synchronous
         self._own.launch(lambda: buffer[: held.nbytes].__setitem__(slice(None), held.view(np.uint8)))
         return buffer, buffer[: held.nbytes].view(held.dtype)
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
-    """The stand-in for `nvidia.dali`."""
+    """Install the stand-in for `nvidia.dali`."""
     made: list[_Pipeline] = []
 
     class Pipeline(_Pipeline):
@@ -103,7 +103,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, device: FakeDevice) -> None:
 
 
 def _is_right(store: PackStore, device: FakeDevice) -> bool:
-    """Whether seven steps of packs, all taken ahead of the GPU, have the plain loader's content."""
+    """Whether seven steps, all taken before the GPU runs, have the contents of the plain loader."""
 
     def plain() -> PackLoader:
         return PackLoader(store, seed=3, global_batch=4, data_rank=1, data_size=2, consumed_packs=4)
@@ -143,7 +143,7 @@ def test_packs_are_right_in_any_order_of_work(
 def test_a_buffer_that_is_let_go_too_early_is_overwritten(
     store: PackStore, monkeypatch: pytest.MonkeyPatch, forgotten: str
 ) -> None:
-    """The fault that the loader had, and half of its remedy: the test above must see either."""
+    """The test above detects a loader that releases buffers too early, and one with half of the remedy."""
     owner = DaliLoader if forgotten == "_hold" else FakeEvent
     monkeypatch.setattr(owner, forgotten, lambda self, *_: None)
     found = []

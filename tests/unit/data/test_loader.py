@@ -1,4 +1,4 @@
-"""Batches by index: what a step holds does not depend on the ranks, and the stream starts anywhere."""
+"""A step's packs do not depend on the number of ranks, and the sequence of packs can start anywhere."""
 
 import gc
 import threading
@@ -51,7 +51,7 @@ def test_a_steps_packs_do_not_depend_on_the_ranks(store: PackStore, data_size: i
 
 
 def test_every_epoch_visits_every_pack_once_in_another_order(store: PackStore) -> None:
-    # batches of 4 over 10 packs: the third and the eighth batch cross into the next epoch
+    # with batches of 4 from 10 packs, the third and the eighth batch continue into the next epoch
     stream = flat(steps(store, 15))
     epochs = [stream[start : start + NUM_PACKS] for start in range(0, 60, NUM_PACKS)]
     assert all(sorted(epoch) == list(range(NUM_PACKS)) for epoch in epochs)
@@ -107,11 +107,13 @@ def dealt(store: PackStore, count: int, *, batch: int, size: int, consumed: int 
     )
 )
 @settings(max_examples=25)
-def test_ranks_that_come_and_go_see_what_one_sees(
+def test_a_changing_number_of_ranks_sees_the_same_packs(
     uneven: PackStore, phases: list[tuple[int, int, int]]
 ) -> None:
-    """A run of some (ranks, packs a rank, steps), one after another, each resumed at the last one's position.
-    Every step's packs are the next ones of the plain stream, and every rank has equally many."""
+    """Each of several runs of (ranks, packs per rank, steps) resumes at the previous run's position.
+
+    Every step takes the next packs of the plain sequence, and every rank gets the same number of packs.
+    """
     stream = list(islice(pack_indices(UNEVEN_PACKS, seed=5, start=0), 300))
     consumed = 0
     for size, places, count in phases:
@@ -123,8 +125,10 @@ def test_ranks_that_come_and_go_see_what_one_sees(
 
 
 def test_ranks_have_nearly_equal_costs(uneven: PackStore) -> None:
-    """16 packs on 2 ranks, against every other pack to each rank: over 20 steps the fuller one is nearer to
-    the mean by a factor of ten."""
+    """The loader is compared with giving every second pack to each rank, for 16 packs on 2 ranks.
+
+    Over 20 steps the larger sum is nearer to the mean by a factor of ten.
+    """
     costs = squares(uneven, np.arange(UNEVEN_PACKS))
     stream = np.array(list(islice(pack_indices(UNEVEN_PACKS, seed=5, start=0), 20 * 16))).reshape(20, 8, 2)
     plain = costs[stream].sum(axis=1)
@@ -204,7 +208,7 @@ def test_evaluation_deals_packs_in_turn_and_fills_up(store: PackStore) -> None:
 
 
 def test_evaluation_rounds_up_for_the_interleaved_schedule(store: PackStore) -> None:
-    # 5 packs on 2 ranks are 3 rounds, rounded up to 4
+    # 5 packs on 2 ranks need 3 microbatches, which are rounded up to 4
     ranks = [
         numbers_or_empty(list(eval_packs(store, 5, data_rank=r, data_size=2, multiple=4))) for r in range(2)
     ]

@@ -1,4 +1,4 @@
-"""How often rows are used, against arithmetic worked out by hand."""
+"""The numbers of uses of rows are compared with hand calculations."""
 
 import hashlib
 from typing import Any
@@ -31,7 +31,7 @@ def test_without_epochs_or_weight_each_row_once() -> None:
 
 
 def test_weights_use_up_one_source_and_repeat_none() -> None:
-    # scale = min(1000 / 3, 1000 / 1) = 333.3: a gives 1000, b gives 333; c stands beside with 2 x 200
+    # The scale is min(1000 / 3, 1000 / 1) = 333.3, so a gives 1000 rows and b gives 333. c adds 2 x 200 rows.
     sources = [source("a", weight=3), source("b", weight=1), source("c", epochs=2)]
     uses = mix(sources, {"a": 1000, "b": 1000, "c": 200}, seed=1)
     assert {name: int(count.sum()) for name, count in uses.items()} == {"a": 1000, "b": 333, "c": 400}
@@ -39,7 +39,7 @@ def test_weights_use_up_one_source_and_repeat_none() -> None:
 
 
 def test_the_reports_sft_mix() -> None:
-    """Table 7's shares over equal sources: realised to one row."""
+    """With sources of equal size, the shares of the report's Table 7 are met to within one row."""
     weights = {
         "english": 52.66,
         "code": 14.89,
@@ -79,7 +79,7 @@ def test_names_must_differ() -> None:
 
 
 def test_shares_count_repeats() -> None:
-    # a: rows used 2 + 1, tokens 2*10 + 1*20 = 40; b: one row of 60 tokens
+    # a uses 2 + 1 rows, which have 2*10 + 1*20 = 40 tokens. b uses one row of 60 tokens.
     realised = shares(["a", "b"], [np.array([2, 1]), np.array([1])], [np.array([10, 20]), np.array([60])])
     assert [(s.rows, s.tokens, s.row_share, s.token_share, s.epochs) for s in realised] == [
         (3, 40, 0.75, 0.4, 1.5),
@@ -90,12 +90,12 @@ def test_shares_count_repeats() -> None:
 def test_permutation_is_one_and_fixed_for_ever() -> None:
     assert sorted(permutation(1000, 7, "x").tolist()) == list(range(1000))
     assert not np.array_equal(permutation(1000, 7, "x"), permutation(1000, 7, "y"))
-    # A resumed run depends on this very order: it must not change with a version of anything.
+    # A resumed run depends on this order, so it must not change with the version of any library.
     assert permutation(8, 1234, "epoch", 0).tolist() == [7, 5, 4, 1, 3, 2, 0, 6]
 
 
 def splitmix64(state: int) -> int:
-    """The reference, in Python integers."""
+    """SplitMix64 in Python integers, as a reference."""
     mask = 2**64 - 1
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask

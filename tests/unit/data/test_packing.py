@@ -1,4 +1,4 @@
-"""Packing loses and doubles nothing, never overfills, and is fast and full on long-tailed lengths."""
+"""Packing keeps every unit once and never overfills a pack. It is fast and full on long-tailed lengths."""
 
 import time
 
@@ -11,7 +11,7 @@ from megatron_post.data.packing import Packing, _place, pack_units
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """The textbook form, one unit at a time, as lengths per pack."""
+    """Best-fit decreasing in its textbook form, one unit at a time. Returns the lengths in each pack."""
     rooms: list[int] = []
     packs: list[list[int]] = []
     for length in sorted(lengths, reverse=True):
@@ -58,13 +58,16 @@ def test_best_fit_alone_is_the_textbook_form(case: tuple[list[int], int]) -> Non
     packs, counts, num_packs = _place(np.array(lengths, dtype=np.int64), capacity, apart=0)
     totals = np.zeros(num_packs, dtype=np.int64)
     np.add.at(totals, np.repeat(packs, counts).astype(np.int64), np.sort(lengths)[::-1])
-    # packs with equal room are interchangeable, so it is how full they are that must agree
+    # packs with equal room are interchangeable, so the comparison is of how full they are
     assert sorted(totals.tolist()) == sorted(map(sum, best_fit_decreasing(lengths, capacity)))
 
 
 def test_the_longest_units_stand_apart() -> None:
-    """6, 4 and thirty 1s in packs of 10. Best-fit alone joins 6 and 4 (36 + 16 = 52 in squares) and fills
-    three packs with 1s. Forty tokens are four packs, so the two longest open one each, and 1s fill them."""
+    """Units of 6, 4 and thirty times 1 are packed into packs of 10.
+
+    Best-fit alone joins 6 and 4 (36 + 16 = 52 in squares) and fills three packs with 1s. Forty tokens fill
+    four packs, so the two longest units open a pack each, and 1s fill these packs.
+    """
     lengths = [1] * 30 + [6, 4]
     assert best_fit_decreasing(lengths, 10)[0] == [6, 4]
     packing = pack_units(np.array(lengths), capacity=10)
@@ -72,8 +75,8 @@ def test_the_longest_units_stand_apart() -> None:
 
 
 def test_by_hand() -> None:
-    # 23 tokens are two packs: one is opened by the longest, 7 (room 3), as it would be anyhow. 5 opens pack 1
-    # (5), 5 fills pack 1, 3 fills pack 0, 2 opens pack 2, 1 joins it
+    # 23 tokens fill two packs, so one pack is opened by the longest unit, 7, as without the rule. 3 tokens
+    # are left in it. Then 5 opens pack 1, 5 fills pack 1, 3 fills pack 0, 2 opens pack 2, and 1 joins it.
     lengths = [5, 1, 7, 3, 5, 2]
     packing = pack_units(np.array(lengths), capacity=10)
     assert [packing[pack].tolist() for pack in range(len(packing))] == [[2, 3], [0, 4], [5, 1]]
@@ -97,7 +100,7 @@ def test_lengths_that_cannot_be_packed(lengths: list[int]) -> None:
 
 
 def test_a_million_long_tailed_lengths_at_128k() -> None:
-    """Measured 0.2 s on one 2.5 GHz core; `make bench` holds it to 2 s, a busy machine gets more."""
+    """It takes 0.2 s on one 2.5 GHz core. `make bench` limits it to 2 s. Here a busy machine gets more."""
     normal = np.random.default_rng(0).normal(np.log(850) - 1.5**2 / 2, 1.5, 1_000_000)
     lengths = np.clip(np.exp(normal), 1, 131072).astype(np.int64)
     assert 800 < lengths.mean() < 900

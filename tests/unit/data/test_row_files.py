@@ -1,4 +1,4 @@
-"""Which files a directory's rows come from, and what Arrow adds to rows."""
+"""The files of a split are found in a directory, and the null keys that Arrow adds to rows are removed."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def answers(directory: Path, **fields: Any) -> list[str]:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone of a hub's dataset: two configurations, files whose directory says nothing about splits."""
+    """A clone of a hub dataset with two configurations, whose file names do not show the split."""
     for name in ("main", "socratic"):
         (tmp_path / name / "held_out").mkdir(parents=True)
         rows = datasets.Dataset.from_list([{"question": "q", "answer": name}])
@@ -58,7 +58,7 @@ def test_a_clone_is_read_as_its_readme_says(clone: Path) -> None:
     assert answers(clone, subset="socratic", split="test") == ["held out socratic"]
 
 
-def test_the_hub_would_be_read_alike(clone: Path) -> None:
+def test_datasets_reads_the_same_rows(clone: Path) -> None:
     for name in ("main", "socratic"):
         rows = datasets.load_dataset(str(clone), name, split="train", streaming=True)
         assert [row["answer"] for row in rows] == answers(clone, subset=name)
@@ -111,7 +111,7 @@ def test_a_file_has_no_subset(tmp_path: Path) -> None:
         answers(tmp_path / "a.jsonl", subset="x")
 
 
-# Arrow gives every struct all keys of the column, null where a row had none.
+# Arrow gives every struct all keys of the column, with null for the keys that a row does not have.
 
 
 def tool(name: str, argument: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_a_sequence_of_mappings_is_a_list(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("arguments", ['{"a": null, "b": [null]}', {"a": None, "b": [None]}])
 def test_a_null_of_json_stays(tmp_path: Path, arguments: Any) -> None:
-    """In a text of JSON in any source, and in JSON Lines."""
+    """A null is kept in a JSON text of any source, and in JSON Lines."""
     row = {"messages": calling("f", arguments)}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     paths = [tmp_path / "rows.jsonl"]

@@ -1,4 +1,4 @@
-"""The forms that a row may have: what is read, what is refused by name, and what is counted as not used."""
+"""Rows of every form are read, harmful keys are refused by name, and unused keys are counted."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ FRENCH = Message("system", "Speak French.")
 def read(
     directory: Path, *rows: Any, reasoning: Any = "refuse", **fields: Any
 ) -> tuple[list[Dialog | Preference], list[str]]:
-    """The examples, and the lines about keys."""
+    """The examples of the rows, and the summary lines about unused keys."""
     path = directory / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     counts = KeyCounts()

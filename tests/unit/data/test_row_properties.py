@@ -1,4 +1,4 @@
-"""For random dialogs: every form of a row gives the same tokens and roles, and no key of it vanishes."""
+"""Every form of a random dialog gives the same tokens and roles, and none of its keys is lost silently."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def tokenizer() -> Tokenizer:
 
 @st.composite
 def dialogs(draw: st.DrawFn, *, calls: bool) -> Row:
-    """`messages` in OpenAI's form, some with tools, calls and marks, and a system prompt beside them."""
+    """Rows with `messages` in OpenAI's form. Some have tools, calls, marks and a separate system prompt."""
     messages: list[Row] = []
     for _ in range(draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": draw(WORDS)})
@@ -118,7 +118,7 @@ def test_every_form_of_messages_gives_the_same_tokens(
 @few
 @given(rows=st.lists(dialogs(calls=True), min_size=1, max_size=4))
 def test_parquet_gives_the_same_tokens(tmp_path: Path, tokenizer: Tokenizer, rows: list[Row]) -> None:
-    for row in rows:  # a struct of Arrow has one order of keys
+    for row in rows:  # all structs of an Arrow column have the same order of keys
         for message in row["messages"]:
             for call in message.get("tool_calls", ()):
                 call["function"]["arguments"] = dict(sorted(call["function"]["arguments"].items()))
@@ -181,8 +181,7 @@ EXTRAS = st.dictionaries(NAMES, st.one_of(st.integers(), WORDS, st.lists(WORDS))
 @few
 @given(row=dialogs(calls=True), extra=EXTRAS, inner=EXTRAS, data=st.data())
 def test_every_key_is_used_refused_or_counted(row: Row, extra: Row, inner: Row, data: st.DataObject) -> None:
-    """What is added to a row, to a message, to a call: it changes the example, or the row is bad, or it is
-    listed."""
+    """An added key of a row, a message or a call changes the example, makes the row bad, or is listed."""
     place = data.draw(st.sampled_from(range(len(row["messages"]))))
     row["messages"][place] |= {
         key: value for key, value in inner.items() if key not in row["messages"][place]
@@ -206,4 +205,6 @@ def test_no_known_name_of_a_key_vanishes(key: str, value: Any) -> None:
     except BadRow as error:
         assert key in str(error) or "message 1 must be a mapping" in str(error)
     else:
-        assert changed != plain or key in counts.unused or (key, value) == ("mask", 0)  # it says: trained
+        assert (
+            changed != plain or key in counts.unused or (key, value) == ("mask", 0)
+        )  # the mark says that the message is trained

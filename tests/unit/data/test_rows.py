@@ -334,7 +334,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, store):
 
 @pytest.mark.parametrize("row", ["1,2,3", "1", "1,2,"])
 def test_a_row_of_csv_has_the_fields_of_the_header(tmp_path, row):
-    """pandas makes a first field too many the row's name, and trains the second column as the first."""
+    """With a field too many, pandas takes the first as the row's name, and all columns move to the left."""
     columns = {"user": "question", "assistant": "answer"}
     (tmp_path / "rows.csv").write_text(f"question,answer\n{row}\n\n5,6\n")
     with pytest.raises(TooManyBadRows, match=rf"rows\.csv:1: the row has {row.count(',') + 1} fields"):
@@ -373,7 +373,7 @@ def test_bad_rows_of_parquet_are_named_by_row(tmp_path):
 
 
 def test_keys_that_arrow_adds_to_arguments_are_dropped(tmp_path):
-    """Two calls of different functions get each other's argument names from Arrow, as nulls."""
+    """Arrow adds the argument names of one call to the other call, with null values."""
     calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in ("f", "g")]
     rows = [
         {"messages": [said("user", "1") | {"tool_calls": None}, {"role": "assistant", "tool_calls": [call]}]}

@@ -1,4 +1,4 @@
-"""`data show`: text, colours, underlined trained tokens, segment boundaries."""
+"""`data show` prints text, colours, segment boundaries, and underlined trained tokens."""
 
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_post.data.units import UnitPile
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """One pack of 128 tokens: rows 1 and 2 of a source, and a tail."""
+    """A store with one pack of 128 tokens, which has rows 1 and 2 of a source and padding at its end."""
     train_small_tokenizer(["naïve cat"] * 10, 280).save(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     pile = UnitPile()

@@ -1,4 +1,4 @@
-"""`data stats`, against numbers counted by hand."""
+"""The figures of `data stats` are compared with numbers that were counted by hand."""
 
 from io import StringIO
 from pathlib import Path
@@ -23,9 +23,11 @@ def segment(context: int, response: int) -> Rendered:
 
 
 def store_at(path: Path) -> PackStore:
-    """Packs of 24. Source a: rows of 5 + 3 tokens (padded to 8) and 10 + 2 (12); b: one row of 6 + 4 (12).
+    """A store with packs of 24 tokens.
 
-    32 padded tokens are two packs: 12 + 12 and 8 + a tail of 16. Real tokens: 8 + 12 + 10 = 30.
+    Source a has rows of 5 + 3 tokens (padded to 8) and 10 + 2 tokens (12). Source b has one row of 6 + 4
+    tokens (padded to 12). The 32 padded tokens give two packs of 12 + 12 and of 8 + 16 of padding. There are
+    8 + 12 + 10 = 30 real tokens.
     """
     pile = UnitPile()
     pile.add([segment(5, 3)], source=0, sample=1, turns=1)
@@ -71,9 +73,10 @@ def test_packing(tmp_path: Path) -> None:
 
 
 def test_trained_and_masked_messages_by_source(tmp_path: Path) -> None:
-    """Rows of two turns. a: the first is masked, so 3 of 12 tokens are trained. b: both are, 5 of 12.
+    """Rows have two turns. In a the first is masked, so 3 of 12 tokens are trained. In b 5 of 12 are trained.
 
-    Segments are padded to 12 and stand side by side: the first token of one follows the last of another.
+    Segments of 12 tokens need no padding. So the first token of one segment directly follows the last token
+    of another one.
     """
     header, prompt, body, terminator = (
         TokenRole.HEADER,
@@ -135,8 +138,10 @@ def test_the_final_response_is_what_follows_the_last_header() -> None:
 
 @pytest.mark.parametrize("layout", ["separate", "isolated"])
 def test_comparisons(tmp_path: Path, layout: str) -> None:
-    """One comparison: a prompt of 5 tokens, responses of 3 and 2. Whether the prompt is stored twice or once,
-    the example is 5 + 2.5 tokens."""
+    """A comparison has a prompt of 5 tokens and responses of 3 and 2 tokens.
+
+    The example counts 5 + 2.5 tokens, whether the prompt is stored once or twice.
+    """
     pile = UnitPile()
     if layout == "separate":
         pile.add([segment(5, 3), segment(5, 2)], source=0, sample=1, turns=1, ranks=[0, 1])

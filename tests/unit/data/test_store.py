@@ -1,4 +1,4 @@
-"""The store: what is written is read, plain zarr reads it too, and it is complete or not there."""
+"""A store returns what was written, plain zarr can read it, and an incomplete store is never visible."""
 
 import dataclasses
 import io
@@ -15,17 +15,17 @@ import zarr
 from rich.console import Console
 
 from megatron_post.data import store_writer
+from megatron_post.data.check_store import check_store
 from megatron_post.data.store import open_store
 from megatron_post.data.store_checksums import StoreError
 from megatron_post.data.store_format import COLUMNS, GROUPS
 from megatron_post.data.store_writer import StoreWriter
-from megatron_post.data.verify import verify_store
 from tests.unit.data.small_store import SETTINGS, seal, small_store, tokens_of, write_packs
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three packs a chunk file, so that seven packs are three files."""
+    """Put three packs in a chunk file, so that seven packs need three files."""
     monkeypatch.setattr(store_writer, "_MIN_CHUNK_TOKENS", 16)
     monkeypatch.setattr(store_writer, "_MAX_CHUNK_TOKENS", 48)
 
@@ -40,7 +40,7 @@ def test_reads_what_was_written(tmp_path: Path, small_chunks: None) -> None:
         assert np.array_equal(pack.tokens, tokens_of(p))
         assert np.array_equal(pack.roles, np.full(16, p % 5, dtype=np.uint8))
     even, odd = store.read(2), store.read(3)
-    # the tail of padding is a segment of its own, never part of the last one
+    # the padding at the end is a segment of its own, and not a part of the last one
     assert even.cu_seqlens.tolist() == [0, 8, 16]
     assert even.cu_seqlens.dtype == np.int32
     assert (even.sources.tolist(), even.sample_ids.tolist(), even.unit_ids.tolist()) == (
@@ -222,7 +222,7 @@ def console() -> Console:
 
 
 def contents(path: Path) -> list[list[object]]:
-    """All that training takes from a store, both groups."""
+    """All data of both groups that training reads from a store."""
     stores = [open_store(path, group) for group in GROUPS]
     packs = [store.read(index) for store in stores for index in range(len(store))]
     fields = [
@@ -235,8 +235,10 @@ def contents(path: Path) -> list[list[object]]:
 def test_every_damaged_byte_is_found(
     tmp_path: Path, small_chunks: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In each file of a store: a bit flipped, a part zeroed, the end cut off, all of it gone. Six packs fill
-    two chunk files, so that every byte of them is a pack's."""
+    """Each file of a store gets a flipped bit, zeros in a part, a missing end, or is deleted.
+
+    Six packs fill two chunk files completely, so every byte of these files belongs to a pack.
+    """
     small_store(tmp_path / "s", 6)
     intact = contents(tmp_path / "s")
     files = [file for file in (tmp_path / "s").rglob("*") if file.is_file()]
@@ -253,8 +255,8 @@ def test_every_damaged_byte_is_found(
             file.unlink() if bad is None else file.write_bytes(bad)
             count += 1
             try:
-                verify_store(tmp_path / "s", console=console())
-                # such as a missing chunk, which zarr takes for zeros, or a bit that zstd does not use
+                check_store(tmp_path / "s", console=console())
+                # for example a missing chunk, which zarr reads as zeros, or a bit that zstd does not use
                 assert contents(tmp_path / "s") == intact, f"{file} was damaged and nothing noticed"
                 harmless += 1
             except StoreError:
@@ -288,7 +290,7 @@ def test_every_damaged_byte_is_found(
 def test_impossible_values_with_right_checksums_are_refused(
     tmp_path: Path, name: str, values: list, message: str
 ) -> None:
-    """Whoever can write a store can write its checksums."""
+    """A person or program that can write a store can also write matching checksums."""
     small_store(tmp_path / "s", 2, tokens=np.zeros(16, dtype=np.int32))
     node: Any = zarr.open_group(tmp_path / "s", mode="r+", path="train")
     node[name].resize((len(values), *node[name].shape[1:]))
@@ -312,7 +314,10 @@ def test_metadata_cannot_name_a_codec_that_loads_objects(tmp_path: Path) -> None
 
 
 def test_the_digest_is_the_contents(tmp_path: Path) -> None:
-    """Another path and another writing give the same; another token, source or setting gives another."""
+    """The digest is the same at another path and if the store is written again.
+
+    It differs for another token, source or setting.
+    """
     first = small_store(tmp_path / "a", 3)
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
     assert (
@@ -333,7 +338,7 @@ def test_the_digest_is_the_contents(tmp_path: Path) -> None:
 
 
 def test_appending_to_a_damaged_store_is_refused(tmp_path: Path) -> None:
-    """It would give the damage new checksums."""
+    """Appending would write new and valid checksums for the damaged data."""
     small_store(tmp_path / "s", 2)
     chunk = tmp_path / "s/train/segment/length/c/0"
     chunk.write_bytes(chunk.read_bytes()[:-1])
@@ -346,7 +351,7 @@ def test_appending_to_a_damaged_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_writers_at_once(tmp_path: Path) -> None:
-    """The second is refused, names the first, and leaves its files alone."""
+    """The second writer gets an error that names the first, and it does not change the first one's files."""
     with StoreWriter(tmp_path / "s", SETTINGS) as writer:
         with (
             pytest.raises(StoreError, match=rf"is being written by process {os.getpid()} on "),
@@ -363,8 +368,11 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
 def test_a_writer_killed_when_it_replaces_a_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool, renames: int
 ) -> None:
-    """Killed after so many renames: the name holds a store, or the reader's message names the earlier one.
-    The next writer puts it back and removes what was left."""
+    """The writer is killed after a given number of renames.
+
+    Then there is a store at the path, or the reader's error names the earlier store. The next writer restores
+    it and removes the remaining files.
+    """
     small_store(tmp_path / "s", 2)
     child = os.fork()
     if child == 0:
@@ -397,8 +405,10 @@ def test_a_writer_killed_when_it_replaces_a_store(
 
 
 def test_a_store_that_was_put_back_is_not_replaced_unasked(tmp_path: Path) -> None:
-    """An interrupted replacement leaves the earlier store under another name. Recovery puts it back, and from
-    then on it is a store that exists."""
+    """An interrupted replacement leaves the earlier store under another name.
+
+    Recovery restores it. After that it needs --overwrite again, as every existing store does.
+    """
     small_store(tmp_path / "s", 2)
     (tmp_path / "s").rename(tmp_path / ".s.123.replaced")
     with pytest.raises(StoreError, match="exists; give --append"), StoreWriter(tmp_path / "s", SETTINGS):
@@ -408,7 +418,7 @@ def test_a_store_that_was_put_back_is_not_replaced_unasked(tmp_path: Path) -> No
 
 
 def test_stores_with_similar_names_leave_each_other_alone(tmp_path: Path) -> None:
-    """The files of a live writer of `s.v2` begin like those of `s`, and a name may hold signs of patterns."""
+    """The files of a writer of `s.v2` begin like those of `s`, and a name may hold characters of patterns."""
     with StoreWriter(tmp_path / "s.v2", SETTINGS) as other:
         small_store(tmp_path / "s", 2)
         write_packs(other, 3)

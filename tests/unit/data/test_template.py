@@ -45,7 +45,7 @@ H, P, B, T = TokenRole.HEADER, TokenRole.PROMPT, TokenRole.BODY, TokenRole.TERMI
 
 
 def test_a_masked_message_is_trained_under_no_role(small):
-    """Its tokens are those of a trained one; not even trained_roles=[prompt, body, terminator] takes them."""
+    """Its tokens are those of a trained one. Even trained_roles=[prompt, body, terminator] skips them."""
     messages = [user("1 + 1?"), Message("assistant", "3"), user("No."), Message("assistant", "2")]
     plain = render(Dialog(tuple(messages)), small)
     messages[1] = Message("assistant", "3", trained=False)
@@ -76,7 +76,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def examples():
-    """The published examples in order, as text: (prompt, response)."""
+    """The published examples in order, each as the texts (prompt, response)."""
     text = (PUBLISHED / "prompt_format.md").read_text()
     blocks = re.findall(
         r"##### (?:Input Prompt|Model Response) Format\n```\n(.*?)\n```\n", text, flags=re.DOTALL
@@ -85,7 +85,7 @@ def examples():
 
 
 def ids_of_text(text, tokenizer):
-    """Ids of a written-out conversation; as Meta does, a header's newlines by themselves."""
+    """The ids of a conversation's text. As in Meta's code, a header's newlines are encoded separately."""
     parts = re.split(r"(<\|[a-z_]+\|>)", text)
     ids, after_header = [], False
     for part in parts:
@@ -105,7 +105,7 @@ def code_of(response):
 
 
 def published_dialogs(examples):
-    """Each example of an instruct model: (its number, messages before the response, tools, the response)."""
+    """Each example of an instruct model as (number, messages before the response, tools, response)."""
     output = examples[4][0].split("ipython<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
     functions = examples[6][0].split("user<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
     songs = "Use tools to get latest trending songs"
@@ -159,12 +159,12 @@ def published_dialogs(examples):
 
 @needs_published
 def test_published_examples_are_reproduced_token_by_token(llama, examples):
-    assert len(examples) == 7  # the first is of a base model: plain text
+    assert len(examples) == 7  # the first example is plain text for a base model
     for number, messages, tools, response in published_dialogs(examples):
         prompt, answer = examples[number]
         expected = ids_of_text(prompt, llama)
         assert render_prompt(messages, llama, tools=tools).tolist() == expected, number
-        if number != 6:  # two user messages in a row: Meta prompts so, a dataset's row may not
+        if number != 6:  # Meta's prompt has two user messages in a row, which a row of a dataset may not have
             rendered = render(Dialog((*messages, response), tools), llama)
             assert rendered.tokens.tolist() == expected + ids_of_text(answer, llama), number
             assert rendered.roles[len(expected) - 4 :].tolist() == [H] * 4 + [B] * (
@@ -174,7 +174,7 @@ def test_published_examples_are_reproduced_token_by_token(llama, examples):
 
 @needs_published
 def test_ids_of_metas_own_test(llama):
-    """llama-models' test_tokenizer.py, test_encode_dialog."""
+    """The ids are from test_encode_dialog in test_tokenizer.py of llama-models."""
     messages = [Message("system", "This is a test sentence."), user("This is a response.")]
     system = [128006, 9125, 128007, 271, 2028, 374, 264, 1296, 11914, 13, 128009]
     response = [128006, 882, 128007, 271, 2028, 374, 264, 2077, 13, 128009]
@@ -183,7 +183,10 @@ def test_ids_of_metas_own_test(llama):
 
 
 def test_roles_worked_out_by_hand(small):
-    """bos | header 4 | text | eot for each message; small's header is start, role, end, and two newlines."""
+    """The text starts with bos. Each message has a header of 4 tokens, its text and eot.
+
+    A header of the small tokenizer is start, role, end and two newlines.
+    """
     dialog = Dialog(
         (
             Message("system", "Hello"),
@@ -254,7 +257,7 @@ def test_preference_is_the_whole_dialog_cut_before_the_response(small):
 
 
 def test_format_that_the_tokenizer_cannot_write_is_refused(small, tmp_path):
-    """Llama 3.0's tokenizer has no <|python_tag|>: plain chat works, tool calls say what is missing."""
+    """Llama 3.0's tokenizer has no <|python_tag|>. Plain chat works, and a tool call raises an error."""
     small.save(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text().replace("<|python_tag|>", "<|reserved|>")
     (tmp_path / "tokenizer.json").write_text(text)

@@ -46,7 +46,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def reference():
-    """Meta's own tokenizer: tiktoken with the ranks and the pattern of llama-models' tokenizer.py."""
+    """Meta's tokenizer, which is tiktoken with the ranks and the pattern of llama-models' tokenizer.py."""
     tiktoken = pytest.importorskip("tiktoken")
     from tiktoken.load import load_tiktoken_bpe
 
@@ -125,7 +125,7 @@ def test_small_tokenizer_splits_digits_and_knows_every_byte():
     assert ids.isdisjoint(small.encode_batch([" ".join(USED_SPECIAL_TOKENS)])[0])
 
 
-def test_fingerprint_is_stable_and_tells_tokenizers_apart(tmp_path):
+def test_fingerprint_is_stable_and_distinguishes_tokenizers(tmp_path):
     small = train_small_tokenizer(SENTENCES, 400)
     assert small.fingerprint == train_small_tokenizer(SENTENCES, 400).fingerprint
     assert small.fingerprint != train_small_tokenizer(SENTENCES, 300).fingerprint
@@ -134,7 +134,7 @@ def test_fingerprint_is_stable_and_tells_tokenizers_apart(tmp_path):
 
 
 def test_ids_that_are_left_out_count(tmp_path: Path) -> None:
-    """A model needs a row for the largest id, however few ids there are."""
+    """A model's embedding needs a row for the largest id, even if smaller ids are not used."""
     small = train_small_tokenizer(SENTENCES, 300)
     small.save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -150,7 +150,7 @@ def test_missing_special_token_is_named():
 
 
 def test_padding_falls_back_on_end_of_text(tmp_path):
-    """As Llama 3.0's tokenizer.json, which has no <|finetune_right_pad_id|>."""
+    """Llama 3.0's tokenizer.json has no <|finetune_right_pad_id|>."""
     small = train_small_tokenizer(SENTENCES, 300)
     small.save(tmp_path)
     text = (tmp_path / "tokenizer.json").read_text().replace("<|finetune_right_pad_id|>", "<|reserved|>")
@@ -175,7 +175,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_path(tmp_path):
 
 
 def test_texts_spell_the_tokens_that_the_config_names(tmp_path):
-    """The others are text, and are counted. <tool_call> was added as a token of texts."""
+    """Other special tokens are encoded as text and counted. <tool_call> is an added token of texts."""
     text = "<think>1</think><tool_call><think><|eot_id|>"
     plain = load_tokenizer(save_with_think(tmp_path))
     named = load_tokenizer(tmp_path, content_tokens=THINK)
@@ -232,7 +232,7 @@ def test_a_token_that_takes_white_space_is_refused(tmp_path, flag):
 
 
 def test_rendered_reasoning_spells_what_texts_may_spell(tmp_path):
-    """Else the exported template would refuse what training saw."""
+    """Otherwise the exported template would refuse texts that training accepts."""
     values = tiny_config().model_dump() | {"tokenizer": {"path": str(save_with_think(tmp_path))}}
     values["data"] |= {"reasoning": "render"}
     with pytest.raises(
@@ -246,7 +246,7 @@ def test_rendered_reasoning_spells_what_texts_may_spell(tmp_path):
 
 
 def test_a_split_with_too_many_ways_is_an_error_of_the_tokenizer(tmp_path: Path) -> None:
-    """The library panics there, which is no `Exception`."""
+    """The library panics in this case, and a panic is not an `Exception` in Python."""
     train_small_tokenizer(["a b"], 270).save(tmp_path)
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     values["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a|aa)+$"}

@@ -1,4 +1,4 @@
-"""Which messages of a row are trained: by the row's form, by `train_on` and by marks of messages."""
+"""The row's form, `train_on` and marks of messages decide which messages of a row are trained."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def tokenizer() -> Tokenizer:
 
 
 def trained_texts(directory: Path, row: dict[str, Any], tokenizer: Tokenizer, **fields: Any) -> list[str]:
-    """The trained runs of tokens of a row, terminators included."""
+    """The texts of the trained runs of tokens of a row, with terminators."""
     (directory / "rows.jsonl").write_text(json.dumps(row))
     train_on = fields.pop("data_train_on", "all_turns")
     source = Source(name="s", path=str(directory / "rows.jsonl"), **fields)
@@ -82,7 +82,7 @@ def test_a_completion_is_trained_alone(tmp_path: Path, tokenizer: Tokenizer, row
 
 
 def test_messages_train_all_turns_or_the_last(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The last turn is all that follows the user's last message: a call, its result, and the answer."""
+    """The last turn is everything after the last user message, here a call, its result and the answer."""
     turn = [ANSWER | {"tool_calls": [CALL]}, {"role": "tool", "content": "2"}, SUMS[3]]
     row = {"messages": [*SUMS[:3], *turn]}
     every = trained_texts(tmp_path, row, tokenizer)

@@ -1,4 +1,4 @@
-"""A tokenizer to which its user has added tokens: <think> and </think> special, <tool_call> not."""
+"""A tokenizer with the added special tokens <think> and </think> and the added plain token <tool_call>."""
 
 import json
 from pathlib import Path

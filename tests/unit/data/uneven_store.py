@@ -1,4 +1,4 @@
-"""Stores of packs whose segments are of given lengths, and so of unequal cost."""
+"""Makes stores whose packs have segments of given lengths, and so have unequal costs."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -20,8 +20,10 @@ def uneven_store(
     layout: StoreLayout = "dialogs",
     ranks: Sequence[Sequence[int]] | None = None,
 ) -> PackStore:
-    """A store of `packs`, each the padded lengths of its segments. ranks: of each segment, -1 by default. The
-    first token of pack p is p."""
+    """A store of `packs`, each given by the padded lengths of its segments.
+
+    ranks: the rank of each segment, -1 by default. The first token of pack p is p.
+    """
     lengths = np.array(list(chain.from_iterable(packs)), dtype=np.int64)
     zeros = np.zeros(len(lengths))
     settings = StoreSettings(
@@ -56,7 +58,7 @@ def uneven_store(
 
 
 def cut_packs(count: int, *, seed: int = 0) -> list[list[int]]:
-    """Packs of 1 to 8 segments that fill all or most of `PACK_LENGTH`."""
+    """Lengths of the segments of packs of 1 to 8 segments that fill all or most of `PACK_LENGTH`."""
     draw = np.random.default_rng(seed)
     packs = []
     for _ in range(count):

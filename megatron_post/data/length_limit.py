@@ -1,4 +1,4 @@
-"""Units longer than a pack: refused, dropped or truncated, before any packing, and counted."""
+"""`data.overlong` decides whether a unit that is longer than a pack is an error, dropped or truncated."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,8 +9,11 @@ from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import round_up
 
 
-class Fitting:
-    """Applies `data.overlong` to the units of one source. `multiple`: what segments are padded to."""
+class LengthLimit:
+    """Applies `data.overlong` to the units of one source and counts them.
+
+    capacity: tokens of a pack. multiple: each segment is padded to a multiple of it.
+    """
 
     def __init__(
         self, name: str, *, overlong: Literal["error", "drop", "truncate"], capacity: int, multiple: int
@@ -24,7 +27,7 @@ class Fitting:
         self.truncated = 0
 
     def fit(self, unit: Sequence[Rendered], *, row: int) -> Sequence[Rendered] | None:
-        """The unit, shortened if need be, or None if it is to be left out."""
+        """The unit, truncated if necessary, or None if it is left out."""
         length = sum(round_up(len(segment), self._multiple) for segment in unit)
         if length <= self._capacity:
             return unit
@@ -37,7 +40,7 @@ class Fitting:
         return shortened
 
     def check(self) -> None:
-        """Raise `ValueError` if there were overlong units and the config wants none."""
+        """Raise `ValueError` if there were overlong units and `data.overlong` is "error"."""
         if self._overlong == "error" and self.dropped:
             length, row = self._longest
             raise ValueError(
@@ -48,7 +51,10 @@ class Fitting:
 
 
 def _shortened(unit: Sequence[Rendered], capacity: int) -> Sequence[Rendered] | None:
-    """The start of a dialog, if there is still something to train. A shortened pair would be another pair."""
+    """The first `capacity` tokens of a dialog, or None if none of them is trained.
+
+    A preference is never truncated. Its shortened responses would be other responses, which nobody compared.
+    """
     if len(unit) > 1:
         return None
     tokens, roles = unit[0].tokens[:capacity], unit[0].roles[:capacity]

@@ -1,4 +1,4 @@
-"""`data verify`: the whole of a store, read and compared with its checksums."""
+"""`data verify` reads a whole store and compares it with its checksums."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from megatron_post.data.store_checksums import StoreError
 from megatron_post.data.store_format import COLUMNS, GROUPS
 from megatron_post.display import make_progress
 
-_NAMED = 10  # damaged packs that the message names; it counts the others
+_NAMED = 10  # the number of damaged packs that the message lists, before it only counts the others
 
 
-def verify_store(path: str | Path, *, console: Console) -> None:
-    """Print a line for each group that is intact. Raises `StoreError` with what is damaged and the remedy."""
+def check_store(path: str | Path, *, console: Console) -> None:
+    """Print a line for each intact group. Raises `StoreError` that lists the damage and the remedy."""
     damaged = []
     for group in GROUPS:
         store = open_store(path, group)
