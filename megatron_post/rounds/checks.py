@@ -13,10 +13,12 @@ from megatron_post.config.stages import StageName
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
+from megatron_post.inference.prompts import Prompt, read_prompts
+from megatron_post.inference.request import Request
+from megatron_post.inference.settings import VllmBackend
+from megatron_post.inference.tokens import prompt_ids
 from megatron_post.installation import install_command
-from megatron_post.rounds.backends import Request, VllmBackend, prompt_ids
 from megatron_post.rounds.cleaning import load_rules
-from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings
 from megatron_post.rounds.verifier import ExactMatch
@@ -103,9 +105,9 @@ def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt],
     tokenizer = load_tokenizer(settings.start.policy)
     for prompt in prompts:
         messages = prompt.with_system(settings.generate.system)
-        if sum(len(m["content"].encode()) + _HEADER for m in messages) <= capacity:
+        if sum(len(m.content.encode()) + _HEADER for m in messages) <= capacity:
             continue  # a token is a byte at least
-        tokens = len(prompt_ids(Request(messages, seed=0), tokenizer))
+        tokens = len(prompt_ids(Request(messages, settings.generate.sampling.of_each, seed=0), tokenizer))
         if tokens > capacity:
             raise ValueError(
                 f"data.{key}: the prompt in line {prompt.number} takes {tokens} tokens; with "

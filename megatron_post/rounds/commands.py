@@ -32,8 +32,8 @@ def score(
     """Write a reward model's scores of responses; run again, it resumes."""
     from pathlib import Path
 
+    from megatron_post.inference.failures import failed_prompts, read_failures
     from megatron_post.parallel.environment import rank_from_environment
-    from megatron_post.rounds.failures import failed_prompts, read_failures
     from megatron_post.rounds.score import score_file
 
     scored = score_file(model, file, output, overrides or ())
@@ -70,8 +70,8 @@ def generate(
     """Draw K responses a prompt. The same command again goes on with an interrupted one; under torchrun or
     srun each rank draws a share."""
     from megatron_post.config.load import load_section
-    from megatron_post.rounds.generate import Generate, take_gpus
-    from megatron_post.rounds.generate import generate as write
+    from megatron_post.inference.generate import Generate, take_gpus
+    from megatron_post.inference.generate import generate as write
 
     settings = load_section(Generate, config)
     take_gpus(settings.backend)

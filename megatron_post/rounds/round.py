@@ -19,12 +19,12 @@ from megatron_post.config.stages import StageName
 from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
+from megatron_post.inference.failures import read_failures, write_failures
+from megatron_post.inference.generate import Generate, generate, parts_of, wait_until
+from megatron_post.inference.prompts import read_prompts
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
-from megatron_post.rounds.failures import read_failures, write_failures
-from megatron_post.rounds.generate import Generate, generate, parts_of, wait_until
 from megatron_post.rounds.merge import MethodMerge, merge
-from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.report import write_report
 from megatron_post.rounds.select import (
     PREFERENCES,

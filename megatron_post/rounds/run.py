@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_post.inference.failures import failures_of
+from megatron_post.inference.generate import take_gpus
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.checks import check_backend, check_files, check_models
-from megatron_post.rounds.failures import failures_of
-from megatron_post.rounds.generate import take_gpus
 from megatron_post.rounds.ranks import run_on_ranks
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State, state_of

@@ -13,10 +13,11 @@ from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.data import Rating
 from megatron_post.config.section import Name, NonNegative, Section, Whole
 from megatron_post.data.row_refusals import template_mark
+from megatron_post.inference.failures import failed_prompts, read_failures
+from megatron_post.inference.generate import read_samples
+from megatron_post.inference.prompts import Prompt, read_prompts
+from megatron_post.inference.request import messages_as_json
 from megatron_post.rounds.cleaning import Found, balance, load_rules
-from megatron_post.rounds.failures import failed_prompts, read_failures
-from megatron_post.rounds.generate import read_samples
-from megatron_post.rounds.prompts import Prompt, read_prompts
 from megatron_post.rounds.verifier import Verdict, VerifierSettings, verify
 from megatron_post.storage.files import read_lines, write_json, write_lines
 
@@ -248,7 +249,7 @@ def _check_rows(rows: Sequence[dict[str, Any]], prompts: Mapping[int, Prompt], s
     for row in rows:
         prompt = prompts.get(row["prompt"])
         asked = [message for message in row["messages"][:-1] if message["role"] != "system"]
-        if prompt is None or asked != [m for m in prompt.messages if m["role"] != "system"]:
+        if prompt is None or asked != [m for m in messages_as_json(prompt.messages) if m["role"] != "system"]:
             raise ValueError(
                 f"{settings.prompts} has no prompt in line {row['prompt']} to which there is a response, or "
                 "another one; select with the file that was generated from"

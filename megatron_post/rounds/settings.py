@@ -11,7 +11,12 @@ from megatron_post.config.data import Data, Source
 from megatron_post.config.load import load_section
 from megatron_post.config.schema import DPO, Parallel, Precision
 from megatron_post.config.section import Count, Name, Positive, Section, Whole
-from megatron_post.rounds.backends import BackendSettings, Sampling, ServerBackend, TransformersBackend
+from megatron_post.inference.settings import (
+    BackendSettings,
+    SamplesPerPrompt,
+    ServerBackend,
+    TransformersBackend,
+)
 from megatron_post.rounds.merge import Method
 from megatron_post.rounds.select import SELECTION_NEEDS, Selection
 
@@ -61,7 +66,7 @@ class RoundData(Section):
 class RoundGenerate(Section):
     """How a round's policy answers prompts."""
 
-    sampling: Sampling = Sampling()
+    sampling: SamplesPerPrompt = SamplesPerPrompt()
     collected_samples: Count = Field(
         4, description="responses a prompt for the first reward model, where there are no earlier preferences"
     )

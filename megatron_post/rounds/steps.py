@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megatron_post.config.schema import Config
 from megatron_post.config.stages import StageName
-from megatron_post.rounds.backends import gpus_of
+from megatron_post.inference.settings import gpus_of
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings
 

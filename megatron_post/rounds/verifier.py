@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from megatron_post.config.section import Positive, Section
+from megatron_post.inference.prompts import Prompt
+from megatron_post.inference.request import messages_as_json
 from megatron_post.rounds.patterns import check_pattern, first_group
-from megatron_post.rounds.prompts import Prompt
 
 
 class ExactMatch(Section):
@@ -63,7 +64,14 @@ def verify(settings: VerifierSettings, asked: Sequence[tuple[Prompt, str]]) -> l
 
 def _by_command(settings: Command, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
     lines = [
-        json.dumps({"prompt": p.messages, "response": text, "answer": p.answer, "solution": p.solution})
+        json.dumps(
+            {
+                "prompt": messages_as_json(p.messages),
+                "response": text,
+                "answer": p.answer,
+                "solution": p.solution,
+            }
+        )
         for p, text in asked
     ]
     name = " ".join(settings.command)

@@ -65,7 +65,7 @@ def _keywords(file: str, function: str) -> set[str]:
 
 @pytest.mark.parametrize("function", VLLM)
 def test_vllm(function: str) -> None:
-    assert _keywords("rounds/backends.py", function) <= VLLM[function]
+    assert _keywords("inference/vllm.py", function) <= VLLM[function]
 
 
 @pytest.mark.parametrize("function", DALI)

@@ -12,7 +12,7 @@ ALLOWED: dict[str, set[str]] = {
     "pickle.Unpickler": {"convert/metadata_file.py", "convert/module_state.py"},
     # without a directory; with trust_remote_code=False; or with weights in safetensors alone
     "from_pretrained": {
-        "rounds/backends.py",
+        "inference/transformers.py",
         "demo/evaluate.py",
         "bench/trl/preferences.py",
         "bench/trl/trl_side.py",

@@ -42,13 +42,17 @@ def answer(model: Path, environment: Mapping[str, str] | None = None) -> list[st
 
 def answer_here(model: Path) -> list[str]:
     """The same in this process, on the GPU where there is one."""
-    from megatron_post.rounds.backends import Request, Response, Sampling, TransformersBackend, open_backend
+    from megatron_post.data.dialog import Message
+    from megatron_post.inference.backend import open_backend
+    from megatron_post.inference.request import Reply, Request, Sampling
+    from megatron_post.inference.settings import TransformersBackend
 
     rows = [json.loads(line) for line in (model / _PROMPTS).read_text().splitlines()[:_ANSWERS]]
     backend = open_backend(TransformersBackend(), str(model / "hf"))
-    requests = [Request(tuple(row["prompt"]), seed=0) for row in rows]
-    drawn = backend.respond(requests, Sampling(samples=1, temperature=0.0, max_tokens=96))
-    return [found.text if isinstance(found, Response) else "" for found in drawn]
+    greedy = Sampling(temperature=0.0, max_tokens=96)
+    requests = [Request(tuple(Message(**m) for m in row["prompt"]), greedy, seed=0) for row in rows]
+    drawn = backend.respond(requests)
+    return [found.text if isinstance(found, Reply) else "" for found in drawn]
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from megatron_post.config.load import ConfigError, load_config, load_section, pa
 from megatron_post.config.schema import Config
 from megatron_post.config.section import MOST
 from megatron_post.config.yaml_text import write_yaml
+from megatron_post.inference.generate import Generate
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.rounds.cleaning import Rules, load_rules
-from megatron_post.rounds.generate import Generate
 from megatron_post.rounds.merge import MethodMerge, load_merge
 from megatron_post.rounds.select import Select
 from megatron_post.rounds.settings import RoundSettings, load_round

@@ -21,7 +21,8 @@ from megatron_post.demo.task import (
     write_dialogs,
     write_prompts,
 )
-from megatron_post.rounds.prompts import read_prompts
+from megatron_post.inference.prompts import read_prompts
+from megatron_post.inference.request import messages_as_json
 
 # The meaning of each kind of question, written by hand from its words. The numbers are those of the text, in
 # order. The first pattern that matches counts. `before` is the answer of the turn before.
@@ -204,7 +205,7 @@ def test_rows_are_dialogs(tmp_path: Path, train: list[Problem]) -> None:
 def test_prompts_are_what_rounds_read(train: list[Problem], tmp_path: Path) -> None:
     write_prompts(train[:100], tmp_path / "prompts.jsonl")
     prompts = read_prompts(tmp_path / "prompts.jsonl")
-    assert [(p.messages, p.answer, p.solution) for p in prompts] == [
+    assert [(tuple(messages_as_json(p.messages)), p.answer, p.solution) for p in prompts] == [
         (p.messages, str(p.answer), p.solution) for p in train[:100]
     ]
 

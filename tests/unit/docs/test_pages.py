@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 from megatron_post.cli import app
 from megatron_post.config.chain import is_chain, load_chain
 from megatron_post.config.load import load_config
+from megatron_post.inference.generate import Generate
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.rounds.generate import Generate
 from megatron_post.rounds.merge import load_merge
 from megatron_post.rounds.select import Select
 from megatron_post.rounds.settings import load_round

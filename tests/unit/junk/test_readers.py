@@ -23,12 +23,12 @@ from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import open_store
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.errors import message_of
+from megatron_post.inference.generate import read_samples
+from megatron_post.inference.prompts import read_prompts
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_message, submitted_jobs
 from megatron_post.rounds.cleaning import load_rules
-from megatron_post.rounds.generate import read_samples
 from megatron_post.rounds.merge import load_merge
-from megatron_post.rounds.prompts import read_prompts
 from megatron_post.rounds.report import metrics_of
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_post.inference.prompts import Prompt
 from megatron_post.rounds import patterns
 from megatron_post.rounds.cleaning import Rule
 from megatron_post.rounds.patterns import check_pattern, first_group, occurs
-from megatron_post.rounds.prompts import Prompt
 from megatron_post.rounds.verifier import ExactMatch, verify
 from tests.unit.rounds.test_cleaning import RULES
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron_post.inference.failures import read_failures, write_failures
+from megatron_post.inference.generate import Generate
 from megatron_post.rounds import round
-from megatron_post.rounds.failures import read_failures, write_failures
-from megatron_post.rounds.generate import Generate
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.run import _forget
 from megatron_post.rounds.settings import load_round

@@ -11,8 +11,8 @@ from megatron_post.config.data import Source
 from megatron_post.config.load import ConfigError, parse
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.rounds.failures import write_failures
-from megatron_post.rounds.prompts import Prompt
+from megatron_post.inference.failures import write_failures
+from megatron_post.inference.prompts import Prompt
 from megatron_post.rounds.select import Select, rating, select
 from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, verify
 

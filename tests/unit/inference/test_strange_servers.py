@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from megatron_post.config.load import ConfigError, parse
-from megatron_post.rounds import server as module
-from megatron_post.rounds.backends import Failure, Request, Response, Sampling, ServerBackend
-from megatron_post.rounds.generate import Generate, generate
-from megatron_post.rounds.server import BadServer, Server
+from megatron_post.inference import server as module
+from megatron_post.inference.generate import Generate, generate
+from megatron_post.inference.request import Refusal, Reply
+from megatron_post.inference.server import BadServer, Server
+from megatron_post.inference.settings import SamplesPerPrompt, ServerBackend
+from tests.unit.inference.asking import answer, asking
 
 KEY = "s3cr3t/Hunter+2"
 Talk = Callable[[socket.socket], None]
@@ -86,9 +88,9 @@ def _settings(
     )
 
 
-def _ask(listener: Listener, **settings: Any) -> list[Response | Failure]:
+def _ask(listener: Listener, **settings: Any) -> list[Reply | Refusal]:
     backend = _settings(listener, **settings)
-    return Server(backend).respond([Request(({"role": "user", "content": "?"},), 1)], Sampling())
+    return Server(backend).respond([asking("?")])
 
 
 def _says(status: str, body: bytes = b"", *headers: str) -> Talk:
@@ -167,7 +169,7 @@ def test_endless_answers_are_cut(
 
     if b"400" in head:  # about this request alone
         (failure,) = _ask(listen(flood), timeout=60)
-        assert isinstance(failure, Failure) and "HTTP status 400: xxx" in failure.reason
+        assert isinstance(failure, Refusal) and "HTTP status 400: xxx" in failure.reason
         return
     with pytest.raises(BadServer, match=r"more than 1,048,576 bytes|LineTooLong"):
         _ask(listen(flood), timeout=60)
@@ -209,7 +211,7 @@ def test_nothing_on_disk_holds_the_key(listen: Callable[[Talk], Listener], tmp_p
         settings = Generate(
             model="theirs",
             prompts=str(tmp_path / "prompts.jsonl"),
-            sampling=Sampling(samples=2),
+            sampling=SamplesPerPrompt(samples=2),
             backend=_settings(listen(_says(status, body.encode()))),
         )
         with contextlib.suppress(BadServer):
@@ -228,7 +230,7 @@ def test_an_answer_with_the_key_is_not_kept(
     choice = {"message": {"content": "yes"}, "finish_reason": "stop"}
     choice |= {"message": {"content": said}} if place == "content" else {place: said}
     (found,) = _ask(listen(_says("200 OK", json.dumps({"choices": [choice]}).encode())))
-    assert found == Failure("the answer repeats the key or a password, and is not kept")
+    assert found == Refusal("the answer repeats the key or a password, and is not kept")
 
 
 def test_a_word_that_stands_for_a_key_may_be_said(
@@ -237,7 +239,7 @@ def test_a_word_that_stands_for_a_key_may_be_said(
     choice = {"message": {"content": "The list is EMPTY."}, "finish_reason": "stop"}
     listener = listen(_says("200 OK", json.dumps({"choices": [choice]}).encode()))
     monkeypatch.setenv("A_KEY", "EMPTY")
-    assert _ask(listener) == [Response("The list is EMPTY.", 0, "stop")]
+    assert _ask(listener) == [answer("The list is EMPTY.", 0, "stop")]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_post.rounds import server as module
-from megatron_post.rounds.backends import Failure, Request, Response, Sampling, ServerBackend
-from megatron_post.rounds.generate import Generate, generate, read_samples
-from megatron_post.rounds.server import BadServer, Server
+from megatron_post.inference import server as module
+from megatron_post.inference.generate import Generate, generate, read_samples
+from megatron_post.inference.request import Refusal, Reply, Sampling
+from megatron_post.inference.server import BadServer, Server
+from megatron_post.inference.settings import SamplesPerPrompt, ServerBackend
+from tests.unit.inference.asking import answer, asking
 
 Answer = Callable[[int, dict[str, Any]], tuple[int, bytes]]
 
@@ -68,18 +70,18 @@ def _completion(text: Any, finish: Any = "stop") -> bytes:
     return json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
 
 
-def _ask(served: _Server, count: int = 1, **settings: Any) -> list[Response | Failure]:
+def _ask(served: _Server, count: int = 1, **settings: Any) -> list[Reply | Refusal]:
     url = f"http://127.0.0.1:{served.server_address[1]}/v1"
     backend = ServerBackend(kind="server", url=url, served_model="m", **{"retries": 2, **settings})
-    requests = [Request(({"role": "user", "content": str(i)},), seed=2**40 + i) for i in range(count)]
-    return Server(backend).respond(requests, Sampling(temperature=0.5, max_tokens=9))
+    sampling = Sampling(temperature=0.5, max_tokens=9)
+    return Server(backend).respond([asking(str(i), 2**40 + i, sampling) for i in range(count)])
 
 
 def test_answers_in_the_order_of_requests(served: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", "secret\n")  # as `$(cat FILE)` does not, but a mounted secret does
     served.answer = lambda n, body: (200, _completion(f"to {body['messages'][0]['content']}"))
     found = _ask(served, 20, api_key_variable="A_KEY")
-    assert found == [Response(f"to {i}", 5, "stop") for i in range(20)]
+    assert found == [answer(f"to {i}", 5, "stop") for i in range(20)]
     assert {(b["temperature"], b["max_tokens"], b["model"]) for b in served.bodies} == {(0.5, 9, "m")}
     assert sorted(b["seed"] for b in served.bodies) == list(range(20))  # 2^40 mod 2^31 is 0
     assert set(served.keys) == {"Bearer secret"}
@@ -89,10 +91,10 @@ def test_answers_in_the_order_of_requests(served: _Server, monkeypatch: pytest.M
 
 def test_what_passes_is_tried_again(served: _Server) -> None:
     served.answer = lambda n, body: (503, b"busy") if n < 3 else (200, _completion("\ud800!", "length"))
-    assert _ask(served) == [Response("?!", 5, "length")]
+    assert _ask(served) == [answer("?!", 5, "length")]
     uncounted = json.dumps(json.loads(_completion("fine")) | {"usage": None}).encode()
     served.answer = lambda n, body: (200, uncounted)
-    assert _ask(served) == [Response("fine", 0, "stop")]
+    assert _ask(served) == [answer("fine", 0, "stop")]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +130,8 @@ def test_nonsense_is_refused(served: _Server, content: bytes, message: str) -> N
 def test_calls_of_tools(reason: int | str | None, finish: str) -> None:
     """vLLM says "stop" of every token that it was told to stop at, and which one it was beside it."""
     choice = {"message": {"content": "call"}, "finish_reason": "stop", "stop_reason": reason}
-    answer = json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}})
-    assert module.parse_answer(answer.encode()) == Response("call", 3, finish)
+    content = json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}})
+    assert module.parse_answer(content.encode()) == answer("call", 3, finish)
 
 
 def test_a_slow_server(served: _Server) -> None:
@@ -185,20 +187,20 @@ def test_what_is_done_is_kept_while_the_server_is_mended(served: _Server, tmp_pa
         model="theirs",
         prompts=str(prompts),
         part=2,
-        sampling=Sampling(samples=2),
+        sampling=SamplesPerPrompt(samples=2),
         backend=ServerBackend(kind="server", url=url, served_model="m", retries=1),
     )
 
-    def answer(n: int, body: dict[str, Any]) -> tuple[int, bytes]:
+    def reply(n: int, body: dict[str, Any]) -> tuple[int, bytes]:
         return 200, _completion(f"{body['messages'][0]['content']}: {body['seed']}")
 
     console, output = Console(file=io.StringIO()), tmp_path / "out.jsonl"
-    served.answer = lambda n, body: answer(n, body) if n <= 4 else (500, b"")
+    served.answer = lambda n, body: reply(n, body) if n <= 4 else (500, b"")
     with pytest.raises(BadServer, match="responses that were finished before are kept"):
         generate(settings, output, console=console)
     assert not output.exists()
     asked = len(served.bodies)
-    served.answer = answer
+    served.answer = reply
     assert generate(settings, output, console=console) == 8
     assert len(served.bodies) == asked + 8
     generate(settings, tmp_path / "whole.jsonl", console=console)
@@ -216,9 +218,9 @@ def test_a_refusal_is_of_its_request_alone(served: _Server, status: int) -> None
     )
     found = _ask(served, 3)
     assert found == [
-        Response("0", 5, "stop"),
-        Failure(f"the server refuses the request: HTTP status {status}: too long"),
-        Response("2", 5, "stop"),
+        answer("0", 5, "stop"),
+        Refusal(f"the server refuses the request: HTTP status {status}: too long"),
+        answer("2", 5, "stop"),
     ]
     assert len(served.bodies) == 3
 
@@ -230,9 +232,9 @@ def test_an_answer_without_text_is_a_failure(served: _Server) -> None:
         _completion(None, "tool_calls") if body["seed"] else _completion(""),
     )
     blank, failure = _ask(served, 2)
-    assert blank == Response("", 5, "stop")
+    assert blank == answer("", 5, "stop")
     assert (
-        isinstance(failure, Failure) and "without text: " in failure.reason and "tool_calls" in failure.reason
+        isinstance(failure, Refusal) and "without text: " in failure.reason and "tool_calls" in failure.reason
     )
     assert len(served.bodies) == 2
 
@@ -242,17 +244,17 @@ def test_one_request_that_the_server_cannot_take(served: _Server, status: int, c
     """The server answers others meanwhile, so it is the request that fails."""
     others = threading.Event()
 
-    def answer(n: int, body: dict[str, Any]) -> tuple[int, bytes]:
+    def reply(n: int, body: dict[str, Any]) -> tuple[int, bytes]:
         if body["seed"] == 0:
             others.wait(10)
             return status, content
         return 200, _completion("fine")
 
-    served.answer = answer
+    served.answer = reply
     threading.Timer(0.3, others.set).start()
     failure, fine = _ask(served, 2)
-    assert fine == Response("fine", 5, "stop")
-    assert isinstance(failure, Failure) and failure.reason.startswith("3 tries failed, the last with: ")
+    assert fine == answer("fine", 5, "stop")
+    assert isinstance(failure, Refusal) and failure.reason.startswith("3 tries failed, the last with: ")
 
 
 def test_a_busy_server_is_no_fault_of_the_request(served: _Server) -> None:
@@ -270,4 +272,4 @@ def test_a_key_that_is_refused_ends_it(served: _Server) -> None:
 def test_nobody_there() -> None:
     settings = ServerBackend(kind="server", url="http://127.0.0.1:9/v1", served_model="m", retries=0)
     with pytest.raises(BadServer, match="Connection refused"):
-        Server(settings).respond([Request(({"role": "user", "content": "?"},), 1)], Sampling())
+        Server(settings).respond([asking("?")])

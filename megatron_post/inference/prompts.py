@@ -16,25 +16,25 @@ _KEYS = {"prompt", "capability", "answer", "solution"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """number: its line, from 1. messages: OpenAI's form, up to the last user message.
+    """number: its line, from 1. messages: up to the last user message.
 
     capability: chooses the system prompt. answer: what a verifier compares with. solution: a response that is
     right, with which a wrong one can be mended.
     """
 
     number: int
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     capability: str = ""
     answer: str | None = None
     solution: str | None = None
 
-    def with_system(self, system: Mapping[str, str]) -> tuple[dict[str, str], ...]:
+    def with_system(self, system: Mapping[str, str]) -> tuple[Message, ...]:
         """The messages, opened by the capability's system prompt ("default": any other's), unless they have
         one of their own."""
         text = system.get(self.capability, system.get("default"))
-        if text is None or self.messages[0]["role"] == "system":
+        if text is None or self.messages[0].role == "system":
             return self.messages
-        return ({"role": "system", "content": text}, *self.messages)
+        return (Message("system", text), *self.messages)
 
 
 def read_prompts(
@@ -94,7 +94,7 @@ def _prompt(number: int, line: bytes) -> Prompt:
     )
 
 
-def _messages(raw: Any) -> tuple[dict[str, str], ...]:
+def _messages(raw: Any) -> tuple[Message, ...]:
     """Messages that an answer may follow: what makes a dialog once one is added."""
     found = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
@@ -111,4 +111,4 @@ def _messages(raw: Any) -> tuple[dict[str, str], ...]:
             raise BadRow(
                 f"the {message.role} message holds {mark!r}: give the turns of a transcript as messages"
             )
-    return tuple({"role": m["role"], "content": m["content"].strip()} for m in found)
+    return tuple(Message(m["role"], m["content"].strip()) for m in found)

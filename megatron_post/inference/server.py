@@ -17,8 +17,9 @@ from urllib.parse import unquote
 
 from megatron_post.config.secrets import redact, repeats
 from megatron_post.data.tokenizer import END_OF_MESSAGE
-from megatron_post.rounds.backends import Failure, Request, Response, Sampling, ServerBackend
-from megatron_post.rounds.http_client import open_url
+from megatron_post.inference.http_client import open_url
+from megatron_post.inference.request import Refusal, Reply, Request, assistant_message, messages_as_json
+from megatron_post.inference.settings import ServerBackend
 
 _LARGEST_ANSWER = 16 * 1024**2
 _LONGEST_MESSAGE = 500  # characters of what a server says
@@ -70,11 +71,11 @@ class Server:
     def close(self) -> None:
         """The server goes on."""
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]:
+    def respond(self, requests: Sequence[Request]) -> list[Reply | Refusal]:
         """A request fails where the server refuses it, or where it alone has no usable answer while others
         have. Raises `BadServer` where the server as a whole does not work."""
         with ThreadPoolExecutor(self._settings.parallel_requests) as pool:
-            tasks = [pool.submit(self._respond, request, sampling) for request in requests]
+            tasks = [pool.submit(self._respond, request) for request in requests]
             try:
                 for task in as_completed(tasks):
                     task.result()  # the first failure ends the others' waiting
@@ -84,10 +85,11 @@ class Server:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _respond(self, request: Request, sampling: Sampling) -> Response | Failure:
+    def _respond(self, request: Request) -> Reply | Refusal:
+        sampling = request.sampling
         body = {
             "model": self._settings.served_model,
-            "messages": list(request.messages),
+            "messages": messages_as_json(request.messages),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
@@ -101,18 +103,18 @@ class Server:
             try:
                 response = parse_answer(self._post(json.dumps(body).encode()))
             except _Refused as error:
-                return Failure(self._hide(str(error))[:_LONGEST_MESSAGE])
+                return Refusal(self._hide(str(error))[:_LONGEST_MESSAGE])
             except _TryAgain as error:
                 last = error
             else:
                 self._answered = time.monotonic()
                 if repeats(f"{response.text}\n{response.finish}", self._secrets):
-                    return Failure("the answer repeats the key or a password, and is not kept")
+                    return Refusal("the answer repeats the key or a password, and is not kept")
                 return response
         said = self._hide(str(last))[:_LONGEST_MESSAGE]
         failed = f"{self._settings.retries + 1} tries failed, the last with: {said}"
         if isinstance(last, _BadAnswer) and self._answered > began:
-            return Failure(failed)
+            return Refusal(failed)
         raise BadServer(
             f"{self._url}: {failed}; responses that were finished before are kept: mend the server and run "
             "the same command again"
@@ -181,7 +183,7 @@ def _proxy_passwords() -> list[str]:
     return found
 
 
-def parse_answer(content: bytes) -> Response:
+def parse_answer(content: bytes) -> Reply:
     """The response in a chat completion. Raises `_Refused` where it has no text, and `_BadAnswer` for what is
     no chat completion."""
     shown = content[: 2**14].decode(errors="replace")  # whoever prints it hides keys first, and then cuts
@@ -205,4 +207,5 @@ def parse_answer(content: bytes) -> Response:
     ):
         raise _BadAnswer(f"a chat completion without text, reason of ending or count of tokens: {shown}")
     # a lone surrogate is valid JSON and no text
-    return Response(text.encode(errors="replace").decode(), tokens, finish)
+    text = text.encode(errors="replace").decode()
+    return Reply(assistant_message(text, finish=finish), finish, tokens)

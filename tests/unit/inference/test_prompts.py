@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.rounds.prompts import read_prompts
+from megatron_post.inference.prompts import read_prompts
 
 
 def test_broken_prompts_are_named(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_broken_prompts_are_named(tmp_path: Path) -> None:
             read_prompts(path)
     path.write_bytes(b"\r\n".join([first, *(line for line, _ in broken), b"", last]))
     prompts = read_prompts(path, max_bad_rows=len(broken))
-    assert [(p.number, p.messages[-1]["content"], p.answer) for p in prompts] == [
+    assert [(p.number, p.messages[-1].content, p.answer) for p in prompts] == [
         (1, "fine", None),
         (len(broken) + 3, "x", "7"),
     ]
@@ -55,7 +55,7 @@ def test_a_prompt_of_another_capability_is_another_prompt(tmp_path: Path) -> Non
     path.write_text('{"prompt": "x", "capability": "a"}\n{"prompt": "x", "capability": "b"}\n')
     first, second = read_prompts(path)
     system = {"a": "Count.", "default": "Be brief."}
-    assert [p.with_system(system)[0]["content"] for p in (first, second)] == ["Count.", "Be brief."]
+    assert [p.with_system(system)[0].content for p in (first, second)] == ["Count.", "Be brief."]
     assert first.with_system({"b": "Other."}) == first.messages
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,8 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.display import make_console, make_progress
-from megatron_post.parallel.environment import rank_from_environment
-from megatron_post.rounds.backends import (
-    Backend,
-    BackendSettings,
-    Failure,
-    Request,
-    Response,
-    Sampling,
-    ServerBackend,
-    TransformersBackend,
-    gpus_of,
-    open_backend,
-)
-from megatron_post.rounds.failures import (
+from megatron_post.inference.backend import Backend, open_backend
+from megatron_post.inference.failures import (
     beside_part,
     check_failures,
     failed_prompts,
@@ -39,7 +28,16 @@ from megatron_post.rounds.failures import (
     failures_of,
     write_failures,
 )
-from megatron_post.rounds.prompts import Prompt, read_prompts
+from megatron_post.inference.prompts import Prompt, read_prompts
+from megatron_post.inference.request import Refusal, Reply, Request, messages_as_json
+from megatron_post.inference.settings import (
+    BackendSettings,
+    SamplesPerPrompt,
+    ServerBackend,
+    TransformersBackend,
+    gpus_of,
+)
+from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.files import read_lines, write_json, write_lines, write_pieces
 from megatron_post.storage.lock import only_process_in
@@ -87,7 +85,7 @@ class Generate(Section):
     content_tokens: tuple[Line, ...] = Field(
         (), description="special tokens of the model's tokenizer that prompts may spell and responses keep"
     )
-    sampling: Sampling = Sampling()
+    sampling: SamplesPerPrompt = SamplesPerPrompt()
     backend: BackendSettings = TransformersBackend()
     part: Count = Field(32, description="prompts of a part; a crash loses the part in progress")
 
@@ -276,28 +274,29 @@ def _rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The responses, and the failures."""
     drawn = [(prompt, k) for prompt in prompts for k in range(settings.sampling.samples)]
+    sampling, seed = settings.sampling.of_each, settings.sampling.seed
     requests = [
-        Request(p.with_system(settings.system), sample_seed(settings.sampling.seed, p.number, k))
-        for p, k in drawn
+        Request(p.with_system(settings.system), sampling, sample_seed(seed, p.number, k)) for p, k in drawn
     ]
-    responses = backend.respond(requests, settings.sampling)
+    responses = backend.respond(requests)
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for (prompt, sample), request, response in zip(drawn, requests, responses, strict=True):
         draw = {"prompt": prompt.number, "sample": sample, "checkpoint": settings.model}
-        if isinstance(response, Failure):
+        if isinstance(response, Refusal):
             failed.append(draw | {"reason": response.reason})
         else:
             rows.append(draw | _said(request, response))
     return rows, failed
 
 
-def _said(request: Request, response: Response) -> dict[str, Any]:
+def _said(request: Request, reply: Reply) -> dict[str, Any]:
+    answer = replace(reply.message, content=reply.text.strip())
     return {
         "seed": request.seed,
-        "tokens": response.tokens,
-        "finish": response.finish,
-        "messages": [*request.messages, {"role": "assistant", "content": response.text.strip()}],
+        "tokens": reply.tokens,
+        "finish": reply.finish,
+        "messages": messages_as_json([*request.messages, answer]),
     }
 
 

@@ -4,14 +4,11 @@ import errno
 import io
 import json
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,28 +16,26 @@ import torch
 from rich.console import Console
 
 from megatron_post.config.load import ConfigError, parse
-from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN, load_tokenizer
-from megatron_post.rounds import generate as module
-from megatron_post.rounds.backends import (
+from megatron_post.inference import generate as module
+from megatron_post.inference.failures import TooManyFailures, check_failures, failures_of, read_failures
+from megatron_post.inference.generate import (
+    Generate,
+    generate,
+    parts_of,
+    read_samples,
+    sample_seed,
+    take_gpus,
+)
+from megatron_post.inference.request import Refusal, Reply, Request
+from megatron_post.inference.settings import (
     BackendSettings,
-    Failure,
-    Request,
-    Response,
-    Sampling,
+    SamplesPerPrompt,
     ServerBackend,
     TransformersBackend,
     VllmBackend,
-    _Transformers,
-    nucleus,
-    prompt_ids,
 )
-from megatron_post.rounds.backends import _Draws as Draws
-from megatron_post.rounds.backends import _response as respond_with
-from megatron_post.rounds.backends import open_backend as open_real
-from megatron_post.rounds.failures import TooManyFailures, check_failures, failures_of, read_failures
-from megatron_post.rounds.generate import Generate, generate, parts_of, read_samples, sample_seed, take_gpus
 from megatron_post.storage.lock import only_process_in
-from tests.unit.data.thinking import THINK, add_think
+from tests.unit.inference.asking import answer
 from tests.unit.rounds.models import tiny_policy
 
 CONSOLE = Console(file=io.StringIO())
@@ -56,16 +51,16 @@ class Parrot:
     def close(self) -> None:
         pass
 
-    def respond(self, requests: Sequence[Request], sampling: Sampling) -> list[Response | Failure]:
+    def respond(self, requests: Sequence[Request]) -> list[Reply | Refusal]:
         self.calls += 1
         if self.calls == self._fails_at:
             raise KeyboardInterrupt
-        said = [f"{r.messages[-1]['content']} {r.seed}" for r in requests]
-        self.asked += [r.messages[-1]["content"] for r in requests]
+        said = [f"{r.messages[-1].content} {r.seed}" for r in requests]
+        self.asked += [r.messages[-1].content for r in requests]
         return [
-            Failure(f"no {r.messages[-1]['content']}")
-            if r.messages[-1]["content"] in self._refuses
-            else Response(text, 3, "stop")
+            Refusal(f"no {r.messages[-1].content}")
+            if r.messages[-1].content in self._refuses
+            else answer(text, 3)
             for r, text in zip(requests, said, strict=True)
         ]
 
@@ -98,7 +93,7 @@ def test_an_interrupted_generation_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
     assert not output.exists()
-    other = settings.model_copy(update={"sampling": Sampling(samples=2)})
+    other = settings.model_copy(update={"sampling": SamplesPerPrompt(samples=2)})
     with pytest.raises(ValueError, match="unfinished generation with other settings"):
         generate(other, output, console=CONSOLE, open_backend=lambda *_: Parrot())
     assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 18
@@ -189,79 +184,6 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     assert generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend) == 18
 
 
-def test_transformers_draws_by_seed_alone(tmp_path: Path) -> None:
-    """The same responses in other batches and in another order; greedy is the same for all samples."""
-    tiny_policy(tmp_path)
-    # one prompt length: padding changes float sums, and a draw may then fall on the other side of a boundary
-    requests = [Request(({"role": "user", "content": f"ab {i}"},), seed=100 + i) for i in range(8)]
-    sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8)
-    first = open_real(TransformersBackend(batch=8), str(tmp_path)).respond(requests, sampling)
-    second = open_real(TransformersBackend(batch=3), str(tmp_path)).respond(requests[::-1], sampling)
-    assert first == second[::-1]
-    assert len({response.text for response in first}) == 8
-    assert all(1 <= r.tokens <= 8 and (r.finish == "length") == (r.tokens == 8) for r in first)
-    greedy = open_real(TransformersBackend(), str(tmp_path)).respond(
-        [Request(requests[0].messages, seed=s) for s in (1, 2)], Sampling(temperature=0, max_tokens=4)
-    )
-    assert greedy[0] == greedy[1]
-    long = Request(({"role": "user", "content": "ab " * 200},), seed=1)
-    mixed = open_real(TransformersBackend(batch=8), str(tmp_path)).respond(
-        [*requests[:4], long, *requests[4:]], sampling
-    )
-    assert mixed[:4] + mixed[5:] == first
-    assert isinstance(mixed[4], Failure) and "positions, of the 256 that the model has" in mixed[4].reason
-    none = open_real(TransformersBackend(), str(tmp_path)).respond(requests[:1], Sampling(max_tokens=300))
-    assert isinstance(none[0], Failure)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_transformers_own_loop_says_the_same(tmp_path: Path, temperature: float) -> None:
-    """Rows that leave a batch as they end, beside `generate` on each prompt alone, token for token."""
-    from transformers import AutoModelForCausalLM
-
-    tiny_policy(tmp_path)
-    sampling = Sampling(temperature=temperature, max_tokens=24)
-    requests = [Request(({"role": "user", "content": "x" * (1 + 3 * i)},), seed=i) for i in range(16)]
-    found = open_real(TransformersBackend(batch=8), str(tmp_path)).respond(requests, sampling)
-    tokenizer = load_tokenizer(str(tmp_path))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    stops = list(tokenizer.stop_ids)
-    for request, response in zip(requests, found, strict=True):
-        prompt = torch.tensor([prompt_ids(request, tokenizer)])
-        draws = Draws([request.seed], sampling)
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            logits_processor=[lambda ids, scores, draws=draws: draws([0], scores)] if temperature else [],
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_id,
-        )
-        assert response == respond_with(output[0, prompt.shape[1] :].tolist(), stops, tokenizer)
-    assert len({response.tokens for response in found}) > 1 or not temperature
-
-
-def test_draws_follow_the_probabilities() -> None:
-    """p = (0.1, 0.2, 0.7) at temperature 1: of 4,000 draws 400, 800, 2,800 +- 4 sqrt(n p (1 - p)).
-
-    At temperature 0.5 p is squared and normalised: (0.01, 0.04, 0.49) / 0.54, of which the last is 0.907.
-    """
-    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(4000, 3)
-    for temperature, expected in ((1.0, (0.1, 0.2, 0.7)), (0.5, (0.0185, 0.0741, 0.9074))):
-        draws = Draws(range(4000), Sampling(temperature=temperature))
-        counts = draws(range(4000), logits).argmax(-1).bincount(minlength=3)
-        for count, p in zip(counts.tolist(), expected, strict=True):
-            assert abs(count - 4000 * p) < 4 * (4000 * p * (1 - p)) ** 0.5
-
-
-def test_nucleus_by_hand() -> None:
-    """0.5 and 0.3 have 0.8 together: top_p 0.8 keeps these two, 0.81 the third too, and 0.1 the first."""
-    logps = torch.tensor([[0.05, 0.5, 0.15, 0.3]], dtype=torch.float64).log()
-    for top_p, kept in ((0.79, [1, 3]), (0.81, [1, 2, 3]), (0.1, [1])):
-        assert nucleus(logps, top_p).isfinite().nonzero()[:, 1].tolist() == kept
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -324,7 +246,7 @@ def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
     settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=1))
-    mended = settings.model_copy(update={"sampling": Sampling(samples=1)})
+    mended = settings.model_copy(update={"sampling": SamplesPerPrompt(samples=1)})
     assert generate(mended, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 10
 
 
@@ -413,119 +335,7 @@ def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all("tokens/s" in line for line in lines) and "30 responses, 90 tokens" in lines[3]
 
 
-def test_the_models_own_generation_file_changes_nothing(tmp_path: Path) -> None:
-    """Beams and penalties of generation_config.json are no part of the settings, which decide alone."""
-    tiny_policy(tmp_path)
-    requests = [Request(({"role": "user", "content": "ab"},), seed=seed) for seed in range(4)]
-    drawn = []
-    for temperature in (0.0, 1.0):
-        sampling = Sampling(temperature=temperature, max_tokens=8)
-        (tmp_path / "generation_config.json").write_text("{}")
-        plain = open_real(TransformersBackend(), str(tmp_path)).respond(requests, sampling)
-        (tmp_path / "generation_config.json").write_text(
-            json.dumps({"repetition_penalty": 9.0, "num_beams": 3, "top_k": 1, "min_length": 90})
-        )
-        drawn.append((plain, open_real(TransformersBackend(), str(tmp_path)).respond(requests, sampling)))
-    assert all(plain == own for plain, own in drawn)
-
-
-@pytest.mark.parametrize(
-    ("ending", "text", "tokens", "finish"),
-    [
-        ([END_OF_TURN, "pad"], "ab", 3, "stop"),
-        ([END_OF_MESSAGE], "ab", 3, "tool_calls"),
-        ([END_OF_TEXT, END_OF_TURN], "ab", 3, "stop"),
-        ([], "ab", 2, "length"),
-    ],
-)
-def test_where_a_response_ends(
-    tmp_path: Path, ending: list[str], text: str, tokens: int, finish: str
-) -> None:
-    """At the first stop token, which counts and is not said; what asks for a tool is no whole response."""
-    tiny_policy(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    ids = [*tokenizer.encode("a"), *tokenizer.encode("b")]
-    ids += [tokenizer.pad_id if name == "pad" else tokenizer.special(name) for name in ending]
-    assert respond_with(ids, tokenizer.stop_ids, tokenizer) == Response(text, tokens, finish)
-
-
-def test_prompts_spell_content_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And responses keep them, for what is trained on later spells them again."""
-    add_think(tiny_policy(tmp_path))
-    named = load_tokenizer(tmp_path, content_tokens=THINK)
-    think = named.encode("<think>")[0]
-    asked: list[list[int]] = []
-
-    def generated(self: Any, prompts: list[list[int]], *_: Any) -> list[Response]:
-        asked.extend(prompts)
-        return [respond_with([think, self._tokenizer.special(END_OF_TURN)], named.stop_ids, self._tokenizer)]
-
-    monkeypatch.setattr(_Transformers, "_generate", generated)
-    request = Request(({"role": "user", "content": "<think>"},), seed=1)
-    for tokens, text in ((THINK, "<think>"), ((), "")):
-        backend = open_real(TransformersBackend(), str(tmp_path), tokens)
-        assert backend.respond([request], Sampling(max_tokens=9)) == [Response(text, 2, "stop")]
-    assert [think in prompt for prompt in asked] == [True, False]
+def test_a_server_has_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     server = {"kind": "server", "url": "http://x/v1", "served_model": "m"}
     with pytest.raises(ConfigError, match="content_tokens: a server renders prompts with its own tokenizer"):
         _settings(tmp_path / "more", backend=server, content_tokens=["<think>"])
-
-
-def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the names in the sources of vLLM 0.32; the engine has never run here. Closing ends its processes."""
-    asked: dict[str, Any] = {}
-    for name in ("ENABLE_V1_MULTIPROCESSING", "WORKER_MULTIPROC_METHOD", "NO_USAGE_STATS", "CACHE_ROOT"):
-        monkeypatch.setenv(f"VLLM_{name}", "")  # what is set here is gone behind the test
-    monkeypatch.delenv("VLLM_CACHE_ROOT")
-
-    class SamplingParams:
-        def __init__(
-            self, *, temperature: float, top_p: float, max_tokens: int, seed: int, stop_token_ids: list[int],
-            ignore_eos: bool, detokenize: bool,
-        ) -> None:  # fmt: skip
-            assert ignore_eos and not detokenize
-            self.values = (temperature, top_p, max_tokens, seed, tuple(stop_token_ids))
-
-    class LLM:
-        def __init__(
-            self, model: str, *, tensor_parallel_size: int, quantization: str | None,
-            gpu_memory_utilization: float, enable_prefix_caching: bool, max_model_len: int,
-            trust_remote_code: bool, load_format: str,
-        ) -> None:  # fmt: skip
-            assert not trust_remote_code and load_format == "safetensors"
-            if quantization == "none":
-                raise RuntimeError("Engine core initialization failed.")
-            asked["engine"] = (model, tensor_parallel_size, quantization, gpu_memory_utilization)
-            assert enable_prefix_caching and max_model_len == -1
-            self.model_config = SimpleNamespace(max_model_len=64)
-            core = SimpleNamespace(shutdown=lambda timeout: asked.update(ended=timeout))
-            self.llm_engine = SimpleNamespace(engine_core=core)
-
-        def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
-            asked["prompts"], asked["sampling"] = prompts, [p.values for p in sampling_params]
-            ids = [*tokenizer.encode("a"), tokenizer.special(END_OF_TURN)]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids))]) for _ in prompts]
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
-    tiny_policy(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    backend = open_real(VllmBackend(kind="vllm", tensor_parallel=2, quantization="mxfp8"), str(tmp_path))
-    requests = [Request(({"role": "user", "content": "?"},), seed=seed) for seed in (5, 2**62)]
-    found = backend.respond(requests, Sampling(temperature=0.5, top_p=0.9, max_tokens=7))
-    assert found == [Response("a", 2, "stop")] * 2
-    assert asked["engine"] == (str(tmp_path), 2, "mxfp8", 0.9)
-    assert [values[:4] for values in asked["sampling"]] == [(0.5, 0.9, 7, 5), (0.5, 0.9, 7, 2**62)]
-    assert set(asked["sampling"][0][4]) == set(tokenizer.stop_ids)
-    long = Request(({"role": "user", "content": "?" * 64},), seed=6)
-    failed, *found = backend.respond([long, *requests], Sampling(max_tokens=7))
-    assert found == [Response("a", 2, "stop")] * 2 and len(asked["prompts"]) == 2
-    assert isinstance(failed, Failure) and "positions, of the 64 that the model has" in failed.reason
-    handler = signal.getsignal(signal.SIGTERM)
-    assert callable(handler) and os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
-    backend.close()
-    assert asked["ended"] == 120 and signal.getsignal(signal.SIGTERM) != handler
-    with pytest.raises(ValueError, match=r"vLLM did not start on .*: Engine core initialization failed"):
-        open_real(VllmBackend(kind="vllm", quantization="none"), str(tmp_path))
-    assert signal.getsignal(signal.SIGTERM) != handler
-    shown = tokenizer.decode(asked["prompts"][0]["prompt_token_ids"])
-    assert shown.startswith("<|begin_of_text|>") and shown.endswith("assistant<|end_header_id|>\n\n")
