@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,14 @@ def install_command(extra: Extra = "") -> str:
     else:
         words += [f"{_NAME}{suffix}" + (f" @ {origin['url']}" if origin["url"] else "")]
     return shlex.join(words)
+
+
+def install_system_package(name: str) -> str:
+    """A command line that installs a package of the Linux distribution, or a sentence where none is known."""
+    for manager in ("apt-get", "dnf", "yum", "zypper"):
+        if shutil.which(manager):
+            return f"{manager} install {name}"
+    return f"install the package {name}"
 
 
 def _origin() -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""The files and the command of a program in one of six languages."""
+
+import re
+from typing import Literal, NamedTuple, get_args
+
+Language = Literal["python", "javascript", "cpp", "java", "rust", "bash"]
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+# what each language needs on the PATH; rustc links with cc
+TOOLS: dict[Language, tuple[str, ...]] = {
+    "python": ("python3",),
+    "javascript": ("node",),
+    "cpp": ("g++",),
+    "java": ("java", "javac"),
+    "rust": ("rustc", "cc"),
+    "bash": ("bash",),
+}
+ALL_TOOLS = tuple(name for names in TOOLS.values() for name in names)
+_STDIN = "stdin.txt"
+# One core and a small heap at first: by default Java takes a share of the whole machine.
+# MEMORY_MIB is the limit, which the sandbox gives to each program
+_JAVA_OPTIONS = (
+    "-XX:+UseSerialGC", "-XX:ActiveProcessorCount=1", "-XX:TieredStopAtLevel=1", "-Xms16m",
+    "-Xmx${MEMORY_MIB}m",
+)  # fmt: skip
+_PYTHON_CHECK = "import sys; compile(open(sys.argv[1], 'rb').read(), sys.argv[1], 'exec')"
+_COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_PUBLIC = re.compile(
+    r"\bpublic\s+(?:(?:final|abstract|sealed|strictfp)\s+)*(?:class|interface|enum|record)\s+(\w+)"
+)
+
+
+class Code(NamedTuple):
+    """What `Sandbox.run` takes."""
+
+    files: dict[str, str | bytes]
+    command: tuple[str, ...]
+
+
+def program(
+    language: Language, source: str, *, stdin: str | bytes | None = None, check: bool = False
+) -> Code:
+    """Compile and run a program of one file. check: only parse and compile it. stdin: empty by default.
+
+    Raises `ValueError` for another language.
+    """
+    if language not in TOOLS:
+        raise ValueError(f"{language!r} cannot be run; there are {', '.join(LANGUAGES)}")
+    name, run, compile_only = _commands(language, source)
+    files: dict[str, str | bytes] = {name: source}
+    if check:
+        return Code(files, ("sh", "-c", compile_only))
+    if stdin is None:
+        return Code(files, ("sh", "-c", run))
+    return Code({**files, _STDIN: stdin}, ("sh", "-c", f"exec <{_STDIN} && {run}"))
+
+
+def _commands(language: Language, source: str) -> tuple[str, str, str]:
+    """A file's name, the command that runs it, and the one that only compiles it."""
+    match language:
+        case "python":
+            return "main.py", "exec python3 main.py", f'exec python3 -c "{_PYTHON_CHECK}" main.py'
+        case "javascript":
+            return (
+                "main.js",
+                "exec node --max-old-space-size=${MEMORY_MIB} main.js",
+                "exec node --check main.js",
+            )
+        case "cpp":
+            compiler = "g++ -std=c++20 -O1"
+            run = f"{compiler} -o /tmp/program main.cpp && exec /tmp/program"
+            return "main.cpp", run, f"{compiler} -fsyntax-only main.cpp"
+        case "java":
+            public = _PUBLIC.search(_COMMENTS.sub(" ", source))  # a public class must have its file's name
+            name = f"{public[1] if public else 'Main'}.java"
+            options = " ".join(f"-J{option}" for option in _JAVA_OPTIONS)
+            check = f"exec javac {options} -proc:none -d /tmp/classes {name}"
+            return name, f"exec java {' '.join(_JAVA_OPTIONS)} {name}", check
+        case "rust":
+            compiler = "rustc --edition 2021 -C opt-level=1"
+            run = f"{compiler} -o /tmp/program main.rs && exec /tmp/program"
+            return "main.rs", run, f"{compiler} --emit=metadata --out-dir /tmp main.rs"
+        case "bash":
+            return "main.sh", "exec bash main.sh", "exec bash -n main.sh"

@@ -1,0 +1,71 @@
+"""What a process and all its descendants use, read from /proc."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK")  # of processor time, in one second
+# kB, in /proc/PID/status: what no file on a disk holds. VmPTE: page tables
+_HELD = re.compile(r"^(?:RssAnon|RssShmem|VmSwap|VmPTE):\s+(\d+)", re.MULTILINE)
+# kB, in /proc/PID/smaps_rollup: as above, a page that n processes share counts as a n-th
+_SHARED = re.compile(r"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+)", re.MULTILINE)
+
+
+def descendants(root: int) -> dict[int, int]:
+    """Processes below `root` and the number of their threads. A process that ends meanwhile may be missing.
+
+    An orphan is the child of the first process of its namespace, so that a daemon is found too.
+    """
+    threads: dict[int, int] = {}
+    found = [root]
+    for process in found:  # grows
+        tasks = _listing(process)
+        threads[process] = len(tasks)
+        for task in tasks:
+            found += map(int, _read(f"/proc/{process}/task/{task}/children").split())
+    del threads[root]
+    return threads
+
+
+def memory(processes: Iterable[int]) -> int:
+    """Bytes that processes hold. A page that several of them share counts for each."""
+    return sum(_kilobytes(_HELD, _read(f"/proc/{process}/status")) for process in processes)
+
+
+def shared_memory(processes: Iterable[int]) -> int:
+    """Bytes that processes hold together: slower than `memory`, and a shared page counts once."""
+    return sum(
+        _kilobytes(_SHARED, _read(f"/proc/{process}/smaps_rollup"))
+        or _kilobytes(_HELD, _read(f"/proc/{process}/status"))
+        for process in processes
+    )
+
+
+def cpu_seconds(processes: Iterable[int]) -> float:
+    """Processor time of processes, and of their children that have ended."""
+    return sum(_ticks(_read(f"/proc/{process}/stat")) for process in processes) / _TICKS
+
+
+def _ticks(stat: str) -> int:
+    # the name of a process stands in parentheses and may hold anything; field 14 is the first of four times
+    fields = stat.rpartition(")")[2].split()
+    return sum(map(int, fields[11:15]))
+
+
+def _kilobytes(fields: re.Pattern[str], text: str) -> int:
+    return sum(map(int, fields.findall(text))) * 1024
+
+
+def _listing(process: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return []
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""

@@ -1,0 +1,120 @@
+"""`open_sandbox`: what runs a program that a model wrote."""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import PurePosixPath
+from threading import Event
+from typing import Protocol
+
+from megatron_post.sandbox.bubblewrap import BubblewrapSandbox
+from megatron_post.sandbox.container import ContainerSandbox
+from megatron_post.sandbox.languages import ALL_TOOLS, TOOLS, Language
+from megatron_post.sandbox.outcome import Outcome
+from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
+from megatron_post.sandbox.supervise import MIB, BrokenSandbox, Program, supervise
+
+MOST_FILES = 256  # of one program: each is an open file of this process until the program has started
+_PROBE = 'for name in "$@"; do if command -v "$name" >/dev/null; then echo "$name"; fi; done'
+
+
+class _Starter(Protocol):
+    def start(
+        self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits
+    ) -> AbstractContextManager[Program]: ...
+
+    def remedy(self) -> str: ...
+
+
+class Sandbox:
+    """Runs programs, a bounded number of them at a time. It is a context manager, which ends its threads."""
+
+    def __init__(self, settings: Bubblewrap | Container) -> None:
+        self.limits = settings.limits
+        self._starter: _Starter
+        if isinstance(settings, Bubblewrap):
+            self._starter = BubblewrapSandbox(settings)
+        else:
+            self._starter = ContainerSandbox(settings)
+        # a thread lives as long as the program that it started: the kernel kills bubblewrap with its thread
+        self._pool = ThreadPoolExecutor(settings.programs or len(os.sched_getaffinity(0)), "sandbox")
+        self.tools = self._find_tools()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    async def run(
+        self, files: Mapping[str, str | bytes], command: Sequence[str], limits: Limits | None = None
+    ) -> Outcome:
+        """How `command` ends beside `files`, in a directory that is new and is gone afterwards.
+
+        files: content by name; a name may have directories. limits: the settings' by default. A program that
+        is cancelled is killed before this raises. Raises `ValueError`, and runs nothing, for a name outside
+        the directory and for more bytes than the disk holds; `BrokenSandbox` where the sandbox fails.
+        """
+        limits = limits or self.limits
+        content = _checked(files, limits)
+        if not command or not command[0] or any("\0" in word for word in command):
+            raise ValueError(f"{list(command)} is no command: it is empty, or has a null character in it")
+        cancelled = Event()
+        job = self._pool.submit(self._run, content, command, limits, cancelled)
+        waiting = asyncio.wrap_future(job)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            cancelled.set()
+            if not job.cancel():
+                await asyncio.wait([waiting])
+            raise
+
+    def missing(self, language: Language) -> list[str]:
+        """The tools of a language that are not in the sandbox."""
+        return [name for name in TOOLS[language] if name not in self.tools]
+
+    def _run(
+        self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits, cancelled: Event
+    ) -> Outcome:
+        with self._starter.start(files, command, limits) as program:
+            return supervise(program, limits, cancelled)
+
+    def _find_tools(self) -> frozenset[str]:
+        """Which tools there are; and that the sandbox works at all."""
+        try:
+            outcome = self._run({}, ["sh", "-c", _PROBE, "sh", *ALL_TOOLS], Limits(), Event())
+        except (BrokenSandbox, OSError) as error:
+            raise ValueError(f"the sandbox does not work: {error}; {self._starter.remedy()}") from error
+        if not outcome.ok:
+            raise ValueError(
+                f"the sandbox does not work: a first program ended as {outcome.kind} with exit status "
+                f"{outcome.returncode}: {outcome.stderr.strip()[-500:]}; {self._starter.remedy()}"
+            )
+        return frozenset(outcome.stdout.split())
+
+
+def open_sandbox(settings: Bubblewrap | Container) -> Sandbox:
+    """A sandbox in which a first program has run. Raises `ValueError`, with what to install, otherwise."""
+    return Sandbox(settings)
+
+
+def _checked(files: Mapping[str, str | bytes], limits: Limits) -> dict[str, bytes]:
+    """Files as bytes. Raises `ValueError` for a name that leads out of their directory, and for too much."""
+    content: dict[str, bytes] = {}
+    for name, text in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\0" in name:
+            raise ValueError(f"{name!r} is no name of a file in the program's directory")
+        content[name] = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    for name in content:
+        if inside := [str(parent) for parent in PurePosixPath(name).parents if str(parent) in content]:
+            raise ValueError(f"{inside[0]!r} is a file and cannot be the directory of {name!r}")
+    if len(content) > MOST_FILES:
+        raise ValueError(f"a program has {len(content)} files, and can have {MOST_FILES}")
+    size = sum(map(len, content.values()))
+    if size >= limits.disk_mib * MIB:
+        raise ValueError(f"a program's files have {size} bytes, and limits.disk_mib={limits.disk_mib}")
+    return content

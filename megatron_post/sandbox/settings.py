@@ -1,0 +1,81 @@
+"""What a program may use, and what holds it: bubblewrap, or a site's container command."""
+
+import string
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from megatron_post.config.section import Count, Line, Name, Positive, Section
+
+PLACEHOLDERS = ("directory", "name", "memory_mib", "processes", "disk_mib", "seconds")
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is not an absolute path, and a program has another working directory")
+    return path
+
+
+def _template(words: tuple[str, ...]) -> tuple[str, ...]:
+    for word in words:
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(word) if field is not None]
+        except ValueError as error:
+            raise ValueError(f"{word!r}: {error}; write {{{{ and }}}} for braces") from None
+        for field in fields:
+            if field not in PLACEHOLDERS:
+                raise ValueError(
+                    f"{word!r} has a placeholder {{{field}}}; there are "
+                    f"{', '.join(f'{{{name}}}' for name in PLACEHOLDERS)}"
+                )
+    return words
+
+
+Template = Annotated[tuple[Line, ...], Field(min_length=1), AfterValidator(_template)]
+
+
+class Limits(Section):
+    """What one program may use, with all processes that it starts."""
+
+    seconds: Positive = Field(30.0, le=86_400, description="until it is killed, by the clock")
+    cpu_seconds: Positive = Field(10.0, le=86_400, description="of processor time, on all cores together")
+    memory_mib: Count = Field(1024, le=2**20, description="of memory, without the files that it writes")
+    processes: Count = Field(64, le=2**15, description="processes and threads at a time")
+    open_files: Count = Field(256, ge=16, le=2**16, description="files and pipes that one process has open")
+    disk_mib: Count = Field(64, le=2**20, description="of files, which lie in memory")
+    output_kib: Count = Field(256, le=2**20, description="of standard output and standard error together")
+
+
+class _Sandbox(Section):
+    programs: Count | None = Field(
+        None, le=4096, description="programs that run at a time in one process; null: one for each core"
+    )
+    limits: Limits = Field(Limits(), description="what a program may use where its recipe does not say")
+
+
+class Bubblewrap(_Sandbox):
+    """Debian's bubblewrap. It needs user namespaces, and no rights of root."""
+
+    kind: Literal["bubblewrap"] = Field("bubblewrap", description="selects this sandbox")
+    read_only: tuple[Annotated[Name, AfterValidator(_absolute)], ...] = Field(
+        (), description="more directories that programs can read, such as one with Python packages"
+    )
+    environment: dict[Line, str] = Field(
+        {}, description="more variables of a program, such as PYTHONPATH; it has none of this process"
+    )
+
+
+class Container(_Sandbox):
+    """A container command of the site, which must hold the network, the files and the environment itself."""
+
+    kind: Literal["command"] = Field(description="selects this sandbox")
+    command: Template = Field(
+        description="words in front of a program's command; {directory} has the program's files and must be "
+        "the working directory inside"
+    )
+    stop: Template | None = Field(
+        None, description="ends a container that is not a child of its command, such as docker kill {name}"
+    )
+
+
+SandboxSettings = Annotated[Bubblewrap | Container, Field(discriminator="kind")]

@@ -1,0 +1,113 @@
+"""Watches one running program, reads what it prints, and kills it at its limits."""
+
+import os
+import selectors
+import subprocess
+import time
+from threading import Event
+from typing import Protocol
+
+from megatron_post.sandbox import processes
+from megatron_post.sandbox.outcome import Kind, Outcome, kind_of
+from megatron_post.sandbox.settings import Limits
+
+MIB = 2**20
+SECONDS_TO_END = 30.0  # of what has been killed
+_FIRST_LOOK, _LOOKS = 0.002, 0.025  # seconds until the first look at a program, and at most between two
+_CHUNK = 2**16
+
+
+class BrokenSandbox(RuntimeError):
+    """The sandbox itself failed, and not the program in it."""
+
+
+class Program(Protocol):
+    """A program that has been started in a sandbox of some kind."""
+
+    process: subprocess.Popen[bytes]  # of the sandbox; its standard output and error are the program's
+    root: int | None  # the program and all that it starts are descendants of this process
+
+    def disk_bytes(self) -> int:
+        """Of files that the program has written."""
+
+    def kill(self) -> None:
+        """Kill the program and all that it started. They may have ended."""
+
+    def finish(self, *, killed: bool) -> None:
+        """Return when nothing of the program is left. Raises `BrokenSandbox` where it was never started."""
+
+
+def supervise(program: Program, limits: Limits, cancelled: Event) -> Outcome:
+    """How a program ended, of which nothing is left when this returns. `cancelled` kills it.
+
+    Raises `BrokenSandbox`, with what the sandbox printed, where the sandbox failed.
+    """
+    begun = time.monotonic()
+    printed = {"stdout": bytearray(), "stderr": bytearray()}
+    exceeded: Kind | None = None
+    finished = False
+    try:
+        exceeded = _watch(program, limits, cancelled, printed, begun)
+        finished = exceeded is None and not cancelled.is_set()
+        seconds = time.monotonic() - begun
+    finally:
+        if not finished:
+            program.kill()
+        returncode = program.process.wait(SECONDS_TO_END)
+        for stream in (program.process.stdout, program.process.stderr):
+            assert stream is not None
+            stream.close()
+    stdout, stderr = (bytes(text).decode(errors="replace") for text in printed.values())
+    try:
+        program.finish(killed=not finished)
+    except BrokenSandbox as error:
+        raise BrokenSandbox(f"{error}: {stderr.strip()[-500:] or f'exit status {returncode}'}") from None
+    if exceeded is None and finished and program.disk_bytes() >= limits.disk_mib * MIB:
+        exceeded = "disk"  # it was full, and the program ended on its own before the next look
+    return Outcome(exceeded or kind_of(returncode), returncode, stdout, stderr, round(seconds, 3))
+
+
+def _watch(
+    program: Program, limits: Limits, cancelled: Event, printed: dict[str, bytearray], begun: float
+) -> Kind | None:
+    """Read until the program has ended, and return None; or which limit it exceeds."""
+    room = limits.output_kib * 2**10
+    wait, next_look = _FIRST_LOOK, begun + _FIRST_LOOK
+    with selectors.DefaultSelector() as streams:
+        for name in printed:
+            streams.register(getattr(program.process, name), selectors.EVENT_READ, printed[name])
+        while streams.get_map() or program.process.poll() is None:
+            # a program may close its streams and go on: then there is nothing to wait for but the time
+            for key, _ in streams.select(max(0.0, next_look - time.monotonic())):
+                chunk = os.read(key.fd, min(_CHUNK, room + 1))
+                key.data.extend(chunk[:room])
+                if len(chunk) > room:
+                    return "output"
+                room -= len(chunk)
+                if not chunk:
+                    streams.unregister(key.fileobj)
+            if time.monotonic() >= next_look:
+                if cancelled.is_set():
+                    return None
+                if kind := _look(program, limits, begun):
+                    return kind
+                wait = min(2 * wait, _LOOKS)
+                next_look = time.monotonic() + wait
+    return None
+
+
+def _look(program: Program, limits: Limits, begun: float) -> Kind | None:
+    """Which limit a program exceeds now."""
+    if time.monotonic() - begun > limits.seconds:
+        return "timeout"
+    if program.root is None:
+        return None
+    found = processes.descendants(program.root)
+    if sum(found.values()) > limits.processes:
+        return "processes"
+    if processes.cpu_seconds([program.root, *found]) > limits.cpu_seconds:
+        return "timeout"
+    most = limits.memory_mib * MIB
+    if processes.memory(found) > most and processes.shared_memory(found) > most:
+        return "memory"
+    return "disk" if program.disk_bytes() >= limits.disk_mib * MIB else None

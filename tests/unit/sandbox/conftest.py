@@ -1,0 +1,17 @@
+"""One sandbox for the tests of this directory, which are skipped where bubblewrap cannot run."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_post.sandbox.sandbox import Sandbox, open_sandbox
+from megatron_post.sandbox.settings import Bubblewrap
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
+    with open_sandbox(Bubblewrap(programs=2)) as opened:
+        yield opened
