@@ -88,6 +88,22 @@ def test_layout_equals_one_rank(name: str, one_rank: tuple[dict, float, dict]) -
     check_equal(joined(run_ranks(gradients, *LAYOUTS[name])), one_rank)
 
 
+# The embedding and the loss count as a layer each, so chunks of one layer leave none for these two.
+WITHOUT_LAYERS = {
+    "PP4": (4, {"pipeline": 4}, {"model": {"num_layers": 2, "tie_word_embeddings": True}}),
+    "PP2 + VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {"model": {"num_layers": 2}}),
+    "PP4, full recompute": (4, {"pipeline": 4}, {"model": {"num_layers": 2}, "recompute": {"mode": "full"}}),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LAYERS)
+def test_first_and_last_chunk_without_layers(name: str) -> None:
+    world_size, parallel, sections = WITHOUT_LAYERS[name]
+    parallel = {**parallel, "embedding_and_loss_as_layers": True}
+    expected = joined(run_ranks(gradients, 1, {}, sections))
+    check_equal(joined(run_ranks(gradients, world_size, parallel, sections)), expected)
+
+
 def check_equal(
     found: tuple[dict, float, dict], expected: tuple[dict, float, dict], *, count: int | None = None
 ) -> None:

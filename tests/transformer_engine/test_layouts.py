@@ -31,19 +31,29 @@ LAYOUTS = {
     ),
     "tied embeddings, PP2": (2, {"pipeline": 2}, {"model": {"tie_word_embeddings": True}}),
     "CP2 x PP2": (4, {"context": 2, "pipeline": 2}, {}),
+    "PP4, no layers at its ends": (
+        4,
+        {"pipeline": 4, "embedding_and_loss_as_layers": True},
+        {"model": {"num_layers": 2}},
+    ),
 }
 # gloo still reads a buffer while the interleaved schedule goes on, so it cannot be freed there on a CPU
-FREES_OUTPUTS = {"PP2", "PP4 (two middle stages)", "TP2 x CP2 x PP2", "CP2 x PP2", "tied embeddings, PP2"}
+FREES_OUTPUTS = {
+    *("PP2", "PP4 (two middle stages)", "TP2 x CP2 x PP2", "CP2 x PP2", "tied embeddings, PP2"),
+    "PP4, no layers at its ends",
+}
+# What one rank of portable layers is compared with has the same model.
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "two layers": {"num_layers": 2},
+}
 
 
 @pytest.fixture(scope="module")
 def portable() -> dict[str, tuple[dict, float, dict]]:
-    """What one rank of portable layers gives, untied and tied."""
-    tied = {"model": {"tie_word_embeddings": True}}
-    return {
-        "untied": joined(run_ranks(gradients, 1, {}, {})),
-        "tied": joined(run_ranks(gradients, 1, {}, tied)),
-    }
+    """What one rank of portable layers gives for each model."""
+    return {name: joined(run_ranks(gradients, 1, {}, {"model": model})) for name, model in MODELS.items()}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -51,7 +61,8 @@ def test_layout_equals_portable_layers(name: str, portable: dict[str, tuple[dict
     world_size, parallel, sections = LAYOUTS[name]
     run = partial(gradients, portable=False, frees_outputs=name in FREES_OUTPUTS)
     found = joined(run_with_transformer_engine(run, world_size, parallel, sections))
-    check_equal(found, portable["tied" if "model" in sections else "untied"])
+    (model,) = [name for name, keys in MODELS.items() if keys == sections.get("model", {})]
+    check_equal(found, portable[model])
 
 
 def _calls(sections: dict[str, Any]) -> dict[str, int]:
