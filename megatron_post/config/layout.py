@@ -177,9 +177,11 @@ def _head_errors(config: "Config", *, has_transformer_engine: bool) -> list[str]
         # torch/_inductor/kernel/flex/flex_attention.py: a GPU cannot multiply narrower matrices
         fits, need = m.head_dim >= 16, "FlexAttention needs at least 16"
     else:
-        # transformer_engine/pytorch/attention/dot_product_attention, 2.9 to 2.11: get_attention_backend
-        # removes FlashAttention, and context parallelism asserts it
-        fits, need = m.head_dim % 8 == 0, "Transformer Engine's attention needs a multiple of 8"
+        # FlashAttention 2 has these widths, by get_attention_backend in Transformer Engine 2.9 to 2.11, and
+        # cuDNN trains no others, by common/fused_attn/fused_attn.cpp. For others 2.11 would take, without
+        # context parallelism, an attention that holds the scores of every pair of tokens.
+        fits = m.head_dim % 8 == 0 and m.head_dim <= 256
+        need = "Transformer Engine's attention needs a multiple of 8 up to 256"
     if fits:
         return []
     return [

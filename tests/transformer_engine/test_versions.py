@@ -7,9 +7,11 @@ from unittest import mock
 
 import pytest
 
+from megatron_post.config.layout import world_errors
 from megatron_post.doctor import ENGINE_VERSIONS
 from tests.distributed.test_layouts import check_equal, gradients, joined
 from tests.ranks import run_ranks
+from tests.tiny import tiny_config
 from tests.transformer_engine.ranks import VERSION, run_with_transformer_engine
 from tests.transformer_engine.stand_in import WHEELS
 
@@ -88,3 +90,43 @@ def test_no_fused_attention_in_fp32(version: str) -> None:
         (f"torch.{name}", context): name == "bfloat16"
         for name, context in product(("float32", "bfloat16"), (False, True))
     }
+
+
+def _widths_of_flash_attention() -> list[int]:
+    """The widths of heads that Transformer Engine gives to FlashAttention 2, among even ones."""
+    import torch
+    import transformer_engine.pytorch.attention.dot_product_attention.utils as te
+
+    te.FlashAttentionUtils.version = te.FlashAttentionUtils.max_version
+    te.FlashAttentionUtils.set_flash_attention_version()
+    found = []
+    for width in range(2, 300, 2):
+        rows = te.AttentionParams(
+            qkv_type=torch.Tensor,
+            qkv_dtype=torch.bfloat16,
+            qkv_layout="thd_thd_thd",
+            attn_mask_type="padding_causal",
+            head_dim_qk=width,
+            head_dim_v=width,
+            core_attention_bias_requires_grad=False,
+            is_training=True,
+        )
+        with mock.patch.object(te, "get_device_compute_capability", lambda: (9, 0)):
+            flash, *_ = te.get_attention_backend(rows)
+        if flash:
+            found.append(width)
+    return found
+
+
+@pytest.mark.parametrize("version", [*OTHERS, VERSION])
+def test_widths_of_heads(version: str) -> None:
+    """A GPU with Transformer Engine refuses the other widths: `config.layout.world_errors`."""
+    _needs(version)
+    (found,) = run_with_transformer_engine(_widths_of_flash_attention, 1, version=version)
+    assert found == [width for width in range(2, 300, 2) if not _is_refused(width)]
+
+
+def _is_refused(width: int) -> bool:
+    model = {"hidden_size": 4 * width, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = tiny_config(model=model, precision={"dtype": "bf16"})
+    return bool(world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=True))

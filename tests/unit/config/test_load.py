@@ -137,8 +137,17 @@ def test_widths_of_heads_on_a_gpu() -> None:
             (error,) = world_errors(config, has_transformer_engine=has_transformer_engine, **gpu)
             assert "on a GPU FlexAttention needs at least 16" in error
     (error,) = world_errors(tiny_config(model=four, precision=bf16), has_transformer_engine=True, **gpu)
-    assert "heads of 4, and on a GPU Transformer Engine's attention needs a multiple of 8" in error
-    assert world_errors(tiny_config(model=eight, precision=bf16), has_transformer_engine=True, **gpu) == []
+    assert "heads of 4, and on a GPU Transformer Engine's attention needs a multiple of 8 up to 256" in error
+    widest = {"hidden_size": 512, "num_attention_heads": 2, "num_key_value_heads": 2}
+    for model in (eight, widest):
+        assert (
+            world_errors(tiny_config(model=model, precision=bf16), has_transformer_engine=True, **gpu) == []
+        )
+    wider = tiny_config(model={**widest, "hidden_size": 528}, precision=bf16)
+    (error,) = world_errors(wider, has_transformer_engine=True, **gpu)
+    assert (
+        "heads of 264, and on a GPU Transformer Engine's attention needs a multiple of 8 up to 256" in error
+    )
 
 
 def test_recomputed_norms_need_transformer_engine() -> None:
