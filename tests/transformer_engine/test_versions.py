@@ -108,10 +108,13 @@ def _widths_of_flash_attention() -> list[int]:
             attn_mask_type="padding_causal",
             head_dim_qk=width,
             head_dim_v=width,
-            core_attention_bias_requires_grad=False,
+            core_attention_bias_shape=None,
             is_training=True,
         )
-        with mock.patch.object(te, "get_device_compute_capability", lambda: (9, 0)):
+        with (
+            mock.patch.object(te, "get_device_compute_capability", lambda: (9, 0)),
+            mock.patch.object(torch.cuda, "current_device", lambda: 1),  # the first one prints an advice
+        ):
             flash, *_ = te.get_attention_backend(rows)
         if flash:
             found.append(width)
