@@ -87,7 +87,7 @@ def contradictions(config: "Config") -> list[str]:
         for number, name in enumerate(names):
             if (first := names.index(name)) < number:
                 found.append(
-                    f"data.{key}.{number}.name: {name!r} is also data.{key}.{first}'s; names must differ"
+                    f"data.{key}.{number}.name: {name!r} is also data.{key}.{first}'s; names must be unique"
                 )
     return found
 

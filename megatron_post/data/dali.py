@@ -86,8 +86,8 @@ def _import_dali() -> ModuleType:
         ) from error
     if "exec_dynamic" not in inspect.signature(nvidia.dali.Pipeline).parameters:
         raise ValueError(
-            f"data.backend=dali: NVIDIA DALI {nvidia.dali.__version__} cannot leave a batch to who holds it; "
-            f"install 1.53 or later ({install_command('dali')}), or set data.backend=torch"
+            f"data.backend=dali: NVIDIA DALI {nvidia.dali.__version__} reuses the memory of batches that are "
+            f"still in use; install 1.53 or later ({install_command('dali')}), or set data.backend=torch"
         )
     return nvidia.dali
 

@@ -105,7 +105,7 @@ class Message:
             raise BadRow(f"a {self.role} message calls a tool; only the assistant can")
         if len(self.tool_calls) > 1:
             raise BadRow(
-                f"{len(self.tool_calls)} tool calls in one message; Llama 3's format carries one a message"
+                f"{len(self.tool_calls)} tool calls in one message; Llama 3's format allows one per message"
             )
         call = self.tool_calls[0]
         wanted = "query" if call.name in SEARCH_TOOLS else "code" if call.name == CODE_INTERPRETER else None
@@ -170,7 +170,7 @@ class Preference:
             if not response or response[-1].role != "assistant":
                 raise BadRow("each response of a preference must end with an assistant message")
             if any(message.role == "user" for message in response):
-                raise BadRow("a response holds a user message: the responses part before the last turn")
+                raise BadRow("a response holds a user message, so the responses differ before the last turn")
             _check_order((*self.prompt, *response))
             _check_responses(response)
         if len({repr(response) for response in self.responses}) < len(self.responses):
@@ -223,7 +223,7 @@ def _check_order(messages: Sequence[Message]) -> None:
             )
         if previous and message.role == "user" and not previous.end_of_turn:
             raise BadRow(
-                f"message {number} is from user, but message {number - 1} said that its turn goes on"
+                f"message {number} is from user, but message {number - 1} says that its turn continues"
             )
         previous = message
 

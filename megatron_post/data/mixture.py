@@ -51,7 +51,7 @@ def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(
-            f"data.sources: the name(s) {', '.join(twice)} stand more than once; names must differ"
+            f"data.sources: the name(s) {', '.join(twice)} appear more than once; names must be unique"
         )
     rows = _weighted_rows(sources, available)
     for source in sources:

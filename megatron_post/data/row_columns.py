@@ -26,9 +26,9 @@ def check_columns(source: Source) -> None:
         ]
         if not any(fits):
             raise ValueError(
-                f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant; if "
-                "wanted system, history, end_marker, or messages; if wanted system, tools) nor a preference "
-                "(user, chosen, rejected; if wanted system, edited, rating, end_marker)"
+                f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant, "
+                "and optionally system, history, end_marker, or messages, and optionally system, tools) nor "
+                "a preference (user, chosen, rejected, and optionally system, edited, rating, end_marker)"
             )
 
 

@@ -32,5 +32,5 @@ def csv_rows(file: Path) -> Iterator[dict[str, str] | BadRow]:
             else:
                 yield BadRow(
                     f"the row has {len(values)} fields, and the header names {len(header)}; a field with a "
-                    "comma or a line feed stands in double quotes"
+                    "comma or a line feed must be in double quotes"
                 )

@@ -91,8 +91,8 @@ def _subdirectory(directory: Path, source: Source) -> Path:
     if not inner.is_dir() or not inner.resolve().is_relative_to(directory.resolve()):
         names = sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")
         raise ValueError(
-            f"source {source.name!r}: subset={source.subset} goes with hub names, with configurations in a "
-            f"README.md and with directories; {directory} has none of that name; directories: "
+            f"source {source.name!r}: subset={source.subset} must be a configuration on the hub or in a "
+            f"README.md, or a directory, and {directory} has none of that name; directories: "
             f"{', '.join(names) or 'none'}"
         )
     return inner

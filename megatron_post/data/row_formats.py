@@ -144,9 +144,9 @@ class RowReader:
         read = self._read([*context, *completion], row, "prompt")
         first = len(context)
         if read.messages[first - 1].role == "assistant" == read.messages[first].role:
-            raise BadRow("the prompt ends with the assistant: a completion cannot go on with its message")
+            raise BadRow("the prompt ends with the assistant: a completion cannot continue its message")
         if any(read.marks[:first]):
-            raise BadRow("a message of the prompt is marked as trained; a completion is trained alone")
+            raise BadRow("a message of the prompt is marked as trained; only the completion is trained")
         return _masked(read, first)
 
     def _trained(self, read: MarkedMessages) -> tuple[Message, ...]:
@@ -228,7 +228,7 @@ def _with_system(example: Dialog | Preference, text: str) -> Dialog | Preference
         return example
     if messages[0].role == "system":
         if messages[0].content != text:
-            raise BadRow(f"the row's system prompt {text!r:.40} is not that of its messages")
+            raise BadRow(f"the row's system prompt {text!r:.40} differs from the one in its messages")
         return example
     messages = (Message("system", text), *messages)
     return (

@@ -39,9 +39,9 @@ def refuse_label(keys: Keys, place: str = "", *, skip: Container[str] = ()) -> N
             continue
         if not is_good:
             raise BadRow(
-                f"{name}={keys.peek(name)!r:.80}{place} says that the response is bad: it is not trained. "
-                f"data.max_bad_rows leaves such rows out; if {name} says something else, list it under the "
-                "source's `ignore`"
+                f"{name}={keys.peek(name)!r:.80}{place} says that the response is bad, so it is not trained. "
+                f"Raise data.max_bad_rows to leave such rows out. If {name} means something else, list it "
+                "under the source's `ignore`"
             )
         keys.get(name)
 

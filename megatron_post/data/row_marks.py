@@ -71,6 +71,6 @@ def _refuse_unknown(keys: Keys, place: str, words: set[str], *, skip: Container[
         if values and all(isinstance(item, bool | int | float) and item in (0, 1) for item in values):
             raise BadRow(
                 f"{place} has {key}={value!r:.80}, which seems to say what is trained and is not among the "
-                f"names that are obeyed ({', '.join(MARKS)}): rename it to `train`, or list {key} under the "
+                f"known names ({', '.join(MARKS)}): rename it to `train`, or list {key} under the "
                 "source's `ignore`"
             )

@@ -89,7 +89,7 @@ def _refuse_unknown_thoughts(keys: Keys, number: int) -> None:
         if isinstance(keys.peek(key), str | list | Mapping) and not is_blank(keys.peek(key)):
             raise BadRow(
                 f"message {number} has `{key}`, which seems to hold reasoning: rename it to {REASONING[0]}, "
-                f"of which data.reasoning decides, or list {key} under the source's `ignore`"
+                f"which data.reasoning controls, or list {key} under the source's `ignore`"
             )
 
 

@@ -162,6 +162,6 @@ def _check_marks(read: MarkedMessages, first_compared: int) -> None:
         mark = read.marks[i]
         if mark is not None and mark != (i >= first_compared):
             raise BadRow(
-                f"message {i + 1} is marked as {'' if mark else 'not '}trained; of a preference the "
-                "responses are compared, whole, and nothing before them"
+                f"message {i + 1} is marked as {'' if mark else 'not '}trained; a preference "
+                "compares whole responses and nothing before them"
             )

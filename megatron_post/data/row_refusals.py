@@ -17,7 +17,7 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sy
 # Keys of a row that cannot be used, and what to do instead.
 _TEMPLATES = dict.fromkeys(
     ("chat_template", "chat_template_kwargs"),
-    "there is one chat template; give what it should say as messages",
+    "there is one chat template; write its contents as messages",
 )
 # Keys that may hold a part of the prompt, in a row whose form has another key for it. Many rows repeat the
 # same text there.

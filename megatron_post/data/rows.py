@@ -170,7 +170,9 @@ def _from_json(file: Path) -> Iterator[_Record]:
             while piece := stream.read(_PIECE_BYTES):
                 content += piece
                 if len(content) > _MAX_ARRAY_BYTES:
-                    raise ValueError(f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write a row a line")
+                    raise ValueError(
+                        f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write one row per line"
+                    )
             rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
             for number, row in enumerate(rows, start=1):
                 yield number, f"{file}:{number}", row
@@ -203,7 +205,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r:.80} stands twice in an object")
+        raise ValueError(f"the key {twice!r:.80} appears twice in an object")
     return found
 
 

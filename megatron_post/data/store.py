@@ -118,7 +118,7 @@ class PackStore:
         if any(count != packs for count in shapes.values()):
             raise ValueError(f"{OFFSETS} has {packs} packs, the other arrays {shapes}")
         if self.segment_offsets[0] != 0 or (steps < 1).any() or (steps > self.settings.pack_length).any():
-            raise ValueError(f"{OFFSETS} does not rise from 0 by the segments of a pack")
+            raise ValueError(f"{OFFSETS} does not start at 0 and grow by the segments of each pack")
 
     def read(self, index: int) -> Pack:
         """Pack `index`, as new arrays. Raises `IndexError` beyond the end, and `StoreError` for damage."""
@@ -151,7 +151,7 @@ class PackStore:
         if pack.tokens.min() < 0 or pack.tokens.max() > largest:
             raise self._damaged(index, f"it holds token ids that are not from 0 to {largest}")
         if pack.roles.max() > max(TokenRole):
-            raise self._damaged(index, f"it holds the role {pack.roles.max()}, which there is not")
+            raise self._damaged(index, f"it holds the role {pack.roles.max()}, which does not exist")
         return pack
 
     def packs_in_chunk(self, name: str) -> int:
@@ -205,7 +205,7 @@ class PackStore:
         except (OSError, ValueError) as error:
             raise StoreError(f"pack {index} of {self.path}/{self.group} cannot be read: {error}") from error
         if len(values) != length:
-            raise self._damaged(index, f"{file} ends in it")
+            raise self._damaged(index, f"{file} ends before the pack does")
         if zlib.crc32(values.tobytes()) != self._checksum_of(name, index):
             raise self._damaged(index, f"its {name} in {file} differ from their checksum")
         return values
@@ -316,9 +316,9 @@ def read_attributes(path: Path) -> dict[str, Any]:
         if not isinstance(attributes, dict):
             raise ValueError(f"{path / 'zarr.json'} has no attributes")
     except ValueError as error:
-        raise StoreError(f"data.store={path} exists, but is no packed store: {error}") from error
+        raise StoreError(f"data.store={path} exists, but is not a packed store: {error}") from error
     if attributes.get("format") != FORMAT:
-        raise StoreError(f"data.store={path} is a zarr directory, but no packed store")
+        raise StoreError(f"data.store={path} is a zarr directory, but not a packed store")
     return attributes
 
 

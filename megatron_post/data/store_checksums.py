@@ -116,12 +116,12 @@ def _check_metadata(path: Path, name: str, digest: str) -> None:
     codecs = {str(codec["name"]) for codec in json.loads(content).get("codecs", [])}
     if codecs - _CODECS:
         raise StoreError(
-            f"store {path}: {name} names the codec {min(codecs - _CODECS)!r}, which is never used here"
+            f"store {path}: {name} names the codec {min(codecs - _CODECS)!r}, which is not allowed here"
         )
 
 
 def _texts(content: Any, key: str) -> dict[str, str]:
     values = content[key]
     if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
-        raise ValueError(f"{key} holds something else than checksums")
+        raise ValueError(f"{key} holds values that are not checksums")
     return values

@@ -162,7 +162,7 @@ class StoreWriter:
         if twice:
             raise StoreError(
                 f"store {self._path}/{group} already has the source(s) {', '.join(sorted(twice))}; leave out "
-                "what is there, or name it differently to add it once more"
+                "the source, or give it another name to add its rows again"
             )
         shift = {"source": len(known), "unit": _next_unit(node)}
         for name, dtype in COLUMNS.items():
@@ -202,7 +202,7 @@ class StoreWriter:
                     array[number - filled : number] = buffer[:filled]
                 filled = 0
         if len(checksums) != count:
-            raise StoreError(f"{len(checksums)} packs came where segments_per_pack announced {count}")
+            raise StoreError(f"{len(checksums)} packs were given, but segments_per_pack has {count}")
         _extend(node, CHECKSUMS, np.array(checksums, dtype="<u4").reshape(-1, len(PER_TOKEN)))
 
     def _per_token_array(self, node: Any, name: str, count: int) -> Any:

@@ -199,7 +199,7 @@ def _with_content_tokens(backend: Backend, names: Sequence[str], path: Path) -> 
     stripping = [name for name, token in added.items() if token.lstrip or token.rstrip]
     if stripping:
         raise ValueError(
-            f"tokenizer.path={path}: its token {stripping[0]} takes the white space beside it, which the "
+            f"tokenizer.path={path}: its token {stripping[0]} removes the white space next to it, which the "
             "chat format needs; set lstrip and rstrip to false in tokenizer.json"
         )
     for name in names:

@@ -79,7 +79,7 @@ SOURCES = [{"name": "math", "path": "math.jsonl"}, {"name": "chat", "path": "cha
         (
             "sft",
             {"data": {"sources": [*SOURCES, {"name": "math", "path": "other.jsonl"}]}},
-            "data.sources.2.name: 'math' is also data.sources.0's; names must differ",
+            "data.sources.2.name: 'math' is also data.sources.0's; names must be unique",
         ),
         (
             "sft",

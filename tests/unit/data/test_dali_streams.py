@@ -161,5 +161,5 @@ def test_an_older_dali_is_refused(store: PackStore, monkeypatch: pytest.MonkeyPa
         fake.__version__ = "1.44.0"  # type: ignore[attr-defined]
         monkeypatch.setattr(fake, "Pipeline", lambda batch_size, num_threads: None)
         loader = PackLoader(store, seed=3, global_batch=4, data_rank=1, data_size=2, consumed_packs=4)
-        with loader, pytest.raises(ValueError, match=r"DALI 1\.44\.0 cannot .* 1\.53.*\[dali\]"):
+        with loader, pytest.raises(ValueError, match=r"DALI 1\.44\.0 reuses .* 1\.53.*\[dali\]"):
             DaliLoader(loader, device_id=0)

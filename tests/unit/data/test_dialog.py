@@ -34,7 +34,7 @@ def test_sensible_orders_of_roles_are_accepted(messages):
         ((SYSTEM, ASSISTANT), "message 2 is from assistant; after system comes user"),
         ((USER, OUTPUT, ASSISTANT), "message 2 is from ipython"),
         ((USER, ASSISTANT, ASSISTANT), "message 3 is from assistant, whose turn had ended with message 2"),
-        ((USER, CALL, USER, ASSISTANT), "message 3 is from user, but message 2 said that its turn goes on"),
+        ((USER, CALL, USER, ASSISTANT), "message 3 is from user, but message 2 says that its turn continues"),
         ((USER, CALL, OUTPUT, USER, ASSISTANT), "message 4 is from user; after ipython"),
         ((USER, ASSISTANT, USER), "the last message is from user"),
         ((USER, Message("assistant", " \n")), "empty response: assistant message 2"),

@@ -74,7 +74,7 @@ def test_a_weighted_source_without_rows_is_refused() -> None:
 
 
 def test_names_must_differ() -> None:
-    with pytest.raises(ValueError, match=r"name\(s\) a stand more than once"):
+    with pytest.raises(ValueError, match=r"name\(s\) a appear more than once"):
         mix([source("a"), source("a")], {"a": 5}, seed=1)
 
 

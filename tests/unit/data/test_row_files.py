@@ -67,7 +67,7 @@ def test_datasets_reads_the_same_rows(clone: Path) -> None:
 def test_a_subset_may_be_a_directory(clone: Path) -> None:
     (clone / "README.md").write_text("# No configurations")
     assert answers(clone, subset="socratic") == ["socratic"]
-    with pytest.raises(ValueError, match=r"subset=x goes with hub names.*directories: main, socratic"):
+    with pytest.raises(ValueError, match=r"subset=x must be a configuration.*directories: main, socratic"):
         answers(clone, subset="x")
     with pytest.raises(ValueError, match="has none of that name"):
         answers(clone / "main", subset="../socratic")

@@ -224,7 +224,7 @@ def test_a_text_before_an_older_call_stays(tmp_path: Path) -> None:
         ({"system": "a", "system_prompt": "b", "messages": TURNS}, "`system` and `system_prompt` contradict"),
         (
             {"system": "a", "messages": [{"role": "system", "content": "b"}, *TURNS]},
-            "system prompt 'a' is not that of its messages",
+            "system prompt 'a' differs from the one in its messages",
         ),
         ({"messages": TURNS, "conversations": [SAID[0], SAID[1] | {"value": "Red."}]}, "hold different"),
         ({"messages": TURNS, "prompt": "Sky?", "completion": "Red."}, "hold different conversations"),
@@ -261,11 +261,11 @@ def test_a_text_before_an_older_call_stays(tmp_path: Path) -> None:
         ),
         (
             {"prompt": "Sky?", "chosen": [TURNS[1] | {"weight": 0}], "rejected": "Red."},
-            "message 1 is marked as not trained; of a preference",
+            "message 1 is marked as not trained; a preference compares",
         ),
         ({"prompt": "Sky?", "chosen": "Blue.", "rejected": "", "chosen_score": 5}, "empty response"),
         ({"prompt": TURNS, "chosen": TURNS[1:], "rejected": "Red."}, "must end with a user or ipython"),
-        ({"chosen": TURNS * 2, "rejected": [TURNS[0], SAID[1] | {"value": "Hm."}, *TURNS]}, "part before"),
+        ({"chosen": TURNS * 2, "rejected": [TURNS[0], SAID[1] | {"value": "Hm."}, *TURNS]}, "differ before"),
         ({"prompt": "Sky?", "chosen": "Blue.", "rejected": ["Red.", "Green."]}, "message 1 must be"),
     ],
 )  # fmt: skip

@@ -353,7 +353,7 @@ def test_a_row_of_csv_has_the_fields_of_the_header(tmp_path, row):
 def test_a_key_that_stands_twice_in_a_row_is_an_error(tmp_path, name):
     row = json.dumps({"prompt": "a", "completion": "b"})[:-1] + ', "prompt": "c"}'
     (tmp_path / name).write_text(f"[{row}]" if name.endswith("json") else row)
-    with pytest.raises(ValueError, match=r"rows\.json.*the key 'prompt' stands twice"):
+    with pytest.raises(ValueError, match=r"rows\.json.*the key 'prompt' appears twice"):
         read(tmp_path / name)
 
 
@@ -392,7 +392,7 @@ def test_sources_that_cannot_be_read_are_refused_with_the_place(tmp_path):
     write(tmp_path / "test.jsonl", [SUM])
     with pytest.raises(ValueError, match=r"holds no files of split 'train'.*splits found: test"):
         read(tmp_path)
-    with pytest.raises(ValueError, match="subset=x goes with hub names"):
+    with pytest.raises(ValueError, match="subset=x must be a configuration"):
         read(tmp_path, subset="x")
     (tmp_path / "rows.txt").write_text("hello")
     with pytest.raises(ValueError, match="cannot tell the kind of file"):

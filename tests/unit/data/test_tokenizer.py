@@ -227,7 +227,9 @@ def test_a_token_that_takes_white_space_is_refused(tmp_path, flag):
     state = json.loads(path.read_text())
     state["added_tokens"][-1][flag] = True
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"its token <tool_call> takes the white space beside it.*to false"):
+    with pytest.raises(
+        ValueError, match=r"its token <tool_call> removes the white space next to it.*to false"
+    ):
         load_tokenizer(path)
 
 
