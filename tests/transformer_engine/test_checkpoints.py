@@ -5,8 +5,8 @@ recomputed), and Transformer Engine's with the portable attention. In fp32 a run
 others are chosen by hand here.
 """
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
 ORDERS = {"sft": "PPTPNTTNNP", "reward": "PPTTP"}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _trainer(stage: str, run_dir: Path, kind: str, parallel: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     """(trainer, position, topology) of a run that starts with layers of this kind."""
     from megatron_post.models import build
@@ -90,6 +90,41 @@ def test_shards_resume_shards(tmp_path: Path) -> None:
     for kind in "TPNT":
         losses += run_with_transformer_engine(_losses, 2, "sft", run_dir, kind, parallel)[0]
     (expected,) = run_ranks(_losses, 1, "sft", tmp_path / "whole", "PPPP", {})
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def _unchanged(**_: Any) -> contextlib.AbstractContextManager[None]:
+    """In place of `torch_optimizer`. As on a GPU, megatron-core's own choice stays."""
+    return contextlib.nullcontext()
+
+
+def _losses_of_adams(run_dir: Path, adams: str) -> list[float]:
+    """As `_losses`, with this package's Adam (A) or Transformer Engine's FusedAdam (F)."""
+    from megatron_post.parallel import cpu
+    from tests.transformer_engine.stand_in import CALLS
+
+    found = []
+    for adam in adams:
+        CALLS.clear()
+        with contextlib.ExitStack() as stack:
+            if adam == "F":
+                stack.enter_context(mock.patch.object(cpu, "torch_optimizer", _unchanged))
+            found += _losses("sft", run_dir, "T", {})
+        assert bool(CALLS["multi_tensor_adam"]) == (adam == "F")
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "adams"), [(1, "AFFAF"), (2, "FFA")])
+def test_each_adam_resumes_each(tmp_path: Path, ranks: int, adams: str) -> None:
+    """FusedAdam keeps moments and the count of steps under the names that checkpoints have.
+
+    On two ranks the optimizer's state is sharded.
+    """
+    starts = [adams] if ranks == 1 else adams
+    losses: list[float] = []
+    for start in starts:
+        losses += run_with_transformer_engine(_losses_of_adams, ranks, tmp_path / "run", start)[0]
+    (expected,) = run_ranks(_losses, 1, "sft", tmp_path / "whole", "P" * len(adams), {})
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
