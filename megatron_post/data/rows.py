@@ -81,7 +81,7 @@ def read_rows(
     """
     read = RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)
     num_good = 0
-    for number, where, row in _records(source):
+    for number, where, row in raw_rows(source):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -96,7 +96,11 @@ def read_rows(
             return
 
 
-def _records(source: Source) -> Iterator[_Record]:
+def raw_rows(source: Source) -> Iterator[tuple[int, str, Any]]:
+    """Yield (row number, place, row) of every row, as it is. A row that cannot be decoded is its `BadRow`.
+
+    Raises `ValueError` for a source that cannot be found or read.
+    """
     try:
         path = Path(source.path).expanduser()
     except RuntimeError as error:
