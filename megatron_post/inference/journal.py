@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -148,6 +149,18 @@ class Journal:
             key = bytes.fromhex(line[_KEY_AT : _KEY_AT + KEY_DIGITS].decode())
             self._places.setdefault(key, index | found.offset)
             found.offset, found.lines = found.offset + len(line), found.lines + 1
+
+
+def read_entries(directory: str | Path, keys: Collection[str]) -> dict[str, dict[str, Any]]:
+    """The entries of these keys by key, also while other processes write. A key without one is left out."""
+    wanted, found = {key.encode() for key in keys}, dict[str, dict[str, Any]]()
+    for path in sorted(Path(directory).glob("journal-*.jsonl")):
+        with path.open("rb") as file:
+            while line := file.readline(LARGEST_LINE):
+                key = line[_KEY_AT : _KEY_AT + KEY_DIGITS]
+                if key in wanted and line.endswith(b"\n") and _is_whole(line):
+                    found.setdefault(key.decode(), json.loads(line)["entry"])
+    return found
 
 
 def _lock_of(path: Path) -> Path:
