@@ -13,7 +13,12 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megatron_post*"]), "megatron_post_kernels"],
     package_dir={"megatron_post_kernels": "kernels/megatron_post_kernels"},
-    package_data={"megatron_post": ["py.typed", "data/*.jinja", "launch/*.sbatch"]},
+    package_data={
+        "megatron_post": [
+            *("py.typed", "data/*.jinja", "launch/*.sbatch"),
+            *("synthesis/*.j2", "synthesis/recipes/*/*.j2"),
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
@@ -27,6 +32,7 @@ setup(
         "zarr>=3.0",
         "tokenizers>=0.20",
         "safetensors>=0.4",
+        "jinja2>=3.1",
         "datasets>=2.20",
         "tensorboard",
     ],
@@ -35,7 +41,7 @@ setup(
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
         "bench": PEERS,
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", "jinja2", TRITON, *PEERS],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", TRITON, *PEERS],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )

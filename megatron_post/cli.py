@@ -15,6 +15,7 @@ from megatron_post.errors import exit_status
 from megatron_post.launch.commands import ClusterPath, DryRun, launch_app
 from megatron_post.plan.commands import plan_app
 from megatron_post.rounds.commands import rounds_app
+from megatron_post.synthesis.commands import synthesize_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Post-training for Llama 3 on megatron-core.")  # fmt: skip
@@ -26,6 +27,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(convert_app, name="convert")
 app.add_typer(launch_app, name="launch")
 app.add_typer(plan_app, name="plan")
+app.add_typer(synthesize_app, name="synthesize")
 app.add_typer(rounds_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
@@ -130,7 +132,7 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 @config_app.command("schema")
 def config_schema(
     file: Annotated[
-        Literal["run", "round", "generate", "select", "merge", "cleaning", "cluster", "chain"],
+        Literal["run", "round", "generate", "select", "merge", "cleaning", "cluster", "chain", "synthesis"],
         typer.Argument(help="kind of the file. `train` takes the kind `run`."),
     ] = "run",
 ) -> None:
@@ -145,10 +147,11 @@ def config_schema(
     from megatron_post.rounds.merge import Merge
     from megatron_post.rounds.select import Select
     from megatron_post.rounds.settings import RoundSettings
+    from megatron_post.synthesis.settings import Synthesis
 
     schemas: dict[str, type[Section]] = {
         "run": Config, "round": RoundSettings, "generate": Generate, "select": Select, "merge": Merge,
-        "cleaning": Rules, "cluster": Cluster, "chain": Chain,
+        "cleaning": Rules, "cluster": Cluster, "chain": Chain, "synthesis": Synthesis,
     }  # fmt: skip
     say(json_schema(schemas[file]))
 

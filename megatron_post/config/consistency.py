@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from megatron_post.config.sections import UncheckedConfig
+if TYPE_CHECKING:
+    from megatron_post.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def without_effect(settings: BaseModel, needs: Sequence[Needs]) -> list[str]:
     return list(found.values())
 
 
-def contradictions(config: UncheckedConfig) -> list[str]:
+def contradictions(config: "Config") -> list[str]:
     """A line for every pair of settings that cannot both be meant."""
     o, steps, found = config.optimizer, config.train.steps, []
     if o.min_lr > o.lr:

@@ -96,6 +96,7 @@ ALLOWED = {
         "train",
         "plan",
     },
+    "synthesis": {"config", "data", "display", "inference", "sandbox", "storage"},
     "launch": {"config", "data", "display", "storage", "parallel.environment", "convert", "train", "plan"},
     "cli": {
         "config",
@@ -107,6 +108,7 @@ ALLOWED = {
         "plan",
         "inference",
         "rounds",
+        "synthesis",
         "launch",
         "demo",
         "bench",

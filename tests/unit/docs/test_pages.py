@@ -21,6 +21,7 @@ from megatron_post.launch.cluster import load_cluster
 from megatron_post.rounds.merge import load_merge
 from megatron_post.rounds.select import Select
 from megatron_post.rounds.settings import load_round
+from megatron_post.synthesis.settings import Synthesis
 from tests.documentation import (
     LANGUAGES,
     ROOT,
@@ -44,7 +45,7 @@ OTHERS = {
 RUNS = {"train", "data pack", "config show", "plan show", "plan search", "plan dry-run", "launch submit",
         "bench step", "bench checkpoint"}  # fmt: skip
 ROUNDS = {"round", "launch round"}
-FILES = {"generate": Generate, "select": Select}
+FILES = {"generate": Generate, "select": Select, "synthesize run": Synthesis}
 # a word in capitals stands for what the reader has
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_/.]*")
 _IN_TREE = re.compile(r"(configs|docs|tests|kernels|launchers|megatron_post)/[\w./*-]*")
@@ -89,6 +90,7 @@ def test_commands_exist_and_their_files_load(
     found = blocks(page)
     for block in found:
         if block.title:
+            Path(block.title).parent.mkdir(exist_ok=True)
             Path(block.title).write_text(block.text)
     for block in found:
         for words in commands(block.text) if block.language == "bash" else ():

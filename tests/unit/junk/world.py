@@ -17,12 +17,25 @@ from megatron_post.convert.jobs import convert
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
+from megatron_post.synthesis.run import synthesize
+from megatron_post.synthesis.settings import load_synthesis
 from tests.tiny import MODEL
 from tests.unit.convert.models import shaped_like, weights_of
 from tests.unit.convert.test_meta_source import _meta
 from tests.unit.rounds.models import tiny_policy
 
 ANSWER = "The answer is 2."
+RECIPE = """\
+from megatron_post.data.dialog import Message
+from megatron_post.synthesis.row import Row
+
+VERSION = 1
+
+async def recipe(row, task):
+    question = task.prompt("ask", prompt=row["prompt"])
+    reply = await task.ask("ask", question)
+    return [Row([Message("user", question), reply.message], capability="general")]
+"""
 SIZES = {**MODEL, "num_layers": 2, "vocab_size": 288, "rope_scaling": None}
 TRAINING: dict[str, Any] = {
     "run_dir": "run",
@@ -52,7 +65,16 @@ def make_world(root: Path) -> None:
     write_record(root / "bench", record)
     write_record(root / "bench", record)
     _write_run(root)
+    _write_synthesis(root)
     _write_meta(root / "meta")
+
+
+def _write_synthesis(root: Path) -> None:
+    """A recipe, and what a run of it has left."""
+    (root / "answers.py").write_text(RECIPE)
+    (root / "answers").mkdir()
+    (root / "answers/ask.j2").write_text("{# version 1 #}\n{{ prompt }}\n")
+    synthesize(load_synthesis("synthesis.yaml"), console=make_console(quiet=True))
 
 
 def _write_meta(directory: Path) -> None:
@@ -111,6 +133,10 @@ def _write_configs(root: Path) -> None:
                         "data": {"store": "pairs", "pack_length": 128}},
         "generate.yaml": {"model": "model", "prompts": "prompts.jsonl",
                           "sampling": {"samples": 1, "max_tokens": 2}},
+        "synthesis.yaml": {"recipe": "answers.py", "output": "synthesized",
+                           "input": {"kind": "rows", "path": "prompts.jsonl"},
+                           "models": {"author": {"model": "model", "backend": {"kind": "transformers"},
+                                                 "sampling": {"max_tokens": 8}}}},
         "select.yaml": {"prompts": "prompts.jsonl", "verifier": verifier, "cleaning": "rules.yaml",
                         "samples": [{"responses": "samples.jsonl", "scores": "scores.jsonl"}]},
         "rules.yaml": {"rules": [{"name": "sorry", "pattern": "sorry", "max_share": 0.5}]},

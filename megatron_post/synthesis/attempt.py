@@ -1,0 +1,79 @@
+"""One input row's way through a recipe: rows, or the reason why there are none."""
+
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_post.config.section import Section
+from megatron_post.data.dialog import BadRow
+from megatron_post.inference.model import Refused
+from megatron_post.storage.files import DiskFull
+from megatron_post.synthesis.ground import Ground
+from megatron_post.synthesis.inputs import InputRow
+from megatron_post.synthesis.parts import Drop, Result
+from megatron_post.synthesis.recipe import Dropped, Recipe
+from megatron_post.synthesis.row import Row
+from megatron_post.synthesis.settings import Synthesis
+from megatron_post.synthesis.task import Event, Task
+
+_NO_STEP = "(before the first step)"
+
+
+async def attempt(
+    recipe: Recipe, settings: Synthesis, own: Section, ground: Ground, number: int, row: InputRow
+) -> Result:
+    """Run a recipe on one input row. own: the recipe's own settings.
+
+    Raises what ends a run: a backend or a sandbox that does not work, and `DiskFull`.
+    """
+    task = Task(row, own, recipe.prompts, ground)
+    rows: list[dict[str, Any]] = []
+    dropped = None
+    try:
+        made = await recipe.run(row.values, task)
+        rows = [_as_json(recipe, settings, row, each, task.events) for each in made]
+        if not rows:
+            raise Dropped("the recipe made no row")
+    except Dropped as error:
+        dropped = Drop(_step(task), error.reason, error.detail)
+    except BadRow as error:
+        dropped = Drop(_step(task), f"no row that can be trained on: {error}")
+    except Refused as error:
+        dropped = Drop(_step(task), "refused by a model", error.reason, failed=True)
+    except DiskFull:
+        raise
+    except Exception as error:  # a fault of the recipe costs its row, and not the run
+        ground.raise_if_broken()
+        dropped = Drop(_step(task), f"{type(error).__name__} in the recipe", _last_line(error), failed=True)
+    ground.raise_if_broken()
+    return Result(number, row.id, row.source, [] if dropped else rows, dropped, task.events)
+
+
+def _as_json(
+    recipe: Recipe, settings: Synthesis, row: InputRow, made: Row, events: list[Event]
+) -> dict[str, Any]:
+    if not isinstance(made, Row):
+        raise TypeError(f"a recipe returns a list of `Row`, and not of {type(made).__name__}")
+    return made.as_json(
+        {
+            "recipe": recipe.name,
+            "version": recipe.version,
+            "source": row.source,
+            "parents": [row.id],
+            "models": {event.model: settings.model_of(event.model).model for event in events if event.model},
+            "journal": [asdict(event) for event in events],
+        }
+    )
+
+
+def _step(task: Task[Any]) -> str:
+    return task.events[-1].step if task.events else _NO_STEP
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of a traceback, and where the error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{traceback.format_exception_only(error)[-1].strip()} ({Path(frame.filename).name}:{frame.lineno})"
+    )

@@ -1,0 +1,105 @@
+"""What all rows of a process share: the journal, the models with their backends, and the sandbox."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from megatron_post.inference.answers import open_answers
+from megatron_post.inference.journal import Journal
+from megatron_post.inference.model import Answers, Model
+from megatron_post.inference.request import Refusal, Reply, Request
+from megatron_post.sandbox.sandbox import open_sandbox
+from megatron_post.synthesis.programs import JournalledSandbox
+from megatron_post.synthesis.progress import Spent
+from megatron_post.synthesis.recipe import Recipe
+from megatron_post.synthesis.settings import Synthesis
+
+
+class _Watched:
+    """A backend that remembers why it does not work, so that no recipe can take it for a row's fault."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self.error: Exception | None = None
+
+    async def answer(self, request: Request) -> Reply | Refusal:
+        try:
+            return await self._answers.answer(request)
+        except Exception as error:
+            self.error = error
+            raise
+
+
+class Ground:
+    """Gives tasks their models and their sandbox."""
+
+    def __init__(
+        self,
+        settings: Synthesis,
+        recipe: Recipe,
+        journal: Journal,
+        answers: dict[str, Answers],
+        sandbox: JournalledSandbox | None,
+    ) -> None:
+        """answers: of each model that is not another's name."""
+        self._settings, self._recipe, self._journal = settings, recipe, journal
+        self._answers = {name: _Watched(each) for name, each in answers.items()}
+        self._sandbox = sandbox
+        self._models: dict[tuple[str, int | None], Model] = {}
+
+    def model(self, name: str, step: str) -> Model:
+        """The model that is asked at a step. If a prompt has the name of the step, its version is a part of
+        the journal's keys. Raises `ValueError` for a model that the recipe does not list in MODELS."""
+        if name not in self._recipe.models:
+            raise ValueError(f"recipe {self._recipe.name} asks {name!r}, which is not in its MODELS")
+        own, version = self._settings.own_name(name), self._recipe.prompts.versions.get(step)
+        if (own, version) not in self._models:
+            found = self._settings.model_of(own)
+            scope: list[str | int] = [self._recipe.name, self._recipe.version]
+            scope += [] if version is None else [version]
+            self._models[own, version] = Model(
+                self._answers[own], self._journal, name=found.model, scope=scope, sampling=found.sampling
+            )
+        return self._models[own, version]
+
+    def sandbox(self) -> JournalledSandbox:
+        """Raises `ValueError` if the recipe does not say that it runs programs."""
+        if self._sandbox is None:
+            raise ValueError(f"recipe {self._recipe.name} runs programs: it needs SANDBOX = True")
+        return self._sandbox
+
+    def spent(self) -> Spent:
+        """What this process has asked so far."""
+        usages = [model.usage for model in self._models.values()]
+        return Spent(
+            sum(usage.asked for usage in usages),
+            sum(usage.prompt_tokens for usage in usages),
+            sum(usage.tokens for usage in usages),
+        )
+
+    def raise_if_broken(self) -> None:
+        """Raise the error of a backend or of the sandbox, if there was one. It ends the run."""
+        errors = [watched.error for watched in self._answers.values()]
+        errors += [] if self._sandbox is None else [self._sandbox.error]
+        if error := next(filter(None, errors), None):
+            raise error
+
+
+@contextlib.asynccontextmanager
+async def open_ground(settings: Synthesis, recipe: Recipe, *, writer: int) -> AsyncIterator[Ground]:
+    """Open the journal as this writer, the backends of the models that the recipe asks, and the sandbox.
+
+    Raises `ValueError` for a journal that another process writes, and for a backend or a sandbox that cannot
+    be opened.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        journal = stack.enter_context(Journal(Path(settings.output) / "journal", writer))
+        answers: dict[str, Answers] = {}
+        for name in dict.fromkeys(map(settings.own_name, recipe.models)):
+            found = settings.model_of(name)
+            answers[name] = await stack.enter_async_context(open_answers(found.backend, found.model))
+        sandbox = None
+        if recipe.runs_programs:
+            opened = stack.enter_context(open_sandbox(settings.sandbox))
+            sandbox = JournalledSandbox(opened, settings.sandbox, journal)
+        yield Ground(settings, recipe, journal, answers, sandbox)

@@ -1,0 +1,170 @@
+"""What recipes start from: rows of a dataset, or pieces of the files of a directory."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megatron_post.config.data import Source
+from megatron_post.config.section import Count, Name, Section
+from megatron_post.data.dialog import BadRow
+from megatron_post.data.rows import BadRows, raw_rows
+from megatron_post.storage.reading import did_you_mean_path
+from megatron_post.synthesis.row import row_id
+
+_LARGEST_FILE = 64 * 2**20  # bytes of a file that is cut into pieces
+
+
+class _Taken(Section):
+    share: float = Field(
+        1.0, gt=0, le=1, description="part of the rows that is taken. The id of a row decides whether it is"
+    )
+    max_rows: Count | None = Field(None, description="use only so many rows, the first ones; null: all")
+
+
+class RowsInput(_Taken):
+    """Rows of a dataset: JSON lines, CSV, Parquet, Arrow, or a name on the hub."""
+
+    kind: Literal["rows"] = Field(description="selects this kind of input")
+    path: Name = Field(description="file, directory, or name of a dataset on the hub")
+    split: Name = Field("train", description="split of a dataset that has several")
+    subset: Name | None = Field(None, description="configuration of a dataset that has several")
+
+
+class DocumentsInput(_Taken):
+    """Pieces of text files, such as snippets of code. A row has `text`, `file`, `first_line`, `last_line`."""
+
+    kind: Literal["documents"] = Field(description="selects this kind of input")
+    path: Name = Field(description="file, or directory. Names in it that begin with a dot are passed over")
+    pattern: Name = Field("**/*", description="which files of the directory are read, such as **/*.py")
+    unit: Literal["lines", "characters"] = Field("lines", description="what `size` and `least` count")
+    size: Count | None = Field(None, description="of a piece, at most; null: a file is one piece")
+    least: Count = Field(1, description="shorter pieces are left out")
+
+
+InputSettings = Annotated[RowsInput | DocumentsInput, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """source: where it stands, "file:line" or "file:first-last"."""
+
+    id: str
+    values: dict[str, Any]
+    source: str
+
+
+def read_input(settings: RowsInput | DocumentsInput, *, bad_rows: BadRows) -> Iterator[InputRow]:
+    """Yield the good rows in order. Raises `ValueError` (`TooManyBadRows`) for an input that cannot be read.
+
+    Bad rows are added to `bad_rows`.
+    """
+    records = _from_rows(settings) if isinstance(settings, RowsInput) else _from_documents(settings)
+    return islice(_good(records, settings, bad_rows), settings.max_rows)
+
+
+def _good(
+    records: Iterator[tuple[str, Any]], settings: RowsInput | DocumentsInput, bad_rows: BadRows
+) -> Iterator[InputRow]:
+    for source, values in records:
+        try:
+            if isinstance(values, BadRow):
+                raise values
+            if not isinstance(values, dict):
+                raise BadRow(f"a row must be a mapping, not {type(values).__name__}")
+            row = InputRow(row_id(values), values, source)
+        except BadRow as error:
+            bad_rows.add(Path(settings.path).name, source, str(error))
+            continue
+        if int(row.id[:13], 16) < settings.share * 16**13:
+            yield row
+
+
+def _from_rows(settings: RowsInput) -> Iterator[tuple[str, Any]]:
+    source = Source(name="input", path=settings.path, split=settings.split, subset=settings.subset)
+    for _, where, values in raw_rows(source):
+        yield where, values
+
+
+def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
+    path = Path(settings.path)
+    for file in _files(path, settings.pattern):
+        try:
+            text = _text(file)
+        except BadRow as error:
+            yield str(file), error
+            continue
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        for first, last, piece in _pieces(text, settings):
+            size = last - first + 1 if settings.unit == "lines" else len(piece)
+            if size >= settings.least and piece.strip():
+                values = {"text": piece, "file": name, "first_line": first, "last_line": last}
+                yield f"{file}:{first}-{last}", values
+
+
+def _files(path: Path, pattern: str) -> Iterator[Path]:
+    """Regular files in the order of their names. Raises `ValueError` if there are none."""
+    if path.is_file():
+        yield path
+        return
+    if not path.is_dir():
+        raise ValueError(f"input.path: {path} does not exist{did_you_mean_path(path)}")
+    try:
+        names = sorted(path.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"input.pattern={pattern}: {error}") from None
+    found = False
+    for file in names:
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+            found = True
+            yield file
+    if not found:
+        raise ValueError(f"input.pattern={pattern}: {path} has no such file")
+
+
+def _text(file: Path) -> str:
+    """Raises `BadRow` for a file that is no text."""
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not text in UTF-8: byte {error.start}") from None
+    except OSError as error:
+        raise BadRow(f"cannot be read: {error.strerror}") from None
+    if len(content) > _LARGEST_FILE:
+        raise BadRow(f"huge: more than {_LARGEST_FILE:,} bytes")
+    if "\0" in text:
+        raise BadRow("not a text: it holds a null character")
+    return text.replace("\r\n", "\n")
+
+
+def _pieces(text: str, settings: DocumentsInput) -> Iterator[tuple[int, int, str]]:
+    """First and last line, from 1, and the text of each piece."""
+    lines, size, first, last = settings.unit == "lines", 0, 1, 1
+    piece: list[str] = []
+    for number, line in enumerate(io.StringIO(text), start=1):
+        for part in [line] if lines or settings.size is None else _parts(line, settings.size):
+            more = 1 if lines else len(part)
+            if piece and settings.size is not None and size + more > settings.size:
+                yield first, last, "".join(piece)
+                piece, size = [], 0
+            if not piece:
+                first = number
+            piece.append(part)
+            size, last = size + more, number
+    if piece:
+        yield first, last, "".join(piece)
+
+
+def _parts(line: str, size: int) -> Iterator[str]:
+    """A line in parts of at most `size` characters, which end with a blank if possible."""
+    while len(line) > size:
+        cut = line.rfind(" ", 0, size) + 1 or size
+        yield line[:cut]
+        line = line[cut:]
+    yield line

@@ -1,0 +1,146 @@
+"""What each process of a run has made: one file a process, one line an input row, put together in order.
+
+A line is written when its row is finished, so that no row waits for another. The order of the input comes
+from the numbers in the lines. While a part grows its name ends in `.growing`. A process that starts again
+writes its part anew, from the journal.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_post.storage.files import full_disk_explained
+from megatron_post.storage.reading import reading
+from megatron_post.synthesis.task import Event
+
+PARTS = ".parts"  # directory of the parts in the output
+_NUMBER = b'{"number": '
+_MISSING = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why an input row gave nothing. failed: it is the fault of the recipe or of a model that refused, and
+    counts against `max_failed`."""
+
+    step: str
+    reason: str
+    detail: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an input row. number: from 0. rows: as `rows.jsonl` has them."""
+
+    number: int
+    id: str
+    source: str
+    rows: list[dict[str, Any]]
+    dropped: Drop | None = None
+    events: list[Event] = field(default_factory=list)
+
+
+class Part:
+    """The part of process `rank` of `size`, while it grows."""
+
+    def __init__(self, directory: Path, rank: int, size: int, *, fingerprint: str) -> None:
+        """fingerprint: of the run, so that parts of other settings are told apart."""
+        self._path = part_path(directory, rank, size)
+        self._growing = self._path.with_name(f"{self._path.name}.growing")
+        with full_disk_explained(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = self._growing.open("w", encoding="utf-8")
+            self._file.write(_head(fingerprint).decode())
+
+    def add(self, result: Result) -> None:
+        """Write a line. Raises `DiskFull`."""
+        with full_disk_explained(self._path):
+            self._file.write(json.dumps(asdict(result)) + "\n")
+
+    def finish(self) -> None:
+        """Flush it to the disk and give it its name."""
+        with full_disk_explained(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._growing.rename(self._path)
+
+    def close(self) -> None:
+        """Stop writing. What is not finished keeps its name."""
+        with full_disk_explained(self._path):
+            self._file.close()
+
+
+def part_path(directory: Path, rank: int, size: int) -> Path:
+    return directory / f"part-{rank:05d}-of-{size:05d}.jsonl"
+
+
+def is_part_of(path: Path, fingerprint: str) -> bool:
+    """Whether there is this part, and of this run."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return False
+    return line == _head(fingerprint)
+
+
+def _head(fingerprint: str) -> bytes:
+    return json.dumps({"fingerprint": fingerprint}).encode() + b"\n"
+
+
+def parts_in(directory: Path, fingerprint: str) -> list[Path]:
+    """The parts of this run, finished or growing."""
+    return [path for path in sorted(directory.glob("part-*")) if is_part_of(path, fingerprint)]
+
+
+def results_of(parts: Sequence[Path]) -> Iterator[Result]:
+    """The results in all parts in the order of the input. Rows that are not there yet are left out.
+
+    The memory holds 16 bytes for each.
+    """
+    offsets, owners = array("Q"), array("Q")
+    files = [part.open("rb") for part in parts]
+    try:
+        for owner, (path, file) in enumerate(zip(parts, files, strict=True)):
+            with reading(path, "a part of a run"):
+                for number, offset in _numbers(file):
+                    missing = number + 1 - len(offsets)
+                    offsets.extend([_MISSING] * missing)
+                    owners.extend([0] * missing)
+                    offsets[number], owners[number] = offset, owner
+        for offset, owner in zip(offsets, owners, strict=True):
+            if offset != _MISSING:
+                files[owner].seek(offset)
+                with reading(parts[owner], "a part of a run"):
+                    yield _result(json.loads(files[owner].readline()))
+    finally:
+        for file in files:
+            file.close()
+
+
+def _numbers(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Number and offset of each whole line behind the first."""
+    offset = len(file.readline())
+    for line in file:
+        if not line.endswith(b"\n"):  # it is being written
+            return
+        yield int(line[len(_NUMBER) : line.index(b",")]), offset
+        offset += len(line)
+
+
+def _result(values: dict[str, Any]) -> Result:
+    dropped = values["dropped"]
+    return Result(
+        values["number"],
+        values["id"],
+        values["source"],
+        values["rows"],
+        None if dropped is None else Drop(**dropped),
+        [Event(**event) for event in values["events"]],
+    )

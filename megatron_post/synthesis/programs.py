@@ -1,0 +1,53 @@
+"""A sandbox whose outcomes are kept in the journal, so that a replay does not depend on times."""
+
+import asyncio
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_post.inference.journal import Journal, key_of
+from megatron_post.sandbox.outcome import Outcome
+from megatron_post.sandbox.sandbox import Sandbox
+from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
+from megatron_post.sandbox.supervise import BrokenSandbox
+
+
+class JournalledSandbox:
+    """Runs each program once: the same files, command and limits have the outcome that they had."""
+
+    def __init__(self, sandbox: Sandbox, settings: Bubblewrap | Container, journal: Journal) -> None:
+        """settings: of the sandbox. What a program sees of it is a part of the key."""
+        self._sandbox, self._journal, self._limits = sandbox, journal, settings.limits
+        self._held = settings.model_dump(mode="json", exclude={"programs", "limits"})
+        self._running: dict[str, asyncio.Event] = {}
+        self.error: BrokenSandbox | None = None
+
+    async def run(
+        self, files: Mapping[str, str | bytes], command: Sequence[str], limits: Limits | None
+    ) -> tuple[Outcome, str]:
+        """The outcome and its key in the journal. Raises what the sandbox raises."""
+        program = {
+            "files": {name: _as_json(content) for name, content in files.items()},
+            "command": list(command),
+            "limits": (limits or self._limits).model_dump(mode="json"),
+        }
+        key = key_of(sandbox=self._held, **program)
+        while (running := self._running.get(key)) is not None:  # the same program, of another row
+            await running.wait()
+        entry = self._journal.get(key)
+        if entry is None:
+            self._running[key] = asyncio.Event()
+            try:
+                outcome = await self._sandbox.run(files, command, limits)
+                entry = {"program": program, "outcome": outcome.as_json()}
+                self._journal.append(key, "program", entry)
+            except BrokenSandbox as error:
+                self.error = error
+                raise
+            finally:
+                self._running.pop(key).set()
+        return Outcome.from_json(entry["outcome"]), key
+
+
+def _as_json(content: str | bytes) -> str | dict[str, Any]:
+    return content if isinstance(content, str) else {"base64": base64.b64encode(content).decode()}

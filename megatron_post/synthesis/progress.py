@@ -1,0 +1,91 @@
+"""How far a run of a recipe is: a bar on a terminal, and elsewhere a line a minute."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, TextColumn
+
+from megatron_post.display import make_console, make_progress
+
+_SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_LOOKS = 0.25
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What this process has asked, without what came from the journal."""
+
+    requests: int
+    prompt_tokens: int
+    tokens: int
+
+
+class RowProgress:
+    """Counts input rows. Rates and the remaining time are of what is asked: a replay takes no time."""
+
+    def __init__(self, console: Console, *, who: str, total: int, spent: Callable[[], Spent]) -> None:
+        """who: begins a line of one of several processes. total: input rows of this process."""
+        self._console, self._who, self._total, self._spent = console, who, total, spent
+        self._done = self._lost = 0
+        self._began: tuple[float, int] | None = None  # when the first request was answered, and the rows then
+        self._started = time.monotonic()
+
+    def add(self, *, is_lost: bool) -> None:
+        """Count a row. is_lost: it was dropped, or failed."""
+        self._done += 1
+        self._lost += is_lost
+
+    @contextlib.asynccontextmanager
+    async def shown(self) -> AsyncIterator[None]:
+        """Show it within this context, and the last state when it ends."""
+        bar = make_progress(
+            self._console if self._console.is_terminal else make_console(quiet=True),
+            MofNCompleteColumn(),
+            TextColumn("rows, {task.fields[text]}", markup=False),
+        )
+        task = bar.add_task("synthesizing", total=self._total, text="")
+
+        async def look() -> None:
+            said = time.monotonic()
+            while True:
+                bar.update(task, completed=self._done, text=self._text())
+                await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+                if not self._console.is_terminal and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    self._print()
+
+        with bar:
+            looking = asyncio.create_task(look())
+            try:
+                yield
+            finally:
+                looking.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await looking
+                bar.update(task, completed=self._done, text=self._text())
+        self._print()
+
+    def _print(self) -> None:
+        line = f"{self._who}{self._done:,} of {self._total:,} rows, {self._text()}"
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _text(self) -> str:
+        spent, now = self._spent(), time.monotonic()
+        if self._began is None and spent.requests:
+            self._began = (now, self._done)
+        seconds = max(now - self._started, 1e-9)
+        parts = [
+            f"{self._lost:,} lost",
+            f"{spent.requests:,} requests asked",
+            f"{spent.tokens / seconds:,.0f} tokens/s",
+            f"{spent.prompt_tokens:,} + {spent.tokens:,} tokens spent",
+        ]
+        if self._began is not None and self._done > self._began[1] and self._done < self._total:
+            seconds_a_row = (now - self._began[0]) / (self._done - self._began[1])
+            left = int(seconds_a_row * (self._total - self._done))
+            parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        return ", ".join(parts)

@@ -1,0 +1,121 @@
+"""What a recipe is, and where it is found: in `recipes/`, or in a Python file of the user's own.
+
+A recipe is a file:
+
+    VERSION = 1                          # raise it, and all that the recipe has asked is asked again
+    MODELS = ("author", "judge")         # names under `models` that it asks; by default "author" alone
+    SANDBOX = True                       # whether it runs programs; by default it does not
+
+    class Settings(Section): ...         # its own keys, under `settings` of the YAML; may be left out
+
+    async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]: ...
+
+The first line of its docstring says what it makes. Its prompts are `NAME.j2` in a directory beside the file,
+which has the file's name without `.py`.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_post.config.section import Section
+from megatron_post.storage.checksums import sha256_of_file
+from megatron_post.storage.reading import did_you_mean, plain_file
+from megatron_post.synthesis import recipes
+from megatron_post.synthesis.prompts import Prompts
+from megatron_post.synthesis.row import Row
+
+_BUILT_IN = Path(recipes.__file__).parent
+
+
+class Dropped(Exception):
+    """Raised by a recipe to drop its input row. The report counts rows by reason, so that reasons should
+    repeat; `detail` is of this row alone."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """run: called with the values of an input row and a `Task`. checksums: of its file and its prompts."""
+
+    name: str
+    version: int
+    summary: str
+    models: tuple[str, ...]
+    runs_programs: bool
+    settings: type[Section]
+    run: Callable[[dict[str, Any], Any], Awaitable[list[Row]]]
+    prompts: Prompts
+    checksums: dict[str, str]
+
+
+def built_in_recipes() -> list[str]:
+    """Their names."""
+    return sorted(file.stem for file in _BUILT_IN.glob("*.py") if not file.stem.startswith("_"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """name: of a built-in recipe, or the path of a Python file, which is run. Raises `ValueError`."""
+    if name.endswith(".py"):
+        file = plain_file(Path(name), "recipe")
+        return _recipe(_from_file(file), file)
+    known = built_in_recipes()
+    if name not in known:
+        raise ValueError(
+            f"recipe={name}: no recipe has this name{did_you_mean(name, known)}; there are "
+            f"{', '.join(known) or 'none'}. A recipe of your own is the path of a file that ends in .py"
+        )
+    return _recipe(importlib.import_module(f"{recipes.__name__}.{name}"), _BUILT_IN / f"{name}.py")
+
+
+def _from_file(file: Path) -> ModuleType:
+    name = f"synthesis_recipe_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # pydantic and dataclasses look up annotations there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        raise ValueError(f"recipe {file}: it cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _recipe(module: ModuleType, file: Path) -> Recipe:
+    """Raises `ValueError` for a module that is no recipe."""
+    run, settings = getattr(module, "recipe", None), getattr(module, "Settings", Section)
+    version, models = getattr(module, "VERSION", None), getattr(module, "MODELS", ("author",))
+    sandbox = getattr(module, "SANDBOX", False)
+    wrong = {
+        "`async def recipe(row, task)`": not inspect.iscoroutinefunction(run)
+        or len(inspect.signature(run).parameters) != 2,
+        "VERSION, a whole number from 1": type(version) is not int or version < 1,
+        "MODELS, a tuple of names": not isinstance(models, tuple)
+        or not all(isinstance(model, str) and model for model in models),
+        "SANDBOX, True or False": not isinstance(sandbox, bool),
+        "Settings, a `Section`": not (isinstance(settings, type) and issubclass(settings, Section)),
+    }
+    if missing := [what for what, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(f"recipe {file}: it needs {'; '.join(missing)}. docs/synthesis.md has an example")
+    assert run is not None and isinstance(version, int)
+    prompts = Prompts(file.with_suffix(""))
+    return Recipe(
+        name=file.stem,
+        version=version,
+        summary=(module.__doc__ or "").strip().partition("\n")[0],
+        models=models,
+        runs_programs=sandbox,
+        settings=settings,
+        run=run,
+        prompts=prompts,
+        checksums={file.name: sha256_of_file(file), **prompts.checksums},
+    )

@@ -1,0 +1,234 @@
+"""`megatron-post synthesize run`: every input row through a recipe, and what became of it, in order.
+
+A process works on the input rows rank, rank + size, and so on, many of them at a time. Replies and outcomes
+of programs come from the journal if it has them. So a run that starts again asks only what is new, and writes
+the bytes that an undisturbed run would have written.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_post.config.section import Section
+from megatron_post.data.rows import BadRows
+from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.files import write_lines
+from megatron_post.storage.lock import locked
+from megatron_post.synthesis.attempt import attempt
+from megatron_post.synthesis.ground import open_ground
+from megatron_post.synthesis.inputs import InputRow, read_input
+from megatron_post.synthesis.parts import PARTS, Part, Result, is_part_of, part_path, results_of
+from megatron_post.synthesis.progress import RowProgress
+from megatron_post.synthesis.recipe import Recipe, load_recipe
+from megatron_post.synthesis.record import record_of, summary_of, update_record
+from megatron_post.synthesis.report import write_report
+from megatron_post.synthesis.settings import Synthesis, recipe_settings
+from megatron_post.synthesis.summary import Summary, read_summary, write_summary
+
+_SHOWN = 10  # failures in a message
+_NO_STEP = "(before the first step)"
+
+
+class TooManyFailures(ValueError):
+    """More input rows failed than `max_failed` allows."""
+
+
+@dataclass
+class _Run:
+    """One process of a run."""
+
+    settings: Synthesis
+    recipe: Recipe
+    own: Section
+    record: dict[str, Any]
+    fingerprint: str
+    rank: int
+    size: int
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.output)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.record["input"]["rows"])
+
+    @property
+    def parts(self) -> list[Path]:
+        return [part_path(self.output / PARTS, rank, self.size) for rank in range(self.size)]
+
+    @property
+    def who(self) -> str:
+        return f"process {self.rank} of {self.size}: " if self.size > 1 else ""
+
+
+def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Console) -> None:
+    """Run process `rank` of `size`. The one that finds all parts finished writes the rows and the report.
+
+    What a run has asked is asked again only if it depends on what has changed. Raises `ValueError` for wrong
+    settings, an input that cannot be read, a server that does not work, a full disk and `TooManyFailures`.
+    What was answered is kept.
+    """
+    recipe = load_recipe(settings.recipe)
+    own = recipe_settings(settings, recipe)
+    record = record_of(settings, recipe)
+    run = _Run(settings, recipe, own, record, sha256_of_json(record), rank, size)
+    run.output.mkdir(parents=True, exist_ok=True)
+    if changes := update_record(run.output / "run.json", record):
+        lines = [f"{run.who}settings that changed since the last start:", *(f"  {line}" for line in changes)]
+        _print(console, "\n".join(lines))
+    if summary := _finished(run):
+        _print(console, f"{run.output} is finished: {_counts(summary)}. Nothing was asked")
+        return
+    if not is_part_of(run.parts[rank], run.fingerprint):
+        asyncio.run(_make_part(run, console))
+    missing = [part for part in run.parts if not is_part_of(part, run.fingerprint)]
+    if missing and not _finished(run):
+        _print(console, f"{run.who}its part is finished, and {len(missing)} of {size} are not")
+        return
+    with _turn(run.output):
+        summary = _finished(run) or _put_together(run)
+        shutil.rmtree(run.output / PARTS, ignore_errors=True)
+    _print(console, f"{run.output}: {_counts(summary)}. {run.output / 'report.html'} has the reasons")
+
+
+def share_of(rank: int | None, size: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and size as given, else those of a task of a Slurm array, else (0, 1).
+
+    Raises `ValueError` for one without the other, and for numbers that do not fit.
+    """
+    if rank is None and size is None:
+        task, count = (environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "COUNT"))
+        if not (task.isdigit() and count.isdigit()):
+            return 0, 1
+        rank, size = int(task) - int(environment.get("SLURM_ARRAY_TASK_MIN", "0")), int(count)
+        if rank >= size:
+            raise ValueError(f"SLURM_ARRAY_TASK_ID={task}: give --rank and --size for an array with gaps")
+    if rank is None or size is None:
+        raise ValueError("give --rank and --size together")
+    if not 0 <= rank < size:
+        raise ValueError(f"--rank {rank} --size {size}: ranks are 0 to size - 1")
+    return rank, size
+
+
+@contextlib.contextmanager
+def _turn(output: Path) -> Iterator[None]:
+    """Wait until no other process puts the same output together."""
+    with (output / ".lock").open("w") as file:
+        locked(file, wait=True)
+        yield
+
+
+def _finished(run: _Run) -> Summary | None:
+    """The summary, if the rows of this very run have been written."""
+    found = read_summary(run.output, run.fingerprint)
+    return found if (run.output / "rows.jsonl").exists() else None
+
+
+def _counts(summary: Summary) -> str:
+    return (
+        f"{summary.rows:,} rows from {summary.kept:,} of {summary.input:,} input rows, "
+        f"{summary.dropped:,} dropped, {summary.failed:,} failed"
+    )
+
+
+async def _make_part(run: _Run, console: Console) -> None:
+    own_rows = len(range(run.rank, run.num_rows, run.size))
+    async with open_ground(run.settings, run.recipe, writer=run.rank) as ground:
+        progress = RowProgress(console, who=run.who, total=own_rows, spent=ground.spent)
+        part = Part(run.output / PARTS, run.rank, run.size, fingerprint=run.fingerprint)
+        rows = _own_rows(run)
+
+        async def work() -> None:
+            for number, row in rows:
+                result = await attempt(run.recipe, run.settings, run.own, ground, number, row)
+                part.add(result)
+                progress.add(is_lost=result.dropped is not None)
+                _count_failure(run, result)
+                await asyncio.sleep(0)  # a replay waits for nothing, and would keep others from their turn
+
+        with contextlib.closing(part):
+            async with progress.shown():
+                await _all(work() for _ in range(min(run.settings.rows_in_flight, own_rows)))
+            part.finish()
+
+
+async def _all(works: Iterator[Any]) -> None:
+    """Wait for all. The first error ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def _own_rows(run: _Run) -> Iterator[tuple[int, InputRow]]:
+    """Number and row of this process's share. Raises `ValueError` if the input is not what it was."""
+    checksum = hashlib.sha256()
+    bad_rows = BadRows(run.settings.max_bad_rows, key="max_bad_rows")
+    for number, row in enumerate(read_input(run.settings.input, bad_rows=bad_rows)):
+        checksum.update(row.id.encode())
+        if number % run.size == run.rank:
+            yield number, row
+    if checksum.hexdigest() != run.record["input"]["checksum"]:
+        raise ValueError(f"input: {run.settings.input.path} changed while it was read; run again")
+
+
+def _count_failure(run: _Run, result: Result) -> None:
+    """Raises `TooManyFailures` if this process alone has more than all may have."""
+    if (drop := result.dropped) is not None and drop.failed:
+        run.failures.append(f"{result.source}: {drop.detail} ({drop.reason} at {drop.step})")
+        _check_failures(run, len(run.failures), run.failures)
+
+
+def _check_failures(run: _Run, failed: int, examples: Sequence[str]) -> None:
+    allowed = math.ceil(run.settings.max_failed * run.num_rows - 1e-9)
+    if failed > allowed:
+        first = "".join(f"\n  {line}" for line in examples[:_SHOWN])
+        raise TooManyFailures(
+            f"{failed:,} of {run.num_rows:,} input rows failed, and max_failed={run.settings.max_failed} "
+            f"allows {allowed:,}.{first}\nWhat was answered is kept. Mend the recipe, or raise max_failed, "
+            "and run the same command again"
+        )
+
+
+def _put_together(run: _Run) -> Summary:
+    """Write the rows, what was dropped, and the report, from all parts. The summary comes last."""
+    summary = summary_of(run.record)
+    counted = summary.counted(results_of(run.parts))
+    write_lines(run.output / "rows.jsonl", (row for result in counted for row in result.rows))
+    write_lines(
+        run.output / "dropped.jsonl", (_dropped(result) for result in results_of(run.parts) if result.dropped)
+    )
+    _check_failures(
+        run,
+        summary.failed,
+        [
+            f"{reason.reason} at {reason.step}: {reason.examples[0]}"
+            for reason in summary.reasons
+            if reason.failed
+        ],
+    )
+    write_report(run.output / "report.html", summary)
+    write_summary(run.output, run.fingerprint, summary)
+    return summary
+
+
+def _dropped(result: Result) -> dict[str, Any]:
+    assert result.dropped is not None
+    place = {"id": result.id, "source": result.source}
+    return place | asdict(result.dropped) | {"journal": [asdict(event) for event in result.events]}
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,168 @@
+"""What a recipe works with: one input row, the models, the sandbox and the prompts."""
+
+import asyncio
+import contextvars
+import random
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from megatron_post.config.section import Section
+from megatron_post.data.dialog import Message
+from megatron_post.inference.model import Refused
+from megatron_post.inference.request import Reply
+from megatron_post.sandbox.outcome import Outcome
+from megatron_post.sandbox.settings import Limits
+from megatron_post.synthesis.inputs import InputRow
+from megatron_post.synthesis.prompts import Prompts
+
+S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+
+
+@dataclass
+class Event:
+    """A request or a program of a recipe. key: the journal's; empty as long as it has no answer.
+
+    result: "reply", "refusal", or the kind of a program's outcome. model: empty for a program.
+    """
+
+    step: str
+    model: str = ""
+    result: str = ""
+    key: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+class Asks(Protocol):
+    """As `inference.model.Model`."""
+
+    async def ask(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        seed: int,
+        tools: Sequence[dict[str, Any]],
+        **sampling: Any,
+    ) -> Reply: ...
+
+
+class Runs(Protocol):
+    """A sandbox that keeps outcomes in the journal. Returns the outcome and its key."""
+
+    async def run(
+        self, files: Mapping[str, str | bytes], command: Sequence[str], limits: Limits | None
+    ) -> tuple[Outcome, str]: ...
+
+
+class Ground(Protocol):
+    """Where a task finds models and the sandbox."""
+
+    def model(self, name: str, step: str) -> Asks: ...
+
+    def sandbox(self) -> Runs: ...
+
+
+@dataclass
+class _Branch:
+    """Events of one line of work, which `owner` does one after the other."""
+
+    owner: "asyncio.Task[Any] | None"
+    events: list[Event] = field(default_factory=list)
+
+
+class Task(Generic[S]):
+    """One input row's way through a recipe.
+
+    id, source: of the input row. settings: the recipe's own. random: numbers that follow from the input row's
+    id, and are the same after a restart.
+    """
+
+    def __init__(self, row: InputRow, settings: S, prompts: Prompts, ground: Ground) -> None:
+        self.id, self.source, self.settings = row.id, row.source, settings
+        self.random = random.Random(row.id)
+        self._prompts, self._ground = prompts, ground
+        root = _Branch(asyncio.current_task())
+        self.events = root.events
+        self._branch: contextvars.ContextVar[_Branch] = contextvars.ContextVar("branch", default=root)
+
+    def prompt(self, name: str, **values: Any) -> str:
+        """The prompt `NAME.j2` with these values."""
+        return self._prompts.render(name, **values)
+
+    async def ask(
+        self,
+        step: str,
+        messages: str | Sequence[Message],
+        *,
+        model: str = "author",
+        seed: int = 0,
+        tools: Sequence[dict[str, Any]] = (),
+        **sampling: Any,
+    ) -> Reply:
+        """A model's reply. A text is one message of the user. Another seed asks for another reply.
+
+        step: what the report counts it under. If a prompt has the same name, a higher version of it asks
+        again. model: a name under `models`. sampling: such as `temperature=0.2`, for this request alone.
+        Raises `Refused`, which drops the row unless the recipe handles it.
+        """
+        event = self._begin(step)
+        event.model = model
+        try:
+            reply = await self._ground.model(model, step).ask(messages, seed=seed, tools=tools, **sampling)
+        except Refused as refused:
+            event.result, event.key = "refusal", refused.key
+            raise
+        event.result, event.key = "reply", reply.key
+        event.prompt_tokens, event.tokens = reply.prompt_tokens, reply.tokens
+        return reply
+
+    async def run(
+        self,
+        step: str,
+        files: Mapping[str, str | bytes],
+        command: Sequence[str],
+        limits: Limits | None = None,
+    ) -> Outcome:
+        """Run a program in the sandbox. The same program is run once, and its outcome is kept.
+
+        step: what the report counts it under. limits: by default those of `sandbox`.
+        """
+        event = self._begin(step)
+        outcome, event.key = await self._ground.sandbox().run(files, command, limits)
+        event.result = outcome.kind
+        return outcome
+
+    async def together(self, *work: Awaitable[T]) -> list[T]:
+        """Do several things at a time, such as K samples, and wait for all. Returns their results in order.
+
+        Raises the first error, in the order of `work`, once all have ended. `asyncio.gather` would raise the
+        one that came first in time, and rows would differ between a run and its replay.
+        """
+        branches = [_Branch(None) for _ in work]
+
+        async def within(branch: _Branch, one: Awaitable[T]) -> T:
+            branch.owner = asyncio.current_task()
+            self._branch.set(branch)
+            return await one
+
+        pairs = zip(branches, work, strict=True)
+        results = await asyncio.gather(*(within(*pair) for pair in pairs), return_exceptions=True)
+        events = self._branch.get().events
+        for branch in branches:
+            events += branch.events
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results  # type: ignore[return-value]  # none is an error
+
+    def _begin(self, step: str) -> Event:
+        branch = self._branch.get()
+        if asyncio.current_task() is not branch.owner:
+            raise RuntimeError(
+                "a recipe does several things at a time with `task.together`, and not with asyncio's tasks: "
+                "the order of its events would differ between a run and its replay"
+            )
+        branch.events.append(event := Event(step))
+        return event
