@@ -15,7 +15,7 @@ from megatron_post.bench import beside_copy
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Figure, Record, once
 from megatron_post.bench.tables import titled
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.jobs import Job, convert

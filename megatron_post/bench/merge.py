@@ -14,7 +14,7 @@ from megatron_post.bench import beside_copy
 from megatron_post.bench.environment import environment
 from megatron_post.bench.record import Record, once
 from megatron_post.config.load import parse
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import written_configs
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.safetensors_file import header_of, raw_bytes

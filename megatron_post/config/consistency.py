@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel
 
-if TYPE_CHECKING:
-    from megatron_post.config.schema import Config
+from megatron_post.config.sections import UncheckedConfig
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def without_effect(settings: BaseModel, needs: Sequence[Needs]) -> list[str]:
     return list(found.values())
 
 
-def contradictions(config: "Config") -> list[str]:
+def contradictions(config: UncheckedConfig) -> list[str]:
     """A line for every pair of settings that cannot both be meant."""
     o, steps, found = config.optimizer, config.train.steps, []
     if o.min_lr > o.lr:

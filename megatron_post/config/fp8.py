@@ -5,10 +5,8 @@ compares the two in test_fp8.py.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_post.config.schema import Config
+from megatron_post.config.sections import UncheckedConfig
 
 Version = tuple[int, int]
 
@@ -41,7 +39,7 @@ def multiple_of(recipe: str | None) -> int:
     return 1 if recipe is None else RECIPES[recipe].multiple
 
 
-def setting_errors(config: "Config") -> list[str]:
+def setting_errors(config: UncheckedConfig) -> list[str]:
     """Every setting of this config that its FP8 recipe cannot run with, on any GPU; empty without FP8."""
     recipe, r = config.precision.fp8, config.recompute
     if recipe is None:
@@ -61,7 +59,7 @@ def setting_errors(config: "Config") -> list[str]:
     return errors
 
 
-def _width_errors(config: "Config", recipe: str) -> list[str]:
+def _width_errors(config: UncheckedConfig, recipe: str) -> list[str]:
     m, tensor = config.model, config.parallel.tensor
     multiple = RECIPES[recipe].multiple
     widths = {
@@ -84,7 +82,7 @@ def _width_errors(config: "Config", recipe: str) -> list[str]:
     return errors
 
 
-def device_errors(config: "Config", *, capability: Version | None, cuda: str | None) -> list[str]:
+def device_errors(config: UncheckedConfig, *, capability: Version | None, cuda: str | None) -> list[str]:
     """Why GPUs of this compute capability, or torch built for this version of CUDA, cannot run the config's
     FP8 recipe. None: not known."""
     recipe = config.precision.fp8

@@ -1,29 +1,26 @@
 """Which parallel layouts can work, and what lengths they need. Arithmetic on the config alone."""
 
 import math
-from typing import TYPE_CHECKING
 
 from megatron_post.config import fp8
+from megatron_post.config.sections import UncheckedConfig
 from megatron_post.config.switches import switch_errors, switch_machine_errors
 from megatron_post.installation import install_command
 
-if TYPE_CHECKING:
-    from megatron_post.config.schema import Config
 
-
-def store_layout(config: "Config") -> str:
+def store_layout(config: UncheckedConfig) -> str:
     """How examples stand in the packed store: what the stage's collate expects there."""
     layouts = {"dialogs": "dialogs", "preferences": config.reward.layout, "pairs": "separate"}
     return layouts[config.traits.examples]
 
 
-def segment_multiple(config: "Config") -> int:
+def segment_multiple(config: UncheckedConfig) -> int:
     """Multiple to which each segment of a pack is padded: the zigzag split cuts every segment in 2 x CP
     chunks."""
     return 2 * config.parallel.context if config.parallel.context > 1 else 1
 
 
-def pack_multiple(config: "Config") -> int:
+def pack_multiple(config: UncheckedConfig) -> int:
     """Multiple that `data.pack_length` must be of: 2 x CP, TP with sequence parallel, FP8 rows on the local
     shard.
 
@@ -34,7 +31,7 @@ def pack_multiple(config: "Config") -> int:
     return math.lcm(segment_multiple(config), shards * fp8.multiple_of(config.precision.fp8))
 
 
-def layout_errors(config: "Config") -> list[str]:
+def layout_errors(config: UncheckedConfig) -> list[str]:
     """Every reason why the layout cannot work on any number of ranks; empty if it can."""
     m, p = config.model, config.parallel
     checks = [
@@ -85,7 +82,7 @@ def layout_errors(config: "Config") -> list[str]:
     return found + fp8.setting_errors(config) + _pipeline_errors(config) + switch_errors(config)
 
 
-def _pipeline_errors(config: "Config") -> list[str]:
+def _pipeline_errors(config: UncheckedConfig) -> list[str]:
     p, layers = config.parallel, config.model.num_layers
     chunks = p.pipeline * p.virtual_pipeline
     if (layers + 2 * p.embedding_and_loss_as_layers) % chunks == 0:
@@ -97,7 +94,7 @@ def _pipeline_errors(config: "Config") -> list[str]:
     ]
 
 
-def uses_portable_layers(config: "Config", *, has_transformer_engine: bool) -> bool:
+def uses_portable_layers(config: UncheckedConfig, *, has_transformer_engine: bool) -> bool:
     """Whether a run has the portable layers: where Transformer Engine is not there, and in fp32, for which it
     has no fused attention over packed rows.
 
@@ -107,7 +104,7 @@ def uses_portable_layers(config: "Config", *, has_transformer_engine: bool) -> b
     return not has_transformer_engine or config.precision.dtype == "fp32"
 
 
-def uses_portable_attention(config: "Config", *, has_transformer_engine: bool) -> bool:
+def uses_portable_attention(config: UncheckedConfig, *, has_transformer_engine: bool) -> bool:
     """Whether a run has the portable layers' attention: with those layers, and inside Transformer Engine's
     where responses share a prompt, which is beyond its own attention over packed rows."""
     return config.shares_prompts or uses_portable_layers(
@@ -116,7 +113,7 @@ def uses_portable_attention(config: "Config", *, has_transformer_engine: bool) -
 
 
 def world_errors(
-    config: "Config",
+    config: UncheckedConfig,
     *,
     world_size: int,
     has_gpu: bool,
@@ -170,7 +167,7 @@ def world_errors(
     return errors
 
 
-def _head_errors(config: "Config", *, has_transformer_engine: bool) -> list[str]:
+def _head_errors(config: UncheckedConfig, *, has_transformer_engine: bool) -> list[str]:
     """Why a GPU's attention cannot have heads of this model's width; empty if it can."""
     m = config.model
     if uses_portable_attention(config, has_transformer_engine=has_transformer_engine):

@@ -5,12 +5,10 @@ otherwise fail on the nodes.
 """
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_post.config.sections import UncheckedConfig
 from megatron_post.installation import install_command
-
-if TYPE_CHECKING:
-    from megatron_post.config.schema import Config
 
 # Switches of Transformer Engine's modules, which the portable layers do not have.
 _OF_TRANSFORMER_ENGINE = (
@@ -23,13 +21,13 @@ _OF_ATTENTION = ("parallel.cp_comm_type",)
 _PACKED_ALL_TO_ALL = (2, 10)
 
 
-def switch_errors(config: "Config") -> list[str]:
+def switch_errors(config: UncheckedConfig) -> list[str]:
     """Every reason why a switch that is on cannot work in this config; empty if all can."""
     found = (_layer_errors, _tensor_errors, _context_errors, _gather_errors)
     return [error for errors in found for error in errors(config)]
 
 
-def _layer_errors(config: "Config") -> list[str]:
+def _layer_errors(config: UncheckedConfig) -> list[str]:
     if config.precision.dtype == "fp32":
         part, other = "layers", "precision.dtype=fp32 runs the portable ones"
     elif config.shares_prompts:
@@ -43,7 +41,7 @@ def _layer_errors(config: "Config") -> list[str]:
     ]
 
 
-def _tensor_errors(config: "Config") -> list[str]:
+def _tensor_errors(config: UncheckedConfig) -> list[str]:
     p, recipe = config.parallel, config.precision.fp8
     if not p.tp_comm_overlap:
         return []
@@ -65,7 +63,7 @@ def _tensor_errors(config: "Config") -> list[str]:
     return errors
 
 
-def _context_errors(config: "Config") -> list[str]:
+def _context_errors(config: UncheckedConfig) -> list[str]:
     m, p = config.model, config.parallel
     key = f"parallel.cp_comm_type={p.cp_comm_type}"
     if p.cp_comm_type == "p2p":
@@ -92,7 +90,7 @@ def _context_errors(config: "Config") -> list[str]:
     ]
 
 
-def _gather_errors(config: "Config") -> list[str]:
+def _gather_errors(config: UncheckedConfig) -> list[str]:
     key, o, p = "optimizer.overlap_param_gather_with_optimizer_step", config.optimizer, config.parallel
     if not o.overlap_param_gather_with_optimizer_step:
         return []
@@ -104,7 +102,7 @@ def _gather_errors(config: "Config") -> list[str]:
 
 
 def switch_machine_errors(
-    config: "Config", *, has_gpu: bool, has_transformer_engine: bool, version: str | None
+    config: UncheckedConfig, *, has_gpu: bool, has_transformer_engine: bool, version: str | None
 ) -> list[str]:
     """Every reason why a switch that is on cannot work on this machine; empty if all can.
 
@@ -125,7 +123,7 @@ def switch_machine_errors(
     ]
 
 
-def switches_on(config: "Config") -> list[tuple[str, Any, Any]]:
+def switches_on(config: UncheckedConfig) -> list[tuple[str, Any, Any]]:
     """(key, value, value that switches it off) of the switches of Transformer Engine that are on."""
     found = []
     for key in _OF_TRANSFORMER_ENGINE:

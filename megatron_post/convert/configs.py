@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.hf_config import from_hf_config, to_hf_config
 from megatron_post.convert.source import Kind

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_post.config.rope import RopeScaling
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.storage.reading import read_object
 
 _SAME_NAMES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, hf_shapes

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.hf_directory import HuggingFaceDirectory

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.hf_reader import layer_offset

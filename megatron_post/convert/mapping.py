@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 
 # Reads rows or columns [start, end) along `dim` of a Hugging Face tensor, or the whole tensor if dim is None.
 ReadSlice = Callable[[str, int | None, int, int], Tensor]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_post.config.load import load_config
-from megatron_post.config.schema import Config, Model
+from megatron_post.config.schema import Config
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model, written_configs
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import CoreTensor, RowRange, core_tensors, hf_shapes, row_ranges

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_post.config.rope import RopeScaling
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import check_sizes, written_configs
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.mapping import META_NAMES, hf_shapes

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_post.config.presets import PRESETS
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_directory import needed_names, read_index
 from megatron_post.convert.mapping import hf_shapes

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 
 # Rows are read, cast, checksummed and written in blocks of this many bytes. Such a block stays in the cache
 # of a core. That is twice as fast as blocks of tens of megabytes, which go through memory at every step.

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Config, Parallel
+from megatron_post.config.schema import Config
+from megatron_post.config.sections import Parallel
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import export_hf
 from megatron_post.data.batch import batch_of_pack, role_numbers

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.display import say
 from megatron_post.launch.node_findings import (
     GPU_FIELDS,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 
 Axis = Literal["TP", "CP", "DP", "PP"]
 

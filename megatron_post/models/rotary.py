@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.models.packing import PackedSegments
 
 

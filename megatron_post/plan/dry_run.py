@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError, raise_for
-from megatron_post.config.schema import Config, Parallel
+from megatron_post.config.schema import Config
+from megatron_post.config.sections import Parallel
 from megatron_post.data.batch import PackedBatch
 from megatron_post.models.build import build_model
 from megatron_post.models.packing import portable_segments

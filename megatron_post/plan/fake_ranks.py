@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.parallel.cpu import cpu_as_cuda
 from megatron_post.parallel.topology import Topology
 

@@ -11,7 +11,8 @@ from typing import Any
 from megatron_post.config.fp8 import device_errors
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError, parse, raise_for
-from megatron_post.config.schema import Config, Precision
+from megatron_post.config.schema import Config
+from megatron_post.config.sections import Precision
 from megatron_post.plan.estimate import Plan, changed, layout_line, verdict
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import chunks

@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_post.config.load import load_section, parse
-from megatron_post.config.schema import Model
 from megatron_post.config.section import Name, NonNegative, Positive, Section, Whole
+from megatron_post.config.sections import Model
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.jobs import Report, convert

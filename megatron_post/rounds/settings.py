@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field, model_validator
 from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.data import Data, Source
 from megatron_post.config.load import load_section
-from megatron_post.config.schema import DPO, Parallel, Precision
 from megatron_post.config.section import Count, Name, Positive, Section, Whole
+from megatron_post.config.sections import DPO, Parallel, Precision
 from megatron_post.inference.settings import (
     BackendSettings,
     SamplesPerPrompt,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Config, Precision
+from megatron_post.config.schema import Config
+from megatron_post.config.sections import Precision
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore
 from megatron_post.display import make_console, make_progress

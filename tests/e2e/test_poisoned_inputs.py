@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from megatron_post.config.load import validate
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.mapping import META_NAMES
 from megatron_post.data.build import build_store
 from megatron_post.data.tokenizer import load_tokenizer

@@ -27,9 +27,9 @@ import numpy as np
 from rich.table import Table
 
 from megatron_post.bench.tables import titled
+from megatron_post.bench.trl.figures import MEGATRON_POST, StepFigures, summarise
 from megatron_post.bench.trl.own_side import run_rounds
 from megatron_post.bench.trl.side import Gate, Input, Side, interleave
-from megatron_post.bench.trl.steps import MEGATRON_POST, StepFigures, summarise
 from megatron_post.bench.trl.trl_side import real_tokens, trainer_arguments
 from megatron_post.bench.trl.workload import GSM8K, Workload, open_train_store
 from megatron_post.config.load import validate

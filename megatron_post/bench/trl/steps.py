@@ -3,41 +3,19 @@
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from rich.table import Table
 
-from megatron_post.bench.environment import environment
-from megatron_post.bench.record import Figure, Record, once
+from megatron_post.bench.record import Record
 from megatron_post.bench.tables import titled
+from megatron_post.bench.trl.figures import MEGATRON_POST, StepFigures, side_record, summarise
 from megatron_post.bench.trl.own_side import train_megatron_post
-from megatron_post.bench.trl.side import Input, Round, Side, interleave
+from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload
+from megatron_post.bench.trl.side import Side, interleave
 from megatron_post.bench.trl.trl_side import trl_packed, trl_padded
 from megatron_post.bench.trl.workload import Workload, make_workload
 from megatron_post.installation import install_command
-
-MEGATRON_POST = "Megatron-Post"  # the side that the others are compared with
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """One side: medians over its rounds.
-
-    speed: the median over rounds of Megatron-Post's trained tokens/s divided by this side's in the same
-    round. rates, ratios: trained tokens/s and that quotient, of each round.
-    """
-
-    name: str
-    fill: float
-    collated_per_second: float
-    tokens_per_second: float
-    trained_per_second: float
-    loss: float
-    speed: float
-    rates: tuple[float, ...]
-    ratios: tuple[float, ...]
 
 
 def all_sides() -> dict[str, Side]:
@@ -56,8 +34,6 @@ def measure_beside_trl(
 
     Raises `ValueError` if TRL is not installed, and for counts that give no measurement.
     """
-    from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload
-
     if min(threads, rounds, steps, pair_rounds) < 1:
         raise ValueError("--threads, --rounds, --steps, --pair-rounds: want at least 1 of each")
     sides = all_sides()
@@ -76,27 +52,6 @@ def measure(workload: Workload, sides: dict[str, Side], *, rounds: int) -> list[
     """The figures of every side, Megatron-Post first."""
     inputs, results = interleave(sides, workload, rounds=rounds)
     return [summarise(name, inputs[name], results[name], own_rounds=results[MEGATRON_POST]) for name in sides]
-
-
-def summarise(
-    name: str, prepared: Input, rounds: Sequence[Round], *, own_rounds: Sequence[Round]
-) -> StepFigures:
-    """Medians of one side. own_rounds: the rounds of Megatron-Post, in the same order."""
-    speeds = [
-        (own.trained / own.seconds) / (other.trained / other.seconds)
-        for own, other in zip(own_rounds, rounds, strict=True)
-    ]
-    return StepFigures(
-        name=name,
-        fill=prepared.fill,
-        collated_per_second=prepared.collated_per_second,
-        tokens_per_second=median(r.tokens / r.seconds for r in rounds),
-        trained_per_second=median(r.trained / r.seconds for r in rounds),
-        loss=rounds[-1].loss,
-        speed=median(speeds),
-        rates=tuple(r.trained / r.seconds for r in rounds),
-        ratios=tuple(speeds),
-    )
 
 
 def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: int) -> Table:
@@ -123,28 +78,3 @@ def step_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
             f"{side.loss:.2f}",
         )
     return table
-
-
-def side_record(benchmark: str, workload: Workload, sides: Sequence[StepFigures], *, unit: str) -> Record:
-    """The record with the rounds of each side.
-
-    unit: the rate that a round counts, "trained tokens/s" or "pairs/s".
-    """
-    config, figures = workload.config, {}
-    for side in sides:
-        figures[f"{side.name}: {unit}"] = Figure("1/s", side.rates, "higher")
-        if side.ratios != (1.0,) * len(side.ratios):
-            figures[f"{MEGATRON_POST} / {side.name}"] = Figure("x", side.ratios, "higher")
-        figures[f"{side.name}: fill"] = once("%", 100 * side.fill, "higher")
-    return Record(
-        benchmark=benchmark,
-        subject=f"{config.model.preset} on {workload.data_name}",
-        settings={
-            "batch": f"{config.train.global_batch} packs of {config.data.pack_length:,} tokens",
-            "dtype": config.precision.dtype,
-            "threads": str(workload.threads),
-            "rounds": f"{len(sides[0].rates)} of {workload.steps_per_round} steps, sides in turn",
-        },
-        figures=figures,
-        environment=environment(),
-    )

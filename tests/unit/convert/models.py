@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_reader import RandomWeights
 from megatron_post.convert.jobs import convert

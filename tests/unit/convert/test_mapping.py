@@ -54,7 +54,7 @@ def test_padded_rows_are_zero_and_not_exported() -> None:
 
 
 def test_405b_has_the_published_parameters_and_tensors() -> None:
-    from megatron_post.config.schema import Model
+    from megatron_post.config.sections import Model
 
     shapes = hf_shapes(Model(preset="llama3.1_405b"))  # type: ignore[call-arg]
     assert len(shapes) == 1137

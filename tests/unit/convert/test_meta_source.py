@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.mapping import META_NAMES
 from megatron_post.convert.meta_source import MetaDirectory
 from megatron_post.convert.open_model import open_weights_directory

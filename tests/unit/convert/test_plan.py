@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.inspect import inspect
 from megatron_post.convert.mapping import hf_shapes

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.launch import node_check
 from megatron_post.launch.node_check import check_nodes
 from megatron_post.launch.node_findings import (

@@ -3,7 +3,7 @@
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.launch.placement import Placement, fewest_nodes, place
 
 

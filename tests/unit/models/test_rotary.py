@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_post.config.schema import Model
+from megatron_post.config.sections import Model
 from megatron_post.convert.hf_config import differences, from_hf_config, to_hf_config
 from megatron_post.models.packing import transformer_engine_segments
 from megatron_post.models.rotary import PositionRotary, inverse_frequencies

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_post.config.load import ConfigError
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.plan.dry_run import check_groups, dry_run
 from megatron_post.plan.shape import chunk_parameters, chunks
 from tests.tiny import tiny_config

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_post.config.schema import Precision
+from megatron_post.config.sections import Precision
 from megatron_post.train.reference import reference_key
 from tests.ranks import run_ranks
 

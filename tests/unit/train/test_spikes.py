@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.health import FEWEST, Spikes
 from megatron_post.train.step_lines import StepLines

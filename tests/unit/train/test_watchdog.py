@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.heartbeat import Heartbeat
 from megatron_post.train.signals import REQUEUE
@@ -16,7 +16,7 @@ _HANG = """
 import sys, time
 from pathlib import Path
 import torch
-from megatron_post.config.schema import Parallel
+from megatron_post.config.sections import Parallel
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.heartbeat import Heartbeat
 from megatron_post.train.watchdog import Watchdog

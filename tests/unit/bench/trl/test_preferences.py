@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from megatron_post.bench.trl import preferences
+from megatron_post.bench.trl.figures import MEGATRON_POST
 from megatron_post.bench.trl.preferences import measure_pairs, pair_table, pair_workload, pairs
 from megatron_post.bench.trl.side import Input, Round
-from megatron_post.bench.trl.steps import MEGATRON_POST
 from megatron_post.bench.trl.workload import Workload, count_tokens, make_workload, open_train_store
 
 

@@ -7,17 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_post.bench.trl import preferences, steps
+from megatron_post.bench.trl import steps
+from megatron_post.bench.trl.figures import MEGATRON_POST, side_record, summarise
 from megatron_post.bench.trl.side import Gate, Input, Round, interleave
-from megatron_post.bench.trl.steps import (
-    MEGATRON_POST,
-    all_sides,
-    measure,
-    measure_beside_trl,
-    side_record,
-    step_table,
-    summarise,
-)
+from megatron_post.bench.trl.steps import all_sides, measure, measure_beside_trl, step_table
 from megatron_post.bench.trl.workload import Workload, count_tokens, make_workload, open_train_store, segments
 
 
@@ -107,8 +100,8 @@ def test_sft_then_dpo(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(steps, "all_sides", dict)
     monkeypatch.setattr(steps, "make_workload", lambda *_, **__: workload)
     monkeypatch.setattr(steps, "measure", lambda *_, **__: sides)
-    monkeypatch.setattr(preferences, "pair_workload", lambda base, _: base)
-    monkeypatch.setattr(preferences, "measure_pairs", lambda *_, **__: sides)
+    monkeypatch.setattr(steps, "pair_workload", lambda base, _: base)
+    monkeypatch.setattr(steps, "measure_pairs", lambda *_, **__: sides)
     found = list(measure_beside_trl(threads=1, rounds=1, steps=1, pair_rounds=1))
     assert [record.benchmark for _, record in found] == ["steps beside TRL", "DPO beside TRL"]
     assert [next(iter(record.figures)) for _, record in found] == [
