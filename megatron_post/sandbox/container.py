@@ -22,15 +22,13 @@ _ENTRY = 4096  # bytes that a file counts beside its content
 class ContainerSandbox:
     """Starts programs by a container command. Raises `ValueError` where its first word is no command."""
 
+    remedy = "correct sandbox.command, or set sandbox.kind=bubblewrap"
+
     def __init__(self, settings: Container) -> None:
         for key, words in (("command", settings.command), ("stop", settings.stop or ())):
             if words and shutil.which(words[0]) is None:
-                raise ValueError(f"sandbox.{key}: {words[0]} cannot be found; {self.remedy()}")
+                raise ValueError(f"sandbox.{key}: {words[0]} cannot be found; {self.remedy}")
         self._settings = settings
-
-    @staticmethod
-    def remedy() -> str:
-        return "correct sandbox.command, or set sandbox.kind=bubblewrap"
 
     @contextlib.contextmanager
     def start(

@@ -16,16 +16,19 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import MIB, BrokenSandbox, Program, supervise
 
-MOST_FILES = 256  # of one program: each is an open file of this process until the program has started
+_MOST_FILES = 256  # of one program: each is an open file of this process until the program has started
+_LONGEST_NAME = 255  # bytes of a file's name, with its directories
+_LONGEST_WORD = 100_000  # bytes; Linux has 131,072
+_BLOCK = 4096  # of a tmpfs: a file takes its name and its content in whole blocks
 _PROBE = 'for name in "$@"; do if command -v "$name" >/dev/null; then echo "$name"; fi; done'
 
 
 class _Starter(Protocol):
+    remedy: str  # where a first program does not run
+
     def start(
         self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits
     ) -> AbstractContextManager[Program]: ...
-
-    def remedy(self) -> str: ...
 
 
 class Sandbox:
@@ -59,8 +62,7 @@ class Sandbox:
         """
         limits = limits or self.limits
         content = _checked(files, limits)
-        if not command or not command[0] or any("\0" in word for word in command):
-            raise ValueError(f"{list(command)} is no command: it is empty, or has a null character in it")
+        _checked_command(command)
         cancelled = Event()
         job = self._pool.submit(self._run, content, command, limits, cancelled)
         waiting = asyncio.wrap_future(job)
@@ -87,11 +89,11 @@ class Sandbox:
         try:
             outcome = self._run({}, ["sh", "-c", _PROBE, "sh", *ALL_TOOLS], Limits(), Event())
         except (BrokenSandbox, OSError) as error:
-            raise ValueError(f"the sandbox does not work: {error}; {self._starter.remedy()}") from error
+            raise ValueError(f"the sandbox does not work: {error}; {self._starter.remedy}") from error
         if not outcome.ok:
             raise ValueError(
                 f"the sandbox does not work: a first program ended as {outcome.kind} with exit status "
-                f"{outcome.returncode}: {outcome.stderr.strip()[-500:]}; {self._starter.remedy()}"
+                f"{outcome.returncode}: {outcome.stderr.strip()[-500:]}; {self._starter.remedy}"
             )
         return frozenset(outcome.stdout.split())
 
@@ -103,18 +105,35 @@ def open_sandbox(settings: Bubblewrap | Container) -> Sandbox:
 
 def _checked(files: Mapping[str, str | bytes], limits: Limits) -> dict[str, bytes]:
     """Files as bytes. Raises `ValueError` for a name that leads out of their directory, and for too much."""
+    if len(files) > _MOST_FILES:
+        raise ValueError(f"a program has {len(files)} files, and can have {_MOST_FILES}")
     content: dict[str, bytes] = {}
     for name, text in files.items():
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\0" in name:
+        if path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
             raise ValueError(f"{name!r} is no name of a file in the program's directory")
+        encoded = name.encode(errors="replace")
+        if not name.isprintable() or len(encoded) > _LONGEST_NAME:
+            raise ValueError(
+                f"{name!r} is no name of a file: it has more than {_LONGEST_NAME} bytes, or "
+                "characters that cannot be printed"
+            )
         content[name] = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     for name in content:
         if inside := [str(parent) for parent in PurePosixPath(name).parents if str(parent) in content]:
             raise ValueError(f"{inside[0]!r} is a file and cannot be the directory of {name!r}")
-    if len(content) > MOST_FILES:
-        raise ValueError(f"a program has {len(content)} files, and can have {MOST_FILES}")
-    size = sum(map(len, content.values()))
-    if size >= limits.disk_mib * MIB:
-        raise ValueError(f"a program's files have {size} bytes, and limits.disk_mib={limits.disk_mib}")
+    size = sum(len(text) + 3 * _BLOCK for text in content.values())
+    if size > limits.disk_mib * MIB:
+        raise ValueError(f"a program's files take {size} bytes, and limits.disk_mib is {limits.disk_mib}")
     return content
+
+
+def _checked_command(command: Sequence[str]) -> None:
+    if isinstance(command, str) or not command or not command[0]:
+        raise ValueError(f"{command!r} is no command; write a list of words")
+    for word in command:
+        if "\0" in word or len(word.encode(errors="surrogatepass")) > _LONGEST_WORD:
+            raise ValueError(
+                f"a word of a command has a null character in it or more than {_LONGEST_WORD} bytes: "
+                f"{word[:60]!r}; write what is long into a file"
+            )

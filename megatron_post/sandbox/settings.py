@@ -58,7 +58,9 @@ class Bubblewrap(_Sandbox):
 
     kind: Literal["bubblewrap"] = Field("bubblewrap", description="selects this sandbox")
     read_only: tuple[Annotated[Name, AfterValidator(_absolute)], ...] = Field(
-        (), description="more directories that programs can read, such as one with Python packages"
+        (),
+        description="more directories that programs can read, such as one with Python packages; under root "
+        "every user must be able to read them",
     )
     environment: dict[Line, str] = Field(
         {}, description="more variables of a program, such as PYTHONPATH; it has none of this process"

@@ -53,7 +53,7 @@ def supervise(program: Program, limits: Limits, cancelled: Event) -> Outcome:
     finally:
         if not finished:
             program.kill()
-        returncode = program.process.wait(SECONDS_TO_END)
+        returncode = _ended(program.process)
         for stream in (program.process.stdout, program.process.stderr):
             assert stream is not None
             stream.close()
@@ -65,6 +65,15 @@ def supervise(program: Program, limits: Limits, cancelled: Event) -> Outcome:
     if exceeded is None and finished and program.disk_bytes() >= limits.disk_mib * MIB:
         exceeded = "disk"  # it was full, and the program ended on its own before the next look
     return Outcome(exceeded or kind_of(returncode), returncode, stdout, stderr, round(seconds, 3))
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit status, as a shell has it."""
+    try:
+        status = process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        raise BrokenSandbox(f"process {process.pid} of a sandbox does not end") from None
+    return status if status >= 0 else 128 - status
 
 
 def _watch(

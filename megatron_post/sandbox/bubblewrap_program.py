@@ -1,0 +1,74 @@
+"""A program that runs in bubblewrap: its processes, its files, and its end."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_post.sandbox.supervise import SECONDS_TO_END, BrokenSandbox
+
+WORK = "/tmp/work"  # where a program starts, in a tmpfs of its own
+_INODE = 4096  # bytes that a file counts beside its content
+
+
+class BubblewrapProgram:
+    """A program that runs in bubblewrap."""
+
+    def __init__(self, process: subprocess.Popen[bytes], status: Iterator[bytes]) -> None:
+        self.process = process
+        self._status = status
+        self._disk: int | None = None
+        first = next(status, b"{}")  # written before anything is mounted; empty where that failed
+        self.root: int | None = json.loads(first).get("child-pid")
+        self._first: int | None = None  # a descriptor of that process: its number may be another's later
+        if self.root is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._first = os.pidfd_open(self.root)
+            for pid in (process.pid, self.root):  # the kernel's choice where memory runs out
+                with contextlib.suppress(OSError):
+                    Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+    def disk_bytes(self) -> int:
+        """The tmpfs is seen through the program's own root, and held open so that it is there at the end."""
+        if self._disk is None:
+            self._disk = self._open_disk()
+        if self._disk is None:
+            return 0
+        disk = os.fstatvfs(self._disk)
+        return (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (disk.f_files - disk.f_ffree) * _INODE
+
+    def _open_disk(self) -> int | None:
+        """None while bubblewrap is still mounting, and /tmp is the host's."""
+        try:
+            disk = os.open(f"/proc/{self.root}/root{WORK}", os.O_PATH | os.O_DIRECTORY)
+        except OSError:
+            return None
+        if os.fstat(disk).st_dev != os.stat("/tmp").st_dev:
+            return disk
+        os.close(disk)
+        return None
+
+    def kill(self) -> None:
+        """All processes of a namespace end with its first one."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._first is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._first, signal.SIGKILL)
+                self.process.wait(1)  # bubblewrap ends on its own, and leaves no zombie for others
+        self.process.kill()
+
+    def finish(self, *, killed: bool) -> None:
+        # the first process of a namespace is over when all others are
+        if self._first is not None and not select.select([self._first], [], [], SECONDS_TO_END)[0]:
+            raise BrokenSandbox(f"process {self.root} of a sandbox was killed and does not end")
+        if not killed and not any(b"exit-code" in line for line in self._status):
+            raise BrokenSandbox("bubblewrap did not start the program")
+
+    def close(self) -> None:
+        for descriptor in (self._disk, self._first):
+            if descriptor is not None:
+                os.close(descriptor)
