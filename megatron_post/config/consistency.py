@@ -1,4 +1,4 @@
-"""Settings that do nothing, and settings that contradict each other."""
+"""Finds settings that have no effect, and settings that contradict each other."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,11 @@ from megatron_post.config.sections import UncheckedConfig
 
 @dataclass(frozen=True)
 class Needs:
-    """`key`, of a value or a section, has an effect only where `other` has one of `values`, is above `above`,
-    or, with neither, is given. A `*` in `key` stands for every item of a list."""
+    """The condition under which `key`, a value or a section, has an effect.
+
+    `other` must have one of `values`, or be above `above`, or, without these two, not be null. A `*` in `key`
+    stands for every item of a list.
+    """
 
     key: str
     other: str
@@ -33,7 +36,7 @@ class Needs:
         return f"set {self.other} to {wanted}" if self.values else f"give {self.other}"
 
 
-# The first row that applies to a key is the one that is reported.
+# If several rows apply to a key, only the first one is reported.
 NEEDS = (
     Needs("loss.trained_roles", "stage", ("sft",)),
     Needs("loss.impl", "stage", ("sft", "dpo")),
@@ -56,9 +59,10 @@ NEEDS = (
 
 
 def without_effect(settings: BaseModel, needs: Sequence[Needs]) -> list[str]:
-    """A line for every value that differs from its default and does nothing.
+    """A line for every value that differs from its default and has no effect.
 
-    A value that is its default is no wish of anyone, and the config in a checkpoint names every key.
+    Default values are not reported. The user may not have set them, since a checkpoint's config has every
+    key.
     """
     found: dict[str, str] = {}
     for need in needs:
@@ -73,7 +77,7 @@ def without_effect(settings: BaseModel, needs: Sequence[Needs]) -> list[str]:
 
 
 def contradictions(config: UncheckedConfig) -> list[str]:
-    """A line for every pair of settings that cannot both be meant."""
+    """A line for every pair of settings that contradict each other."""
     o, steps, found = config.optimizer, config.train.steps, []
     if o.min_lr > o.lr:
         found.append(f"optimizer.min_lr={o.min_lr:g} is above optimizer.lr={o.lr:g}; lower it")
@@ -99,8 +103,10 @@ def _at(settings: BaseModel, key: str) -> Any:
 
 
 def _changed(settings: BaseModel, key: str, above: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value, default) of every value under a key that differs from its default. above: the settings'
-    own key."""
+    """Yield (key, value, default) of every value under `key` that differs from its default.
+
+    above: the key of `settings` itself, with a dot.
+    """
     name, _, rest = key.partition(".")
     here, value = f"{above}{name}", getattr(settings, name)
     default = type(settings).model_fields[name].get_default(call_default_factory=True)
@@ -115,7 +121,7 @@ def _changed(settings: BaseModel, key: str, above: str = "") -> Iterator[tuple[s
 
 
 def _text(value: Any) -> str:
-    """A value as an override writes it."""
+    """A value in the form of an override."""
     if isinstance(value, tuple):
         return f"[{','.join(map(_text, value))}]"
     if value is None or isinstance(value, bool):

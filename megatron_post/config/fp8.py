@@ -1,7 +1,7 @@
-"""What each FP8 recipe needs of the model's widths, of the GPU and of CUDA.
+"""The requirements of each FP8 recipe for the model's widths, the GPU and CUDA.
 
-Transformer Engine checks the same when the first layer runs, on the nodes. `tests/transformer_engine/`
-compares the two in test_fp8.py.
+Transformer Engine checks the same requirements, but only when the first layer runs on the nodes.
+tests/transformer_engine/test_fp8.py compares its checks with these.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ Version = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one recipe needs.
+    """The requirements of one recipe.
 
-    multiple: both dimensions of every matrix that a rank multiplies are multiples of it.
-    capability, before: GPUs from the first compute capability to below the second have the multiplication.
-    cuda: the oldest version of CUDA that has it, where that is newer than all that torch 2.13 is built for.
+    multiple: both dimensions of every matrix that a rank multiplies must be multiples of it.
+    capability, before: GPUs from the first compute capability to below the second support the recipe.
+    cuda: the oldest CUDA version that supports it, if torch 2.13 can be built for an older one.
     """
 
     multiple: int
@@ -35,12 +35,12 @@ RECIPES = {
 
 
 def multiple_of(recipe: str | None) -> int:
-    """Multiple that FP8 asks of the rows of a matrix, 1 without FP8."""
+    """The multiple that FP8 requires of a matrix's rows, or 1 without FP8."""
     return 1 if recipe is None else RECIPES[recipe].multiple
 
 
 def setting_errors(config: UncheckedConfig) -> list[str]:
-    """Every setting of this config that its FP8 recipe cannot run with, on any GPU; empty without FP8."""
+    """A line for every setting with which the FP8 recipe cannot run on any GPU. Empty without FP8."""
     recipe, r = config.precision.fp8, config.recompute
     if recipe is None:
         return []
@@ -51,7 +51,8 @@ def setting_errors(config: UncheckedConfig) -> list[str]:
             "set precision.dtype=bf16 or precision.fp8=null"
         )
     if recipe == "delayed" and r.mode == "selective" and "layernorm" in r.modules:
-        # scales of a delayed recipe move at every forward pass, and a recomputed norm would get other ones
+        # A delayed recipe updates its scales in every forward pass. So a recomputed norm would use other
+        # scales than in the first forward pass.
         errors.append(
             "precision.fp8=delayed cannot recompute norms (recompute.modules has layernorm); "
             "set precision.fp8=tensorwise or remove layernorm from recompute.modules"
@@ -71,7 +72,7 @@ def _width_errors(config: UncheckedConfig, recipe: str) -> list[str]:
     errors = []
     for name, width in widths.items():
         share, rest = divmod(width, tensor)
-        if rest or share % multiple == 0:  # a width that tensor parallelism cannot cut is another error
+        if rest or share % multiple == 0:  # layout_errors reports a remainder
             continue
         remedy = "tensorwise" if share % RECIPES["tensorwise"].multiple == 0 else "null"
         fewer = " or lower parallel.tensor" if width % multiple == 0 else ""
@@ -83,8 +84,10 @@ def _width_errors(config: UncheckedConfig, recipe: str) -> list[str]:
 
 
 def device_errors(config: UncheckedConfig, *, capability: Version | None, cuda: str | None) -> list[str]:
-    """Why GPUs of this compute capability, or torch built for this version of CUDA, cannot run the config's
-    FP8 recipe. None: not known."""
+    """The reasons why this GPU or torch's CUDA version cannot run the config's FP8 recipe.
+
+    capability: the GPU's compute capability. cuda: the CUDA version that torch is built for. None: unknown.
+    """
     recipe = config.precision.fp8
     reason = None if recipe is None else refusal(recipe, capability=capability, cuda=cuda)
     if reason is None:
@@ -94,7 +97,7 @@ def device_errors(config: UncheckedConfig, *, capability: Version | None, cuda: 
 
 
 def refusal(recipe: str, *, capability: Version | None, cuda: str | None) -> str | None:
-    """What the recipe needs and does not have here, or None where it runs as far as is known."""
+    """The requirement of the recipe that is not met, or None. Unknown values count as sufficient."""
     needed = RECIPES[recipe]
     if capability is not None:
         low, high = needed.capability, needed.before

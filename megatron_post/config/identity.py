@@ -1,8 +1,8 @@
-"""What each setting is to a run that resumes, in one table.
+"""A table that says whether each setting may change when a run resumes.
 
-identity: part of what the run is. Another value is another run, and the resume is refused.
-free:     may change from one start to the next. The new value is applied, and the change is recorded.
-harmless: nothing that is trained, measured or saved depends on it.
+identity: the setting defines the run. With another value it would be another run, so it cannot resume.
+free:     the setting may change. The new value is applied, and the change is recorded.
+harmless: nothing that is trained, measured or saved depends on the setting.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,15 +12,14 @@ from typing import Any, Literal
 from megatron_post.config.stages import STAGES
 
 Kind = Literal["identity", "free", "harmless"]
-Settings = Mapping[str, Any]  # every key of a config, as `settings.flatten` writes it
+Settings = Mapping[str, Any]  # every key of a config with its value, from `settings.flatten`
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys of one kind, and why they are. A `*` stands for the number of an entry in a list.
+    """Keys of one kind, with the reason. A `*` in a key stands for the index of an entry in a list.
 
-    applies: whether they have an effect on a run of these settings; where they have none they are
-    `otherwise`.
+    applies: whether the keys have an effect in a run with these settings. If not, their kind is `otherwise`.
     """
 
     kind: Kind
@@ -63,12 +62,12 @@ RULES = (
     ),
     Rule(
         "identity",
-        "the weights that the run began with, and a reference, by content: the path may change",
+        "the weights that the run began with, and a reference, compared by content, so the path may change",
         ("model.init_from",),
     ),
     Rule(
         "identity",
-        "random weights are drawn with it; free where none are drawn, for then it is only exported",
+        "random weights are drawn with it. It is free if none are drawn, because it is then only exported",
         ("model.initializer_range",),
         applies=_draws_weights,
         otherwise="free",
@@ -76,20 +75,24 @@ RULES = (
     Rule("identity", "the number format of weights and gradients", ("precision.dtype",)),
     Rule(
         "identity",
-        "a policy and its reference compute alike; free where there is no reference",
+        "a policy and its reference must use the same arithmetic. It is free without a reference",
         ("precision.fp8",),
         applies=_has_reference,
         otherwise="free",
     ),
     Rule(
         "identity",
-        "the packs, their order and their roles, by content: the path may change",
+        "the packs, their order and their roles, compared by content, so the path may change",
         ("data.store",),
     ),
-    Rule("identity", "what decides token ids, by content: the path may change", ("tokenizer.path",)),
     Rule(
         "identity",
-        "what the store was packed from; another value needs another store, and so is another run",
+        "the tokenizer decides token ids. It is compared by content, so the path may change",
+        ("tokenizer.path",),
+    ),
+    Rule(
+        "identity",
+        "the store was packed with it. Another value needs another store, and so is another run",
         (
             *_keys("data", "pack_length overlong train_on reasoning"),
             *_keys("data.preferences", "min_rating max_similarity newest_batch_only"),
@@ -101,7 +104,7 @@ RULES = (
     Rule("identity", "the loss of a reward model", ("reward.layout",), applies=_is("reward")),
     Rule(
         "identity",
-        "the loss of DPO, and what its reference is",
+        "the loss of DPO and its reference",
         _keys(
             "dpo",
             "loss beta label_smoothing margin nll_weight nll_normalization trained_roles reference",
@@ -110,18 +113,18 @@ RULES = (
     ),
     Rule(
         "free",
-        "the schedule, weight decay and Adam; the checkpoint gives the position and the moments alone",
+        "the schedule, weight decay and Adam. The checkpoint only gives the position and the moments",
         _keys("optimizer", "lr min_lr schedule warmup_steps weight_decay beta1 beta2 eps clip_grad overlap"),
     ),
     Rule("free", "a part of the schedule", ("reward.head_lr_multiplier",), applies=_is("reward")),
     Rule(
         "free",
-        "the run's length and its batch; no sample is repeated or skipped",
+        "the run's length and its batch. No sample is repeated or skipped",
         _keys("train", "steps global_batch"),
     ),
     Rule(
         "free",
-        "the layout; checkpoints have none, and every layout has the same gradients",
+        "the layout. Checkpoints do not depend on it, and every layout has the same gradients",
         (
             *_keys(
                 "parallel",
@@ -134,27 +137,25 @@ RULES = (
     ),
     Rule(
         "free",
-        "how fast the same is computed",
+        "the speed, and not the result",
         _keys("optimizer", "gradient_accumulation_fusion overlap_param_gather_with_optimizer_step"),
     ),
-    Rule("free", "two ways to compute the same", ("loss.impl",), applies=_is("sft", "dpo")),
+    Rule("free", "two ways to compute the same values", ("loss.impl",), applies=_is("sft", "dpo")),
     Rule(
         "free",
         "when checkpoints are written, and which are kept",
         _keys("checkpoint", "every keep keep_every asynchronous"),
     ),
-    Rule(
-        "free", "what a run does about faults", _keys("train", "on_not_finite max_skips spike step_deadline")
-    ),
+    Rule("free", "how a run reacts to faults", _keys("train", "on_not_finite max_skips spike step_deadline")),
     Rule(
         "free",
-        "what is measured on the way; nothing is trained on it",
+        "evaluation, which does not affect training",
         (*_keys("train", "eval_every eval_packs"), *_keys("data.eval_sources.*", f"name {_ROWS}")),
     ),
     Rule("free", "what is exported at the end", ("train.export_hf", "model.max_position_embeddings")),
     Rule(
         "harmless",
-        "where things lie, how often a line is printed, and names for what other keys say",
+        "paths, the frequency of printed lines, and names for the values of other keys",
         (
             *("run_dir", "model.preset", "train.log_every", "data.max_bad_rows"),
             *("data.sources.*.path", "data.eval_sources.*.path"),
@@ -166,8 +167,7 @@ _RULE_OF = {key: rule for rule in RULES for key in rule.keys}
 
 
 def kind_of(key: str, settings: Settings) -> Kind | None:
-    """The kind of a key of `settings.schema_keys` in a run of these settings; None for a key that is in no
-    rule."""
+    """The kind of a key of `settings.schema_keys` in a run with these settings, or None without a rule."""
     rule = _RULE_OF.get(key)
     if rule is None:
         return None

@@ -1,7 +1,7 @@
-"""YAML files with a `base:` to inherit from, dotted overrides on top, and every error at once.
+"""Loads YAML files with a `base:` and dotted overrides, and reports all errors at once.
 
-Every file of settings is read here: those of training runs, clusters, chains, rounds, generation, selection,
-merging and cleaning.
+It reads every kind of settings file, namely of training runs, clusters, chains, rounds, generation,
+selection, merging and cleaning.
 """
 
 import json
@@ -11,76 +11,80 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_post.config.describe import describe, errors_of, shown
 from megatron_post.config.overrides import merged, with_overrides
 from megatron_post.config.references import escaped, resolved
 from megatron_post.config.schema import Config
 from megatron_post.config.secrets import redact
+from megatron_post.config.validation_errors import error_lines, errors_of, shown
 from megatron_post.config.yaml_text import LARGEST, read_yaml, write_yaml
 from megatron_post.storage.reading import plain_file, reading
 
 Model = TypeVar("Model", bound=BaseModel)
-_MOST_LINES = 50  # errors that a message lists
+_MOST_LINES = 50  # the number of errors that a message lists
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message lists every reason with its key and value, without
-    what looks like a secret."""
+    """A configuration cannot be used. The message lists every reason with its key and value.
+
+    Text that looks like a secret is hidden.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(redact(message))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the config of a run, its bases and dotted overrides (`optimizer.lr=5e-7`), and validate all.
+    """Read the config of a run and its bases, apply dotted overrides (`optimizer.lr=5e-7`), and validate it.
 
-    Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value or an impossible
-    layout.
+    Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value, and a layout that
+    cannot work.
     """
     return load_section(Config, path, overrides)
 
 
 def load_section(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """As `load_config`, of a file with other settings."""
+    """Read a file of other settings, in the same way as `load_config`."""
     return _completed(model, read_tree(path), overrides, origin=str(path))
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """A YAML file merged over its bases, with references as they are written, unvalidated. Raises
-    `ConfigError` where one cannot be read."""
+    """A YAML file merged over its bases, before references are replaced and before validation.
+
+    Raises `ConfigError` for a file that cannot be read.
+    """
     return _read(Path(path), seen=())
 
 
 def validate(values: dict[str, Any], overrides: Sequence[str] = (), *, origin: str) -> Config:
-    """Make a `Config` of plain values and dotted overrides; `origin` names them in the `ConfigError`."""
+    """Make a `Config` of plain values and dotted overrides. `origin` is their name in a `ConfigError`."""
     return _completed(Config, values, overrides, origin=origin)
 
 
 def parse(model: type[Model], values: Any, *, origin: str) -> Model:
-    """Plain values as a pydantic model; `origin` names them in the `ConfigError`, which lists every error."""
+    """Make a pydantic model of plain values. `origin` is their name in a `ConfigError` with all errors."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         found = errors_of(error)
-        lines = [line for item in found[:_MOST_LINES] for line in describe(item, model)]
+        lines = [line for item in found[:_MOST_LINES] for line in error_lines(item, model)]
         text = _listed(lines, origin, others=len(found[_MOST_LINES:]))
     raise ConfigError(text)
 
 
 def raise_for(errors: Sequence[str], origin: str = "") -> None:
-    """Raises `ConfigError` with all of these, if there are any."""
+    """Raise a `ConfigError` that lists all of `errors`, if there are any."""
     if errors:
         raise ConfigError(_listed(errors, origin))
 
 
 def to_yaml(settings: BaseModel | dict[str, Any]) -> str:
-    """The text of a file that is loaded as these settings."""
+    """The text of a YAML file with these settings."""
     values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
     return write_yaml(escaped(values))
 
 
 def json_schema(model: type[BaseModel]) -> str:
-    """JSON schema of a file of settings, for editors; it describes every key."""
+    """The JSON schema of a file of settings, for editors. It describes every key."""
     return json.dumps(model.model_json_schema(), indent=2)
 
 
@@ -93,7 +97,7 @@ def _completed(model: type[Model], tree: dict[str, Any], overrides: Sequence[str
 
 
 def _listed(errors: Sequence[str], origin: str, *, others: int = 0) -> str:
-    """others: errors that are counted and not listed, beside these."""
+    """The message for a list of errors. others: the number of further errors, which are only counted."""
     count = len(errors) + others
     lines = [*errors[:_MOST_LINES], *([f"and {count - _MOST_LINES} more"] if count > _MOST_LINES else [])]
     head = f"{origin}: " if origin else ""
@@ -117,9 +121,9 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """What one file says. Raises `ValueError` that names it."""
+    """The content of one file, without its bases. Raises `ValueError` that names the file."""
     with path.open("rb") as file:
-        data = file.read(4 * LARGEST + 1)  # no character has more than four bytes
+        data = file.read(4 * LARGEST + 1)  # a UTF-8 character has at most four bytes
     if len(data) > 4 * LARGEST:
         raise ValueError(
             f"{path}: it is too large for a file of settings, which holds {LARGEST:,} characters"

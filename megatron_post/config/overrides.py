@@ -1,28 +1,28 @@
-"""`key.path=value` on a command line, put over what files say."""
+"""Applies overrides from a command line (`key.path=value`) to the settings of files."""
 
 import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from megatron_post.config.describe import cut, shown
+from megatron_post.config.validation_errors import cut, shown
 from megatron_post.config.yaml_text import DEEPEST, read_argument
 
 _KEY = re.compile(r"[^\s=.\[\]-][^\s=.\[\]]*(\.[^\s=.\[\]]+)*")
 
 
 def merged(under: Any, over: Any) -> Any:
-    """`over` put over `under`: mappings are merged key by key, everything else replaces what was there."""
+    """`under` updated with `over`. Mappings are merged key by key. Any other value is replaced."""
     if not isinstance(under, dict) or not isinstance(over, dict):
         return over
     return {**under, **{key: merged(under.get(key), value) for key, value in over.items()}}
 
 
 def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tree with every override put over it; items of lists are named by their number, from 0.
+    """The tree with all overrides applied. A key names the item of a list by its index, from 0.
 
-    Raises `ValueError` with a line for each override that is malformed, names no item of a list, or says
-    otherwise than another one.
+    Raises `ValueError` with a line for each override that is malformed, names an item that does not exist, or
+    contradicts another override.
     """
     errors: list[str] = []
     given: dict[str, Any] = {}
@@ -52,7 +52,7 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def item_number(name: str, items: Sequence[Any]) -> int | None:
-    """The position in a list that a part of a key names; None where the list has no such item."""
+    """The index in a list that a part of a key names, or None if the list has no such item."""
     if not re.fullmatch("0|[1-9][0-9]{0,8}", name) or int(name) >= len(items):
         return None
     return int(name)
@@ -65,9 +65,11 @@ def _parsed(text: str) -> tuple[str, Any]:
         right = bare if equals else f"{bare}=VALUE"
         raise ValueError(f"{cut(text)}: write {cut(right)}, without the hyphens before it")
     if not equals:
-        raise ValueError(f"overrides must read key=value: {cut(text)}")
+        raise ValueError(f"overrides must have the form key=value: {cut(text)}")
     if not _KEY.fullmatch(key) or key.count(".") >= DEEPEST:
-        raise ValueError(f"{cut(text)}: {shown(key)} is no key such as optimizer.lr or data.sources.0.path")
+        raise ValueError(
+            f"{cut(text)}: {shown(key)} is not a key such as optimizer.lr or data.sources.0.path"
+        )
     if not value:
         raise ValueError(f"{cut(text)} has no value; write null for none, or '\"\"' for an empty text")
     try:
@@ -80,7 +82,7 @@ def _parsed(text: str) -> tuple[str, Any]:
 
 
 def _put(tree: Any, path: Sequence[str], value: Any, *, above: str) -> Any:
-    """A copy of the tree with a value put over what stands at a path. above: the path so far."""
+    """A copy of the tree with the value at a path updated. above: the path of `tree` itself."""
     if not path:
         return merged(tree, value)
     name, rest, here = path[0], path[1:], f"{above}.{path[0]}".removeprefix(".")

@@ -1,7 +1,7 @@
-"""Model shapes by name: the published `config.json` values of each Llama 3 size, and a tiny one for CPUs.
+"""Model shapes by name. They are the published `config.json` of each Llama 3 size, and a tiny one for CPUs.
 
-Source: "The Llama 3 Herd of Models", table 3, and the models' published configurations. 405B's released
-weights have 8 key-value heads (the first release repeated them to 16).
+The sources are "The Llama 3 Herd of Models", table 3, and the published configurations. 405B has 8 key-value
+heads, which the first release of its weights repeated to 16.
 """
 
 from typing import Any

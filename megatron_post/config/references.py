@@ -1,7 +1,7 @@
-"""`${run_dir}/store`: a value of a config that refers to another one.
+"""Replaces references such as `${run_dir}/store`, with which a value refers to another key of the config.
 
-Only keys of the same config can be named. Environment variables and functions are not read, so that a config
-from elsewhere learns nothing of the machine that loads it. `$${` stands for a literal `${`.
+A reference can only name a key of the same config. It cannot read environment variables or call functions, so
+a config from another person cannot read data of this machine. `$${` is a literal `${`.
 """
 
 import json
@@ -12,12 +12,13 @@ from megatron_post.config.overrides import item_number
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<key>[^{}]*)(?P<end>\}?)")
 _KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
-_MOST = 2**20  # characters that all references together may stand for: a few in each of a few texts multiply
+# The limit of characters that all references together insert. References to texts with references multiply.
+_MOST = 2**20
 _DEEPEST = 16
 
 
 def resolved(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with all references replaced. Raises `ValueError` with a line for each that cannot be."""
+    """The tree with all references replaced. Raises `ValueError` with a line for each invalid reference."""
     references = _References(tree)
     result = references.replaced(tree, key="")
     if references.errors:
@@ -27,7 +28,7 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def escaped(value: Any) -> Any:
-    """A value in which `${` means itself, so that `resolved` gives the value back."""
+    """The value with every `${` escaped, so that `resolved` returns the original value."""
     if isinstance(value, dict):
         return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -40,11 +41,11 @@ class _References:
         self.errors: list[str] = []
         self._tree = tree
         self._found: dict[str, Any] = {}
-        self._open: list[str] = []  # keys that are being replaced, each named by the one before
+        self._open: list[str] = []  # the chain of keys that are being resolved, to find cycles
         self._size = 0
 
     def replaced(self, value: Any, *, key: str) -> Any:
-        """key: of the value, for messages."""
+        """The value with all references replaced. key: the value's key, for messages."""
         if isinstance(value, dict):
             return {
                 name: self.replaced(v, key=f"{key}.{name}".removeprefix(".")) for name, v in value.items()
@@ -60,7 +61,7 @@ class _References:
             return value
 
     def _text(self, text: str) -> Any:
-        """A text that is one reference becomes the value itself, a number or a boolean too."""
+        """The text with references replaced. A single reference becomes a value of any type."""
         match = _REFERENCE.fullmatch(text)
         if match and match["key"] is not None:
             return self._value(match)
@@ -71,15 +72,15 @@ class _References:
             return "${"
         value = self._value(match)
         if value is None:
-            raise ValueError(f"{match[0]} is null, which cannot stand inside a text")
+            raise ValueError(f"{match[0]} is null, which cannot be a part of a text")
         text = value if isinstance(value, str) else json.dumps(value)
         self._size += len(text)
         if self._size > _MOST:
-            raise ValueError(f"references stand for more than {_MOST:,} characters in all")
+            raise ValueError(f"references insert more than {_MOST:,} characters in total")
         return text
 
     def _value(self, match: re.Match[str]) -> Any:
-        """The value of the key that a reference names."""
+        """The value of the key in a reference."""
         key = match["key"]
         if not match["end"] or not _KEY.fullmatch(key):
             raise ValueError(
@@ -89,7 +90,9 @@ class _References:
         if key in self._found:
             return self._found[key]
         if key in self._open or len(self._open) == _DEEPEST:
-            raise ValueError(f"references lead on without end: {' -> '.join([*self._open, key])}")
+            raise ValueError(
+                f"references form a cycle or are nested too deeply: {' -> '.join([*self._open, key])}"
+            )
         self._open.append(key)
         try:
             value = self._at(key)

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run."""
+"""`Config`, the whole configuration of a training run, which is checked for contradictions."""
 
 from pydantic import model_validator
 
@@ -8,7 +8,7 @@ from megatron_post.config.sections import UncheckedConfig
 
 
 class Config(UncheckedConfig):
-    """A run, complete. `load_config` makes one; the resolved form is saved with every checkpoint."""
+    """The config of a run. `load_config` makes it, and every checkpoint contains its resolved form."""
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Config":

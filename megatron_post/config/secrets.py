@@ -1,7 +1,7 @@
-"""Keys and passwords are hidden in what is printed or kept: messages, tracebacks, the script of a dry run.
+"""Hides keys and passwords in everything that is printed or saved, such as messages and tracebacks.
 
-Settings take the name of an environment variable and never a key. Even so one may stand in a URL, in a line
-that a user has pasted, or in what a server answers.
+Settings contain the name of an environment variable and never a key. But a key may be in a URL, in a line
+that a user has pasted, or in a server's answer.
 """
 
 import html
@@ -16,7 +16,7 @@ _NAMES = (
     r"|client[_-]?secret"
 )
 _VALUE = r"""[^\s"',;&})\]]+"""
-# where secrets stand, and the shapes of the usual keys; the group in parentheses of a match stays
+# The places where secrets are written, and the forms of common keys. The group of a match is not hidden.
 _SECRET = re.compile(
     rf"""
     (://) [^\s/?\#'"]{{0,300}} (?=@)                                         # http://user:password@host
@@ -37,7 +37,7 @@ _SECRET_NAME = re.compile(
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` with `***` for each of `secrets`, however it is quoted, and for whatever looks like a secret."""
+    """`text` with `***` in place of `secrets`, in any quoting, and of everything that looks like a secret."""
     for secret in filter(None, secrets):
         for spelling in _spellings(secret):
             text = re.sub(re.escape(spelling), HIDDEN, text, flags=re.IGNORECASE)
@@ -45,20 +45,21 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def repeats(text: str, secrets: Iterable[str]) -> bool:
-    """Whether `text` holds one of `secrets`, however it is quoted.
+    """Whether `text` contains one of `secrets`, in any quoting.
 
-    What has fewer than 8 characters is a word, such as the "EMPTY" that local servers take for a key.
+    Secrets of fewer than 8 characters are skipped. They are words such as "EMPTY", which local servers accept
+    as a key.
     """
     return any(spelling in text for s in secrets if len(s) >= 8 for spelling in _spellings(s))
 
 
 def _spellings(secret: str) -> list[str]:
-    """A secret as it may be quoted, the longest first."""
+    """The quoted forms of a secret, the longest first."""
     in_json = json.dumps(secret)[1:-1]
     found = {secret, in_json, in_json.replace("/", r"\/"), quote(secret, safe=""), html.escape(secret)}
     return sorted(found, key=len, reverse=True)
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key or variable is named like one that holds a secret: `api_key`, HF_TOKEN."""
+    """Whether the name of a key or variable suggests a secret, as `api_key` and HF_TOKEN do."""
     return _SECRET_NAME.fullmatch(name) is not None

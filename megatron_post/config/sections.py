@@ -1,6 +1,6 @@
 """The sections of a training run as frozen pydantic models.
 
-Unknown keys are errors. Defaults are Llama 3's where it has one.
+Unknown keys are errors. Defaults are those of the Llama 3 report, if it gives them.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ RoleName = Literal["header", "prompt", "body", "terminator"]
 
 
 class Model(Section):
-    """Shape of the Llama, by preset or by number (a number given beside a preset overrides it)."""
+    """Shape of the model, by preset or by numbers. Numbers override those of the preset."""
 
     preset: Name | None = Field(
         None, description=f"shape of a published model, or a tiny one: {', '.join(PRESETS)}"
@@ -30,17 +30,17 @@ class Model(Section):
     )
     num_attention_heads: int = Field(gt=0, le=2**16, description="heads of queries")
     num_key_value_heads: int = Field(
-        gt=0, le=2**16, description="heads of keys and values, each for several queries"
+        gt=0, le=2**16, description="heads of keys and values, which several query heads share"
     )
     vocab_size: int = Field(gt=0, le=2**24, description="tokens of the vocabulary")
-    max_position_embeddings: Count = Field(description="longest context, as the exported config states it")
+    max_position_embeddings: Count = Field(description="longest context, for the exported config")
     rope_theta: Positive = Field(description="base of the rotary embedding's wavelengths")
     rope_scaling: RopeScaling | None = Field(None, description="null: the rotary embedding is not scaled")
     rms_norm_eps: Positive = Field(description="added to the mean square in each norm")
     tie_word_embeddings: bool = Field(description="the output layer uses the embedding's weights")
     initializer_range: Positive = Field(0.02, description="standard deviation of random weights")
     init_from: Name | None = Field(
-        None, description="Hugging Face directory to start from; null: random from seed"
+        None, description="Hugging Face directory to start from. null: random weights, drawn by seed"
     )
 
     @model_validator(mode="before")
@@ -64,7 +64,7 @@ class Parallel(Section):
 
     tensor: Count = Field(1, description="ranks that divide every matrix between them")
     pipeline: Count = Field(1, description="ranks that divide the layers between them")
-    virtual_pipeline: Count = Field(1, description="model chunks a pipeline rank (interleaved schedule)")
+    virtual_pipeline: Count = Field(1, description="model chunks per pipeline rank (interleaved schedule)")
     embedding_and_loss_as_layers: bool = Field(
         False,
         description="the embedding and the loss count as a layer each when chunks are cut",
@@ -75,14 +75,14 @@ class Parallel(Section):
     )
     tp_comm_overlap: bool = Field(
         False,
-        description="tensor-parallel gathers and scatters run beside the multiplications that they belong "
-        "to, through Transformer Engine's user buffers; needs `sequence`",
+        description="overlap tensor-parallel all-gathers and reduce-scatters with matrix multiplications, "
+        "through Transformer Engine's user buffers. Needs `sequence`",
     )
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p", "all_gather"] = Field(
         "p2p",
-        description="how context-parallel ranks share attention in Transformer Engine. p2p: keys and values "
-        "go round a ring; a2a: each rank has all tokens of some heads. It has the others for unpacked rows "
-        "alone, so they are refused. The portable layers gather keys and values",
+        description="how context-parallel ranks compute attention in Transformer Engine. p2p: they send keys "
+        "and values around a ring. a2a: each rank has all tokens of some heads. Transformer Engine supports "
+        "the others only for unpacked rows, so they are refused. The portable layers gather keys and values",
     )
 
     @property
@@ -96,7 +96,7 @@ class Precision(Section):
 
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="format of weights and activations")
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
-        None, description="Transformer Engine's recipe for linear layers in FP8; null: no FP8"
+        None, description="Transformer Engine's recipe for linear layers in FP8. null: no FP8"
     )
 
 
@@ -104,10 +104,10 @@ class Recompute(Section):
     """Activations that are computed again in the backward pass, to save memory."""
 
     mode: Literal["none", "selective", "full"] = Field(
-        "none", description="selective: those of `modules`; full: those of whole layers"
+        "none", description="selective: the activations of `modules`. full: those of whole layers"
     )
     modules: Annotated[tuple[Literal["core_attn", "mlp", "layernorm"], ...], Distinct] = Field(
-        ("core_attn",), min_length=1, description="what mode=selective computes again"
+        ("core_attn",), min_length=1, description="the modules that mode=selective recomputes"
     )
 
 
@@ -116,7 +116,7 @@ class Optimizer(Section):
 
     lr: Positive = Field(1e-5, description="learning rate at its highest")
     min_lr: NonNegative = Field(
-        0.0, description="learning rate of the last step; linear and cosine schedules"
+        0.0, description="learning rate of the last step, with a linear or cosine schedule"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="how the learning rate falls after the warm-up"
@@ -126,18 +126,18 @@ class Optimizer(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     eps: Positive = Field(1e-8, description="added to the root of Adam's second moment")
-    clip_grad: NonNegative = Field(1.0, description="largest norm of the gradient; 0: no clipping")
+    clip_grad: NonNegative = Field(1.0, description="largest norm of the gradient. 0: no clipping")
     overlap: bool = Field(
         False, description="overlap gradient reduce-scatter and parameter all-gather with compute"
     )
     gradient_accumulation_fusion: bool = Field(
         False,
-        description="the multiplication that makes a layer's weight gradient adds it to the fp32 buffer "
-        "itself; needs Transformer Engine",
+        description="the matrix multiplication for a weight gradient accumulates directly into the fp32 "
+        "buffer. Needs Transformer Engine",
     )
     overlap_param_gather_with_optimizer_step: bool = Field(
         False,
-        description="gather the first model chunk's parameters while the other chunks are updated; needs "
+        description="gather the first model chunk's parameters while the other chunks are updated. Needs "
         "`overlap` and parallel.virtual_pipeline > 1",
     )
 
@@ -148,22 +148,22 @@ class Loss(Section):
     trained_roles: Annotated[tuple[RoleName, ...], Distinct] = Field(
         ("body", "terminator"),
         min_length=1,
-        description="token roles that carry loss; SFT must learn to stop",
+        description="token roles that carry loss. SFT needs the terminator so that models learn to stop",
     )
     impl: Literal["fused", "unfused"] = Field(
         "fused",
-        description="SFT and DPO. fused: log-probabilities straight from hidden states, chunk by chunk; "
-        "unfused: from the logits of all tokens, which must fit",
+        description="for SFT and DPO. fused: compute log-probabilities from hidden states, chunk by chunk. "
+        "unfused: compute them from the logits of all tokens, which must fit into memory",
     )
 
 
 class Reward(Section):
-    """Reward model: `-log sigmoid(r_better - r_worse)` over all ranked pairs of an example."""
+    """Reward model. The loss is `-log sigmoid(r_better - r_worse)` over all ranked pairs of an example."""
 
     layout: Literal["separate", "isolated", "concatenated"] = Field(
         "isolated",
-        description="separate: a row a response; isolated: the prompt once, responses blind to each other; "
-        "concatenated: responses see those before them (the report's approximation)",
+        description="separate: one row per response. isolated: the prompt once, and no response sees another "
+        "one. concatenated: responses also see those before them (the report's approximation)",
     )
     head_lr_multiplier: Positive = Field(1.0, description="the head's learning rate as a multiple of `lr`")
 
@@ -172,20 +172,21 @@ class DPO(Section):
     """Direct preference optimisation, with the report's values."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "simpo"] = Field(
-        "sigmoid", description="loss of a pair; sigmoid is the report's"
+        "sigmoid", description="loss of a pair. The report uses sigmoid"
     )
     beta: Positive = Field(0.1, description="strength of the pull to the reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="robust: probability of a flipped label")
     margin: NonNegative = Field(0.5, description="simpo: target margin of the mean log-probabilities, x beta")
     nll_weight: NonNegative = Field(0.2, description="weight of the NLL of the chosen response")
     nll_normalization: Literal["per_token", "per_sequence"] = Field(
-        "per_token", description="per_token: mean over the response's tokens; per_sequence: their sum"
+        "per_token", description="per_token: mean over the response's tokens. per_sequence: their sum"
     )
     trained_roles: Annotated[tuple[RoleName, ...], Distinct] = Field(
-        ("body",), min_length=1, description="roles in both terms; the report masks headers and terminators"
+        ("body",), min_length=1, description="roles in both terms. The report masks headers and terminators"
     )
     reference: Literal["store", "frozen"] = Field(
-        "store", description="store: log-probabilities by `megatron-post reference`; frozen: a copy in memory"
+        "store",
+        description="store: log-probabilities from `megatron-post reference`. frozen: a model copy in memory",
     )
 
     @property
@@ -196,24 +197,24 @@ class DPO(Section):
 class Train(Section):
     """The length of a run, its batches, and what happens when something goes wrong."""
 
-    steps: Count = Field(description="optimizer steps of the whole run, those before a restart included")
-    global_batch: Count = Field(description="packs an optimizer step, over all data-parallel ranks")
+    steps: Count = Field(description="optimizer steps of the whole run, including those before a restart")
+    global_batch: Count = Field(description="packs per optimizer step, over all data-parallel ranks")
     eval_every: Whole = Field(
-        0, description="steps between evaluations; 0: only at the end, if there is data"
+        0, description="steps between evaluations. 0: only at the end, if there is data"
     )
-    eval_packs: Count = Field(64, description="held-out packs an evaluation, at most")
+    eval_packs: Count = Field(64, description="the largest number of held-out packs per evaluation")
     log_every: Count = Field(1, description="steps between lines on the terminal")
     on_not_finite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
-        description="a NaN or infinite loss or gradient. skip: pass over the step's packs; rollback: go back "
-        "to the newest checkpoint and pass over them",
+        description="what happens at a NaN or infinite loss or gradient. skip: skip the step's packs. "
+        "rollback: return to the newest checkpoint and skip them",
     )
-    max_skips: Whole = Field(10, description="steps passed over before the run stops, over all restarts")
+    max_skips: Whole = Field(10, description="skipped steps before the run stops, over all restarts")
     spike: Positive = Field(
         8.0, description="robust standard deviations above the median at which a loss or norm is recorded"
     )
     step_deadline: NonNegative = Field(
-        1800.0, description="seconds after which a step is a hang and the run ends; 0: never"
+        1800.0, description="seconds after which a step counts as a hang and the run ends. 0: never"
     )
     export_hf: bool = Field(False, description="write a Hugging Face directory when training ends")
 
@@ -221,11 +222,11 @@ class Train(Section):
 class Checkpoint(Section):
     """When checkpoints are written, and which are kept."""
 
-    every: Whole = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep: Count = Field(2, description="newest checkpoints kept")
-    keep_every: Whole = Field(0, description="keep steps that are a multiple of this as well; 0: none")
+    every: Whole = Field(0, description="steps between checkpoints. 0: only at the end")
+    keep: Count = Field(2, description="number of newest checkpoints to keep")
+    keep_every: Whole = Field(0, description="also keep the steps that are a multiple of this. 0: none")
     asynchronous: bool = Field(
-        True, description="train on while a checkpoint is written, from a copy in host memory"
+        True, description="continue training while a checkpoint is written from a copy in host memory"
     )
 
 
@@ -234,7 +235,7 @@ class UncheckedConfig(Section):
 
     stage: StageName = Field("sft", description="training method")
     run_dir: Name = Field(description="checkpoints, metrics and exports of this run")
-    seed: Whole = Field(1234, description="of random weights, and of the order of the data")
+    seed: Whole = Field(1234, description="seed of random weights and of the order of the data")
     model: Model
     tokenizer: Tokenizer
     data: Data
@@ -250,12 +251,12 @@ class UncheckedConfig(Section):
 
     @property
     def traits(self) -> Traits:
-        """What distinguishes the stage from others."""
+        """The properties of the stage."""
         return STAGES[self.stage]
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether several responses see one prompt, which is beyond Transformer Engine's packed attention."""
+        """Whether responses share a prompt, which Transformer Engine's packed attention does not support."""
         return self.traits.examples == "preferences" and self.reward.layout != "separate"
 
     @property

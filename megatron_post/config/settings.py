@@ -1,4 +1,4 @@
-"""A config as a list of keys and values, and how the lists of two starts of a run differ."""
+"""Flattens a config to keys and values, and compares the settings of two starts of a run."""
 
 import json
 import re
@@ -15,16 +15,17 @@ from megatron_post.config.schema import Config
 
 @dataclass(frozen=True)
 class RunSettings:
-    """values: of every key. content: of a key that names data, a digest of what is there; None for nothing.
+    """The settings of one start of a run.
 
-    Two values of such a key are the same where their content is, whatever the paths are.
+    values: the value of every key. content: for keys that name data, a digest of the data, or None without
+    data. Two values of such a key are equal if their digests are, even if the paths differ.
     """
 
     values: Mapping[str, Any]
     content: Mapping[str, str | None]
 
     def text(self, key: str) -> str:
-        """A value as an override would write it, and a digest of what is there."""
+        """A value in the form of an override, with the digest of its data."""
         digest = self.content.get(key)
         parts = [] if key not in self.values and digest else [_text(_value(self.values, key))]
         return " ".join([*parts, f"(content {digest:.12})"] if digest else parts)
@@ -40,7 +41,7 @@ class Change:
 
 
 def flatten(config: BaseModel, above: str = "") -> dict[str, Any]:
-    """Every key of a config with its value as JSON has it: "optimizer.lr", "data.sources.0.name"."""
+    """Every key of a config, such as "data.sources.0.name", with its value in JSON's types."""
     found: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         key, value = f"{above}{name}", getattr(config, name)
@@ -58,7 +59,7 @@ def flatten(config: BaseModel, above: str = "") -> dict[str, Any]:
 
 
 def schema_keys(section: type[BaseModel] = Config, above: str = "") -> dict[str, FieldInfo]:
-    """Every key that a config may have; `*` stands for the number of an entry in a list."""
+    """Every key that a config may have. `*` stands for the index of an entry in a list."""
     found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         inner, is_list = _section_in(field.annotation)
@@ -68,10 +69,10 @@ def schema_keys(section: type[BaseModel] = Config, above: str = "") -> dict[str,
 
 
 def compare(before: RunSettings, after: RunSettings) -> tuple[list[Change], list[Change]]:
-    """What has changed of a run's identity, and of what is free to change."""
+    """The changes of settings that are the run's identity, and of settings that are free to change."""
     found: dict[Kind, list[Change]] = {"identity": [], "free": [], "harmless": []}
     for key in sorted({*before.values, *after.values, *(before.content.keys() & after.content.keys())}):
-        kind = kind_of(_pattern(key), after.values) or "free"  # None: a key of another version
+        kind = kind_of(_pattern(key), after.values) or "free"  # a key of another version has no kind
         if not _is_same(key, before, after):
             found[kind].append(Change(key, before.text(key), after.text(key)))
     return found["identity"], found["free"]
@@ -84,8 +85,10 @@ def _is_same(key: str, before: RunSettings, after: RunSettings) -> bool:
 
 
 def _value(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a key; of one that was added to the schema later its default, which is what was done
-    before."""
+    """The value of a key, or its default if the key is missing.
+
+    A key that was added to the schema later has a default that means the behaviour before.
+    """
     if key in values:
         return values[key]
     field = schema_keys().get(_pattern(key))
@@ -95,7 +98,7 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: a tuple is a list."""
+    """The value in JSON's types, in which a tuple becomes a list."""
     return json.loads(json.dumps(value))
 
 
@@ -104,7 +107,7 @@ def _pattern(key: str) -> str:
 
 
 def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a field holds, if it holds one, and whether it is a list of them."""
+    """The type of section that a field holds, or None, and whether the field is a list of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     for inner in get_args(annotation):

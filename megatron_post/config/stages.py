@@ -1,6 +1,6 @@
-"""What distinguishes the stages from each other, in one table.
+"""A table of the properties in which the stages differ.
 
-A new stage is a row here, a file in `stages/` and its YAML files.
+A new stage needs a row here, a file in `stages/`, and YAML files.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,12 @@ StageName = Literal["sft", "reward", "dpo"]
 
 @dataclass(frozen=True)
 class Traits:
-    """scalar_head: the model has a head that gives one score for each token, in place of the output layer.
+    """The properties of a stage.
 
-    examples: what a row is. "preferences" have two or more ranked responses, "pairs" one that is better than
-    the other. has_reference: the loss can compare with a reference policy. trained_roles: the key of the
-    roles whose tokens are trained; None where the loss has no tokens.
+    scalar_head: whether the model has a head with one score per token instead of the output layer.
+    examples: the kind of its rows. "preferences" have two or more ranked responses, and "pairs" have a better
+    and a worse one. has_reference: whether the loss can use a reference policy. trained_roles: the key that
+    lists the roles of trained tokens, or None if the loss is not over tokens.
     """
 
     scalar_head: bool = False

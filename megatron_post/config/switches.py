@@ -1,7 +1,7 @@
-"""Performance switches: what each of them needs. None of them changes what a run computes.
+"""The requirements of each performance switch. No switch changes the result of a run.
 
-The names are Megatron's. Every refusal repeats a check of megatron-core or Transformer Engine, which would
-otherwise fail on the nodes.
+The names are Megatron's. Every error here corresponds to a check of megatron-core or Transformer Engine,
+which would otherwise fail on the nodes.
 """
 
 import re
@@ -22,7 +22,7 @@ _PACKED_ALL_TO_ALL = (2, 10)
 
 
 def switch_errors(config: UncheckedConfig) -> list[str]:
-    """Every reason why a switch that is on cannot work in this config; empty if all can."""
+    """Every reason why a switch that is on cannot work in this config. Empty if all can."""
     found = (_layer_errors, _tensor_errors, _context_errors, _gather_errors)
     return [error for errors in found for error in errors(config)]
 
@@ -48,7 +48,7 @@ def _tensor_errors(config: UncheckedConfig) -> list[str]:
     key, off, errors = "parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", []
     if not p.sequence:
         errors.append(f"{key} needs parallel.sequence=true; set it, or {off}")
-    # transformer_engine/pytorch/module/base.py: fill_userbuffers_buffer_for_all_gather
+    # see fill_userbuffers_buffer_for_all_gather in transformer_engine/pytorch/module/base.py
     if recipe == "blockwise":
         errors.append(
             f"{key} has no buffers for precision.fp8=blockwise; set precision.fp8=tensorwise, or {off}"
@@ -69,8 +69,8 @@ def _context_errors(config: UncheckedConfig) -> list[str]:
     if p.cp_comm_type == "p2p":
         return []
     if p.cp_comm_type != "a2a":
-        # transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py, 2.9 to 2.11:
-        # `assert qkv_format != "thd"` in attn_forward_func_with_cp and AttnFuncWithCPAndKVAllGather
+        # Transformer Engine 2.9 to 2.11 has `assert qkv_format != "thd"` in attn_forward_func_with_cp and
+        # AttnFuncWithCPAndKVAllGather of pytorch/attention/dot_product_attention/context_parallel.py.
         return [
             f"{key} is not for packed rows: Transformer Engine 2.9 to 2.11 refuses them; set "
             "parallel.cp_comm_type=p2p or a2a"
@@ -104,9 +104,9 @@ def _gather_errors(config: UncheckedConfig) -> list[str]:
 def switch_machine_errors(
     config: UncheckedConfig, *, has_gpu: bool, has_transformer_engine: bool, version: str | None
 ) -> list[str]:
-    """Every reason why a switch that is on cannot work on this machine; empty if all can.
+    """Every reason why a switch that is on cannot work on this machine. Empty if all can.
 
-    version: of Transformer Engine; None where it is not known.
+    version: Transformer Engine's version, or None if it is unknown.
     """
     if has_gpu and has_transformer_engine:
         known = tuple(map(int, re.findall(r"\d+", version)[:2])) if version else _PACKED_ALL_TO_ALL
@@ -124,7 +124,7 @@ def switch_machine_errors(
 
 
 def switches_on(config: UncheckedConfig) -> list[tuple[str, Any, Any]]:
-    """(key, value, value that switches it off) of the switches of Transformer Engine that are on."""
+    """(key, value, value when off) of each switch of Transformer Engine that is on."""
     found = []
     for key in _OF_TRANSFORMER_ENGINE:
         section_name, name = key.split(".")
@@ -136,5 +136,5 @@ def switches_on(config: UncheckedConfig) -> list[tuple[str, Any, Any]]:
 
 
 def _text(value: Any) -> str:
-    """A value as an override writes it."""
+    """A value in the form of an override."""
     return str(value).lower() if isinstance(value, bool) else str(value)

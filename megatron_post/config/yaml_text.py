@@ -1,9 +1,9 @@
-"""YAML without surprises: text becomes mappings, lists, texts, numbers, booleans and null, or an error.
+"""Reads and writes YAML without the surprising conversions of YAML 1.1.
 
-YAML 1.1, which PyYAML reads, takes 0777 for 511, 1:30 for 90, `no` for false and 1e-5 for a text, and lets
-the second of two equal keys win. Here a plain value is a number only if it is written in decimal digits, and
-everything else that is not true, false or null is a text. The schema then decides whether a text will do.
-Files may come from anyone, so their size and depth are limited and tags are refused.
+PyYAML reads YAML 1.1, in which 0777 is 511, 1:30 is 90, `no` is false, 1e-5 is a text, and the second of two
+equal keys wins. Here a plain value is a number only if it is written in decimal digits. Every other value
+that is not true, false or null is a text, and the schema decides whether a text is allowed. Files may come
+from anyone, so their size and depth are limited, and tags are refused.
 """
 
 import re
@@ -21,9 +21,9 @@ from yaml.events import (
     StreamEndEvent,
 )
 
-LARGEST = 2**18  # characters of a document; PyYAML reads some 100,000 a second
-MOST_VALUES = 100_000  # an alias counts as often as it is used
-DEEPEST = 32  # mappings and lists inside each other
+LARGEST = 2**18  # characters of a document. PyYAML reads about 100,000 per second
+MOST_VALUES = 100_000  # values of a document. Those of an alias count each time it is used
+DEEPEST = 32  # levels of nested mappings and lists
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -38,7 +38,7 @@ _WORDS = {
 
 
 def plain_value(text: str) -> Any:
-    """What a value without quotes means."""
+    """The value of a text without quotes."""
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
@@ -49,28 +49,31 @@ def plain_value(text: str) -> Any:
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a document; None for an empty one. Raises `ValueError`, which names line and column."""
+    """The value of a document, or None for an empty one. Raises `ValueError` with the line and column."""
     return _read(text)[0]
 
 
 def read_argument(text: str) -> Any:
-    """The value of one argument on a command line: `[...]`, `{...}` and quotes are YAML, and all else is one
-    plain value as it stands, with any ` #` and `: ` that it holds. Raises `ValueError`."""
+    """The value of an argument on a command line.
+
+    `[...]`, `{...}` and quotes are YAML. Any other argument is one plain value, in which ` #` and `: ` have
+    no special meaning. Raises `ValueError`.
+    """
     if text[:1] not in ("[", "{", '"', "'"):
         return plain_value(text)
     value, end = _read(text)
     if rest := text[end:].strip():
-        raise ValueError(f"{rest!r} stands after the end of the value; put the whole value in quotes")
+        raise ValueError(f"{rest!r} follows the end of the value; put the whole value in quotes")
     return value
 
 
 def write_yaml(value: Any) -> str:
-    """The text that `read_yaml` reads as this value of mappings, lists, texts, numbers, booleans and None."""
+    """The YAML text of a value of mappings, lists, texts, numbers, booleans and None, for `read_yaml`."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that would be read as something else."""
+    """Quotes every text that would be read as a value of another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -78,7 +81,7 @@ class _Dumper(yaml.SafeDumper):
     def text(self, data: str) -> yaml.Node:
         style = None if isinstance(plain_value(data), str) else "'"
         if not data.isprintable():
-            style = '"'  # which alone keeps line separators, and PyYAML chooses another one for some
+            style = '"'  # only this style keeps line separators, and PyYAML does not always choose it
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
@@ -86,7 +89,7 @@ _Dumper.add_representer(str, _Dumper.text)
 
 
 def _read(text: str) -> tuple[Any, int]:
-    """The value, and the position behind it."""
+    """The value, and the position after its end."""
     if len(text) > LARGEST:
         raise ValueError(f"it has {len(text):,} characters, and no more than {LARGEST:,} are read")
     try:
@@ -106,14 +109,14 @@ class _Document:
     def __init__(self, events: Iterator[Any]) -> None:
         self._events = events
         self._count = self._end = 0
-        self._anchors: dict[str, tuple[Any, int]] = {}  # name -> (value, values in it)
+        self._anchors: dict[str, tuple[Any, int]] = {}  # anchor -> (value, number of values in it)
 
     def read(self) -> tuple[Any, int]:
-        next(self._events)  # the stream begins
+        next(self._events)  # the start of the stream
         if isinstance(next(self._events), StreamEndEvent):
             return None, 0
         value = self._value(self._next(), depth=1)
-        next(self._events)  # the document ends
+        next(self._events)  # the end of the document
         after = next(self._events)
         if isinstance(after, DocumentStartEvent):
             raise _problem(after.start_mark, "a second document begins; only one is read")
@@ -137,7 +140,7 @@ class _Document:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise _problem(event.start_mark, f"the tag {tag} is refused; write the value without it")
         if depth > DEEPEST:
-            raise _problem(event.start_mark, f"more than {DEEPEST} mappings and lists stand in each other")
+            raise _problem(event.start_mark, f"more than {DEEPEST} nested mappings and lists")
         if isinstance(event, ScalarEvent):
             value = plain_value(event.value) if event.style is None else event.value
         elif isinstance(event, SequenceStartEvent):
@@ -153,7 +156,7 @@ class _Document:
             yield self._value(event, depth=depth + 1)
 
     def _mapping(self, depth: int) -> dict[str, Any]:
-        """Keys are texts as they are written, `on` and 1 too."""
+        """A mapping. Its keys are always texts, even `on` and 1."""
         found: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := self._next(), MappingEndEvent):
@@ -165,7 +168,7 @@ class _Document:
             if key in lines:
                 raise _problem(
                     event.start_mark,
-                    f"the key {key!r} is there already in line {lines[key]}; keep one of both",
+                    f"the key {key!r} already appears in line {lines[key]}; keep one of them",
                 )
             lines[key] = line
             found[key] = self._value(self._next(), depth=depth + 1)
@@ -175,7 +178,7 @@ class _Document:
         self._count += count
         if self._count > MOST_VALUES:
             raise _problem(
-                event.start_mark, f"more than {MOST_VALUES:,} values, each use of an alias counted"
+                event.start_mark, f"more than {MOST_VALUES:,} values, counting each use of an alias"
             )
 
 

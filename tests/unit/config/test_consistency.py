@@ -1,4 +1,4 @@
-"""Settings that do nothing, and settings that contradict each other, are refused with key and remedy."""
+"""Settings without effect and contradictory settings are refused with their key and a remedy."""
 
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ SOURCES = [{"name": "math", "path": "math.jsonl"}, {"name": "chat", "path": "cha
             {"model": {"rope_scaling": {"low_freq_factor": 4.0}}},
             "model.rope_scaling: low_freq_factor=4 must be below high_freq_factor=4",
         ),
-        ("sft", {"loss": {"trained_roles": ["body", "body"]}}, "['body', 'body'] names one of them twice"),
+        ("sft", {"loss": {"trained_roles": ["body", "body"]}}, "['body', 'body'] names an item twice"),
     ],
 )  # fmt: skip
 def test_refused(stage: str, sections: dict[str, Any], expected: str) -> None:

@@ -21,7 +21,7 @@ def _config(recipe: str | None, **sections: Any) -> Config:
         # 4 heads of 18, and 4 x 18 + 2 x 2 x 18 = 144 = 9 x 16
         ("tensorwise", {"hidden_size": 72}, 1, "model.hidden_size=72 gives 72 with parallel.tensor=1"),
         ("delayed", {"ffn_hidden_size": 100}, 1, "ffn_hidden_size=100 gives 100 with"),
-        # 96 = 3 x 32 = 6 x 16; 48 on each of two ranks is 3 x 16 and not a multiple of 32
+        # 96 = 3 x 32 = 6 x 16, but 48 on each of two ranks is 3 x 16 and not a multiple of 32
         (
             "mxfp8",
             {},
@@ -46,7 +46,7 @@ def test_widths(recipe: str, model: dict[str, int], tensor: int, expected: str) 
 
 
 def test_a_width_that_no_recipe_takes() -> None:
-    """Lower parallel.tensor is no remedy where the whole width is not a multiple either."""
+    """A lower parallel.tensor is not a remedy if the whole width is not a multiple either."""
     with pytest.raises(ConfigError) as error:
         _config("tensorwise", model={"ffn_hidden_size": 100}, parallel={"tensor": 2})
     (line,) = [line for line in str(error.value).splitlines() if "ffn" in line]
@@ -54,7 +54,7 @@ def test_a_width_that_no_recipe_takes() -> None:
 
 
 def test_widths_that_fit() -> None:
-    """64, 64 + 2 x 2 x 16 = 128 and 96 are multiples of 32, their halves of 16."""
+    """64, 64 + 2 x 2 x 16 = 128 and 96 are multiples of 32, and their halves are multiples of 16."""
     _config("mxfp8")
     _config("tensorwise", parallel={"tensor": 2})
     _config("delayed", recompute={"mode": "full"})
@@ -101,14 +101,14 @@ def test_what_is_not_known_is_not_refused() -> None:
 
 
 def test_which_layers() -> None:
-    """Transformer Engine has no fused attention over packed rows of fp32; test_versions.py asks it."""
+    """Transformer Engine has no fused attention for packed rows in fp32, as test_versions.py shows."""
     assert uses_portable_layers(tiny_config(), has_transformer_engine=True)
     assert not uses_portable_layers(_config(None), has_transformer_engine=True)
     assert uses_portable_layers(_config(None), has_transformer_engine=False)
 
 
 def test_which_attention() -> None:
-    """Rows that share a prompt have the portable attention in Transformer Engine's layers."""
+    """Rows that share a prompt use the portable attention inside Transformer Engine's layers."""
     for layout, portable in (("separate", False), ("isolated", True), ("concatenated", True)):
         config = _config("tensorwise", stage="reward", reward={"layout": layout})
         assert not uses_portable_layers(config, has_transformer_engine=True)
@@ -118,7 +118,7 @@ def test_which_attention() -> None:
 
 
 def test_ranks_ask_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no config and no planner can know: the GPU and the CUDA of the node on which a run starts."""
+    """Each rank checks its own GPU and CUDA, because only the node of a run knows them."""
     from megatron_post.train import run
 
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""Every key of the schema has one kind, and the page says which."""
+"""Every key of the schema has one kind, which docs/surviving.md lists."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "surviving.md"
 
 
 def test_every_key_of_the_schema_is_in_one_rule() -> None:
-    """A key that is added to the schema needs a decision, and one that is taken away needs none."""
+    """A key that is added to the schema needs a rule, and a rule needs a key that exists."""
     listed = Counter(key for rule in RULES for key in rule.keys)
     assert max(listed.values()) == 1
     schema = set(schema_keys())
@@ -32,7 +32,7 @@ def test_the_page_has_the_table() -> None:
 
 
 def test_a_config_has_the_keys_of_the_schema() -> None:
-    """Entries of lists by their numbers; a section that is not there by the keys that it would have."""
+    """Entries of lists have their index in the key. A section that is null has the keys of its schema."""
     config = tiny_config(
         model={"rope_scaling": None},
         data={"sources": [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]},
@@ -71,7 +71,7 @@ ISSUE: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def test_what_was_decided() -> None:
+def test_kinds_of_some_keys() -> None:
     settings = flatten(tiny_config())
     for kind, keys in ISSUE.items():
         assert {key: kind_of(key, settings) for key in keys} == dict.fromkeys(keys, kind)
@@ -125,7 +125,7 @@ def test_held_out_data_may_change_and_is_named() -> None:
 
 
 def test_keys_of_another_version() -> None:
-    """One that was added since was at its default; one that is gone is named, and refuses nothing."""
+    """A key that was added later counts as its default. A removed key is reported and does not stop a run."""
     values = flatten(tiny_config())
     older = {key: value for key, value in values.items() if key != "optimizer.eps"}
     older["optimizer.momentum"] = 0.9

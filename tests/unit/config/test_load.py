@@ -1,4 +1,4 @@
-"""Inheritance, overrides, and errors that come all at once with key, value and remedy."""
+"""Configs inherit from a base and take overrides. All errors are reported at once, with key and remedy."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def _write(directory: Path, name: str, text: str) -> Path:
 
 
 def test_inheritance_and_overrides(tmp_path: Path) -> None:
-    """child over base, override over child; a mapping is merged key by key."""
+    """A child replaces values of its base, and an override those of the child. Mappings are merged by key."""
     _write(tmp_path, "base.yaml", BASE.replace(", betas_typo: 1", ", min_lr: 1.0e-6"))
     child = _write(tmp_path, "child.yaml", "base: base.yaml\noptimizer: {lr: 2.0e-4}\n")
     config = load_config(child, ["train.steps=7", "parallel.tensor=2"])
@@ -65,7 +65,7 @@ def test_all_field_errors_at_once(tmp_path: Path) -> None:
             "data.pack_length=500 is not a multiple of 128",
         ),
         (["model.preset=llama5"], "preset 'llama5' is unknown; choose one of tiny, llama3_8b"),
-        (["steps"], "overrides must read key=value: steps"),
+        (["steps"], "overrides must have the form key=value: steps"),
     ],
 )
 def test_impossible_layouts(tmp_path: Path, overrides: list[str], expected: str) -> None:
@@ -102,7 +102,7 @@ def test_a_missing_file() -> None:
 
 
 def test_world() -> None:
-    """Ranks, batch and FP8 against the machine, all at once."""
+    """Errors of ranks, batch and FP8 on this machine are reported together."""
     config = tiny_config(parallel={"tensor": 2}, precision={"dtype": "bf16", "fp8": "delayed"})
     errors = world_errors(config, world_size=6, has_gpu=False, has_transformer_engine=False)
     assert errors == [
@@ -124,8 +124,10 @@ def test_world() -> None:
 
 
 def test_widths_of_heads_on_a_gpu() -> None:
-    """64 over 16 and 8 heads: widths of 4 and 8. A CPU takes both, and each attention of a GPU has its own
-    limit."""
+    """A hidden size of 64 with 16 and with 8 heads gives widths of 4 and 8.
+
+    A CPU accepts both, and each attention of a GPU has its own limit.
+    """
     four, eight = ({"num_attention_heads": heads, "num_key_value_heads": 2} for heads in (16, 8))
     gpu: dict = {"world_size": 4, "has_gpu": True}
     bf16 = {"dtype": "bf16"}
@@ -151,7 +153,7 @@ def test_widths_of_heads_on_a_gpu() -> None:
 
 
 def test_recomputed_norms_need_transformer_engine() -> None:
-    """megatron-core fails in the first forward pass without it. With nothing selected nothing is wrong."""
+    """Without it megatron-core fails in the first forward pass. Without selected modules it works."""
     for modules, remedy in (
         (["layernorm"], "set recompute.mode=none"),
         (["core_attn", "layernorm", "mlp"], r"set recompute.modules=[core_attn,mlp]"),
@@ -165,7 +167,7 @@ def test_recomputed_norms_need_transformer_engine() -> None:
 
 
 def test_multiples() -> None:
-    """CP 4, TP 2 with SP, FP8 delayed: segments of 2 x 4; packs of lcm(8, 4 x 2 x 16) = 128."""
+    """With CP 4, TP 2 with SP, and FP8 delayed, segments need 2 x 4 and packs lcm(8, 4 x 2 x 16) = 128."""
     config = tiny_config(
         model={"num_key_value_heads": 4},
         parallel={"context": 4, "tensor": 2, "sequence": True},
@@ -188,7 +190,7 @@ def test_405b_is_the_report_s() -> None:
     assert world_errors(config, world_size=1024, has_gpu=True, has_transformer_engine=True) == []
 
 
-# clusters are another schema; a round completes its stages' files itself (tests/e2e/test_round.py)
+# Clusters have another schema, and a round completes the files of its stages (tests/e2e/test_round.py).
 RUNS = [
     path
     for path in sorted(CONFIGS.glob("*/[!b]*.yaml"))

@@ -1,4 +1,4 @@
-"""Overrides on a command line, and values that refer to others: what they mean, and what is refused."""
+"""Overrides on a command line and references to other values are applied, or refused with a remedy."""
 
 import time
 from typing import Any
@@ -53,16 +53,16 @@ def test_an_override(override: str, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["optimizer.lr"], "overrides must read key=value: optimizer.lr"),
+        (["optimizer.lr"], "overrides must have the form key=value: optimizer.lr"),
         (["--optimizer.lr=1"], "--optimizer.lr=1: write optimizer.lr=1, without the hyphens"),
         (["-optimizer.lr"], "-optimizer.lr: write optimizer.lr=VALUE, without the hyphens"),
         (["run_dir="], "run_dir= has no value; write null for none, or '\"\"' for an empty text"),
-        (["optimizer .lr=1"], "'optimizer .lr' is no key such as"),
-        (["optimizer..lr=1"], "'optimizer..lr' is no key such as"),
-        ([".lr=1"], "'.lr' is no key such as"),
-        (["data.sources[0].path=x"], "is no key such as optimizer.lr or data.sources.0.path"),
-        (["=1"], "'' is no key such as"),
-        ([".".join("a" * 5000) + "=1"], "is no key such as"),
+        (["optimizer .lr=1"], "'optimizer .lr' is not a key such as"),
+        (["optimizer..lr=1"], "'optimizer..lr' is not a key such as"),
+        ([".lr=1"], "'.lr' is not a key such as"),
+        (["data.sources[0].path=x"], "is not a key such as optimizer.lr or data.sources.0.path"),
+        (["=1"], "'' is not a key such as"),
+        ([".".join("a" * 5000) + "=1"], "is not a key such as"),
         (["data.sources.2.path=x"], "data.sources is a list with items 0 to 1, and '2' is none of them"),
         (["data.sources.math.path=x"], "is a list with items 0 to 1, and 'math' is none of them"),
         (["data.sources.-1.path=x"], "and '-1' is none of them"),
@@ -94,7 +94,7 @@ def test_all_errors_of_overrides_come_together() -> None:
 
 
 def test_merging() -> None:
-    """Mappings are merged key by key; a list, a value and null replace what was there."""
+    """Mappings are merged key by key. A list, a value and null replace the old value."""
     under = {"a": {"b": 1, "c": [1, 2]}, "d": {"e": 1}, "f": 1}
     assert merged(under, {"a": {"c": [3]}, "d": None, "f": {"g": 2}}) == {
         "a": {"b": 1, "c": [3]},
@@ -104,7 +104,7 @@ def test_merging() -> None:
 
 
 def test_references() -> None:
-    """A whole value keeps its type. One inside a text is written as YAML writes it."""
+    """A reference that is the whole value keeps the type. Inside a text the value is written as in YAML."""
     tree = {"a": 1e-5, "b": "${a}", "c": "x ${a} ${d.1} $${a} $a", "d": [True, "${b}"], "e": {"f": "${d.0}"}}
     assert resolved(tree) == {
         "a": 1e-5,
@@ -128,8 +128,8 @@ def test_references() -> None:
         ("${list.5}", "${list.5} names no key of this config"),
         ("${a.b}", "${a.b} names no key of this config"),
         ("${list}", "${list} is not a single value"),
-        ("x${nothing}", "${nothing} is null, which cannot stand inside a text"),
-        ("${k}", "references lead on without end: k -> k"),
+        ("x${nothing}", "${nothing} is null, which cannot be a part of a text"),
+        ("${k}", "references form a cycle or are nested too deeply: k -> k"),
     ],
 )  # fmt: skip
 def test_references_that_are_refused(value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,12 +140,15 @@ def test_references_that_are_refused(value: str, expected: str, monkeypatch: pyt
 
 
 def test_references_cannot_fill_the_memory() -> None:
-    """Each text is ten times the one before: 10^12 characters after twelve. A chain of 1,000 is refused."""
+    """Each text is ten times the previous one, so the twelfth would have 10^12 characters.
+
+    A chain of 1,000 references is refused too.
+    """
     tree = {"a0": "x" * 10} | {f"a{i}": f"${{a{i - 1}}}" * 10 for i in range(1, 12)}
     began = time.monotonic()
-    with pytest.raises(ValueError, match="references stand for more than 1,048,576 characters in all"):
+    with pytest.raises(ValueError, match="references insert more than 1,048,576 characters in total"):
         resolved(tree)
-    with pytest.raises(ValueError, match="references lead on without end"):
+    with pytest.raises(ValueError, match="references form a cycle or are nested too deeply"):
         resolved({"a0": "x"} | {f"a{i}": f"${{a{i - 1}}}" for i in reversed(range(1, 1000))})
     assert time.monotonic() - began < 5
 

@@ -1,4 +1,4 @@
-"""Secrets are hidden wherever they stand, and everything else stays readable."""
+"""Secrets are hidden in every place, and all other text stays readable."""
 
 import time
 
@@ -44,7 +44,7 @@ def test_shapes_are_hidden(text: str) -> None:
         "api_key_variable: the environment has no MY_KEY",
         "sampling.max_tokens=512 is more than the model has",
         "tokenizer.path=/models/sk-8/hf does not exist",
-        "key=value: overrides must read key=value",
+        "key=value: overrides must have the form key=value",
         "risk-adjusted task-specific-tokens",
         "user@host: Permission denied",
     ],

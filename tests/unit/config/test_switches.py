@@ -20,8 +20,10 @@ OF_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
 
 
 def test_user_buffers() -> None:
-    """Transformer Engine has none for blockwise FP8, and for mxfp8 of rows in 128s alone. megatron-core
-    itself makes them of sequence-parallel tokens."""
+    """Transformer Engine has no user buffers for blockwise FP8. For mxfp8 it needs multiples of 128 rows.
+
+    megatron-core makes the buffers for sequence-parallel tokens.
+    """
     parallel = {"tensor": 2, "sequence": True, "tp_comm_overlap": True}
     model = {"hidden_size": 512, "ffn_hidden_size": 512}
     for changes, precision, pack_length, expected in (
@@ -46,9 +48,11 @@ def test_user_buffers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["a2a+p2p", "all_gather"])
-def test_kinds_of_context_parallelism_that_unpacked_rows_alone_have(kind: str) -> None:
-    """Transformer Engine asserts that rows are not packed, in `attn_forward_func_with_cp` and in
-    `AttnFuncWithCPAndKVAllGather`."""
+def test_context_parallelism_that_only_unpacked_rows_support(kind: str) -> None:
+    """Transformer Engine asserts that rows are not packed.
+
+    The assertions are in `attn_forward_func_with_cp` and `AttnFuncWithCPAndKVAllGather`.
+    """
     with pytest.raises(ConfigError) as caught:
         tiny_config(parallel={"context": 2, "cp_comm_type": kind}, **BF16)
     assert f"parallel.cp_comm_type={kind} is not for packed rows" in str(caught.value)
@@ -56,7 +60,7 @@ def test_kinds_of_context_parallelism_that_unpacked_rows_alone_have(kind: str) -
 
 
 def test_heads_over_context_parallel_ranks() -> None:
-    """4 heads of queries and 2 of keys: 2 ranks can share them, 4 cannot, nor 2 with tensor parallelism."""
+    """2 ranks can share 4 query heads and 2 key heads. 4 ranks cannot, nor 2 with tensor parallelism."""
     tiny_config(parallel={"context": 2, "cp_comm_type": "a2a"}, **BF16)
     for parallel, lines in (
         ({"context": 4}, ["model.num_key_value_heads=2 over parallel.tensor=1"]),
@@ -83,7 +87,7 @@ def test_transformer_engine_2_9_has_no_exchange_of_packed_heads() -> None:
 
 
 def test_gather_beside_the_update() -> None:
-    """megatron-core makes two optimizers of the first chunk and the others, and leaves the gather to them."""
+    """megatron-core makes one optimizer for the first chunk and one for the others, and both gather."""
     key = "overlap_param_gather_with_optimizer_step"
     interleaved = {"pipeline": 2, "virtual_pipeline": 2}
     tiny_config(parallel=interleaved, optimizer={"overlap": True, key: True})
@@ -98,7 +102,7 @@ def test_gather_beside_the_update() -> None:
 
 @pytest.mark.parametrize("switch", OF_TRANSFORMER_ENGINE)
 def test_layers_of_transformer_engine(switch: str) -> None:
-    """On a GPU without it, without a GPU and in fp32 the portable layers run."""
+    """The portable layers run without Transformer Engine, without a GPU, and in fp32."""
     sections = OF_TRANSFORMER_ENGINE[switch] | BF16
     config = tiny_config(**sections)
     assert world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=True) == []
@@ -112,7 +116,7 @@ def test_layers_of_transformer_engine(switch: str) -> None:
 
 
 def test_rows_that_share_a_prompt() -> None:
-    """They have Transformer Engine's linear layers, and the portable attention."""
+    """These rows use Transformer Engine's linear layers and the portable attention."""
     tiny_config(stage="reward", optimizer={"gradient_accumulation_fusion": True}, **BF16)
     with pytest.raises(ConfigError) as caught:
         tiny_config(stage="reward", parallel={"context": 2, "cp_comm_type": "a2a"}, **BF16)

@@ -1,4 +1,4 @@
-"""A value is what it is written as, in every file of settings, and none of them ends in a traceback."""
+"""Values keep the type in which they are written, and no value of any file causes a traceback."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from megatron_post.config.chain import Chain, load_chain
-from megatron_post.config.describe import _inside, _members
 from megatron_post.config.load import ConfigError, load_config, load_section, parse, read_tree
 from megatron_post.config.schema import Config
 from megatron_post.config.section import MOST
+from megatron_post.config.validation_errors import _inside, _members
 from megatron_post.config.yaml_text import write_yaml
 from megatron_post.inference.generate import Generate
 from megatron_post.launch.cluster import Cluster, load_cluster
@@ -92,7 +92,7 @@ train: {steps: 10, global_batch: 4}
         ("model.num_layers=100000", "model.num_layers: Input should be less than or equal to 10000"),
     ],
 )  # fmt: skip
-def test_values_that_are_no_values(override: str, expected: str, tmp_path: Path) -> None:
+def test_invalid_values(override: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(BASE)
     load_config(tmp_path / "base.yaml")
     with pytest.raises(ConfigError, match=r": 1 error\(s\)\n") as error:
@@ -102,7 +102,7 @@ def test_values_that_are_no_values(override: str, expected: str, tmp_path: Path)
 
 
 def _keys(kind: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, type with its limits) of every value in a schema; `*` is any item."""
+    """(key, type with its limits) of every value in a schema. `*` is any item of a list."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         for name, field in kind.model_fields.items():
             for member in _members(field.annotation):
@@ -116,7 +116,7 @@ def _keys(kind: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("model", FILES, ids=lambda model: model.__name__)
 def test_every_number_is_bounded(model: type[BaseModel]) -> None:
-    """From above as well: 2**80 and 1e300 are no settings of anything."""
+    """Numbers have an upper bound too, because no setting can be 2**80 or 1e300."""
     properties = list(_properties(model.model_json_schema()))
     assert properties
     for name, schema in properties:
@@ -149,20 +149,20 @@ def _properties(schema: Any, name: str = "") -> Iterator[tuple[str, dict[str, An
             yield from _properties(value, name)
 
 
-# what is written in one line wherever it is a path or a name; the others are texts of any kind
+# keys that are paths or names and must be one line. Other texts may be anything
 FREE_TEXTS = {"pattern", "system", "stop", "columns", "ignore", "command", "api_key_variable", "url"}
 
 
 @pytest.mark.parametrize("model", FILES, ids=lambda model: model.__name__)
-def test_every_name_and_path_stands_in_one_line(model: type[BaseModel]) -> None:
-    """The schema tells by the length that it allows."""
+def test_every_name_and_path_is_one_line(model: type[BaseModel]) -> None:
+    """Names and paths are recognised by their largest length in the schema."""
     for key, schema in _properties(model.model_json_schema()):
         if schema.get("type") == "string" and not {"enum", "const", "maxLength", "minLength"} & schema.keys():
             assert FREE_TEXTS & set(key.split(".")), f"{key} should be a Name or a Line"
 
 
 def test_unknown_keys_of_every_kind_of_file(tmp_path: Path) -> None:
-    """At any depth, with the key that was meant, and without the name of a union's member in it."""
+    """They are refused at any depth, with a suggestion, and no name of a union member is in the key."""
     cases: list[tuple[type[BaseModel], dict[str, Any], str, str]] = [
         (Cluster, {"partiton": "x"}, "partiton", "partition"),
         (Cluster, {"container": {"imag": "x"}}, "container.imag", "container.image"),
@@ -235,7 +235,7 @@ SCHEMAS = {model.__name__: [key for key, _ in _keys(model) if ".like." not in ke
 
 @st.composite
 def _mutated(draw: st.DrawFn) -> tuple[str, dict[str, Any], list[str]]:
-    """The kind of a file, an example of it with junk in one to three places, and overrides with junk."""
+    """A kind of file, an example of it with junk in one to three places, and overrides with junk."""
     kind = draw(st.sampled_from(sorted(LOADERS)))
     tree, overrides = EXAMPLES[kind], []
     for _ in range(draw(st.integers(0, 3))):
@@ -261,7 +261,7 @@ def _put(tree: Any, path: list[str], value: Any) -> Any:
 
 
 def test_no_file_and_no_override_ends_in_a_traceback(tmp_path: Path) -> None:
-    """Junk of every kind in every kind of file: it is loaded, or refused by one `ConfigError`, and soon."""
+    """A file with junk of any kind is loaded or refused by one `ConfigError`, within a short time."""
     inputs, refused, longest = 0, 0, 0.0
 
     @settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""YAML without surprises: what a value means, what is refused, and that nothing takes long."""
+"""YAML values have no surprising types, dangerous documents are refused, and nothing takes long."""
 
 import math
 import time
@@ -60,9 +60,9 @@ def test_keys_are_texts_as_they_are_written() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' is there already in line 1"),
-        ("x: {a: 1, 'a': 1}", "line 1, column 11: the key 'a' is there already in line 1"),
-        ("1: a\n'1': b", "line 2, column 1: the key '1' is there already"),
+        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' already appears in line 1"),
+        ("x: {a: 1, 'a': 1}", "line 1, column 11: the key 'a' already appears in line 1"),
+        ("1: a\n'1': b", "line 2, column 1: the key '1' already appears"),
         (
             "x: !!python/object/apply:os.system ['true']",
             "line 1, column 4: the tag !!python/object/apply:os.system",
@@ -78,9 +78,9 @@ def test_keys_are_texts_as_they_are_written() -> None:
         ("a: 'b\0'", "line 1: the character '\\\\x00' is not allowed"),
         ("a: [1", "line 1, column 6"),
         ("a: b: c", "line 1, column 5"),
-        ("[" * 10_000, f"more than {DEEPEST} mappings and lists stand in each other"),
-        ("- " * 10_000, f"more than {DEEPEST} mappings and lists stand in each other"),
-        ("{a: " * 10_000, f"more than {DEEPEST} mappings and lists stand in each other"),
+        ("[" * 10_000, f"more than {DEEPEST} nested mappings and lists"),
+        ("- " * 10_000, f"more than {DEEPEST} nested mappings and lists"),
+        ("{a: " * 10_000, f"more than {DEEPEST} nested mappings and lists"),
         ("x" * (LARGEST + 1), "characters, and no more than 262,144 are read"),
         ("[" + "1," * 110_000 + "]", "more than 100,000 values"),
     ],
@@ -90,14 +90,16 @@ def test_what_is_refused(text: str, expected: str) -> None:
         read_yaml(text)
 
 
-def test_aliases_are_counted_as_often_as_they_stand_for_values() -> None:
-    """9 lists, each 9 times the one before: 9^9 values in 300 characters. Without the count they fill the
-    memory, one after the other, as soon as they are copied."""
+def test_values_of_aliases_are_counted_at_each_use() -> None:
+    """9 lists, each with 9 times the values of the previous one, give 9^9 values in 300 characters.
+
+    Without the count, copies of these values would fill the memory.
+    """
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     assert len(read_yaml("\n".join(lines[:4]))["a3"]) == 9
     began = time.monotonic()
-    with pytest.raises(ValueError, match="more than 100,000 values, each use of an alias counted"):
+    with pytest.raises(ValueError, match="more than 100,000 values, counting each use of an alias"):
         read_yaml("\n".join(lines))
     assert time.monotonic() - began < 5
 
@@ -128,7 +130,7 @@ def test_arguments(text: str, value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["[a, b", "{a", '"a" b', "[a] #3", "'a", "[a]: b", "[0-9]+"])
 def test_arguments_that_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"column|stands after the end of the value"):
+    with pytest.raises(ValueError, match=r"column|follows the end of the value"):
         read_argument(text)
 
 

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a config, in the config's own terms: key, value, and what to do."""
+"""Turns pydantic's validation errors into lines that name the key, the value and the remedy."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from megatron_post.config.secrets import HIDDEN, is_secret_name
 from megatron_post.storage.reading import did_you_mean
 
-_LONGEST = 100  # characters of a value, or of a key, that a message shows
+_LONGEST = 100  # the number of characters of a value or a key that a message shows
 _WANTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -27,14 +27,14 @@ _WANTED = {
 
 
 def errors_of(error: ValidationError) -> list[ErrorDetails]:
-    """What pydantic has found, but for lists that are too short only without their wrong items."""
+    """The errors that pydantic has found, without lists that are too short only because items are invalid."""
     found = error.errors(include_url=False)
     inside = {item["loc"][:length] for item in found for length in range(len(item["loc"]))}
     return [item for item in found if item["type"] != "too_short" or item["loc"] not in inside]
 
 
-def describe(item: ErrorDetails, model: type[BaseModel]) -> list[str]:
-    """The lines of one error that `model` has found."""
+def error_lines(item: ErrorDetails, model: type[BaseModel]) -> list[str]:
+    """The lines for one error of validating `model`."""
     path, section = _located(model, item["loc"])
     key = cut(".".join(path))
     value = HIDDEN if any(map(is_secret_name, path)) else shown(item["input"])
@@ -58,17 +58,17 @@ def describe(item: ErrorDetails, model: type[BaseModel]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value as a message shows it, shortened if it is long."""
     return cut(repr(list(value) if isinstance(value, tuple) else value))
 
 
 def cut(text: str) -> str:
-    """A text in a message, without what is behind its first 100 characters."""
+    """The first 100 characters of a text for a message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _meant(path: Sequence[str], section: type[BaseModel] | None, model: type[BaseModel]) -> str:
-    """What a misspelt key, or one that stands in another section, may have been meant to be."""
+    """A suggestion for a misspelt key, or for a key that belongs to another section."""
     above = "".join(f"{part}." for part in path[:-1])
     here = {name: f"{above}{name}" for name in section.model_fields} if section else {}
     elsewhere = {key.rpartition(".")[2]: key for key in _keys(model)}
@@ -81,9 +81,9 @@ def _meant(path: Sequence[str], section: type[BaseModel] | None, model: type[Bas
 def _located(
     model: type[BaseModel], location: Sequence[int | str]
 ) -> tuple[list[str], type[BaseModel] | None]:
-    """The key of a pydantic location, and the section that the last part of it is a key of.
+    """The parts of the key at a pydantic location, and the section that contains the key.
 
-    A location also names which member of a union was tried, which is no part of the key.
+    A location also names the member of a union that was tried, which is not a part of the key.
     """
     path: list[str] = []
     types: list[Any] = [model]
@@ -101,7 +101,7 @@ def _located(
 
 
 def _inside(kind: Any, part: int | str) -> list[Any]:
-    """The types of what stands under one part of a key in a value of this type."""
+    """The types of the value under one part of a key, inside a value of type `kind`."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         field = kind.model_fields.get(str(part))
         return _members(field.annotation) if field else []
@@ -112,7 +112,7 @@ def _inside(kind: Any, part: int | str) -> list[Any]:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union, or the one type that is no union."""
+    """The types of a union, or a list of the type itself if it is not a union."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) is Union or isinstance(annotation, UnionType):
@@ -121,12 +121,12 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
-    """The values of the fields that distinguish the members of a union."""
+    """The values of a section's fields that distinguish it from other members of a union."""
     return tuple(tag for field in section.model_fields.values() for tag in get_args(field.annotation))
 
 
 def _keys(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Every key of the sections of a model, outside lists."""
+    """Yield every key of the model and its sections, except keys in lists."""
     for name, field in model.model_fields.items():
         yield f"{above}{name}"
         for member in _members(field.annotation):
