@@ -28,6 +28,8 @@ setup(
         "pyyaml>=6.0",
         "typer>=0.12",
         "rich",
+        "httpx2>=2.0",  # asks servers; transformers requires it too
+        "tenacity>=9.0",
         "regex",  # stops where Python's own would search for ever
         "zarr>=3.0",
         "tokenizers>=0.20",

@@ -1,77 +1,75 @@
-"""Backends for callers that each wait for one answer, many of them at a time."""
+"""What answers single requests of many callers: a server, or a model that this process holds."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
 
 from megatron_post.inference.backend import Backend, open_backend
-from megatron_post.inference.model import Answers
 from megatron_post.inference.request import Refusal, Reply, Request
+from megatron_post.inference.server import Server
 from megatron_post.inference.settings import BackendSettings, ServerBackend
 
-_MOST = 1024  # requests that an engine is given at a time; it divides them further
+_MOST = 1024  # requests that a backend is given at a time
+
+
+class Answers(Protocol):
+    """Raises `ValueError` if it does not work at all, which is no fault of the request."""
+
+    async def answer(self, request: Request) -> Reply | Refusal: ...
 
 
 @contextlib.asynccontextmanager
-async def open_answers(settings: BackendSettings, model: str) -> AsyncIterator[Answers]:
-    """Open a backend. model: Hugging Face directory; with a server, a name for the record.
-
-    Raises `ValueError` as `open_backend` does.
-    """
-    with contextlib.closing(open_backend(settings, model)) as backend:
-        if isinstance(settings, ServerBackend):
-            yield _Server(backend, settings.parallel_requests)
-            return
-        engine = _Engine(backend)
-        working = asyncio.create_task(engine.work())
-        try:
-            yield engine
-        finally:
-            working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
+async def open_answers(
+    settings: BackendSettings, model: str, content_tokens: Sequence[str] = ()
+) -> AsyncIterator[Answers]:
+    """model, content_tokens: as `open_backend` takes them, and not used for a server. Raises as it does."""
+    if isinstance(settings, ServerBackend):
+        async with Server(settings) as server:
+            yield server
+    else:
+        with contextlib.closing(open_backend(settings, model, content_tokens)) as backend:
+            batches = Batches(backend)
+            try:
+                yield batches
+            finally:
+                await batches.end()
 
 
-class _Server:
-    def __init__(self, backend: Backend, parallel: int) -> None:
-        self._backend, self._turn = backend, asyncio.Semaphore(parallel)
-
-    async def answer(self, request: Request) -> Reply | Refusal:
-        async with self._turn:
-            return (await asyncio.to_thread(self._backend.respond, [request]))[0]
-
-
-class _Engine:
-    """An engine in this process. While it works on some requests, the next ones gather."""
+class Batches:
+    """Gives a backend all requests that have come while it answered the ones before."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._waiting: list[tuple[Request, asyncio.Future[Reply | Refusal]]] = []
-        self._some = asyncio.Event()
+        self._working: asyncio.Task[None] | None = None
 
     async def answer(self, request: Request) -> Reply | Refusal:
-        answer: asyncio.Future[Reply | Refusal] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
-        self._some.set()
-        return await answer
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await future
 
-    async def work(self) -> None:
-        """Answer until this is cancelled."""
-        while True:
-            await self._some.wait()
+    async def end(self) -> None:
+        """Wait for the batch that the backend is working on."""
+        for _, future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+        if self._working is not None:
+            await self._working
+
+    async def _work(self) -> None:
+        while self._waiting:
             taken, self._waiting = self._waiting[:_MOST], self._waiting[_MOST:]
-            if not self._waiting:
-                self._some.clear()
-            await self._answer([(request, answer) for request, answer in taken if not answer.done()])
-
-    async def _answer(self, taken: Sequence[tuple[Request, "asyncio.Future[Reply | Refusal]"]]) -> None:
-        try:
-            replies = await asyncio.to_thread(self._backend.respond, [request for request, _ in taken])
-        except Exception as error:
-            for _, answer in taken:
-                if not answer.done():
-                    answer.set_exception(error)
-            return
-        for (_, answer), reply in zip(taken, replies, strict=True):
-            if not answer.done():
-                answer.set_result(reply)
+            batch = [each for each in taken if not each[1].done()]  # a caller may have left
+            try:
+                answers = await asyncio.to_thread(self._backend.respond, [request for request, _ in batch])
+            except Exception as error:  # it is raised where each of them was asked
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if not future.done():
+                        future.set_result(answer)

@@ -1,4 +1,4 @@
-"""What answers many requests at a time.
+"""Models that this process holds.
 
 What a model says is text from outside. It is stored and compared, and it is run in a sandbox or not at all.
 """
@@ -7,12 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_post.inference.request import Refusal, Reply, Request
-from megatron_post.inference.settings import (
-    BackendSettings,
-    ServerBackend,
-    TransformersBackend,
-    VllmBackend,
-)
+from megatron_post.inference.settings import TransformersBackend, VllmBackend
 
 
 class Backend(Protocol):
@@ -24,19 +19,17 @@ class Backend(Protocol):
         """Free the GPUs, for another model."""
 
 
-def open_backend(settings: BackendSettings, model: str, content_tokens: Sequence[str] = ()) -> Backend:
-    """model: Hugging Face directory. content_tokens: as `load_tokenizer` takes them, and none for a server.
-    Raises `ValueError` where a package is missing."""
-    match settings:
-        case TransformersBackend():
-            from megatron_post.inference.transformers import Transformers
+def open_backend(
+    settings: TransformersBackend | VllmBackend, model: str, content_tokens: Sequence[str] = ()
+) -> Backend:
+    """model: Hugging Face directory. content_tokens: as `load_tokenizer` takes them.
 
-            return Transformers(settings, model, content_tokens)
-        case VllmBackend():
-            from megatron_post.inference.vllm import Vllm
+    Raises `ValueError` if a package is missing.
+    """
+    if isinstance(settings, VllmBackend):
+        from megatron_post.inference.vllm import Vllm
 
-            return Vllm(settings, model, content_tokens)
-        case ServerBackend():
-            from megatron_post.inference.server import Server
+        return Vllm(settings, model, content_tokens)
+    from megatron_post.inference.transformers import Transformers
 
-            return Server(settings)
+    return Transformers(settings, model, content_tokens)

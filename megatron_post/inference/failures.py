@@ -1,7 +1,7 @@
 """Prompts that got no answer: counted and bounded while samples are drawn, and written beside the output."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,6 @@ def write_failures(output: Path, rows: Sequence[dict[str, Any]]) -> None:
         write_lines(path, rows)
     else:
         path.unlink(missing_ok=True)
-
-
-def beside_part(part: Path) -> Path:
-    """Where the failures of a part of an unfinished output are."""
-    return part.with_name(part.name.replace("part-", "failures-"))
-
-
-def failures_in(parts: Iterable[Path]) -> list[dict[str, Any]]:
-    """Failures of those parts that are finished."""
-    return [row for part in parts if part.is_file() for row in read_lines(beside_part(part))]
 
 
 def failed_prompts(rows: Sequence[dict[str, Any]]) -> int:

@@ -1,93 +1,156 @@
-"""HTTP as strangers must be asked: within a time for all of it, and only at the address that was given.
+"""HTTP as strangers must be asked: within a time for all of it, up to a size, and at no other address."""
 
-urllib applies its timeout to each packet, so that a byte a second goes on for ever, and it follows a redirect
-with all headers, the key among them.
-"""
-
-import http.client
-import io
-import socket
+import asyncio
+import math
+import os
 import ssl
 import time
 import urllib.request
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from urllib.parse import unquote
+
+import httpx2
+
+LARGEST_ANSWER, _LARGEST_REFUSAL = 16 * 1024**2, 2**14  # bytes
+_LONGEST_WAIT = 600.0  # seconds, whatever a server asks for
+_CONNECTIONS = 64  # of a client, whose work for each request grows with them
+_SECONDS_IDLE = 2.0  # of a connection; servers close theirs after 5 or more
 
 
-def open_url() -> Callable[..., http.client.HTTPResponse]:
-    """A function as `urllib.request.urlopen`, for any number of threads.
+@dataclass(frozen=True)
+class Answer:
+    """status: of HTTP. content: of another status than 200 its beginning, as far as it came in time.
 
-    Its `timeout` is in seconds for a whole request, reading the answer included. A redirect is an
-    `HTTPError`.
+    retry_after: seconds, 0 where the server asks for none. location: where a redirect leads.
     """
-    return urllib.request.build_opener(_Handler(), _SecureHandler(), _NoRedirects()).open
+
+    status: int
+    content: bytes
+    retry_after: float
+    location: str
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+class NotReached(Exception):
+    """No connection to the server."""
 
 
-class _Timed(io.RawIOBase):
-    """What a socket receives, all of it within the timeout that it has left."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        self._raw, self._sock = raw, sock
-        self._deadline = time.monotonic() + (sock.gettimeout() or 0.0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._deadline))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+class NoAnswer(Exception):
+    """A server that was reached, and gave no whole answer."""
 
 
-class _Answer(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock))
+class HttpClient:
+    """Posts JSON, any number of requests at a time. It belongs to one event loop.
 
+    Errors do not have what caused them, which could repeat the key.
+    """
 
-class _Connection(http.client.HTTPConnection):
-    response_class = _Answer
+    def __init__(self, *, key: str | None, timeout: float) -> None:
+        """timeout: seconds for a whole request, reading the answer included.
 
-    def __init__(self, host: str, **settings: Any) -> None:
-        super().__init__(host, **settings)
-        self._deadline = time.monotonic() + (self.timeout or 0.0)
-
-    def send(self, data: Any) -> None:
-        if self.sock is None:
-            self.connect()
-        self.sock.settimeout(_left(self._deadline))
-        super().send(data)
-
-
-class _SecureConnection(_Connection, http.client.HTTPSConnection):
-    pass
-
-
-class _Handler(urllib.request.HTTPHandler):
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, req)
-
-
-class _SecureHandler(urllib.request.HTTPSHandler):
-    def __init__(self) -> None:
-        super().__init__()
+        Raises `ValueError` if a proxy that the environment names cannot be used.
+        """
+        self._timeout = timeout
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
         self._tls = ssl.create_default_context()
+        self._clients: list[httpx2.AsyncClient] = []
+        self._idle: list[httpx2.AsyncClient] = []  # each as often as it has connections to spare
+        self._add_client()
 
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_SecureConnection, req, context=self._tls)
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.aclose()
+
+    async def post(self, url: str, body: bytes) -> Answer:
+        """The answer of any status. Raises `NotReached` and `NoAnswer`."""
+        if not self._idle:
+            self._add_client()
+        client = self._idle.pop()
+        content, head = bytearray(), None
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                client.stream("POST", url, content=body, headers=self._headers) as response,
+            ):
+                head = response
+                most = LARGEST_ANSWER if head.status_code == 200 else _LARGEST_REFUSAL
+                async for block in response.aiter_raw():
+                    content += block
+                    if len(content) > most:
+                        break
+        except TimeoutError:
+            if head is None or head.status_code == 200:
+                raise NoAnswer(f"no answer within timeout={self._timeout} s") from None
+        except (httpx2.ConnectError, httpx2.ProxyError) as error:
+            raise NotReached(_reason(error)) from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            if head is None or head.status_code == 200:
+                raise NoAnswer(_reason(error)) from None
+        finally:
+            self._idle.append(client)
+        assert head is not None
+        if head.status_code != 200:
+            del content[_LARGEST_REFUSAL:]
+        elif len(content) > LARGEST_ANSWER:
+            raise NoAnswer(f"an answer of more than {LARGEST_ANSWER:,} bytes")
+        headers = head.headers
+        wait = seconds_of(headers.get("Retry-After", ""))
+        return Answer(head.status_code, bytes(content), wait, headers.get("Location", "nowhere"))
+
+    def _add_client(self) -> None:
+        limits = httpx2.Limits(
+            max_connections=_CONNECTIONS,
+            max_keepalive_connections=_CONNECTIONS,
+            keepalive_expiry=_SECONDS_IDLE,
+        )
+        try:
+            # without httpx's own timeouts, which are for each packet; a redirect would get the key
+            client = httpx2.AsyncClient(verify=self._tls, timeout=None, follow_redirects=False, limits=limits)
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            raise ValueError(f"a proxy that the environment names cannot be used: {error}") from None
+        self._clients.append(client)
+        self._idle += [client] * _CONNECTIONS
 
 
-def _left(deadline: float) -> float:
-    """Seconds. Raises `TimeoutError` where there are none."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
+def seconds_of(value: str) -> float:
+    """Seconds that a Retry-After asks for: their number, or a date. 0 for anything else."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else 0.0
+
+
+def _reason(error: BaseException) -> str:
+    """An error, with the one of the operating system that caused it if there is one."""
+    text, cause = f"{type(error).__name__}: {error}", error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno:
+            return f"{text}: {os.strerror(cause.errno)}"
+        cause = cause.__cause__ or cause.__context__
+    return text
+
+
+def key_in_environment(name: str) -> str:
+    """The key in a variable. Raises `ValueError` if there is none."""
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise ValueError(f"api_key_variable: the environment has no {name}")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"api_key_variable: {name} holds spaces, or what is no ASCII: that is no key")
+    return key
+
+
+def proxy_passwords() -> list[str]:
+    """Of the proxies that the environment names. A URL that cannot be parsed is printed in errors."""
+    found = []
+    for url in urllib.request.getproxies().values():
+        user, at, _ = url.rpartition("@")
+        password = user.partition("://")[2].partition(":")[2]
+        found += [password, unquote(password)] if at else []
+    return found

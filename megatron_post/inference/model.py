@@ -3,20 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_post.data.dialog import Message
+from megatron_post.inference.answers import Answers
 from megatron_post.inference.journal import Journal, key_of
 from megatron_post.inference.request import Refusal, Reply, Request, Sampling, reply_from_json
-
-
-class Answers(Protocol):
-    """What answers one request, for many callers at a time.
-
-    Raises `ValueError` if it does not work at all, which is no fault of the request.
-    """
-
-    async def answer(self, request: Request) -> Reply | Refusal: ...
 
 
 class Refused(Exception):
@@ -94,9 +86,10 @@ class Model:
                 self._asking.pop(key).set()
         else:
             self.usage.replayed += 1
-        if "refusal" in entry:
-            raise Refused(entry["refusal"], key)
-        return reply_from_json(entry["reply"], key)
+        answer = answer_in(entry, key)
+        if isinstance(answer, Refusal):
+            raise Refused(answer.reason, key)
+        return answer
 
     def key_of(self, request: Request) -> str:
         """The journal's key of a request."""
@@ -104,14 +97,22 @@ class Model:
 
     def _keep(self, key: str, request: Request, answer: Reply | Refusal) -> dict[str, Any]:
         self.usage.asked += 1
-        content: dict[str, Any]
         if isinstance(answer, Refusal):
-            kind, content = "refusal", {"refusal": answer.reason}
             self.usage.refused += 1
         else:
-            kind, content = "reply", {"reply": answer.as_json()}
             self.usage.tokens += answer.tokens
             self.usage.prompt_tokens += answer.prompt_tokens
-        entry = {"request": request.as_json(), **content}
-        self._journal.append(key, kind, entry)
-        return entry
+        return append_answer(self._journal, key, request, answer)
+
+
+def append_answer(journal: Journal, key: str, request: Request, answer: Reply | Refusal) -> dict[str, Any]:
+    """Keep an answer with its request, for whoever reads the journal. Returns the entry."""
+    kind, said = ("refusal", answer.reason) if isinstance(answer, Refusal) else ("reply", answer.as_json())
+    entry = {"request": request.as_json(), kind: said}
+    journal.append(key, kind, entry)
+    return entry
+
+
+def answer_in(entry: dict[str, Any], key: str) -> Reply | Refusal:
+    """The answer that `append_answer` kept."""
+    return Refusal(entry["refusal"]) if "refusal" in entry else reply_from_json(entry["reply"], key)

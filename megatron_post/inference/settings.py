@@ -4,10 +4,13 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from megatron_post.config.section import Count, Name, Positive, Section, Whole
+from megatron_post.config.section import Count, Name, NonNegative, Positive, Section, Whole
 from megatron_post.inference.request import Sampling
+
+PART = "prompts whose responses a model in this process draws together; a crash loses those in progress"
+_MOST_SERVERS = 64
 
 
 class SamplesPerPrompt(Sampling):
@@ -42,32 +45,42 @@ class VllmBackend(Section):
 
 
 class ServerBackend(Section):
-    """A server with OpenAI's interface, which runs already."""
+    """Servers of one model with OpenAI's interface, which run already."""
 
     kind: Literal["server"] = Field(description="selects this backend")
-    url: str = Field(description="up to and with /v1")
+    url: str | tuple[str, ...] | None = Field(
+        None, description="up to and with /v1; several servers of the model share the requests"
+    )
+    urls_from: Name | None = Field(
+        None, description="directory of *.url files with a url each, read again while it runs"
+    )
     served_model: Name = Field(description="the model's name there")
     timeout: Positive = Field(120.0, description="seconds for one response")
-    retries: Whole = Field(7, description="after 0.5, 1, 2, ... s; by default within a minute")
-    parallel_requests: Count = Field(16, description="requests that the server is sent at a time")
+    retries: Whole = Field(7, description="after about 0.5, 1, 2, ... s; by default within a minute")
+    patience: NonNegative | None = Field(
+        None,
+        description="seconds without any answer that a run outlasts, whatever the retries; null: half an "
+        "hour with urls_from, and else none",
+    )
+    parallel_requests: Count = Field(16, description="requests that a server is sent at a time")
     api_key_variable: str | None = Field(None, description="environment variable with the key")
+
+    @property
+    def most_in_flight(self) -> int:
+        """Requests that are begun at a time. Servers that urls_from names may be many."""
+        return self.parallel_requests * (len(self.urls) or _MOST_SERVERS)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Those of the file."""
+        return () if self.url is None else (self.url,) if isinstance(self.url, str) else self.url
 
     @field_validator("url")
     @classmethod
-    def _holds_no_secret(cls, url: str) -> str:
-        """Values are printed in messages and kept beside outputs. These errors do not say them."""
-        try:
-            parts = urlsplit(url)
-            is_plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # of its port or its brackets
-            is_plain = False
-        if "@" in url or "?" in url or "#" in url:
-            raise ValueError(
-                "a URL with a user, a password or parameters is refused, since it would be printed and kept "
-                "beside outputs: put the key into an environment variable, and name that in api_key_variable"
-            )
-        if not is_plain or not url.isascii() or not url.isprintable() or " " in url:
-            raise ValueError("it must read http://HOST[:PORT]/v1 or https://HOST[:PORT]/v1")
+    def _are_urls(cls, url: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        urls = () if url is None else (url,) if isinstance(url, str) else url
+        if len({*map(check_url, urls)}) < len(urls):
+            raise ValueError("one of the servers is named twice; leave one out")
         return url
 
     @field_validator("api_key_variable")
@@ -79,6 +92,30 @@ class ServerBackend(Section):
                 "(which is why the value is not shown)"
             )
         return name
+
+    @model_validator(mode="after")
+    def _says_where(self) -> "ServerBackend":
+        if bool(self.urls) == (self.urls_from is not None):
+            raise ValueError("give either the url of a server, or several, or urls_from")
+        return self
+
+
+def check_url(url: str) -> str:
+    """The url itself. Raises `ValueError` if it holds a secret or is none, without repeating it: values are
+    printed in messages and kept beside outputs."""
+    try:
+        parts = urlsplit(url)
+        is_plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of its port or its brackets
+        is_plain = False
+    if "@" in url or "?" in url or "#" in url:
+        raise ValueError(
+            "a URL with a user, a password or parameters is refused, since it would be printed and kept "
+            "beside outputs: put the key into an environment variable, and name that in api_key_variable"
+        )
+    if not is_plain or not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("it must read http://HOST[:PORT]/v1 or https://HOST[:PORT]/v1")
+    return url
 
 
 BackendSettings = Annotated[TransformersBackend | VllmBackend | ServerBackend, Field(discriminator="kind")]

@@ -70,8 +70,9 @@ def generate(
     """Draw K responses a prompt. The same command again goes on with an interrupted one; under torchrun or
     srun each rank draws a share."""
     from megatron_post.config.load import load_section
-    from megatron_post.inference.generate import Generate, take_gpus
+    from megatron_post.inference.generate import Generate
     from megatron_post.inference.generate import generate as write
+    from megatron_post.inference.ranks import take_gpus
 
     settings = load_section(Generate, config)
     take_gpus(settings.backend)

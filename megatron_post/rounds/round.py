@@ -20,8 +20,9 @@ from megatron_post.convert.configs import read_model
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
 from megatron_post.inference.failures import read_failures, write_failures
-from megatron_post.inference.generate import Generate, generate, parts_of, wait_until
+from megatron_post.inference.generate import Generate, generate, parts_of
 from megatron_post.inference.prompts import read_prompts
+from megatron_post.inference.ranks import wait_until
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.merge import MethodMerge, merge

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_post.inference.failures import failures_of
-from megatron_post.inference.generate import take_gpus
+from megatron_post.inference.ranks import take_gpus
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.checks import check_backend, check_files, check_models
 from megatron_post.rounds.ranks import run_on_ranks

@@ -14,9 +14,9 @@ from megatron_post.config.data import Rating
 from megatron_post.config.section import Name, NonNegative, Section, Whole
 from megatron_post.data.row_refusals import template_mark
 from megatron_post.inference.failures import failed_prompts, read_failures
-from megatron_post.inference.generate import read_samples
 from megatron_post.inference.prompts import Prompt, read_prompts
 from megatron_post.inference.request import messages_as_json
+from megatron_post.inference.samples import read_samples
 from megatron_post.rounds.cleaning import Found, balance, load_rules
 from megatron_post.rounds.verifier import Verdict, VerifierSettings, verify
 from megatron_post.storage.files import read_lines, write_json, write_lines

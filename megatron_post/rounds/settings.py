@@ -12,6 +12,7 @@ from megatron_post.config.load import load_section
 from megatron_post.config.section import Count, Name, Positive, Section, Whole
 from megatron_post.config.sections import DPO, Parallel, Precision
 from megatron_post.inference.settings import (
+    PART,
     BackendSettings,
     SamplesPerPrompt,
     ServerBackend,
@@ -79,7 +80,7 @@ class RoundGenerate(Section):
     )
     max_failed: float = Field(0.01, ge=0, le=1, description="as in `generate`; what failed counts as wrong")
     backend: BackendSettings = TransformersBackend()
-    part: Count = Field(32, description="prompts of a part; a crash loses the part in progress")
+    part: Count = Field(32, description=PART)
     copies: Count = Field(
         1,
         description="of the model, each on its backend's GPUs, that draw side by side: in a chain on as many "

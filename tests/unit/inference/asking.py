@@ -1,9 +1,13 @@
 """Requests and replies of the tests, in few words."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_post.data.dialog import Message
-from megatron_post.inference.request import Reply, Request, Sampling, assistant_message
+from megatron_post.inference.request import Refusal, Reply, Request, Sampling, assistant_message
+from megatron_post.inference.server import Server
+from megatron_post.inference.settings import ServerBackend
 
 
 def asking(text: str, seed: int = 1, sampling: Sampling | None = None) -> Request:
@@ -14,3 +18,13 @@ def asking(text: str, seed: int = 1, sampling: Sampling | None = None) -> Reques
 def answer(text: str, tokens: int = 5, finish: str = "stop", prompt_tokens: int = 0, **more: Any) -> Reply:
     """more: what `assistant_message` takes."""
     return Reply(assistant_message(text, finish=finish, **more), finish, tokens, prompt_tokens)
+
+
+def ask_server(settings: ServerBackend, requests: Sequence[Request]) -> list[Reply | Refusal]:
+    """All of them at a time."""
+
+    async def main() -> list[Reply | Refusal]:
+        async with Server(settings) as server:
+            return list(await asyncio.gather(*map(server.answer, requests)))
+
+    return asyncio.run(main())

@@ -1,6 +1,5 @@
 """Generation: parts that are whole or absent, draws that depend on their own seed, and what is refused."""
 
-import errno
 import io
 import json
 import os
@@ -16,17 +15,14 @@ import torch
 from rich.console import Console
 
 from megatron_post.config.load import ConfigError, parse
+from megatron_post.inference import drawing, ranks
 from megatron_post.inference import generate as module
 from megatron_post.inference.failures import TooManyFailures, check_failures, failures_of, read_failures
-from megatron_post.inference.generate import (
-    Generate,
-    generate,
-    parts_of,
-    read_samples,
-    sample_seed,
-    take_gpus,
-)
+from megatron_post.inference.generate import Generate, generate, parts_of
+from megatron_post.inference.journal import Journal
+from megatron_post.inference.ranks import take_gpus
 from megatron_post.inference.request import Refusal, Reply, Request
+from megatron_post.inference.samples import read_samples, sample_seed
 from megatron_post.inference.settings import (
     BackendSettings,
     SamplesPerPrompt,
@@ -34,7 +30,6 @@ from megatron_post.inference.settings import (
     TransformersBackend,
     VllmBackend,
 )
-from megatron_post.storage.lock import only_process_in
 from tests.unit.inference.asking import answer
 from tests.unit.rounds.models import tiny_policy
 
@@ -85,7 +80,7 @@ def _settings(tmp_path: Path, **more: Any) -> Generate:
 
 
 def test_an_interrupted_generation_goes_on(tmp_path: Path) -> None:
-    """10 prompts in parts of 4, 4, 2: stopped in the second, the next call makes the second and third."""
+    """10 prompts in parts of 4, 4, 2: stopped in the second, the next call draws the second and third."""
     settings = _settings(tmp_path, system={"math": "Count.", "default": "Be kind."})
     whole = generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
     assert whole == 30
@@ -146,10 +141,8 @@ def test_too_many_failures_end_it(tmp_path: Path) -> None:
     )
     with pytest.raises(TooManyFailures, match=reason):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: _refusing("1", "8"))
-    assert sorted(p.name for p in parts_of(output).glob("part-*")) == [
-        "part-000000.jsonl",
-        "part-000001.jsonl",
-    ]
+    with Journal(parts_of(output)) as journal:
+        assert len(journal) == 24  # 8 prompts, with the first refusals
     mended = Parrot()
     more = settings.model_copy(update={"max_failed": 0.5})
     assert generate(more, output, console=CONSOLE, open_backend=lambda *_: mended) == 6
@@ -164,24 +157,6 @@ def test_how_many_of_ten_may_fail(share: float, allowed: int) -> None:
     check_failures(failed, prompts=10, max_failed=share)
     with pytest.raises(TooManyFailures, match=f"{allowed + 1} of 10 .* allows {allowed}"):
         check_failures([*failed, {"prompt": 99, "reason": "no"}], prompts=10, max_failed=share)
-
-
-def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, calls = _settings(tmp_path), iter(range(100))
-    real = os.fsync
-
-    def full(descriptor: int) -> None:
-        if next(calls) == 4:  # the settings, the first part and its failures, the next failures, and then
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    backend = Parrot()
-    with pytest.raises(ValueError, match=r"part-000001.jsonl: No space left.*is kept.*same command"):
-        generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend)
-    assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob("part-*")] == ["part-000000.jsonl"]
-    assert [p.name for p in (tmp_path / ".partial-out.jsonl").glob(".*")] == [".lock"]
-    assert generate(settings, tmp_path / "out.jsonl", console=CONSOLE, open_backend=lambda *_: backend) == 18
 
 
 @pytest.mark.parametrize(
@@ -236,7 +211,7 @@ def test_killed_after_the_last_write(tmp_path: Path) -> None:
     settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
     generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot())
     parts_of(output).mkdir()
-    (parts_of(output) / "part-000000.jsonl").touch()
+    (parts_of(output) / "journal-00000.jsonl").touch()
     assert generate(settings, output, console=CONSOLE) == 0
     assert not parts_of(output).exists()
 
@@ -252,7 +227,8 @@ def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
 
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    with only_process_in(parts_of(output)), pytest.raises(ValueError, match="another process works here"):
+    refused = "journal-00000.jsonl is being written by process"
+    with Journal(parts_of(output)), pytest.raises(ValueError, match=refused):
         generate(_settings(tmp_path), output, console=CONSOLE, open_backend=lambda *_: Parrot())
 
 
@@ -265,8 +241,9 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
     local = threading.local()
-    monkeypatch.setattr(module, "rank_from_environment", lambda: (local.rank, 3, local.rank))
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    for each in (module, ranks):
+        monkeypatch.setattr(each, "rank_from_environment", lambda: (local.rank, 3, local.rank))
+    monkeypatch.setattr(ranks, "_SECONDS_BETWEEN_LOOKS", 0.01)
 
     def draw(rank: int) -> tuple[int, bool]:
         local.rank = rank
@@ -303,7 +280,7 @@ def test_whose_gpus(
 ) -> None:
     """Of rank 3 on a node of 8 GPUs: a device for this process, or a variable for those that it starts."""
     devices: list[int] = []
-    monkeypatch.setattr(module, "rank_from_environment", lambda: (11, 16, 3))
+    monkeypatch.setattr(ranks, "rank_from_environment", lambda: (11, 16, 3))
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -322,7 +299,7 @@ def test_whose_gpus(
 
 def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no terminal for a bar: 4, 8 and 10 prompts of 10, if a line is due each time."""
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(drawing, "SECONDS_BETWEEN_LINES", 0.0)
     said = io.StringIO()
     generate(
         _settings(tmp_path),

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from megatron_post.config.load import ConfigError, parse
+from megatron_post.inference import http_client
 from megatron_post.inference import server as module
 from megatron_post.inference.generate import Generate, generate
 from megatron_post.inference.request import Refusal, Reply
 from megatron_post.inference.server import BadServer, Server
 from megatron_post.inference.settings import SamplesPerPrompt, ServerBackend
-from tests.unit.inference.asking import answer, asking
+from tests.unit.inference.asking import answer, ask_server, asking
 
 KEY = "s3cr3t/Hunter+2"
 Talk = Callable[[socket.socket], None]
@@ -90,7 +91,7 @@ def _settings(
 
 def _ask(listener: Listener, **settings: Any) -> list[Reply | Refusal]:
     backend = _settings(listener, **settings)
-    return Server(backend).respond([asking("?")])
+    return ask_server(backend, [asking("?")])
 
 
 def _says(status: str, body: bytes = b"", *headers: str) -> Talk:
@@ -159,7 +160,7 @@ def test_endless_answers_are_cut(
     listen: Callable[[Talk], Listener], head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As fast as loopback is, for as long as anybody listens: cut long before the timeout."""
-    monkeypatch.setattr(module, "_LARGEST_ANSWER", 2**20)
+    monkeypatch.setattr(http_client, "LARGEST_ANSWER", 2**20)
     block = b"10000\r\n" + b"x" * 2**16 + b"\r\n" if head == _CHUNKED else b"x" * 2**16
 
     def flood(connection: socket.socket) -> None:
@@ -171,7 +172,7 @@ def test_endless_answers_are_cut(
         (failure,) = _ask(listen(flood), timeout=60)
         assert isinstance(failure, Refusal) and "HTTP status 400: xxx" in failure.reason
         return
-    with pytest.raises(BadServer, match=r"more than 1,048,576 bytes|LineTooLong"):
+    with pytest.raises(BadServer, match=r"more than 1,048,576 bytes|RemoteProtocolError"):
         _ask(listen(flood), timeout=60)
 
 

@@ -23,8 +23,8 @@ from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import open_store
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.errors import message_of
-from megatron_post.inference.generate import read_samples
 from megatron_post.inference.prompts import read_prompts
+from megatron_post.inference.samples import read_samples
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_message, submitted_jobs
 from megatron_post.rounds.cleaning import load_rules

@@ -1,0 +1,135 @@
+"""One process's share of the responses, drawn by its backend and kept in its journal."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from megatron_post.display import make_console, make_progress
+from megatron_post.inference.backend import Backend
+from megatron_post.inference.failures import check_failures
+from megatron_post.inference.journal import Journal
+from megatron_post.inference.model import answer_in, append_answer
+from megatron_post.inference.ranks import SECONDS_BETWEEN_LINES, rank_prefix
+from megatron_post.inference.request import Refusal, Reply
+from megatron_post.inference.samples import Draw
+from megatron_post.inference.server import Server
+from megatron_post.inference.settings import ServerBackend
+
+
+@dataclass
+class Share:
+    """What has been drawn of a share. num_prompts, max_failed: of all shares, which bound the failures."""
+
+    journal: Journal
+    num_prompts: int
+    max_failed: float
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    written: int = 0
+    tokens: int = 0
+
+    def missing(self, draws: Iterable[Draw]) -> list[int]:
+        """The prompt of each that has no answer. Refusals among the others are noted as failures."""
+        prompts = []
+        for draw in draws:
+            if (entry := self.journal.get(draw.key)) is None:
+                prompts.append(draw.prompt)
+            elif isinstance(answer := answer_in(entry, draw.key), Refusal):
+                self.failures.append(draw.row(answer))
+        return prompts
+
+    def keep(self, draw: Draw, answer: Reply | Refusal) -> None:
+        """Raises `TooManyFailures` for a refusal too many, which is not kept: it is asked again when what
+        answers has been mended."""
+        if draw.key in self.journal:
+            return
+        if isinstance(answer, Refusal):
+            self.failures.append(draw.row(answer))
+            check_failures(self.failures, prompts=self.num_prompts, max_failed=self.max_failed)
+        else:
+            self.written, self.tokens = self.written + 1, self.tokens + answer.tokens
+        append_answer(self.journal, draw.key, draw.request, answer)
+
+
+Advance = Callable[[int], None]  # is called with a number of prompts that are done
+
+
+def draw_in_process(
+    backend: Backend, parts: Iterable[Sequence[Draw]], share: Share, advance: Advance
+) -> None:
+    """Draw parts of which something is missing, each as a whole: batches of other widths may round to other
+    responses, and a part that was interrupted would not be that of an undisturbed run."""
+    for part in parts:
+        for draw, answer in zip(part, backend.respond([draw.request for draw in part]), strict=True):
+            share.keep(draw, answer)
+        advance(len({draw.prompt for draw in part}))
+
+
+async def draw_from_servers(
+    settings: ServerBackend, draws: Iterable[Draw], left: Counter[int], share: Share, advance: Advance
+) -> None:
+    """Draw what is missing, as many responses at a time as the servers take, each kept as it arrives.
+
+    left: responses that are missing, of each prompt.
+    """
+    waiting = (draw for draw in draws if draw.key not in share.journal)
+    async with Server(settings) as server:
+
+        async def work() -> None:
+            for draw in waiting:
+                share.keep(draw, await server.answer(draw.request))
+                left[draw.prompt] -= 1
+                advance(left[draw.prompt] == 0)
+
+        workers = [asyncio.create_task(work()) for _ in range(min(settings.most_in_flight, left.total()))]
+        try:
+            await asyncio.gather(*workers)
+        finally:  # the first failure ends the others' waiting
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere, in the log of a job, a line a minute."""
+
+    def __init__(self, console: Console, share: Share, done: int, total: int) -> None:
+        """done, total: prompts of this process."""
+        self._console, self._share, self._done, self._total = console, share, done, total
+        self._started = self._said = time.monotonic()
+        self._bar = make_progress(
+            console if console.is_terminal else make_console(quiet=True),
+            MofNCompleteColumn(),
+            TextColumn("prompts, {task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._bar.add_task("generating", completed=done, total=total, rate="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def rate(self) -> str:
+        return f"{self._share.tokens / self.seconds:,.0f} tokens/s"
+
+    def advance(self, prompts: int) -> None:
+        self._done += prompts
+        self._bar.update(self._task, advance=prompts, rate=self.rate)
+        if not self._console.is_terminal and time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._console.print(
+                f"{rank_prefix()}{self._done:,} of {self._total:,} prompts, {self.rate}", highlight=False
+            )

@@ -1,0 +1,60 @@
+"""Ranks of one step that draw responses side by side, each with a model to itself."""
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+
+from megatron_post.inference.settings import BackendSettings, TransformersBackend, gpus_of
+from megatron_post.parallel.environment import rank_from_environment
+
+SECONDS_BETWEEN_LINES = 60.0
+_SECONDS_BETWEEN_LOOKS = 0.5  # at a file system that processes share
+
+
+def rank_prefix() -> str:
+    """Begins a line of one of several ranks."""
+    rank, size, _ = rank_from_environment()
+    return f"rank {rank} of {size}: " if size > 1 else ""
+
+
+def wait_until(done: Callable[[], bool], what: str, console: Console) -> None:
+    """Until another rank of this step has done something; whoever started them ends all where one fails.
+
+    Raises `ValueError` where that one is gone.
+    """
+    parent, said = os.getppid(), time.monotonic()
+    while not done():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if os.getppid() != parent:
+            raise ValueError(f"what started this rank is gone, while it waited for {what}")
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            console.print(f"{rank_prefix()}waiting for {what}", highlight=False, soft_wrap=True)
+
+
+def take_gpus(backend: BackendSettings) -> None:
+    """Of a node on which several ranks draw, use those GPUs that are this rank's. Once a process, before
+    anything of CUDA begins. Raises `ValueError` where there are too few.
+    """
+    _, size, local_rank = rank_from_environment()
+    count = gpus_of(backend)
+    # device_count asks NVML; is_available would begin CUDA, after which no variable changes what is visible
+    if size == 1 or count == 0 or torch.cuda.device_count() == 0:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    own = devices[local_rank * count : (local_rank + 1) * count]
+    if len(own) < count:
+        raise ValueError(
+            f"rank {local_rank} of this node would draw on GPUs {local_rank * count} to "
+            f"{(local_rank + 1) * count - 1}, and sees {len(devices)}: let every rank see all GPUs of its "
+            "node, and have no more ranks on it (generate.copies, ranks_per_node) than these hold"
+        )
+    if isinstance(backend, TransformersBackend):
+        torch.cuda.set_device(local_rank)
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's processes meet in a store of their own
