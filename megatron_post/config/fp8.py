@@ -6,7 +6,7 @@ tests/transformer_engine/test_fp8.py compares its checks with these.
 
 from dataclasses import dataclass
 
-from megatron_post.config.sections import UncheckedConfig
+from megatron_post.config.sections import Recompute, UncheckedConfig
 
 Version = tuple[int, int]
 
@@ -55,9 +55,18 @@ def setting_errors(config: UncheckedConfig) -> list[str]:
         # scales than in the first forward pass.
         errors.append(
             "precision.fp8=delayed cannot recompute norms (recompute.modules has layernorm); "
-            "set precision.fp8=tensorwise or remove layernorm from recompute.modules"
+            f"set precision.fp8=tensorwise, or set {without_norms(r)}"
         )
     return errors
+
+
+def without_norms(recompute: Recompute) -> str:
+    """The settings that recompute everything else that `recompute` does, for a message."""
+    others = ",".join(module for module in recompute.modules if module != "layernorm")
+    if others:
+        return f"recompute.modules=[{others}]"
+    # modules have no effect with this mode, and are refused unless they are the default
+    return "recompute.mode=none and recompute.modules=[core_attn]"
 
 
 def _width_errors(config: UncheckedConfig, recipe: str) -> list[str]:
@@ -70,11 +79,12 @@ def _width_errors(config: UncheckedConfig, recipe: str) -> list[str]:
         * (m.num_attention_heads + 2 * m.num_key_value_heads),
     }
     errors = []
+    smallest = RECIPES["tensorwise"].multiple
+    remedy = "null" if any(width // tensor % smallest for width in widths.values()) else "tensorwise"
     for name, width in widths.items():
         share, rest = divmod(width, tensor)
         if rest or share % multiple == 0:  # layout_errors reports a remainder
             continue
-        remedy = "tensorwise" if share % RECIPES["tensorwise"].multiple == 0 else "null"
         fewer = " or lower parallel.tensor" if width % multiple == 0 else ""
         errors.append(
             f"precision.fp8={recipe} needs matrices whose widths on a rank are multiples of {multiple}, and "

@@ -87,7 +87,8 @@ def _pipeline_errors(config: UncheckedConfig) -> list[str]:
     chunks = p.pipeline * p.virtual_pipeline
     if (layers + 2 * p.embedding_and_loss_as_layers) % chunks == 0:
         return []
-    hint = " (with embedding_and_loss_as_layers=true it would fit)" if (layers + 2) % chunks == 0 else ""
+    fits = (layers + 2) % chunks == 0 and p.pipeline > 1
+    hint = " (with embedding_and_loss_as_layers=true it would fit)" if fits else ""
     return [
         f"model.num_layers={layers}{' + 2' if p.embedding_and_loss_as_layers else ''} is not a multiple of "
         f"parallel.pipeline={p.pipeline} x virtual_pipeline={p.virtual_pipeline} = {chunks}{hint}"
@@ -161,9 +162,10 @@ def world_errors(
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:
         # megatron-core 0.16 asks Transformer Engine for the state of FP8 there, whether FP8 is on or not
-        others = ",".join(module for module in r.modules if module != "layernorm")
-        remedy = f"recompute.modules=[{others}]" if others else "recompute.mode=none"
-        errors.append(f"recompute.modules with layernorm needs Transformer Engine on a GPU; set {remedy}")
+        errors.append(
+            "recompute.modules with layernorm needs Transformer Engine on a GPU; set "
+            f"{fp8.without_norms(config.recompute)}"
+        )
     return errors
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from megatron_post.config.validation_errors import cut, shown
+from megatron_post.config.validation_errors import cut, named, shown, shown_of
 from megatron_post.config.yaml_text import DEEPEST, read_argument
 
 _KEY = re.compile(r"[^\s=.\[\]-][^\s=.\[\]]*(\.[^\s=.\[\]]+)*")
@@ -33,9 +33,8 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             errors.append(str(error))
             continue
         if repr(given.setdefault(key, value)) != repr(value):
-            errors.append(
-                f"{key} is given twice, as {shown(given[key])} and as {shown(value)}; leave one out"
-            )
+            first, second = shown_of(key, given[key]), shown_of(key, value)
+            errors.append(f"{key} is given twice, as {first} and as {second}; leave one out")
     for key in given:
         *above, _ = accumulate(key.split("."), "{}.{}".format)
         if outer := next((other for other in above if other in given), None):
@@ -45,7 +44,7 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         try:
             result = _put(result, key.split("."), value, above="")
         except ValueError as error:
-            errors.append(f"{cut(key)}: {error}")
+            errors.append(f"{named(key)}: {error}")
     if errors:
         raise ValueError("\n".join(errors))
     return result
@@ -71,7 +70,7 @@ def _parsed(text: str) -> tuple[str, Any]:
             f"{cut(text)}: {shown(key)} is not a key such as optimizer.lr or data.sources.0.path"
         )
     if not value:
-        raise ValueError(f"{cut(text)} has no value; write null for none, or '\"\"' for an empty text")
+        raise ValueError(f"{shown(text)} has no value; write null for none, or '\"\"' for an empty text")
     try:
         return key, read_argument(value)
     except ValueError as error:
@@ -94,6 +93,6 @@ def _put(tree: Any, path: Sequence[str], value: Any, *, above: str) -> Any:
         changed = _put(tree[number], rest, value, above=here)
         return [*tree[:number], changed, *tree[number + 1 :]]
     if tree is not None and not isinstance(tree, dict):
-        raise ValueError(f"{above} is {shown(tree)}, and holds no keys")
+        raise ValueError(f"{above} is {shown_of(above, tree)}, and holds no keys")
     keys = tree or {}
     return {**keys, name: _put(keys.get(name), rest, value, above=here)}

@@ -46,7 +46,9 @@ def _tensor_errors(config: UncheckedConfig) -> list[str]:
     if not p.tp_comm_overlap:
         return []
     key, off, errors = "parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", []
-    if not p.sequence:
+    if p.tensor == 1:
+        errors.append(f"{key} needs parallel.tensor > 1; set {off}")
+    elif not p.sequence:
         errors.append(f"{key} needs parallel.sequence=true; set it, or {off}")
     # see fill_userbuffers_buffer_for_all_gather in transformer_engine/pytorch/module/base.py
     if recipe == "blockwise":
@@ -68,25 +70,26 @@ def _context_errors(config: UncheckedConfig) -> list[str]:
     key = f"parallel.cp_comm_type={p.cp_comm_type}"
     if p.cp_comm_type == "p2p":
         return []
-    if p.cp_comm_type != "a2a":
-        # Transformer Engine 2.9 to 2.11 has `assert qkv_format != "thd"` in attn_forward_func_with_cp and
-        # AttnFuncWithCPAndKVAllGather of pytorch/attention/dot_product_attention/context_parallel.py.
-        return [
-            f"{key} is not for packed rows: Transformer Engine 2.9 to 2.11 refuses them; set "
-            "parallel.cp_comm_type=p2p or a2a"
-        ]
-    if p.context == 1:
-        return [f"{key} needs parallel.context > 1, not 1; set parallel.cp_comm_type=p2p"]
     heads = {
         "num_attention_heads": m.num_attention_heads,
         "num_key_value_heads": m.num_key_value_heads,
     }
+    too_few = {name: count for name, count in heads.items() if count % (p.tensor * p.context)}
+    if p.cp_comm_type != "a2a":
+        others = "p2p" if p.context == 1 or too_few or config.shares_prompts else "p2p or a2a"
+        # Transformer Engine 2.9 to 2.11 has `assert qkv_format != "thd"` in attn_forward_func_with_cp and
+        # AttnFuncWithCPAndKVAllGather of pytorch/attention/dot_product_attention/context_parallel.py.
+        return [
+            f"{key} is not for packed rows: Transformer Engine 2.9 to 2.11 refuses them; set "
+            f"parallel.cp_comm_type={others}"
+        ]
+    if p.context == 1:
+        return [f"{key} needs parallel.context > 1, not 1; set parallel.cp_comm_type=p2p"]
     return [
         f"{key} divides the heads of a tensor-parallel rank over parallel.context={p.context} ranks, and "
         f"model.{name}={count} over parallel.tensor={p.tensor} is not a multiple of it; set "
         "parallel.cp_comm_type=p2p, or lower parallel.tensor or parallel.context"
-        for name, count in heads.items()
-        if count % (p.tensor * p.context)
+        for name, count in too_few.items()
     ]
 
 

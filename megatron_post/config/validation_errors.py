@@ -36,8 +36,8 @@ def errors_of(error: ValidationError) -> list[ErrorDetails]:
 def error_lines(item: ErrorDetails, model: type[BaseModel]) -> list[str]:
     """The lines for one error of validating `model`."""
     path, section = _located(model, item["loc"])
-    key = cut(".".join(path))
-    value = HIDDEN if any(map(is_secret_name, path)) else shown(item["input"])
+    dotted = ".".join(path)
+    key, value = named(dotted), shown_of(dotted, item["input"])
     if item["type"] == "extra_forbidden":
         return [f"{key}: unknown key (value {value}){_meant(path, section, model)}"]
     if item["type"] == "missing":
@@ -55,6 +55,24 @@ def error_lines(item: ErrorDetails, model: type[BaseModel]) -> list[str]:
         given = str(context.get("tag", item["input"]))
         message = f"Input should be {' or '.join(map(repr, names))}{did_you_mean(given, names)}"
     return [f"{key}: {message} (got {value})"]
+
+
+def named(key: str) -> str:
+    """A dotted key in front of a message about it.
+
+    `redact` takes a text behind a key that is named like a secret and a colon for its value. The note between
+    them keeps the message.
+    """
+    return cut(key) + (" (its value is hidden)" if _is_secret(key) else "")
+
+
+def shown_of(key: str, value: Any) -> str:
+    """The value of a dotted key in a message."""
+    return HIDDEN if _is_secret(key) else shown(value)
+
+
+def _is_secret(key: str) -> bool:
+    return any(map(is_secret_name, key.split(".")))
 
 
 def shown(value: Any) -> str:

@@ -45,6 +45,14 @@ def test_widths(recipe: str, model: dict[str, int], tensor: int, expected: str) 
     assert f"multiples of {RECIPES[recipe].multiple}" in str(error.value)
 
 
+def test_a_recipe_is_the_remedy_where_it_takes_all_widths() -> None:
+    """80 and 144 are multiples of 16 and 100 is not, so tensorwise would not take all of them."""
+    with pytest.raises(ConfigError) as error:
+        _config("mxfp8", model={"hidden_size": 80, "ffn_hidden_size": 100, "num_attention_heads": 5})
+    lines = [line for line in str(error.value).splitlines() if "needs matrices" in line]
+    assert len(lines) == 3 and all(line.endswith("set precision.fp8=null") for line in lines)
+
+
 def test_a_width_that_no_recipe_takes() -> None:
     """A lower parallel.tensor is not a remedy if the whole width is not a multiple either."""
     with pytest.raises(ConfigError) as error:
@@ -64,7 +72,7 @@ def test_widths_that_fit() -> None:
 
 def test_delayed_scaling_recomputes_no_norms() -> None:
     values: dict[str, Any] = {"recompute": {"mode": "selective", "modules": ["mlp", "layernorm"]}}
-    with pytest.raises(ConfigError, match=r"set precision.fp8=tensorwise or remove layernorm from recompute"):
+    with pytest.raises(ConfigError, match=r"set precision.fp8=tensorwise, or set recompute.modules=\[mlp\]"):
         _config("delayed", **values)
     _config("tensorwise", **values)
 

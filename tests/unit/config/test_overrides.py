@@ -56,7 +56,7 @@ def test_an_override(override: str, key: str, value: Any) -> None:
         (["optimizer.lr"], "overrides must have the form key=value: optimizer.lr"),
         (["--optimizer.lr=1"], "--optimizer.lr=1: write optimizer.lr=1, without the hyphens"),
         (["-optimizer.lr"], "-optimizer.lr: write optimizer.lr=VALUE, without the hyphens"),
-        (["run_dir="], "run_dir= has no value; write null for none, or '\"\"' for an empty text"),
+        (["run_dir="], "'run_dir=' has no value; write null for none, or '\"\"' for an empty text"),
         (["optimizer .lr=1"], "'optimizer .lr' is not a key such as"),
         (["optimizer..lr=1"], "'optimizer..lr' is not a key such as"),
         ([".lr=1"], "'.lr' is not a key such as"),

@@ -1,11 +1,14 @@
 """Secrets are hidden in every place, and all other text stays readable."""
 
 import time
+from pathlib import Path
 
 import pytest
 
+from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.secrets import is_secret_name, redact
 
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 KEY = "s3cr3t/Hunter=2"
 
 
@@ -57,6 +60,26 @@ def test_the_rest_stays(text: str) -> None:
 def test_a_known_secret_is_hidden_in_any_spelling(spelling: str) -> None:
     assert redact(f"no such key {spelling}!", [KEY, ""]) == "no such key ***!"
     assert redact('no "a\\"b<" nor a&quot;b&lt; nor a"b<', ['a"b<']) == 'no "***" nor *** nor ***'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["api_key=s3cr3t"], "api_key (its value is hidden): unknown key"),
+        (["data.hf_token=s3cr3t"], "data.hf_token (its value is hidden): unknown key"),
+        (["api_key=s3cr3t1", "api_key=s3cr3t2"], "api_key is given twice, as *** and as ***; leave one out"),
+        (
+            ["stage.password=s3cr3t"],
+            "stage.password (its value is hidden): stage is 'dpo', and holds no keys",
+        ),
+        (["api_key=s3cr3t", "api_key.x=1"], "api_key.x (its value is hidden): api_key is ***, and holds no"),
+        (["api_key="], "'api_key=' has no value; write null"),
+    ],
+)
+def test_a_message_about_a_secret_keeps_its_words(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIGS / "tiny" / "dpo.yaml", overrides)
+    assert expected in str(error.value) and "s3cr3t" not in str(error.value)
 
 
 def test_names() -> None:

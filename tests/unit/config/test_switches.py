@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
@@ -57,6 +58,37 @@ def test_context_parallelism_that_only_unpacked_rows_support(kind: str) -> None:
         tiny_config(parallel={"context": 2, "cp_comm_type": kind}, **BF16)
     assert f"parallel.cp_comm_type={kind} is not for packed rows" in str(caught.value)
     assert "set parallel.cp_comm_type=p2p or a2a" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "remedies"),
+    [
+        ({"parallel": {"cp_comm_type": "all_gather"}}, ["parallel.cp_comm_type=p2p"]),
+        ({"parallel": {"cp_comm_type": "all_gather", "context": 4}}, ["parallel.cp_comm_type=p2p"]),
+        ({"parallel": {"tp_comm_overlap": True}}, ["parallel.tp_comm_overlap=false"]),
+        (
+            {"precision": {"fp8": "delayed"}, "recompute": {"mode": "selective", "modules": ["layernorm"]}},
+            ["precision.fp8=tensorwise", "recompute.mode=none and recompute.modules=[core_attn]"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_remedy_leads_to_no_second_message(sections: dict[str, Any], remedies: list[str]) -> None:
+    """Each remedy in the message alone makes the config load."""
+    sections = {**BF16, **sections, "data": {"pack_length": 256}}
+    sections["precision"] = {**BF16["precision"], **sections["precision"]}
+    with pytest.raises(ConfigError, match=r"1 error\(s\)") as caught:
+        tiny_config(**sections)
+    (line,) = str(caught.value).splitlines()[1:]
+    _, _, text = line.partition("; set ")
+    assert text == ", or set ".join(remedies)
+    for remedy in remedies:
+        changed = {section: dict(values) for section, values in sections.items()}
+        for setting in remedy.split(" and "):
+            key, _, value = setting.partition("=")
+            section, _, name = key.partition(".")
+            changed[section][name] = yaml.safe_load(value)
+        tiny_config(**changed)
 
 
 def test_heads_over_context_parallel_ranks() -> None:
