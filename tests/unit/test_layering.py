@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,29 @@ def test_the_table_and_the_picture_of_the_rooms_are_those_of_this_test() -> None
     assert known.keys() == ALLOWED.keys() - {"__main__"}, "CONTRIBUTING.md: a row for each room, by hand"
     current = (text, PICTURE.read_text())
     assert current == (table(ALLOWED, text), picture(ALLOWED, known)), "run `python -m tests.rooms`"
+
+
+def file_imports() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports, lazily or for types alone too."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in _sources()
+    }
+    return {
+        module: {name if name in modules else name.rpartition(".")[0] for name in _imports(path)}
+        & modules.keys() - {"megatron_post", module}
+        for module, path in modules.items()
+    }
+
+
+def test_no_files_import_each_other() -> None:
+    """Neither two files nor a circle of several."""
+    imports = file_imports()
+    assert "megatron_post.config.sections" in imports["megatron_post.config.layout"]
+    TopologicalSorter(imports).prepare()  # raises CycleError
+    imports["megatron_post.config.section"].add("megatron_post.cli")
+    with pytest.raises(CycleError, match=r"megatron_post\.cli"):
+        TopologicalSorter(imports).prepare()
 
 
 def test_rooms_that_import_each_other_are_found() -> None:
