@@ -26,6 +26,9 @@ from rich.text import Text
 from megatron_post.config.fp8 import RECIPES, refusal
 from megatron_post.display import printable
 from megatron_post.installation import install_command
+from megatron_post.sandbox.languages import LANGUAGES
+from megatron_post.sandbox.sandbox import open_sandbox
+from megatron_post.sandbox.settings import Bubblewrap
 
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "apex", "triton", "flash-attn", "nvidia-dali-cuda120",
@@ -89,7 +92,7 @@ def installed_version(name: str) -> str:
 
 
 def machine() -> list[tuple[str, str]]:
-    """Processor, memory, GPUs, NCCL and Slurm."""
+    """Processor, memory, GPUs, NCCL, Slurm and the sandbox."""
     return [
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         ("CPU cores", _or("unknown", _cores)),
@@ -97,6 +100,7 @@ def machine() -> list[tuple[str, str]]:
         *_or([("GPUs", "unreadable")], _gpus),
         ("NCCL", _or("unreadable", _nccl)),
         ("Slurm", _or("unreadable", _slurm)),
+        ("sandbox", _or("unreadable", _sandbox)),
     ]
 
 
@@ -329,6 +333,18 @@ def _nccl() -> str:
 
 def _slurm() -> str:
     return _output("sinfo", "--version") if shutil.which("sinfo") else "absent (no sinfo on the PATH)"
+
+
+def _sandbox() -> str:
+    """Which languages a program of a model may have, or why it is not run."""
+    try:
+        with open_sandbox(Bubblewrap(programs=1)) as sandbox:
+            missing = {language: sandbox.missing(language) for language in LANGUAGES}
+    except ValueError as error:
+        return f"what a model wrote cannot be run: {error}"
+    runs = ", ".join(language for language, names in missing.items() if not names)
+    lacks = "".join(f"; {language} lacks {', '.join(names)}" for language, names in missing.items() if names)
+    return f"bubblewrap runs {runs or 'nothing'}{lacks}"
 
 
 def _output(*command: str) -> str:

@@ -6,10 +6,7 @@ what it writes. It has namespaces of its own of every kind, no capability, and a
 
 import contextlib
 import glob
-import math
 import os
-import platform
-import re
 import shutil
 import site
 import subprocess
@@ -19,8 +16,8 @@ from pathlib import Path
 
 from megatron_post.installation import install_system_package
 from megatron_post.sandbox.bubblewrap_program import WORK, BubblewrapProgram
+from megatron_post.sandbox.kernel_limits import MIB, of_a_namespace, of_each_process
 from megatron_post.sandbox.settings import Bubblewrap, Limits
-from megatron_post.sandbox.supervise import MIB
 from megatron_post.sandbox.syscalls import filter_program
 from megatron_post.sandbox.toolchains import toolchains
 
@@ -51,8 +48,6 @@ done
 shift
 exec "$@"
 """
-_STACK = 8 * MIB
-_COUNTED_IN_NAMESPACE = (5, 14)  # Linux, from which on a user's processes are counted in each namespace
 
 
 _OTHERWISE = "or set sandbox.kind=command with a container command of your site"
@@ -106,7 +101,8 @@ class BubblewrapSandbox:
             status, writer = os.pipe()
             reader = stack.enter_context(open(status, "rb"))
             with open(writer, "wb"):
-                words = [*self._unprivileged(), *self._limited(limits), self._found["bwrap"]]
+                prlimit = self._found["prlimit"]
+                words = [*self._unprivileged(), prlimit, *of_each_process(limits), "--", self._found["bwrap"]]
                 words += ["--json-status-fd", str(writer), "--seccomp", hand(self._filter)]
                 words += [*self._isolated(limits), *self._host(), *self._own(limits)]
                 for path in self._settings.read_only:
@@ -116,8 +112,10 @@ class BubblewrapSandbox:
                 for name, content in files.items():
                     words += ["--file", hand(content), f"{WORK}/{name}"]
                 words += ["--remount-ro", "/", "--chdir", WORK, "--"]
+                if counted := of_a_namespace(limits):
+                    words += [prlimit, *counted, "--"]
                 process = subprocess.Popen(
-                    [*words, *self._counted(limits), *command],
+                    [*words, *command],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
@@ -143,25 +141,6 @@ class BubblewrapSandbox:
 
     def _reachable(self, path: str) -> str:
         return f"{_REACHABLE}/{self._outside.index(path)}" if self._is_root else path
-
-    def _limited(self, limits: Limits) -> list[str]:
-        """What the kernel limits in each process, wherever a program may start it.
-
-        memory and processes: twice the limit, because the kernel would only fail a call. The watcher, which
-        names the limit and kills, comes first. core: with 0, the host's program for core dumps would run.
-        """
-        seconds = math.ceil(limits.cpu_seconds) + 1
-        return [
-            self._found["prlimit"], "--core=1", f"--cpu={seconds}:{seconds + 1}",
-            f"--fsize={limits.disk_mib * MIB}", f"--data={2 * (limits.memory_mib + 128) * MIB}",
-            f"--nofile={limits.open_files}", f"--stack={_STACK}", "--memlock=0", "--msgqueue=0", "--",
-        ]  # fmt: skip
-
-    def _counted(self, limits: Limits) -> list[str]:
-        release = re.match(r"(\d+)\.(\d+)", platform.release())
-        if release is None or (int(release[1]), int(release[2])) < _COUNTED_IN_NAMESPACE:
-            return []  # it would count all processes of the user on this machine; the watcher counts these
-        return [self._found["prlimit"], f"--nproc={2 * limits.processes + 32}", "--"]
 
     def _isolated(self, limits: Limits) -> list[str]:
         path = ":".join([*(f"{prefix}/bin" for prefix in self._tools), "/usr/local/bin:/usr/bin:/bin"])

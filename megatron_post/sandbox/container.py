@@ -6,15 +6,18 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_post.sandbox import processes
+from megatron_post.sandbox.kernel_limits import MIB, of_each_process
 from megatron_post.sandbox.settings import Container, Limits
-from megatron_post.sandbox.supervise import MIB, SECONDS_TO_END
+from megatron_post.sandbox.supervise import SECONDS_TO_END, BrokenSandbox
 
-# of this process, for the container command itself; whether a program sees them is the container's matter
+CANARY = "SANDBOX_CANARY"  # a variable of the container command, which a program must not have
+# of this process, for the container command
 _VARIABLES = ("PATH", "HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DOCKER_HOST")
 _ENTRY = 4096  # bytes that a file counts beside its content
 
@@ -25,9 +28,10 @@ class ContainerSandbox:
     remedy = "correct sandbox.command, or set sandbox.kind=bubblewrap"
 
     def __init__(self, settings: Container) -> None:
-        for key, words in (("command", settings.command), ("stop", settings.stop or ())):
-            if words and shutil.which(words[0]) is None:
-                raise ValueError(f"sandbox.{key}: {words[0]} cannot be found; {self.remedy}")
+        needed = {"command": settings.command[0], "stop": (settings.stop or settings.command)[0]}
+        for key, name in {**needed, "kind=command": "prlimit"}.items():
+            if shutil.which(name) is None:
+                raise ValueError(f"sandbox.{key}: {name} cannot be found; {self.remedy}")
         self._settings = settings
 
     @contextlib.contextmanager
@@ -45,22 +49,18 @@ class ContainerSandbox:
                 "name": f"sandbox-{uuid.uuid4().hex}",
                 **limits.model_dump(include={"memory_mib", "processes", "disk_mib", "seconds"}),
             }
+            words = ["prlimit", *of_each_process(limits), "--", *_filled(self._settings.command, values)]
             variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
             process = subprocess.Popen(
-                [
-                    *_filled(self._settings.command, values),
-                    "env",
-                    f"MEMORY_MIB={limits.memory_mib}",
-                    *command,
-                ],
+                [*words, "env", f"MEMORY_MIB={limits.memory_mib}", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=variables,
+                env={**variables, CANARY: "1"},
                 start_new_session=True,
             )
             stop = _filled(self._settings.stop or (), values)
-            yield ContainerProgram(process, directory, stop, variables, limits)
+            yield ContainerProgram(process, directory, limits, stop, variables)
         finally:
             _remove(directory)
 
@@ -72,14 +72,14 @@ class ContainerProgram:
         self,
         process: subprocess.Popen[bytes],
         directory: Path,
+        limits: Limits,
         stop: list[str],
         variables: dict[str, str],
-        limits: Limits,
     ) -> None:
         self.process = process
         self.root: int | None = process.pid
-        self._directory, self._stop, self._variables = directory, stop, variables
-        self._most = limits.disk_mib * MIB
+        self._directory, self._most = directory, limits.disk_mib * MIB
+        self._stop, self._variables = stop, variables
 
     def disk_bytes(self) -> int:
         """Of all files in the directory. Counting ends at the limit."""
@@ -87,8 +87,7 @@ class ContainerProgram:
         for folder in folders:  # grows
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
-                    found = entry.stat(follow_symlinks=False)
-                    size += _ENTRY + found.st_blocks * 512
+                    size += _ENTRY + entry.stat(follow_symlinks=False).st_blocks * 512
                     if size >= self._most:
                         return size
                     if entry.is_dir(follow_symlinks=False):
@@ -96,23 +95,31 @@ class ContainerProgram:
         return size
 
     def kill(self) -> None:
-        below = processes.descendants(self.process.pid)
+        """The container command and all below it. What starts meanwhile is found the next time."""
+        deadline = time.monotonic() + SECONDS_TO_END
+        while (below := processes.descendants(self.process.pid)) and time.monotonic() < deadline:
+            for process in below:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.001)
+            if self.process.poll() is not None:
+                break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        for process in below:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
 
     def finish(self, *, killed: bool) -> None:
-        if killed and self._stop:
+        if not (killed and self._stop):
+            return
+        try:
             subprocess.run(
                 self._stop,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 env=self._variables,
                 timeout=SECONDS_TO_END,
-                check=False,
             )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BrokenSandbox(f"sandbox.stop failed: {error}") from error
 
 
 def _filled(words: Sequence[str], values: Mapping[str, object]) -> list[str]:
@@ -120,12 +127,17 @@ def _filled(words: Sequence[str], values: Mapping[str, object]) -> list[str]:
 
 
 def _remove(directory: Path) -> None:
-    """Also directories that the program has made unreadable."""
-
-    def unlock(_function: object, path: str, _error: object) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(path), 0o700)
-            os.chmod(path, 0o700, follow_symlinks=False) if not os.path.islink(path) else None
-            os.unlink(path) if not os.path.isdir(path) else shutil.rmtree(path, ignore_errors=True)
-
-    shutil.rmtree(directory, onerror=unlock)
+    """Also what the program has made unreadable. Raises `BrokenSandbox` where something stays."""
+    directory.chmod(0o700)
+    for folder, names, _ in os.walk(directory):
+        for name in names:  # before they are walked into
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                with contextlib.suppress(OSError):
+                    os.chmod(path, 0o700)
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        raise BrokenSandbox(
+            f"the container's files in {directory} cannot be removed; run it as this user, such as "
+            f"docker run --user={os.getuid()}"
+        )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -9,14 +10,17 @@ from pathlib import PurePosixPath
 from threading import Event
 from typing import Protocol
 
+from megatron_post.sandbox import container_check
 from megatron_post.sandbox.bubblewrap import BubblewrapSandbox
 from megatron_post.sandbox.container import ContainerSandbox
+from megatron_post.sandbox.kernel_limits import MIB
 from megatron_post.sandbox.languages import ALL_TOOLS, TOOLS, Language
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
-from megatron_post.sandbox.supervise import MIB, BrokenSandbox, Program, supervise
+from megatron_post.sandbox.supervise import BrokenSandbox, Program, supervise
 
 _MOST_FILES = 256  # of one program: each is an open file of this process until the program has started
+_FIRST = Limits(seconds=600)  # of a first program: a container's image may have to be fetched
 _LONGEST_NAME = 255  # bytes of a file's name, with its directories
 _LONGEST_WORD = 100_000  # bytes; Linux has 131,072
 _BLOCK = 4096  # of a tmpfs: a file takes its name and its content in whole blocks
@@ -43,7 +47,9 @@ class Sandbox:
             self._starter = ContainerSandbox(settings)
         # a thread lives as long as the program that it started: the kernel kills bubblewrap with its thread
         self._pool = ThreadPoolExecutor(settings.programs or len(os.sched_getaffinity(0)), "sandbox")
-        self.tools = self._find_tools()
+        self.tools = frozenset(self._first(["sh", "-c", _PROBE, "sh", *ALL_TOOLS]).split())
+        if isinstance(settings, Container):
+            self._check_container()
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -84,10 +90,10 @@ class Sandbox:
         with self._starter.start(files, command, limits) as program:
             return supervise(program, limits, cancelled)
 
-    def _find_tools(self) -> frozenset[str]:
-        """Which tools there are; and that the sandbox works at all."""
+    def _first(self, command: Sequence[str]) -> str:
+        """What a first program prints. Raises `ValueError` where it does not run."""
         try:
-            outcome = self._run({}, ["sh", "-c", _PROBE, "sh", *ALL_TOOLS], Limits(), Event())
+            outcome = self._run({}, command, _FIRST, Event())
         except (BrokenSandbox, OSError) as error:
             raise ValueError(f"the sandbox does not work: {error}; {self._starter.remedy}") from error
         if not outcome.ok:
@@ -95,7 +101,13 @@ class Sandbox:
                 f"the sandbox does not work: a first program ended as {outcome.kind} with exit status "
                 f"{outcome.returncode}: {outcome.stderr.strip()[-500:]}; {self._starter.remedy}"
             )
-        return frozenset(outcome.stdout.split())
+        return outcome.stdout
+
+    def _check_container(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            printed = self._first(container_check.command(directory))
+        if found := container_check.faults(printed):
+            raise ValueError(f"sandbox.command is no sandbox: a program in it {'; and it '.join(found)}")
 
 
 def open_sandbox(settings: Bubblewrap | Container) -> Sandbox:

@@ -8,10 +8,10 @@ from threading import Event
 from typing import Protocol
 
 from megatron_post.sandbox import processes
+from megatron_post.sandbox.kernel_limits import MIB
 from megatron_post.sandbox.outcome import Kind, Outcome, kind_of
 from megatron_post.sandbox.settings import Limits
 
-MIB = 2**20
 SECONDS_TO_END = 30.0  # of what has been killed
 _FIRST_LOOK, _LOOKS = 0.002, 0.025  # seconds until the first look at a program, and at most between two
 _CHUNK = 2**16

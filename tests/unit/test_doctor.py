@@ -206,3 +206,24 @@ def test_a_narrow_terminal_breaks_no_command(
     shown = capsys.readouterr().out.splitlines()
     assert f"to add Transformer Engine: {install_command('cuda')}" in shown
     assert any(line.endswith(f"nothing can be trained; {install_command()}") for line in shown)
+
+
+def test_the_sandbox_says_what_can_run_or_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "sandbox" in _report() and "what a model wrote cannot be run: sandbox: bwrap" in _report()
+
+
+def test_the_sandbox_lists_languages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stand:
+        def __enter__(self) -> "Stand":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def missing(self, language: str) -> list[str]:
+            return ["rustc", "cc"] if language == "rust" else []
+
+    monkeypatch.setattr(doctor, "open_sandbox", lambda settings: Stand())
+    assert "bubblewrap runs python, javascript, cpp, java, bash; rust lacks rustc, cc" in _report()

@@ -26,7 +26,7 @@ ALLOWED = {
     "installation": set(),
     "storage": {"display"},
     "sandbox": {"config", "installation"},
-    "doctor": {"config.fp8", "display", "installation"},
+    "doctor": {"config.fp8", "display", "installation", "sandbox"},
     "errors": {"config.secrets", "display"},
     "data": {"config", "display", "installation", "storage"},
     "parallel": {"config"},
