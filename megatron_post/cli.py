@@ -144,8 +144,8 @@ def config_schema(
     from megatron_post.inference.generate import Generate
     from megatron_post.launch.cluster import Cluster
     from megatron_post.rounds.cleaning import Rules
-    from megatron_post.rounds.merge import Merge
-    from megatron_post.rounds.select import Select
+    from megatron_post.rounds.merge_settings import Merge
+    from megatron_post.rounds.select_settings import Select
     from megatron_post.rounds.settings import RoundSettings
     from megatron_post.synthesis.settings import Synthesis
 

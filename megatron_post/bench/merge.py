@@ -18,7 +18,8 @@ from megatron_post.config.sections import Model
 from megatron_post.convert.configs import written_configs
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.convert.safetensors_file import header_of, raw_bytes
-from megatron_post.rounds.merge import MethodMerge, merge
+from megatron_post.rounds.merge import merge
+from megatron_post.rounds.merge_settings import MethodMerge
 
 # Gigabytes -> layers of the 8B's shape with a vocabulary of 8,192, in bf16.
 LAYERS = {1: 2, 2: 4, 4: 9}

@@ -56,8 +56,8 @@ def merge(
     workers: Annotated[int, typer.Option(help="Processes on this node.")] = 1,
 ) -> None:
     """Average models of one architecture, streaming. The same command again goes on with a killed one."""
-    from megatron_post.rounds.merge import load_merge
     from megatron_post.rounds.merge import merge as write
+    from megatron_post.rounds.merge_settings import load_merge
 
     write(load_merge(config, method), output, workers=workers, report=say)
 
@@ -86,8 +86,8 @@ def select(
 ) -> None:
     """Choose the best of K responses to train on, and the best and the worst to compare."""
     from megatron_post.config.load import load_section
-    from megatron_post.rounds.select import Select
     from megatron_post.rounds.select import select as choose
+    from megatron_post.rounds.select_settings import Select
 
     found = choose(load_section(Select, config), output)
     say(

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_post.config.load import load_section, parse
-from megatron_post.config.section import Name, NonNegative, Positive, Section, Whole
 from megatron_post.config.sections import Model
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.hf_config import differences
@@ -39,83 +35,10 @@ from megatron_post.rounds.merge_methods import (
     trim,
     weighted_mean,
 )
+from megatron_post.rounds.merge_settings import MethodMerge
 
-Method = Literal["linear", "ties", "slerp", "dare_ties"]
-_WITH_BASE = ("ties", "dare_ties")
 _CACHED_BYTES = 2**20  # of one source: some ten tensors of that size are in use at a time
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-
-
-class LayerSetting(Section):
-    """Another weight or density for the tensors that a pattern names."""
-
-    tensors: Name = Field(description="pattern of Hugging Face names: `model.layers.1?.mlp.*`")
-    weight: NonNegative | None = Field(None, description="null: the model's")
-    density: float | None = Field(None, gt=0, le=1, description="null: the model's")
-
-
-class Ingredient(Section):
-    """One model of a merge."""
-
-    model: Name = Field(description="Hugging Face directory, or the trainer's checkpoint (run or step)")
-    weight: NonNegative = Field(1.0, description="relative to the other models'")
-    density: float = Field(1.0, gt=0, le=1, description="ties, dare_ties: share of the deltas that is kept")
-    layers: tuple[LayerSetting, ...] = Field((), description="the first pattern that fits a tensor decides")
-
-    def layer_of(self, tensor: str) -> LayerSetting | None:
-        """The first pattern that fits a tensor."""
-        return next((layer for layer in self.layers if fnmatchcase(tensor, layer.tensors)), None)
-
-    def setting(self, tensor: str) -> tuple[float, float]:
-        """(weight, density) for a tensor."""
-        layer = self.layer_of(tensor) or LayerSetting(tensors=tensor)
-        weight = self.weight if layer.weight is None else layer.weight
-        return weight, self.density if layer.density is None else layer.density
-
-
-class Merge(Section):
-    """A merge file."""
-
-    models: tuple[Ingredient, ...] = Field(min_length=2)
-    base_model: Name | None = Field(
-        None, description="ties, dare_ties: the model that all the others come from"
-    )
-    scale: Positive = Field(1.0, description="ties, dare_ties: the merged delta is multiplied with this")
-    dtype: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="null: the first model's")
-    seed: Whole = Field(0, description="dare_ties")
-
-
-class MethodMerge(Merge):
-    """A merge with its method, which the command line names."""
-
-    method: Method = Field(description="the arithmetic; `merge --method` names it")
-
-    @model_validator(mode="after")
-    def _fits_the_method(self) -> "MethodMerge":
-        errors = []
-        if self.method in _WITH_BASE and self.base_model is None:
-            errors.append(f"{self.method} merges differences from a base; set `base_model`")
-        if self.method not in _WITH_BASE:
-            if self.base_model is not None:
-                errors.append(f"base_model={self.base_model}: {self.method} has none")
-            if self.scale != 1:
-                errors.append(f"scale={self.scale}: {self.method} has none")
-            densities = [d for m in self.models for d in (m.density, *(layer.density for layer in m.layers))]
-            if any(density not in (None, 1.0) for density in densities):
-                errors.append(f"{self.method} has no density")
-        if self.method != "dare_ties" and self.seed != 0:
-            errors.append(f"seed={self.seed}: {self.method} draws nothing, only dare_ties does")
-        if self.method == "slerp" and len(self.models) != 2:
-            errors.append(f"slerp merges two models, not {len(self.models)}")
-        if errors:
-            raise ValueError("\n".join(errors))
-        return self
-
-
-def load_merge(path: str | Path, method: Method) -> MethodMerge:
-    """Read a merge file. Raises `ConfigError` with every error at once."""
-    plan = load_section(Merge, path)
-    return parse(MethodMerge, plan.model_dump() | {"method": method}, origin=str(path))
 
 
 def merge(plan: MethodMerge, directory: str | Path, *, workers: int = 1, report: Report) -> bool:

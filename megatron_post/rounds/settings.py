@@ -18,8 +18,8 @@ from megatron_post.inference.settings import (
     ServerBackend,
     TransformersBackend,
 )
-from megatron_post.rounds.merge import Method
-from megatron_post.rounds.select import SELECTION_NEEDS, Selection
+from megatron_post.rounds.merge_settings import Method
+from megatron_post.rounds.select_settings import SELECTION_NEEDS, Selection
 
 _NEEDS = (
     Needs("generate.collected_samples", "start.preferences", ((),)),

@@ -11,6 +11,16 @@ from megatron_post.config.schema import Config
 from megatron_post.config.stages import StageName
 from megatron_post.inference.settings import gpus_of
 from megatron_post.rounds.round import Round
+from megatron_post.rounds.round_actions import (
+    average,
+    choose_best,
+    collect,
+    evaluate,
+    generate_samples,
+    pack,
+    report,
+    select_samples,
+)
 from megatron_post.rounds.settings import RoundSettings
 
 # `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
@@ -68,60 +78,77 @@ def check_packed(steps: Sequence[RoundStep], to_do: Set[str]) -> None:
 
 
 def _steps(r: Round) -> list[RoundStep]:
-    d, steps = r.directory, []
-    settings = r.settings
-
-    def act(name: str, action: Callable[[], None], *outputs: str) -> None:
-        steps.append(RoundStep(f"{r.name}/{name}", tuple(d / output for output in outputs), action))
-
-    def draw(name: str, action: Callable[[], None], *outputs: str) -> None:
-        drawing = settings.generate
-        per_node = max(1, settings.ranks_per_node // gpus_of(drawing.backend))
-        paths = tuple(d / output for output in outputs)
-        steps.append(RoundStep(f"{r.name}/{name}", paths, action, (), drawing.copies, per_node, draws=True))
-
-    def command(name: str, stage: StageName, words: tuple[str, ...], output: str, *, trains: bool) -> None:
-        ranks = settings.ranks or r.stage(stage).parallel.model_size
-        step = RoundStep(f"{r.name}/{name}", (d / output,), None, words, ranks, settings.ranks_per_node)
-        if trains:
-            step = replace(
-                step,
-                run_dir=d / output,
-                check=partial(r.check_packed, stage),
-                similar_run=partial(r.similar_run, stage),
-            )
-        steps.append(step)
-
-    def train(stage: StageName) -> None:
-        command(f"{stage}-train", stage, ("train", str(d / stage / "config.yaml")), stage, trains=True)
-
-    def score(name: str, rows: str, output: str) -> None:
-        words = ("score", r.reward, str(d / rows), "--output", str(d / output), _ANY_BAD_ROWS)
-        command(name, "reward", (*words, *_layout(r, "reward")), output, trains=False)
-
+    settings, steps = r.settings, list[RoundStep]()
     if settings.start.reward is None:
         if r.number == 1 and not settings.start.preferences:
-            draw("collect", r.collect, "collected.jsonl", "collected")
-        act("reward-pack", r.pack_reward, "reward/store", "reward/config.yaml")
-        train("reward")
-    draw("generate", r.generate, "samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
-    score("score", "samples.jsonl", "scores.jsonl")
-    act("select", r.select, "selection")
-    act("sft-pack", r.pack_sft, "sft/store", "sft/config.yaml")
-    train("sft")
-    act("dpo-pack", r.pack_dpo, "dpo/store", "dpo/config.yaml")
+            steps.append(_drawing(r, "collect", collect, "collected.jsonl", "collected"))
+        steps += [_packing(r, "reward"), _training(r, "reward")]
+    samples = ("samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
+    steps += [
+        _drawing(r, "generate", generate_samples, *samples),
+        _scoring(r, "score", "samples.jsonl", "scores.jsonl"),
+        _action(r, "select", select_samples, "selection"),
+        _packing(r, "sft"),
+        _training(r, "sft"),
+        _packing(r, "dpo"),
+    ]
     if r.stores_reference:
-        words = ("reference", str(d / "dpo" / "store"), "--model", str(d / "sft" / "hf"))
-        command("reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log", trains=False)
-    train("dpo")
-    act("average", r.average, "average")
+        words = ("reference", str(r.directory / "dpo" / "store"), "--model", str(r.directory / "sft" / "hf"))
+        steps.append(_command(r, "reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log"))
     held_out = ("held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl")
     validation = (f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))
-    draw("choose", r.choose, "choice.json", *held_out, *validation)
-    score("score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl")
-    act("evaluate", r.evaluate, "evaluation.json")
-    act("report", r.report, "report.html")
-    return steps
+    return [
+        *steps,
+        _training(r, "dpo"),
+        _action(r, "average", average, "average"),
+        _drawing(r, "choose", choose_best, "choice.json", *held_out, *validation),
+        _scoring(r, "score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl"),
+        _action(r, "evaluate", evaluate, "evaluation.json"),
+        _action(r, "report", report, "report.html"),
+    ]
+
+
+def _action(r: Round, name: str, action: Callable[[Round], None], *outputs: str) -> RoundStep:
+    paths = tuple(r.directory / output for output in outputs)
+    return RoundStep(f"{r.name}/{name}", paths, partial(action, r))
+
+
+def _packing(r: Round, stage: StageName) -> RoundStep:
+    return _action(r, f"{stage}-pack", partial(pack, stage=stage), f"{stage}/store", f"{stage}/config.yaml")
+
+
+def _drawing(r: Round, name: str, action: Callable[[Round], None], *outputs: str) -> RoundStep:
+    drawing = r.settings.generate
+    per_node = max(1, r.settings.ranks_per_node // gpus_of(drawing.backend))
+    step = _action(r, name, action, *outputs)
+    return replace(step, ranks=drawing.copies, per_node=per_node, draws=True)
+
+
+def _command(r: Round, name: str, stage: StageName, words: tuple[str, ...], output: str) -> RoundStep:
+    """stage: the one whose layout the command has."""
+    return RoundStep(
+        f"{r.name}/{name}",
+        (r.directory / output,),
+        command=words,
+        ranks=r.settings.ranks or r.stage(stage).parallel.model_size,
+        per_node=r.settings.ranks_per_node,
+    )
+
+
+def _training(r: Round, stage: StageName) -> RoundStep:
+    words = ("train", str(r.directory / stage / "config.yaml"))
+    return replace(
+        _command(r, f"{stage}-train", stage, words, stage),
+        run_dir=r.directory / stage,
+        check=partial(r.check_packed, stage),
+        similar_run=partial(r.similar_run, stage),
+    )
+
+
+def _scoring(r: Round, name: str, rows: str, output: str) -> RoundStep:
+    paths = (str(r.directory / rows), "--output", str(r.directory / output))
+    words = ("score", r.reward, *paths, _ANY_BAD_ROWS, *_layout(r, "reward"))
+    return _command(r, name, "reward", words, output)
 
 
 def _layout(r: Round, stage: StageName) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_post.config.chain import load_chain
 from megatron_post.convert.configs import read_model
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.rounds import round_actions
 from megatron_post.rounds import run as run_module
 from megatron_post.rounds.chain import chain_of, write_chain
 from megatron_post.rounds.round import Round
@@ -184,7 +185,7 @@ def test_a_stage_whose_file_has_changed_is_not_trained_by_the_old_one(whole: Pat
 def test_a_packing_that_was_killed_leaves_nothing(whole: Path) -> None:
     stage = whole / "run" / "round-01" / "sft"
     (stage / ".store.1.partial" / "train").mkdir(parents=True)
-    Round(load_round(whole / "round.yaml"), 1, Console(quiet=True)).pack_sft()
+    round_actions.pack(Round(load_round(whole / "round.yaml"), 1, Console(quiet=True)), "sft")
     assert not list(stage.glob(".store.*"))
 
 

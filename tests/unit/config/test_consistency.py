@@ -10,8 +10,8 @@ from megatron_post.config.consistency import NEEDS
 from megatron_post.config.load import ConfigError, load_config, parse, to_yaml
 from megatron_post.inference.request import Sampling
 from megatron_post.launch.cluster import Cluster
-from megatron_post.rounds.merge import MethodMerge
-from megatron_post.rounds.select import Select
+from megatron_post.rounds.merge_settings import MethodMerge
+from megatron_post.rounds.select_settings import Select
 from megatron_post.rounds.settings import RoundSettings
 from tests.tiny import tiny_config
 

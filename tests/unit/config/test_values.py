@@ -19,8 +19,8 @@ from megatron_post.config.yaml_text import write_yaml
 from megatron_post.inference.generate import Generate
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.rounds.cleaning import Rules, load_rules
-from megatron_post.rounds.merge import MethodMerge, load_merge
-from megatron_post.rounds.select import Select
+from megatron_post.rounds.merge_settings import MethodMerge, load_merge
+from megatron_post.rounds.select_settings import Select
 from megatron_post.rounds.settings import RoundSettings, load_round
 
 ROOT = Path(__file__).resolve().parents[3]

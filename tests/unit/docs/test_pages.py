@@ -18,8 +18,8 @@ from megatron_post.config.chain import is_chain, load_chain
 from megatron_post.config.load import load_config
 from megatron_post.inference.generate import Generate
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.rounds.merge import load_merge
-from megatron_post.rounds.select import Select
+from megatron_post.rounds.merge_settings import load_merge
+from megatron_post.rounds.select_settings import Select
 from megatron_post.rounds.settings import load_round
 from megatron_post.synthesis.settings import Synthesis
 from tests.documentation import (

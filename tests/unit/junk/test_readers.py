@@ -28,7 +28,7 @@ from megatron_post.inference.samples import read_samples
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_message, submitted_jobs
 from megatron_post.rounds.cleaning import load_rules
-from megatron_post.rounds.merge import load_merge
+from megatron_post.rounds.merge_settings import load_merge
 from megatron_post.rounds.report import metrics_of
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State

@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from megatron_post.config.load import parse
 from megatron_post.convert import jobs
 from megatron_post.inference.generate import Generate, generate
-from megatron_post.rounds.merge import MergeJob, load_merge
+from megatron_post.rounds.merge import MergeJob
+from megatron_post.rounds.merge_settings import load_merge
 from megatron_post.rounds.score import score_file
-from megatron_post.rounds.select import Select, select
+from megatron_post.rounds.select import select
+from megatron_post.rounds.select_settings import Select
 from megatron_post.storage.files import read_lines
 from tests.ranks import run_ranks
 from tests.unit.inference.test_generate import CONSOLE, Parrot

@@ -16,7 +16,8 @@ from megatron_post.config.load import ConfigError
 from megatron_post.convert import jobs
 from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.rounds import merge as module
-from megatron_post.rounds.merge import load_merge, merge
+from megatron_post.rounds.merge import merge
+from megatron_post.rounds.merge_settings import load_merge
 from tests.unit.convert.models import shaped_like, to_megatron, weights_of, write_hf
 
 MODEL = shaped_like("8b")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_post.inference.failures import read_failures, write_failures
 from megatron_post.inference.generate import Generate
-from megatron_post.rounds import round
+from megatron_post.rounds import round_actions
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.run import _forget
 from megatron_post.rounds.settings import load_round
@@ -63,7 +63,7 @@ def test_what_failed_is_not_right(tmp_path: Path) -> None:
     drawn("held_out-samples.jsonl", "It is 1", "It is 7")
     scores = [{"row": row, "scores": [score]} for row, score in ((1, 2.0), (2, 1.0))]
     write_lines(r.directory / "held_out-scores.jsonl", scores)
-    r.evaluate()
+    round_actions.evaluate(r)
     found = json.loads((r.directory / "evaluation.json").read_text())
     assert found["greedy"] == found["best_of_k"] == {"correct": 1, "total": 2}
     assert found["one_sample"] == {"correct": 1, "total": 4}
@@ -85,8 +85,8 @@ def test_a_rounds_samples_have_the_failures_of_both_policies(
         write_lines(output, [{"by": settings.model}])
         write_failures(output, [{"prompt": 1, "checkpoint": settings.model}])
 
-    monkeypatch.setattr(round, "generate", drawn)
-    second.generate()
+    monkeypatch.setattr(round_actions, "generate", drawn)
+    round_actions.generate_samples(second)
     assert [row["by"] for row in read_lines(second.directory / "samples.jsonl")] == ["better", first.policy]
     failures = read_failures(second.directory / "samples.jsonl")
     assert [row["checkpoint"] for row in failures] == ["better", first.policy]

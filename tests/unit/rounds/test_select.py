@@ -13,7 +13,8 @@ from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.inference.failures import write_failures
 from megatron_post.inference.prompts import Prompt
-from megatron_post.rounds.select import Select, rating, select
+from megatron_post.rounds.select import rating, select
+from megatron_post.rounds.select_settings import Select
 from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, verify
 
 EXACT = {"kind": "exact", "pattern": r"is (\d+)\.\Z"}

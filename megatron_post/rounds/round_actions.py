@@ -1,0 +1,213 @@
+"""What the steps of a round do. A step that is run again continues, or writes the same files again."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_post.config.load import parse, to_yaml
+from megatron_post.config.stages import StageName
+from megatron_post.data.build import build_store
+from megatron_post.display import make_console
+from megatron_post.inference.failures import read_failures, write_failures
+from megatron_post.inference.generate import Generate, generate, parts_of
+from megatron_post.inference.ranks import wait_until
+from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.candidates import best_of, candidates
+from megatron_post.rounds.merge import merge
+from megatron_post.rounds.report import write_report
+from megatron_post.rounds.round import Round
+from megatron_post.rounds.select import PREFERENCES, SUMMARY, select
+from megatron_post.rounds.select_settings import Samples, Select
+from megatron_post.storage.files import write_json, write_pieces, write_whole
+from megatron_post.storage.reading import read_object
+
+
+def collect(r: Round) -> None:
+    """Preferences for the first reward model: the verifier's, on the policy's own answers."""
+    responses = r.directory / "collected.jsonl"
+    count = r.settings.generate.collected_samples
+    _draw(r, r.policy, r.prompts, responses, seed=1, samples=count)
+    if _leads():
+        _select(r, Samples(responses=str(responses)), "collected")
+
+
+def generate_samples(r: Round) -> None:
+    """The policy's samples, and behind them those of the policy before."""
+    parts = [r.directory / "samples-policy.jsonl"]
+    _draw(r, r.policy, r.prompts, parts[0], seed=2)
+    count = r.settings.generate.previous_samples
+    if count and r.before is not None and r.before.policy != r.policy:
+        parts.append(r.directory / "samples-previous.jsonl")
+        _draw(r, r.before.policy, r.prompts, parts[1], seed=3, samples=count)
+    if _leads():
+        failures = [row for part in parts for row in read_failures(part)]
+        write_failures(r.directory / "samples.jsonl", failures)
+        pieces = (part.read_text(encoding="utf-8") for part in parts)
+        write_pieces(r.directory / "samples.jsonl", pieces)
+
+
+def select_samples(r: Round) -> None:
+    samples = Samples(responses=str(r.directory / "samples.jsonl"), scores=str(r.directory / "scores.jsonl"))
+    found = _select(r, samples, "selection")
+    r.console.print(
+        f"{found['sft_rows']} rows to train on, {found['preferences']} preferences, {found['ties']} ties",
+        highlight=False,
+    )
+
+
+def pack(r: Round, stage: StageName) -> None:
+    """Write a stage's config, and the store that it names."""
+    config = r.stage_config(stage)
+    for left_by_a_kill in (r.directory / stage).glob(".store.*.partial"):
+        shutil.rmtree(left_by_a_kill)
+    summaries = build_store(config, console=make_console(quiet=True), overwrite=True)
+    write_whole(r.directory / stage / "config.yaml", to_yaml(config))
+    packed = summaries["train"]
+    steps, batch = config.train.steps, config.train.global_batch
+    _say(
+        r,
+        f"{packed.tokens:,} tokens in {packed.num_packs:,} packs; {steps:,} steps of {batch} packs are "
+        f"{steps * batch / packed.num_packs:.1f} epochs",
+    )
+
+
+def average(r: Round) -> None:
+    target = r.directory / "average"
+    if not target.exists():
+        merge(r.merge_plan, target, report=partial(_say, r))
+
+
+def choose_best(r: Round) -> None:
+    """The best of SFT, DPO and average on the validation prompts; the later one where two are equal.
+    Then its answers to the held-out prompts, of which `evaluate` tells."""
+    paths = {n: str(r.directory / n / "hf") for n in ("sft", "dpo")}
+    paths |= {"average": str(r.directory / "average")}
+    validation = r.settings.data.validation
+    answers = {name: r.directory / f"validation-{name}.jsonl" for name in paths}
+    for name, path in paths.items() if validation is not None else ():
+        _draw(r, path, {"prompts": validation}, answers[name], seed=0, greedy=True)
+    if _leads():
+        shares = {}
+        if validation is not None:
+            shares = {name: _accuracy(r, answers[name], validation).share for name in paths}
+        best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
+        choice = {"best": paths[best], "stage": best, "validation": shares}
+        write_json(r.directory / "choice.json", choice)
+    wait_until((r.directory / "choice.json").is_file, "rank 0 to choose the best", r.console)
+    held_out = {"prompts": r.settings.data.held_out}
+    if r.number == 1:
+        start = r.directory / "held_out-start.jsonl"
+        _draw(r, r.policy, held_out, start, seed=0, greedy=True)
+    _draw(r, r.best, held_out, r.directory / "held_out.jsonl", seed=0, greedy=True)
+    _draw(r, r.best, held_out, r.directory / "held_out-samples.jsonl", seed=4)
+
+
+def evaluate(r: Round) -> None:
+    """Accuracy of the best checkpoint on held-out prompts: greedy, of one sample, and of the best of K by
+    the reward model alone. Nothing without a verifier."""
+    verifier, held_out = r.settings.select.verifier, r.settings.data.held_out
+    result = read_object(r.directory / "choice.json", "the choice of a round")
+    if verifier is not None:
+        files = {"greedy": "held_out.jsonl"} | ({"start": "held_out-start.jsonl"} if r.number == 1 else {})
+        for name, file in files.items():
+            result[name] = vars(_accuracy(r, r.directory / file, held_out))
+        samples = Samples(
+            responses=str(r.directory / "held_out-samples.jsonl"),
+            scores=str(r.directory / "held_out-scores.jsonl"),
+        )
+        # a weight of 0: the verifier is the judge here, not the chooser
+        options: dict[str, Any] = {"verifier": verifier, "verifier_weight": 0.0}
+        options["max_bad_rows"] = r.settings.data.max_bad_rows
+        found = candidates(
+            parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
+        )
+        every = [c.verdict.correct for group in found.values() for c in group if c.verdict is not None]
+        # what failed is not right
+        failures = read_failures(r.directory / "held_out-samples.jsonl")
+        unanswered = {row["prompt"] for row in failures} - found.keys()
+        best = [best_of(group, tie=r.settings.select.tie)[0] for group in found.values()]
+        right = sum(c is not None and c.verdict is not None and c.verdict.correct for c in best)
+        result["one_sample"] = vars(Accuracy(sum(every), len(every) + len(failures)))
+        result["best_of_k"] = vars(Accuracy(right, len(best) + len(unanswered)))
+        result["k"] = r.settings.generate.sampling.samples
+        r.console.print(
+            f"{r.name}: {result['stage']} is best; held-out accuracy {Accuracy(**result['greedy'])}",
+            highlight=False,
+        )
+    write_json(r.directory / "evaluation.json", result)
+
+
+def report(r: Round) -> None:
+    """Write `report.html`, about this round and the accuracies of those before it."""
+    rounds = [Round(r.settings, n, r.console) for n in range(1, r.number + 1)]
+    write_report(
+        r.directory / "report.html",
+        title=f"{r.settings.run_dir}, round {r.number} of {r.settings.rounds}",
+        policy=r.policy,
+        best=r.best,
+        evaluations=[read_object(each.directory / "evaluation.json", "an evaluation") for each in rounds],
+        selection=read_object(r.directory / "selection" / SUMMARY, "a selection"),
+        preferences=r.directory / "selection" / PREFERENCES,
+        runs={stage: r.directory / stage for stage in ("reward", "sft", "dpo")},
+    )
+
+
+def _draw(
+    r: Round,
+    model: str,
+    prompts: dict[str, Any],
+    output: Path,
+    *,
+    seed: int,
+    greedy: bool = False,
+    samples: int | None = None,
+) -> None:
+    """prompts: the file and the part of it. seed: of this use of a model in this round."""
+    if output.exists() and not parts_of(output).exists():
+        return
+    chosen, data = r.settings.generate, r.settings.data
+    changes: dict[str, Any] = {"seed": r.settings.seed * 1_000_003 + r.number * 101 + seed}
+    changes |= {"temperature": 0.0, "samples": 1} if greedy else {}
+    changes |= {} if samples is None else {"samples": samples}
+    generate(
+        Generate(
+            model=model,
+            **prompts,
+            max_bad_rows=data.max_bad_rows,
+            max_failed=chosen.max_failed,
+            system=chosen.system,
+            sampling=chosen.sampling.model_copy(update=changes),
+            backend=chosen.backend,
+            part=chosen.part,
+        ),
+        output,
+        console=r.console,
+    )
+
+
+def _select(r: Round, samples: Samples, name: str) -> dict[str, Any]:
+    data = r.settings.data
+    values = r.settings.select.model_dump() | {"prompts": data.prompts, "samples": [samples]}
+    values["max_bad_rows"] = data.max_bad_rows
+    return select(parse(Select, values, origin="select"), r.directory / name)
+
+
+def _accuracy(r: Round, answers: Path, prompts: str) -> Accuracy:
+    """Of one response a prompt; a prompt that failed has no right one."""
+    values: dict[str, Any] = {"prompts": prompts, "samples": [Samples(responses=str(answers))]}
+    values["verifier"] = r.settings.select.verifier
+    values["max_bad_rows"] = r.settings.data.max_bad_rows
+    found = candidates(parse(Select, values, origin="evaluate"))
+    right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
+    return Accuracy(sum(right), len(right) + len(read_failures(answers)))
+
+
+def _say(r: Round, text: str) -> None:
+    r.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _leads() -> bool:
+    """Whether this rank of a step does what is not drawing."""
+    return rank_from_environment()[0] == 0
