@@ -1,4 +1,4 @@
-"""Which parallel layouts can work, and what lengths they need. Arithmetic on the config alone."""
+"""Computes from the config which parallel layouts can work, and which lengths they need."""
 
 import math
 
@@ -9,22 +9,24 @@ from megatron_post.installation import install_command
 
 
 def store_layout(config: UncheckedConfig) -> str:
-    """How examples stand in the packed store: what the stage's collate expects there."""
+    """The layout of examples in the packed store that the stage's collate function expects."""
     layouts = {"dialogs": "dialogs", "preferences": config.reward.layout, "pairs": "separate"}
     return layouts[config.traits.examples]
 
 
 def segment_multiple(config: UncheckedConfig) -> int:
-    """Multiple to which each segment of a pack is padded: the zigzag split cuts every segment in 2 x CP
-    chunks."""
+    """The multiple to which each segment of a pack is padded.
+
+    The zigzag split of context parallelism cuts every segment into 2 x CP equal chunks.
+    """
     return 2 * config.parallel.context if config.parallel.context > 1 else 1
 
 
 def pack_multiple(config: UncheckedConfig) -> int:
-    """Multiple that `data.pack_length` must be of: 2 x CP, TP with sequence parallel, FP8 rows on the local
-    shard.
+    """The number that must divide `data.pack_length`.
 
-    Only whole packs meet a GEMM, so TP and FP8 bind the pack and not its segments.
+    It comes from 2 x CP, from TP with sequence parallelism, and from FP8's rows of a rank's shard. A matrix
+    multiplication gets a whole pack, so TP and FP8 restrict the pack's length and not that of its segments.
     """
     p = config.parallel
     shards = p.context * (p.tensor if p.sequence else 1)
@@ -32,7 +34,7 @@ def pack_multiple(config: UncheckedConfig) -> int:
 
 
 def layout_errors(config: UncheckedConfig) -> list[str]:
-    """Every reason why the layout cannot work on any number of ranks; empty if it can."""
+    """Every reason why the layout cannot work on any number of ranks. Empty if it can."""
     m, p = config.model, config.parallel
     checks = [
         (
@@ -96,18 +98,21 @@ def _pipeline_errors(config: UncheckedConfig) -> list[str]:
 
 
 def uses_portable_layers(config: UncheckedConfig, *, has_transformer_engine: bool) -> bool:
-    """Whether a run has the portable layers: where Transformer Engine is not there, and in fp32, for which it
-    has no fused attention over packed rows.
+    """Whether a run uses the portable layers, which is without Transformer Engine and in fp32.
 
-    Transformer Engine 2.9 and 2.10 have no attention at all for such rows. 2.11 has one without context
-    parallelism, which holds the scores of every pair of tokens.
+    In fp32 Transformer Engine has no fused attention for packed rows. 2.9 and 2.10 have no attention at all
+    for them. 2.11 has one that does not support context parallelism and stores the scores of all pairs of
+    tokens.
     """
     return not has_transformer_engine or config.precision.dtype == "fp32"
 
 
 def uses_portable_attention(config: UncheckedConfig, *, has_transformer_engine: bool) -> bool:
-    """Whether a run has the portable layers' attention: with those layers, and inside Transformer Engine's
-    where responses share a prompt, which is beyond its own attention over packed rows."""
+    """Whether a run uses the portable attention, which may also be inside Transformer Engine's layers.
+
+    Responses that share a prompt need it, because Transformer Engine's packed attention does not support
+    them.
+    """
     return config.shares_prompts or uses_portable_layers(
         config, has_transformer_engine=has_transformer_engine
     )
@@ -123,10 +128,10 @@ def world_errors(
     cuda: str | None = None,
     transformer_engine: str | None = None,
 ) -> list[str]:
-    """Every reason why this config cannot run on these ranks; empty if it can.
+    """Every reason why this config cannot run on these ranks. Empty if it can.
 
-    capability: compute capability of the GPUs; cuda: version of CUDA that torch is built for;
-    transformer_engine: its version; None where it is not known.
+    capability: compute capability of the GPUs. cuda: the CUDA version that torch is built for.
+    transformer_engine: its version. Each of these is None if it is unknown.
     """
     p, errors = config.parallel, []
     if world_size % p.model_size:
@@ -139,11 +144,11 @@ def world_errors(
         if config.train.global_batch % data_size:
             errors.append(
                 f"train.global_batch={config.train.global_batch} is not a multiple of the {data_size} "
-                f"data-parallel ranks that {world_size} ranks make"
+                f"data-parallel ranks of {world_size} ranks"
             )
         elif p.virtual_pipeline > 1 and (config.train.global_batch // data_size) % p.pipeline:
             errors.append(
-                f"{config.train.global_batch // data_size} microbatches a data-parallel rank are not a "
+                f"{config.train.global_batch // data_size} microbatches per data-parallel rank are not a "
                 f"multiple of parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
             )
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
@@ -161,7 +166,7 @@ def world_errors(
         errors += _head_errors(config, has_transformer_engine=has_transformer_engine)
     r = config.recompute
     if r.mode == "selective" and "layernorm" in r.modules and not has_transformer_engine:
-        # megatron-core 0.16 asks Transformer Engine for the state of FP8 there, whether FP8 is on or not
+        # When megatron-core 0.16 recomputes norms, it reads Transformer Engine's FP8 state even without FP8.
         errors.append(
             "recompute.modules with layernorm needs Transformer Engine on a GPU; set "
             f"{fp8.without_norms(config.recompute)}"
@@ -170,15 +175,15 @@ def world_errors(
 
 
 def _head_errors(config: UncheckedConfig, *, has_transformer_engine: bool) -> list[str]:
-    """Why a GPU's attention cannot have heads of this model's width; empty if it can."""
+    """The reason why attention on a GPU does not support this width of heads. Empty if it does."""
     m = config.model
     if uses_portable_attention(config, has_transformer_engine=has_transformer_engine):
-        # torch/_inductor/kernel/flex/flex_attention.py: a GPU cannot multiply narrower matrices
+        # A GPU cannot multiply narrower matrices, by torch/_inductor/kernel/flex/flex_attention.py.
         fits, need = m.head_dim >= 16, "FlexAttention needs at least 16"
     else:
-        # FlashAttention 2 has these widths, by get_attention_backend in Transformer Engine 2.9 to 2.11, and
-        # cuDNN trains no others, by common/fused_attn/fused_attn.cpp. For others 2.11 would take, without
-        # context parallelism, an attention that holds the scores of every pair of tokens.
+        # FlashAttention 2 supports these widths, by get_attention_backend in Transformer Engine 2.9 to 2.11.
+        # cuDNN trains no other widths, by common/fused_attn/fused_attn.cpp. For other widths and without
+        # context parallelism, 2.11 would use an attention that stores the scores of all pairs of tokens.
         fits = m.head_dim % 8 == 0 and m.head_dim <= 256
         need = "Transformer Engine's attention needs a multiple of 8 up to 256"
     if fits:

@@ -106,7 +106,7 @@ def test_world() -> None:
     config = tiny_config(parallel={"tensor": 2}, precision={"dtype": "bf16", "fp8": "delayed"})
     errors = world_errors(config, world_size=6, has_gpu=False, has_transformer_engine=False)
     assert errors == [
-        "train.global_batch=4 is not a multiple of the 3 data-parallel ranks that 6 ranks make",
+        "train.global_batch=4 is not a multiple of the 3 data-parallel ranks of 6 ranks",
         "precision.fp8=delayed needs a GPU; set precision.fp8=null",
     ]
     (error,) = world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=False)
@@ -120,7 +120,7 @@ def test_world() -> None:
     assert world_errors(interleaved, world_size=4, has_gpu=True, has_transformer_engine=True) == []
     interleaved = tiny_config(parallel={"pipeline": 2, "virtual_pipeline": 2}, train={"global_batch": 3})
     (error,) = world_errors(interleaved, world_size=2, has_gpu=True, has_transformer_engine=True)
-    assert "3 microbatches a data-parallel rank are not a multiple of parallel.pipeline=2" in error
+    assert "3 microbatches per data-parallel rank are not a multiple of parallel.pipeline=2" in error
 
 
 def test_widths_of_heads_on_a_gpu() -> None:
