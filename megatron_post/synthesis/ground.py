@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from megatron_post.inference.answers import open_answers
+from megatron_post.inference.answers import Answers, open_answers
 from megatron_post.inference.journal import Journal
-from megatron_post.inference.model import Answers, Model
+from megatron_post.inference.model import Model
 from megatron_post.inference.request import Refusal, Reply, Request
 from megatron_post.sandbox.sandbox import open_sandbox
 from megatron_post.synthesis.programs import JournalledSandbox
