@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_post.installation import install_system_package
+from megatron_post.sandbox import toolchains
 from megatron_post.sandbox.bubblewrap_program import WORK, BubblewrapProgram
 from megatron_post.sandbox.kernel_limits import MIB, of_a_namespace, of_each_process
 from megatron_post.sandbox.settings import Bubblewrap, Limits
 from megatron_post.sandbox.syscalls import filter_program
-from megatron_post.sandbox.toolchains import toolchains
 
 _USER = "65533"  # in the sandbox, and outside where this process is root: systemd's table leaves it unused
 _SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # links into /usr, or directories
@@ -66,7 +66,7 @@ class BubblewrapSandbox:
     )
 
     def __init__(self, settings: Bubblewrap) -> None:
-        self._is_root = os.getuid() == 0
+        self._is_root = _is_root()
         needed = ["bwrap", "prlimit", *(["setpriv", "unshare", "mount"] if self._is_root else [])]
         self._found = {name: shutil.which(name) or "" for name in needed}
         if missing := [name for name, path in self._found.items() if not path]:
@@ -81,7 +81,9 @@ class BubblewrapSandbox:
         self._settings = settings
         # of bubblewrap, which a program can read in /proc/1/environ; mount needs a path
         self._environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"} if self._is_root else {}
-        self._tools = toolchains()
+        prefixes = toolchains.prefixes()
+        self._path = ":".join([*(f"{prefix}/bin" for prefix in prefixes), "/usr/local/bin:/usr/bin:/bin"])
+        self._tools = [path for prefix in prefixes for path in toolchains.directories(prefix)]
         self._packages = [path for path in site.getsitepackages([sys.base_prefix]) if Path(path).is_dir()]
         self._outside = list(dict.fromkeys([*self._tools, *settings.read_only]))
 
@@ -143,9 +145,8 @@ class BubblewrapSandbox:
         return f"{_REACHABLE}/{self._outside.index(path)}" if self._is_root else path
 
     def _isolated(self, limits: Limits) -> list[str]:
-        path = ":".join([*(f"{prefix}/bin" for prefix in self._tools), "/usr/local/bin:/usr/bin:/bin"])
         variables = {
-            "PATH": path, "HOME": WORK, "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+            "PATH": self._path, "HOME": WORK, "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MEMORY_MIB": str(limits.memory_mib),
             **self._settings.environment,
         }  # fmt: skip
@@ -178,6 +179,12 @@ class BubblewrapSandbox:
         for name in _DEVICES:
             words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
         return words
+
+
+def _is_root() -> bool:
+    """Whether this process is the machine's root, and not only that of a container with its own users."""
+    first = Path("/proc/self/uid_map").read_text().split()[:2]
+    return os.getuid() == 0 and first == ["0", "0"]
 
 
 def _in_memory(content: bytes) -> int:

@@ -6,8 +6,8 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_post.sandbox.supervise import SECONDS_TO_END, BrokenSandbox
 
@@ -18,10 +18,12 @@ _INODE = 4096  # bytes that a file counts beside its content
 class BubblewrapProgram:
     """A program that runs in bubblewrap."""
 
-    def __init__(self, process: subprocess.Popen[bytes], status: Iterator[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], status: BinaryIO) -> None:
         self.process = process
         self._status = status
         self._disk: int | None = None
+        if not select.select([status], [], [], SECONDS_TO_END)[0]:
+            process.kill()
         first = next(status, b"{}")  # written before anything is mounted; empty where that failed
         self.root: int | None = json.loads(first).get("child-pid")
         self._first: int | None = None  # a descriptor of that process: its number may be another's later
@@ -44,7 +46,7 @@ class BubblewrapProgram:
     def _open_disk(self) -> int | None:
         """None while bubblewrap is still mounting, and /tmp is the host's."""
         try:
-            disk = os.open(f"/proc/{self.root}/root{WORK}", os.O_PATH | os.O_DIRECTORY)
+            disk = os.open(f"/proc/{self.root}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             return None
         if os.fstat(disk).st_dev != os.stat("/tmp").st_dev:

@@ -11,6 +11,7 @@ Kind = Literal[
     "memory",
     "disk",
     "processes",
+    "files",  # open ones
     "output",
     "killed",  # by a signal which no limit of ours sent
     "unavailable",  # the shell's exit status 127: a tool is missing

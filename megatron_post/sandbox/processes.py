@@ -20,7 +20,9 @@ def descendants(root: int) -> dict[int, int]:
     threads: dict[int, int] = {}
     found = [root]
     for process in found:  # grows
-        tasks = _listing(process)
+        if process in threads:
+            continue  # it was moved to another parent meanwhile
+        tasks = _listing(f"/proc/{process}/task")
         threads[process] = len(tasks)
         for task in tasks:
             found += map(int, _read(f"/proc/{process}/task/{task}/children").split())
@@ -42,6 +44,10 @@ def shared_memory(processes: Iterable[int]) -> int:
     )
 
 
+def open_files(processes: Iterable[int]) -> int:
+    return sum(len(_listing(f"/proc/{process}/fd")) for process in processes)
+
+
 def cpu_seconds(processes: Iterable[int]) -> float:
     """Processor time of processes, and of their children that have ended."""
     return sum(_ticks(_read(f"/proc/{process}/stat")) for process in processes) / _TICKS
@@ -57,9 +63,9 @@ def _kilobytes(fields: re.Pattern[str], text: str) -> int:
     return sum(map(int, fields.findall(text))) * 1024
 
 
-def _listing(process: int) -> list[str]:
+def _listing(directory: str) -> list[str]:
     try:
-        return os.listdir(f"/proc/{process}/task")
+        return os.listdir(directory)
     except OSError:
         return []
 

@@ -41,7 +41,12 @@ class Limits(Section):
     cpu_seconds: Positive = Field(10.0, le=86_400, description="of processor time, on all cores together")
     memory_mib: Count = Field(1024, le=2**20, description="of memory, without the files that it writes")
     processes: Count = Field(64, le=2**15, description="processes and threads at a time")
-    open_files: Count = Field(256, ge=16, le=2**16, description="files and pipes that one process has open")
+    open_files: Count = Field(
+        256,
+        ge=16,
+        le=2**16,
+        description="files, pipes and sockets of one process; all have four times as many",
+    )
     disk_mib: Count = Field(64, le=2**20, description="of files, which lie in memory")
     output_kib: Count = Field(256, le=2**20, description="of standard output and standard error together")
 

@@ -4,6 +4,7 @@ import os
 import selectors
 import subprocess
 import time
+from collections.abc import Iterable
 from threading import Event
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from megatron_post.sandbox.settings import Limits
 
 SECONDS_TO_END = 30.0  # of what has been killed
 _FIRST_LOOK, _LOOKS = 0.002, 0.025  # seconds until the first look at a program, and at most between two
+_AGAIN = 0.01  # seconds until memory is measured a second time
 _CHUNK = 2**16
 
 
@@ -116,7 +118,15 @@ def _look(program: Program, limits: Limits, begun: float) -> Kind | None:
         return "processes"
     if processes.cpu_seconds([program.root, *found]) > limits.cpu_seconds:
         return "timeout"
-    most = limits.memory_mib * MIB
-    if processes.memory(found) > most and processes.shared_memory(found) > most:
-        return "memory"
+    if processes.open_files(found) > 4 * limits.open_files:
+        return "files"  # sockets hold memory that counts for no process
+    if _too_much_memory(found, limits):
+        time.sleep(_AGAIN)  # a child that has not yet begun its own program counts its parent's memory
+        if _too_much_memory(found, limits):
+            return "memory"
     return "disk" if program.disk_bytes() >= limits.disk_mib * MIB else None
+
+
+def _too_much_memory(found: Iterable[int], limits: Limits) -> bool:
+    most = limits.memory_mib * MIB
+    return processes.memory(found) > most and processes.shared_memory(found) > most

@@ -29,21 +29,27 @@ quotactl_fd 443 443         reboot 169 142              request_key 249 218     
 setdomainname 171 162       sethostname 170 161         setns 308 268               settimeofday 164 170
 shmget 29 194               swapoff 168 225             swapon 167 224              syslog 103 116
 umount2 166 39              unshare 272 97              userfaultfd 323 282         uselib 134 -
-ustat 136 -                 vhangup 153 58
+ustat 136 -                 vhangup 153 58              vmsplice 278 75
 """
 # what is looked at more closely, and clone3, whose flags a filter cannot see. C libraries then use clone
-_CLOSELY = "clone 56 220  clone3 435 435  ioctl 16 29  prlimit64 302 261  setrlimit 160 164  socket 41 198"
+_CLOSELY = """
+clone 56 220  clone3 435 435  ioctl 16 29  prlimit64 302 261  setrlimit 160 164  setsockopt 54 208
+socket 41 198
+"""
 _NEWEST = 450  # set_mempolicy_home_node; later calls are unknown here, and libraries do without them
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
-_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6; AF_VSOCK would reach a virtual machine's host
+# AF_UNIX. AF_VSOCK would reach a virtual machine's host, and AF_INET hold megabytes for each connection
+_FAMILIES = (1,)
+_BUFFERS = (7, 32)  # SO_SNDBUF, SO_SNDBUFFORCE: the memory of sockets, which counts for no process
 _TERMINAL = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: they type into a terminal
 _CORE = 4  # RLIMIT_CORE; a limit of 1 alone keeps the host's program for core dumps from running
 
 _LOAD, _EQUAL, _ABOVE, _BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06  # opcodes, linux/bpf_common.h
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
-_EPERM, _ENOSYS, _EAFNOSUPPORT = (0x00050000 | number for number in (1, 38, 97))
+# SECCOMP_RET_ERRNO with an error number; 0: the call does nothing and succeeds
+_IGNORED, _EPERM, _ENOSYS, _EAFNOSUPPORT = (0x00050000 | number for number in (0, 1, 38, 97))
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # bytes in struct seccomp_data; both are little-endian
 
 Instruction = tuple[int, int, int, int]  # opcode, jumps where true and where false, operand
@@ -87,6 +93,8 @@ def filter_program(architecture: str | None = None) -> bytes:
         number["clone"], [_argument(0), (_BITS, 0, 1, _NAMESPACES), _return(_EPERM), _return(_ALLOW)]
     )
     program += _if(number["socket"], [_argument(0), *_one_of(_FAMILIES, _ALLOW), _return(_EAFNOSUPPORT)])
+    # a larger buffer is not refused, and not given
+    program += _if(number["setsockopt"], [_argument(2), *_one_of(_BUFFERS, _IGNORED), _return(_ALLOW)])
     program += _if(number["ioctl"], [_argument(1), *_one_of(_TERMINAL, _EPERM), _return(_ALLOW)])
     program += _if(number["setrlimit"], [_argument(0), *_one_of((_CORE,), _EPERM), _return(_ALLOW)])
     # prlimit64 reads a limit too, if its third argument, a pointer of two halves, is null

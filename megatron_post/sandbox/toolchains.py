@@ -1,4 +1,4 @@
-"""Where the languages' tools are on this machine."""
+"""Where the languages' tools are on this machine, if they are not in /usr."""
 
 import shutil
 import subprocess
@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 _TOOLS = ("node", "g++", "java", "javac")
+# A tool in ~/bin has the home directory as its prefix, so a program sees these parts of a prefix alone
+_PARTS = ("bin", "lib", "lib64", "libexec", "include", "conf", "*-linux-gnu*")
 
 
-def toolchains() -> list[str]:
-    """Directories outside /usr that hold Python, and the tools which are on the PATH of this process."""
+def prefixes() -> list[Path]:
+    """Prefixes outside /usr of this Python, and of the tools that are on the PATH of this process."""
     found = [Path(sys.base_prefix).resolve()]
     for name in _TOOLS:
         if path := shutil.which(name):
@@ -19,5 +21,9 @@ def toolchains() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
         if done.returncode == 0:
             found.append(Path(done.stdout.strip()).resolve())
-    outside = (path for path in found if path != Path("/") and path.parts[:2] != ("/", "usr"))
-    return list(dict.fromkeys(map(str, outside)))
+    return [path for path in dict.fromkeys(found) if path != Path("/") and path.parts[:2] != ("/", "usr")]
+
+
+def directories(prefix: Path) -> list[str]:
+    """What a tool needs of its prefix."""
+    return [str(path) for part in _PARTS for path in sorted(prefix.glob(part)) if path.is_dir()]

@@ -25,6 +25,7 @@ def call(*arguments):
 """
 _FORK_AND_LEAVE = "import os, sys, time\nif os.fork(): sys.exit()\nos.setsid()\nif os.fork(): os._exit(0)\n"
 _REFUSED = "Operation not permitted"
+_NO_FAMILY = "not supported"
 
 PROGRAMS: dict[str, Hostile] = {
     # processes
@@ -146,7 +147,7 @@ PROGRAMS: dict[str, Hostile] = {
         "python",
         "import socket\nsocket.create_connection(('192.0.2.1', 53), 2)\nprint('LEAK')",
         "failed",
-        "unreachable",
+        "not supported",
     ),
     "names": Hostile(
         "python", "import socket\nsocket.getaddrinfo('example.com', 80)\nprint('LEAK')", "failed", "gaierror"
@@ -155,7 +156,7 @@ PROGRAMS: dict[str, Hostile] = {
         "python",
         "import socket\nsocket.create_connection(('127.0.0.1', @port), 2)\nprint('LEAK')",
         "failed",
-        "refused",
+        "not supported",
     ),
     "an abstract socket": Hostile(
         "python",
@@ -165,6 +166,17 @@ PROGRAMS: dict[str, Hostile] = {
     ),
     "a virtual machine's host": Hostile(
         "python", "import socket\nsocket.socket(socket.AF_VSOCK)", "failed", "not supported"
+    ),
+    "memory in sockets": Hostile(
+        "python",
+        "import contextlib, os, socket, time\ndef fill():\n    keep = []\n    while True:\n"
+        "        pair = socket.socketpair()\n        keep.append(pair)\n        for each in pair:\n"
+        "            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)\n"
+        "            each.setblocking(False)\n            with contextlib.suppress(BlockingIOError):\n"
+        "                while True: each.send(b'x' * 65536)\n"
+        "for i in range(8):\n    if not os.fork():\n        with contextlib.suppress(OSError): fill()\n"
+        "        time.sleep(1000)\ntime.sleep(1000)",
+        "files",
     ),
     "the kernel by netlink": Hostile(
         "python", "import socket\nsocket.socket(socket.AF_NETLINK)", "failed", "not supported"
