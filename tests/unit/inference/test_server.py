@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from megatron_post.inference import server as module
-from megatron_post.inference.chat import parse_completion
 from megatron_post.inference.generate import Generate, generate
 from megatron_post.inference.request import Refusal, Reply, Sampling
 from megatron_post.inference.samples import read_samples
@@ -123,17 +122,6 @@ def test_nonsense_is_refused(served: _Server, content: bytes, message: str) -> N
     with pytest.raises(BadServer, match=f"3 tries failed, the last with: .*{message}"):
         _ask(served)
     assert len(served.bodies) == 4  # the last asks whether the server answers anything
-
-
-@pytest.mark.parametrize(
-    ("reason", "finish"),
-    [(None, "stop"), (128009, "stop"), (128008, "tool_calls"), ("<|eom_id|>", "tool_calls")],
-)
-def test_calls_of_tools(reason: int | str | None, finish: str) -> None:
-    """vLLM says "stop" of every token that it was told to stop at, and which one it was beside it."""
-    choice = {"message": {"content": "call"}, "finish_reason": "stop", "stop_reason": reason}
-    content = json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}})
-    assert parse_completion(content.encode()) == answer("call", 3, finish)
 
 
 def test_a_slow_server(served: _Server) -> None:
