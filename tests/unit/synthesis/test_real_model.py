@@ -1,0 +1,83 @@
+"""A recipe over a real Llama behind real HTTP, and its rows in a packed store."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from megatron_post.config.load import validate
+from megatron_post.data.build import build_store
+from megatron_post.data.store import open_store
+from megatron_post.data.template import TokenRole
+from megatron_post.data.tokenizer import load_tokenizer
+from tests.chat_server import ChatServer
+from tests.unit.rounds.models import tiny_policy
+from tests.unit.synthesis.conftest import Place
+
+TEXT = (
+    "Write a Python program that does this: print 1, and be right\n\nHere it is.\n```python\nprint(1)\n```\n"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_policy(tmp_path_factory.mktemp("model") / "model", text=TEXT)
+
+
+def _models(url: str, max_tokens: int) -> dict[str, object]:
+    backend = {"kind": "server", "url": url, "served_model": "llama", "retries": 1, "timeout": 60.0}
+    sampling = {"temperature": 1.0, "max_tokens": max_tokens}
+    return {"author": {"model": "tiny", "backend": backend, "sampling": sampling}}
+
+
+def test_a_model_that_writes_nonsense_is_dropped_where_it_does(place: Place, model: Path) -> None:
+    """A Llama with random weights writes to its limit, or stops by itself, or is asked too much."""
+    place.add_tasks(*["right"] * 12)
+    with (place.directory / "tasks.jsonl").open("a") as file:
+        file.write('{"task": "' + "print 1, " * 300 + '", "expected": "1"}\n')  # more than 256 positions
+    with ChatServer(model) as server:
+        first = place.run(models=_models(server.url, 24), max_failed=0.1)
+        assert server.requests == 13
+        before = place.bytes()
+        (place.output / "summary.json").unlink()
+        place.run(models=_models(server.url, 24), max_failed=0.1)
+        assert server.requests == 13 and place.bytes() == before
+    assert "0 rows from 0 of 13 input rows, 12 dropped, 1 failed" in first
+    dropped = place.rows("dropped.jsonl")
+    assert {row["reason"] for row in dropped[:12]} <= {"the reply is cut off", "the reply has no program"}
+    assert dropped[12]["reason"] == "refused by a model" and "256" in dropped[12]["detail"]
+    asked = [row["journal"][0] for row in dropped]
+    assert all(0 < event["tokens"] <= 24 and event["prompt_tokens"] > 20 for event in asked[:12])
+    page = (place.output / "report.html").read_text()
+    assert "1 failed at solve: refused by a model" in page
+
+
+def test_rows_are_packed_with_their_final_turn_trained(place: Place, model: Path) -> None:
+    place.add_tasks("right", "mended", "wrong", "mended")
+    place.run()
+    rows = place.output / "rows.jsonl"
+    config = validate(
+        {
+            "stage": "sft",
+            "run_dir": str(place.directory / "training"),
+            "model": {"preset": "tiny"},
+            "train": {"steps": 1, "global_batch": 1},
+            "tokenizer": {"path": str(model)},
+            "data": {
+                "store": str(place.directory / "store"),
+                "pack_length": 4096,
+                "sources": [{"name": "code", "path": str(rows)}],
+            },
+        },
+        origin="test",
+    )
+    build_store(config, console=Console(quiet=True))
+    tokenizer = load_tokenizer(str(model))
+    pack = open_store(place.directory / "store", "train").read(0)
+    trained = np.isin(pack.roles, (TokenRole.BODY, TokenRole.TERMINATOR))
+    edges = np.flatnonzero(np.diff(trained.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    texts = [tokenizer.decode(pack.tokens[start:end].tolist()) for start, end in edges]
+    answers = [f"Here it is.\n```python\nprint({number})\n```<|eot_id|>" for number in (0, 1, 3)]
+    assert sorted(texts) == answers
+    assert np.count_nonzero(pack.roles == TokenRole.MASKED) > 2 * 10  # the two first tries
