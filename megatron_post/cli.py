@@ -159,7 +159,7 @@ def config_schema(
 @app.command()
 def doctor() -> None:
     """Report versions, devices, Slurm, the active fused parts, and the cost of each missing one."""
-    from megatron_post.doctor import diagnose
+    from megatron_post.doctor.report import diagnose
 
     diagnose(make_console())
 

@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from megatron_post.doctor import installed_version
+from megatron_post.doctor.probes import installed_version
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "trl")

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from megatron_post.config.layout import world_errors
-from megatron_post.doctor import ENGINE_VERSIONS
+from megatron_post.doctor.problems import ENGINE_VERSIONS
 from tests.distributed.test_layouts import check_equal, gradients, joined
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config

@@ -29,7 +29,8 @@ from megatron_post.bench.gpu_day.runs import (
 from megatron_post.bench.gpu_day.speed import Found, bandwidth, kernel, proxy, step, switch
 from megatron_post.data.batch import PackedBatch, segment_numbers
 from megatron_post.display import make_console
-from megatron_post.doctor import diagnose, find_problems
+from megatron_post.doctor.problems import find_problems
+from megatron_post.doctor.report import diagnose
 from megatron_post.models.attention import block_attention, flex_attention
 from megatron_post.models.packing import portable_segments
 from megatron_post.parallel.context import ContextSplit
