@@ -42,6 +42,7 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
+        "synthesize": ["ruff"],
         "bench": PEERS,
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", TRITON, *PEERS],
     },

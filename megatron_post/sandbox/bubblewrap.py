@@ -48,6 +48,9 @@ done
 shift
 exec "$@"
 """
+# The first process in the sandbox is bubblewrap's, and a program can read its memory. The last file that
+# bubblewrap copies has zeros alone: otherwise its buffer would hold parts of files that were deleted since
+_BUFFER = 2**16
 
 
 _OTHERWISE = "or set sandbox.kind=command with a container command of your site"
@@ -113,6 +116,7 @@ class BubblewrapSandbox:
                     words += ["--file", hand(text.encode()), f"/etc/{name}"]
                 for name, content in files.items():
                     words += ["--file", hand(content), f"{WORK}/{name}"]
+                words += ["--file", hand(bytes(_BUFFER)), "/etc/blank"]
                 words += ["--remount-ro", "/", "--chdir", WORK, "--"]
                 if counted := of_a_namespace(limits):
                     words += [prlimit, *counted, "--"]

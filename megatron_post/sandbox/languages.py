@@ -43,15 +43,45 @@ def program(
 
     Raises `ValueError` for another language.
     """
-    if language not in TOOLS:
-        raise ValueError(f"{language!r} cannot be run; there are {', '.join(LANGUAGES)}")
-    name, run, compile_only = _commands(language, source)
+    name, run, compile_only = _known(language, source)
     files: dict[str, str | bytes] = {name: source}
     if check:
         return Code(files, ("sh", "-c", compile_only))
     if stdin is None:
         return Code(files, ("sh", "-c", run))
     return Code({**files, _STDIN: stdin}, ("sh", "-c", f"exec <{_STDIN} && {run}"))
+
+
+class Steps(NamedTuple):
+    """How a program is built once and run many times: lines for a shell, where its file is.
+
+    build: also finds what does not parse in a language that has no compiler. run: ends with the program, so
+    that arguments can follow.
+    """
+
+    file: str
+    build: str
+    run: str
+
+
+def steps(language: Language, source: str) -> Steps:
+    """The steps of a program of one file. Raises `ValueError` for another language."""
+    file, run, check = _known(language, source)
+    match language:
+        case "cpp" | "rust":
+            build, _, _ = run.partition(" && ")
+            return Steps(file, build, "exec /tmp/program")
+        case "java":
+            main = file.removesuffix(".java")
+            return Steps(file, check, f"exec java {' '.join(_JAVA_OPTIONS)} -cp /tmp/classes {main}")
+        case _:
+            return Steps(file, check, run)
+
+
+def _known(language: Language, source: str) -> tuple[str, str, str]:
+    if language not in TOOLS:
+        raise ValueError(f"{language!r} cannot be run; there are {', '.join(LANGUAGES)}")
+    return _commands(language, source)
 
 
 def _commands(language: Language, source: str) -> tuple[str, str, str]:

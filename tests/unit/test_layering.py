@@ -97,7 +97,7 @@ ALLOWED = {
         "train",
         "plan",
     },
-    "synthesis": {"config", "data", "display", "inference", "sandbox", "storage"},
+    "synthesis": {"config", "data", "display", "inference", "installation", "sandbox", "storage"},
     "launch": {"config", "data", "display", "storage", "parallel.environment", "convert", "train", "plan"},
     "cli": {
         "config",

@@ -217,3 +217,22 @@ def test_settings_that_cannot_work_are_refused(sandbox: Sandbox) -> None:
         Container(kind="command", command=("docker", "{file}"))
     with pytest.raises(ValueError, match="no-such-tool cannot be found"):
         open_sandbox(Container(kind="command", command=("no-such-tool",)))
+
+
+def test_no_file_that_was_deleted_is_left_in_memory(sandbox: Sandbox) -> None:
+    """The first process in the sandbox has copied the files, and a program can read its memory."""
+    source = (
+        "import re\n"
+        "for line in open('/proc/1/maps'):\n"
+        "    start, end = (int(word, 16) for word in line.split()[0].split('-'))\n"
+        "    try:\n"
+        "        memory = open('/proc/1/mem', 'rb', buffering=0)\n"
+        "        memory.seek(start)\n"
+        "        print(re.findall(rb'sec' + rb'ret[0-9]+', memory.read(end - start))[:9])\n"
+        "    except (OSError, ValueError, OverflowError):\n"
+        "        continue\n"
+    )
+    secrets = "".join(f"secret{number} " for number in range(5000))
+    files = {"secrets": secrets, "main.py": source}
+    outcome = asyncio.run(sandbox.run(files, ["sh", "-c", "rm secrets; exec python3 main.py"]))
+    assert outcome.ok and set(outcome.stdout.split()) == {"[]"}

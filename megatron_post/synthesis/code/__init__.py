@@ -1,0 +1,1 @@
+"""What the recipes for code share: programs in replies, tests of programs, mutants, and how alike two are."""

@@ -1,0 +1,159 @@
+"""Runs tests that a model wrote on a program that a model wrote, each in a process of its own.
+
+It reads job.json, {"nonce": ..., "tests": ..., "build": ..., "run": ..., "seconds": ...}. The program's file
+is in the directory `program`. The report is one line of standard output, the nonce and JSON.
+
+The program must not be able to write that line. It could write to the standard output of another process, by
+/proc, and so it must not learn the nonce, nor see the tests before it has answered them. Both are read and
+deleted before the program is built. This process cannot be inspected by others of its user.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from typing import IO, Any
+
+_PR_SET_DUMPABLE = 4  # linux/prctl.h; with 0, the files of this process in /proc are closed to the program
+_KEPT = 2048  # characters of each text in the report
+_MOST_RUNS = 32  # runs in the report, the last ones
+_MOST_BYTES = 2**20  # of an output that is read
+_DIRECTORY = "program"
+
+
+class Result:
+    """What the tests see of a run. returncode: negative where a signal ended the program."""
+
+    def __init__(self, stdout: str, stderr: str, returncode: int) -> None:
+        self.stdout, self.stderr, self.returncode = stdout, stderr, returncode
+
+    def __repr__(self) -> str:
+        return f"Result(stdout={self.stdout!r}, stderr={self.stderr!r}, returncode={self.returncode})"
+
+
+class _Hang(AssertionError):
+    """The program has not ended in its time."""
+
+
+class _Bench:
+    """Runs the program, and remembers the runs of one test."""
+
+    def __init__(self, command: str, seconds: float) -> None:
+        self._command, self._seconds = command, seconds
+        self.runs: list[dict[str, Any]] = []
+        self.hung = False  # whatever the tests make of the exception
+
+    def run(self, stdin: str = "", *arguments: str) -> Result:
+        """`run` of the tests."""
+        with contextlib.ExitStack() as stack:
+            # files and no pipes: a child that the program leaves behind would hold a pipe open
+            given, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+            given.write(stdin.encode(errors="surrogatepass"))
+            given.seek(0)
+            returncode = self._wait([f'{self._command} "$@"', "sh", *map(str, arguments)], given, out, err)
+            result = Result(_text(out), _text(err), returncode)
+        self.runs.append(
+            {
+                "stdin": stdin[:_KEPT],
+                "arguments": [str(argument)[:_KEPT] for argument in arguments],
+                "stdout": result.stdout[:_KEPT],
+                "stderr": result.stderr[-_KEPT:],
+                "returncode": returncode,
+                "digest": hashlib.sha256(_without_blanks(result.stdout).encode()).hexdigest(),
+            }
+        )
+        if self.hung:
+            raise _Hang(f"the program did not end within {self._seconds:g} seconds")
+        return result
+
+    def _wait(self, words: list[str], given: IO[bytes], out: IO[bytes], err: IO[bytes]) -> int:
+        process = subprocess.Popen(
+            ["sh", "-c", *words], stdin=given, stdout=out, stderr=err, cwd=_DIRECTORY, start_new_session=True
+        )
+        try:
+            return process.wait(self._seconds)
+        except subprocess.TimeoutExpired:
+            self.hung = True
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(_MOST_BYTES).decode(errors="replace")
+
+
+def _without_blanks(text: str) -> str:
+    """The text as far as an output is compared: without blanks at the ends of lines and of the text."""
+    return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
+
+
+def _report(job: dict[str, Any]) -> dict[str, Any]:
+    build = subprocess.run(
+        ["sh", "-c", job["build"]], stdin=subprocess.DEVNULL, capture_output=True, cwd=_DIRECTORY
+    )
+    if build.returncode:
+        message = (build.stderr + build.stdout).decode(errors="replace")
+        kind = "unavailable" if build.returncode == 127 else "build"
+        return {"kind": kind, "message": message[:_KEPT]}
+    bench = _Bench(job["run"], job["seconds"])
+    names: dict[str, Any] = {"run": bench.run, "__name__": "tests"}
+    lines = job["tests"].split("\n")
+    try:
+        exec(compile(job["tests"], "tests.py", "exec"), names)
+    except BaseException as error:  # whatever the tests do
+        return {"kind": "tests", "message": _what(error, lines), "runs": bench.runs[-_MOST_RUNS:]}
+    tests = [name for name, value in names.items() if name.startswith("test") and callable(value)]
+    if not tests:
+        return {"kind": "tests", "message": "there is no function whose name begins with test"}
+    for name in tests:
+        bench.runs = []
+        message = ""
+        try:
+            names[name]()
+        except BaseException as error:
+            message = _what(error, lines)
+        if message or bench.hung:
+            kind = "hang" if bench.hung else "failed"
+            message = message or "the program did not end in its time"
+            return {"kind": kind, "test": name, "message": message, "runs": bench.runs[-_MOST_RUNS:]}
+    return {"kind": "passed", "tests": len(tests), "runs": bench.runs[-_MOST_RUNS:]}
+
+
+def _what(error: BaseException, lines: list[str]) -> str:
+    """The line of the tests that failed, and the exception."""
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "tests.py":
+            line = frame.tb_lineno
+            place = f"tests.py, line {line}: {lines[line - 1].strip() if line <= len(lines) else ''}\n"
+        frame = frame.tb_next
+    try:
+        text = str(error)
+    except BaseException:
+        text = "(its message cannot be printed)"
+    return f"{place}{type(error).__name__}{': ' if text else ''}{text}"[:_KEPT]
+
+
+def main() -> None:
+    with open("job.json", encoding="utf-8") as file:
+        job = json.load(file)
+    os.unlink("job.json")
+    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError("the tests cannot be kept from the program: prctl failed")
+    output = os.dup(1)
+    report = _report(job)
+    line = f"\n{job['nonce']} {json.dumps(report)}\n".encode()
+    while line:
+        line = line[os.write(output, line) :]
+    os._exit(report["kind"] != "passed")  # tests may have left threads behind
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Mutants: programs with a planted error. Tests that let most of them pass are not worth much."""
+
+import difflib
+import json
+
+from megatron_post.sandbox.languages import Language
+from megatron_post.synthesis.code.tokens import tokens
+from megatron_post.synthesis.code.unit_tests import Bench, script
+from megatron_post.synthesis.recipe import Dropped
+
+# programs that do nothing: tests that they pass assert nothing
+_EMPTY: dict[Language, str] = {
+    "python": "",
+    "javascript": "",
+    "cpp": "int main() {}\n",
+    "java": "public class Main { public static void main(String[] arguments) {} }\n",
+    "rust": "fn main() {}\n",
+    "bash": "",
+}
+_OTHERS = {
+    "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "===": "!==", "!==": "===",
+    "+": "-", "-": "+", "*": "+", "/": "*", "%": "+", "+=": "-=", "-=": "+=", "*=": "+=",
+    "&&": "||", "||": "&&", "++": "--", "--": "++",
+    "true": "false", "false": "true",
+    "-lt": "-le", "-le": "-lt", "-gt": "-ge", "-ge": "-gt", "-eq": "-ne", "-ne": "-eq", "-z": "-n",
+}  # fmt: skip
+_BETWEEN_BLANKS = "<>+-*/%"  # elsewhere they may be brackets of a type, signs and pointers
+
+
+async def survivors(bench: Bench, source: str, tests: str, count: int) -> tuple[list[str], int]:
+    """The changes in mutants of a program that pass its tests, and how many mutants were run.
+
+    count: mutants at most. One that does not compile is not counted. Raises `Dropped` as `mutants_of`.
+    """
+    mutants = await mutants_of(bench, source, count)
+    runs = (bench.run("mutant", mutant, tests) for mutant, _ in mutants)
+    reports = list(zip(mutants, await bench.task.together(*runs), strict=True))
+    passed = [change for (_, change), report in reports if report.ok]
+    return passed, sum(report.kind != "build" for _, report in reports)
+
+
+async def mutants_of(bench: Bench, source: str, count: int) -> list[tuple[str, str]]:
+    """At most `count` mutants, each with what was changed: a program that does nothing comes first.
+
+    Python is parsed for it, inside the sandbox. In other languages one token is changed, and a mutant may not
+    compile. Raises `Dropped` for Python that cannot be written anew.
+    """
+    language = bench.language
+    if language == "python":
+        files = {"mutate.py": script("mutate.py"), "main.py": source}
+        outcome = await bench.task.run("mutate", files, ("python3", "mutate.py", str(count - 1)))
+        if not outcome.ok:
+            raise Dropped("the program has no mutants", f"{outcome.kind}: {outcome.stderr[-300:]}")
+        original, *changed = json.loads(outcome.stdout)
+    else:
+        original, changed = source, _by_tokens(language, source, count - 1)
+    empty = (_EMPTY[language], "a program that does nothing")
+    return [empty, *((mutant, _difference(original, mutant)) for mutant in changed)]
+
+
+def _by_tokens(language: Language, source: str, count: int) -> list[str]:
+    """Mutants with one other token each, spread evenly over the program."""
+    found = []
+    for token in tokens(language, source):
+        end = token.start + len(token.text)
+        around = source[token.start - 1 : token.start] + source[end : end + 1]
+        if token.kind == "number" and len(token.text) < 18:
+            found.append((token.start, end, str(int(token.text) + 1)))
+        elif token.kind == "string" and len(token.text) > 2 and token.text[0] == token.text[-1] == '"':
+            found.append((token.start, end, f'"x{token.text[1:]}'))
+        elif token.text in _OTHERS and (token.text not in _BETWEEN_BLANKS or around.isspace()):
+            found.append((token.start, end, _OTHERS[token.text]))
+    count = min(count, len(found))
+    places = [found[(2 * number + 1) * len(found) // (2 * count)] for number in range(count)]
+    return [source[:start] + text + source[end:] for start, end, text in places]
+
+
+def _difference(original: str, mutant: str) -> str:
+    lines = difflib.unified_diff(original.splitlines(), mutant.splitlines(), n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))[:500]

@@ -1,0 +1,67 @@
+"""The one program in a reply."""
+
+from typing import Any
+
+from megatron_post.inference.request import Reply
+from megatron_post.sandbox.languages import Language
+from megatron_post.synthesis.code.unit_tests import MOST_CHARACTERS
+from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import blocks
+
+TITLES: dict[Language, str] = {
+    "python": "Python",
+    "javascript": "JavaScript",
+    "cpp": "C++",
+    "java": "Java",
+    "rust": "Rust",
+    "bash": "Bash",
+}
+_TAGS: dict[Language, tuple[str, ...]] = {  # of blocks, beside the name of the language itself
+    "python": ("py", "python3"),
+    "javascript": ("js", "node"),
+    "cpp": ("c++", "cc", "cxx"),
+    "java": (),
+    "rust": ("rs",),
+    "bash": ("sh", "shell"),
+}
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """The code in an input row. Raises `ValueError` if there is none, and `Dropped` if it is too long."""
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a row of the input needs `text`, which is code; it has {', '.join(row)}")
+    if len(text) > MOST_CHARACTERS:
+        raise Dropped("the code is too long", f"{len(text):,} characters, and at most {MOST_CHARACTERS:,}")
+    return text
+
+
+def whole_text(reply: Reply, what: str) -> str:
+    """The text of a reply. Raises `Dropped` if it is cut off or empty; `what` says what it should be."""
+    if reply.finish != "stop":
+        raise Dropped(f"{what} is cut off", f"the reply ended with {reply.finish!r}")
+    if not reply.text.strip():
+        raise Dropped(f"{what} is empty")
+    return reply.text.strip()
+
+
+def program_in(reply: Reply, language: Language, what: str = "the program") -> str:
+    """The program in a reply: its one block of the language, else its one block that names no language.
+
+    Raises `Dropped`: a reply that has no such block, an open one, or several is not trained on, because it is
+    not clear which is the program.
+    """
+    found = blocks(whole_text(reply, what))
+    named = [block for block in found if block.language in (language, *_TAGS[language])]
+    wanted = named or [block for block in found if not block.language]
+    if not wanted:
+        raise Dropped(f"{what} is missing", f"no block of {TITLES[language]}: {reply.text[:200]!r}")
+    if len(wanted) > 1:
+        raise Dropped(f"{what} is ambiguous", f"{len(wanted)} blocks of {TITLES[language]}")
+    if not wanted[0].is_closed:
+        raise Dropped(f"{what} is cut off", "its block is not closed")
+    if len(wanted[0].code) > MOST_CHARACTERS:
+        raise Dropped(f"{what} is too long", f"more than {MOST_CHARACTERS:,} characters")
+    if not wanted[0].code.strip():
+        raise Dropped(f"{what} is empty")
+    return wanted[0].code

@@ -1,0 +1,107 @@
+"""Unit tests that a model wrote, run on a program that a model wrote, and what they report.
+
+Tests are a Python file for a program in any language. They call `run(stdin, *arguments)`, which runs the
+program in a process of its own. So a program cannot pass by what it does to its tests.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_post.sandbox.languages import TOOLS, Language, steps
+from megatron_post.sandbox.outcome import Outcome
+from megatron_post.synthesis.code import inside
+from megatron_post.synthesis.task import Task
+
+MOST_CHARACTERS = 32_768  # of a program or of tests
+
+# -P -s: neither the directory that the program can write to nor its home is searched for modules
+_COMMAND = ("python3", "-P", "-s", "run_tests.py")
+_SHORT = 1000  # characters of a stream in a text for a model
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the tests found.
+
+    kind: "passed", "failed", "hang" (a run took too long), "build" (it does not compile or parse), "tests"
+    (the tests cannot be loaded, or there are none), else the kind of the outcome: no report was written.
+    runs: of the test that failed, else of the last one. tests: how many have passed where all did.
+    """
+
+    kind: str
+    message: str = ""
+    test: str = ""
+    runs: tuple[dict[str, Any], ...] = ()
+    tests: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.kind == "passed"
+
+    @property
+    def text(self) -> str:
+        """What a model needs to know of a failure."""
+        parts = [f"Test {self.test} fails.\n" if self.test else "", self.message]
+        for run in self.runs[-3:]:
+            arguments = f" with the arguments {run['arguments']}" if run["arguments"] else ""
+            parts.append(f"\n\nA run of the program{arguments} ended with return code {run['returncode']}.")
+            parts += [
+                f"\n{name}:\n{run[name][:_SHORT]}" for name in ("stdin", "stdout", "stderr") if run[name]
+            ]
+        return "".join(parts).strip()
+
+
+def script(name: str) -> str:
+    """The text of a script that runs inside the sandbox."""
+    return Path(inside.__file__).with_name(name).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs tests on programs in one language, for one input row.
+
+    nonce: a text that neither a program nor its author can know. seconds: of one run of a program.
+    """
+
+    task: Task[Any]
+    language: Language
+    nonce: str
+    seconds: float
+
+    async def run(self, step: str, source: str, tests: str) -> Report:
+        """Build the program, and run the tests on it up to the first that fails.
+
+        Raises `ValueError` where a tool of the language is missing in the sandbox.
+        """
+        file, build, run = steps(self.language, source)
+        job = {"nonce": self.nonce, "tests": tests, "build": build, "run": run, "seconds": self.seconds}
+        files = {
+            "run_tests.py": script("run_tests.py"),
+            "job.json": json.dumps(job),
+            f"program/{file}": source,
+        }
+        report = _report(await self.task.run(step, files, _COMMAND), self.nonce)
+        if report.kind == "unavailable":
+            raise ValueError(
+                f"the sandbox cannot run {self.language}: it needs {', '.join(TOOLS[self.language])} there. "
+                f"Install them, or leave the language out. {report.message}"
+            )
+        return report
+
+
+def bench_of(task: Task[Any], language: Language, seconds: float) -> Bench:
+    """A bench whose nonce follows from the input row, so that a replay runs the same programs."""
+    return Bench(task, language, f"{task.random.getrandbits(128):032x}", seconds)
+
+
+def _report(outcome: Outcome, nonce: str) -> Report:
+    """The one line with the nonce. A line too many is no report either."""
+    lines = [line for line in outcome.stdout.split("\n") if line.startswith(f"{nonce} ")]
+    if len(lines) == 1 and outcome.kind in ("passed", "failed"):
+        values = json.loads(lines[0].removeprefix(f"{nonce} "))
+        return Report(**{**values, "runs": tuple(values.get("runs", ()))})
+    kind = "no report" if outcome.kind in ("passed", "failed") else outcome.kind
+    message = f"The tests did not come to their end. They ended as {kind!r}."
+    return Report(kind, f"{message}\n{outcome.stderr[-_SHORT:]}".strip())

@@ -1,0 +1,160 @@
+"""Problems out of real code, and programs for them that pass tests, some of them after a correction."""
+
+import contextlib
+import re
+from typing import Any
+
+from pydantic import Field
+
+from megatron_post.config.section import Count, Positive, Section
+from megatron_post.data.dialog import Message
+from megatron_post.inference.request import Reply
+from megatron_post.sandbox.languages import Language
+from megatron_post.synthesis.code.lint import lint
+from megatron_post.synthesis.code.mutants import survivors
+from megatron_post.synthesis.code.programs import TITLES, program_in, text_of, whole_text
+from megatron_post.synthesis.code.unit_tests import Bench, Report, bench_of
+from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.row import Row
+from megatron_post.synthesis.task import Task
+
+VERSION = 1
+MODELS = ("author", "judge")
+SANDBOX = True
+
+_PROBLEM = re.compile(r"Topic:[ \t]*(?P<topic>[^\n]+)\n\s*Problem:\s*(?P<problem>.*\S)\s*", re.DOTALL)
+_VERDICT = re.compile(r"Bugs: *(yes|no)\s*\nIntent: *(yes|no)\s*\Z", re.IGNORECASE)
+_LAST = {  # why the last program is dropped, by the kind of its report
+    "build": "the last program does not compile",
+    "lint": "the linter finds faults in the last program",
+    "failed": "the last program fails its tests",
+    "hang": "the last program does not end in time",
+}
+
+
+class Settings(Section):
+    languages: tuple[Language, ...] = Field(
+        ("python",),
+        min_length=1,
+        description="languages of the programs, of which one is drawn for each snippet",
+    )
+    tries: Count = Field(
+        3, description="programs that the author may write for a problem, the first one included"
+    )
+    test_tries: Count = Field(
+        2, description="files of tests that the author may write, the first one included"
+    )
+    witnesses: Count = Field(
+        2, description="other programs for a problem, which find out whether a failure is the tests' fault"
+    )
+    mutants: Count = Field(4, description="mutants of a program that its tests are run on")
+    killed: float = Field(0.5, gt=0, le=1, description="share of the mutants that must fail the tests")
+    seconds: Positive = Field(5.0, description="time of one run of a program in its tests")
+    judge: bool = Field(False, description="also have the model `judge` look for bugs and readability")
+
+
+async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
+    language = task.random.choice(task.settings.languages)
+    asked = task.prompt("problem", snippet=text_of(row), language=TITLES[language])
+    found = _PROBLEM.fullmatch(whole_text(await task.ask("problem", asked), "the problem"))
+    if found is None:
+        raise Dropped("the problem is not in the form that was asked for")
+    work = _Work(task, bench_of(task, language, task.settings.seconds), found["problem"])
+    await work.write_tests()
+    dialog = [work.request]
+    for attempt in range(task.settings.tries):
+        reply = await work.ask("correct" if attempt else "solve", dialog)
+        dialog.append(reply.message)
+        fault = await work.fault_of(program_in(reply, language))
+        if fault is None:
+            await _judge(task, found["problem"], reply)
+            kind = "correction" if attempt else "first_try"
+            extra = {"language": language, "topic": found["topic"].strip(), "tests": work.tests}
+            return [Row(dialog, "code", kind=kind, extra=extra)]
+        dialog.append(Message("user", task.prompt("correct", fault=fault, tests=work.tests)))
+    assert fault is not None
+    raise Dropped(_LAST.get(fault.kind, f"the last program ends as {fault.kind!r}"), fault.text[-1000:])
+
+
+class _Work:
+    """One problem, its tests, and the programs that the tests are tried on."""
+
+    def __init__(self, task: Task[Settings], bench: Bench, problem: str) -> None:
+        self.task, self.bench, self.problem = task, bench, problem
+        self.tests, self._test_tries = "", 0
+        self._witnesses: list[str] | None = None
+        title = TITLES[bench.language]
+        self._system = Message("system", task.prompt("system", language=title, tag=bench.language))
+        self.request = Message("user", task.prompt("solve", problem=problem, language=title))
+
+    async def ask(self, step: str, dialog: list[Message], seed: int = 0) -> Reply:
+        """The system prompt steers the style of the program, and is no part of the row."""
+        return await self.task.ask(step, [self._system, *dialog], seed=seed)
+
+    async def write_tests(self, reason: str = "", fault: str = "") -> None:
+        """Raises `Dropped` with the reason if they have been written too often."""
+        if self._test_tries == self.task.settings.test_tries:
+            raise Dropped(reason, fault)
+        self._test_tries += 1
+        seconds = f"{self.bench.seconds:g}"
+        values = {"problem": self.problem, "seconds": seconds, "tests": self.tests, "fault": fault}
+        reply = await self.task.ask("tests", self.task.prompt("tests", **values))
+        self.tests = program_in(reply, "python", "the file of tests")
+
+    async def fault_of(self, source: str) -> Report | None:
+        """Why the program must be corrected. Tests that are wrong are written again first.
+
+        Raises `Dropped` if the tests stay wrong.
+        """
+        if self.bench.language == "python" and (found := await lint(source)):
+            return found
+        while True:
+            report = await self.bench.run("test", source, self.tests)
+            if report.kind == "build":
+                return report
+            if (wrong := await self._wrong_tests(source, report)) is None:
+                return None if report.ok else report
+            await self.write_tests(*wrong)
+
+    async def _wrong_tests(self, source: str, report: Report) -> tuple[str, str] | None:
+        """If the tests are to blame, the reason to drop the row and what is wrong with them."""
+        if report.kind == "tests":
+            return "the tests cannot be loaded", report.text
+        if report.ok:
+            settings = self.task.settings
+            passed, run = await survivors(self.bench, source, self.tests, settings.mutants)
+            if run - len(passed) >= settings.killed * run:
+                return None
+            return "wrong programs pass the tests", "\n\n".join(
+                ["Programs with an error pass them:", *passed]
+            )
+        others = [other for other in await self._others() if other != source]
+        runs = (self.bench.run("witness", other, self.tests) for other in others)
+        reports = [each for each in await self.task.together(*runs) if each.kind != "build"]
+        if not reports or any(each.ok for each in reports):
+            return None
+        return "every program fails the tests", f"{len(reports) + 1} programs fail them. {report.text}"
+
+    async def _others(self) -> list[str]:
+        """Other programs for the same problem, which are asked for when they are needed."""
+        if self._witnesses is None:
+            seeds = range(1, self.task.settings.witnesses + 1)
+            replies = await self.task.together(*(self.ask("solve", [self.request], seed) for seed in seeds))
+            self._witnesses = []
+            for reply in replies:
+                with contextlib.suppress(Dropped):
+                    self._witnesses.append(program_in(reply, self.bench.language))
+        return self._witnesses
+
+
+async def _judge(task: Task[Settings], problem: str, reply: Reply) -> None:
+    """Raises `Dropped` if the judge is asked and finds a fault."""
+    if not task.settings.judge:
+        return
+    asked = task.prompt("judge", problem=problem, answer=reply.text)
+    text = whole_text(await task.ask("judge", asked, model="judge"), "the verdict")
+    verdict = _VERDICT.search(text)
+    if verdict is None:
+        raise Dropped("the verdict is not in the form that was asked for")
+    if verdict[1].lower() == "yes" or verdict[2].lower() == "no":
+        raise Dropped("the judge finds a fault", text[-500:])

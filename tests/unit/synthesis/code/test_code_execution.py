@@ -1,0 +1,181 @@
+"""Exactly the right rows come out of problems whose programs and tests are right or wrong in known ways."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_post.sandbox.languages import TOOLS
+from megatron_post.storage.reading import read_object
+from tests.scripted_server import ScriptedServer
+from tests.unit.synthesis.code.author import answer, fault, snippet
+from tests.unit.synthesis.conftest import Place
+
+# manner of the answers -> how many problems, and what becomes of each: a kind of row, or why it is dropped
+EXPECTED = {
+    "right": (7, "first_try"),
+    "mended": (4, "correction"),
+    "late": (2, "correction"),
+    "typo": (1, "correction"),
+    "hangs_first": (1, "correction"),
+    "unused": (1, "correction"),
+    "asserts_nothing_first": (1, "first_try"),
+    "asserts_nothing_for_wrong": (1, "correction"),
+    "tests_wrong_first": (2, "first_try"),
+    "tests_broken_first": (1, "first_try"),
+    "stubborn": (2, "the last program fails its tests"),
+    "exits": (2, "the last program fails its tests"),
+    "deletes": (1, "the last program fails its tests"),
+    "reads": (1, "the last program fails its tests"),
+    "searches": (1, "the last program fails its tests"),
+    "forges": (1, "the last program fails its tests"),
+    "broken": (1, "the last program does not compile"),
+    "nested": (1, "the last program does not compile"),
+    "hanging": (1, "the last program does not end in time"),
+    "flooding": (1, "the last program ends as 'disk'"),
+    "kills": (1, "the last program ends as 'killed'"),
+    "silenced": (1, "the linter finds faults in the last program"),
+    "asserts_nothing": (1, "wrong programs pass the tests"),
+    "asserts_little": (1, "wrong programs pass the tests"),
+    "tests_wrong": (2, "every program fails the tests"),
+    "all_wrong": (1, "every program fails the tests"),
+    "tests_broken": (1, "the tests cannot be loaded"),
+    "tests_missing": (1, "the tests cannot be loaded"),
+    "tests_cheat": (1, "every program fails the tests"),
+    "no_problem": (1, "the problem is not in the form that was asked for"),
+    "declines": (1, "the program is missing"),
+    "declines_tests": (1, "the file of tests is missing"),
+    "other_language": (1, "the program is missing"),
+    "two_blocks": (1, "the program is ambiguous"),
+    "open_block": (1, "the program is cut off"),
+    "refused": (1, "refused by a model"),
+}
+
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with ScriptedServer(answer, fault) as server:
+        yield Place(tmp_path, server)
+
+
+def _write(directory: Path, *manners: str) -> dict[str, Any]:
+    """Write a snippet for each manner, and return the settings of their run."""
+    (directory / "code").mkdir()
+    for number, manner in enumerate(manners, start=1):
+        (directory / f"code/{number:02d}.py").write_text(snippet(number, manner))
+    return {
+        "recipe": "code_execution",
+        "settings": {"seconds": 2.0},
+        "input": {"kind": "documents", "path": str(directory / "code")},
+        "max_failed": 0.02,
+    }
+
+
+def _models(place: Place) -> dict[str, Any]:
+    backend = {"kind": "server", "url": place.server.url, "served_model": "author", "timeout": 20.0}
+    sampling = {"max_tokens": 4096}
+    return {"author": {"model": "author", "backend": backend, "sampling": sampling}, "judge": "author"}
+
+
+def test_fifty_problems(place: Place) -> None:
+    manners = [manner for manner, (count, _) in EXPECTED.items() for _ in range(count)]
+    assert len(manners) == 50
+    values = _write(place.directory, *manners) | {"models": _models(place)}
+    place.run(**values)
+    rows, dropped = place.rows(), place.rows("dropped.jsonl")
+    found = {int(_file(row["provenance"]["source"])): row["kind"] for row in rows}
+    found |= {int(_file(row["source"])): row["reason"] for row in dropped}
+    assert found == {n: EXPECTED[manner][1] for n, manner in enumerate(manners, start=1)}
+    reasons = Counter(outcome for count, outcome in EXPECTED.values() for _ in range(count))
+    summary = read_object(place.output / "summary.json", "a summary")["summary"]
+    counted = Counter({kind.removeprefix("code / "): count for kind, count in summary["kinds"].items()})
+    for each in summary["reasons"]:
+        counted[each["reason"]] += each["rows"]
+    assert counted == reasons and (summary["kept"], summary["dropped"], summary["failed"]) == (21, 28, 1)
+    for row in rows:
+        _check(row)
+
+
+OUTCOMES = {
+    "right": "first_try",
+    "mended": "correction",
+    "typo": "correction",
+    "asserts_little": "wrong programs pass the tests",
+    "broken": "the last program does not compile",
+}
+
+
+@pytest.mark.parametrize("language", ["cpp", "java", "rust", "javascript", "bash"])
+def test_other_languages(place: Place, language: str) -> None:
+    if missing := [tool for tool in TOOLS[language] if shutil.which(tool) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    values = _write(place.directory, *OUTCOMES) | {"models": _models(place)}
+    settings = {"languages": [language], "seconds": 10.0, "mutants": 3, "tries": 2, "witnesses": 1}
+    place.run(
+        **values
+        | {
+            "settings": settings,
+            "sandbox": {"kind": "bubblewrap", "limits": {"cpu_seconds": 60.0, "seconds": 90.0}},
+        }
+    )
+    found = {int(_file(row["provenance"]["source"])): row["kind"] for row in place.rows()}
+    found |= {int(_file(row["source"])): row["reason"] for row in place.rows("dropped.jsonl")}
+    assert found == dict(enumerate(OUTCOMES.values(), start=1))
+    assert {row["language"] for row in place.rows()} == {language}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(place: Place, share: float) -> None:
+    """A kill leaves a part of the journal, whose last line is torn."""
+    manners = ("mended", "asserts_nothing_first", "tests_wrong_first", "stubborn")
+    values = _write(place.directory, *manners) | {"models": _models(place)}
+    place.run(**values)
+    expected, asked = place.bytes(), place.asked()
+    (journal,) = (place.output / "journal").glob("journal-*.jsonl")
+    content = journal.read_bytes()
+    shutil.rmtree(place.output)
+    journal.parent.mkdir(parents=True)
+    journal.write_bytes(content[: int(share * len(content))])
+    place.run(**values)
+    assert place.bytes() == expected
+    kept = content[: int(share * len(content))].count(b'"kind":"reply"')
+    assert place.asked() in (asked - kept, asked - kept + 1)  # the torn line may be a reply
+
+
+@pytest.mark.parametrize(
+    ("manner", "outcome"),
+    [
+        ("right", "first_try"),
+        ("judged", "the judge finds a fault"),
+        ("judged_vaguely", "the verdict is not in the form that was asked for"),
+    ],
+)
+def test_a_judge_may_be_asked(place: Place, manner: str, outcome: str) -> None:
+    values = _write(place.directory, manner) | {"models": _models(place)}
+    place.run(**values | {"settings": {"judge": True}})
+    found = [row["kind"] for row in place.rows()] + [row["reason"] for row in place.rows("dropped.jsonl")]
+    assert found == [outcome]
+
+
+def _file(source: str) -> str:
+    return source.rpartition("/")[2].partition(".")[0]
+
+
+def _check(row: dict[str, Any]) -> None:
+    """A row's last program is right, and is all that is trained."""
+    messages = row["messages"]
+    assert "+ OFFSET" in messages[-1]["content"] and "import os" not in messages[-1]["content"]
+    assert row["capability"] == "code" and row["language"] == "python" and row["topic"].startswith("sums of")
+    assert "def test_negative" in row["tests"]
+    assert [message["train"] for message in messages if message["role"] == "assistant"] == [
+        *[False] * (len(messages) // 2 - 1),
+        True,
+    ]
+    assert (row["kind"] == "first_try") == (len(messages) == 2)
+    assert all(message["role"] != "system" for message in messages)
