@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import zarr
 
-from megatron_post.data.store import leftovers, open_store, read_attributes, read_settings
+from megatron_post.data.store import open_store
 from megatron_post.data.store_checksums import StoreError, write_checksums
 from megatron_post.data.store_format import (
     CHECKSUMS,
@@ -28,6 +28,7 @@ from megatron_post.data.store_format import (
     SourceCounts,
     StoreSettings,
 )
+from megatron_post.data.store_metadata import leftovers, read_attributes, read_settings
 from megatron_post.storage.lock import sole_writer
 
 # Tokens in a chunk file. The minimum keeps the number of files low if a small store grows. The maximum limits

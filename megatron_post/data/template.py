@@ -20,15 +20,15 @@ from itertools import chain
 import numpy as np
 
 from megatron_post.data.dialog import Dialog, Message, Preference
-from megatron_post.data.tokenizer import (
+from megatron_post.data.special_tokens import (
     BOS,
     END_HEADER,
     END_OF_MESSAGE,
     END_OF_TURN,
     PYTHON_TAG,
     START_HEADER,
-    Tokenizer,
 )
+from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.data.tools import call_text, with_tools
 
 

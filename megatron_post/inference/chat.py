@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from megatron_post.data.dialog import BadRow, ToolCall
-from megatron_post.data.tokenizer import END_OF_MESSAGE
+from megatron_post.data.special_tokens import END_OF_MESSAGE
 from megatron_post.inference.request import Reply, Request, assistant_message, messages_as_json
 
 _LONGEST_FINISH, _MOST_TOKENS = 100, 2**31

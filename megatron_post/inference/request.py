@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.section import Count, NonNegative, Section
 from megatron_post.data.dialog import Message, ToolCall
-from megatron_post.data.tokenizer import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN
+from megatron_post.data.special_tokens import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN
 
 _ROLES = {"ipython": "tool"}  # OpenAI's names of ours
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from megatron_post.data.special_tokens import END_OF_MESSAGE
 from megatron_post.data.template import render_prompt
-from megatron_post.data.tokenizer import END_OF_MESSAGE, Tokenizer
+from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.inference.request import Refusal, Reply, Request, Sampling, assistant_message
 
 

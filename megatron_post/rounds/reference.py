@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_post.config.layout import segment_multiple
 from megatron_post.config.load import ConfigError
-from megatron_post.data.store import open_store, read_settings
+from megatron_post.data.store import open_store
+from megatron_post.data.store_metadata import read_settings
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.train.reference import compute_reference, reference_key
 

@@ -5,12 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_post.config.schema import Config
-from megatron_post.data.tokenizer import (
-    USED_SPECIAL_TOKENS,
-    load_tokenizer,
-    tokenizer_of,
-    train_small_tokenizer,
-)
+from megatron_post.data.special_tokens import USED_SPECIAL_TOKENS
+from megatron_post.data.tokenizer import load_tokenizer, tokenizer_of, train_small_tokenizer
 from tests.tiny import tiny_config
 from tests.unit.data.thinking import THINK, save_with_think
 

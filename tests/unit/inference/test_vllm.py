@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_post.data.tokenizer import END_OF_TURN, load_tokenizer
+from megatron_post.data.special_tokens import END_OF_TURN
+from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.inference.backend import open_backend
 from megatron_post.inference.request import Refusal, Sampling
 from megatron_post.inference.settings import VllmBackend

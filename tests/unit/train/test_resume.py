@@ -13,8 +13,8 @@ from rich.console import Console
 
 from megatron_post.config.schema import Config
 from megatron_post.data.build import build_store
-from megatron_post.data.store import read_settings
 from megatron_post.data.store_format import COLUMNS, GROUPS, GroupName, SourceCounts
+from megatron_post.data.store_metadata import read_settings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import TokenRole
 from megatron_post.parallel.topology import parallel_run
