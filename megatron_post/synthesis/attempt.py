@@ -1,7 +1,6 @@
 """One input row's way through a recipe: rows, or the reason why there are none."""
 
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ async def attempt(
     except Dropped as error:
         dropped = Drop(_step(task), error.reason, error.detail)
     except BadRow as error:
-        dropped = Drop(_step(task), f"no row that can be trained on: {error}")
+        dropped = Drop(_step(task), "`data pack` would refuse the row", str(error))
     except Refused as error:
         dropped = Drop(_step(task), "refused by a model", error.reason, failed=True)
     except DiskFull:
@@ -62,7 +61,7 @@ def _as_json(
             "source": row.source,
             "parents": [row.id],
             "models": {event.model: settings.model_of(event.model).model for event in events if event.model},
-            "journal": [asdict(event) for event in events],
+            "journal": [dict(vars(event)) for event in events],
         }
     )
 

@@ -19,7 +19,7 @@ def test_exactly_the_right_rows_come_out(place: Place) -> None:
         ("check", "the last program does not prin"),
         ("solve", "the reply has no program"),
         ("check", "the last program does not prin"),
-        ("check", "no row that can be trained on:"),
+        ("check", "`data pack` would refuse the r"),
     ]
     assert [message["role"] for message in rows[1]["messages"]] == ["user", "assistant"] * 2
     assert [m.get("train") for m in rows[1]["messages"]] == [None, False, None, True]

@@ -94,9 +94,7 @@ def test_a_recipe_without_rows_and_one_with_bad_rows_drop_theirs(place: Place) -
     assert place.rows("dropped.jsonl")[0]["reason"] == "the recipe made no row"
     place.run(recipe=_recipe(place, 'return [Row([Message("user", "q")], "c")]', name="other"))
     (dropped,) = place.rows("dropped.jsonl")
-    assert (
-        "no row that can be trained on: no assistant message" in dropped["reason"] and not dropped["failed"]
-    )
+    assert "no assistant message" in dropped["detail"] and not dropped["failed"]
 
 
 def test_a_refusal_fails_its_row_and_is_not_asked_again(place: Place) -> None:
