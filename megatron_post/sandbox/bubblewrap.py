@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_post.installation import install_system_package
 from megatron_post.sandbox import toolchains
 from megatron_post.sandbox.bubblewrap_program import WORK, BubblewrapProgram
-from megatron_post.sandbox.kernel_limits import MIB, of_a_namespace, of_each_process
+from megatron_post.sandbox.kernel_limits import MIB, inside_a_namespace, of_each_process
 from megatron_post.sandbox.settings import Bubblewrap, Limits
 from megatron_post.sandbox.syscalls import filter_program
 
@@ -78,7 +78,7 @@ class BubblewrapSandbox:
         for path in settings.read_only:
             if not Path(path).is_dir():
                 raise ValueError(f"sandbox.read_only: {path} is no directory")
-        usage = subprocess.run([self._found["bwrap"], "--help"], capture_output=True, text=True)
+        usage = subprocess.run([self._found["bwrap"], "--help"], capture_output=True, text=True, timeout=60)
         self._has_size = "--size" in usage.stdout  # from 0.7 on; before it the watcher alone limits files
         self._filter = filter_program()
         self._settings = settings
@@ -109,7 +109,7 @@ class BubblewrapSandbox:
                 prlimit = self._found["prlimit"]
                 words = [*self._unprivileged(), prlimit, *of_each_process(limits), "--", self._found["bwrap"]]
                 words += ["--json-status-fd", str(writer), "--seccomp", hand(self._filter)]
-                words += [*self._isolated(limits), *self._host(), *self._own(limits)]
+                words += [*self._isolated(limits), *self._own(limits), *self._host()]
                 for path in self._settings.read_only:
                     words += ["--ro-bind", self._reachable(path), path]
                 for name, text in _NAMES.items():
@@ -118,8 +118,7 @@ class BubblewrapSandbox:
                     words += ["--file", hand(content), f"{WORK}/{name}"]
                 words += ["--file", hand(bytes(_BUFFER)), "/etc/blank"]
                 words += ["--remount-ro", "/", "--chdir", WORK, "--"]
-                if counted := of_a_namespace(limits):
-                    words += [prlimit, *counted, "--"]
+                words += [prlimit, *inside_a_namespace(limits), "--"]
                 process = subprocess.Popen(
                     [*words, *command],
                     stdin=subprocess.DEVNULL,

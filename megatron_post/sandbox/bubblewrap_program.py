@@ -22,12 +22,12 @@ class BubblewrapProgram:
         self.process = process
         self._status = status
         self._disk: int | None = None
-        if not select.select([status], [], [], SECONDS_TO_END)[0]:
-            process.kill()
-        first = next(status, b"{}")  # written before anything is mounted; empty where that failed
-        self.root: int | None = json.loads(first).get("child-pid")
+        self.root: int | None = None
         self._first: int | None = None  # a descriptor of that process: its number may be another's later
-        if self.root is not None:
+        if not _readable(status.fileno()) or not (line := status.readline()):
+            self._kill_group()  # bubblewrap failed, and may have left a process that waits for it
+        else:
+            self.root = json.loads(line)["child-pid"]
             with contextlib.suppress(ProcessLookupError):
                 self._first = os.pidfd_open(self.root)
             for pid in (process.pid, self.root):  # the kernel's choice where memory runs out
@@ -61,11 +61,15 @@ class BubblewrapProgram:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._first, signal.SIGKILL)
                 self.process.wait(1)  # bubblewrap ends on its own, and leaves no zombie for others
-        self.process.kill()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def finish(self, *, killed: bool) -> None:
         # the first process of a namespace is over when all others are
-        if self._first is not None and not select.select([self._first], [], [], SECONDS_TO_END)[0]:
+        if self._first is not None and not _readable(self._first):
             raise BrokenSandbox(f"process {self.root} of a sandbox was killed and does not end")
         if not killed and not any(b"exit-code" in line for line in self._status):
             raise BrokenSandbox("bubblewrap did not start the program")
@@ -74,3 +78,10 @@ class BubblewrapProgram:
         for descriptor in (self._disk, self._first):
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def _readable(descriptor: int) -> bool:
+    """Wait until there is something to read. `select` would take no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(SECONDS_TO_END * 1000))

@@ -49,7 +49,8 @@ class ContainerSandbox:
                 "name": f"sandbox-{uuid.uuid4().hex}",
                 **limits.model_dump(include={"memory_mib", "processes", "disk_mib", "seconds"}),
             }
-            words = ["prlimit", *of_each_process(limits), "--", *_filled(self._settings.command, values)]
+            kernel = [*of_each_process(limits), f"--nofile={limits.open_files}"]
+            words = ["prlimit", *kernel, "--", *_filled(self._settings.command, values)]
             variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
             process = subprocess.Popen(
                 [*words, "env", f"MEMORY_MIB={limits.memory_mib}", *command],

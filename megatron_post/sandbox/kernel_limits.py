@@ -9,7 +9,7 @@ from megatron_post.sandbox.settings import Limits
 MIB = 2**20
 _STACK = 8 * MIB
 _SPARE = 128 * MIB  # of memory that node and Java map and do not use
-_COUNTED_IN_NAMESPACE = (5, 14)  # Linux, from which on a user's processes are counted in each namespace
+_COUNTED_IN_NAMESPACE = (5, 14)  # Linux, from which on it counts a user's processes in each namespace
 
 
 def of_each_process(limits: Limits) -> list[str]:
@@ -21,17 +21,17 @@ def of_each_process(limits: Limits) -> list[str]:
     seconds = math.ceil(limits.cpu_seconds) + 1
     return [
         "--core=1", f"--cpu={seconds}:{seconds + 1}", f"--fsize={limits.disk_mib * MIB}",
-        f"--data={2 * limits.memory_mib * MIB + _SPARE}", f"--nofile={limits.open_files}",
+        f"--data={2 * limits.memory_mib * MIB + _SPARE}",
         f"--stack={_STACK}", "--memlock=0", "--msgqueue=0",
     ]  # fmt: skip
 
 
-def of_a_namespace(limits: Limits) -> list[str]:
-    """Options that hold for all processes of a user namespace together, if they are set inside of it.
+def inside_a_namespace(limits: Limits) -> list[str]:
+    """Options that are set inside of a user namespace, where bubblewrap itself is done with its files.
 
-    Older kernels would count every process of this user on the machine. There the watcher alone counts.
+    nproc: all processes of the namespace together. Kernels before 5.14 would count every process of this user
+    on the machine. There the watcher alone counts.
     """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
-    if release is None or (int(release[1]), int(release[2])) < _COUNTED_IN_NAMESPACE:
-        return []
-    return [f"--nproc={2 * limits.processes + 32}"]
+    counts = release is not None and (int(release[1]), int(release[2])) >= _COUNTED_IN_NAMESPACE
+    return [*([f"--nproc={2 * limits.processes + 32}"] if counts else []), f"--nofile={limits.open_files}"]

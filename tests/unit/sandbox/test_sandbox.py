@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -62,6 +63,42 @@ def test_files_that_cannot_be_laid_down_are_refused(sandbox: Sandbox) -> None:
     for command in ([], [""], ["a\0b"], ["x" * 200_000], "true"):
         with pytest.raises(ValueError, match="command"):
             asyncio.run(sandbox.run({}, command))
+
+
+def test_many_files_and_few_open_ones(sandbox: Sandbox) -> None:
+    """bubblewrap holds each file open until it is laid down, whatever the program's own limit is."""
+    files = {f"{i}": "" for i in range(256)}
+    outcome = asyncio.run(sandbox.run(files, ["sh", "-c", "ls | wc -l; ulimit -n"], Limits(open_files=16)))
+    assert outcome.stdout.split() == ["256", "16"]
+
+
+def test_descriptors_above_1023_are_no_obstacle(sandbox: Sandbox) -> None:
+    """A process with thousands of requests in flight has them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert asyncio.run(sandbox.run({"a": "x"}, ["cat", "a"])).stdout == "x"
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_first_process_that_a_program_breaks_is_no_fault_of_the_sandbox(sandbox: Sandbox) -> None:
+    """It has the program's own rights. Its end is the end of all, with the status that it had."""
+    source = (
+        "import os, time\nfor line in open('/proc/1/maps'):\n"
+        "    if 'x' in line.split()[1] and 'bwrap' in line:\n"
+        "        begin, end = (int(text, 16) for text in line.split()[0].split('-'))\n"
+        "        memory = os.open('/proc/1/mem', os.O_RDWR)\n"
+        "        os.pwrite(memory, b'\\xcc' * (end - begin), begin)\n"
+        "if not os.fork(): os._exit(0)\ntime.sleep(5)"
+    )
+    outcome = _run(sandbox, source, Limits(seconds=2))
+    assert outcome.kind in ("killed", "failed", "timeout"), outcome
 
 
 def test_text_that_no_file_can_hold_as_utf_8_is_run_all_the_same(sandbox: Sandbox) -> None:
@@ -197,15 +234,19 @@ def test_without_bubblewrap_the_error_says_what_to_install(
 
 
 def test_where_namespaces_are_forbidden_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in prints what bubblewrap does in a container without user namespaces."""
+    """A stand-in prints what bubblewrap does in a container without user namespaces. Like bubblewrap after
+    some errors, it leaves a process behind."""
     reason = "bwrap: No permissions to create new namespace"
     with tempfile.TemporaryDirectory() as place:  # every user can reach it, as pytest's own nobody else can
         os.chmod(place, 0o755)
-        (Path(place) / "bwrap").write_text(f"#!/bin/sh\necho '{reason}' >&2\nexit 1\n")
+        (Path(place) / "bwrap").write_text(
+            f"#!/bin/sh\n[ $1 = --help ] && exit\nsleep 1000.5 &\necho '{reason}' >&2\nexit 1\n"
+        )
         (Path(place) / "bwrap").chmod(0o755)
         monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
         with pytest.raises(ValueError, match=rf"does not work: .*{reason}; .* kernel\.unprivileged"):
             open_sandbox(Bubblewrap())
+    assert not _sleeping("1000.5")
 
 
 def test_settings_that_cannot_work_are_refused(sandbox: Sandbox) -> None:
