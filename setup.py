@@ -1,6 +1,7 @@
 from setuptools import find_packages, setup
 
 PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare with
+MATH = "math-verify>=0.8"  # compares mathematical answers
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
@@ -42,9 +43,9 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
-        "synthesize": ["ruff"],
+        "synthesize": ["ruff", MATH],
         "bench": PEERS,
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", TRITON, *PEERS],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", TRITON, MATH, *PEERS],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Body = dict[str, Any]
-Answer = Callable[[Body], str | dict[str, Any]]  # a text, or OpenAI's message
+Answer = Callable[[Body], str | dict[str, Any]]  # a text, or OpenAI's message; it may have `finish_reason`
 Fault = Callable[[Body, int], str | None]  # of a request that arrives for the n-th time, from 1
 
 # A status, or: `hang` says nothing until the client leaves, `hang up` leaves without a word, `half` leaves in
@@ -170,10 +170,11 @@ class ScriptedServer:
             return json.dumps({"error": {"message": f"scripted {fault}"}}).encode()
         answer: Any = {"content": None} if fault == "null" else self._answer(body)
         message = {"content": answer} if isinstance(answer, str) else answer
+        finish = "tool_calls" if message.get("tool_calls") else "stop"
         choice = {
             "index": 0,
             "message": {"role": "assistant", **message},
-            "finish_reason": "tool_calls" if message.get("tool_calls") else "stop",
+            "finish_reason": message.pop("finish_reason", finish),
         }
         asked = sum(len((each.get("content") or "").split()) for each in body["messages"])
         usage = {"prompt_tokens": asked, "completion_tokens": len((message["content"] or "").split())}

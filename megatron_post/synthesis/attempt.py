@@ -12,7 +12,7 @@ from megatron_post.synthesis.ground import Ground
 from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.parts import Drop, Result
 from megatron_post.synthesis.recipe import Dropped, Recipe
-from megatron_post.synthesis.row import Row
+from megatron_post.synthesis.row import Row, StepLabels
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.task import Event, Task
 
@@ -50,10 +50,10 @@ async def attempt(
 
 
 def _as_json(
-    recipe: Recipe, settings: Synthesis, row: InputRow, made: Row, events: list[Event]
+    recipe: Recipe, settings: Synthesis, row: InputRow, made: Row | StepLabels, events: list[Event]
 ) -> dict[str, Any]:
-    if not isinstance(made, Row):
-        raise TypeError(f"a recipe returns a list of `Row`, and not of {type(made).__name__}")
+    if not isinstance(made, Row | StepLabels):
+        raise TypeError(f"a recipe returns a list of `Row` or `StepLabels`, and not of {type(made).__name__}")
     return made.as_json(
         {
             "recipe": recipe.name,

@@ -1,4 +1,4 @@
-"""What all rows of a process share: the journal, the models with their backends, and the sandbox."""
+"""What all rows of a process share: the journal, the models, the sandbox and the comparison of answers."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -9,6 +9,7 @@ from megatron_post.inference.journal import Journal
 from megatron_post.inference.model import Model
 from megatron_post.inference.request import Refusal, Reply, Request
 from megatron_post.sandbox.sandbox import open_sandbox
+from megatron_post.synthesis.math.answers import MathAnswers
 from megatron_post.synthesis.programs import JournalledSandbox
 from megatron_post.synthesis.progress import Spent
 from megatron_post.synthesis.recipe import Recipe
@@ -31,7 +32,7 @@ class _Watched:
 
 
 class Ground:
-    """Gives tasks their models and their sandbox."""
+    """Gives tasks their models, their sandbox and the comparison of their answers."""
 
     def __init__(
         self,
@@ -40,11 +41,12 @@ class Ground:
         journal: Journal,
         answers: dict[str, Answers],
         sandbox: JournalledSandbox | None,
+        compares: MathAnswers | None,
     ) -> None:
         """answers: of each model that is not another's name."""
         self._settings, self._recipe, self._journal = settings, recipe, journal
         self._answers = {name: _Watched(each) for name, each in answers.items()}
-        self._sandbox = sandbox
+        self._sandbox, self._compares = sandbox, compares
         self._models: dict[tuple[str, int | None], Model] = {}
 
     def model(self, name: str, step: str) -> Model:
@@ -68,6 +70,12 @@ class Ground:
             raise ValueError(f"recipe {self._recipe.name} runs programs: it needs SANDBOX = True")
         return self._sandbox
 
+    def answers(self) -> MathAnswers:
+        """Raises `ValueError` if the recipe does not say that it compares answers."""
+        if self._compares is None:
+            raise ValueError(f"recipe {self._recipe.name} compares answers: it needs ANSWERS = True")
+        return self._compares
+
     def spent(self) -> Spent:
         """What this process has asked so far."""
         usages = [model.usage for model in self._models.values()]
@@ -78,9 +86,9 @@ class Ground:
         )
 
     def raise_if_broken(self) -> None:
-        """Raise the error of a backend or of the sandbox, if there was one. It ends the run."""
+        """Raise the error of what does not work at all, if there was one. It ends the run."""
         errors = [watched.error for watched in self._answers.values()]
-        errors += [] if self._sandbox is None else [self._sandbox.error]
+        errors += [each.error for each in (self._sandbox, self._compares) if each is not None]
         if error := next(filter(None, errors), None):
             raise error
 
@@ -102,4 +110,8 @@ async def open_ground(settings: Synthesis, recipe: Recipe, *, writer: int) -> As
         if recipe.runs_programs:
             opened = stack.enter_context(open_sandbox(settings.sandbox))
             sandbox = JournalledSandbox(opened, settings.sandbox, journal)
-        yield Ground(settings, recipe, journal, answers, sandbox)
+        compares = None
+        if recipe.compares_answers:
+            compares = MathAnswers(journal)
+            stack.push_async_callback(compares.close)
+        yield Ground(settings, recipe, journal, answers, sandbox, compares)

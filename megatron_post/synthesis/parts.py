@@ -8,8 +8,8 @@ writes its part anew, from the journal.
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ from megatron_post.storage.files import full_disk_explained
 from megatron_post.storage.reading import reading
 from megatron_post.synthesis.task import Event
 
+_REPEATS = "repeats"  # the step under which they are counted
 PARTS = ".parts"  # directory of the parts in the output
 _NUMBER = b'{"number": '
 _MISSING = 2**64 - 1
@@ -100,10 +101,15 @@ def parts_in(directory: Path, fingerprint: str) -> list[Path]:
 
 
 def results_of(parts: Sequence[Path]) -> Iterator[Result]:
-    """The results in all parts in the order of the input. Rows that are not there yet are left out.
+    """The results in all parts in the order of the input. Rows that are not there yet are left out, and so
+    are rows that repeat the `unique` of an earlier one.
 
-    The memory holds 16 bytes for each.
+    The memory holds 16 bytes for each result, and each `unique`.
     """
+    return _without_repeats(_in_order(parts))
+
+
+def _in_order(parts: Sequence[Path]) -> Iterator[Result]:
     offsets, owners = array("Q"), array("Q")
     files = [part.open("rb") for part in parts]
     try:
@@ -122,6 +128,25 @@ def results_of(parts: Sequence[Path]) -> Iterator[Result]:
     finally:
         for file in files:
             file.close()
+
+
+def _without_repeats(results: Iterable[Result]) -> Iterator[Result]:
+    """An input row is dropped if all of its rows repeat others."""
+    seen: set[bytes] = set()
+    for result in results:
+        rows = []
+        for row in result.rows:
+            mark = bytes.fromhex(row["provenance"].get("unique", ""))
+            if mark not in seen:
+                rows.append(row)
+            if mark:
+                seen.add(mark)
+        if len(rows) < len(result.rows):
+            repeats = Event(_REPEATS, result="repeat of an earlier row")
+            events = [*result.events, *[repeats] * (len(result.rows) - len(rows))]
+            dropped = None if rows else Drop(_REPEATS, "every row repeats an earlier one")
+            result = replace(result, rows=rows, dropped=dropped, events=events)
+        yield result
 
 
 def _numbers(file: IO[bytes]) -> Iterator[tuple[int, int]]:

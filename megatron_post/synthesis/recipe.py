@@ -5,10 +5,11 @@ A recipe is a file:
     VERSION = 1                          # raise it, and all that the recipe has asked is asked again
     MODELS = ("author", "judge")         # names under `models` that it asks; by default "author" alone
     SANDBOX = True                       # whether it runs programs; by default it does not
+    ANSWERS = True                       # whether it compares mathematical answers; by default it does not
 
     class Settings(Section): ...         # its own keys, under `settings` of the YAML; may be left out
 
-    async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]: ...
+    async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row | StepLabels]: ...
 
 The first line of its docstring says what it makes. Its prompts are `NAME.j2` in a directory beside the file,
 which has the file's name without `.py`.
@@ -18,7 +19,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.reading import did_you_mean, plain_file
 from megatron_post.synthesis import recipes
 from megatron_post.synthesis.prompts import Prompts
-from megatron_post.synthesis.row import Row
+from megatron_post.synthesis.row import Row, StepLabels
 
 _BUILT_IN = Path(recipes.__file__).parent
 
@@ -52,8 +53,9 @@ class Recipe:
     summary: str
     models: tuple[str, ...]
     runs_programs: bool
+    compares_answers: bool
     settings: type[Section]
-    run: Callable[[dict[str, Any], Any], Awaitable[list[Row]]]
+    run: Callable[[dict[str, Any], Any], Awaitable[Sequence[Row | StepLabels]]]
     prompts: Prompts
     checksums: dict[str, str]
 
@@ -94,7 +96,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
     """Raises `ValueError` for a module that is no recipe."""
     run, settings = getattr(module, "recipe", None), getattr(module, "Settings", Section)
     version, models = getattr(module, "VERSION", None), getattr(module, "MODELS", ("author",))
-    sandbox = getattr(module, "SANDBOX", False)
+    sandbox, answers = getattr(module, "SANDBOX", False), getattr(module, "ANSWERS", False)
     wrong = {
         "`async def recipe(row, task)`": not inspect.iscoroutinefunction(run)
         or len(inspect.signature(run).parameters) != 2,
@@ -102,6 +104,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
         "MODELS, a tuple of names": not isinstance(models, tuple)
         or not all(isinstance(model, str) and model for model in models),
         "SANDBOX, True or False": not isinstance(sandbox, bool),
+        "ANSWERS, True or False": not isinstance(answers, bool),
         "Settings, a `Section`": not (isinstance(settings, type) and issubclass(settings, Section)),
     }
     if missing := [what for what, is_wrong in wrong.items() if is_wrong]:
@@ -114,6 +117,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
         summary=(module.__doc__ or "").strip().partition("\n")[0],
         models=models,
         runs_programs=sandbox,
+        compares_answers=answers,
         settings=settings,
         run=run,
         prompts=prompts,

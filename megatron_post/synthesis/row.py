@@ -1,4 +1,4 @@
-"""What a recipe makes: a row that `data pack` takes as it is, with an id and where it comes from."""
+"""What a recipe makes: dialogs that `data pack` takes as they are, or labelled steps; with an id each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,51 +10,111 @@ from megatron_post.data.row_formats import example_of_row
 from megatron_post.inference.request import messages_as_json
 from megatron_post.storage.checksums import sha256_of_json
 
-_OWN = ("id", "messages", "tools", "capability", "kind", "provenance")
+_OWN = ("id", "messages", "tools", "prompt", "completions", "labels", "capability", "kind", "provenance")
 _SOURCE = Source(name="synthesis", path="rows.jsonl")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A dialog to train on.
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What each kind of row has.
 
-    messages: end with the assistant. What the assistant says after the last message of the user is trained,
-    and nothing before it. A message with `trained=False` is not trained there either.
     kind: tells rows of one recipe apart, such as "first_try" and "correction". parents: ids of other rows
     that it was made from, beside the input row. extra: more keys of the row, which `data pack` lists as not
-    used.
+    used. unique: of the rows with one such text, the first one alone is kept; empty: each is kept.
     """
 
-    messages: Sequence[Message]
-    capability: str
     kind: str = ""
-    tools: Sequence[dict[str, Any]] = ()
     parents: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    unique: str = ""
 
     def as_json(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """The row as a line of JSON has it. provenance: where it comes from, beside its parents.
 
-        Raises `BadRow` if `data pack` would refuse it, or if `extra` has a key that a row has already.
+        Raises `BadRow` if it cannot be trained on, or if `extra` has a key that a row has already.
         """
         if taken := sorted(set(self.extra) & {*_OWN}):
             raise BadRow(f"extra has {', '.join(taken)}, which a row has already: choose another name")
+        row: dict[str, Any] = {
+            **self._content(),
+            **({"kind": self.kind} if self.kind else {}),
+            **self.extra,
+        }
+        self._check(row)
+        origin = {**provenance, "parents": [*provenance.get("parents", ()), *self.parents]}
+        if self.unique:
+            origin["unique"] = sha256_of_json(self.unique)[:32]
+        return {"id": row_id(row), **row, "provenance": origin}
+
+    def _content(self) -> dict[str, Any]:
+        """The keys that its kind of row has."""
+        raise NotImplementedError
+
+    def _check(self, row: dict[str, Any]) -> None:
+        """Raises `BadRow`."""
+
+
+@dataclass(frozen=True)
+class Row(_Made):
+    """A dialog to train on, which `data pack` takes as it is.
+
+    messages: end with the assistant. What the assistant says after the last message of the user is trained,
+    and nothing before it. A message with `trained=False` is not trained there either.
+    """
+
+    messages: Sequence[Message]
+    capability: str
+    tools: Sequence[dict[str, Any]] = ()
+
+    def _content(self) -> dict[str, Any]:
         asked = [number for number, message in enumerate(self.messages) if message.role == "user"]
         first_trained = asked[-1] + 1 if asked else 0
         messages = messages_as_json(self.messages)
         for number, message in enumerate(self.messages):
             if message.role == "assistant":
                 messages[number]["train"] = message.trained and number >= first_trained
-        row: dict[str, Any] = {
-            "messages": messages,
-            **({"tools": list(self.tools)} if self.tools else {}),
-            "capability": self.capability,
-            **({"kind": self.kind} if self.kind else {}),
-            **self.extra,
-        }
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        return {"messages": messages, **tools, "capability": self.capability}
+
+    def _check(self, row: dict[str, Any]) -> None:
         example_of_row(row, _SOURCE, reasoning="render")
-        parents = [*provenance.get("parents", ()), *self.parents]
-        return {"id": row_id(row), **row, "provenance": {**provenance, "parents": parents}}
+
+
+@dataclass(frozen=True)
+class StepLabels(_Made):
+    """A solution whose steps are labelled as right or wrong, in TRL's form of stepwise supervision.
+
+    It trains a reward model of steps. It is no dialog, and `data pack` refuses it.
+    """
+
+    prompt: str
+    completions: Sequence[str]
+    labels: Sequence[bool]
+    capability: str
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "completions": list(self.completions),
+            "labels": list(self.labels),
+            "capability": self.capability,
+        }
+
+    def _check(self, row: dict[str, Any]) -> None:
+        if not self.completions or len(self.completions) != len(self.labels):
+            raise BadRow(f"{len(self.completions)} steps have {len(self.labels)} labels")
+
+
+def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row as JSON has it; of labelled steps, the prompt and a message for each step."""
+    if "messages" in row:
+        found: list[dict[str, Any]] = row["messages"]
+        return found
+    steps = zip(row["completions"], row["labels"], strict=True)
+    return [
+        {"role": "user", "content": row["prompt"]},
+        *({"role": f"step, {'right' if label else 'wrong'}", "content": step} for step, label in steps),
+    ]
 
 
 def row_id(row: Mapping[str, Any]) -> str:

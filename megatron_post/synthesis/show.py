@@ -12,6 +12,7 @@ from rich.text import Text
 from megatron_post.inference.journal import read_entries
 from megatron_post.storage.files import read_lines
 from megatron_post.storage.reading import reading
+from megatron_post.synthesis.row import readable_messages
 from megatron_post.synthesis.task import Event
 
 _STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
@@ -67,7 +68,9 @@ def show_row(file: str | Path, number: int, *, console: Console) -> None:
     if values is None:
         raise ValueError(f"--row {number}: {path} has fewer rows. The first one is 1")
     with reading(f"{path}:{number}", "a row of a recipe"):
-        row = (_Kept if "messages" in values else _Lost).model_validate(values)
+        if "provenance" in values:
+            values["messages"] = readable_messages(values)
+        row = (_Kept if "provenance" in values else _Lost).model_validate(values)
     origin = row.provenance if isinstance(row, _Kept) else row
     _head(console, f"row {row.id} from {origin.source}")
     _transcript(console, origin.journal, path.parent / "journal", f"{path}:{number}")
@@ -84,18 +87,22 @@ def _transcript(console: Console, events: Sequence[Event], journal: Path, place:
     entries = read_entries(journal, {event.key for event in events})
     before: list[_Message] = []
     for number, event in enumerate(events, start=1):
-        asked = f"{event.model} is asked" if event.model else "a program"
+        entry = entries.get(event.key, {})
+        what = "a program: " if "program" in entry else "two answers: " if "wanted" in entry else ""
+        what = f"{event.model} is asked: " if event.model else what
         tokens = f", {event.prompt_tokens} + {event.tokens} tokens" if event.model else ""
-        _head(console, f"{number}. {event.step}: {asked}: {event.result or 'nothing came of it'}{tokens}")
+        _head(console, f"{number}. {event.step}: {what}{event.result or 'nothing came of it'}{tokens}")
         if not event.key:
-            continue  # the recipe was wrong, and nothing was asked
-        if event.key not in entries:
+            continue  # the recipe counts it; or the recipe was wrong, and nothing was asked
+        if not entry:
             raise ValueError(f"{place}: {journal} has no entry {event.key}")
         with reading(f"{place}: the entry {event.key}", "an entry of the journal"):
             if event.model:
-                before = _print_request(console, entries[event.key], before)
+                before = _print_request(console, entry, before)
+            elif "program" in entry:
+                _print_program(console, entry)
             else:
-                _print_program(console, entries[event.key])
+                _print_answers(console, entry)
 
 
 def _print_request(console: Console, entry: dict[str, Any], before: list[_Message]) -> list[_Message]:
@@ -128,6 +135,12 @@ def _print_program(console: Console, entry: dict[str, Any]) -> None:
         _say(console, f"[{stream}]" if outcome[stream] else "", "bold")
         _say(console, outcome[stream])
     _say(console, f"({outcome['kind']}, exit status {outcome['returncode']})", "dim")
+
+
+def _print_answers(console: Console, entry: dict[str, Any]) -> None:
+    for name in ("wanted", "given"):
+        _say(console, f"[{name}]", "bold")
+        _say(console, entry[name])
 
 
 def _print_message(console: Console, message: _Message) -> None:

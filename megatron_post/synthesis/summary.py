@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from megatron_post.storage.files import write_json
 from megatron_post.storage.reading import read_object, reading
 from megatron_post.synthesis.parts import Result
+from megatron_post.synthesis.row import readable_messages
 
 _MOST_REASONS = 200  # that are counted apart, and so are kinds
 _SAMPLES = 3  # of each kind and of each reason
@@ -18,14 +19,15 @@ _OTHERS = "(others)"
 
 
 class Step(BaseModel):
-    """rows: input rows that came to it. programs: by the kind of their outcome."""
+    """rows: input rows that came to it. results: how often, for all but requests: kinds of
+    outcomes of programs, how answers compare, and what a recipe counts."""
 
     rows: int = 0
     requests: int = 0
     refused: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
-    programs: Counter[str] = Field(default_factory=Counter)
+    results: Counter[str] = Field(default_factory=Counter)
     dropped: int = 0
     failed: int = 0
 
@@ -91,7 +93,7 @@ class Summary(BaseModel):
                 step.prompt_tokens += event.prompt_tokens
                 step.tokens += event.tokens
             else:
-                step.programs[event.result] += 1
+                step.results[event.result] += 1
         for name in {event.step for event in result.events}:
             self.steps[name].rows += 1
 
@@ -104,7 +106,9 @@ class Summary(BaseModel):
             self.kinds[kind] += 1
             samples = self.samples.setdefault(kind, [])
             if len(samples) < _SAMPLES:
-                samples.append({"id": row["id"], "source": result.source, "messages": _cut(row["messages"])})
+                samples.append(
+                    {"id": row["id"], "source": result.source, "messages": _cut(readable_messages(row))}
+                )
 
     def _add_drop(self, result: Result, reasons: dict[tuple[str, str, bool], Reason]) -> None:
         dropped = result.dropped

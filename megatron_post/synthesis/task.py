@@ -14,6 +14,7 @@ from megatron_post.inference.request import Reply
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Limits
 from megatron_post.synthesis.inputs import InputRow
+from megatron_post.synthesis.math.answers import Comparison
 from megatron_post.synthesis.prompts import Prompts
 
 S = TypeVar("S", bound=Section)
@@ -24,7 +25,8 @@ T = TypeVar("T")
 class Event:
     """A request or a program of a recipe. key: the journal's; empty as long as it has no answer.
 
-    result: "reply", "refusal", or the kind of a program's outcome. model: empty for a program.
+    result: "reply", "refusal", the kind of a program's outcome, how two answers compare, or what a recipe
+    counts. model: empty for all but requests.
     """
 
     step: str
@@ -56,12 +58,20 @@ class Runs(Protocol):
     ) -> tuple[Outcome, str]: ...
 
 
+class Compares(Protocol):
+    """As `math.answers.MathAnswers`."""
+
+    async def compare(self, wanted: str, given: str) -> tuple[Comparison, str]: ...
+
+
 class Ground(Protocol):
-    """Where a task finds models and the sandbox."""
+    """Where a task finds models, the sandbox and the comparison of answers."""
 
     def model(self, name: str, step: str) -> Asks: ...
 
     def sandbox(self) -> Runs: ...
+
+    def answers(self) -> Compares: ...
 
 
 @dataclass
@@ -133,6 +143,19 @@ class Task(Generic[S]):
         outcome, event.key = await self._ground.sandbox().run(files, command, limits)
         event.result = outcome.kind
         return outcome
+
+    async def compare(self, step: str, wanted: str, given: str) -> Comparison:
+        """Whether two mathematical answers are the same. What comes of a pair is kept.
+
+        step: what the report counts it under. The texts are as in `\\boxed{...}`. They may be hostile.
+        """
+        event = self._begin(step)
+        event.result, event.key = await self._ground.answers().compare(wanted, given)
+        return event.result
+
+    def count(self, step: str, result: str) -> None:
+        """Have the report count a result of the recipe's own, such as a judge's verdict, under a step."""
+        self._begin(step).result = result
 
     async def together(self, *work: Awaitable[T]) -> list[T]:
         """Do several things at a time, such as K samples, and wait for all. Returns their results in order.

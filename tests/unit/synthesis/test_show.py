@@ -76,7 +76,7 @@ def test_the_report_counts_by_step_and_reason(place: Place) -> None:
     found = _Texts(page)
     assert "3 rows made 60.0% of 5 input rows kept" in found.texts
     assert "step rows requests tokens dropped failed solve 5 5" in found.texts
-    assert "check programs: 6 passed 4 0 0 1 0" in found.texts and "code / correction 1" in found.texts
+    assert "check results: 6 passed 4 0 0 1 0" in found.texts and "code / correction 1" in found.texts
     assert "1 dropped at solve: the reply has no program" in found.texts
     assert "1 bad row(s) of the input are left out:" in found.texts
     assert "script" not in found.tags and "link" not in found.tags and not re.search(r"(src|href)=", page)

@@ -1,0 +1,141 @@
+"""Answers are compared in processes that can be killed, and each pair once."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_post.inference.journal import Journal
+from megatron_post.synthesis.math.answers import BrokenComparison, MathAnswers
+from megatron_post.synthesis.math.tries import boxed_answer, known_answer, step_verdicts, steps_of
+
+pytest.importorskip("math_verify")
+PAIRS = [
+    ("18", "18", "same"),
+    ("18", "18.0", "same"),
+    ("1,000", "1000", "same"),
+    ("\\frac12", "0.5", "same"),
+    ("\\frac{7}{2}", "3\\frac{1}{2}", "same"),
+    ("18", "\\$18", "same"),
+    ("18", "18\\text{ dollars}", "same"),
+    ("x^2 + 2x + 1", "(x+1)^2", "same"),
+    ("\\{1, 2\\}", "2, 1", "same"),
+    ("5", "x = 5", "same"),
+    ("\\text{Tuesday}", "tuesday.", "same"),
+    ("18", "26", "different"),
+    ("-5", "5", "different"),
+    ("(1, 2)", "(2, 1)", "different"),
+    ("1/3", "0.33", "different"),
+    ("listen", "silent", "different"),
+    ("B", "C", "different"),
+    ("18", "}18", "unreadable"),
+    ("18", "1" * 1001, "too long"),
+    ("18", "__import__('os')._exit(0)", "different"),
+]
+BOMBS = ["9^{9^{9^{9}}}", "1000000000!"]
+
+
+async def _compare(directory: Path, *pairs: tuple[str, str], processes: int = 1) -> list[str]:
+    with Journal(directory, 0) as journal:
+        answers = MathAnswers(journal, processes=processes, seconds=1)
+        try:
+            return [(await answers.compare(*pair))[0] for pair in pairs]
+        finally:
+            await answers.close()
+
+
+def test_what_is_the_same(tmp_path: Path) -> None:
+    pairs = [(wanted, given) for wanted, given, _ in PAIRS]
+    found = asyncio.run(_compare(tmp_path, *pairs))
+    assert list(zip(pairs, found, strict=True)) == [((a, b), result) for a, b, result in PAIRS]
+
+
+def test_bombs_end_as_timeouts_and_never_hold_the_event_loop(tmp_path: Path) -> None:
+    async def both() -> tuple[list[str], int]:
+        compared = asyncio.create_task(_compare(tmp_path, *((bomb, "1") for bomb in BOMBS), ("2", "2.0")))
+        ticks = 0
+        while not compared.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return await compared, ticks
+
+    started = time.monotonic()
+    found, ticks = asyncio.run(both())
+    assert found == ["timeout"] * len(BOMBS) + ["same"]
+    assert ticks > 20 * (time.monotonic() - started)  # of 100 a second
+
+
+def test_a_pair_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [("2", "2.0"), ("2", "3"), (BOMBS[0], "1")]
+    expected = asyncio.run(_compare(tmp_path, *pairs))
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert asyncio.run(_compare(tmp_path, *pairs)) == expected == ["same", "different", "timeout"]
+    with pytest.raises(BrokenComparison, match="does not start"):
+        asyncio.run(_compare(tmp_path, ("2", "4")))
+
+
+def test_a_cancelled_comparison_answers_no_other(tmp_path: Path) -> None:
+    async def run() -> str:
+        with Journal(tmp_path, 0) as journal:
+            answers = MathAnswers(journal, processes=1)
+            try:
+                await answers.compare("1", "2")
+                comparing = asyncio.create_task(answers.compare(BOMBS[0], "1"))
+                await asyncio.sleep(0.2)
+                comparing.cancel()
+                await asyncio.gather(comparing, return_exceptions=True)
+                return (await answers.compare("5", "5.0"))[0]
+            finally:
+                await answers.close()
+
+    assert asyncio.run(run()) == "same"
+
+
+def test_the_last_box_is_the_answer() -> None:
+    assert boxed_answer("\\boxed{1} and \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
+    assert boxed_answer("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
+    for text in ("", "18", "\\boxed{}", "\\boxed{ }", "\\boxed{18", "\\boxed 18", "\\boxed{{18}"):
+        assert boxed_answer(text) is None
+
+
+def test_known_answers() -> None:
+    row = {"a": "3 + 4 = 7\n#### 7", "b": 7, "c": "so \\boxed{7}", "d": "$7$", "e": None}
+    assert known_answer(row, "a", "####", key="answer") == "7"
+    assert [known_answer(row, name, "", key="answer") for name in "bcde"] == ["7", "7", "7", None]
+    assert known_answer(row, "f", "", key="answer") is None
+    with pytest.raises(ValueError, match=r"settings\.answer=b: '####' and an answer are not in it"):
+        known_answer(row, "b", "####", key="answer")
+
+
+def test_steps_are_numbered_from_one() -> None:
+    text = "Let us see.\n\n## Step 1: add\n3 + 4\n\n## Step 2: answer\nAs step 1 says, 7."
+    assert steps_of(text) == ("Let us see.\n\n## Step 1: add\n3 + 4", "## Step 2: answer\nAs step 1 says, 7.")
+    assert steps_of("Step 1: add\nStep 2: say") == ("Step 1: add", "Step 2: say")
+    for broken in (
+        "",
+        "no steps",
+        "## Step 2: add",
+        "## Step 1: a\n## Step 3: b",
+        "## Step 1: a\n## Step 1: b",
+    ):
+        assert steps_of(broken) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I add.\nStep 1: right\nStep 2: wrong", [True, False]),
+        ("Step 1: right\n\nStep 2: right\n", [True, True]),
+        ("Step 1: right", None),
+        ("Step 1: right\nStep 2: right\nStep 3: right", None),
+        ("Step 1: wrong\nStep 1: right\nStep 2: right", None),
+        ("Step 2: right\nStep 1: right", None),
+        ("Step 1: right\nStep 2: mostly right", None),
+        ("Step 1: right\nStep 2: Right", None),
+        ("Step 1: right\nStep 2: right\nAll is well.", None),
+        ("", None),
+    ],
+)
+def test_verdicts_are_read_strictly(text: str, expected: list[bool] | None) -> None:
+    assert step_verdicts(text, 2) == expected

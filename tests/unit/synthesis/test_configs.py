@@ -1,0 +1,25 @@
+"""The synthesis files of configs/ load, and their recipes take their settings."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_post.synthesis.recipe import built_in_recipes, load_recipe
+from megatron_post.synthesis.settings import load_synthesis, recipe_settings
+
+DIRECTORY = Path(__file__).parents[3] / "configs/synthesis"
+
+
+@pytest.mark.parametrize("name", built_in_recipes())
+def test_each_recipe_has_a_file_that_loads(name: str) -> None:
+    settings = load_synthesis(str(DIRECTORY / f"{name}.yaml"))
+    recipe = load_recipe(settings.recipe)
+    assert recipe.name == name and recipe.summary
+    recipe_settings(settings, recipe)
+
+
+def test_recipes_of_mathematics_ask_for_the_same_form_of_solution() -> None:
+    recipes = DIRECTORY.parents[1] / "megatron_post/synthesis/recipes"
+    for prompt in ("solve", "judge"):
+        texts = {file.read_text() for file in recipes.glob(f"math_*/{prompt}.j2")}
+        assert len(texts) == (2 if prompt == "solve" else 1)  # math_interleaved has its own
