@@ -1,5 +1,6 @@
 """The one program in a reply."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_post.inference.request import Reply
@@ -46,18 +47,23 @@ def whole_text(reply: Reply, what: str) -> str:
 
 
 def program_in(reply: Reply, language: Language, what: str = "the program") -> str:
-    """The program in a reply: its one block of the language, else its one block that names no language.
+    """The program in a reply. Raises `Dropped` as `block_in`."""
+    return block_in(reply, what, TITLES[language], (language, *_TAGS[language]))
 
-    Raises `Dropped`: a reply that has no such block, an open one, or several is not trained on, because it is
-    not clear which is the program.
+
+def block_in(reply: Reply, what: str, title: str, tags: Sequence[str]) -> str:
+    """The one block of a reply that has one of these tags, else its one block that has none.
+
+    Raises `Dropped`, with `what` in the reason. A reply that has no such block, an open one or several is not
+    trained on, because it is not clear which is meant.
     """
     found = blocks(whole_text(reply, what))
-    named = [block for block in found if block.language in (language, *_TAGS[language])]
+    named = [block for block in found if block.language in tags]
     wanted = named or [block for block in found if not block.language]
     if not wanted:
-        raise Dropped(f"{what} is missing", f"no block of {TITLES[language]}: {reply.text[:200]!r}")
+        raise Dropped(f"{what} is missing", f"no block of {title}: {reply.text[:200]!r}")
     if len(wanted) > 1:
-        raise Dropped(f"{what} is ambiguous", f"{len(wanted)} blocks of {TITLES[language]}")
+        raise Dropped(f"{what} is ambiguous", f"{len(wanted)} blocks of {title}")
     if not wanted[0].is_closed:
         raise Dropped(f"{what} is cut off", "its block is not closed")
     if len(wanted[0].code) > MOST_CHARACTERS:

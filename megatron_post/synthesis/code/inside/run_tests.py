@@ -20,7 +20,7 @@ from typing import IO, Any
 
 _PR_SET_DUMPABLE = 4  # linux/prctl.h; with 0, the files of this process in /proc are closed to the program
 _KEPT = 2048  # characters of each text in the report
-_MOST_RUNS = 32  # runs in the report, the last ones
+_MOST_RUNS = 64  # runs in the report, the last ones
 _MOST_BYTES = 2**20  # of an output that is read
 _DIRECTORY = "program"
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from megatron_post.sandbox.languages import TOOLS
+from megatron_post.sandbox.languages import TOOLS, Language
 from megatron_post.storage.reading import read_object
+from megatron_post.synthesis.run import TooManyFailures
 from tests.scripted_server import ScriptedServer
 from tests.unit.synthesis.code.author import answer, fault, snippet
+from tests.unit.synthesis.code.running import check_that_it_goes_on, needs_bubblewrap, outcomes, run
 from tests.unit.synthesis.conftest import Place
 
 # manner of the answers -> how many problems, and what becomes of each: a kind of row, or why it is dropped
@@ -55,7 +57,8 @@ EXPECTED = {
 }
 
 
-pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+pytestmark = needs_bubblewrap
+SETTINGS = {"seconds": 2.0}
 
 
 @pytest.fixture
@@ -64,41 +67,22 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield Place(tmp_path, server)
 
 
-def _write(directory: Path, *manners: str) -> dict[str, Any]:
-    """Write a snippet for each manner, and return the settings of their run."""
-    (directory / "code").mkdir()
-    for number, manner in enumerate(manners, start=1):
-        (directory / f"code/{number:02d}.py").write_text(snippet(number, manner))
-    return {
-        "recipe": "code_execution",
-        "settings": {"seconds": 2.0},
-        "input": {"kind": "documents", "path": str(directory / "code")},
-        "max_failed": 0.02,
-    }
-
-
-def _models(place: Place) -> dict[str, Any]:
-    backend = {"kind": "server", "url": place.server.url, "served_model": "author", "timeout": 20.0}
-    sampling = {"max_tokens": 4096}
-    return {"author": {"model": "author", "backend": backend, "sampling": sampling}, "judge": "author"}
+def _snippets(*manners: str) -> list[str]:
+    return [snippet(number, manner) for number, manner in enumerate(manners, start=1)]
 
 
 def test_fifty_problems(place: Place) -> None:
     manners = [manner for manner, (count, _) in EXPECTED.items() for _ in range(count)]
     assert len(manners) == 50
-    values = _write(place.directory, *manners) | {"models": _models(place)}
-    place.run(**values)
-    rows, dropped = place.rows(), place.rows("dropped.jsonl")
-    found = {int(_file(row["provenance"]["source"])): row["kind"] for row in rows}
-    found |= {int(_file(row["source"])): row["reason"] for row in dropped}
-    assert found == {n: EXPECTED[manner][1] for n, manner in enumerate(manners, start=1)}
-    reasons = Counter(outcome for count, outcome in EXPECTED.values() for _ in range(count))
+    run(place, "code_execution", _snippets(*manners), settings=SETTINGS)
+    assert outcomes(place) == {n: EXPECTED[manner][1] for n, manner in enumerate(manners, start=1)}
     summary = read_object(place.output / "summary.json", "a summary")["summary"]
     counted = Counter({kind.removeprefix("code / "): count for kind, count in summary["kinds"].items()})
     for each in summary["reasons"]:
         counted[each["reason"]] += each["rows"]
-    assert counted == reasons and (summary["kept"], summary["dropped"], summary["failed"]) == (21, 28, 1)
-    for row in rows:
+    assert counted == Counter(EXPECTED[manner][1] for manner in manners)
+    assert (summary["kept"], summary["dropped"], summary["failed"]) == (21, 28, 1)
+    for row in place.rows():
         _check(row)
 
 
@@ -112,40 +96,20 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("language", ["cpp", "java", "rust", "javascript", "bash"])
-def test_other_languages(place: Place, language: str) -> None:
+def test_other_languages(place: Place, language: Language) -> None:
     if missing := [tool for tool in TOOLS[language] if shutil.which(tool) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
-    values = _write(place.directory, *OUTCOMES) | {"models": _models(place)}
     settings = {"languages": [language], "seconds": 10.0, "mutants": 3, "tries": 2, "witnesses": 1}
-    place.run(
-        **values
-        | {
-            "settings": settings,
-            "sandbox": {"kind": "bubblewrap", "limits": {"cpu_seconds": 60.0, "seconds": 90.0}},
-        }
-    )
-    found = {int(_file(row["provenance"]["source"])): row["kind"] for row in place.rows()}
-    found |= {int(_file(row["source"])): row["reason"] for row in place.rows("dropped.jsonl")}
-    assert found == dict(enumerate(OUTCOMES.values(), start=1))
+    sandbox = {"kind": "bubblewrap", "limits": {"cpu_seconds": 60.0, "seconds": 90.0}}
+    run(place, "code_execution", _snippets(*OUTCOMES), settings=settings, sandbox=sandbox)
+    assert outcomes(place) == dict(enumerate(OUTCOMES.values(), start=1))
     assert {row["language"] for row in place.rows()} == {language}
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])
-def test_a_run_that_was_cut_off_ends_with_the_same_bytes(place: Place, share: float) -> None:
-    """A kill leaves a part of the journal, whose last line is torn."""
-    manners = ("mended", "asserts_nothing_first", "tests_wrong_first", "stubborn")
-    values = _write(place.directory, *manners) | {"models": _models(place)}
-    place.run(**values)
-    expected, asked = place.bytes(), place.asked()
-    (journal,) = (place.output / "journal").glob("journal-*.jsonl")
-    content = journal.read_bytes()
-    shutil.rmtree(place.output)
-    journal.parent.mkdir(parents=True)
-    journal.write_bytes(content[: int(share * len(content))])
-    place.run(**values)
-    assert place.bytes() == expected
-    kept = content[: int(share * len(content))].count(b'"kind":"reply"')
-    assert place.asked() in (asked - kept, asked - kept + 1)  # the torn line may be a reply
+def test_a_run_that_was_cut_off_goes_on(place: Place, share: float) -> None:
+    snippets = _snippets("mended", "asserts_nothing_first", "tests_wrong_first", "stubborn")
+    check_that_it_goes_on(place, share, "code_execution", snippets, settings=SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +121,21 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(place: Place, share: fl
     ],
 )
 def test_a_judge_may_be_asked(place: Place, manner: str, outcome: str) -> None:
-    values = _write(place.directory, manner) | {"models": _models(place)}
-    place.run(**values | {"settings": {"judge": True}})
-    found = [row["kind"] for row in place.rows()] + [row["reason"] for row in place.rows("dropped.jsonl")]
-    assert found == [outcome]
+    run(place, "code_execution", _snippets(manner), settings={"judge": True})
+    assert outcomes(place) == {1: outcome}
 
 
-def _file(source: str) -> str:
-    return source.rpartition("/")[2].partition(".")[0]
+def test_a_language_that_the_sandbox_lacks_ends_the_run(place: Place) -> None:
+    sandbox = {"kind": "bubblewrap", "environment": {"PATH": "/usr/bin"}}
+    with pytest.raises(TooManyFailures, match="the sandbox cannot run rust: it needs rustc, cc there"):
+        run(
+            place,
+            "code_execution",
+            _snippets("right"),
+            settings={"languages": ["rust"]},
+            sandbox=sandbox,
+            max_failed=0.0,
+        )
 
 
 def _check(row: dict[str, Any]) -> None:

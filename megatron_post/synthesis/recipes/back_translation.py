@@ -1,0 +1,114 @@
+"""Explanations of real code from which the code was written again, and the code that was written."""
+
+import contextlib
+from typing import Any
+
+from pydantic import Field
+
+from megatron_post.config.section import Count, Positive, Section
+from megatron_post.data.dialog import Message
+from megatron_post.inference.request import Reply
+from megatron_post.sandbox.languages import TOOLS, Language, program
+from megatron_post.synthesis.code.mutants import survivors
+from megatron_post.synthesis.code.programs import TITLES, program_in, text_of, whole_text
+from megatron_post.synthesis.code.similarity import labels_of, similarity
+from megatron_post.synthesis.code.unit_tests import Bench, bench_of
+from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import blocks
+from megatron_post.synthesis.row import Row
+from megatron_post.synthesis.task import Task
+
+VERSION = 1
+SANDBOX = True
+
+_LONG_LINE = 20  # characters of a line of code that nobody writes by chance
+_MOST_QUOTED = 0.1  # share of the long lines that may stand in an explanation
+
+
+class Settings(Section):
+    language: Language = Field("python", description="language of the code")
+    samples: Count = Field(4, description="times that the code is written again; the closest is kept")
+    least: float = Field(
+        0.6, ge=0, le=1, description="similarity that the closest must have, if there are no tests"
+    )
+    tests: bool = Field(True, description="compare by tests if the code passes tests that a model writes")
+    mutants: Count = Field(4, description="mutants of the code that its tests are run on")
+    killed: float = Field(0.5, gt=0, le=1, description="share of the mutants that must fail the tests")
+    seconds: Positive = Field(5.0, description="time of one run of a program in its tests")
+
+
+async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
+    code, language = text_of(row), task.settings.language
+    names = {"language": TITLES[language], "tag": language}
+    bench = bench_of(task, language, task.settings.seconds)
+    if not await _compiles(task, code):
+        raise Dropped("the code does not compile")
+    labels = await labels_of(task, language, code)
+    question = Message("user", task.prompt("explain", code=code.rstrip(), **names))
+    explained = await task.ask("explain", [question])
+    explanation = whole_text(explained, "the explanation")
+    if _quotes(explanation, code):
+        raise Dropped("the explanation quotes the code")
+    tests = await _tests(task, bench, code) if task.settings.tests else ""
+    request = Message("user", task.prompt("write", explanation=explanation, **names))
+    seeds = range(task.settings.samples)
+    replies = await task.together(*(task.ask("write", [request], seed=seed) for seed in seeds))
+    close = await task.together(*(_closeness(task, bench, reply, tests, labels) for reply in replies))
+    best = max(seeds, key=lambda seed: (close[seed], -seed))
+    least = 0.0 if tests else task.settings.least
+    if close[best] < least:
+        what = "passes the tests of the code" if tests else "is close enough to the code"
+        raise Dropped(
+            f"nothing that was written {what}", f"similarities {[round(each, 3) for each in close]}"
+        )
+    compared_by = "tests" if tests else "syntax tree" if language == "python" else "tokens"
+    extra = {"language": language, "similarity": round(close[best], 3), "compared_by": compared_by}
+    return [
+        Row([question, explained.message], "code", kind="explanation", extra=extra),
+        Row([request, replies[best].message], "code", kind="program", extra=extra),
+    ]
+
+
+async def _compiles(task: Task[Settings], source: str) -> bool:
+    """Raises `ValueError` where the sandbox lacks the language."""
+    language = task.settings.language
+    outcome = await task.run("compile", *program(language, source, check=True))
+    if outcome.kind == "unavailable":
+        raise ValueError(
+            f"the sandbox cannot compile {language}: it needs {', '.join(TOOLS[language])} there"
+        )
+    return outcome.ok
+
+
+async def _tests(task: Task[Settings], bench: Bench, code: str) -> str:
+    """Tests that the code passes and that enough of its mutants fail; empty if there are none."""
+    values = {"language": TITLES[bench.language], "code": code.rstrip(), "seconds": f"{bench.seconds:g}"}
+    reply = await task.ask("tests", task.prompt("tests", **values))
+    try:
+        tests = program_in(reply, "python", "the file of tests")
+    except Dropped:
+        return ""
+    if not (await bench.run("test_code", code, tests)).ok:
+        return ""
+    passed, run = await survivors(bench, code, tests, task.settings.mutants)
+    return tests if run - len(passed) >= task.settings.killed * run else ""
+
+
+async def _closeness(
+    task: Task[Settings], bench: Bench, reply: Reply, tests: str, labels: list[str]
+) -> float:
+    """Similarity of what was written to the code; -1 if it is not a program, or fails the tests."""
+    with contextlib.suppress(Dropped):
+        source = program_in(reply, bench.language)
+        if tests and not (await bench.run("test", source, tests)).ok:
+            return -1.0
+        if tests or await _compiles(task, source):
+            return similarity(labels, await labels_of(task, bench.language, source))
+    return -1.0
+
+
+def _quotes(explanation: str, code: str) -> bool:
+    """Whether an explanation has blocks of code, or too many lines of the code."""
+    lines = [line.strip() for line in code.split("\n") if len(line.strip()) >= _LONG_LINE]
+    quoted = sum(line in explanation for line in lines)
+    return bool(blocks(explanation)) or quoted > max(1, _MOST_QUOTED * len(lines))
