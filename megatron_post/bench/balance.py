@@ -66,8 +66,8 @@ class Examples:
     @cached_property
     def packs(self) -> list[np.ndarray]:
         """Units of each pack, in an order drawn from the seed, as `data pack` writes them."""
-        packing = pack_units(self.segments.sum(axis=1), capacity=self.pack_length)
-        return [packing[pack] for pack in permutation(len(packing), 0, "balance")]
+        packs = pack_units(self.segments.sum(axis=1), capacity=self.pack_length)
+        return [packs[i] for i in permutation(len(packs), 0, "balance")]
 
     @cached_property
     def squares(self) -> np.ndarray:

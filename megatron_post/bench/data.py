@@ -84,9 +84,9 @@ def time_packing(lengths: np.ndarray, *, capacity: int) -> Packed:
     """Pack once on one core."""
     with one_core():
         started = time.perf_counter()
-        packing = pack_units(lengths, capacity=capacity)
+        packs = pack_units(lengths, capacity=capacity)
         seconds = time.perf_counter() - started
-    return Packed(len(lengths), len(packing), seconds, int(lengths.sum()) / (len(packing) * capacity))
+    return Packed(len(lengths), len(packs), seconds, int(lengths.sum()) / (len(packs) * capacity))
 
 
 def time_loader(directory: Path, *, pack_length: int, tokens: int) -> float:

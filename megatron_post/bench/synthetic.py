@@ -1,6 +1,5 @@
 """Packed stores of random tokens, with the lengths of real post-training data."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -97,8 +96,8 @@ def write_random_store(
     """
     pile, draw = UnitPile(), np.random.default_rng(settings.seed)
     for sample, length in enumerate(lengths.tolist()):
-        unit, ranks = _unit(length, settings.layout, draw, vocab_size)
-        pile.add(unit, source=0, sample=sample, turns=1, ranks=ranks)
+        unit = _unit(length, settings.layout, draw, vocab_size)
+        pile.add(unit, source=0, sample=sample, turns=1)
     assembly = assemble(pile.units(), np.arange(len(pile)), "train", settings)
     with StoreWriter(directory, settings) as writer:
         writer.write(
@@ -111,9 +110,7 @@ def write_random_store(
     return open_store(directory, "train")
 
 
-def _unit(
-    length: int, layout: StoreLayout, draw: np.random.Generator, vocab_size: int
-) -> tuple[list[Rendered], list[int]]:
+def _unit(length: int, layout: StoreLayout, draw: np.random.Generator, vocab_size: int) -> list[Rendered]:
     context = min(max(1, round(length * CONTEXT_SHARE)), length - 2)
     sizes = [length - context]
     if layout != "dialogs":
@@ -126,9 +123,7 @@ def _unit(
         ranks = [-1] if layout == "dialogs" else [0, 1]
     else:
         roles, ranks = [prompt, *responses], [-1, 0, 1]
-    return list(_random(roles, draw, vocab_size)), ranks
-
-
-def _random(roles: list[np.ndarray], draw: np.random.Generator, vocab_size: int) -> Iterator[Rendered]:
-    for each in roles:
-        yield Rendered(draw.integers(0, vocab_size, len(each), dtype=np.int32), each)
+    return [
+        Rendered(draw.integers(0, vocab_size, len(each), dtype=np.int32), each, rank)
+        for each, rank in zip(roles, ranks, strict=True)
+    ]

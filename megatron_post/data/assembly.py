@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_post.data.packing import Packing, pack_units
+from megatron_post.data.packing import pack_units
 from megatron_post.data.permutation import permutation
 from megatron_post.data.store_format import GroupName, StoreSettings
 from megatron_post.data.template import TokenRole
@@ -67,13 +67,9 @@ def assemble(units: Units, used: np.ndarray, group: GroupName, settings: StoreSe
     # units of one source side by side.
     used = used[permutation(len(used), settings.seed, group, "units")]
     lengths = units.lengths(multiple=settings.segment_multiple)[used]
-    packing = _shuffled(pack_units(lengths, capacity=settings.pack_length), settings.seed, group)
-    used = used[packing.units]
-    ends = np.concatenate([[0], np.cumsum(np.diff(units.unit_starts)[used])])[packing.offsets]
-    return Assembly(units, settings, used, ends)
-
-
-def _shuffled(packing: Packing, seed: int, group: GroupName) -> Packing:
-    order = permutation(len(packing), seed, group, "packs")
-    offsets = np.concatenate([[0], np.cumsum(np.diff(packing.offsets)[order])])
-    return Packing(np.concatenate([packing.units[:0], *(packing[pack] for pack in order)]), offsets)
+    packs = pack_units(lengths, capacity=settings.pack_length)
+    packs = [packs[i] for i in permutation(len(packs), settings.seed, group, "packs")]
+    used = used[np.concatenate([np.zeros(0, dtype=np.int64), *packs])]
+    unit_ends = np.cumsum([0, *map(len, packs)])
+    segment_ends = np.concatenate([[0], np.cumsum(np.diff(units.unit_starts)[used])])[unit_ends]
+    return Assembly(units, settings, used, segment_ends)

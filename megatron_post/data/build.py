@@ -1,8 +1,9 @@
 """`data pack` turns sources into rows, rendered units, a mixture, packs and a store, in this order."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_post.config.data import Source
 from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
+from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits
 from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.mixture import Share, mix, shares
@@ -105,14 +107,6 @@ def _read(
     pile, counts, keys = UnitPile(), [], [KeyCounts() for _ in sources]
     for number, source in enumerate(sources):
         task = progress.add_task(f"{group}: reading {source.name}", total=None)
-        limit = LengthLimit(
-            source.name,
-            overlong=config.data.overlong,
-            capacity=config.data.pack_length,
-            multiple=segment_multiple(config),
-        )
-        example_units = _example_units(config, source, tokenizer)
-        before, spelled = len(pile), Counter[str]()
         rows = read_rows(
             source,
             bad_rows=bad_rows,
@@ -120,34 +114,56 @@ def _read(
             reasoning=config.data.reasoning,
             counts=keys[number],
         )
-        while batch := list(islice(rows, _ROWS_AT_ONCE)):
-            for (row, read), example in zip(batch, example_units(batch), strict=True):
-                unit = None if example is None else limit.fit(example.segments, row=row)
-                if example is not None and unit is not None:
-                    pile.add(unit, source=number, sample=row, turns=example.turns, ranks=example.ranks)
-                    spelled += tokenizer.spelled(texts_of(read))
-            progress.advance(task, len(batch))
-        limit.check()
-        progress.update(task, total=progress.tasks[task].completed)
         counts.append(
-            SourceCounts(
-                source.name,
-                rows=len(pile) - before,
-                bad=bad_rows.by_source[source.name],
-                dropped=limit.dropped,
-                truncated=limit.truncated,
-                filtered=example_units.filtered,
-                spelled=dict(spelled),
-            )
+            _render(rows, pile, source, number, config, tokenizer, bad_rows, partial(progress.advance, task))
         )
-        if len(pile) == before:
-            raise ValueError(
-                f"source {source.name!r} ({source.path}) gave no usable row "
-                f"({bad_rows.by_source[source.name]} bad, {limit.dropped} longer than data.pack_length, "
-                f"{example_units.filtered} left out by data.preferences); "
-                "remove it or mend it"
-            )
+        progress.update(task, total=progress.tasks[task].completed)
     return pile.units(), counts, keys
+
+
+def _render(
+    rows: Iterator[tuple[int, Dialog | Preference]],
+    pile: UnitPile,
+    source: Source,
+    number: int,
+    config: Config,
+    tokenizer: Tokenizer,
+    bad_rows: BadRows,
+    advance: Callable[[int], None],
+) -> SourceCounts:
+    """Add the units of source `number` to the pile."""
+    limit = LengthLimit(
+        source.name,
+        overlong=config.data.overlong,
+        capacity=config.data.pack_length,
+        multiple=segment_multiple(config),
+    )
+    example_units = _example_units(config, source, tokenizer)
+    before, spelled = len(pile), Counter[str]()
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        for (row, example), unit in zip(batch, example_units(batch), strict=True):
+            fitting = None if unit is None else limit.fit(unit, row=row)
+            if fitting is not None:
+                pile.add(fitting, source=number, sample=row, turns=example.turns)
+                spelled += tokenizer.spelled(texts_of(example))
+        advance(len(batch))
+    limit.check()
+    bad, used = bad_rows.by_source[source.name], len(pile) - before
+    if not used:
+        raise ValueError(
+            f"source {source.name!r} ({source.path}) gave no usable row ({bad} bad, {limit.dropped} longer "
+            f"than data.pack_length, {example_units.filtered} left out by data.preferences); remove it or "
+            "mend it"
+        )
+    return SourceCounts(
+        source.name,
+        rows=used,
+        bad=bad,
+        dropped=limit.dropped,
+        truncated=limit.truncated,
+        filtered=example_units.filtered,
+        spelled=dict(spelled),
+    )
 
 
 def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:

@@ -145,6 +145,11 @@ class Dialog:
         if not any(message.trained for message in self.messages if message.role == "assistant"):
             raise BadRow("nothing is trained: the row masks every assistant message")
 
+    @property
+    def turns(self) -> int:
+        """Number of user messages."""
+        return sum(message.role == "user" for message in self.messages)
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:
@@ -179,6 +184,11 @@ class Preference:
             raise BadRow(
                 f"rating {self.rating!r} is unknown; it must be one of {', '.join(get_args(Rating))}"
             )
+
+    @property
+    def turns(self) -> int:
+        """Number of user messages. A response has none."""
+        return sum(message.role == "user" for message in self.prompt)
 
 
 def _check_tools(tools: Sequence[dict[str, Any]]) -> None:

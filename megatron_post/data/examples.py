@@ -1,7 +1,7 @@
 """Turns dialogs and preferences into units of rendered segments, the input of packing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol, get_args
 
 import numpy as np
@@ -12,18 +12,7 @@ from megatron_post.data.permutation import permutation
 from megatron_post.data.template import Rendered, render_batch, render_preferences
 from megatron_post.data.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class ExampleUnit:
-    """The segments of one example, which must stay in one pack.
-
-    ranks: the rank of each segment's response, where 0 is the best and -1 means that it is not a response.
-    turns: the number of user messages.
-    """
-
-    segments: tuple[Rendered, ...]
-    ranks: tuple[int, ...]
-    turns: int
+Unit = tuple[Rendered, ...]  # the segments of one example, which must stay in one pack
 
 
 class ExampleUnits(Protocol):
@@ -31,7 +20,7 @@ class ExampleUnits(Protocol):
 
     filtered: int
 
-    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
+    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[Unit | None]:
         """A unit for each (row number, example), or None if a rule leaves the row out."""
 
 
@@ -43,7 +32,7 @@ class DialogUnits:
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self._source, self._tokenizer = source, tokenizer
 
-    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
+    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[Unit | None]:
         dialogs = []
         for _, example in rows:
             if not isinstance(example, Dialog):
@@ -52,10 +41,7 @@ class DialogUnits:
                     "responses as dialogs, for example with columns={user: prompt, assistant: chosen}"
                 )
             dialogs.append(example)
-        return [
-            ExampleUnit((rendered,), (-1,), sum(message.role == "user" for message in dialog.messages))
-            for dialog, rendered in zip(dialogs, render_batch(dialogs, self._tokenizer), strict=True)
-        ]
+        return [(rendered,) for rendered in render_batch(dialogs, self._tokenizer)]
 
 
 class PreferenceUnits:
@@ -82,7 +68,7 @@ class PreferenceUnits:
         self._layout, self._rules, self._pair_only = layout, rules, pair_only
         self.filtered = 0
 
-    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[ExampleUnit | None]:
+    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[Unit | None]:
         preferences = []
         for _, example in rows:
             if not isinstance(example, Preference):
@@ -101,7 +87,7 @@ class PreferenceUnits:
 
     def _unit(
         self, row: int, preference: Preference, prompt: Rendered, responses: tuple[Rendered, ...]
-    ) -> ExampleUnit | None:
+    ) -> Unit | None:
         if not rated_high_enough(preference.rating, self._rules.min_rating):
             return None
         if self._pair_only:
@@ -111,11 +97,10 @@ class PreferenceUnits:
         if max(similarity(a, b) for a, b in pairs) > self._rules.max_similarity:
             return None
         order = permutation(len(responses), self._seed, "responses", self._source, row).tolist()
-        turns = sum(message.role == "user" for message in preference.prompt)
+        ranked = tuple(replace(responses[rank], rank=rank) for rank in order)
         if self._layout == "separate":
-            segments = tuple(_joined(prompt, responses[rank]) for rank in order)
-            return ExampleUnit(segments, tuple(order), turns)
-        return ExampleUnit((prompt, *(responses[rank] for rank in order)), (-1, *order), turns)
+            return tuple(_joined(prompt, response) for response in ranked)
+        return (prompt, *ranked)
 
 
 def rated_high_enough(rating: str | None, least: str | None) -> bool:
@@ -141,5 +126,7 @@ def _trigrams(tokens: np.ndarray) -> set[bytes]:
 
 def _joined(prompt: Rendered, response: Rendered) -> Rendered:
     return Rendered(
-        np.concatenate((prompt.tokens, response.tokens)), np.concatenate((prompt.roles, response.roles))
+        np.concatenate((prompt.tokens, response.tokens)),
+        np.concatenate((prompt.roles, response.roles)),
+        response.rank,
     )

@@ -1,30 +1,15 @@
 """Assigns units to packs by best-fit decreasing, and keeps the longest units in different packs."""
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Units grouped by pack. Pack i holds `units[offsets[i]:offsets[i + 1]]`, the longest first.
-
-    units: int64 [n], every unit once. offsets: int64 [packs + 1].
-    """
-
-    units: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, pack: int) -> np.ndarray:
-        return self.units[self.offsets[pack] : self.offsets[pack + 1]]
-
-
-def pack_units(lengths: np.ndarray, *, capacity: int) -> Packing:
+def pack_units(lengths: np.ndarray, *, capacity: int) -> list[np.ndarray]:
     """Put units in as few packs of `capacity` tokens as best-fit can.
+
+    Returns the units of each pack, int64 [units of the pack], the longest first. Every unit is in one pack.
 
     lengths: int [n], tokens of each unit with padding. A unit must stay in one pack. It is a dialog, or all
     responses of a preference.
@@ -56,7 +41,8 @@ def pack_units(lengths: np.ndarray, *, capacity: int) -> Packing:
     )
     pack_of = np.repeat(np.array(packs, dtype=np.int64), np.array(counts, dtype=np.int64))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=num_packs))])
-    return Packing(descending[np.argsort(pack_of, kind="stable")], offsets.astype(np.int64))
+    units = descending[np.argsort(pack_of, kind="stable")]
+    return [units[start:end] for start, end in pairwise(offsets.tolist())]
 
 
 def _place(lengths: np.ndarray, capacity: int, *, apart: int) -> tuple[list[int], list[int], int]:

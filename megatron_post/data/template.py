@@ -45,10 +45,15 @@ class TokenRole(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """tokens: int32 [n]; roles: uint8 [n] of `TokenRole`."""
+    """A segment, which is a dialog, a prompt or a response.
+
+    tokens: int32 [n]. roles: uint8 [n], of `TokenRole`. rank: 0 for the best response of a preference, and
+    -1 for a segment that is not ranked.
+    """
 
     tokens: np.ndarray
     roles: np.ndarray
+    rank: int = -1
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -66,12 +66,11 @@ class UnitPile:
         source: int,
         sample: int,
         turns: int,
-        ranks: Sequence[int] | None = None,
     ) -> None:
         """Add the unit that was made of row `sample` of `source`. It has one or more segments."""
         self._loose.extend(unit)
-        for segment, rank in zip(unit, ranks or [-1] * len(unit), strict=True):
-            self._segments.append((len(segment), response_length(segment.roles), rank))
+        for segment in unit:
+            self._segments.append((len(segment), response_length(segment.roles), segment.rank))
         self._units.append((len(unit), source, sample, turns))
         if len(self._loose) >= 4096:
             self._blocks.append(_joined(self._loose))

@@ -136,8 +136,7 @@ def _packs(
             f"with its prompt, data.pack_length is {capacity}; "
             f"give data.pack_length={round_up(int(lengths.max()), 128)}"
         )
-    packing = pack_units(lengths, capacity=capacity)
-    members = [packing[i] for i in range(len(packing))]
+    members = pack_units(lengths, capacity=capacity)
     members += [np.zeros(0, dtype=np.int64)] * (-len(members) % share)
     for start in range(0, len(members), share):
         group = members[start : start + share]

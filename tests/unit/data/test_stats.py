@@ -1,5 +1,6 @@
 """The figures of `data stats` are compared with numbers that were counted by hand."""
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -144,7 +145,8 @@ def test_comparisons(tmp_path: Path, layout: str) -> None:
     """
     pile = UnitPile()
     if layout == "separate":
-        pile.add([segment(5, 3), segment(5, 2)], source=0, sample=1, turns=1, ranks=[0, 1])
+        unit = [replace(segment(5, 3), rank=0), replace(segment(5, 2), rank=1)]
+        pile.add(unit, source=0, sample=1, turns=1)
     else:
         prompt = [TokenRole.HEADER, *[TokenRole.PROMPT] * 3, TokenRole.HEADER]
         responses = [
@@ -152,8 +154,10 @@ def test_comparisons(tmp_path: Path, layout: str) -> None:
             [TokenRole.BODY, TokenRole.TERMINATOR],
         ]
         roles = [np.array(part, dtype=np.uint8) for part in (prompt, *responses)]
-        unit = [Rendered(np.ones(len(part), dtype=np.int32), part) for part in roles]
-        pile.add(unit, source=0, sample=1, turns=1, ranks=[-1, 0, 1])
+        unit = [
+            Rendered(np.ones(len(part), dtype=np.int32), part, rank - 1) for rank, part in enumerate(roles)
+        ]
+        pile.add(unit, source=0, sample=1, turns=1)
     settings = StoreSettings(24, 4, "f", 0, 1, layout)
     assembly = assemble(pile.units(), np.arange(1), "train", settings)
     with StoreWriter(tmp_path / "s", settings) as writer:
