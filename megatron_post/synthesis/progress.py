@@ -52,7 +52,7 @@ class RowProgress:
         async def look() -> None:
             said = time.monotonic()
             while True:
-                bar.update(task, completed=self._done, text=self._text())
+                bar.update(task, completed=self._done, text=self.text())
                 await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
                 if not self._console.is_terminal and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
@@ -66,14 +66,15 @@ class RowProgress:
                 looking.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await looking
-                bar.update(task, completed=self._done, text=self._text())
+                bar.update(task, completed=self._done, text=self.text())
         self._print()
 
     def _print(self) -> None:
-        line = f"{self._who}{self._done:,} of {self._total:,} rows, {self._text()}"
+        line = f"{self._who}{self._done:,} of {self._total:,} rows, {self.text()}"
         self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _text(self) -> str:
+    def text(self) -> str:
+        """Counts, rates and the time that is left."""
         spent, now = self._spent(), time.monotonic()
         if self._began is None and spent.requests:
             self._began = (now, self._done)

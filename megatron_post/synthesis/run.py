@@ -192,13 +192,13 @@ def _count_failure(run: _Run, result: Result) -> None:
 
 
 def _check_failures(run: _Run, failed: int, examples: Sequence[str]) -> None:
-    allowed = math.ceil(run.settings.max_failed * run.num_rows - 1e-9)
+    share, rows = run.settings.max_failed, run.num_rows
+    allowed = rows if share == 1 else min(math.ceil(share * rows - 1e-9), rows - 1)
     if failed > allowed:
         first = "".join(f"\n  {line}" for line in examples[:_SHOWN])
         raise TooManyFailures(
-            f"{failed:,} of {run.num_rows:,} input rows failed, and max_failed={run.settings.max_failed} "
-            f"allows {allowed:,}.{first}\nWhat was answered is kept. Mend the recipe, or raise max_failed, "
-            "and run the same command again"
+            f"{failed:,} of {rows:,} input rows failed, and max_failed={share} allows {allowed:,}.{first}\n"
+            "What was answered is kept. Mend the recipe, or raise max_failed, and run the same command again"
         )
 
 

@@ -38,7 +38,7 @@ class Synthesis(Section):
         0.01,
         ge=0,
         le=1,
-        description="share of the input rows, rounded up, whose recipe may fail or be refused",
+        description="share of the input rows, rounded up, that may fail; not all of them, unless it is 1",
     )
     max_bad_rows: Whole = Field(0, description="rows of the input that may be bad, and are left out")
     output: Name = Field(description="directory of the rows, the journal and the report")

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_post import cli
 from megatron_post.bench.record import Record, once, write_record
+from megatron_post.inference.journal import Journal
 from tests.unit.junk.runner import Copy
 from tests.unit.test_display import RICH, unsafe
 
@@ -59,6 +60,19 @@ def _rules() -> None:
     Path("rules.yaml").write_text(yaml.safe_dump(rules))
 
 
+def _row() -> None:
+    """A row, and the reply that it is from, in hostile words."""
+    path = Path("synthesized/rows.jsonl")
+    row = json.loads(path.read_text().replace("1 + 1", json.dumps(TEXT)[1:-1]).splitlines()[0])
+    path.write_text(json.dumps(row) + "\n")
+    Path("synthesized/journal/journal-00000.jsonl").unlink()
+    said = {"role": "assistant", "content": TEXT}
+    request = {"messages": [{"role": TEXT, "content": TEXT}], "sampling": {TEXT: TEXT}, "seed": TEXT}
+    with Journal("synthesized/journal") as journal:
+        key = row["provenance"]["journal"][0]["key"]
+        journal.append(key, "reply", {"request": request, "reply": {"message": said}})
+
+
 def _settings() -> None:
     values = yaml.safe_load(Path("base.yaml").read_text()) | {"run_dir": f"{MARKUP} \u202eexe.txt"}
     Path("base.yaml").write_text(yaml.safe_dump(values, allow_unicode=True))
@@ -90,6 +104,8 @@ PRINTED: dict[str, tuple[Callable[[], None], tuple[str, ...]]] = {
     "launch status": (_logs, ("launch", "status", "run")),
     "launch": (_nothing, ("launch", "sft.yaml", "--cluster", "cluster.yaml", "--dry-run", "--name", NAME)),
     "bench report": (_records, ("bench", "report", "bench")),
+    "synthesize show": (_row, ("synthesize", "show", "synthesized/rows.jsonl")),
+    "synthesize report": (_renamed("synthesized"), ("synthesize", "report", NAME)),
     "select": (_rules, ("select", "select.yaml", "--output", "selected")),
     "generate": (_nothing, ("generate", "generate.yaml", "--output", NAME)),
     "a command": (_nothing, (NAME,)),

@@ -114,6 +114,15 @@ def test_a_fault_of_the_recipe_costs_its_row(place: Place) -> None:
     assert second["reason"] == "KeyError in the recipe" and "my_recipe.py:" in second["detail"]
 
 
+def test_a_run_in_which_every_row_fails_is_an_error(place: Place) -> None:
+    place.add_tasks("right")
+    with pytest.raises(TooManyFailures, match=r"1 of 1 input rows failed, and max_failed=0\.9 allows 0"):
+        place.run(max_failed=0.9, recipe=_faulty(place))
+    assert "0 rows from 0 of 1 input rows, 0 dropped, 1 failed" in place.run(
+        max_failed=1.0, recipe=_faulty(place)
+    )
+
+
 def _faulty(place: Place) -> str:
     path = place.directory / "my_recipe.py"
     fault = "        1 / (not task.source.endswith(':1'))\n"
