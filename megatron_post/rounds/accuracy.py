@@ -1,4 +1,4 @@
-"""How often answers are right, and how sure that is."""
+"""The share of right answers and its confidence interval."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ _NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Exact match: how many of `total` answers are right."""
+    """The number of right answers among `total`, by exact match."""
 
     correct: int
     total: int
@@ -19,7 +19,7 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% confidence, as shares: E. B. Wilson's score interval (1927), sound near 0 and 1 as well."""
+        """The 95% interval of the share, after E. B. Wilson (1927), which also holds near 0 and 1."""
         n, z, share = self.total, _NORMAL_95, self.share
         centre = (share + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

@@ -1,4 +1,4 @@
-"""Responses with their scores and verdicts, by prompt, and the best of each prompt."""
+"""Collects the responses to each prompt with their scores and verdicts, and finds the best of them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from megatron_post.inference.prompts import Prompt, read_prompts
 from megatron_post.inference.request import messages_as_json
 from megatron_post.inference.samples import read_samples
 from megatron_post.rounds.select_settings import Samples, Select
-from megatron_post.rounds.verifier import Verdict, verify
+from megatron_post.rounds.verifier import Verdict, judge
 from megatron_post.storage.files import read_lines
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A response with what is known of it. reward: None without scores; score: what ranks it."""
+    """A response with its reward (None without scores), its verdict, and the score that ranks it."""
 
     row: dict[str, Any]
     reward: float | None
@@ -31,24 +31,27 @@ class Candidate:
 
     @property
     def is_templated(self) -> bool:
-        """Whether it spells a chat template or the user's next turn, which `data pack` would refuse."""
+        """Whether the text has markers of a chat template or a user turn, which `data pack` would refuse."""
         return template_mark(self.text, role="assistant") is not None
 
     @property
     def is_whole(self) -> bool:
-        """Neither blank, nor cut off at `max_tokens`, nor a call that waits for a tool: training on half a
-        response teaches to stop anywhere. Nor is it templated."""
+        """Whether the response is complete and may be trained.
+
+        It is not if it is blank, cut off at `max_tokens`, a tool call without its result, or templated. A
+        model that is trained on cut responses learns to stop anywhere.
+        """
         return bool(self.text) and self.row["finish"] == "stop" and not self.is_templated
 
     def provenance(self) -> dict[str, Any]:
-        """Where it comes from."""
+        """The origin of the response and its scores, for the rows that `select` writes."""
         known = {key: self.row[key] for key in ("prompt", "sample", "checkpoint", "seed")}
         correct = None if self.verdict is None else self.verdict.correct
         return known | {"reward": self.reward, "correct": correct, "score": self.score}
 
 
 def candidates(settings: Select) -> dict[int, list[Candidate]]:
-    """By prompt: its responses, in the order of the files. Raises as `select` does."""
+    """The responses to each prompt by its number, in the order of the files. Raises as `select` does."""
     prompts = {p.number: p for p in read_prompts(settings.prompts, max_bad_rows=settings.max_bad_rows)}
     rows: list[dict[str, Any]] = []
     rewards: list[float | None] = []
@@ -60,7 +63,7 @@ def candidates(settings: Select) -> dict[int, list[Candidate]]:
     verdicts: Sequence[Verdict | None] = [None] * len(rows)
     if settings.verifier is not None:
         asked = [(prompts[row["prompt"]], row["messages"][-1]["content"]) for row in rows]
-        verdicts = verify(settings.verifier, asked)
+        verdicts = judge(settings.verifier, asked)
     by_prompt: dict[int, list[Candidate]] = defaultdict(list)
     for row, reward, verdict in zip(rows, rewards, verdicts, strict=True):
         bonus = settings.verifier_weight if verdict is not None and verdict.correct else 0.0
@@ -69,8 +72,11 @@ def candidates(settings: Select) -> dict[int, list[Candidate]]:
 
 
 def best_of(found: Sequence[Candidate], *, tie: float) -> tuple[Candidate | None, int]:
-    """(the best whole response or None, how many responses of other words tie with it). Of those that tie,
-    what was drawn most often, for the model is surest of it; then the first drawn, not the shortest."""
+    """(the best complete response or None, the number of responses with another text that tie with it).
+
+    Among responses that tie, the text that the model generated most often is the best, since the model is
+    most certain of it. If that ties too, the first one is taken, and not the shortest.
+    """
     whole = [candidate for candidate in found if candidate.is_whole]
     if not whole:
         return None, 0
@@ -82,7 +88,7 @@ def best_of(found: Sequence[Candidate], *, tie: float) -> tuple[Candidate | None
 
 
 def _check_rows(rows: Sequence[dict[str, Any]], prompts: Mapping[int, Prompt], settings: Select) -> None:
-    """Raises `ValueError` for responses to other prompts than the file's, and for one that is there twice."""
+    """Raise `ValueError` for a response to a prompt that is not in the file, and for a duplicate response."""
     seen = set()
     for row in rows:
         prompt = prompts.get(row["prompt"])
@@ -90,7 +96,7 @@ def _check_rows(rows: Sequence[dict[str, Any]], prompts: Mapping[int, Prompt], s
         if prompt is None or asked != [m for m in messages_as_json(prompt.messages) if m["role"] != "system"]:
             raise ValueError(
                 f"{settings.prompts} has no prompt in line {row['prompt']} to which there is a response, or "
-                "another one; select with the file that was generated from"
+                "another one; select with the file from which the responses were generated"
             )
         draw = (row["checkpoint"], row["prompt"], row["sample"], row["seed"])
         if draw in seen:
@@ -102,7 +108,7 @@ def _check_rows(rows: Sequence[dict[str, Any]], prompts: Mapping[int, Prompt], s
 
 
 def _rewards(samples: Samples, rows: Sequence[dict[str, Any]]) -> list[float | None]:
-    """A score for each row; blank responses, which `score` passes over, have none."""
+    """A score for each row, or None for a blank response, which `score` skips."""
     if samples.scores is None:
         return [None] * len(rows)
     scores: dict[int, float] = {}

@@ -25,12 +25,12 @@ def write_chain(path: str | Path, overrides: Sequence[str], target: str | Path, 
 def chain_of(
     path: str | Path, overrides: Sequence[str], *, console: Console, needs_inputs: bool = True
 ) -> Chain:
-    """The steps that are left as a chain of jobs, each after the one before.
+    """The remaining steps as a chain of jobs. Each job follows the previous one.
 
-    needs_inputs: look at the models and files that the first round starts with, too. Raises `ValueError` for
-    what a user can mend, and where no step is left.
+    needs_inputs: also check the models and files that the first round starts with. Raises `ValueError` for
+    errors that a user can mend, and if no step is left.
     """
-    for text in (str(path), *overrides):  # they become arguments of the jobs
+    for text in (str(path), *overrides):  # they become arguments of the jobs, which must be one line
         one_line(text)
     settings = load_round(path, overrides)
     if needs_inputs:
@@ -44,20 +44,20 @@ def chain_of(
             check_packed(steps, set(left))
     if not steps:
         raise ValueError(
-            f"{settings.run_dir}: every step is done; `megatron-post round {path} --again-from STEP` does "
-            "one and those behind it anew"
+            f"{settings.run_dir}: every step is done; `megatron-post round {path} --again-from STEP` "
+            "repeats a step and all steps after it"
         )
     jobs: list[ChainJob] = []
     for step in steps:
         if step.ranks % step.ranks_of_a_node:
             raise ValueError(
-                f"{path}: {step.name} takes {step.ranks} ranks, which do not fill nodes of "
+                f"{path}: {step.name} needs {step.ranks} ranks, which do not fill nodes of "
                 f"{step.ranks_of_a_node} (ranks_per_node={settings.ranks_per_node})"
             )
         jobs.append(
             ChainJob(
                 name=step.name,
-                command=step.command or step.by_itself(path, overrides),
+                command=step.command or step.own_command(path, overrides),
                 run_dir=None if step.run_dir is None else str(step.run_dir),
                 like=step.similar_run() if step.similar_run is not None and needs_inputs else None,
                 nodes=step.ranks // step.ranks_of_a_node,

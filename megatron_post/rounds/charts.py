@@ -1,4 +1,4 @@
-"""Small charts as SVG text, for a page that needs nothing else."""
+"""Draws small charts as SVG text, for a page without scripts and other files."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ _BINS = 24
 
 
 def lines(title: str, series: dict[str, Sequence[tuple[float, float]]]) -> str:
-    """Points joined by lines; series without points are left out."""
+    """A line chart. Series without points are left out."""
     filled = {name: points for name, points in series.items() if points}
     if not filled:
         return ""
@@ -27,7 +27,7 @@ def lines(title: str, series: dict[str, Sequence[tuple[float, float]]]) -> str:
 
 
 def histogram(title: str, series: dict[str, Sequence[float]]) -> str:
-    """Shares of values in equal bins, one outline a series."""
+    """A histogram with equal bins. Each series is an outline of its shares."""
     filled = {name: values for name, values in series.items() if values}
     if not filled:
         return ""
@@ -48,7 +48,7 @@ def histogram(title: str, series: dict[str, Sequence[float]]) -> str:
 
 
 def intervals(title: str, series: dict[str, Sequence[tuple[float, float, float, float]]]) -> str:
-    """(x, value, low, high) each: a dot with its interval."""
+    """A chart of values with intervals. Each point is (x, value, low, high)."""
     every = [point for points in series.values() for point in points]
     if not every:
         return ""
@@ -70,7 +70,7 @@ class _Frame:
     """Axes over the ranges of some values."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float], *, marks: Sequence[float] = ()) -> None:
-        """marks: the values that are written below the axis; none: its ends."""
+        """marks: the values that are written below the axis, by default its two ends."""
         self._x, self._y = _range(xs), _range(ys)
         self._marks = marks or self._x
 
@@ -86,7 +86,7 @@ class _Frame:
         """A figure with caption and legend."""
         base, right = _HEIGHT - _BOTTOM, _WIDTH - 10
         axes = f'<path d="M{_LEFT} 10V{base}H{right}" fill="none" stroke="#888"/>'
-        # the number at the right end would leave the picture if it were centred
+        # A centred number at the right end would be cut off.
         anchors = {self._x[1]: "end"}
         labels = "".join(
             f'<text x="{self.x(v):.0f}" y="{base + 16}" '

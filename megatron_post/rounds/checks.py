@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a round's first step."""
+"""Finds errors in the inputs of a round before its first step, so that they are found early."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings
 from megatron_post.rounds.verifier import ExactMatch
 
-_HEADER = 16  # tokens of a message around its text, at most
+_HEADER = 16  # the largest number of tokens of a message around its text
 
 
 def check_models(settings: RoundSettings) -> None:
-    """Raises `ValueError` unless all models that a run starts with share one tokenizer."""
+    """Raise `ValueError` unless all models that a run starts with have the same tokenizer."""
     start = settings.start
     for key, path in (("policy", start.policy), ("base", start.base), ("reward", start.reward)):
         if path is not None and not Path(path).is_dir():
@@ -37,12 +37,12 @@ def check_models(settings: RoundSettings) -> None:
         if path is not None and load_tokenizer(path).fingerprint != policy:
             raise ValueError(
                 f"start.{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "
-                "other words there: use models of one family"
+                "other words there, so use models of one family"
             )
 
 
 def check_backend(settings: RoundSettings) -> None:
-    """Raises `ValueError` where what draws the samples is not installed. To be asked where they are drawn."""
+    """Raise `ValueError` if the backend is not installed. Only the machine that generates must check this."""
     if isinstance(settings.generate.backend, VllmBackend) and importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "generate.backend: vllm is not installed; on a machine with a GPU, "
@@ -51,8 +51,10 @@ def check_backend(settings: RoundSettings) -> None:
 
 
 def check_files(settings: RoundSettings) -> None:
-    """Raises `ValueError` for files of prompts, rows, rules and stages that a later step could not use, for
-    stages that cannot run on their ranks, and for models that cannot be averaged so."""
+    """Raise `ValueError` for files of prompts, rows, rules and stages that a later step could not use.
+
+    Also for stages that cannot run on their ranks, and for models that the method cannot average.
+    """
     data, verifier = settings.data, settings.select.verifier
     first = Round(settings, 1, make_console(quiet=True))
     pack_length = first.stage("reward").data.pack_length
@@ -71,11 +73,11 @@ def check_files(settings: RoundSettings) -> None:
     for stage, config in configs.items():
         _check_content_tokens(config, settings)
         ranks = settings.ranks or config.parallel.model_size
-        # a login node may have neither GPU nor Transformer Engine
+        # Assume both, because a login node may have neither a GPU nor Transformer Engine.
         errors = world_errors(config, world_size=ranks, has_gpu=True, has_transformer_engine=True)
         if errors:
             raise ConfigError(f"stages.{stage} on ranks={ranks}: " + "; ".join(errors))
-    first.merge_plan  # noqa: B018 - it is parsed
+    first.merge_plan  # noqa: B018 - the property raises the errors of the plan
     rules = configs["sft"].data, configs["reward"].data
     preferences = tuple(Source(name=path, path=path) for path in settings.start.preferences)
     for rule, sources in zip(rules, (data.sft, preferences), strict=True):
@@ -86,8 +88,10 @@ def check_files(settings: RoundSettings) -> None:
 
 
 def _check_content_tokens(config: Config, settings: RoundSettings) -> None:
-    """Raises `ConfigError` where a stage lets texts spell a token that the policy's tokenizer does not: its
-    model could be neither asked nor averaged as the others are."""
+    """Raise `ConfigError` if a stage's texts may spell a token that is special for the policy's tokenizer.
+
+    Such a model would have another tokenizer, so it could not be used and averaged like the others.
+    """
     known = load_tokenizer(settings.start.policy).content_tokens
     missing = [token for token in config.tokenizer.content_tokens if token not in known]
     if missing:
@@ -99,18 +103,20 @@ def _check_content_tokens(config: Config, settings: RoundSettings) -> None:
 
 
 def _check_lengths(settings: RoundSettings, key: str, prompts: Sequence[Prompt], *, pack_length: int) -> None:
-    """Raises `ValueError` for a prompt which, with a response of `max_tokens`, the reward model cannot score:
-    that would be found out once all responses are drawn."""
+    """Raise `ValueError` for a prompt that the reward model cannot score with a response of `max_tokens`.
+
+    Without this check the error would occur only after all responses have been generated.
+    """
     capacity = pack_length - settings.generate.sampling.max_tokens
     tokenizer = load_tokenizer(settings.start.policy)
     for prompt in prompts:
         messages = prompt.with_system(settings.generate.system)
         if sum(len(m.content.encode()) + _HEADER for m in messages) <= capacity:
-            continue  # a token is a byte at least
+            continue  # a token has at least one byte, so this prompt fits without tokenizing it
         tokens = len(prompt_ids(Request(messages, settings.generate.sampling.of_each, seed=0), tokenizer))
         if tokens > capacity:
             raise ValueError(
-                f"data.{key}: the prompt in line {prompt.number} takes {tokens} tokens; with "
+                f"data.{key}: the prompt in line {prompt.number} has {tokens} tokens; with "
                 f"generate.sampling.max_tokens={settings.generate.sampling.max_tokens} that is more than "
                 f"data.pack_length={pack_length} of {settings.stages.reward}, in which responses are scored"
             )

@@ -1,7 +1,7 @@
-"""Rules that find responses of an overused style, count them, and balance them to a share of all.
+"""Rules that find responses in an overused style, and limit their share of all responses.
 
-The report's are over-apologetic phrases, emojis and exclamation marks: none is wrong by itself, and a model
-that never says sorry is no aim. So what exceeds a rule's share is dropped, and the rest stays.
+The report's examples are apologies, emojis and exclamation marks. None of them is wrong by itself, and a
+model may apologize. So only the responses above a rule's share are dropped.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from megatron_post.rounds.patterns import check_pattern, occurs
 
 
 class Rule(Section):
-    """A response is found by a rule where its pattern matches often enough."""
+    """A rule finds a response if its pattern matches at least `at_least` times."""
 
-    name: Name = Field(description="what the report calls it")
+    name: Name = Field(description="name of the rule in the report")
     pattern: str = Field(min_length=1, description="regular expression, searched without regard to case")
-    at_least: Count = Field(1, description="matches in one response")
-    max_share: float = Field(ge=0, le=1, description="of all rows that may be found by this rule")
+    at_least: Count = Field(1, description="number of matches in one response")
+    max_share: float = Field(ge=0, le=1, description="largest share of all rows that this rule may find")
 
     @field_validator("pattern")
     @classmethod
@@ -42,8 +42,8 @@ class Rules(Section):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a rule did: rows that it found among `total`, and how many of them were dropped."""
+class RuleCounts:
+    """The result of a rule. `found` of `total` rows match it, and `dropped` of these were dropped."""
 
     name: str
     found: int
@@ -52,16 +52,17 @@ class Found:
 
 
 def load_rules(path: str | Path) -> tuple[Rule, ...]:
-    """Raises `ConfigError` with every error at once."""
+    """Read a file of rules. Raises `ConfigError` with every error at once."""
     return load_section(Rules, path).rules
 
 
-def balance(texts: Sequence[str], rules: Sequence[Rule], *, seed: int) -> tuple[list[int], list[Found]]:
-    """(numbers of the texts that stay, in order; what each rule did).
+def balance(texts: Sequence[str], rules: Sequence[Rule], *, seed: int) -> tuple[list[int], list[RuleCounts]]:
+    """(the indices of the texts that stay, in order, and the result of each rule).
 
-    Of n texts of which h are found, a rule with share s keeps floor(s (n - h) / (1 - s)) of those found: then
-    they are at most the share s of what stays. Which, is drawn by a hash of seed and text. Rules are applied
-    in turn until none drops any, for what one drops changes the others' shares.
+    If a rule with share s finds h of n texts, it keeps floor(s (n - h) / (1 - s)) of them. Then they are at
+    most the share s of the texts that stay. A hash of the seed and the text decides which ones are kept.
+    Rules are applied in turn until none drops a text, because dropping texts changes the shares of the other
+    rules.
     """
     hits = [[rule.finds(text) for text in texts] for rule in rules]
     kept = list(range(len(texts)))
@@ -79,14 +80,14 @@ def balance(texts: Sequence[str], rules: Sequence[Rule], *, seed: int) -> tuple[
                 dropped[number] += len(gone)
                 changed = True
     summary = [
-        Found(rule.name, sum(found), len(texts), count)
+        RuleCounts(rule.name, sum(found), len(texts), count)
         for rule, found, count in zip(rules, hits, dropped, strict=True)
     ]
     return kept, summary
 
 
 def _allowed(others: int, share: float, found: int) -> int:
-    # the sum of a share that is written in decimals and its complement may miss 1 by a rounding
+    # 1e-9 makes up for rounding, since a decimal share and its complement may not sum to exactly 1.
     return found if share == 1 else floor(share * others / (1 - share) + 1e-9)
 
 

@@ -1,5 +1,4 @@
-"""`megatron-post reference`, `score`, `merge`, `generate`, `select` and `round`: their options, and what they
-print."""
+"""The command line of `megatron-post reference`, `score`, `merge`, `generate`, `select` and `round`."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ def reference(
     model: Annotated[str, typer.Option(help="Hugging Face directory that DPO will start from.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
-    """Compute a reference model's log-probabilities into a store; under torchrun in any layout."""
+    """Write a reference model's log-probabilities into a store. Under torchrun it runs in any layout."""
     from megatron_post.rounds.reference import write_reference
 
     write_reference(store, model, overrides or ())
@@ -26,10 +25,10 @@ def reference(
 def score(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory of a reward model")],
     file: Annotated[str, typer.Argument(metavar="FILE", help="dialogs or preferences, as `data pack` reads")],
-    output: Annotated[str, typer.Option(help="JSON lines to write, or to go on with.")],
+    output: Annotated[str, typer.Option(help="JSON lines to write or to continue.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
-    """Write a reward model's scores of responses; run again, it resumes."""
+    """Write a reward model's scores of responses. The same command continues an interrupted one."""
     from pathlib import Path
 
     from megatron_post.inference.failures import failed_prompts, read_failures
@@ -41,7 +40,7 @@ def score(
         failed = failed_prompts(read_failures(Path(file)))
         say(
             f"{scored} rows scored into {output}"
-            + (f"; {failed} prompts had failed, and what they lack is not scored" if failed else "")
+            + (f"; {failed} prompts had failed, and their missing responses have no score" if failed else "")
         )
 
 
@@ -55,7 +54,7 @@ def merge(
     output: Annotated[str, typer.Option(help="Hugging Face directory to write")],
     workers: Annotated[int, typer.Option(help="Processes on this node.")] = 1,
 ) -> None:
-    """Average models of one architecture, streaming. The same command again goes on with a killed one."""
+    """Average models of one architecture with little memory. The same command continues a killed one."""
     from megatron_post.rounds.merge import merge as write
     from megatron_post.rounds.merge_settings import load_merge
 
@@ -67,8 +66,10 @@ def generate(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML: model, prompts, sampling")],
     output: Annotated[str, typer.Option(help="JSON lines to write")],
 ) -> None:
-    """Draw K responses a prompt. The same command again goes on with an interrupted one; under torchrun or
-    srun each rank draws a share."""
+    """Generate K responses per prompt. The same command continues an interrupted one.
+
+    Under torchrun or srun each rank generates a share.
+    """
     from megatron_post.config.load import load_section
     from megatron_post.inference.generate import Generate
     from megatron_post.inference.generate import generate as write
@@ -103,12 +104,12 @@ def select(
 def run_round(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML of the rounds")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    only: Annotated[str | None, typer.Option(help="Do this step alone: round-01/select.")] = None,
-    again_from: Annotated[str | None, typer.Option(help="Do this step and all behind it anew.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run only this step, as round-01/select.")] = None,
+    again_from: Annotated[str | None, typer.Option(help="Repeat this step and all later ones.")] = None,
     held: Annotated[bool, typer.Option("--held", hidden=True)] = False,
     chain: Annotated[str | None, typer.Option(help="Write a chain file for `launch round` instead.")] = None,
 ) -> None:
-    """Run rounds of reward model, sampling, SFT, DPO and averaging. The same command again resumes."""
+    """Run rounds of reward model, sampling, SFT, DPO and averaging. The same command continues them."""
     from megatron_post.rounds.chain import write_chain
     from megatron_post.rounds.run import run_rounds
 

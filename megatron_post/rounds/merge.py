@@ -1,7 +1,7 @@
-"""`megatron-post merge`: several models of one architecture averaged to one, tensor by tensor, in blocks.
+"""`megatron-post merge` averages several models of one architecture, tensor by tensor and in blocks of rows.
 
-A merge is a source like any other: asked for rows of a tensor, it reads the same rows of its models. So the
-converter writes it, with the memory of a few blocks, and it is there complete or not at all.
+A merged model is a `ModelSource`. To give rows of a tensor, it reads the same rows of all models. So the
+converter can write it with the memory of a few blocks, and an incomplete result is never visible.
 """
 
 import json
@@ -37,23 +37,25 @@ from megatron_post.rounds.merge_methods import (
 )
 from megatron_post.rounds.merge_settings import MethodMerge
 
-_CACHED_BYTES = 2**20  # of one source: some ten tensors of that size are in use at a time
+# The size of a piece of one source. About ten tensors of this size are in use at once and should fit in a
+# cache.
+_CACHED_BYTES = 2**20
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 def merge(plan: MethodMerge, directory: str | Path, *, workers: int = 1, report: Report) -> bool:
-    """Write the merged model to a Hugging Face directory; the same call again goes on with a killed one.
+    """Write the merged model to a Hugging Face directory. The same call continues one that was killed.
 
-    Returns whether it is complete (False: other nodes still write). Raises `ValueError` for models of
-    different architectures or tokenizers, patterns that fit no tensor, weights that sum to 0, and what
-    `convert` raises.
+    Returns whether it is complete. If not, other nodes are still writing. Raises `ValueError` for models of
+    different architectures or tokenizers, patterns that match no tensor, and weights that sum to 0. Also
+    raises the errors of `convert`.
     """
     return convert(MergeJob(plan.model_dump_json(), str(directory)), workers=workers, report=report)
 
 
 @dataclass(frozen=True)
 class MergeJob(ToHuggingFace):
-    """The converter's job on a merge. source: a `MethodMerge` as JSON, which travels to other processes."""
+    """The converter's job for a merge. source: a `MethodMerge` as JSON, to send it to other processes."""
 
     max_shard_bytes: int = SHARD_BYTES
 
@@ -67,17 +69,20 @@ class MergeJob(ToHuggingFace):
 
 
 class MergedModel:
-    """A `ModelSource` whose tensors are computed from those of other models, in float32.
+    """A `ModelSource` whose tensors are computed in float32 from those of other models.
 
-    linear   the weighted mean
-    slerp    on the arc from the first to the second, the second's share of the weights far; each tensor is
-             one vector. Straight from one to the other where they are nearly parallel.
-    ties     base + scale x the disjoint mean of the deltas, each trimmed to its `density` largest values
-             (equal ones at the threshold all stay)
-    dare_ties  base + scale x the sum of the agreeing deltas over the sum of all weights, each delta's values
-             dropped at random but for `density` of them, which are divided by it (L. Yu et al., "Language
-             Models are Super Mario", 2024). Dividing by the weights of those that agree, as TIES does, would
-             count what was dropped twice: two equal models of density 0.5 would yield 1.5 times their delta.
+    linear     The weighted mean.
+    slerp      A point on the arc from the first model to the second. The second's share of the weights is the
+               position on the arc, and each tensor is one vector. Nearly parallel tensors use a straight
+               line.
+    ties       base + scale x the disjoint mean of the deltas. Each delta is trimmed to the `density` share of
+               its largest values, and all values that equal the threshold stay.
+    dare_ties  base + scale x the sum of the agreeing deltas over the sum of all weights. In each delta a
+    random
+               share `density` of the values is kept and divided by the density (L. Yu et al., "Language
+               Models are Super Mario", 2024). Dividing by the weights of the agreeing models, as in TIES,
+               would correct for dropped values twice. Two equal models of density 0.5 would give 1.5 times
+               their delta.
     """
 
     def __init__(self, plan: MethodMerge) -> None:
@@ -100,7 +105,7 @@ class MergedModel:
 
     @property
     def fingerprint(self) -> str:
-        """Of all models and of everything that the plan says."""
+        """A digest of all models and of the whole plan."""
         return fingerprint_of(
             {str(i): source.fingerprint.encode() for i, source in enumerate(self.sources)}
             | {"plan": self._plan.model_dump_json().encode()}
@@ -116,7 +121,7 @@ class MergedModel:
             out[first - row :][: len(values[0])].copy_(self._merged(name, first, values))
 
     def _merged(self, name: str, row: int, values: list[Tensor]) -> Tensor:
-        """values: rows from `row` on of all sources, which are used up."""
+        """The merged rows from `row` on. values: these rows of all sources, which are overwritten."""
         settings = [m.setting(name) for m in self._plan.models]
         weights = [weight for weight, _ in settings]
         match self._plan.method:
@@ -143,12 +148,14 @@ class MergedModel:
         share, (first, second) = weights[1] / math.fsum(weights), values
         coefficients = self._of_tensor(name)
         if coefficients is None:
-            return first + share * (second - first)  # in this form, equal models stay what they are
+            return first + share * (second - first)  # in this form equal models give exactly the same model
         return coefficients[0] * first + coefficients[1] * second
 
     def _of_tensor(self, name: str) -> list[float] | tuple[float, float] | None:
-        """What depends on a whole tensor: trimming thresholds, or slerp's coefficients; kept until the next
-        one."""
+        """Trimming thresholds or slerp's coefficients, which depend on a whole tensor.
+
+        They are cached for the current tensor, because its blocks are merged one after another.
+        """
         if self._prepared[0] != name:
             prepare = self._coefficients if self._plan.method == "slerp" else self._thresholds
             self._prepared = (name, prepare(name))
@@ -178,8 +185,11 @@ class MergedModel:
         return slerp_coefficients(dot, (squares[0], squares[1]), weights[1] / math.fsum(weights))
 
     def _pieces(self, name: str, start: int, end: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """Rows [start, end) of all sources in float32, memory of their own, and the first row's number: read
-        in blocks, cut to pieces that a core's cache holds. Sums over a whole tensor's are reproducible."""
+        """Yield (first row, the rows of all sources in float32, as copies) for rows [start, end).
+
+        Rows are read in blocks, which are cut to pieces that fit in a core's cache. The cuts are always the
+        same, so sums over a whole tensor are reproducible.
+        """
         row = self.tensors[name].shape[1:]
         for low, high in row_blocks(Kind(torch.float32, (end - start, *row))):
             blocks = [read_rows(source, name, start + low, start + high) for source in self.sources]
@@ -193,13 +203,13 @@ class MergedModel:
             for layer in ingredient.layers:
                 if not any(fnmatchcase(name, layer.tensors) for name in self.tensors):
                     raise ValueError(
-                        f"{ingredient.model}: no tensor fits the pattern {layer.tensors!r}; names are like "
-                        f"{list(self.tensors)[1]} (`megatron-post convert inspect` lists them)"
+                        f"{ingredient.model}: no tensor matches the pattern {layer.tensors!r}; names are "
+                        f"like {list(self.tensors)[1]} (`megatron-post convert inspect` lists them)"
                     )
                 if not any(found is layer for found in deciding):
                     raise ValueError(
-                        f"{ingredient.model}: every tensor that fits the pattern {layer.tensors!r} fits one "
-                        "before it, and the first decides; put the narrower pattern first"
+                        f"{ingredient.model}: every tensor that matches the pattern {layer.tensors!r} "
+                        "matches an earlier one, and the first decides; put the narrower pattern first"
                     )
         for name in self.tensors:
             if not math.fsum(m.setting(name)[0] for m in self._plan.models):
@@ -207,13 +217,13 @@ class MergedModel:
 
 
 def _deltas(values: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The last of all sources is the base."""
+    """The base, which is the last value, and the differences of the others from it."""
     *models, base = values
     return base, [model.sub_(base) for model in models]
 
 
 def _check_alike(paths: Sequence[str], sources: Sequence[ModelSource]) -> None:
-    """Raises `ValueError` unless all have one architecture, one head and one tokenizer."""
+    """Raise `ValueError` unless all sources have the same architecture, head and tokenizer."""
     first, companions = sources[0], sources[0].companions()
     for path, source in zip(paths[1:], sources[1:], strict=True):
         found = [
@@ -223,13 +233,13 @@ def _check_alike(paths: Sequence[str], sources: Sequence[ModelSource]) -> None:
         if source.scalar_head != first.scalar_head:
             found.append("one is a reward model, the other a language model")
         if not _same_tokenizer(companions, source.companions()):
-            found.append("their tokenizers differ: the same text would have other ids")
+            found.append("their tokenizers differ, so the same text would have different ids")
         if found:
             raise ValueError(f"{paths[0]} and {path} cannot be merged:\n  " + "\n  ".join(found))
 
 
 def _same_tokenizer(a: dict[str, bytes], b: dict[str, bytes]) -> bool:
-    """Whether two directories' files give the same ids; two that have none pass."""
+    """Whether the tokenizers of two directories give the same ids. Two directories without one are equal."""
     first, second = ({n: files[n] for n in _TOKENIZERS if n in files} for files in (a, b))
     if first == second:
         return True

@@ -1,6 +1,6 @@
 """The arithmetic of averaging models, on float32 blocks of one tensor.
 
-A model's difference from the base is its delta (the papers' task vector).
+The delta of a model is its difference from the base. The papers call it task vector.
 """
 
 import hashlib
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Beyond this cosine the angle is too small to divide by its sine; the value that slerp is commonly used with.
+# Above this cosine the angle is too small to divide by its sine. Other implementations of slerp use this
+# value.
 _PARALLEL = 0.9995
-# A magnitude is found in two rounds of counting: by the upper bits of its float32 pattern, then by the lower.
+# The threshold is found by counting twice, first by the upper bits of the float32 pattern, then by the lower.
 _LOWER_BITS = 16
 
 
@@ -28,10 +29,11 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor
 
 
 def slerp_coefficients(dot: float, squares: tuple[float, float], share: float) -> tuple[float, float] | None:
-    """What two tensors are multiplied with: K. Shoemake, "Animating rotation with quaternion curves" (1985).
+    """The two factors of slerp, after K. Shoemake, "Animating rotation with quaternion curves" (1985).
 
-    dot: of the two; squares: of their lengths; share: how far the second is gone to, from 0 to 1. None where
-    they point the same way or opposite ways, or one is zero: there is no one arc between them.
+    dot: the dot product of the tensors. squares: their squared lengths. share: the position on the arc, from
+    0 to 1 at the second tensor. Returns None if the tensors are parallel or one is zero, since there is then
+    no unique arc between them.
     """
     length = math.sqrt(squares[0]) * math.sqrt(squares[1])
     cosine = dot / length if length else 1.0
@@ -42,8 +44,11 @@ def slerp_coefficients(dot: float, squares: tuple[float, float], share: float) -
 
 
 class MagnitudeThreshold:
-    """The k-th largest absolute value of float32 numbers that pass by in blocks, twice: `count_upper` for all
-    of them, then `count_lower` for all of them. Exact, and the same however the numbers are cut."""
+    """The exact k-th largest absolute value of float32 numbers that are given in blocks.
+
+    Call `count_upper` for all blocks, then `count_lower` for all blocks. The result does not depend on the
+    cuts between blocks.
+    """
 
     def __init__(self, kept: int) -> None:
         """kept: k, from 1 to the number of values."""
@@ -69,23 +74,24 @@ class MagnitudeThreshold:
 
 
 def trim(delta: Tensor, threshold: float) -> Tensor:
-    """delta, with 0 for what is smaller than the threshold; equal values stay."""
+    """The delta with 0 for values below the threshold. Values equal to the threshold stay."""
     if threshold == 0:
         return delta
-    below = np.nextafter(np.float32(threshold), np.float32(0))  # hardshrink drops what equals its bound
+    # Hardshrink also drops values equal to its bound.
+    below = np.nextafter(np.float32(threshold), np.float32(0))
     return F.hardshrink(delta, float(below))
 
 
 def kept_count(density: float, size: int) -> int:
-    """How many of a tensor's values a density keeps; at least one."""
+    """The number of a tensor's values that a density keeps, which is at least one."""
     return max(1, int(density * size))
 
 
 def dare_mask(key: str, start: int, count: int, *, density: float) -> Tensor:
-    """bool [count]: which of a tensor's values from number `start` on DARE keeps.
+    """A mask, bool [count], of the values that DARE keeps, beginning at a tensor's value number `start`.
 
-    Each is kept with probability `density`, by its own draw of a counter-based generator (Philox), keyed by
-    `key`: where a block begins and ends changes nothing.
+    Each value is kept with probability `density`. Its random number comes from a counter-based generator
+    (Philox) with the key `key`, so the mask does not depend on where blocks begin and end.
     """
     words = np.frombuffer(hashlib.sha256(key.encode()).digest()[:16], dtype=np.uint64)
     draws = np.random.Philox(key=words)
@@ -95,10 +101,11 @@ def dare_mask(key: str, start: int, count: int, *, density: float) -> Tensor:
 
 
 def elected_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(sum of w_i delta_i over the models that agree, sum of their weights), each value for itself.
+    """(sum of w_i delta_i over the agreeing models, sum of their weights), separately for each value.
 
-    A value's sign is elected by sign(sum_i w_i delta_i), a draw counting as positive; models agree whose
-    delta has that sign, so that one of zero never does. P. Yadav et al., "TIES-Merging" (2023), section 4.
+    The elected sign of a value is sign(sum_i w_i delta_i), or positive if the sum is 0. A model agrees if its
+    delta has that sign, so a model with a delta of 0 never agrees. See P. Yadav et al., "TIES-Merging"
+    (2023), section 4.
     """
     votes = torch.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights, strict=True):
@@ -113,18 +120,18 @@ def elected_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> tuple[Ten
 
 
 def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """TIES: the weighted mean over the models that agree with the elected sign; 0 where none does."""
+    """TIES' weighted mean over the models that agree with the elected sign, or 0 if none does."""
     total, agreeing = elected_sum(deltas, weights)
     return total / torch.where(agreeing == 0, 1.0, agreeing)
 
 
 def _pattern(values: Tensor) -> Tensor:
-    """int32 [n]: absolute values' bit patterns, which are ordered as the values are."""
+    """The bit patterns of absolute values, int32 [n]. They have the same order as the values."""
     return values.reshape(-1).abs().view(torch.int32)
 
 
 def _descend(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the rank-th largest, and its rank inside of that bin."""
+    """The bin of the rank-th largest value, and the value's rank inside that bin."""
     from_top = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, rank))
     before = int(from_top[place - 1]) if place else 0

@@ -14,23 +14,25 @@ _WITH_BASE = ("ties", "dare_ties")
 
 
 class LayerSetting(Section):
-    """Another weight or density for the tensors that a pattern names."""
+    """Another weight or density for the tensors that match a pattern."""
 
-    tensors: Name = Field(description="pattern of Hugging Face names: `model.layers.1?.mlp.*`")
-    weight: NonNegative | None = Field(None, description="null: the model's")
-    density: float | None = Field(None, gt=0, le=1, description="null: the model's")
+    tensors: Name = Field(description="pattern of Hugging Face names, such as `model.layers.1?.mlp.*`")
+    weight: NonNegative | None = Field(None, description="weight of these tensors. null: the model's")
+    density: float | None = Field(None, gt=0, le=1, description="density of these tensors. null: the model's")
 
 
 class Ingredient(Section):
     """One model of a merge."""
 
     model: Name = Field(description="Hugging Face directory, or the trainer's checkpoint (run or step)")
-    weight: NonNegative = Field(1.0, description="relative to the other models'")
-    density: float = Field(1.0, gt=0, le=1, description="ties, dare_ties: share of the deltas that is kept")
-    layers: tuple[LayerSetting, ...] = Field((), description="the first pattern that fits a tensor decides")
+    weight: NonNegative = Field(1.0, description="weight, relative to the other models")
+    density: float = Field(1.0, gt=0, le=1, description="for ties and dare_ties, the share of deltas to keep")
+    layers: tuple[LayerSetting, ...] = Field(
+        (), description="the first pattern that matches a tensor decides"
+    )
 
     def layer_of(self, tensor: str) -> LayerSetting | None:
-        """The first pattern that fits a tensor."""
+        """The first pattern that matches a tensor."""
         return next((layer for layer in self.layers if fnmatchcase(tensor, layer.tensors)), None)
 
     def setting(self, tensor: str) -> tuple[float, float]:
@@ -45,17 +47,19 @@ class Merge(Section):
 
     models: tuple[Ingredient, ...] = Field(min_length=2)
     base_model: Name | None = Field(
-        None, description="ties, dare_ties: the model that all the others come from"
+        None, description="for ties and dare_ties, the model from which the others were trained"
     )
-    scale: Positive = Field(1.0, description="ties, dare_ties: the merged delta is multiplied with this")
-    dtype: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="null: the first model's")
-    seed: Whole = Field(0, description="dare_ties")
+    scale: Positive = Field(1.0, description="for ties and dare_ties, a factor of the merged delta")
+    dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
+        None, description="number format of the output. null: the first model's"
+    )
+    seed: Whole = Field(0, description="for dare_ties, the seed of the random draws")
 
 
 class MethodMerge(Merge):
     """A merge with its method, which the command line names."""
 
-    method: Method = Field(description="the arithmetic; `merge --method` names it")
+    method: Method = Field(description="the arithmetic, which the command line names")
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> "MethodMerge":

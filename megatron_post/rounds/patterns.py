@@ -1,7 +1,7 @@
-"""Regular expressions that a user gave, on texts that a model wrote.
+"""Searches texts of models with regular expressions of users, within a time limit.
 
-Python's own `re` tries every way in which a pattern such as `(a|aa)+$` may match. A text may have more ways
-than anyone can wait for. The package `regex` reads the same patterns and stops after a time.
+Python's `re` tries every way in which a pattern such as `(a|aa)+$` may match, and their number can grow
+exponentially with the text. The package `regex` accepts the same patterns and has a time limit.
 """
 
 import contextlib
@@ -10,12 +10,12 @@ from itertools import islice
 
 import regex
 
-SECONDS = 2.0  # of the processor for one text; a pattern that is not hostile takes milliseconds
-LONGEST = 10_000  # characters; longer ones take seconds to be compiled
+SECONDS = 2.0  # processor time for one text. A normal pattern takes milliseconds
+LONGEST = 10_000  # characters of a pattern. Longer ones take seconds to compile
 
 
 def check_pattern(pattern: str) -> int:
-    """The number of its groups. Raises `ValueError` for what is no regular expression."""
+    """The number of groups in a pattern. Raises `ValueError` if it is not a regular expression."""
     if len(pattern) > LONGEST:
         raise ValueError(f"a pattern of {len(pattern):,} characters; no more than {LONGEST:,} are read")
     try:
@@ -26,21 +26,21 @@ def check_pattern(pattern: str) -> int:
 
 
 def first_group(pattern: str, text: str) -> str | None:
-    """The first group of the first match, or None. Raises `ValueError` where the search takes too long."""
-    with _patience(pattern, text):
+    """The first group of the first match, or None. Raises `ValueError` if the search takes too long."""
+    with _time_limit(pattern, text):
         match = regex.search(pattern, text, timeout=SECONDS)
         return None if match is None else match[1]
 
 
 def occurs(pattern: str, text: str, *, times: int) -> bool:
-    """Whether a pattern matches so many times, whatever the case. Raises as `first_group` does."""
-    with _patience(pattern, text):
+    """Whether a pattern matches at least `times` times, ignoring case. Raises as `first_group` does."""
+    with _time_limit(pattern, text):
         matches = regex.finditer(pattern, text, regex.IGNORECASE, timeout=SECONDS)
         return sum(1 for _ in islice(matches, times)) == times
 
 
 @contextlib.contextmanager
-def _patience(pattern: str, text: str) -> Iterator[None]:
+def _time_limit(pattern: str, text: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError:

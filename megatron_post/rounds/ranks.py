@@ -1,4 +1,4 @@
-"""A megatron-post command in processes of its own, under torchrun where it takes several ranks."""
+"""Runs a megatron-post command in processes of its own, under torchrun if it needs several ranks."""
 
 import subprocess
 import sys
@@ -19,10 +19,11 @@ def run_on_ranks(
     shown: tuple[str, ...],
     inherited: Sequence[int] = (),
 ) -> None:
-    """Run what follows `megatron-post`. Lines that start with one of `shown` are printed, and all that the
-    ranks say is in `log`. inherited: file descriptors that stay open in the process.
+    """Run the command `megatron-post COMMAND` on `ranks` ranks.
 
-    Raises `ValueError` with the end of the log where the command fails.
+    All output of the ranks is written to `log`, and lines that start with one of `shown` are also printed.
+    inherited: file descriptors that stay open in the process. Raises `ValueError` with the end of the log if
+    the command fails.
     """
     launcher = [sys.executable]
     if ranks > 1:
@@ -46,10 +47,10 @@ def run_on_ranks(
                 console.print(line.rstrip(), highlight=False, soft_wrap=True)
     if process.returncode:
         lines = log.read_text().splitlines(keepends=True)
-        # of several ranks the launcher's own account of the others comes last
+        # The log of several ranks ends with a long report of torchrun, so show the first error of a rank too.
         reason = [line for line in lines[:-_LOG_TAIL] if line.startswith("megatron-post: ")][:1]
         tail = "".join([*reason, *lines[-_LOG_TAIL:]])
         raise ValueError(
-            f"`megatron-post {' '.join(command)}` ended with status {process.returncode}; what was done "
-            f"before is kept. The end of {log}:\n{tail}"
+            f"`megatron-post {' '.join(command)}` ended with status {process.returncode}; finished "
+            f"steps are kept. The end of {log}:\n{tail}"
         )

@@ -1,4 +1,4 @@
-"""`megatron-post reference`: a model's log-probabilities of a store's tokens, for DPO."""
+"""`megatron-post reference` writes a model's log-probabilities of a store's tokens for DPO."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from megatron_post.train.reference import compute_reference, reference_key
 def write_reference(store: str | Path, model: str | Path, overrides: Sequence[str] = ()) -> None:
     """Compute the log-probabilities of both groups of a store with a Hugging Face model, in any layout.
 
-    `precision` must be the training run's, so that policy and reference agree at step 0. Raises `ValueError`
-    for a store of no preferences, and where store, tokenizer and layout do not fit.
+    `precision` must be that of the training run, so that policy and reference agree at step 0. Raises
+    `ValueError` for a store without pairs, and if store, tokenizer and layout do not fit together.
     """
     settings = read_settings(store)
     if settings.layout != "separate":

@@ -1,4 +1,4 @@
-"""What a round was like, as one HTML file that needs nothing else."""
+"""Writes the report of a round as one self-contained HTML file."""
 
 import contextlib
 import json
@@ -35,13 +35,14 @@ def write_report(
 ) -> None:
     """Write the report of a round.
 
-    policy: the model that gave the samples; best: the best model after the round; evaluations: results of
-    `evaluate`, of each round so far; selection: the summary of `select`; preferences: its preference rows;
-    runs: the directory of each stage's training run.
+    policy: the model that generated the samples. best: the best model after the round. evaluations: the
+    results of `evaluate` of each round so far. selection: the summary of `select`. preferences: the file of
+    its preference rows. runs: the directory of each stage's training run.
     """
     parts = [
         f"<h1>{html_text(title)}</h1>",
-        f"<p>Answers by <code>{html_text(policy)}</code>; the best now is <code>{html_text(best)}</code></p>",
+        f"<p>Answers by <code>{html_text(policy)}</code>. The best model is "
+        f"<code>{html_text(best)}</code>.</p>",
         "<h2>Held-out prompts</h2>",
         _accuracies(evaluations),
         "<h2>Selection</h2>",
@@ -62,9 +63,9 @@ def write_report(
 
 
 def _accuracies(results: Sequence[dict[str, Any]]) -> str:
-    """Table and chart by round: greedy, one sample, best of K by the reward model."""
+    """A table and a chart by round of greedy decoding, one sample, and the best of K by the reward model."""
     if "greedy" not in results[0]:
-        return "<p>There is no verifier: nothing tells right from wrong.</p>"
+        return "<p>Without a verifier there are no accuracies.</p>"
     k = results[-1]["k"]
     names = {"greedy": "greedy", "one_sample": "one sample (K=1)", "best_of_k": f"best of {k} by reward"}
     rows = [["before", str(Accuracy(**results[0]["start"])), "", "", ""]]
@@ -78,8 +79,8 @@ def _accuracies(results: Sequence[dict[str, Any]]) -> str:
             series[name].append((number, found[key].share, *found[key].interval))
     head = ["", *names.values(), "best checkpoint"]
     note = (
-        "<p>95% intervals (Wilson). Those of one sample count the samples of a prompt as independent, which "
-        "makes them too narrow.</p>"
+        "<p>The intervals are 95% (Wilson). Those of one sample treat the samples of a prompt as "
+        "independent, which makes them too narrow.</p>"
     )
     chart = intervals("exact match on held-out prompts, by round", dict(series))
     return html_table(head, rows) + note + chart
@@ -92,10 +93,10 @@ def _selection(found: dict[str, Any]) -> str:
         "failed": "prompts that failed",
         "blank": "blank",
         "cut_off": "cut off at max_tokens",
-        "templated": "with marks of a chat template",
+        "templated": "with markers of a chat template",
         "correct": "right",
         "best_correct": "selected and right",
-        "ties": "prompts whose best tie",
+        "ties": "prompts with a tie for the best",
         "sft_rows": "rows to train on",
         "sft_edited": "of these by the verifier",
         "preferences": "preferences",
@@ -110,7 +111,7 @@ def _selection(found: dict[str, Any]) -> str:
 
 
 def _training(runs: Mapping[str, Path]) -> list[str]:
-    """Losses of each stage, and the accuracy and margin of pairs where its metrics have them."""
+    """Charts of each stage's loss, and of the accuracy and margin of pairs if its metrics have them."""
     charts = []
     for stage, run_dir in runs.items():
         metrics = metrics_of(run_dir)
@@ -121,13 +122,13 @@ def _training(runs: Mapping[str, Path]) -> list[str]:
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    """The metrics of each step of a training run, in order; of a step that was repeated, the last."""
+    """The metrics of each step of a training run, in order. A repeated step has its last metrics."""
     path = run_dir / "metrics.jsonl"
     rows: dict[int, dict[str, Any]] = {}
     with reading(path):
         lines = path.read_bytes().splitlines() if path.is_file() else []
     for line in lines:
-        # a kill or a full disk has cut such a line
+        # a kill or a full disk may have cut a line
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             row = json.loads(line)
             if row["kind"] == "train":
@@ -145,7 +146,7 @@ def _samples(preferences: Path) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as HTML. Every text is escaped: models wrote some of it."""
+    """A table as HTML. Every text is escaped, because some of it is from models."""
     top = "".join(f"<th>{html_text(cell)}</th>" for cell in head)
     body = "".join(
         "<tr>" + "".join(f'<td class="text">{html_text(cell)}</td>' for cell in row) + "</tr>" for row in rows

@@ -1,4 +1,4 @@
-"""One round: its files, the models that it starts with, and the configs of its stages."""
+"""`Round` knows the files of one round, the models that it starts with, and the configs of its stages."""
 
 import json
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from megatron_post.storage.reading import read_object
 
 @dataclass(frozen=True)
 class Round:
-    """Round `number` (from 1) of a run. Nothing of it need exist yet."""
+    """Round `number` (from 1) of a run. Its files need not exist yet."""
 
     settings: RoundSettings
     number: int
@@ -44,7 +44,7 @@ class Round:
 
     @property
     def policy(self) -> str:
-        """The best checkpoint of the round before. Raises `ValueError` where that round is not finished."""
+        """The best checkpoint of the previous round. Raises `ValueError` if that round is not finished."""
         return self.settings.start.policy if self.before is None else self.before.best
 
     @property
@@ -59,7 +59,7 @@ class Round:
         return self.settings.start.reward or str(self.directory / "reward" / "hf")
 
     def stage(self, name: StageName) -> StageFile:
-        """What is known of a stage's config before its model and data are there."""
+        """The part of a stage's config that is known before its model and data exist."""
         path = getattr(self.settings.stages, name)
         return parse(StageFile, read_tree(path), origin=path)
 
@@ -71,7 +71,7 @@ class Round:
 
     @property
     def merge_plan(self) -> MethodMerge:
-        """What is averaged. Raises `ConfigError` for what its method cannot do."""
+        """The models and weights of the average. Raises `ConfigError` if they do not fit the method."""
         chosen = self.settings.average
         paths = {"policy": self.policy} | {n: str(self.directory / n / "hf") for n in ("sft", "dpo")}
         models = [
@@ -86,7 +86,7 @@ class Round:
 
     @property
     def prompts(self) -> dict[str, Any]:
-        """This round's prompts: the file, and which of its rows."""
+        """The file of this round's prompts, and the range of its rows."""
         data = self.settings.data
         if data.prompts_per_round is None:
             return {"prompts": data.prompts}
@@ -98,8 +98,10 @@ class Round:
     def config(
         self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
     ) -> Config:
-        """A stage's file, completed by what the round decides; `times` its steps. Raises `ConfigError` with
-        every error."""
+        """The config of a stage's file with the values that the round sets. Raises `ConfigError`.
+
+        times: the factor of the file's steps.
+        """
         directory = self.directory / stage
         path = getattr(self.settings.stages, stage)
         values = {
@@ -116,16 +118,17 @@ class Round:
         return config.model_copy(update={"train": train})
 
     def similar_run(self, stage: StageName) -> Config:
-        """A stage's config with the first round's model, which can be made before this round has begun."""
+        """A stage's config with the first round's model, for checks before this round has begun."""
         start = self.settings.start.base or self.settings.start.policy
         return self.config(stage, start, [{"name": "any", "path": "any"}])
 
     def stage_config(self, stage: StageName) -> Config:
-        """What the packing of a stage writes, and its training reads. Raises `ConfigError` with every error.
+        """The config that the packing of a stage writes and its training reads. Raises `ConfigError`.
 
-        The reward model is trained on all batches so far, of which a number tells the newest. DPO is trained
-        on the newest batch alone. SFT is trained on what was selected: in this round, where it goes on from
-        the policy, and in all rounds so far, where it starts from `start.base`, which has seen none of it.
+        The reward model is trained on all batches so far, and `batch` numbers them so that the newest is
+        known. DPO is trained on the newest batch only. If SFT starts from the policy, it is trained on the
+        rows of this round. If it starts from `start.base`, which has seen no selected row, it is trained on
+        those of all rounds so far.
         """
         start = self.settings.start
         if stage == "dpo":
@@ -148,20 +151,24 @@ class Round:
         return self.config("sft", start.base or self.policy, sources, times=times)
 
     def check_packed(self, stage: StageName) -> None:
-        """Raises `ValueError` where a stage's file has changed since its data was packed. Training reads what
-        was written then, and would pass over the change."""
+        """Raise `ValueError` if a stage's file has changed since its data was packed.
+
+        Training reads the config that the packing wrote, and would ignore the change silently.
+        """
         path = self.directory / stage / "config.yaml"
         before, after = flatten(load_config(path)), flatten(self.stage_config(stage))
         changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
         if changed:
             lines = [f"  {key}: {before.get(key)} there, {after.get(key)} here" for key in changed]
             raise ValueError(
-                f"{getattr(self.settings.stages, stage)} says something else than {path}, which "
-                f"{self.name}/{stage}-pack wrote\n" + "\n".join(lines) + "\nundo the change, or take it with "
+                f"{getattr(self.settings.stages, stage)} differs from {path}, which "
+                f"{self.name}/{stage}-pack wrote\n"
+                + "\n".join(lines)
+                + "\nundo the change, or accept it with "
                 f"--again-from {self.name}/{stage}-pack"
             )
 
 
 def _selected(name: str, path: str) -> dict[str, Any]:
-    """A source of rows that `select` wrote, which say beside their messages where they come from."""
+    """A source of rows that `select` wrote. Their key `provenance` is not trained."""
     return {"name": name, "path": path, "ignore": ["provenance"]}

@@ -1,4 +1,4 @@
-"""What the steps of a round do. A step that is run again continues, or writes the same files again."""
+"""The actions of a round's steps. A step that runs again continues, or writes the same files again."""
 
 import shutil
 from functools import partial
@@ -25,23 +25,23 @@ from megatron_post.storage.reading import read_object
 
 
 def collect(r: Round) -> None:
-    """Preferences for the first reward model: the verifier's, on the policy's own answers."""
+    """Write preferences for the first reward model, which the verifier makes of the policy's answers."""
     responses = r.directory / "collected.jsonl"
     count = r.settings.generate.collected_samples
     _draw(r, r.policy, r.prompts, responses, seed=1, samples=count)
-    if _leads():
+    if _is_rank_0():
         _select(r, Samples(responses=str(responses)), "collected")
 
 
 def generate_samples(r: Round) -> None:
-    """The policy's samples, and behind them those of the policy before."""
+    """Write the policy's samples, followed by those of the previous round's policy."""
     parts = [r.directory / "samples-policy.jsonl"]
     _draw(r, r.policy, r.prompts, parts[0], seed=2)
     count = r.settings.generate.previous_samples
     if count and r.before is not None and r.before.policy != r.policy:
         parts.append(r.directory / "samples-previous.jsonl")
         _draw(r, r.before.policy, r.prompts, parts[1], seed=3, samples=count)
-    if _leads():
+    if _is_rank_0():
         failures = [row for part in parts for row in read_failures(part)]
         write_failures(r.directory / "samples.jsonl", failures)
         pieces = (part.read_text(encoding="utf-8") for part in parts)
@@ -66,7 +66,7 @@ def pack(r: Round, stage: StageName) -> None:
     write_whole(r.directory / stage / "config.yaml", to_yaml(config))
     packed = summaries["train"]
     steps, batch = config.train.steps, config.train.global_batch
-    _say(
+    _print(
         r,
         f"{packed.tokens:,} tokens in {packed.num_packs:,} packs; {steps:,} steps of {batch} packs are "
         f"{steps * batch / packed.num_packs:.1f} epochs",
@@ -76,19 +76,21 @@ def pack(r: Round, stage: StageName) -> None:
 def average(r: Round) -> None:
     target = r.directory / "average"
     if not target.exists():
-        merge(r.merge_plan, target, report=partial(_say, r))
+        merge(r.merge_plan, target, report=partial(_print, r))
 
 
 def choose_best(r: Round) -> None:
-    """The best of SFT, DPO and average on the validation prompts; the later one where two are equal.
-    Then its answers to the held-out prompts, of which `evaluate` tells."""
+    """Choose the best of SFT, DPO and average on the validation prompts. Of two equal ones the later wins.
+
+    Then write the best model's answers to the held-out prompts, for `evaluate`.
+    """
     paths = {n: str(r.directory / n / "hf") for n in ("sft", "dpo")}
     paths |= {"average": str(r.directory / "average")}
     validation = r.settings.data.validation
     answers = {name: r.directory / f"validation-{name}.jsonl" for name in paths}
     for name, path in paths.items() if validation is not None else ():
         _draw(r, path, {"prompts": validation}, answers[name], seed=0, greedy=True)
-    if _leads():
+    if _is_rank_0():
         shares = {}
         if validation is not None:
             shares = {name: _accuracy(r, answers[name], validation).share for name in paths}
@@ -105,8 +107,10 @@ def choose_best(r: Round) -> None:
 
 
 def evaluate(r: Round) -> None:
-    """Accuracy of the best checkpoint on held-out prompts: greedy, of one sample, and of the best of K by
-    the reward model alone. Nothing without a verifier."""
+    """Write the best checkpoint's accuracies on held-out prompts, if there is a verifier.
+
+    They are those of greedy decoding, of one sample, and of the best of K by the reward model only.
+    """
     verifier, held_out = r.settings.select.verifier, r.settings.data.held_out
     result = read_object(r.directory / "choice.json", "the choice of a round")
     if verifier is not None:
@@ -117,14 +121,14 @@ def evaluate(r: Round) -> None:
             responses=str(r.directory / "held_out-samples.jsonl"),
             scores=str(r.directory / "held_out-scores.jsonl"),
         )
-        # a weight of 0: the verifier is the judge here, not the chooser
+        # With a weight of 0 the verifier only judges the best response, and does not help to choose it.
         options: dict[str, Any] = {"verifier": verifier, "verifier_weight": 0.0}
         options["max_bad_rows"] = r.settings.data.max_bad_rows
         found = candidates(
             parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
         )
         every = [c.verdict.correct for group in found.values() for c in group if c.verdict is not None]
-        # what failed is not right
+        # failed prompts count as wrong
         failures = read_failures(r.directory / "held_out-samples.jsonl")
         unanswered = {row["prompt"] for row in failures} - found.keys()
         best = [best_of(group, tie=r.settings.select.tie)[0] for group in found.values()]
@@ -140,7 +144,7 @@ def evaluate(r: Round) -> None:
 
 
 def report(r: Round) -> None:
-    """Write `report.html`, about this round and the accuracies of those before it."""
+    """Write `report.html` about this round, with the accuracies of earlier rounds."""
     rounds = [Round(r.settings, n, r.console) for n in range(1, r.number + 1)]
     write_report(
         r.directory / "report.html",
@@ -164,7 +168,10 @@ def _draw(
     greedy: bool = False,
     samples: int | None = None,
 ) -> None:
-    """prompts: the file and the part of it. seed: of this use of a model in this round."""
+    """Write a model's samples to `output`, unless they are complete.
+
+    prompts: the file and the range of its rows. seed: distinguishes the uses of a model in a round.
+    """
     if output.exists() and not parts_of(output).exists():
         return
     chosen, data = r.settings.generate, r.settings.data
@@ -195,7 +202,7 @@ def _select(r: Round, samples: Samples, name: str) -> dict[str, Any]:
 
 
 def _accuracy(r: Round, answers: Path, prompts: str) -> Accuracy:
-    """Of one response a prompt; a prompt that failed has no right one."""
+    """The accuracy of one response per prompt. A failed prompt counts as wrong."""
     values: dict[str, Any] = {"prompts": prompts, "samples": [Samples(responses=str(answers))]}
     values["verifier"] = r.settings.select.verifier
     values["max_bad_rows"] = r.settings.data.max_bad_rows
@@ -204,10 +211,10 @@ def _accuracy(r: Round, answers: Path, prompts: str) -> Accuracy:
     return Accuracy(sum(right), len(right) + len(read_failures(answers)))
 
 
-def _say(r: Round, text: str) -> None:
+def _print(r: Round, text: str) -> None:
     r.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _leads() -> bool:
-    """Whether this rank of a step does what is not drawing."""
+def _is_rank_0() -> bool:
+    """Whether this is rank 0, which does everything except generating."""
     return rank_from_environment()[0] == 0

@@ -18,7 +18,7 @@ from megatron_post.rounds.steps import RoundStep, all_steps, check_packed
 from megatron_post.storage.lock import only_process_in
 from megatron_post.storage.reading import did_you_mean
 
-# the step before's, the fence's numbers, and what the launcher knows of a run
+# Files in the directory of a training step that other steps, the fence and the launcher have written.
 _NOT_OF_TRAINING = ("config.yaml", "store", "incarnations", "slurm")
 
 
@@ -31,12 +31,12 @@ def run_rounds(
     again_from: str | None = None,
     held: bool = False,
 ) -> None:
-    """Run the rounds of a file; what is done already is passed over, so the same call resumes.
+    """Run the rounds of a file. Finished steps are skipped, so the same call resumes.
 
-    only: do this step alone, as the jobs of a chain do; ranks of such a job share the drawing in it, and all
-    else is done by rank 0. held: whoever started these ranks holds the lock and records what is done.
-    again_from: forget this step and all behind it, and remove what they made. Raises `ValueError` for what a
-    user can mend; all finished steps are kept.
+    only: run only this step, as the jobs of a chain do. The ranks of such a job share the generation, and
+    rank 0 does everything else. held: the process that has started these ranks holds the lock and records
+    finished steps. again_from: repeat this step and all later ones, after removing their outputs. Raises
+    `ValueError` for errors that a user can mend. Finished steps are kept.
     """
     settings = load_round(path, overrides)
     rank, size, _ = rank_from_environment()
@@ -64,29 +64,32 @@ def run_rounds(
         for step in steps:
             if step.name in chosen:
                 shared = step.draws and size == 1 and step.ranks_here > 1
-                words = (*step.by_itself(path, overrides), "--held") if shared else step.command
+                words = (*step.own_command(path, overrides), "--held") if shared else step.command
                 _do(step, words, state, console, lock)
 
 
 def _shared_action(
     steps: Sequence[RoundStep], *, only: str | None, again_from: str | None
 ) -> Callable[[], None]:
-    """What each of several ranks does. Raises `ValueError` for options that are for one process."""
+    """The action that several ranks run together. Raises `ValueError` for options that need one process."""
     if again_from is not None:
         raise ValueError("--again-from is for one process, which starts the ranks of its steps")
     drawing = {step.name: step.action for step in steps if step.draws}
     action = drawing.get(only or "")
     if action is None:
         raise ValueError(
-            f"several ranks share the drawing of one step: give --only and one of {', '.join(drawing)}; "
+            f"several ranks can only run one generating step: give --only and one of {', '.join(drawing)}; "
             "or start one process, which starts the ranks of its steps"
         )
     return action
 
 
 def _do(step: RoundStep, words: Sequence[str], state: State, console: Console, lock: int) -> None:
-    """words: of a command on ranks; none: this process does the step. lock: its ranks hold it too, so that no
-    other process begins beside ranks that outlive this one."""
+    """Run a step and record it. words: a command for ranks, or empty if this process runs the action.
+
+    lock: a file descriptor that the ranks inherit. If they outlive this process, they still hold the lock, so
+    no other process can start the same round.
+    """
     console.print(step.name, style="bold", highlight=False)
     started = time.perf_counter()
     if words:
@@ -100,7 +103,10 @@ def _do(step: RoundStep, words: Sequence[str], state: State, console: Console, l
 
 
 def _forget(steps: Sequence[RoundStep], state: State) -> None:
-    """Marks go first: a run killed in between does all of it again."""
+    """Forget steps and remove their outputs.
+
+    The record is changed first. If the process is killed in between, the next run repeats all of these steps.
+    """
     state.forget([step.name for step in steps])
     for step in steps:
         if step.run_dir is not None:

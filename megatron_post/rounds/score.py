@@ -1,5 +1,4 @@
-"""`megatron-post score`: a reward model's scores of responses, packed, in the order of their rows,
-resumable."""
+"""`megatron-post score` writes a reward model's scores of responses, row by row, and can resume."""
 
 import json
 import os
@@ -33,12 +32,13 @@ from megatron_post.storage.reading import plain_file, read_object, reading
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
 
-_ROWS_AT_ONCE = 256  # for each pipeline stage of each data-parallel rank; a crash loses at most these
+# The rows of a batch, for each pipeline stage of each data-parallel rank. A crash loses at most one batch.
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the input: one dialog whose last response is scored, or a prompt with several responses."""
+    """A row of the input, which is one dialog, or one dialog for each response of a preference."""
 
     number: int
     dialogs: tuple[Dialog, ...]
@@ -47,10 +47,10 @@ class Row:
 def score_file(model: str | Path, rows: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> int:
     """Score the last response of each dialog, or each response of each preference, of a file.
 
-    model: Hugging Face directory of a `LlamaForSequenceClassification`. Writes a JSON line a row, `{"row":
-    number, "scores": [...]}` (a preference's responses best first), in the order of the rows; run again, it
-    goes on after the last complete line. `OUTPUT.origin.json` says which model and rows the scores are of.
-    Returns the rows scored by this call.
+    model: Hugging Face directory of a `LlamaForSequenceClassification`. Writes one JSON line per row,
+    `{"row": number, "scores": [...]}`, in the order of the rows. A preference has the score of its best
+    response first. The same call continues after the last complete line. `OUTPUT.origin.json` identifies the
+    model and the rows. Returns the number of rows that this call has scored.
 
     Raises `ValueError` for a model without a reward head, a bad row, a response longer than
     `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
@@ -63,15 +63,15 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     config = config_of_model(model, values, overrides)
     if config.parallel.virtual_pipeline > 1:
         raise ConfigError(
-            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: scores are taken pack by pack, "
+            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: packs are scored one by one, and "
             "the interleaved schedule needs several at a time; leave it at 1"
         )
     if not open_weights_directory(Path(model)).scalar_head:
         raise ValueError(
-            f"{model} is a language model: it has no reward head, and a new one scores at random"
+            f"{model} is a language model without a reward head, and a new head would score at random"
         )
     tokenizer = tokenizer_of(config)
-    # whatever a model wrote is scored, and what may be trained is for `select` to say
+    # Every response is scored, even a templated one. `select` decides which ones may be trained.
     source = Source(name=Path(rows).name, path=str(rows), templated="keep")
     with running_model(config) as (stepper, stage, topology):
         assert isinstance(stage, Reward)
@@ -109,15 +109,16 @@ def _score(
     flat = [segment for segments in rendered for segment in segments]
     found = np.zeros(len(flat))
     own = slice(topology.data_rank, None, topology.data_size)
-    # twice as many as stages: a stage is idle for at most a third of the time
+    # With twice as many packs as stages, a stage is idle for at most a third of the time.
     at_once = 2 * config.parallel.pipeline if config.parallel.pipeline > 1 else 1
     for members, packs in _packs(flat, batch, config, tokenizer, share=at_once * topology.data_size):
-        # every data-parallel rank has packs of its own; where they run out, empty ones beside the others'
+        # Each data-parallel rank scores its own packs. `_packs` adds empty packs so that all have as many.
         for index, (output, part) in zip(members[own], stepper.outputs(packs[own]), strict=False):
             values = stage.scores(output, part).tolist()
             found[index] = values[: len(index)]
     total = torch.from_numpy(found).to(topology.device)
-    # found is filled on the last pipeline stage, alike on its tensor- and context-parallel ranks
+    # Only the last pipeline stage fills `found`, with the same values on all its tensor- and context-parallel
+    # ranks. So the sum over all ranks counts each score once for each of these copies.
     copies = topology.groups.tp.size() * topology.groups.cp.size()
     torch.distributed.all_reduce(total)
     flat_scores = iter((total / copies).tolist())
@@ -127,13 +128,13 @@ def _score(
 def _packs(
     segments: Sequence[Rendered], batch: Sequence[Row], config: Config, tokenizer: Tokenizer, *, share: int
 ) -> Iterator[tuple[list[np.ndarray], list[Pack]]]:
-    """Packs of the segments, `share` at a time, and which segments are in each."""
+    """Yield the packs of the segments, `share` at a time, with the indices of the segments in each."""
     multiple, capacity = segment_multiple(config), config.data.pack_length
     lengths = np.array([round_up(len(segment), multiple) for segment in segments])
     if lengths.max() > capacity:
         raise ValueError(
-            f"a response among rows {batch[0].number} to {batch[-1].number} takes {lengths.max()} tokens "
-            f"with its prompt, data.pack_length is {capacity}; "
+            f"a response among rows {batch[0].number} to {batch[-1].number} has {lengths.max()} tokens "
+            f"with its prompt, and data.pack_length is {capacity}; "
             f"give data.pack_length={round_up(int(lengths.max()), 128)}"
         )
     members = pack_units(lengths, capacity=capacity)
@@ -166,7 +167,7 @@ def _rows(source: Source, data: Data) -> Iterator[Row]:
 
 
 def _resume(output: Path, origin: Mapping[str, str]) -> int:
-    """Complete lines of an output of this origin; what a crash left of another line is cut off."""
+    """The number of complete lines in an output of this origin. An incomplete line of a crash is removed."""
     sidecar = output.with_name(f"{output.name}.origin.json")
     if not output.exists():
         write_json(sidecar, origin)
@@ -194,7 +195,7 @@ def _resume(output: Path, origin: Mapping[str, str]) -> int:
 
 
 def _rows_key(rows: Path) -> str:
-    """SHA-256 of a file of rows; a directory or a name on the hub stands for itself."""
+    """SHA-256 of a file of rows, or the name of a directory or a dataset on the hub."""
     return sha256_of_file(rows) if rows.is_file() else str(rows)
 
 

@@ -1,4 +1,4 @@
-"""`megatron-post select`: of K responses a prompt, the best to train on, and the best beside the worst."""
+"""`megatron-post select` chooses the best of K responses for SFT, and the best and the worst for DPO."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from megatron_post.config.data import Rating
 from megatron_post.config.section import NonNegative
 from megatron_post.inference.failures import failed_prompts, read_failures
 from megatron_post.rounds.candidates import Candidate, best_of, candidates
-from megatron_post.rounds.cleaning import Found, balance, load_rules
+from megatron_post.rounds.cleaning import RuleCounts, balance, load_rules
 from megatron_post.rounds.select_settings import Select
 from megatron_post.storage.files import write_json, write_lines
 
@@ -17,11 +17,11 @@ SFT, PREFERENCES, SUMMARY = "sft.jsonl", "preferences.jsonl", "selection.json"
 
 
 def select(settings: Select, directory: str | Path) -> dict[str, Any]:
-    """Write `sft.jsonl` (the best response of each prompt), `preferences.jsonl` (the best over the worst;
-    edited over both where all are wrong and the verifier knows better) and `selection.json`, whose content is
-    returned.
+    """Write `sft.jsonl`, `preferences.jsonl` and `selection.json`. Returns the content of the last one.
 
-    Every row has its provenance. Raises `ValueError` for files that do not belong together.
+    `sft.jsonl` has the best response to each prompt. `preferences.jsonl` has the best and the worst response,
+    and an edited one if the best is wrong and the verifier has a solution. Every row has its provenance.
+    Raises `ValueError` for files that do not belong together.
     """
     target = Path(directory)
     by_prompt = candidates(settings)
@@ -41,8 +41,8 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
     ]
     if not sft and not preferences:
         raise ValueError(
-            f"of {len(by_prompt)} prompts none has a response to train on nor two to compare; look at "
-            f"{settings.samples[0].responses}: are they blank, cut off at max_tokens, or all wrong?"
+            f"none of {len(by_prompt)} prompts has a response to train on or two to compare; check whether "
+            f"those in {settings.samples[0].responses} are blank, cut off at max_tokens, or all wrong"
         )
     write_lines(target / SFT, sft)
     write_lines(target / PREFERENCES, preferences)
@@ -54,28 +54,29 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
 
 
 def _sft_row(best: Candidate, of: int, tied: int, settings: Select) -> dict[str, Any] | None:
-    """The best of a prompt as a dialog to train on; the verifier's where that is wanted and the best is
-    wrong."""
+    """The best response as a dialog for SFT, or None.
+
+    If it is wrong, the verifier's solution is used with `train_edited`.
+    """
     verdict = best.verdict
     if verdict is None or verdict.correct or not settings.only_correct:
-        return _trains(best, best.text, best.provenance() | {"of": of, "tied": tied})
+        return _training_row(best, best.text, best.provenance() | {"of": of, "tied": tied})
     if settings.train_edited and verdict.edited:
-        return _trains(best, verdict.edited, {"prompt": best.row["prompt"], "by": "verifier"})
+        return _training_row(best, verdict.edited, {"prompt": best.row["prompt"], "by": "verifier"})
     return None
 
 
-def _trains(best: Candidate, text: str, provenance: dict[str, Any]) -> dict[str, Any]:
-    """A row that trains `text` alone. Earlier responses are part of the prompt: nobody selected them."""
+def _training_row(best: Candidate, text: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    """A row that trains only `text`. Earlier responses are part of the prompt and were not selected."""
     context = [m | {"weight": 0} if m["role"] == "assistant" else m for m in best.row["messages"][:-1]]
-    return {"messages": [*context, *_said(text)], "provenance": provenance}
+    return {"messages": [*context, *_assistant_message(text)], "provenance": provenance}
 
 
 def preference(best: Candidate | None, found: Sequence[Candidate], settings: Select) -> dict[str, Any] | None:
-    """The best over the worst, which comes from another checkpoint where one of those is worse; None where
-    there is nothing to prefer.
+    """A preference of the best response over the worst, or None if there is none.
 
-    Where the best is wrong and the verifier knows a right response, that one is `edited`; where all tie, it
-    is `chosen` over the worst.
+    The worst one is from another checkpoint if that has a worse response. If the best is wrong and the
+    verifier has a solution, the solution is `edited`. If all responses tie, the solution is `chosen`.
     """
     others = [c for c in found if c.text and best and c.text != best.text and not c.is_templated]
     if best is None or not others:
@@ -87,15 +88,15 @@ def preference(best: Candidate | None, found: Sequence[Candidate], settings: Sel
     mended = None
     if best.verdict is not None and not best.verdict.correct and best.verdict.edited not in (None, ""):
         mended = best.verdict.edited
-    row: dict[str, Any] = {"prompt": best.row["messages"][:-1], "rejected": _said(worst.text)}
+    row: dict[str, Any] = {"prompt": best.row["messages"][:-1], "rejected": _assistant_message(worst.text)}
     provenance: dict[str, Any] = {"rejected": worst.provenance(), "margin": margin}
     if margin > settings.tie:
-        row |= {"chosen": _said(best.text), "rating": rating(margin, settings.ratings)}
+        row |= {"chosen": _assistant_message(best.text), "rating": rating(margin, settings.ratings)}
         provenance["chosen"] = best.provenance()
         if mended is not None:
-            row["edited"] = _said(mended)
+            row["edited"] = _assistant_message(mended)
     elif mended is not None:
-        row |= {"chosen": _said(mended), "rating": "significantly_better"}
+        row |= {"chosen": _assistant_message(mended), "rating": "significantly_better"}
         provenance["chosen"] = {"prompt": best.row["prompt"], "by": "verifier"}
     else:
         return None
@@ -104,7 +105,7 @@ def preference(best: Candidate | None, found: Sequence[Candidate], settings: Sel
 
 
 def rating(margin: float, ratings: dict[Rating, NonNegative]) -> Rating | None:
-    """The strongest rating whose least margin is reached; None below all of them."""
+    """The strongest rating whose least margin is reached, or None below all of them."""
     strongest_first = [name for name in get_args(Rating) if name in ratings]
     return next((name for name in strongest_first if margin >= ratings[name]), None)
 
@@ -114,7 +115,7 @@ def _summary(
     chosen: Sequence[tuple[Candidate | None, int]],
     sft: Sequence[dict[str, Any]],
     preferences: Sequence[dict[str, Any]],
-    cleaned: Sequence[Found],
+    cleaned: Sequence[RuleCounts],
 ) -> dict[str, Any]:
     every = [candidate for found in by_prompt.values() for candidate in found]
     best = [candidate for candidate, _ in chosen if candidate is not None]
@@ -149,5 +150,5 @@ def _other_lengths(by_prompt: dict[int, list[Candidate]], best: Sequence[Candida
         yield from (c.row["tokens"] for c in found if id(c) not in selected)
 
 
-def _said(text: str) -> list[dict[str, str]]:
+def _assistant_message(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]

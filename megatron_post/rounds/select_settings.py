@@ -17,10 +17,10 @@ SELECTION_NEEDS = (
 
 
 class Samples(Section):
-    """One file that `generate` wrote, and what `score` wrote about it."""
+    """A file of `generate` with its scores."""
 
-    responses: Name = Field(description="what `generate` wrote")
-    scores: Name | None = Field(None, description="what `score` wrote about it; null: the verifier selects")
+    responses: Name = Field(description="a file that `generate` wrote")
+    scores: Name | None = Field(None, description="the scores that `score` wrote. null: the verifier selects")
 
 
 class Selection(Section):
@@ -28,12 +28,12 @@ class Selection(Section):
 
     verifier: VerifierSettings | None = None
     verifier_weight: NonNegative = Field(
-        10.0, description="added to the reward score of what the verifier finds right"
+        10.0, description="added to the reward of a response that the verifier accepts"
     )
-    tie: NonNegative = Field(0.0, description="scores no further apart are equal")
-    only_correct: bool = Field(True, description="with a verifier: train SFT on right responses alone")
+    tie: NonNegative = Field(0.0, description="scores that differ by no more than this are equal")
+    only_correct: bool = Field(True, description="with a verifier, train SFT only on right responses")
     train_edited: bool = Field(
-        False, description="where no response is right: train SFT on what the verifier makes of it"
+        False, description="if no response is right, train SFT on the verifier's solution"
     )
     ratings: dict[Rating, NonNegative] = Field(
         default={
@@ -45,7 +45,7 @@ class Selection(Section):
         description="least margin of each rating",
     )
     cleaning: Name | None = Field(None, description="YAML file of rules for the SFT set")
-    seed: Whole = Field(0, description="of the draw among rows that a cleaning rule finds too often")
+    seed: Whole = Field(0, description="seed of the choice among rows that a cleaning rule drops")
 
 
 class Select(Selection):
@@ -53,14 +53,14 @@ class Select(Selection):
 
     prompts: Name = Field(description="the file of prompts that `generate` has answered")
     samples: tuple[Samples, ...] = Field(min_length=1)
-    max_bad_rows: Whole = Field(0, description="of the prompts, as in `generate`")
+    max_bad_rows: Whole = Field(0, description="bad rows of prompts that are allowed, as in `generate`")
 
     @model_validator(mode="after")
     def _can_rank(self) -> "Select":
         errors = without_effect(self, SELECTION_NEEDS)
         scored = [s.scores is not None for s in self.samples]
         if not any(scored) and self.verifier is None:
-            errors.append("without scores and without a verifier there is nothing to select by")
+            errors.append("without scores and a verifier there is no rule for the selection; give one")
         if any(scored) != all(scored):
             errors.append("either all samples have scores or none")
         if errors:

@@ -31,36 +31,38 @@ _NEEDS = (
 
 
 class Start(Section):
-    """What the first round begins with. All paths of models are Hugging Face directories."""
+    """The inputs of the first round. All paths of models are Hugging Face directories."""
 
-    policy: Name = Field(description="answers the first round's prompts")
+    policy: Name = Field(description="model that answers the first round's prompts")
     base: Name | None = Field(
         None,
-        description="reward model and SFT of every round start from it, SFT on what all rounds selected; "
-        "null: from the round's policy, SFT on this round's",
+        description="reward model and SFT of every round start from it, and SFT uses the rows of all rounds. "
+        "null: they start from the round's policy, and SFT uses the rows of this round",
     )
     reward: Name | None = Field(
-        None, description="a reward model for all rounds; null: one a round is trained"
+        None, description="a reward model for all rounds. null: each round trains one"
     )
     preferences: tuple[Name, ...] = Field(
-        (), description="earlier batches of preferences; none: the verifier's, on the policy's answers"
+        (),
+        description="earlier batches of preferences. none: the verifier makes them of the policy's answers",
     )
 
 
 class RoundData(Section):
-    """What a round asks, trains on and is measured with. Prompts are files as `generate` reads them."""
+    """The data of a round. Prompts are files in the format of `generate`."""
 
     prompts: Name = Field(description="prompts whose responses are trained on")
     prompts_per_round: Count | None = Field(
-        None, description="a round takes the next so many, and begins anew at the end; null: all of them"
+        None,
+        description="number of prompts that a round takes next, from the start again at the end. null: all",
     )
     validation: Name | None = Field(
-        None, description="prompts that choose the best checkpoint; null: the average is it"
+        None, description="prompts for choosing the best checkpoint. null: the average is chosen"
     )
-    held_out: Name = Field(description="prompts that the accuracies in the report are measured on")
-    sft: tuple[Source, ...] = Field((), description="mixed with the selected responses")
+    held_out: Name = Field(description="prompts for the accuracies in the report")
+    sft: tuple[Source, ...] = Field((), description="sources that are mixed with the selected responses")
     max_bad_rows: Whole = Field(
-        0, description="rows of each file that may be refused, and are left out, before a step ends"
+        0, description="bad rows of each file that are left out. With more of them a step fails"
     )
 
 
@@ -69,40 +71,40 @@ class RoundGenerate(Section):
 
     sampling: SamplesPerPrompt = SamplesPerPrompt()
     collected_samples: Count = Field(
-        4, description="responses a prompt for the first reward model, where there are no earlier preferences"
+        4, description="responses per prompt for the first reward model, if there are no earlier preferences"
     )
     previous_samples: Whole = Field(
         0,
-        description="responses a prompt from the round before's policy, for preferences between models",
+        description="responses per prompt of the previous round's policy, for preferences between models",
     )
     system: dict[str, str] = Field(
-        default_factory=dict, description="capability -> system prompt, as in `generate`"
+        default_factory=dict, description="system prompt of each capability, as in `generate`"
     )
-    max_failed: float = Field(0.01, ge=0, le=1, description="as in `generate`; what failed counts as wrong")
+    max_failed: float = Field(0.01, ge=0, le=1, description="as in `generate`. Failed prompts count as wrong")
     backend: BackendSettings = TransformersBackend()
     part: Count = Field(32, description=PART)
     copies: Count = Field(
         1,
-        description="of the model, each on its backend's GPUs, that draw side by side: in a chain on as many "
-        "nodes as they fill, else as many as one node holds",
+        description="copies of the model that generate in parallel, each on its backend's GPUs. A chain uses "
+        "as many nodes as they need, and one process as many copies as fit on its node",
     )
 
 
 class Stages(Section):
-    """Configs of the training runs; the round sets run_dir, model, tokenizer and data in them."""
+    """Configs of the training runs. The round sets run_dir, model, tokenizer and data in them."""
 
     reward: Name = Field(description="config of the reward model's training")
     sft: Name = Field(description="config of supervised fine-tuning")
     dpo: Name = Field(description="config of direct preference optimisation")
     sft_steps_a_round: bool = Field(
         False,
-        description="the SFT file's steps are for one round's rows: where SFT reads those of n rounds, from "
-        "start.base, it takes n times as many",
+        description="the steps in the SFT file are for one round's rows. If SFT uses the rows of n rounds, "
+        "from start.base, it runs n times as many",
     )
 
 
 class StageData(Section):
-    """As `StageFile`."""
+    """The section `data` of a `StageFile`."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -110,8 +112,10 @@ class StageData(Section):
 
 
 class StageFile(Section):
-    """What a stage's config says of its layout, before the round has completed it. Its other keys are checked
-    with the whole config."""
+    """The keys of a stage's config that are used before the round has completed it.
+
+    Other keys are checked with the whole config.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -122,30 +126,35 @@ class StageFile(Section):
 
 
 class Average(Section):
-    """What becomes of the models of a round: policy (the one that answered), sft, dpo."""
+    """How the models of a round are averaged, which are policy (the one that answered), sft and dpo."""
 
-    method: Method = Field("linear", description="how they are merged, as in `merge`")
+    method: Method = Field("linear", description="method of the merge, as in `merge`")
     weights: dict[Literal["policy", "sft", "dpo"], Positive] = Field(
-        min_length=2, description="model -> weight, relative to the others'"
+        min_length=2, description="weight of each model, relative to the others"
     )
-    density: float = Field(1.0, gt=0, le=1, description="ties, dare_ties: share of the deltas that is kept")
+    density: float = Field(1.0, gt=0, le=1, description="for ties and dare_ties, the share of deltas to keep")
 
 
 class RoundSettings(Section):
     """A round file."""
 
     run_dir: Name = Field(description="models, responses and reports of all rounds")
-    rounds: Count = Field(1, description="rounds to run, each from the model that the one before ended with")
-    seed: Whole = Field(0, description="of the responses, the training runs and the average")
+    rounds: Count = Field(
+        1, description="number of rounds. Each starts from the model that the previous one chose"
+    )
+    seed: Whole = Field(0, description="seed of the responses, the training runs and the average")
     start: Start
     data: RoundData
     generate: RoundGenerate = RoundGenerate()
     select: Selection = Selection()
     stages: Stages
     ranks: Count | None = Field(
-        None, description="of steps that train, score or ask DPO's reference; null: one copy of the model"
+        None,
+        description="ranks of steps that train, score or compute a reference. null: one copy of the model",
     )
-    ranks_per_node: Count = Field(8, description="of a chain's jobs; more ranks take several nodes")
+    ranks_per_node: Count = Field(
+        8, description="ranks per node in a chain's jobs. More ranks use several nodes"
+    )
     average: Average
 
     @model_validator(mode="after")
@@ -153,11 +162,11 @@ class RoundSettings(Section):
         errors = without_effect(self, _NEEDS)
         if isinstance(self.generate.backend, ServerBackend):
             errors.append(
-                "generate.backend: a server answers with one model, and a round asks several; choose "
+                "generate.backend: a server has one model, and a round needs several; choose "
                 "transformers or vllm, or run `megatron-post generate` with the server"
             )
         if "seed" in self.generate.sampling.model_fields_set:
-            errors.append("generate.sampling.seed: a round draws by its own `seed`; set that")
+            errors.append("generate.sampling.seed: a round uses its own `seed`; set that")
         if self.select.verifier is None:
             if not self.start.preferences and self.start.reward is None:
                 errors.append(
@@ -165,7 +174,7 @@ class RoundSettings(Section):
                     "select.verifier"
                 )
             if self.data.validation is not None:
-                errors.append("data.validation needs a select.verifier that tells which checkpoint is best")
+                errors.append("data.validation needs a select.verifier, which finds the best checkpoint")
         if errors:
             raise ValueError("\n".join(errors))
         return self

@@ -1,4 +1,4 @@
-"""Which steps of a run of rounds are done: one small file, replaced as a whole."""
+"""Records the finished steps of a run of rounds in a small file, which is always replaced as a whole."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class State:
     """`state.json` in the run's directory."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]) -> None:
-        """settings: what must be the same whenever the run goes on. Raises `ValueError` where they differ."""
+        """settings: the settings that must stay the same. Raises `ValueError` if the file has others."""
         self._path = run_dir / "state.json"
         if not self._path.is_file():
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -32,12 +32,15 @@ class State:
 
     @property
     def done(self) -> dict[str, float]:
-        """Step -> seconds that it took, in the order in which they were done."""
+        """The seconds that each finished step took, in the order of their execution."""
         return dict(self._content["done"])
 
     def left(self, steps: Sequence[str]) -> Sequence[str]:
-        """Of all steps those behind the last that is done: a chain's jobs on ranks leave no mark of their
-        own, and each began when all before it were done."""
+        """The steps after the last finished one.
+
+        A chain's jobs on ranks do not record themselves. But each started after all earlier ones had
+        finished.
+        """
         done = [number for number, step in enumerate(steps, start=1) if step in self.done]
         return steps[max(done, default=0) :]
 
@@ -46,14 +49,14 @@ class State:
         write_json(self._path, self._content)
 
     def forget(self, steps: Sequence[str]) -> None:
-        """These steps are no longer done."""
+        """Mark steps as not finished."""
         for step in steps:
             self._content["done"].pop(step, None)
         write_json(self._path, self._content)
 
 
 def state_of(settings: RoundSettings) -> State:
-    """The record of a run: more rounds may be asked for later, and other ranks."""
+    """The record of a run. Settings for more rounds and other ranks may change later."""
     values = settings.model_dump_json(
         exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies", "max_failed"}}
     )

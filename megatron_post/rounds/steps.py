@@ -23,19 +23,19 @@ from megatron_post.rounds.round_actions import (
 )
 from megatron_post.rounds.settings import RoundSettings
 
-# `score` counts blank responses as bad rows; `select` then checks that nothing but these went unscored
+# `score` counts blank responses as bad rows. `select` then checks that only these have no score.
 _ANY_BAD_ROWS = "data.max_bad_rows=1000000000"
 
 
 @dataclass(frozen=True)
 class RoundStep:
-    """A step of a round: what this process does, or a command on ranks.
+    """A step of a round, which is an action of this process or a command for ranks.
 
-    outputs: what is removed before the step is done anew on demand. ranks, per_node: of a chain's job, and
-    how many of them a node has at most. draws: its ranks, which may be any number, share the drawing of
-    samples. Training steps alone have a run_dir, a check, which raises `ValueError` where the stage's packing
-    is out of date, and a similar_run, whose config has their layout and the shape of their model before
-    theirs is written.
+    outputs: the files that are removed before the step is repeated. ranks: those of a chain's job. per_node:
+    the largest number of them on a node. draws: whether any number of ranks can share the generation of
+    samples. Only training steps have the last three fields. run_dir is their directory. check raises
+    `ValueError` if the stage's packing is out of date. similar_run is a config with the same layout and shape
+    of the model, for checks before the step's own config exists.
     """
 
     name: str
@@ -56,11 +56,11 @@ class RoundStep:
 
     @property
     def ranks_here(self) -> int:
-        """Ranks of this step without a cluster: where it draws, as many as the machine has room for."""
+        """Ranks of this step without a cluster. A generating step uses as many as fit on this machine."""
         return self.ranks_of_a_node if self.draws else self.ranks
 
-    def by_itself(self, path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
-        """The command that does this step of a round file, and no other."""
+    def own_command(self, path: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
+        """The command that runs only this step of a round file."""
         return ("round", str(path), "--only", self.name, *overrides)
 
 
@@ -70,7 +70,7 @@ def all_steps(settings: RoundSettings, console: Console) -> list[RoundStep]:
 
 
 def check_packed(steps: Sequence[RoundStep], to_do: Set[str]) -> None:
-    """Raises `ValueError` where a stage is to be trained as it was packed, and its file has changed since."""
+    """Raise `ValueError` if a stage will be trained without packing again, and its file has changed."""
     for step in steps:
         packing = step.name.replace("-train", "-pack")
         if step.check is not None and step.name in to_do and packing not in to_do:
@@ -125,7 +125,7 @@ def _drawing(r: Round, name: str, action: Callable[[Round], None], *outputs: str
 
 
 def _command(r: Round, name: str, stage: StageName, words: tuple[str, ...], output: str) -> RoundStep:
-    """stage: the one whose layout the command has."""
+    """A step that runs a command on ranks. stage: the stage whose layout the command uses."""
     return RoundStep(
         f"{r.name}/{name}",
         (r.directory / output,),
@@ -152,10 +152,10 @@ def _scoring(r: Round, name: str, rows: str, output: str) -> RoundStep:
 
 
 def _layout(r: Round, stage: StageName) -> tuple[str, ...]:
-    """A stage's layout and precision as overrides, so that scores and references are what training sees."""
+    """A stage's layout and precision as overrides, so that scores and references are those of training."""
     file = r.stage(stage)
     parallel = file.parallel
-    if stage == "reward":  # scores are taken pack by pack, which the interleaved schedule cannot
+    if stage == "reward":  # packs are scored one by one, which the interleaved schedule does not support
         parallel = parallel.model_copy(update={"virtual_pipeline": 1})
     values = {f"parallel.{key}": value for key, value in parallel.model_dump(exclude_defaults=True).items()}
     values |= {f"precision.{key}": v for key, v in file.precision.model_dump(exclude_defaults=True).items()}

@@ -1,4 +1,4 @@
-"""Running a model that is trained already: its config from its directory, its chunks on these ranks."""
+"""Loads a trained model from its directory and runs its forward pass on these ranks."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from megatron_post.train.step import Stepper
 
 
 def config_of_model(directory: str | Path, values: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """A config for a model in a Hugging Face directory. `values`: the sections that its use needs."""
+    """A config for a model in a Hugging Face directory. values: further sections of the config."""
     model = read_model(Path(directory)).model_dump() | {"init_from": str(directory)}
-    # nothing is trained: as many packs as ranks are a batch for any number of data-parallel ones among them
+    # Nothing is trained. A batch of as many packs as ranks is valid for any number of data-parallel ranks.
     _, world_size, _ = rank_from_environment()
     base = {
         "run_dir": "unused",
@@ -34,7 +34,7 @@ def config_of_model(directory: str | Path, values: dict[str, Any], overrides: Se
 
 @contextlib.contextmanager
 def running_model(config: Config) -> Iterator[tuple[Stepper, Stage, Topology]]:
-    """The model on these ranks, for forward passes alone. Raises `ConfigError` for what cannot run."""
+    """The model on these ranks, for forward passes only. Raises `ConfigError` if it cannot run here."""
     check_run(config)
     with joined_ranks(config) as topology, torch.no_grad():
         stage = make_stage(config, topology)

@@ -1,4 +1,4 @@
-"""Programs that know whether a response is right, beside the reward model's opinion."""
+"""Verifiers decide whether a response is right, independently of the reward model."""
 
 import json
 import subprocess
@@ -15,25 +15,30 @@ from megatron_post.rounds.patterns import check_pattern, first_group
 
 
 class ExactMatch(Section):
-    """Right is a response whose match of `pattern` has the prompt's answer as its first group."""
+    """A response is right if the first group of `pattern`'s match is the prompt's answer."""
 
     kind: Literal["exact"] = Field("exact", description="selects this verifier")
-    pattern: str = Field(description=r"regular expression with a group: 'The answer is (\d+)\.\Z'")
+    pattern: str = Field(description=r"regular expression with a group, such as 'The answer is (\d+)\.\Z'")
 
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
         if not check_pattern(pattern):
-            raise ValueError(f"{pattern!r} has no group that the answer could be")
+            raise ValueError(f"{pattern!r} has no group for the answer; put parentheses around it")
         return pattern
 
 
 class Command(Section):
-    """A user's program. It reads a JSON line a response, `{"prompt", "response", "answer", "solution"}`, and
-    writes one each: `{"correct": true or false, "edited": a right response, where it can make one}`."""
+    """A user's program, which reads and writes one JSON line per response.
+
+    It reads `{"prompt", "response", "answer", "solution"}` and writes `{"correct": true or false, "edited": a
+    right response, if it can make one}`.
+    """
 
     kind: Literal["command"] = Field(description="selects this verifier")
-    command: tuple[str, ...] = Field(min_length=1, description="program and arguments; no shell")
+    command: tuple[str, ...] = Field(
+        min_length=1, description="program and arguments, which no shell interprets"
+    )
     timeout: Positive = Field(600.0, description="seconds for all responses together")
 
 
@@ -42,15 +47,18 @@ VerifierSettings = Annotated[ExactMatch | Command, Field(discriminator="kind")]
 
 @dataclass(frozen=True)
 class Verdict:
-    """edited: a right response to the same prompt, where the verifier knows one."""
+    """Whether a response is right. edited: a right response to the same prompt, if the verifier has one."""
 
     correct: bool
     edited: str | None = None
 
 
-def verify(settings: VerifierSettings, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-    """A verdict on each (prompt, response). Raises `ValueError` for prompts without an answer, and for a
-    program that fails, times out or writes something else."""
+def judge(settings: VerifierSettings, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+    """A verdict on each (prompt, response).
+
+    Raises `ValueError` for a prompt without an answer, and for a program that fails, times out or writes
+    invalid output.
+    """
     if isinstance(settings, Command):
         return _by_command(settings, asked)
     if nameless := [prompt.number for prompt, _ in asked if prompt.answer is None]:
@@ -85,12 +93,13 @@ def _by_command(settings: Command, asked: Sequence[tuple[Prompt, str]]) -> list[
             timeout=settings.timeout,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"verifier {name}: no end within timeout={settings.timeout} s") from None
+        raise ValueError(f"verifier {name}: not finished within timeout={settings.timeout} s") from None
     except OSError as error:
         raise ValueError(f"verifier {name}: {error}") from None
     if done.returncode:
         raise ValueError(f"verifier {name} ended with status {done.returncode}: {done.stderr[-500:]}")
-    answers = done.stdout.removesuffix("\n").split("\n")  # a text may hold other characters that end lines
+    # Not splitlines(), because a text may contain line separators.
+    answers = done.stdout.removesuffix("\n").split("\n")
     if len(answers) != len(asked):
         raise ValueError(f"verifier {name} wrote {len(answers)} lines for {len(asked)} responses")
     return [_verdict(line, number, name) for number, line in enumerate(answers, start=1)]

@@ -156,7 +156,7 @@ def test_copies_sample_the_same(whole: Path) -> None:
     for answers in files[1:]:
         assert all(f"rank {rank} of 2: {answers}: " in output for rank in (0, 1))
     refused = start(["round", str(whole / "round.yaml"), "generate.copies=2"], ranks=2, log=log).wait(600)
-    assert refused and "several ranks share the drawing of one step" in log.read_text()
+    assert refused and "several ranks can only run one generating step" in log.read_text()
 
 
 @pytest.mark.slow
@@ -259,17 +259,17 @@ def test_wrong_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["ranks=3"], r"stages.sft on ranks=3: .*global_batch=1"),
         (["average.method=slerp", "average.weights.policy=1"], "slerp merges two models, not 3"),
         (["average.weights.sft=0"], r"average.weights.sft: .*greater than 0"),
-        (["generate.sampling.seed=3"], "a round draws by its own `seed`"),
+        (["generate.sampling.seed=3"], "a round uses its own `seed`"),
         ([f"start.preferences=[{tmp_path / 'none.jsonl'}]"], "none.jsonl"),
         (["select.cleaning=/no/rules"], "config file /no/rules does not exist"),
-        (["generate.backend={kind: server, url: 'http://x/v1', served_model: m}"], "answers with one model"),
+        (["generate.backend={kind: server, url: 'http://x/v1', served_model: m}"], "a server has one model"),
         ([f"data.held_out={tmp_path / 'unanswered'}"], "data.held_out=.*line 1 has no `answer`"),
         ([f"data.validation={tmp_path / 'empty'}"], "no prompt in it"),
         ([f"stages.dpo={tmp_path / 'dpo.yaml'}"], "optimizer.lr: .*greater than 0"),
         ([f"stages.sft={tmp_path / 'sft.yaml'}"], r"stages.sft: .*content_tokens has <think>.*start.policy="),
         (
             ["generate.sampling.max_tokens=9000"],
-            r"data.prompts: the prompt in line 1 takes \d+ tokens;",
+            r"data.prompts: the prompt in line 1 has \d+ tokens;",
         ),
         (["generate.backend={kind: vllm}"], "generate.backend: vllm is not installed"),
     ]
@@ -287,7 +287,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run_module, "rank_from_environment", lambda: (1, 2, 1))
     for options, message in (
         ({}, "give --only and one of round-01/collect, round-01/generate, round-01/choose;"),
-        ({"only": "round-01/select"}, "several ranks share the drawing of one step"),
+        ({"only": "round-01/select"}, "several ranks can only run one generating step"),
         ({"only": "round-01/choose", "again_from": "round-01/choose"}, "--again-from is for one process"),
     ):
         with pytest.raises(ValueError, match=message):

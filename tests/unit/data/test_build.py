@@ -233,9 +233,8 @@ def test_overlong_rows_are_dropped_or_truncated_and_counted(
         for name, row, tokens, _ in segments_in(open_store(tmp_path / "store", "train"))
         if name == "a"
     }
-    assert (
-        sorted(found) == rows
-    )  # truncation would leave nothing to train of the long question, so it is dropped in both cases
+    # Truncation would leave nothing to train of the long question, so it is dropped in both cases.
+    assert sorted(found) == rows
     if overlong == "truncate":
         assert found[2] == tuple(rendered([dialog(2, turns=30)], tokenizer)[0].tokens[:256])
     truncated = len(rows) - 1

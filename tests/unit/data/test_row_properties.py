@@ -205,6 +205,5 @@ def test_no_known_name_of_a_key_vanishes(key: str, value: Any) -> None:
     except BadRow as error:
         assert key in str(error) or "message 1 must be a mapping" in str(error)
     else:
-        assert (
-            changed != plain or key in counts.unused or (key, value) == ("mask", 0)
-        )  # the mark says that the message is trained
+        # The mark says that the message is trained.
+        assert changed != plain or key in counts.unused or (key, value) == ("mask", 0)

@@ -1,4 +1,4 @@
-"""A policy of random weights, small enough to be asked on a CPU."""
+"""A policy with random weights that is small enough for a CPU."""
 
 from pathlib import Path
 

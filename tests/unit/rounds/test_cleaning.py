@@ -1,4 +1,4 @@
-"""Rules: what the shipped ones find, and the arithmetic of balancing."""
+"""Tests of what the shipped cleaning rules find, and of the arithmetic of shares."""
 
 from pathlib import Path
 
@@ -39,17 +39,17 @@ def test_shipped_rules(text: str, names: list[str]) -> None:
 
 
 def test_every_emoji_of_unicode_is_found() -> None:
-    """Against Unicode's own property, and none of what is letter, digit, mark of writing or sign of maths."""
+    """The rule finds every character with Unicode's emoji property, and no other letter, digit or sign."""
     (rule,) = (rule for rule in RULES if rule.name == "emojis")
     shown, text = regex.compile(r"\p{Emoji_Presentation}"), regex.compile(r"[\p{L}\p{N}\p{P}\p{Sm}\p{Sc}]")
-    # the sheets of squared words are shown as emojis although they are symbols of writing
+    # the ideographs in squares are shown as emojis although they are symbols of writing
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     assert not [c for c in characters if shown.match(c) and not rule.finds(c)]
     assert not [c for c in characters if text.match(c) and not shown.match(c) and rule.finds(c)]
 
 
 def test_balanced_to_a_share() -> None:
-    """30 of 100 are found; a share of 0.2 keeps floor(0.2 x 70 / 0.8) = 17: of 87 these are 0.195."""
+    """30 of 100 are found. A share of 0.2 keeps floor(0.2 x 70 / 0.8) = 17, which is 0.195 of 87."""
     texts = [f"wow! {i}" if i % 10 < 3 else f"plain {i}" for i in range(100)]
     rule = Rule(name="wow", pattern="WOW", max_share=0.2)
     kept, (found,) = balance(texts, [rule], seed=1)
@@ -62,9 +62,11 @@ def test_balanced_to_a_share() -> None:
 
 
 def test_rules_are_applied_until_all_hold() -> None:
-    """10 b, 10 c, 20 plain. b to half of all: 10 of 40 pass. c to none: dropped. Then b is 10 of 30: passes.
+    """There are 10 texts with b, 10 with c and 20 without.
 
-    With b to 0.3: 10 of 40 pass at first, 10 of 30 do not any more: floor(0.3 x 20 / 0.7) = 8 stay.
+    With a share of 0.5 for b, 10 of 40 are allowed. With a share of 0 for c, all c are dropped. Then b is 10
+    of 30, which is still allowed. With a share of 0.3 for b, 10 of 40 are allowed at first, but 10 of 30 are
+    not, and floor(0.3 x 20 / 0.7) = 8 stay.
     """
     texts = [f"{kind} {i}" for kind, count in (("b", 10), ("c", 10), ("plain", 20)) for i in range(count)]
     none_of_c = Rule(name="c", pattern="^c", max_share=0)

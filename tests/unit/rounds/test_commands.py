@@ -1,5 +1,4 @@
-"""What a stranger reads: bad input to each command is one message on stderr that names the file and the
-remedy, and status 2."""
+"""Bad input to each command gives status 2 and one message on stderr that names the file and the remedy."""
 
 import json
 import sys
@@ -14,7 +13,7 @@ from tests.unit.rounds.models import tiny_policy
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory to work in, but for a model and a prompt."""
+    """A directory with only a model and a prompt, as the current directory."""
     monkeypatch.chdir(tmp_path)
     tiny_policy(tmp_path / "model")
     Path("prompts.jsonl").write_text('{"prompt": "1 + 1?", "answer": 2}\n')
@@ -22,7 +21,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _message(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
-    """What a command that ends with status 2 says."""
+    """The message of a command that ends with status 2."""
     monkeypatch.setattr(sys, "argv", ["megatron-post", *words])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -74,11 +73,11 @@ def test_select(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     values: dict[str, object] = {"prompts": "prompts.jsonl", "samples": [{"responses": "samples.jsonl"}]}
     exact = {"kind": "exact", "pattern": "(x)"}
     for changes, message in (
-        ({}, "without scores and without a verifier there is nothing to select by"),
+        ({}, "without scores and a verifier there is no rule for the selection"),
         ({"samples": [{"responses": "none"}], "verifier": exact}, "file none does not exist"),
         ({"samples": [{"responses": "samples.jsonl", "scores": "none"}]}, "file none does not exist"),
         ({"samples": [{"responses": "prompts.jsonl"}], "verifier": exact}, "prompts.jsonl:1: no sample"),
-        ({"verifier": exact}, "none has a response to train on nor two to compare"),
+        ({"verifier": exact}, "none of 1 prompts has a response to train on or two to compare"),
         ({"verifier": {"kind": "command", "command": ["false"]}}, "verifier false ended with status 1"),
         ({"verifier": exact, "cleaning": "rules.yaml"}, "config file rules.yaml does not exist"),
     ):

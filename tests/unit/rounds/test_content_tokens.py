@@ -1,4 +1,4 @@
-"""Models that are asked about a store or rows let texts spell what the store or the user says."""
+"""`reference` uses the content tokens of the store, and `score` those of the command line."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from tests.unit.data.thinking import THINK, add_think
 from tests.unit.rounds.models import tiny_policy
 
 
-class _Asked(Exception):
-    """The config with which a model would run."""
+class _ConfigSeen(Exception):
+    """Raised with the config with which a model would run."""
 
 
 @contextlib.contextmanager
 def _never_running(config: Config) -> Iterator[None]:
-    raise _Asked(tokenizer_of(config).content_tokens)
+    raise _ConfigSeen(tokenizer_of(config).content_tokens)
     yield
 
 
@@ -32,12 +32,12 @@ def test_the_reference_reads_the_stores_content_tokens(
     settings = StoreSettings(64, 1, fingerprint, 0, 1, "separate", str(tmp_path), content_tokens=THINK)
     monkeypatch.setattr(reference, "read_settings", lambda _: settings)
     monkeypatch.setattr(reference, "running_model", _never_running)
-    with pytest.raises(_Asked, match="<think>"):
+    with pytest.raises(_ConfigSeen, match="<think>"):
         reference.write_reference(tmp_path / "store", tmp_path)
 
 
 def test_scores_take_them_from_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_think(tiny_policy(tmp_path, scalar_head=True))
     monkeypatch.setattr(score, "running_model", _never_running)
-    with pytest.raises(_Asked, match="<think>"):
+    with pytest.raises(_ConfigSeen, match="<think>"):
         score.score_file(tmp_path, "rows", tmp_path / "o", ["tokenizer.content_tokens=[<think>,</think>]"])

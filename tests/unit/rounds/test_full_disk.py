@@ -1,5 +1,6 @@
-"""A disk that gets full in the middle of each command: said in one line, what was done is kept, and the same
-command goes on once there is space.
+"""If the disk gets full during a command, it prints one line and keeps what was done.
+
+When there is space again, the same command continues.
 
 The disk is a small tmpfs, which only root may mount.
 """
@@ -36,7 +37,7 @@ FULL = r"No space left on device; .*kept: free some space and run the same comma
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Called with a size in KiB: a disk of that size; called again, the same one with another size."""
+    """A function that makes a disk of a size in KiB, or changes the size if the disk exists."""
     place = tmp_path / "disk"
 
     def sized(kib: int) -> Path:
@@ -102,7 +103,7 @@ def test_select(tmp_path: Path, disk: Disk) -> None:
 
 
 def test_merge(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too small a disk is named before anything is written; and one that others fill meanwhile, later."""
+    """Too small a disk is reported before the merge, and a disk that others fill during the merge."""
     for name in "ab":
         tiny_policy(tmp_path / name)
     plan = tmp_path / "merge.yaml"
@@ -129,7 +130,7 @@ def test_merge(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_score(tmp_path: Path, disk: Disk) -> None:
-    """300 rows of about 40 bytes do not fit on 8 KiB; the 256 first do, or some of them."""
+    """300 rows of about 40 bytes do not fit on 8 KiB, but some or all of the first 256 do."""
     tiny_policy(tmp_path / "model", scalar_head=True)
     rows = tmp_path / "rows.jsonl"
     said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a b"}]

@@ -1,4 +1,4 @@
-"""Merging models on disk: the arithmetic over whole models, what is refused, and mergekit's results."""
+"""Tests of merges on disk, of invalid merges, and of equality with mergekit's results."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 def _write(directory: Path, seed: int, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Path:
-    """A model near the common one: its weights plus noise of their own scale / 2."""
+    """Write a model that is similar to the common one. Its weights have noise of half their scale."""
     tensors = weights_of(MODEL)
     torch.manual_seed(seed)
     noisy = {n: (t + 0.05 * torch.randn(t.shape)).to(dtype) for n, t in tensors.items()}
@@ -59,7 +59,7 @@ def _loaded(directory: Path) -> dict[str, Tensor]:
 
 
 def test_linear_with_layer_patterns(models: Path, tmp_path: Path) -> None:
-    """1 : 3 everywhere, but only the first model in layer 1; the norm's first weight overridden by 3."""
+    """The weights are 1 : 3. The first model has the weight 0 in layer 1, and 9 for the final norm."""
     layers = [{"tensors": "model.layers.1.*", "weight": 0.0}, {"tensors": NORM, "weight": 9.0}]
     found = _merged(models, tmp_path / "out", "linear", _values(models, first={"layers": layers}))
     a, b = _loaded(models / "a"), _loaded(models / "b")
@@ -74,7 +74,7 @@ def test_linear_with_layer_patterns(models: Path, tmp_path: Path) -> None:
 def test_reproducible_and_from_any_format(
     models: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes from a checkpoint as from Hugging Face's files, and whatever blocks are written."""
+    """A checkpoint gives the same bytes as Hugging Face's files, with any size of blocks."""
     values = _values(models, first={"density": 0.4} if "ties" in method else {})
     values |= {"base_model": str(models / "base")} if "ties" in method else {}
     first = _merged(models, tmp_path / "one", method, values)
@@ -92,10 +92,10 @@ def test_slerp_of_equal_models_is_that_model(models: Path, tmp_path: Path) -> No
 
 
 def test_dare_of_equal_models_is_unbiased(models: Path, tmp_path: Path) -> None:
-    """Half of the values dropped in each of two equal models: the mean delta is that of the model itself.
+    """If half of the values are dropped in each of two equal models, the mean delta stays that of the model.
 
-    Each merged value is d x (m1 + m2) of independent halves, of variance d^2 / 2. Over n values the sum of
-    d x (m1 + m2 - 1) has standard deviation sqrt(sum d^2 / 2).
+    Each merged value is d x (m1 + m2) with independent masks of probability 1/2, and has the variance d^2 /
+    2. Over n values the sum of d x (m1 + m2 - 1) has the standard deviation sqrt(sum d^2 / 2).
     """
     pair = [{"model": str(models / "a"), "density": 0.5} for _ in range(2)]
     found = _merged(
@@ -103,13 +103,14 @@ def test_dare_of_equal_models_is_unbiased(models: Path, tmp_path: Path) -> None:
     )
     base, a = _loaded(models / "base"), _loaded(models / "a")
     delta, merged = (a[QUERY] - base[QUERY]).double(), (found[QUERY] - base[QUERY]).double()
-    ratio = (merged / delta)[delta.abs() > 1e-3]  # others are not to be told from float32's rounding
+    # Smaller deltas cannot be distinguished from float32's rounding.
+    ratio = (merged / delta)[delta.abs() > 1e-3]
     assert set(ratio.round().tolist()) == {0.0, 1.0, 2.0}
     assert abs((merged * delta).sum() - (delta**2).sum()) < 4 * ((delta**4).sum() / 2).sqrt()
 
 
 def test_a_killed_merge_goes_on(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing under the target's name until all is there; the parts that were done are kept."""
+    """The target's name does not exist until the merge is complete, and finished parts are kept."""
     plan = tmp_path / "merge.yaml"
     plan.write_text(yaml.safe_dump(_values(models)))
     job = module.MergeJob(load_merge(plan, "linear").model_dump_json(), str(tmp_path / "out"), None, 150_000)
@@ -164,7 +165,7 @@ def test_what_is_refused(models: Path, tmp_path: Path) -> None:
         (
             "linear",
             {"models": [{"model": a, "layers": [{"tensors": "layers.0.*", "weight": 1.0}]}, {"model": a}]},
-            "no tensor fits the pattern",
+            "no tensor matches the pattern",
         ),
     ]
     for number, (method, values, message) in enumerate(cases):
@@ -186,7 +187,7 @@ def test_the_same_tokenizer_in_another_spelling_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "ties"])
 def test_equal_to_mergekit(models: Path, tmp_path: Path, method: str) -> None:
-    """Dev check, where mergekit is installed (it is no requirement of ours): within 1e-6 everywhere."""
+    """If mergekit is installed, which is not a requirement, all values are within 1e-6 of its values."""
     pytest.importorskip("mergekit.config", reason="mergekit is not installed")
     run_merge = importlib.import_module("mergekit.merge").run_merge
     options = importlib.import_module("mergekit.options").MergeOptions(copy_tokenizer=False)
@@ -194,7 +195,7 @@ def test_equal_to_mergekit(models: Path, tmp_path: Path, method: str) -> None:
     a, b, base = (str(models / name) for name in ("a", "b", "base"))
     theirs: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
     ours = _values(models)
-    if method == "slerp":  # t = 0.75 from the base, which is our first
+    if method == "slerp":  # t = 0.75 from mergekit's base, which is the first model here
         theirs |= {"models": [{"model": a}, {"model": b}], "base_model": a, "parameters": {"t": 0.75}}
     else:
         theirs["models"] = [

@@ -1,4 +1,4 @@
-"""Patterns of users mean what Python's `re` says they mean, and none is waited for for ever."""
+"""Patterns of users match as in Python's `re`, and a search that takes too long ends with an error."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from megatron_post.inference.prompts import Prompt
 from megatron_post.rounds import patterns
 from megatron_post.rounds.cleaning import Rule
 from megatron_post.rounds.patterns import check_pattern, first_group, occurs
-from megatron_post.rounds.verifier import ExactMatch, verify
+from megatron_post.rounds.verifier import ExactMatch, judge
 from tests.unit.rounds.test_cleaning import RULES
 
 HOSTILE = (r"((a|aa)+)$", r"((a|a)*)b", r"(?:(a?){40})c", r"^((?:a|a|a)+)+$")
@@ -24,7 +24,7 @@ def test_a_hostile_pattern_ends_with_a_message(pattern: str, monkeypatch: pytest
     began = time.process_time()
     prompt = Prompt(1, ({"role": "user", "content": "?"},), answer="2")
     for act in (
-        lambda: verify(ExactMatch(pattern=pattern), [(prompt, TEXT)]),
+        lambda: judge(ExactMatch(pattern=pattern), [(prompt, TEXT)]),
         lambda: Rule(name="a", pattern=pattern, max_share=1.0, at_least=2).finds(TEXT),
     ):
         try:
@@ -43,7 +43,7 @@ def test_at_least_one_of_them_would_take_for_ever(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("pattern", ["(", "a**", "[", "\\", "a{99999999999}", "(" * 5000, "a" * 10_001])
-def test_no_regular_expression(pattern: str) -> None:
+def test_an_invalid_regular_expression(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"is no regular expression|no more than 10,000"):
         check_pattern(pattern)
 

@@ -1,4 +1,4 @@
-"""Charts by hand, and a page in which a model's text is text."""
+"""Charts are compared with hand calculations, and text of models is escaped in the page."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,7 +11,7 @@ from megatron_post.rounds.report import html_table
 
 
 def test_lines_by_hand() -> None:
-    """The lowest value at the left and bottom (48, 170), the highest at the right and top (410, 10)."""
+    """The lowest value is at the left and bottom (48, 170), the highest at the right and top (410, 10)."""
     text = lines("losses", {"a": [(0, 1.0), (10, 3.0)], "absent": [], "b": [(5, 2.0)]})
     ElementTree.fromstring(text)
     assert re.findall(r'points="([^"]*)"', text) == ["48.0,170.0 410.0,10.0", "229.0,90.0"]
@@ -19,7 +19,7 @@ def test_lines_by_hand() -> None:
 
 
 def test_histogram_by_hand() -> None:
-    """0, 0, 24 in 24 bins of width 1: two thirds in the first, a third in the last, which holds its end."""
+    """With 0, 0, 24 in 24 bins of width 1, the first bin has two thirds. The last bin includes its end."""
     text = histogram("h", {"a": [0.0, 0.0, 24.0]})
     points = [tuple(map(float, p.split(","))) for p in re.findall(r'points="([^"]*)"', text)[0].split()]
     heights = {round(170 - y, 1) for _, y in points}
@@ -28,7 +28,7 @@ def test_histogram_by_hand() -> None:
 
 
 def test_intervals_by_hand() -> None:
-    """0.5 with (0.25, 1.0): the dot in the middle of 10 to 170, the line from 130 to 10."""
+    """For 0.5 with (0.25, 1.0) the dot is in the middle of 10 to 170, and the line is from 130 to 10."""
     text = intervals("i", {"a": [(1, 0.5, 0.25, 1.0)]})
     ElementTree.fromstring(text)
     assert 'y1="130.0" y2="10.0"' in text and 'cy="90.0"' in text
@@ -40,7 +40,7 @@ def test_what_models_write_is_text() -> None:
 
 
 def test_accuracy_by_hand() -> None:
-    """8 of 10 (Wilson): centre (0.8 + 3.8415 / 20) / 1.38415 = 0.7167, half width 0.2267."""
+    """For 8 of 10, Wilson's centre is (0.8 + 3.8415 / 20) / 1.38415 = 0.7167, and the half width 0.2267."""
     low, high = Accuracy(8, 10).interval
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=2e-4)
     assert str(Accuracy(8, 10)) == "80.0% (49.0 to 94.3)"

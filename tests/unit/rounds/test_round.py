@@ -1,4 +1,4 @@
-"""The steps of a round, and what one leaves when it is to be done anew."""
+"""Tests of a round's steps, of failed prompts, and of the files that a repeated step removes."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
 def test_what_the_shipped_rounds_ask_of_score(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layout of the reward model, but never an interleaved schedule, which scores cannot take."""
+    """`score` gets the layout of the reward model, but no interleaved schedule, which it does not support."""
     monkeypatch.chdir(CONFIGS.parent)
     settings = load_round(CONFIGS / f"llama3_{size}" / "round.yaml")
     commands = {step.name: step.command for step in all_steps(settings, Console(quiet=True))}
@@ -35,7 +35,7 @@ def test_what_the_shipped_rounds_ask_of_score(size: str, monkeypatch: pytest.Mon
 
 
 def test_what_failed_is_not_right(tmp_path: Path) -> None:
-    """Of two held-out prompts the second failed: greedy 1 of 2, one sample 1 of 4, best of K 1 of 2."""
+    """One of two held-out prompts failed. So greedy has 1 of 2, one sample 1 of 4, best of K 1 of 2."""
     prompts = [{"prompt": f"{i}?", "answer": str(i)} for i in (1, 2)]
     write_lines(tmp_path / "prompts.jsonl", prompts)
     verifier = ExactMatch(kind="exact", pattern=r"is (\d+)")
@@ -94,8 +94,11 @@ def test_a_rounds_samples_have_the_failures_of_both_policies(
 
 
 def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
-    """Of training all but what the step before has made: a list of skipped packs would change what it learns.
-    Of other steps their outputs, and what a kill has left of these."""
+    """For a training step, all files except those of earlier steps are removed.
+
+    A list of skipped packs would otherwise change the training. For other steps, the outputs and their
+    unfinished files are removed.
+    """
     run_dir, average = tmp_path / "sft", tmp_path / "average"
     for name in ("store", "checkpoints", "hf", ".partial-hf", "incarnations", "slurm", "watchdog"):
         (run_dir / name).mkdir(parents=True)
@@ -119,4 +122,5 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
     write_failures(tmp_path / "samples", [{"prompt": 1}])
     _forget([RoundStep("generate", (tmp_path / "samples",))], state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
-    _forget([RoundStep("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)  # never begun
+    # A step that has never begun.
+    _forget([RoundStep("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)

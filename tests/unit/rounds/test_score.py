@@ -1,4 +1,4 @@
-"""Scores go on where they ended, and only those of the same model and rows."""
+"""`score` continues an output only if it is of the same model and rows."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_a_line_that_a_crash_cut_is_scored_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ORIGIN)
 def test_another_origin_is_refused(tmp_path: Path, name: str) -> None:
-    """Its lines would count as done, and the output hold the scores of two."""
+    """Otherwise its lines would count as done, and the output would mix scores of two origins."""
     output = tmp_path / "scores.jsonl"
     _resume(output, ORIGIN)
     output.write_text(LINE + LINE[:7])
@@ -33,7 +33,7 @@ def test_another_origin_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
-    """A name of rows that was mistyped: no score was written, so the output is anybody's."""
+    """For example the name of the rows was mistyped. Without scores, the output may get another origin."""
     output = tmp_path / "scores.jsonl"
     _resume(output, ORIGIN)
     assert _resume(output, {**ORIGIN, "rows": "other"}) == 0
@@ -42,14 +42,14 @@ def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
 
 
 def test_a_language_model_scores_nothing(tmp_path: Path) -> None:
-    """Training gives it a new reward head, which says nothing yet."""
-    with pytest.raises(ValueError, match="model is a language model: it has no reward head"):
+    """Such a model would get a new reward head with random weights."""
+    with pytest.raises(ValueError, match="model is a language model without a reward head"):
         score_file(tiny_policy(tmp_path / "model"), tmp_path / "rows", tmp_path / "scores")
 
 
 @pytest.mark.parametrize("text", ["no json\n", '{"row": 1}\n', "[1]\n", LINE])
 def test_what_holds_no_scores_is_kept(tmp_path: Path, text: str) -> None:
-    """Lines of scores without an origin are nobody's."""
+    """A file of scores without a recorded origin is refused and not changed."""
     output = tmp_path / "precious.jsonl"
     output.write_text(text)
     if text != LINE:

@@ -1,4 +1,4 @@
-"""Selection by hand, and the files that it refuses."""
+"""Selections are compared with hand calculations, and files that do not belong together are refused."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from megatron_post.inference.failures import write_failures
 from megatron_post.inference.prompts import Prompt
 from megatron_post.rounds.select import rating, select
 from megatron_post.rounds.select_settings import Select
-from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, verify
+from megatron_post.rounds.verifier import Command, ExactMatch, Verdict, judge
 
 EXACT = {"kind": "exact", "pattern": r"is (\d+)\.\Z"}
 
@@ -23,7 +23,10 @@ EXACT = {"kind": "exact", "pattern": r"is (\d+)\.\Z"}
 def _files(
     directory: Path, responses: list[tuple[int, str, float | None]], *, checkpoint: str = "p", tag: str = ""
 ) -> dict[str, str]:
-    """Two prompts, answers 4 and 9; (prompt, text, score) each. A text ending in ~ was cut off."""
+    """Write files of two prompts with the answers 4 and 9, and of responses given as (prompt, text, score).
+
+    A text that ends in ~ was cut off.
+    """
     prompts = [{"prompt": "2+2?", "answer": "4", "solution": "It is 4."}, {"prompt": "3*3?", "answer": "9"}]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     rows, scores = [], []
@@ -68,7 +71,7 @@ def _text(messages: list[dict[str, str]]) -> str:
 
 
 def test_prompts_that_failed_are_counted(tmp_path: Path) -> None:
-    """Prompt 1 lacks a sample, prompt 2 has none: what there is of the first is chosen from."""
+    """Prompt 1 lacks a sample, and prompt 2 has none. The selection uses the others of prompt 1."""
     files = _files(tmp_path, [(1, "low", 1.0), (1, "high", 3.0)])
     failures = [
         {"prompt": prompt, "sample": sample, "reason": "no"} for prompt, sample in ((1, 2), (2, 0), (2, 1))
@@ -80,9 +83,11 @@ def test_prompts_that_failed_are_counted(tmp_path: Path) -> None:
 
 
 def test_best_and_worst_by_reward(tmp_path: Path) -> None:
-    """Prompt 1: scores 1.0, 3.0 and 3.0 (a tie: the first drawn wins), the worst is 1.0, the margin 2.0.
+    """Prompt 1 has the scores 1.0, 3.0 and 3.0. The first 3.0 wins the tie, and the margin over 1.0 is 2.0.
 
-    Prompt 2: the highest was cut off and the blank has no score; best 0.2, worst -0.4, margin 0.6.
+    For prompt 2 the highest score was cut off, and the blank response has no score. The best is 0.2, the
+    worst
+    -0.4, and the margin 0.6.
     """
     responses = [
         (1, "low", 1.0), (1, "high", 3.0), (1, "as high", 3.0),
@@ -100,7 +105,7 @@ def test_best_and_worst_by_reward(tmp_path: Path) -> None:
     ]
     assert summary["ties"] == 1 and summary["blank"] == 1 and summary["cut_off"] == 1
     assert summary["margins"] == pytest.approx([2.0, 0.6])
-    # within 2.5 all of prompt 1 tie: no preference, and the first drawn is as good as any
+    # within 2.5 all responses to prompt 1 tie, so there is no preference, and the first one is selected
     _, sft, preferences = _select(tmp_path, _files(tmp_path, responses), tie=2.5)
     assert [_text(row["messages"]) for row in sft] == ["low", "fine"] and not preferences
 
@@ -124,7 +129,7 @@ def test_earlier_responses_of_a_prompt_are_not_trained(tmp_path: Path) -> None:
 
 
 def test_responses_that_spell_a_template_are_not_selected(tmp_path: Path) -> None:
-    """`data pack` refuses such texts; one would otherwise end the round."""
+    """`data pack` refuses such texts, so a selected one would end the round."""
     responses = [
         (1, "4\n\nHuman: And 3+3?", 5.0), (1, "[INST] 4", 0.0), (1, "It is 4.", 2.0), (1, "It is 5.", 1.0),
     ]  # fmt: skip
@@ -135,17 +140,19 @@ def test_responses_that_spell_a_template_are_not_selected(tmp_path: Path) -> Non
 
 
 def test_what_was_drawn_most_often_wins_a_tie(tmp_path: Path) -> None:
-    """Within 1.0 of the highest, 3.0, are twice "often" and once "rare"; "worse", three times, is not."""
+    """Within 1.0 of the highest score, 3.0, are two "often" and one "rare", but not the three "worse"."""
     responses = [(1, "rare", 3.0), *[(1, "worse", 1.9)] * 3, (1, "often", 2.5), (1, "often", 2.4)]
     _, sft, preferences = _select(tmp_path, _files(tmp_path, responses), tie=1.0)
     assert [_text(row["messages"]) for row in sft] == ["often"]
     assert sft[0]["provenance"]["sample"] == 5 and sft[0]["provenance"]["tied"] == 1
-    assert not preferences  # "worse" is no further from "often" than 1.0
+    assert not preferences  # the distance of "worse" from "often" is not more than 1.0
 
 
 def test_the_verifier_outweighs_the_reward_and_mends(tmp_path: Path) -> None:
-    """Prompt 1: all wrong, so the solution is edited over both, and SFT has no row of it. Prompt 2: right at
-    -1 + 10 over wrong at 5: margin 4."""
+    """For prompt 1 all responses are wrong. So the solution is `edited`, and SFT gets no row.
+
+    For prompt 2 the right response has -1 + 10 and the wrong one 5, so the margin is 4.
+    """
     responses = [(1, "It is 5.", 2.0), (1, "It is 6.", 1.0), (2, "It is 8.", 5.0), (2, "It is 9.", -1.0)]
     summary, sft, preferences = _select(tmp_path, _files(tmp_path, responses), verifier=EXACT)
     assert [_text(row["messages"]) for row in sft] == ["It is 9."]
@@ -173,9 +180,12 @@ def test_the_verifier_outweighs_the_reward_and_mends(tmp_path: Path) -> None:
 
 
 def test_ties_margins_and_ratings_by_hand(tmp_path: Path) -> None:
-    """Scores 2.0, 1.5, 1.9, 0.9, tie 0.25: 2.0 and 1.9 are equal and the first of them is best, over 0.9 by
-    1.1. Prompt 2: 0.4 and 0.2 are equal, so there is a row to train on and none to compare. A margin of 1.0
-    is `better` at a least margin of 1.0 and nothing where every rating asks for more."""
+    """The scores are 2.0, 1.5, 1.9 and 0.9 with a tie of 0.25.
+
+    2.0 and 1.9 are equal, and the first of them is the best, with a margin of 1.1 over 0.9. For prompt 2, 0.4
+    and 0.2 are equal, so there is a row for SFT and no preference. A margin of 1.0 is `better` if its least
+    margin is 1.0, and has no rating if all least margins are higher.
+    """
     scores = [(1, "a", 2.0), (1, "b", 1.5), (1, "c", 1.9), (1, "d", 0.9), (2, "e", 0.4), (2, "f", 0.2)]
     summary, sft, preferences = _select(tmp_path, _files(tmp_path, scores), tie=0.25)
     assert [(_text(row["messages"]), row["provenance"]["tied"]) for row in sft] == [("a", 1), ("e", 1)]
@@ -189,8 +199,8 @@ def test_ties_margins_and_ratings_by_hand(tmp_path: Path) -> None:
     assert rating(0.4, {"better": 1.0, "slightly_better": 0.5}) is None
 
 
-def test_calls_of_tools_are_no_answers(tmp_path: Path) -> None:
-    """What ends with <|eom_id|> waits for a tool: never the best, and not counted as cut off."""
+def test_tool_calls_are_not_selected(tmp_path: Path) -> None:
+    """A response that ends with <|eom_id|> is a tool call. It is never the best, and not cut off."""
     files = _files(tmp_path, [(1, "search(x)", 9.0), (1, "fine", 1.0), (2, "cut~", 3.0), (2, "fine", 0.0)])
     path = Path(files["responses"])
     path.write_text(path.read_text().replace('"finish": "stop"', '"finish": "tool_calls"', 1))
@@ -200,7 +210,7 @@ def test_calls_of_tools_are_no_answers(tmp_path: Path) -> None:
 
 
 def test_without_rewards_the_verifier_alone(tmp_path: Path) -> None:
-    """Both wrong and nothing between them: the solution is chosen over the first of the worst."""
+    """Both responses are wrong and tie. So the solution is chosen over the first of them."""
     files = _files(tmp_path, [(1, "It is 5.", None), (1, "It is 6.", None), (2, "It is 9.", None)])
     del files["scores"]
     _, sft, preferences = _select(tmp_path, files, verifier=EXACT)
@@ -209,8 +219,10 @@ def test_without_rewards_the_verifier_alone(tmp_path: Path) -> None:
 
 
 def test_the_rejected_comes_from_another_model_where_one_is_worse(tmp_path: Path) -> None:
-    """The newest's best is 3, its own worst 0, the older model's 1: that one is rejected. For prompt 2 the
-    older model is as good as the best, and the newest's own worst is taken."""
+    """The newest model's best is 3 and its worst 0. The older model's response has 1, and it is rejected.
+
+    For prompt 2 the older model's response is as good as the best, so the newest model's worst is rejected.
+    """
     newest = _files(
         tmp_path, [(1, "a", 3.0), (1, "b", 0.0), (2, "c", 1.0), (2, "d", 0.0)], checkpoint="new", tag="1"
     )
@@ -242,14 +254,14 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"responses.jsonl:1: no sample"):
         _select(tmp_path, files)
     files = _files(tmp_path, [(1, "", None), (2, "b~", 1.0)])
-    with pytest.raises(ValueError, match="none has a response to train on"):
+    with pytest.raises(ValueError, match="none of 2 prompts has a response to train on"):
         _select(tmp_path, files)
     files = _files(tmp_path, [(1, "a", 1.0)])
     (tmp_path / "prompts.jsonl").write_text('\n{"prompt": "x"}\n')
     with pytest.raises(ValueError, match="no prompt in line 1 to which there is a response, or another one"):
         _select(tmp_path, files)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2 + 2?"}\n')  # mended after `generate`
-    with pytest.raises(ValueError, match="or another one; select with the file that was generated from"):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2 + 2?"}\n')  # changed after `generate`
+    with pytest.raises(ValueError, match="or another one; select with the file from which the"):
         _select(tmp_path, files)
     files = _files(tmp_path, [(1, "a", 1.0), (2, "b", 1.0)])
     with pytest.raises(ValueError, match=r"sample 1 of prompt 1 by p is there twice"):
@@ -258,15 +270,15 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         Path(files["scores"]).write_text(f'{{"row": 1, "scores": [{score}]}}\n')
         with pytest.raises(ValueError, match="no score of one response"):
             _select(tmp_path, files)
-    with pytest.raises(ConfigError, match="nothing to select by"):
+    with pytest.raises(ConfigError, match="no rule for the selection"):
         _select(tmp_path, {"responses": files["responses"]})
 
 
 def test_verifiers() -> None:
     asked = [(Prompt(1, (), answer="4"), " It is 4.\n"), (Prompt(2, (), answer="4"), "It is 14.")]
-    assert [v.correct for v in verify(ExactMatch(pattern=r"is (\d+)\.\Z"), asked)] == [True, False]
+    assert [v.correct for v in judge(ExactMatch(pattern=r"is (\d+)\.\Z"), asked)] == [True, False]
     with pytest.raises(ValueError, match="line 3 has no `answer`"):
-        verify(ExactMatch(pattern="(.)"), [(Prompt(3, ()), "x")])
+        judge(ExactMatch(pattern="(.)"), [(Prompt(3, ()), "x")])
     with pytest.raises(ValueError, match="has no group"):
         ExactMatch(pattern="x")
     program = (
@@ -274,11 +286,12 @@ def test_verifiers() -> None:
         " print(json.dumps({'correct': row['answer'] in row['response'], 'edited': 'e'}))"
     )
     command = Command(kind="command", command=(sys.executable, "-c", program))
-    assert verify(command, asked) == [Verdict(True, "e"), Verdict(True, "e")]
+    assert judge(command, asked) == [Verdict(True, "e"), Verdict(True, "e")]
     program = program.replace("'e'}", "'e\u2028e'}, ensure_ascii=False").replace("import", "import io,", 1)
     program = program.replace("\nfor", "\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, 'utf-8')\nfor", 1)
     command = Command(kind="command", command=(sys.executable, "-c", program))
-    assert verify(command, asked) == [Verdict(True, "e\u2028e")] * 2  # a line separator, but no line's end
+    # A line separator that does not end a line of JSON.
+    assert judge(command, asked) == [Verdict(True, "e\u2028e")] * 2
 
 
 @pytest.mark.parametrize(
@@ -288,7 +301,7 @@ def test_verifiers() -> None:
         ("print(1)", "wrote 1 lines for 2"),
         ("print('yes\\nno')", "line 1: no verdict"),
         ("import json; print(json.dumps({'correct': 1})); print()", "line 1: no verdict"),
-        ("import time; time.sleep(9)", "no end within timeout=0.5"),
+        ("import time; time.sleep(9)", "not finished within timeout=0.5"),
     ],
 )
 def test_bad_verifiers(program: str, message: str) -> None:
@@ -296,6 +309,6 @@ def test_bad_verifiers(program: str, message: str) -> None:
         kind="command", command=(sys.executable, "-c", program), timeout=0.5 if "time" in program else 60
     )
     with pytest.raises(ValueError, match=message):
-        verify(command, [(Prompt(1, ()), "x"), (Prompt(2, ()), "y")])
+        judge(command, [(Prompt(1, ()), "x"), (Prompt(2, ()), "y")])
     with pytest.raises(ValueError, match="No such file"):
-        verify(Command(kind="command", command=("/no/program",)), [])
+        judge(Command(kind="command", command=("/no/program",)), [])

@@ -1,4 +1,4 @@
-"""What is done stays done."""
+"""Finished steps stay recorded until they are forgotten."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_another_state_file_is_refused(tmp_path: Path, content: str) -> None:
         State(tmp_path, {})
 
 
-def test_lines_are_named_where_they_are_broken(tmp_path: Path) -> None:
+def test_errors_name_the_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write_lines(path, [{"a": 1}, {"b": "ü\ud800\u2028"}])
     assert list(read_lines(path)) == [{"a": 1}, {"b": "ü\ud800\u2028"}]

@@ -1,4 +1,4 @@
-"""A config of a trained model's directory fits whatever ranks run it."""
+"""The config of a trained model's directory is valid for any number of ranks."""
 
 import json
 from pathlib import Path
@@ -42,5 +42,5 @@ def test_any_number_of_data_parallel_ranks(
 
 def test_scores_without_an_interleaved_schedule(directory: Path, tmp_path: Path) -> None:
     overrides = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
-    with pytest.raises(ConfigError, match="virtual_pipeline=2: scores are taken pack by pack"):
+    with pytest.raises(ConfigError, match="virtual_pipeline=2: packs are scored one by one"):
         score_file(directory, tmp_path / "rows.jsonl", tmp_path / "scores.jsonl", overrides)
