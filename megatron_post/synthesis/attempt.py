@@ -16,8 +16,6 @@ from megatron_post.synthesis.row import Row, StepLabels
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.task import Event, Task
 
-_NO_STEP = "(before the first step)"
-
 
 async def attempt(
     recipe: Recipe, settings: Synthesis, own: Section, ground: Ground, number: int, row: InputRow
@@ -35,16 +33,18 @@ async def attempt(
         if not rows:
             raise Dropped("the recipe made no row")
     except Dropped as error:
-        dropped = Drop(_step(task), error.reason, error.detail)
+        dropped = Drop(task.step_of(error), error.reason, error.detail)
     except BadRow as error:
-        dropped = Drop(_step(task), "`data pack` would refuse the row", str(error))
+        dropped = Drop(task.step_of(error), "`data pack` would refuse the row", str(error))
     except Refused as error:
-        dropped = Drop(_step(task), "refused by a model", error.reason, failed=True)
+        dropped = Drop(task.step_of(error), "refused by a model", error.reason, failed=True)
     except DiskFull:
         raise
     except Exception as error:  # a fault of the recipe costs its row, and not the run
         ground.raise_if_broken()
-        dropped = Drop(_step(task), f"{type(error).__name__} in the recipe", _last_line(error), failed=True)
+        dropped = Drop(
+            task.step_of(error), f"{type(error).__name__} in the recipe", _last_line(error), failed=True
+        )
     ground.raise_if_broken()
     return Result(number, row.id, row.source, [] if dropped else rows, dropped, task.events)
 
@@ -64,10 +64,6 @@ def _as_json(
             "journal": [dict(vars(event)) for event in events],
         }
     )
-
-
-def _step(task: Task[Any]) -> str:
-    return task.events[-1].step if task.events else _NO_STEP
 
 
 def _last_line(error: Exception) -> str:

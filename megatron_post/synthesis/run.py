@@ -83,7 +83,9 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     record = record_of(settings, recipe)
     run = _Run(settings, recipe, own, record, sha256_of_json(record), rank, size)
     run.output.mkdir(parents=True, exist_ok=True)
-    if changes := update_record(run.output / "run.json", record):
+    with _turn(run.output):
+        changes = update_record(run.output / "run.json", record)
+    if changes:
         lines = [f"{run.who}settings that changed since the last start:", *(f"  {line}" for line in changes)]
         _print(console, "\n".join(lines))
     if summary := _finished(run):
@@ -122,7 +124,7 @@ def share_of(rank: int | None, size: int | None, environment: Mapping[str, str])
 
 @contextlib.contextmanager
 def _turn(output: Path) -> Iterator[None]:
-    """Wait until no other process puts the same output together."""
+    """Wait until no other process writes a file that all processes of the run share."""
     with (output / ".lock").open("w") as file:
         locked(file, wait=True)
         yield

@@ -17,6 +17,7 @@ from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.math.answers import Comparison
 from megatron_post.synthesis.prompts import Prompts
 
+_NO_STEP = "(before the first step)"
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ class Task(Generic[S]):
         self._prompts, self._ground = prompts, ground
         root = _Branch(asyncio.current_task())
         self.events = root.events
+        self._steps: dict[BaseException, str] = {}
         self._branch: contextvars.ContextVar[_Branch] = contextvars.ContextVar("branch", default=root)
 
     def prompt(self, name: str, **values: Any) -> str:
@@ -175,10 +177,16 @@ class Task(Generic[S]):
         events = self._branch.get().events
         for branch in branches:
             events += branch.events
-        for result in results:
+        for branch, result in zip(branches, results, strict=True):
             if isinstance(result, BaseException):
+                if branch.events:
+                    self._steps.setdefault(result, branch.events[-1].step)
                 raise result
         return results  # type: ignore[return-value]  # none is an error
+
+    def step_of(self, error: BaseException) -> str:
+        """The step at which a recipe has raised an error. In `together`, others may have gone further."""
+        return self._steps.get(error) or (self.events[-1].step if self.events else _NO_STEP)
 
     def _begin(self, step: str) -> Event:
         branch = self._branch.get()

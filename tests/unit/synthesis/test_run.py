@@ -114,6 +114,27 @@ def test_a_fault_of_the_recipe_costs_its_row(place: Place) -> None:
     assert second["reason"] == "KeyError in the recipe" and "my_recipe.py:" in second["detail"]
 
 
+@pytest.mark.parametrize("name", ["write_lines", "write_report", "write_summary"])
+def test_a_kill_while_the_rows_are_put_together(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    place.add_tasks(*MANNERS)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(f"megatron_post.synthesis.run.{name}", interrupt)
+        place.run()
+    asked = place.asked()
+    place.run()
+    killed = place.bytes()
+    assert place.asked() == 0 and not (place.output / ".parts").exists()
+    place.run(output=str(place.directory / "other"))
+    assert place.asked() == asked
+    assert {each: (place.directory / "other" / each).read_bytes() for each in killed} == killed
+
+
 def test_a_run_in_which_every_row_fails_is_an_error(place: Place) -> None:
     place.add_tasks("right")
     with pytest.raises(TooManyFailures, match=r"1 of 1 input rows failed, and max_failed=0\.9 allows 0"):

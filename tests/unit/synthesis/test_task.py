@@ -59,13 +59,16 @@ def test_events_are_in_the_order_of_the_recipe(place: Place) -> None:
 def test_a_failure_in_together_is_the_first_in_order(place: Place) -> None:
     body = (
         "async def fail(number):\n"
+        '    await task.ask(f"step {number}", "q")\n'
         "    await asyncio.sleep(0.05 / number)\n"
         '    raise Dropped(f"reason {number}")\n'
-        "await task.together(fail(1), fail(2))"
+        "await task.together(task.together(fail(1), fail(2)), fail(3))"
     )
     place.add_tasks("right")
     place.run(recipe=_recipe(place, body))
-    assert place.rows("dropped.jsonl")[0]["reason"] == "reason 1"
+    (dropped,) = place.rows("dropped.jsonl")
+    assert (dropped["step"], dropped["reason"]) == ("step 1", "reason 1")
+    assert [event["step"] for event in dropped["journal"]] == ["step 1", "step 2", "step 3"]
 
 
 @pytest.mark.parametrize(
