@@ -32,6 +32,7 @@ def with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
         except ValueError as error:
             errors.append(str(error))
             continue
+        # 1, 1.0 and true are equal in Python but are different settings, so their texts are compared.
         if repr(given.setdefault(key, value)) != repr(value):
             first, second = shown_of(key, given[key]), shown_of(key, value)
             errors.append(f"{key} is given twice, as {first} and as {second}; leave one out")

@@ -12,6 +12,8 @@ class Config(UncheckedConfig):
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Config":
+        # These checks compare sections, so they run after every section is valid. All errors are reported at
+        # once.
         errors = [*layout_errors(self), *contradictions(self), *without_effect(self, NEEDS)]
         if errors:
             raise ValueError("\n".join(errors))

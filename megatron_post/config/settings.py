@@ -79,6 +79,7 @@ def compare(before: RunSettings, after: RunSettings) -> tuple[list[Change], list
 
 
 def _is_same(key: str, before: RunSettings, after: RunSettings) -> bool:
+    # A path may change if the data is the same. Without digests on both sides the paths are compared.
     if key in before.content and key in after.content:
         return before.content[key] == after.content[key]
     return bool(_value(before.values, key) == _value(after.values, key))

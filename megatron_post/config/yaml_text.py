@@ -139,6 +139,7 @@ class _Document:
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise _problem(event.start_mark, f"the tag {tag} is refused; write the value without it")
+        # Without this limit, deeply nested values would exceed Python's limit of recursion.
         if depth > DEEPEST:
             raise _problem(event.start_mark, f"more than {DEEPEST} nested mappings and lists")
         if isinstance(event, ScalarEvent):

@@ -82,6 +82,7 @@ class Message:
         if self.reasoning and self.role != "assistant":
             raise BadRow(f"the {self.role} message has reasoning; only the assistant's can")
         try:
+            # The tokenizer would fail later for such a text, without naming the file and the line.
             self.text.encode()
         except UnicodeEncodeError as error:
             raise BadRow(

@@ -91,6 +91,7 @@ class PackLoader:
 
 def pack_indices(num_packs: int, *, seed: int, start: int) -> Iterator[int]:
     """Pack numbers from position `start` on of the endless sequence of shuffled epochs."""
+    # A global batch may have packs of two epochs, so the orders of two epochs are kept.
     order = lru_cache(maxsize=2)(lambda epoch: permutation(num_packs, seed, "epoch", epoch))
     for position in count(start):
         epoch, index = divmod(position, num_packs)

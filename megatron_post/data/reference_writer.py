@@ -61,6 +61,7 @@ class ReferenceWriter:
         """Rename the array to its final name. One rank calls this after all rows are written."""
         checksums = np.fromfile(self._group / self._partial / CHECKSUMS, dtype="<u4")
         node: Any = zarr.open_group(self._store.path, mode="r+", path=self._store.group)
+        # The checksum is written before the rename, so that a visible array always has one.
         node[self._partial].attrs[CHECKSUMS] = array_digest(checksums)
         final = self._group / REFERENCE
         shutil.rmtree(final, ignore_errors=True)

@@ -51,6 +51,7 @@ class Keys:
         """Whether there is a value that is not blank. A blank value counts as used, as it holds no data."""
         if name not in self._values:
             return False
+        # A blank value holds no data, so it need not be reported as unused.
         if is_blank(self._values[name]):
             self._read.add(name)
             return False

@@ -184,6 +184,7 @@ def _from_json(file: Path) -> Iterator[_Record]:
         for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
             row = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
+                # The limit has cut the line. Its rest must not be read as the next row.
                 _skip_line(stream)
             if row is not None:
                 yield number, f"{file}:{number}", row

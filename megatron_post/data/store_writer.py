@@ -122,6 +122,7 @@ class StoreWriter:
 
     def _publish(self) -> None:
         for group in GROUPS:
+            # A reader opens both groups, so a store without held-out rows has an empty group.
             if not (self._beside / group).exists():
                 self.write(
                     group, sources=[], columns={name: [] for name in COLUMNS}, segments_per_pack=[], packs=[]

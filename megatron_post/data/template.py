@@ -166,6 +166,7 @@ def _roles_of(message: Message) -> tuple[TokenRole, TokenRole]:
 
 
 def _encode(rows: Sequence[Sequence[_Segment]], tokenizer: Tokenizer) -> list[Rendered]:
+    # Equal texts, such as a system prompt, are encoded once.
     texts = list(dict.fromkeys(piece for row in rows for piece, _ in row if isinstance(piece, str)))
     ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     rendered = []

@@ -36,6 +36,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend, *, reasoning: Reasoning = "refuse") -> None:
+        # A text that spells a control token is encoded as text. Otherwise it could end its own message.
+        # Settings for truncation and padding in tokenizer.json would change the ids of training.
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()

@@ -83,6 +83,7 @@ def best_of(found: Sequence[Candidate], *, tie: float) -> tuple[Candidate | None
     top = max(candidate.score for candidate in whole)
     tied = [candidate for candidate in whole if candidate.score >= top - tie]
     times = Counter(candidate.text for candidate in tied)
+    # max returns the first of equal values, which is the response that was generated first.
     best = max(tied, key=lambda candidate: times[candidate.text])
     return best, len(tied) - times[best.text]
 

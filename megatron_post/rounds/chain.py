@@ -49,6 +49,7 @@ def chain_of(
         )
     jobs: list[ChainJob] = []
     for step in steps:
+        # Slurm starts the same number of ranks on each node.
         if step.ranks % step.ranks_of_a_node:
             raise ValueError(
                 f"{path}: {step.name} needs {step.ranks} ranks, which do not fill nodes of "

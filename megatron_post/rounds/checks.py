@@ -84,6 +84,7 @@ def check_files(settings: RoundSettings) -> None:
         for source in sources:
             bad_rows = BadRows(data.max_bad_rows)
             rows = read_rows(source, bad_rows=bad_rows, train_on=rule.train_on, reasoning=rule.reasoning)
+            # The first good row shows that the file can be read and that its columns make examples.
             next(rows, None)
 
 

@@ -68,6 +68,7 @@ def balance(texts: Sequence[str], rules: Sequence[Rule], *, seed: int) -> tuple[
     kept = list(range(len(texts)))
     dropped = [0] * len(rules)
     changed = True
+    # Dropping rows for one rule lowers the total, so another rule may exceed its share again.
     while changed:
         changed = False
         for number, (rule, found) in enumerate(zip(rules, hits, strict=True)):

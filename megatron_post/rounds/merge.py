@@ -206,6 +206,7 @@ class MergedModel:
                         f"{ingredient.model}: no tensor matches the pattern {layer.tensors!r}; names are "
                         f"like {list(self.tensors)[1]} (`megatron-post convert inspect` lists them)"
                     )
+                # Such a pattern would have no effect, which is probably a mistake of the user.
                 if not any(found is layer for found in deciding):
                     raise ValueError(
                         f"{ingredient.model}: every tensor that matches the pattern {layer.tensors!r} "

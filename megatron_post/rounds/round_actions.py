@@ -60,6 +60,7 @@ def select_samples(r: Round) -> None:
 def pack(r: Round, stage: StageName) -> None:
     """Write a stage's config, and the store that it names."""
     config = r.stage_config(stage)
+    # A packing that was killed may have left its unfinished store, under the number of its process.
     for left_by_a_kill in (r.directory / stage).glob(".store.*.partial"):
         shutil.rmtree(left_by_a_kill)
     summaries = build_store(config, console=make_console(quiet=True), overwrite=True)
@@ -94,9 +95,11 @@ def choose_best(r: Round) -> None:
         shares = {}
         if validation is not None:
             shares = {name: _accuracy(r, answers[name], validation).share for name in paths}
+        # max returns the first of equal values, so the reversed order prefers the later model.
         best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
         choice = {"best": paths[best], "stage": best, "validation": shares}
         write_json(r.directory / "choice.json", choice)
+    # All ranks read the choice below, to generate with the best model.
     wait_until((r.directory / "choice.json").is_file, "rank 0 to choose the best", r.console)
     held_out = {"prompts": r.settings.data.held_out}
     if r.number == 1:
@@ -175,6 +178,7 @@ def _draw(
     if output.exists() and not parts_of(output).exists():
         return
     chosen, data = r.settings.generate, r.settings.data
+    # Every use of a model in every round has another seed, so that no two of them repeat samples.
     changes: dict[str, Any] = {"seed": r.settings.seed * 1_000_003 + r.number * 101 + seed}
     changes |= {"temperature": 0.0, "samples": 1} if greedy else {}
     changes |= {} if samples is None else {"samples": samples}

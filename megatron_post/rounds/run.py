@@ -19,6 +19,8 @@ from megatron_post.storage.lock import only_process_in
 from megatron_post.storage.reading import did_you_mean
 
 # Files in the directory of a training step that other steps, the fence and the launcher have written.
+# A repeated training keeps these. With `incarnations` a process of the old run stays fenced off. But
+# `skipped.jsonl` is removed, because the new run would skip the old run's packs.
 _NOT_OF_TRAINING = ("config.yaml", "store", "incarnations", "slurm")
 
 
@@ -50,7 +52,10 @@ def run_rounds(
             raise ValueError(f"no step {name!r}{did_you_mean(name, names)}; steps are {', '.join(names)}")
     if size > 1:
         action = _shared_action(steps, only=only, again_from=again_from)
+        # This must come before CUDA starts, because the visible GPUs cannot change afterwards.
         take_gpus(settings.generate.backend)
+        # Rank 0 takes the lock below and records the step, unless the process that has started the ranks
+        # does.
         if held or rank > 0:
             action()
             return
@@ -58,6 +63,7 @@ def run_rounds(
         state = state_of(settings)
         again = [] if again_from is None else steps[names.index(again_from) :]
         wanted = state.left(names) if only is None else (only,)
+        # This is checked before anything is removed.
         check_packed(steps, {*wanted, *(step.name for step in again)})
         _forget(again, state)
         chosen = state.left(names) if only is None else (only,)

@@ -66,6 +66,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
             f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: packs are scored one by one, and "
             "the interleaved schedule needs several at a time; leave it at 1"
         )
+    # This reads only the headers of the weights, before any rank loads them.
     if not open_weights_directory(Path(model)).scalar_head:
         raise ValueError(
             f"{model} is a language model without a reward head, and a new head would score at random"
@@ -81,6 +82,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
             "rows": _rows_key(Path(rows)),
         }
         done = _resume(Path(output), origin) if topology.is_reporter else 0
+        # Only the reporter has read the output, but all ranks must skip the same rows.
         done = _from_reporter(done, topology)
         remaining = islice(_rows(source, config.data), done, None)
         scored, rows_at_once = 0, _ROWS_AT_ONCE * config.parallel.pipeline * topology.data_size
@@ -190,6 +192,7 @@ def _resume(output: Path, origin: Mapping[str, str]) -> int:
             f"{output} holds {done} scores of another {' and '.join(other)}; give another --output, or "
             "remove it"
         )
+    # This comes after the check of the origin, so that no other file loses data.
     os.truncate(output, complete)
     return done
 

@@ -92,6 +92,8 @@ def _steps(r: Round) -> list[RoundStep]:
         _training(r, "sft"),
         _packing(r, "dpo"),
     ]
+    # The reference is the SFT model, and its log-probabilities are written into the store of the pairs. So
+    # both steps come first.
     if r.stores_reference:
         words = ("reference", str(r.directory / "dpo" / "store"), "--model", str(r.directory / "sft" / "hf"))
         steps.append(_command(r, "reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log"))
