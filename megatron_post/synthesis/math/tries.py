@@ -96,7 +96,14 @@ def known_answer(row: Mapping[str, Any], name: str | None, after: str, *, key: s
         _, mark, text = text.rpartition(after)
         if not mark or not text.strip():
             raise ValueError(f"settings.{key}={name}: {after!r} and an answer are not in it")
-    return boxed_answer(text) or text.strip().removeprefix("$").removesuffix("$").strip()
+    if boxed := boxed_answer(text):
+        return boxed
+    if "\n" in text.strip():
+        raise ValueError(
+            f"settings.{key}={name}: it holds {text.strip()!r:.80}, which is more than an answer: name the "
+            f"text that the answer follows in settings.{key}_after"
+        )
+    return text.strip().removeprefix("$").removesuffix("$").strip()
 
 
 async def unless_refused(task: Task[Any], *work: Awaitable[R]) -> list[R | None]:

@@ -34,9 +34,15 @@ class MathPlace:
         return self.directory / "output"
 
     def run(
-        self, recipe: str, rows: Sequence[dict[str, Any]], *, judges: bool = True, **settings: Any
+        self,
+        recipe: str,
+        rows: Sequence[dict[str, Any]],
+        *,
+        judges: bool = True,
+        sizes: int = 1,
+        **settings: Any,
     ) -> None:
-        """Write the input and the settings, and run the recipe."""
+        """Write the input and the settings, and run the recipe in `sizes` processes, one after the other."""
         (self.directory / "input.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         backend = {"kind": "server", "url": self.server.url, "served_model": "author", "retries": 1}
         values = {
@@ -55,7 +61,9 @@ class MathPlace:
             del values["sandbox"]
         path = self.directory / "run.yaml"
         path.write_text(yaml.safe_dump(values))
-        synthesize(load_synthesis(str(path)), console=Console(file=io.StringIO()))
+        for rank in reversed(range(sizes)):
+            found = load_synthesis(str(path))
+            synthesize(found, rank=rank, size=sizes, console=Console(file=io.StringIO()))
 
     def rows(self) -> list[dict[str, Any]]:
         return list(read_lines(self.output / "rows.jsonl"))

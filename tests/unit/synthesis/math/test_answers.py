@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,26 @@ def test_a_cancelled_comparison_answers_no_other(tmp_path: Path) -> None:
     assert asyncio.run(run()) == "same"
 
 
+def test_speed(tmp_path: Path) -> None:
+    """Prints how many different pairs of numbers one process compares in a second."""
+    pairs = [(str(number), f"{number}.{number % 2}") for number in range(1, 501)]
+
+    async def run() -> tuple[Counter[str], float]:
+        with Journal(tmp_path, 0) as journal:
+            answers = MathAnswers(journal, processes=1)
+            try:
+                await answers.compare("1", "2")  # starts the process
+                started = time.monotonic()
+                found = await asyncio.gather(*(answers.compare(*pair) for pair in pairs))
+                return Counter(result for result, _ in found), time.monotonic() - started
+            finally:
+                await answers.close()
+
+    found, seconds = asyncio.run(run())
+    print(f"{len(pairs) / seconds:.0f} answers/s")
+    assert found == {"same": 250, "different": 250}
+
+
 def test_the_last_box_is_the_answer() -> None:
     assert boxed_answer("\\boxed{1} and \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
     assert boxed_answer("\\boxed{\\{1, 2\\}}") == "\\{1, 2\\}"
@@ -106,6 +127,8 @@ def test_known_answers() -> None:
     assert known_answer(row, "f", "", key="answer") is None
     with pytest.raises(ValueError, match=r"settings\.answer=b: '####' and an answer are not in it"):
         known_answer(row, "b", "####", key="answer")
+    with pytest.raises(ValueError, match=r"more than an answer: name .* settings\.answer_after"):
+        known_answer(row, "a", "", key="answer")
 
 
 def test_steps_are_numbered_from_one() -> None:

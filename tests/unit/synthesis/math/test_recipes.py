@@ -1,5 +1,6 @@
 """Each recipe of mathematics with an author whose replies are right, wrong and broken in known ways."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -246,3 +247,54 @@ def test_interleaved_programs_are_run_and_false_answers_dropped(math_place: Math
         "timeout",
         "completed\n[stdout]\n7\n[/stdout]",  # the loop is not replayed
     ]
+
+
+_AGREED = [problem(number, 3, screen="answerable", solve="right,decimal") for number in range(2)]
+RESUMED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "math_solutions": (
+        [_row(1, 2, solve="right,bomb,wrong"), _row(2, 2, solve="fraction,cut", judge="off_scale")],
+        {"samples": 3},
+    ),
+    "math_questions": (
+        [{"text": f"REPLY: <problem>{_AGREED[number // 2]}</problem>"} for number in range(4)],
+        {"samples": 2},
+    ),
+    "math_step_labels": (
+        [_row(1, 2, solve="right,wrong", **{"continue": "right,wrong,decimal"}), _row(2, 2, judge="refused")],
+        {"solutions": 2, "rollouts": 3},
+    ),
+    "math_corrections": (
+        [
+            _row(1, 2, solve="right,wrong", correct="decimal"),
+            _row(2, 2, solve="decimal,wrong", correct="wrong"),
+        ],
+        {"samples": 2, "corrections": 2},
+    ),
+    "math_interleaved": (
+        [_row(1, 2, calls="right,lies"), _row(2, 2, calls="exit,error"), _row(3, 2, calls="other_tool")],
+        {"samples": 2, "calls": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RESUMED)
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(math_place: MathPlace, recipe: str) -> None:
+    """A kill leaves a part of the journal, whose last line is torn. Two processes then end the run."""
+    rows, settings = RESUMED[recipe]
+    judges = recipe != "math_interleaved"
+    math_place.run(recipe, rows, judges=judges, **settings)
+    expected = math_place.bytes()
+    assert math_place.rows()
+    (journal,) = (math_place.output / "journal").glob("journal-*.jsonl")
+    content = journal.read_bytes()
+    asked = len(math_place.server.requests)
+    assert asked == content.count(b'"kind":"reply"') + content.count(b'"kind":"refusal"')
+    math_place.server.requests.clear()
+    shutil.rmtree(math_place.output)
+    journal.parent.mkdir(parents=True)
+    kept = content[: len(content) // 2]
+    journal.write_bytes(kept)
+    math_place.run(recipe, rows, judges=judges, sizes=2, **settings)
+    assert math_place.bytes() == expected
+    answered = kept.count(b'"kind":"reply"') + kept.count(b'"kind":"refusal"')
+    assert len(math_place.server.requests) in (asked - answered, asked - answered + 1)  # the torn line
