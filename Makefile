@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test plan-check
+.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load plan-check
 
 install: $(VENV)/.installed
 
@@ -93,6 +93,10 @@ gpu-test:
 # beside torch and Liger-Kernel: see kernels/benchmarks
 gpu-bench:
 	for script in kernels/benchmarks/bench_*.py; do PYTHONPATH=kernels $(GPU_PYTHON) $$script || exit; done
+
+# requests a second, memory and journal of a client with 10,000 requests in flight
+inference-load: install
+	$(BIN)/python -m tests.load
 
 # the planner's figures: memory beside living bytes, published steps, bubbles, and 405B on 16,384 ranks
 plan-check: install

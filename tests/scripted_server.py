@@ -1,6 +1,8 @@
 """A server with OpenAI's chat interface whose answers and faults follow a script: real HTTP on loopback.
 
-python -m tests.scripted_server LOG [--answer MODULE:FUNCTION] [--rates JSON]    # until it is killed
+python -m tests.scripted_server LOG [--answer MODULE:FUNCTION] [--rates JSON]    # until SIGTERM
+
+It prints its URL, and in the end the most requests that were in flight at a time.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -195,7 +198,10 @@ def main() -> None:
         answer, by_rates(values.rates), log=values.log, port=values.port, seconds=values.seconds
     )
     print(server.url, flush=True)
-    threading.Event().wait()
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    ended.wait()
+    print(server.most_in_flight, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import ssl
 import time
 import urllib.request
+from collections import defaultdict
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import unquote
@@ -14,7 +15,7 @@ import httpx2
 
 LARGEST_ANSWER, _LARGEST_REFUSAL = 16 * 1024**2, 2**14  # bytes
 _LONGEST_WAIT = 600.0  # seconds, whatever a server asks for
-_CONNECTIONS = 64  # of a client, whose work for each request grows with them
+_CONNECTIONS = 8  # of a client, which looks at all of them for each request; 64 take a fifth more CPU
 _SECONDS_IDLE = 2.0  # of a connection; servers close theirs after 5 or more
 
 
@@ -55,9 +56,9 @@ class HttpClient:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self._tls = ssl.create_default_context()
-        self._clients: list[httpx2.AsyncClient] = []
-        self._idle: list[httpx2.AsyncClient] = []  # each as often as it has connections to spare
-        self._add_client()
+        self._clients = [self._new_client()]  # which fails here if a proxy cannot be used
+        # for each server its clients, each as often as it has connections to spare
+        self._idle: dict[str, list[httpx2.AsyncClient]] = defaultdict(list)
 
     async def close(self) -> None:
         for client in self._clients:
@@ -65,9 +66,11 @@ class HttpClient:
 
     async def post(self, url: str, body: bytes) -> Answer:
         """The answer of any status. Raises `NotReached` and `NoAnswer`."""
-        if not self._idle:
-            self._add_client()
-        client = self._idle.pop()
+        idle = self._idle[url]
+        if not idle:
+            self._clients.append(self._new_client())
+            idle += [self._clients[-1]] * _CONNECTIONS
+        client = idle.pop()
         content, head = bytearray(), None
         try:
             async with (
@@ -89,7 +92,7 @@ class HttpClient:
             if head is None or head.status_code == 200:
                 raise NoAnswer(_reason(error)) from None
         finally:
-            self._idle.append(client)
+            idle.append(client)
         assert head is not None
         if head.status_code != 200:
             del content[_LARGEST_REFUSAL:]
@@ -99,7 +102,7 @@ class HttpClient:
         wait = seconds_of(headers.get("Retry-After", ""))
         return Answer(head.status_code, bytes(content), wait, headers.get("Location", "nowhere"))
 
-    def _add_client(self) -> None:
+    def _new_client(self) -> httpx2.AsyncClient:
         limits = httpx2.Limits(
             max_connections=_CONNECTIONS,
             max_keepalive_connections=_CONNECTIONS,
@@ -107,11 +110,9 @@ class HttpClient:
         )
         try:
             # without httpx's own timeouts, which are for each packet; a redirect would get the key
-            client = httpx2.AsyncClient(verify=self._tls, timeout=None, follow_redirects=False, limits=limits)
+            return httpx2.AsyncClient(verify=self._tls, timeout=None, follow_redirects=False, limits=limits)
         except (ValueError, ImportError, httpx2.InvalidURL) as error:
             raise ValueError(f"a proxy that the environment names cannot be used: {error}") from None
-        self._clients.append(client)
-        self._idle += [client] * _CONNECTIONS
 
 
 def seconds_of(value: str) -> float:

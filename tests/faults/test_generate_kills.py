@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 import tests.ranks  # noqa: F401  what the server imports
@@ -33,6 +34,7 @@ RATES = dict.fromkeys(("400", "null", "429", "500", "503", "hang", "hang up", "h
 _context = multiprocessing.get_context("forkserver")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """The output and the failures are those of an undisturbed call, byte for byte.
 
@@ -78,7 +80,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 @contextmanager
 def _server(log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "tests.scripted_server", str(log), "--rates", json.dumps(RATES)]
-    with subprocess.Popen([*command, "--seconds", "0.02"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "--seconds", "0.05"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield process.stdout.readline().strip()
@@ -98,12 +100,19 @@ def _wait(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def _generate(directory: str, url: str, name: str) -> None:
-    values = {
+    values: dict[str, Any] = {
         "model": "theirs",
         "prompts": f"{directory}/prompts.jsonl",
         "max_failed": 0.5,
         "sampling": {"samples": 4},
-        "backend": {"kind": "server", "url": url, "served_model": "m", "timeout": 1.0, "retries": 6},
+        "backend": {
+            "kind": "server",
+            "url": url,
+            "served_model": "m",
+            "timeout": 1.0,
+            "retries": 6,
+            "parallel_requests": 4,
+        },
     }
     settings = parse(Generate, values, origin="test")
     server._FIRST_WAIT = 0.05
