@@ -18,7 +18,7 @@ MOST_CHARACTERS = 32_768  # of a program or of tests
 
 # -P -s: neither the directory that the program can write to nor its home is searched for modules
 _COMMAND = ("python3", "-P", "-s", "run_tests.py")
-_SHORT = 1000  # characters of a stream in a text for a model
+_SHORT = 1000  # characters of what the tests themselves print where there is no report
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,9 @@ class Report:
         """What a model needs to know of a failure."""
         parts = [f"Test {self.test} fails.\n" if self.test else "", self.message]
         for run in self.runs[-3:]:
-            arguments = f" with the arguments {run['arguments']}" if run["arguments"] else ""
+            arguments = f" with the arguments {run['arguments']!r}" if run["arguments"] else ""
             parts.append(f"\n\nA run of the program{arguments} ended with return code {run['returncode']}.")
-            parts += [
-                f"\n{name}:\n{run[name][:_SHORT]}" for name in ("stdin", "stdout", "stderr") if run[name]
-            ]
+            parts += [f"\n{name}:\n{run[name]}" for name in ("stdin", "stdout", "stderr") if run[name]]
         return "".join(parts).strip()
 
 

@@ -10,8 +10,8 @@ from megatron_post.config.section import Count, Positive, Section
 from megatron_post.data.dialog import Message
 from megatron_post.inference.request import Reply
 from megatron_post.sandbox.languages import Language
+from megatron_post.synthesis.code.culprit import Trial
 from megatron_post.synthesis.code.lint import lint
-from megatron_post.synthesis.code.mutants import survivors
 from megatron_post.synthesis.code.programs import TITLES, program_in, text_of, whole_text
 from megatron_post.synthesis.code.unit_tests import Bench, Report, bench_of
 from megatron_post.synthesis.recipe import Dropped
@@ -42,7 +42,7 @@ class Settings(Section):
         3, description="programs that the author may write for a problem, the first one included"
     )
     test_tries: Count = Field(
-        2, description="files of tests that the author may write, the first one included"
+        2, description="files of tests that may be written for a problem, and for a correction"
     )
     witnesses: Count = Field(
         2, description="other programs for a problem, which find out whether a failure is the tests' fault"
@@ -65,13 +65,16 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     for attempt in range(task.settings.tries):
         reply = await work.ask("correct" if attempt else "solve", dialog)
         dialog.append(reply.message)
-        fault = await work.fault_of(program_in(reply, language))
+        program = program_in(reply, language)
+        fault = await work.fault_of(program)
         if fault is None:
+            if work.are_tests_shown:
+                await work.check_unseen(program)
             await _judge(task, found["problem"], reply)
             kind = "correction" if attempt else "first_try"
             extra = {"language": language, "topic": found["topic"].strip(), "tests": work.tests}
             return [Row(dialog, "code", kind=kind, extra=extra)]
-        dialog.append(Message("user", task.prompt("correct", fault=fault, tests=work.tests)))
+        dialog.append(work.feedback(fault))
     assert fault is not None
     raise Dropped(_LAST.get(fault.kind, f"the last program ends as {fault.kind!r}"), fault.text[-1000:])
 
@@ -82,7 +85,9 @@ class _Work:
     def __init__(self, task: Task[Settings], bench: Bench, problem: str) -> None:
         self.task, self.bench, self.problem = task, bench, problem
         self.tests, self._test_tries = "", 0
-        self._witnesses: list[str] | None = None
+        self.are_tests_shown = False
+        self._programs: list[str] | None = None
+        self._trial = Trial(bench, self._witnesses, task.settings.mutants, task.settings.killed)
         title = TITLES[bench.language]
         self._system = Message("system", task.prompt("system", language=title, tag=bench.language))
         self.request = Message("user", task.prompt("solve", problem=problem, language=title))
@@ -96,10 +101,22 @@ class _Work:
         if self._test_tries == self.task.settings.test_tries:
             raise Dropped(reason, fault)
         self._test_tries += 1
-        seconds = f"{self.bench.seconds:g}"
-        values = {"problem": self.problem, "seconds": seconds, "tests": self.tests, "fault": fault}
-        reply = await self.task.ask("tests", self.task.prompt("tests", **values))
-        self.tests = program_in(reply, "python", "the file of tests")
+        self.tests = await self._ask_for_tests(tests=self.tests, fault=fault)
+
+    async def _ask_for_tests(self, *, tests: str = "", fault: str = "", seed: int = 0) -> str:
+        values = {
+            "problem": self.problem,
+            "seconds": f"{self.bench.seconds:g}",
+            "tests": tests,
+            "fault": fault,
+        }
+        reply = await self.task.ask("tests", self.task.prompt("tests", **values), seed=seed)
+        return program_in(reply, "python", "the file of tests")
+
+    def feedback(self, fault: Report) -> Message:
+        """What the author needs to correct a program."""
+        self.are_tests_shown |= fault.kind not in ("build", "lint")
+        return Message("user", self.task.prompt("correct", fault=fault, tests=self.tests))
 
     async def fault_of(self, source: str) -> Report | None:
         """Why the program must be corrected. Tests that are wrong are written again first.
@@ -112,39 +129,34 @@ class _Work:
             report = await self.bench.run("test", source, self.tests)
             if report.kind == "build":
                 return report
-            if (wrong := await self._wrong_tests(source, report)) is None:
+            if (wrong := await self._trial.fault_of(source, self.tests, report)) is None:
                 return None if report.ok else report
             await self.write_tests(*wrong)
 
-    async def _wrong_tests(self, source: str, report: Report) -> tuple[str, str] | None:
-        """If the tests are to blame, the reason to drop the row and what is wrong with them."""
-        if report.kind == "tests":
-            return "the tests cannot be loaded", report.text
-        if report.ok:
-            settings = self.task.settings
-            passed, run = await survivors(self.bench, source, self.tests, settings.mutants)
-            if run - len(passed) >= settings.killed * run:
-                return None
-            return "wrong programs pass the tests", "\n\n".join(
-                ["Programs with an error pass them:", *passed]
-            )
-        others = [other for other in await self._others() if other != source]
-        runs = (self.bench.run("witness", other, self.tests) for other in others)
-        reports = [each for each in await self.task.together(*runs) if each.kind != "build"]
-        if not reports or any(each.ok for each in reports):
-            return None
-        return "every program fails the tests", f"{len(reports) + 1} programs fail them. {report.text}"
+    async def check_unseen(self, source: str) -> None:
+        """A program whose author has seen the tests may have their answers in it. It must pass others too.
 
-    async def _others(self) -> list[str]:
+        Raises `Dropped`.
+        """
+        for seed in range(1, self.task.settings.test_tries + 1):
+            tests = await self._ask_for_tests(seed=seed)
+            report = await self.bench.run("unseen", source, tests)
+            if await self._trial.fault_of(source, tests, report) is None:
+                if report.ok:
+                    return
+                raise Dropped("the correction passes only the tests that it has seen", report.text)
+        raise Dropped("there are no good tests that the correction has not seen")
+
+    async def _witnesses(self) -> list[str]:
         """Other programs for the same problem, which are asked for when they are needed."""
-        if self._witnesses is None:
+        if self._programs is None:
             seeds = range(1, self.task.settings.witnesses + 1)
             replies = await self.task.together(*(self.ask("solve", [self.request], seed) for seed in seeds))
-            self._witnesses = []
+            self._programs = []
             for reply in replies:
                 with contextlib.suppress(Dropped):
-                    self._witnesses.append(program_in(reply, self.bench.language))
-        return self._witnesses
+                    self._programs.append(program_in(reply, self.bench.language))
+        return self._programs
 
 
 async def _judge(task: Task[Settings], problem: str, reply: Reply) -> None:

@@ -96,7 +96,7 @@ async def _expected(task: Task[Settings], bench: Bench, source: str) -> dict[str
     for case, first, again in zip(cases, runs[::2], runs[1::2], strict=False):
         if first["digest"] != again["digest"]:
             raise Dropped("the source program answers the same input differently", repr(case)[:300])
-        if first["returncode"] == 0 and first["stdout"].strip():
+        if first["returncode"] == 0 and first["printed"]:
             found[case] = first["digest"]
     if len(found) < task.settings.least_cases:
         raise Dropped(

@@ -19,8 +19,9 @@ import tempfile
 from typing import IO, Any
 
 _PR_SET_DUMPABLE = 4  # linux/prctl.h; with 0, the files of this process in /proc are closed to the program
-_KEPT = 2048  # characters of each text in the report
+_MOST_MESSAGE = 2000  # characters of a message in the report
 _MOST_RUNS = 64  # runs in the report, the last ones
+_WHOLE_RUNS, _KEPT, _KEPT_OF_OTHERS = 3, 1000, 100  # the last runs have more characters of each text
 _MOST_BYTES = 2**20  # of an output that is read
 _DIRECTORY = "program"
 
@@ -59,10 +60,11 @@ class _Bench:
         self.runs.append(
             {
                 "stdin": stdin[:_KEPT],
-                "arguments": [str(argument)[:_KEPT] for argument in arguments],
+                "arguments": " ".join(map(str, arguments))[:_KEPT],
                 "stdout": result.stdout[:_KEPT],
                 "stderr": result.stderr[-_KEPT:],
                 "returncode": returncode,
+                "printed": bool(result.stdout.strip()),
                 "digest": hashlib.sha256(_without_blanks(result.stdout).encode()).hexdigest(),
             }
         )
@@ -83,6 +85,18 @@ class _Bench:
                 os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
 
+    def last_runs(self) -> list[dict[str, Any]]:
+        """The runs for a report, whose size is bounded."""
+        found = self.runs[-_MOST_RUNS:]
+        short = [
+            {
+                name: value[:_KEPT_OF_OTHERS] if isinstance(value, str) and name != "digest" else value
+                for name, value in run.items()
+            }
+            for run in found[:-_WHOLE_RUNS]
+        ]
+        return short + found[-_WHOLE_RUNS:]
+
 
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
@@ -101,14 +115,14 @@ def _report(job: dict[str, Any]) -> dict[str, Any]:
     if build.returncode:
         message = (build.stderr + build.stdout).decode(errors="replace")
         kind = "unavailable" if build.returncode == 127 else "build"
-        return {"kind": kind, "message": message[:_KEPT]}
+        return {"kind": kind, "message": message[:_MOST_MESSAGE]}
     bench = _Bench(job["run"], job["seconds"])
     names: dict[str, Any] = {"run": bench.run, "__name__": "tests"}
     lines = job["tests"].split("\n")
     try:
         exec(compile(job["tests"], "tests.py", "exec"), names)
     except BaseException as error:  # whatever the tests do
-        return {"kind": "tests", "message": _what(error, lines), "runs": bench.runs[-_MOST_RUNS:]}
+        return {"kind": "tests", "message": _what(error, lines), "runs": bench.last_runs()}
     tests = [name for name, value in names.items() if name.startswith("test") and callable(value)]
     if not tests:
         return {"kind": "tests", "message": "there is no function whose name begins with test"}
@@ -122,8 +136,8 @@ def _report(job: dict[str, Any]) -> dict[str, Any]:
         if message or bench.hung:
             kind = "hang" if bench.hung else "failed"
             message = message or "the program did not end in its time"
-            return {"kind": kind, "test": name, "message": message, "runs": bench.runs[-_MOST_RUNS:]}
-    return {"kind": "passed", "tests": len(tests), "runs": bench.runs[-_MOST_RUNS:]}
+            return {"kind": kind, "test": name, "message": message, "runs": bench.last_runs()}
+    return {"kind": "passed", "tests": len(tests), "runs": bench.last_runs()}
 
 
 def _what(error: BaseException, lines: list[str]) -> str:
@@ -138,18 +152,27 @@ def _what(error: BaseException, lines: list[str]) -> str:
         text = str(error)
     except BaseException:
         text = "(its message cannot be printed)"
-    return f"{place}{type(error).__name__}{': ' if text else ''}{text}"[:_KEPT]
+    return f"{place}{type(error).__name__}{': ' if text else ''}{text}"[:_MOST_MESSAGE]
+
+
+def _hide() -> str:
+    """Hide the tests from the program. Returns why that is not possible, or nothing."""
+    try:
+        os.unlink("job.json")
+        if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0:
+            return ""
+        return "The tests cannot be hidden from the program: prctl failed."
+    except OSError as error:
+        return f"The tests cannot be hidden from the program: {error}."
 
 
 def main() -> None:
     with open("job.json", encoding="utf-8") as file:
         job = json.load(file)
-    os.unlink("job.json")
-    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError("the tests cannot be kept from the program: prctl failed")
     output = os.dup(1)
-    report = _report(job)
-    line = f"\n{job['nonce']} {json.dumps(report)}\n".encode()
+    fault = _hide()
+    report = {"kind": "unavailable", "message": fault} if fault else _report(job)
+    line = f"\n{job['nonce']} {json.dumps(report, ensure_ascii=False)}\n".encode(errors="replace")
     while line:
         line = line[os.write(output, line) :]
     os._exit(report["kind"] != "passed")  # tests may have left threads behind

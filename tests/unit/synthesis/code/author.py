@@ -35,6 +35,11 @@ PROGRAMS = {
     "deep": "print(" + "(" * 3000 + "1" + ")" * 3000 + ")\n",
     "lint": RIGHT.replace("import sys", "import os\nimport sys"),
     "silenced": "# ruff: noqa\n" + RIGHT.replace("import sys", "import os  # noqa\nimport sys"),
+    "answers": """import sys
+
+text = sys.stdin.read().strip()
+print({"": {number}, "1 2\\n30": 33 + {number}}.get(text, {number} - 5))
+""",
     "hang": "while True:\n    pass\n",
     "flood": "while True:\n    print('x' * 1000)\n",
     "exits": 'import os\n\nprint("{number}\\n2 passed", flush=True)\nos._exit(0)\n',
@@ -110,6 +115,7 @@ def test_numbers():
 def test_negative():
     assert run("-5").stdout.strip() == str({number} - 5)
 """,
+    "unseen": 'def test_other_numbers():\n    assert run("4 5").stdout.strip() == str(9 + {number})\n',
     "nothing": 'def test_nothing():\n    run("1 2")\n',
     "hopeless": 'def test_anything():\n    run("1 2")\n    assert True\n',
     "weak": 'def test_prints():\n    assert run("1 2").stdout.strip()\n',
@@ -171,6 +177,10 @@ MANNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "right": (("right",), ("right",)),
     "mended": (("wrong", "right"), ("right",)),
     "late": (("wrong", "syntax", "right"), ("right",)),
+    "answers": (("wrong", "answers"), ("right",)),
+    "unseen_wrong_first": (("wrong", "right"), ("right",)),
+    "unseen_wrong": (("wrong", "right"), ("right",)),
+    "unseen_empty": (("wrong", "right"), ("right",)),
     "stubborn": (("wrong",), ("right",)),
     "typo": (("syntax", "right"), ("right",)),
     "broken": (("syntax",), ("right",)),
@@ -232,6 +242,9 @@ def answer(body: Body) -> str:
             return REFUSAL
         return f"Topic: sums of kind {number}\nProblem: Print the sum plus {number} ({found[0]})."
     if last.startswith("Write unit tests"):
+        if seed := body.get("seed"):
+            wrong = {"unseen_wrong": "wrong", "unseen_wrong_first": "wrong" if seed == 1 else "unseen"}
+            return _in_reply(TESTS, {**wrong, "unseen_empty": "nothing"}.get(manner, "unseen"), number)
         return _in_reply(TESTS, tests["These are earlier tests" in last and len(tests) > 1], number)
     if last.startswith("Judge this answer"):
         if manner == "judged_vaguely":
