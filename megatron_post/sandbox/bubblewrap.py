@@ -48,9 +48,6 @@ done
 shift
 exec "$@"
 """
-# The first process in the sandbox is bubblewrap's, and a program can read its memory. The last file that
-# bubblewrap copies has zeros alone: otherwise its buffer would hold parts of files that were deleted since
-_BUFFER = 2**16
 
 
 _OTHERWISE = "or set sandbox.kind=command with a container command of your site"
@@ -116,7 +113,6 @@ class BubblewrapSandbox:
                     words += ["--file", hand(text.encode()), f"/etc/{name}"]
                 for name, content in files.items():
                     words += ["--file", hand(content), f"{WORK}/{name}"]
-                words += ["--file", hand(bytes(_BUFFER)), "/etc/blank"]
                 words += ["--remount-ro", "/", "--chdir", WORK, "--"]
                 words += [prlimit, *inside_a_namespace(limits), "--"]
                 process = subprocess.Popen(
@@ -158,9 +154,24 @@ class BubblewrapSandbox:
         return words + [word for item in variables.items() for word in ("--setenv", *item)]
 
     def _own(self, limits: Limits) -> list[str]:
-        """/proc of the program's own processes, and the one place where it can write."""
+        """/proc of the program's own processes, and the one place where it can write.
+
+        Process 1 is bubblewrap's. It has the program's rights, and parts of the files in its memory: hidden.
+        """
         size = ["--size", str(limits.disk_mib * MIB)] if self._has_size else []
-        words = ["--proc", "/proc", *size, "--tmpfs", "/tmp", "--dir", WORK]
+        words = [
+            "--proc",
+            "/proc",
+            "--tmpfs",
+            "/proc/1",
+            "--remount-ro",
+            "/proc/1",
+            *size,
+            "--tmpfs",
+            "/tmp",
+            "--dir",
+            WORK,
+        ]
         links = {"shm": "/tmp", "fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
         return words + [word for name, path in links.items() for word in ("--symlink", path, f"/dev/{name}")]
 

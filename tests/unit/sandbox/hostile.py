@@ -132,7 +132,7 @@ PROGRAMS: dict[str, Hostile] = {
         "print('LEAK' if seen else 'nothing')",
         "passed",
     ),
-    "the environment of pid 1": Hostile("bash", "cat /proc/*/environ; env", "passed", "PATH="),
+    "every environment": Hostile("bash", "cat /proc/[0-9]*/environ; env", "passed", "PATH="),
     "all of /proc": Hostile(
         "python",
         "import os, sys\nfor d, ds, fs in os.walk('/proc'):\n    for f in fs:\n        try:\n"

@@ -87,18 +87,9 @@ def test_descriptors_above_1023_are_no_obstacle(sandbox: Sandbox) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_first_process_that_a_program_breaks_is_no_fault_of_the_sandbox(sandbox: Sandbox) -> None:
-    """It has the program's own rights. Its end is the end of all, with the status that it had."""
-    source = (
-        "import os, time\nfor line in open('/proc/1/maps'):\n"
-        "    if 'x' in line.split()[1] and 'bwrap' in line:\n"
-        "        begin, end = (int(text, 16) for text in line.split()[0].split('-'))\n"
-        "        memory = os.open('/proc/1/mem', os.O_RDWR)\n"
-        "        os.pwrite(memory, b'\\xcc' * (end - begin), begin)\n"
-        "if not os.fork(): os._exit(0)\ntime.sleep(5)"
-    )
-    outcome = _run(sandbox, source, Limits(seconds=2))
-    assert outcome.kind in ("killed", "failed", "timeout"), outcome
+def test_bubblewrap_s_own_process_is_hidden(sandbox: Sandbox) -> None:
+    """A program could read deleted files in its memory, and change it: both have the same rights."""
+    assert _run(sandbox, "import os\nprint(os.listdir('/proc/1'), os.getppid())").stdout == "[] 1\n"
 
 
 def test_text_that_no_file_can_hold_as_utf_8_is_run_all_the_same(sandbox: Sandbox) -> None:
@@ -258,22 +249,3 @@ def test_settings_that_cannot_work_are_refused(sandbox: Sandbox) -> None:
         Container(kind="command", command=("docker", "{file}"))
     with pytest.raises(ValueError, match="no-such-tool cannot be found"):
         open_sandbox(Container(kind="command", command=("no-such-tool",)))
-
-
-def test_no_file_that_was_deleted_is_left_in_memory(sandbox: Sandbox) -> None:
-    """The first process in the sandbox has copied the files, and a program can read its memory."""
-    source = (
-        "import re\n"
-        "for line in open('/proc/1/maps'):\n"
-        "    start, end = (int(word, 16) for word in line.split()[0].split('-'))\n"
-        "    try:\n"
-        "        memory = open('/proc/1/mem', 'rb', buffering=0)\n"
-        "        memory.seek(start)\n"
-        "        print(re.findall(rb'sec' + rb'ret[0-9]+', memory.read(end - start))[:9])\n"
-        "    except (OSError, ValueError, OverflowError):\n"
-        "        continue\n"
-    )
-    secrets = "".join(f"secret{number} " for number in range(5000))
-    files = {"secrets": secrets, "main.py": source}
-    outcome = asyncio.run(sandbox.run(files, ["sh", "-c", "rm secrets; exec python3 main.py"]))
-    assert outcome.ok and set(outcome.stdout.split()) == {"[]"}
