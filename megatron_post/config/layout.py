@@ -133,24 +133,7 @@ def world_errors(
     capability: compute capability of the GPUs. cuda: the CUDA version that torch is built for.
     transformer_engine: its version. Each of these is None if it is unknown.
     """
-    p, errors = config.parallel, []
-    if world_size % p.model_size:
-        errors.append(
-            f"{world_size} ranks are not a multiple of tensor x pipeline x context = {p.model_size}; "
-            "start more ranks or change parallel.*"
-        )
-    else:
-        data_size = world_size // p.model_size
-        if config.train.global_batch % data_size:
-            errors.append(
-                f"train.global_batch={config.train.global_batch} is not a multiple of the {data_size} "
-                f"data-parallel ranks of {world_size} ranks"
-            )
-        elif p.virtual_pipeline > 1 and (config.train.global_batch // data_size) % p.pipeline:
-            errors.append(
-                f"{config.train.global_batch // data_size} microbatches per data-parallel rank are not a "
-                f"multiple of parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
-            )
+    errors = _rank_errors(config, world_size)
     if config.precision.fp8 and not (has_gpu and has_transformer_engine):
         missing = "a GPU" if not has_gpu else f"Transformer Engine (install it: {install_command('cuda')})"
         errors.append(f"precision.fp8={config.precision.fp8} needs {missing}; set precision.fp8=null")
@@ -172,6 +155,28 @@ def world_errors(
             f"{fp8.without_norms(config.recompute)}"
         )
     return errors
+
+
+def _rank_errors(config: UncheckedConfig, world_size: int) -> list[str]:
+    """Every reason why this many ranks cannot share the model and the batches."""
+    p, batch = config.parallel, config.train.global_batch
+    if world_size % p.model_size:
+        return [
+            f"{world_size} ranks are not a multiple of tensor x pipeline x context = {p.model_size}; "
+            "start more ranks or change parallel.*"
+        ]
+    data_size = world_size // p.model_size
+    if batch % data_size:
+        return [
+            f"train.global_batch={batch} is not a multiple of the {data_size} data-parallel ranks of "
+            f"{world_size} ranks"
+        ]
+    if p.virtual_pipeline > 1 and (batch // data_size) % p.pipeline:
+        return [
+            f"{batch // data_size} microbatches per data-parallel rank are not a multiple of "
+            f"parallel.pipeline={p.pipeline}, which the interleaved schedule needs"
+        ]
+    return []
 
 
 def _head_errors(config: UncheckedConfig, *, has_transformer_engine: bool) -> list[str]:

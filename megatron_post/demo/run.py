@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from megatron_post.config.load import load_config
 from megatron_post.config.schema import Config
 from megatron_post.data.tokenizer import train_small_tokenizer
-from megatron_post.demo.evaluate import accuracy, answer_with_transformers, working_share
+from megatron_post.demo.evaluate import Response, accuracy, answer_with_transformers, working_share
 from megatron_post.demo.in_process import export_initial_weights, responses_match
 from megatron_post.demo.printing import NumberedSteps, print_accuracies, print_chat, print_samples
 from megatron_post.demo.task import Problem, make_problems, write_dialogs, write_prompts
@@ -35,13 +36,7 @@ class Sizes:
     rounds: int
 
 
-def run_demo(
-    config_path: str,
-    overrides: Sequence[str] = (),
-    *,
-    sizes: Sizes,
-    console: Console,
-) -> None:
+def run_demo(config_path: str, overrides: Sequence[str] = (), *, sizes: Sizes, console: Console) -> None:
     """Run the whole demo in the config's `run_dir`. An earlier demo there is deleted first.
 
     The file of the rounds is `round.yaml` in the config's directory. `results.json` has the accuracies
@@ -65,6 +60,39 @@ def run_demo(
         )
         print_chat(max(held_out[:20], key=lambda problem: problem.turns).dialog, console)
 
+    before, tuned, same = _tune(config, held_out, steps, console)
+    evaluations = _align(config, sizes, Path(config_path).with_name("round.yaml"), steps, console)
+    best = evaluations[-1]["best"]
+    with steps.step("Let the aligned model answer"):
+        aligned = answer_with_transformers(Path(best), held_out)
+        print_samples(held_out, tuned, aligned, console)
+        _print_shares(held_out, aligned, console)
+
+    results = {"untrained": accuracy(held_out, before), "after SFT": accuracy(held_out, tuned)}
+    print_accuracies(results, evaluations, console)
+    console.print(
+        f"{steps.seconds:.0f} s in all. The model is in {best}, and any tool that loads Llama models can "
+        f"load it. {_round_directory(run_dir, sizes.rounds) / 'report.html'} is the report.",
+        soft_wrap=True,
+    )
+    summary = {
+        "before": vars(results["untrained"]),
+        "sft": vars(results["after SFT"]),
+        "rounds": [{key: e[key] for key in ("greedy", "one_sample", "best_of_k", "k")} for e in evaluations],
+        "same": vars(Accuracy(sum(same), len(same))),
+        "seconds": round(steps.seconds, 1),
+    }
+    write_json(run_dir / RESULTS, summary)
+
+
+def _tune(
+    config: Config, held_out: Sequence[Problem], steps: NumberedSteps, console: Console
+) -> tuple[list[Response], list[Response], list[bool]]:
+    """Pack the data and fine-tune. Returns the answers before and after it.
+
+    The last list says for each answer after it whether our own model gives the same tokens.
+    """
+    run_dir = Path(config.run_dir)
     with steps.step("Render them in Llama 3's chat format and pack them"):
         pack(config, console)
 
@@ -79,14 +107,18 @@ def run_demo(
     with steps.step("Let it answer, by plain transformers"):
         tuned = answer_with_transformers(run_dir / "hf", held_out)
         print_samples(held_out, before, tuned, console)
-        console.print(
-            f"{accuracy(held_out, tuned)} are right; {working_share(tuned):.0%} show their working."
-        )
+        _print_shares(held_out, tuned, console)
 
     with steps.step("Compare with our own model"):
         same = responses_match(config, run_dir / "hf", tuned)
         console.print(f"{sum(same)} of {len(same)} responses are the same, token for token.")
+    return before, tuned, same
 
+
+def _align(
+    config: Config, sizes: Sizes, round_file: Path, steps: NumberedSteps, console: Console
+) -> list[dict[str, Any]]:
+    """Run the rounds. Returns the evaluation of each."""
     with steps.step(f"{_count(sizes.rounds, 'round')} of alignment"):
         console.print(
             "In each round, a reward model learns from preferences. The best model so far samples answers. "
@@ -94,37 +126,18 @@ def run_demo(
             "models are averaged. The best of the three models answers in the next round.",
             style="dim",
         )
-        settings = _round_overrides(config, sizes)
-        run_rounds(Path(config_path).with_name("round.yaml"), settings, console=console)
+        run_rounds(round_file, _round_overrides(config, sizes), console=console)
+    directories = [_round_directory(Path(config.run_dir), n) for n in range(1, sizes.rounds + 1)]
+    return [json.loads((path / "evaluation.json").read_text()) for path in directories]
 
-    directories = [run_dir / ROUNDS / f"round-{number:02d}" for number in range(1, sizes.rounds + 1)]
-    evaluations = [json.loads((path / "evaluation.json").read_text()) for path in directories]
-    best = evaluations[-1]["best"]
-    with steps.step("Let the aligned model answer"):
-        aligned = answer_with_transformers(Path(best), held_out)
-        print_samples(held_out, tuned, aligned, console)
-        console.print(
-            f"{accuracy(held_out, aligned)} are right; {working_share(aligned):.0%} show their working."
-        )
 
-    results = {"untrained": accuracy(held_out, before), "after SFT": accuracy(held_out, tuned)}
-    print_accuracies(results, evaluations, console)
+def _round_directory(run_dir: Path, number: int) -> Path:
+    return run_dir / ROUNDS / f"round-{number:02d}"
+
+
+def _print_shares(held_out: Sequence[Problem], answers: Sequence[Response], console: Console) -> None:
     console.print(
-        f"{steps.seconds:.0f} s in all. The model is in {best}, and any tool that loads Llama models can "
-        f"load it. {directories[-1] / 'report.html'} is the report.",
-        soft_wrap=True,
-    )
-    write_json(
-        run_dir / RESULTS,
-        {
-            "before": vars(results["untrained"]),
-            "sft": vars(results["after SFT"]),
-            "rounds": [
-                {key: e[key] for key in ("greedy", "one_sample", "best_of_k", "k")} for e in evaluations
-            ],
-            "same": vars(Accuracy(sum(same), len(same))),
-            "seconds": round(steps.seconds, 1),
-        },
+        f"{accuracy(held_out, answers)} are right; {working_share(answers):.0%} show their working."
     )
 
 

@@ -55,22 +55,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     Raises `ValueError` for a model without a reward head, a bad row, a response longer than
     `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
     """
-    values = {
-        "stage": "reward",
-        "reward": {"layout": "separate"},
-        "data": {"store": "unused", "pack_length": 8192},
-    }
-    config = config_of_model(model, values, overrides)
-    if config.parallel.virtual_pipeline > 1:
-        raise ConfigError(
-            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: packs are scored one by one, and "
-            "the interleaved schedule needs several at a time; leave it at 1"
-        )
-    # This reads only the headers of the weights, before any rank loads them.
-    if not open_weights_directory(Path(model)).scalar_head:
-        raise ValueError(
-            f"{model} is a language model without a reward head, and a new head would score at random"
-        )
+    config = _config(model, overrides)
     tokenizer = tokenizer_of(config)
     # Every response is scored, even a templated one. `select` decides which ones may be trained.
     source = Source(name=Path(rows).name, path=str(rows), templated="keep")
@@ -97,6 +82,27 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
                 scored += len(batch)
                 progress.update(task, completed=done + scored)
     return scored
+
+
+def _config(model: str | Path, overrides: Sequence[str]) -> Config:
+    """The config of a reward model that scores. Raises `ValueError` as `score_file` does."""
+    values = {
+        "stage": "reward",
+        "reward": {"layout": "separate"},
+        "data": {"store": "unused", "pack_length": 8192},
+    }
+    config = config_of_model(model, values, overrides)
+    if config.parallel.virtual_pipeline > 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: packs are scored one by one, and "
+            "the interleaved schedule needs several at a time; leave it at 1"
+        )
+    # This reads only the headers of the weights, before any rank loads them.
+    if not open_weights_directory(Path(model)).scalar_head:
+        raise ValueError(
+            f"{model} is a language model without a reward head, and a new head would score at random"
+        )
+    return config
 
 
 def _score(
