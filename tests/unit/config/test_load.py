@@ -190,11 +190,12 @@ def test_405b_is_the_report_s() -> None:
     assert world_errors(config, world_size=1024, has_gpu=True, has_transformer_engine=True) == []
 
 
-# Clusters have another schema, and a round completes the files of its stages (tests/e2e/test_round.py).
+# Clusters and recipes have other schemas, and a round completes the files of its stages
+# (tests/e2e/test_round.py).
 RUNS = [
     path
     for path in sorted(CONFIGS.glob("*/[!b]*.yaml"))
-    if path.parent.name != "clusters" and not path.name.startswith("round")
+    if path.parent.name not in ("clusters", "synthesis", "curation") and not path.name.startswith("round")
 ]
 
 
