@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import resource
 import ssl
 import time
 import urllib.request
@@ -16,6 +17,7 @@ import httpx2
 LARGEST_ANSWER, _LARGEST_REFUSAL = 16 * 1024**2, 2**14  # bytes
 _LONGEST_WAIT = 600.0  # seconds, whatever a server asks for
 _CONNECTIONS = 8  # of a client, which looks at all of them for each request; 64 take a fifth more CPU
+_OTHER_FILES = 256  # that a process has open
 _SECONDS_IDLE = 2.0  # of a connection; servers close theirs after 5 or more
 
 
@@ -135,6 +137,24 @@ def _reason(error: BaseException) -> str:
             return f"{text}: {os.strerror(cause.errno)}"
         cause = cause.__cause__ or cause.__context__
     return text
+
+
+def allow_open_files(wanted: int, *, needed: int) -> None:
+    """Let this process have as many connections open as are wanted, beside its files.
+
+    Systems start a process with a limit of 1,024, which it may raise to a second one. Raises `ValueError` if
+    that does not allow those that are needed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = math.inf if hard == resource.RLIM_INFINITY else hard
+    if needed + _OTHER_FILES > most:
+        raise ValueError(
+            f"parallel_requests: {needed} connections are more than this process may open (`ulimit -Hn` says "
+            f"{hard}); lower it, or have that limit raised"
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted + _OTHER_FILES:
+        limit = int(min(most, wanted + _OTHER_FILES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 def key_in_environment(name: str) -> str:

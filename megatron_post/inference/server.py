@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import sys
 import time
 from functools import partial
 from typing import NoReturn
@@ -12,6 +13,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from megatron_post.config.secrets import redact, repeats
 from megatron_post.data.dialog import Message
+from megatron_post.display import say
 from megatron_post.inference.chat import (
     NoCompletion,
     Unusable,
@@ -24,6 +26,7 @@ from megatron_post.inference.http_client import (
     HttpClient,
     NoAnswer,
     NotReached,
+    allow_open_files,
     key_in_environment,
     proxy_passwords,
 )
@@ -65,8 +68,9 @@ class Server:
     """
 
     def __init__(self, settings: ServerBackend) -> None:
-        """Raises `ValueError` if the variable with the key is not set or holds no key, and `BadServer` if a
-        proxy cannot be used."""
+        """Raises `ValueError` if the variable with the key is not set or holds no key and if this process may
+        not open so many connections, and `BadServer` if a proxy cannot be used."""
+        allow_open_files(settings.most_in_flight, needed=settings.parallel_requests * len(settings.urls))
         name = settings.api_key_variable
         key = None if name is None else key_in_environment(name)
         self._secrets = [*proxy_passwords(), *([] if key is None else [key])]
@@ -75,7 +79,9 @@ class Server:
             self._http = HttpClient(key=key, timeout=settings.timeout)
         except ValueError as error:
             raise BadServer(self._shown(error)) from None
-        self._began = time.monotonic()
+        self._began, self._says_waiting = time.monotonic(), False
+        wanted = settings.patience
+        self._patience = (_PATIENCE if settings.urls_from else 0.0) if wanted is None else wanted
         self._given_up = asyncio.Event()
 
     async def __aenter__(self) -> "Server":
@@ -129,11 +135,9 @@ class Server:
         if self._given_up.is_set():
             return True
         assert state.outcome is not None
-        answered, patience = self._sites.answered, self._settings.patience
-        if patience is None:
-            patience = 0.0 if self._settings.urls_from is None else _PATIENCE
+        answered = self._sites.answered
         nobody_answers = answered < began and not isinstance(state.outcome.exception(), _BadAnswer)
-        is_patient = nobody_answers and time.monotonic() - max(answered, self._began) < patience
+        is_patient = nobody_answers and time.monotonic() - max(answered, self._began) < self._patience
         return state.attempt_number > self._settings.retries and not is_patient
 
     async def _sleep(self, seconds: float) -> None:
@@ -148,7 +152,12 @@ class Server:
         body = json.dumps(request_body(request, self._settings.served_model)).encode()
         async with self._sites.take() as site:
             if site is None:
-                raise _TryAgain(f"{self._settings.urls_from} has no {ADDRESSES} with the address of a server")
+                missing = f"{self._settings.urls_from} has no {ADDRESSES} with the address of a server"
+                if not self._says_waiting:
+                    self._says_waiting = True
+                    say(f"{missing}; waiting for {self._patience:,.0f} s at most", file=sys.stderr)
+                raise _TryAgain(missing)
+            self._says_waiting = False
             began = time.monotonic()
             try:
                 reply = await self._ask(site.url, body)

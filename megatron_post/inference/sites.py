@@ -42,7 +42,11 @@ class Sites:
         """
         async with self._changed:
             while (site := self._choose()) is None and self._sites:
-                await self._changed.wait()
+                try:
+                    await self._changed.wait()
+                except asyncio.CancelledError:  # it may have been woken, in place of another one
+                    self._changed.notify()
+                    raise
             if site is not None:
                 site.in_flight += 1
         had_failed = site is not None and site.failures > 0

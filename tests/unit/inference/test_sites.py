@@ -1,6 +1,7 @@
 """Requests spread over servers, some of which die, hang, come back, or appear later."""
 
 import asyncio
+import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -205,3 +206,40 @@ def test_answers_are_waited_for_no_longer_than_the_run(tmp_path: Path) -> None:
     with ScriptedServer(fault=fault) as server, pytest.raises(BadServer, match="HTTP status 401"):
         ask_server(_settings(server, parallel_requests=2, retries=1000), _requests(10))
     assert time.monotonic() - began < 5
+
+
+def test_a_caller_that_leaves_wakes_the_next() -> None:
+    """Two wait for the only place. It becomes free, and the one that is woken for it has just been
+    cancelled."""
+
+    async def main() -> None:
+        sites = module.Sites(
+            ServerBackend(kind="server", url="http://h/v1", served_model="m", parallel_requests=1)
+        )
+
+        async def take() -> None:
+            async with sites.take():
+                pass
+
+        async with sites.take():
+            first, second = (asyncio.ensure_future(take()) for _ in range(2))
+            await asyncio.sleep(0.01)
+        first.cancel()
+        async with asyncio.timeout(5):
+            await second
+
+    asyncio.run(main())
+
+
+def test_more_connections_than_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first limit is raised as far as is wanted, and no further than to the second."""
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
+    Server(ServerBackend(kind="server", url="http://h/v1", served_model="m", parallel_requests=500))
+    assert len(limits) == 1
+    Server(ServerBackend(kind="server", url="http://h/v1", served_model="m", parallel_requests=2000))
+    Server(ServerBackend(kind="server", urls_from="d", served_model="m", parallel_requests=100))
+    assert limits[1:] == [(2256, 4096), (4096, 4096)]
+    with pytest.raises(ValueError, match=r"parallel_requests: 4000 connections are more .*4096"):
+        Server(ServerBackend(kind="server", url="http://h/v1", served_model="m", parallel_requests=4000))
