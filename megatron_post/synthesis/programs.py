@@ -2,7 +2,8 @@
 
 import asyncio
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_post.inference.journal import Journal, key_of
@@ -10,6 +11,8 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.sandbox import Sandbox
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import BrokenSandbox
+from megatron_post.storage.checksums import sha256_of_file
+from megatron_post.synthesis.task import Files
 
 
 class JournalledSandbox:
@@ -22,9 +25,7 @@ class JournalledSandbox:
         self._running: dict[str, asyncio.Event] = {}
         self.error: BrokenSandbox | None = None
 
-    async def run(
-        self, files: Mapping[str, str | bytes], command: Sequence[str], limits: Limits | None
-    ) -> tuple[Outcome, str]:
+    async def run(self, files: Files, command: Sequence[str], limits: Limits | None) -> tuple[Outcome, str]:
         """The outcome and its key in the journal. Raises what the sandbox raises."""
         program = {
             "files": {name: _as_json(content) for name, content in files.items()},
@@ -38,7 +39,7 @@ class JournalledSandbox:
         if entry is None:
             self._running[key] = asyncio.Event()
             try:
-                outcome = await self._sandbox.run(files, command, limits)
+                outcome = await self._sandbox.run(_content(files), command, limits)
                 entry = {"program": program, "outcome": outcome.as_json()}
                 self._journal.append(key, "program", entry)
             except BrokenSandbox as error:
@@ -49,5 +50,11 @@ class JournalledSandbox:
         return Outcome.from_json(entry["outcome"]), key
 
 
-def _as_json(content: str | bytes) -> str | dict[str, Any]:
+def _content(files: Files) -> dict[str, str | bytes]:
+    return {name: text.read_bytes() if isinstance(text, Path) else text for name, text in files.items()}
+
+
+def _as_json(content: str | bytes | Path) -> str | dict[str, Any]:
+    if isinstance(content, Path):
+        return {"script": content.name, "sha256": sha256_of_file(content)}
     return content if isinstance(content, str) else {"base64": base64.b64encode(content).decode()}

@@ -129,7 +129,8 @@ def _print_program(console: Console, entry: dict[str, Any]) -> None:
     program, outcome = entry["program"], entry["outcome"]
     for name, content in program["files"].items():
         _say(console, f"[{name}]", "bold")
-        _say(console, content if isinstance(content, str) else "(bytes)")
+        what = "(a script of the recipe)" if "script" in content else "(bytes)"
+        _say(console, content if isinstance(content, str) else what)
     _say(console, "$ " + " ".join(program["command"]), "bold")
     for stream in ("stdout", "stderr"):
         _say(console, f"[{stream}]" if outcome[stream] else "", "bold")

@@ -5,6 +5,7 @@ import contextvars
 import random
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_post.config.section import Section
@@ -20,6 +21,8 @@ from megatron_post.synthesis.prompts import Prompts
 _NO_STEP = "(before the first step)"
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
+# A path is of a script that a recipe always runs: the journal keeps its checksum, and not its text
+Files = Mapping[str, str | bytes | Path]
 
 
 @dataclass
@@ -55,7 +58,7 @@ class Runs(Protocol):
     """A sandbox that keeps outcomes in the journal. Returns the outcome and its key."""
 
     async def run(
-        self, files: Mapping[str, str | bytes], command: Sequence[str], limits: Limits | None
+        self, files: Files, command: Sequence[str], limits: Limits | None
     ) -> tuple[Outcome, str]: ...
 
 
@@ -133,7 +136,7 @@ class Task(Generic[S]):
     async def run(
         self,
         step: str,
-        files: Mapping[str, str | bytes],
+        files: Files,
         command: Sequence[str],
         limits: Limits | None = None,
     ) -> Outcome:

@@ -4,8 +4,9 @@ import difflib
 import json
 
 from megatron_post.sandbox.languages import Language
+from megatron_post.synthesis.code.scripts import parse_python
 from megatron_post.synthesis.code.tokens import tokens
-from megatron_post.synthesis.code.unit_tests import Bench, script
+from megatron_post.synthesis.code.unit_tests import Bench
 from megatron_post.synthesis.recipe import Dropped
 
 # programs that do nothing: tests that they pass assert nothing
@@ -47,8 +48,7 @@ async def mutants_of(bench: Bench, source: str, count: int) -> list[tuple[str, s
     """
     language = bench.language
     if language == "python":
-        files = {"mutate.py": script("mutate.py"), "main.py": source}
-        outcome = await bench.task.run("mutate", files, ("python3", "mutate.py", str(count - 1)))
+        outcome = await parse_python(bench.task, "mutate", "mutate.py", source, str(count - 1))
         if not outcome.ok:
             raise Dropped("the program has no mutants", f"{outcome.kind}: {outcome.stderr[-300:]}")
         original, *changed = json.loads(outcome.stdout)

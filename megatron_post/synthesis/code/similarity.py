@@ -5,8 +5,8 @@ from collections import Counter
 from typing import Any
 
 from megatron_post.sandbox.languages import Language
+from megatron_post.synthesis.code.scripts import parse_python
 from megatron_post.synthesis.code.tokens import tokens
-from megatron_post.synthesis.code.unit_tests import script
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.task import Task
 
@@ -24,8 +24,7 @@ async def labels_of(task: Task[Any], language: Language, source: str) -> list[st
             for token in tokens(language, source)
             if token.kind != "comment"
         ]
-    files = {"syntax_tree.py": script("syntax_tree.py"), "main.py": source}
-    outcome = await task.run("syntax_tree", files, ("python3", "syntax_tree.py"))
+    outcome = await parse_python(task, "syntax_tree", "syntax_tree.py", source)
     if not outcome.ok:
         raise Dropped("the code has no syntax tree", f"{outcome.kind}: {outcome.stderr[-300:]}")
     return [str(label) for label in json.loads(outcome.stdout)]

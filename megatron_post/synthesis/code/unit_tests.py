@@ -6,13 +6,12 @@ program in a process of its own. So a program cannot pass by what it does to its
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_post.sandbox.languages import TOOLS, Language, steps
 from megatron_post.sandbox.outcome import Outcome
-from megatron_post.synthesis.code import inside
-from megatron_post.synthesis.task import Task
+from megatron_post.synthesis.code.scripts import script
+from megatron_post.synthesis.task import Files, Task
 
 MOST_CHARACTERS = 32_768  # of a program or of tests
 
@@ -51,11 +50,6 @@ class Report:
         return "".join(parts).strip()
 
 
-def script(name: str) -> str:
-    """The text of a script that runs inside the sandbox."""
-    return Path(inside.__file__).with_name(name).read_text(encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class Bench:
     """Runs tests on programs in one language, for one input row.
@@ -74,10 +68,11 @@ class Bench:
         Raises `ValueError` where a tool of the language is missing in the sandbox.
         """
         file, build, run = steps(self.language, source)
-        job = {"nonce": self.nonce, "tests": tests, "build": build, "run": run, "seconds": self.seconds}
-        files = {
+        job = {"nonce": self.nonce, "build": build, "run": run, "seconds": self.seconds}
+        files: Files = {
             "run_tests.py": script("run_tests.py"),
             "job.json": json.dumps(job),
+            "tests.py": tests,
             f"program/{file}": source,
         }
         report = _report(await self.task.run(step, files, _COMMAND), self.nonce)

@@ -1,7 +1,7 @@
 """Runs tests that a model wrote on a program that a model wrote, each in a process of its own.
 
-It reads job.json, {"nonce": ..., "tests": ..., "build": ..., "run": ..., "seconds": ...}. The program's file
-is in the directory `program`. The report is one line of standard output, the nonce and JSON.
+It reads tests.py and job.json, {"nonce": ..., "build": ..., "run": ..., "seconds": ...}. The program is in
+the directory `program`. The report is one line of standard output, the nonce and JSON.
 
 The program must not be able to write that line. It could write to the standard output of another process, by
 /proc, and so it must not learn the nonce, nor see the tests before it has answered them. Both are read and
@@ -108,7 +108,7 @@ def _without_blanks(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
 
 
-def _report(job: dict[str, Any]) -> dict[str, Any]:
+def _report(job: dict[str, Any], tests_text: str) -> dict[str, Any]:
     build = subprocess.run(
         ["sh", "-c", job["build"]], stdin=subprocess.DEVNULL, capture_output=True, cwd=_DIRECTORY
     )
@@ -118,9 +118,9 @@ def _report(job: dict[str, Any]) -> dict[str, Any]:
         return {"kind": kind, "message": message[:_MOST_MESSAGE]}
     bench = _Bench(job["run"], job["seconds"])
     names: dict[str, Any] = {"run": bench.run, "__name__": "tests"}
-    lines = job["tests"].split("\n")
+    lines = tests_text.split("\n")
     try:
-        exec(compile(job["tests"], "tests.py", "exec"), names)
+        exec(compile(tests_text, "tests.py", "exec"), names)
     except BaseException as error:  # whatever the tests do
         return {"kind": "tests", "message": _what(error, lines), "runs": bench.last_runs()}
     tests = [name for name, value in names.items() if name.startswith("test") and callable(value)]
@@ -159,6 +159,7 @@ def _hide() -> str:
     """Hide the tests from the program. Returns why that is not possible, or nothing."""
     try:
         os.unlink("job.json")
+        os.unlink("tests.py")
         if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0:
             return ""
         return "The tests cannot be hidden from the program: prctl failed."
@@ -169,9 +170,11 @@ def _hide() -> str:
 def main() -> None:
     with open("job.json", encoding="utf-8") as file:
         job = json.load(file)
+    with open("tests.py", encoding="utf-8", errors="surrogatepass", newline="") as file:
+        tests_text = file.read()
     output = os.dup(1)
     fault = _hide()
-    report = {"kind": "unavailable", "message": fault} if fault else _report(job)
+    report = {"kind": "unavailable", "message": fault} if fault else _report(job, tests_text)
     line = f"\n{job['nonce']} {json.dumps(report, ensure_ascii=False)}\n".encode(errors="replace")
     while line:
         line = line[os.write(output, line) :]

@@ -1,7 +1,7 @@
 """The closest of several programs that were written from an explanation is kept, if it is close enough."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.sandbox import open_sandbox
 from megatron_post.sandbox.settings import Bubblewrap
 from megatron_post.synthesis.code.similarity import labels_of, similarity
+from megatron_post.synthesis.task import Files
 from tests.scripted_server import ScriptedServer
 from tests.unit.synthesis.code.running import check_that_it_goes_on, needs_bubblewrap, outcomes, run
 from tests.unit.synthesis.code.translators import SAME, back, source
@@ -73,9 +74,10 @@ def test_a_run_that_was_cut_off_goes_on(place: Place) -> None:
 class _Task:
     """As much of a task as comparing needs."""
 
-    async def run(self, step: str, files: Mapping[str, str | bytes], command: Sequence[str]) -> Outcome:
+    async def run(self, step: str, files: Files, command: Sequence[str]) -> Outcome:
+        content = {name: text.read_text() if isinstance(text, Path) else text for name, text in files.items()}
         with open_sandbox(Bubblewrap()) as sandbox:
-            return await sandbox.run(files, command)
+            return await sandbox.run(content, command)
 
 
 def _similarity(language: str, one: str, other: str) -> float:

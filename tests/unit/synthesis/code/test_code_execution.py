@@ -1,5 +1,6 @@
 """Exactly the right rows come out of problems whose programs and tests are right or wrong in known ways."""
 
+import io
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megatron_post.sandbox.languages import TOOLS, Language
 from megatron_post.storage.reading import read_object
 from megatron_post.synthesis.run import TooManyFailures
+from megatron_post.synthesis.show import show_row
 from tests.scripted_server import ScriptedServer
 from tests.unit.synthesis.code.author import answer, fault, snippet
 from tests.unit.synthesis.code.running import check_that_it_goes_on, needs_bubblewrap, outcomes, run
@@ -127,6 +130,17 @@ def test_a_run_that_was_cut_off_goes_on(place: Place, share: float) -> None:
 def test_a_judge_may_be_asked(place: Place, manner: str, outcome: str) -> None:
     run(place, "code_execution", _snippets(manner), settings={"judge": True})
     assert outcomes(place) == {1: outcome}
+
+
+def test_the_journal_keeps_the_checksum_of_a_script(place: Place) -> None:
+    run(place, "code_execution", _snippets("right"), settings=SETTINGS)
+    (journal,) = (place.output / "journal").glob("journal-*.jsonl")
+    text = journal.read_text()
+    assert '"run_tests.py":{"script":"run_tests.py","sha256":"' in text and "def main" not in text
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    show_row(place.output / "rows.jsonl", 1, console=console)
+    assert isinstance(console.file, io.StringIO)
+    assert "[run_tests.py]\n(a script of the recipe)\n" in console.file.getvalue()
 
 
 def test_a_language_that_the_sandbox_lacks_ends_the_run(place: Place) -> None:

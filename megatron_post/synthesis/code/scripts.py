@@ -1,0 +1,22 @@
+"""The scripts of this package that run inside the sandbox."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_post.sandbox.outcome import Outcome
+from megatron_post.synthesis.code import inside
+from megatron_post.synthesis.task import Files, Task
+
+
+def script(name: str) -> Path:
+    """A script, as a task takes it. The journal keeps its checksum alone."""
+    return Path(inside.__file__).with_name(name)
+
+
+async def parse_python(task: Task[Any], step: str, name: str, source: str, *arguments: str) -> Outcome:
+    """Run a script that parses a program in Python, which is its main.py.
+
+    Python's parser can crash on hostile text. In the sandbox that is an outcome.
+    """
+    files: Files = {name: script(name), "main.py": source}
+    return await task.run(step, files, ("python3", name, *arguments))
