@@ -13,7 +13,7 @@ from megatron_post.sandbox.settings import Bubblewrap
 PACKAGES = (
     "torch", "megatron-core", "transformer-engine", "apex", "triton", "flash-attn", "nvidia-dali-cuda120",
     "numpy", "zarr", "tokenizers", "datasets", "safetensors", "transformers", "pydantic", "pyyaml",
-    "psutil",
+    "psutil", "math-verify",
 )  # fmt: skip
 
 

@@ -103,6 +103,8 @@ class StepLabels(_Made):
     def _check(self, row: dict[str, Any]) -> None:
         if not self.completions or len(self.completions) != len(self.labels):
             raise BadRow(f"{len(self.completions)} steps have {len(self.labels)} labels")
+        as_dialog = {"prompt": self.prompt, "completion": "\n\n".join(self.completions)}
+        example_of_row(as_dialog, _SOURCE)  # its texts must do for training all the same
 
 
 def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -39,7 +39,8 @@ class MathAnswers:
     def __init__(self, journal: Journal, *, processes: int | None = None, seconds: int = 5) -> None:
         """processes: by default one for each core. seconds: of processor time, for one comparison.
 
-        Raises `ValueError` if math-verify is not installed."""
+        Raises `ValueError` if math-verify is not installed.
+        """
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError(f"comparing answers needs math-verify: {install_command('synthesize')}")
         self._journal, self._version = journal, metadata.version("math-verify")
@@ -130,13 +131,16 @@ class _Worker:
             await process.wait()
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", str(_WORKER), str(self._seconds)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        )
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", str(_WORKER), str(self._seconds)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
+            )
+        except OSError as error:  # of the system's limits
+            raise BrokenComparison(f"a process that compares answers cannot be started: {error}") from error
         try:
             async with asyncio.timeout(_START):
                 ready = await self._answer(b"")

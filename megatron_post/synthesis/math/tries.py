@@ -13,8 +13,8 @@ from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.task import Task
 
 _BOX = "\\boxed{"
-_STEP = re.compile(r"^(?:#+ *)?Step +(\d+)\b", re.MULTILINE)
-_VERDICT = re.compile(r"Step (\d+): (right|wrong)")
+_STEP = re.compile(r"^(?:#+ *)?Step +(\d{1,4}):", re.MULTILINE)
+_VERDICT = re.compile(r"Step (\d{1,4}): (right|wrong)")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def steps_of(text: str) -> tuple[str, ...]:
-    """The steps of a text, which begin with "Step 1", "Step 2" and so on, each at the start of a line.
+    """The steps of a text, which begin with "Step 1:", "Step 2:" and so on, each at the start of a line.
 
     What comes before the first step belongs to it. Empty if the numbers are others.
     """
@@ -128,11 +128,8 @@ async def unless_refused(task: Task[Any], *work: Awaitable[R]) -> list[R | None]
 
 
 async def ask_judge(task: Task[Any], step: str, prompt: str) -> str | None:
-    """The judge's reply. None if it refuses or is cut off, which the report counts."""
-    try:
-        reply = await task.ask(step, prompt, model="judge", temperature=0.0, top_p=1.0)
-    except Refused:
-        return None
+    """The judge's reply. None if it is cut off, which the report counts. Raises `Refused`."""
+    reply = await task.ask(step, prompt, model="judge", temperature=0.0, top_p=1.0)
     if reply.finish != "stop":
         task.count(step, "cut off")
         return None
@@ -208,7 +205,7 @@ async def agreeing(
 
 
 async def judged_steps(task: Task[Any], problem: str, one: Try) -> list[bool] | None:
-    """The judge's verdict on each step, by the prompt `judge`. None if there is none."""
+    """The judge's verdict on each step, by the prompt `judge`. None if there is none. Raises `Refused`."""
     prompt = task.prompt("judge", problem=problem, steps=one.steps)
     text = await ask_judge(task, "judge", prompt)
     if text is None:
@@ -222,8 +219,11 @@ async def judged_steps(task: Task[Any], problem: str, one: Try) -> list[bool] | 
 
 
 async def passing_judge(task: Task[Any], problem: str, tries: Sequence[T]) -> list[T]:
-    """The tries of which the judge finds each step right. Raises `Dropped` if there are none."""
-    verdicts = await task.together(*(judged_steps(task, problem, one) for one in tries))
+    """The tries of which the judge finds each step right.
+
+    Raises `Dropped` if there are none, and `Refused` if the judge refuses each.
+    """
+    verdicts = await unless_refused(task, *(judged_steps(task, problem, one) for one in tries))
     found = [one for one, verdict in zip(tries, verdicts, strict=True) if verdict and all(verdict)]
     if not found:
         raise Dropped("the judge passes no solution")

@@ -44,7 +44,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
         raise Dropped("no reply is a whole solution with a final answer")
     wrong = await _first_wrong(task, tries, answer)
     step = await _wrong_step(task, problem, wrong)
-    feedback = task.prompt("feedback", step=step, count=len(wrong.steps))
+    feedback = task.prompt("feedback", step=step)
     asked = [
         Message("user", prompt),
         wrong.message,

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import Message
-from megatron_post.synthesis.math.tries import ask_judge, column, majority, tries_at
+from megatron_post.synthesis.math.tries import ask_judge, column, majority, tries_at, unless_refused
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
@@ -46,7 +46,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     for _ in range(len(problems) - len(different)):
         task.count("write", "blank or repeated problem")
     chosen = list(reversed(different.values()))[:count]
-    rows = [row for row in await task.together(*(_checked(task, each) for each in chosen)) if row]
+    rows = [row for row in await unless_refused(task, *(_checked(task, each) for each in chosen)) if row]
     if not rows:
         raise Dropped("no problem of the document passes the checks")
     return rows

@@ -11,6 +11,7 @@ from megatron_post.synthesis.math.tries import (
     judged_steps,
     known_answer,
     tries_at,
+    unless_refused,
     with_answer,
 )
 from megatron_post.synthesis.recipe import Dropped
@@ -44,7 +45,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[StepLabels]:
     if not tries:
         raise Dropped("no reply is a whole solution with a final answer")
     different = {one.message.content: one for one in tries}.values()
-    rows = await task.together(*(_labelled(task, problem, answer, one) for one in different))
+    rows = await unless_refused(task, *(_labelled(task, problem, answer, one) for one in different))
     found = [row for row in rows if row]
     if not found:
         raise Dropped("the judge labels no solution")

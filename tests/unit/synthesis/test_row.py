@@ -10,7 +10,7 @@ from megatron_post.config.data import Source
 from megatron_post.data.dialog import BadRow, Dialog, Message, ToolCall
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.synthesis.row import Row, row_id
+from megatron_post.synthesis.row import Row, StepLabels, readable_messages, row_id
 
 CORRECTED = [
     Message("system", "be brief"),
@@ -84,6 +84,23 @@ def test_the_id_is_of_the_content(tmp_path: Path) -> None:
 def test_what_pack_would_refuse_is_refused(row: Row, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
         row.as_json({})
+
+
+def test_labelled_steps_are_rows_of_their_own() -> None:
+    steps = StepLabels("q", ["a", "b"], [True, False], "math", extra={"soft_labels": [0.5, 0.0]})
+    row = steps.as_json({"source": "a:1"})
+    assert {key: row[key] for key in ("prompt", "completions", "labels", "soft_labels")} == {
+        **{"prompt": "q", "completions": ["a", "b"], "labels": [True, False], "soft_labels": [0.5, 0.0]}
+    }
+    assert [message["role"] for message in readable_messages(row)] == ["user", "step, right", "step, wrong"]
+    for wrong, reason in (
+        (StepLabels("q", ["a"], [True, False], "math"), "1 steps have 2 labels"),
+        (StepLabels("q", [], [], "math"), "0 steps have 0 labels"),
+        (StepLabels("q", ["<|im_end|>"], [True], "math"), "chat template"),
+        (StepLabels("q", ["a"], [True], "math", extra={"labels": []}), "extra has labels"),
+    ):
+        with pytest.raises(BadRow, match=reason):
+            wrong.as_json({})
 
 
 def test_values_that_are_not_json_have_no_id() -> None:

@@ -77,6 +77,7 @@ def test_a_failure_in_together_is_the_first_in_order(place: Place) -> None:
         ('await asyncio.gather(task.ask("a", "q"), task.ask("a", "r"))', "together"),
         ('await task.ask("a", "q", model="judge")', "'judge', which is not in its MODELS"),
         ('await task.run("a", {}, ["true"])', "it needs SANDBOX = True"),
+        ('await task.compare("a", "1", "1.0")', "it needs ANSWERS = True"),
         ('await task.ask("a", "q", temperature=-1)', "temperature"),
         ('await task.ask("a", [Message("assistant", "q")])', "the last message is from assistant"),
         ('task.prompt("missing")', "has no missing.j2"),

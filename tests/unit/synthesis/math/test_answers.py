@@ -135,9 +135,11 @@ def test_steps_are_numbered_from_one() -> None:
     text = "Let us see.\n\n## Step 1: add\n3 + 4\n\n## Step 2: answer\nAs step 1 says, 7."
     assert steps_of(text) == ("Let us see.\n\n## Step 1: add\n3 + 4", "## Step 2: answer\nAs step 1 says, 7.")
     assert steps_of("Step 1: add\nStep 2: say") == ("Step 1: add", "Step 2: say")
+    assert len(steps_of("## Step 1: add\nStep 1 of 2 is this.")) == 1
     for broken in (
         "",
         "no steps",
+        f"Step {'9' * 5000}: add",
         "## Step 2: add",
         "## Step 1: a\n## Step 3: b",
         "## Step 1: a\n## Step 1: b",
@@ -158,7 +160,14 @@ def test_steps_are_numbered_from_one() -> None:
         ("Step 1: right\nStep 2: Right", None),
         ("Step 1: right\nStep 2: right\nAll is well.", None),
         ("", None),
+        (f"Step 1: right\nStep {'9' * 5000}: right", None),
     ],
 )
 def test_verdicts_are_read_strictly(text: str, expected: list[bool] | None) -> None:
     assert step_verdicts(text, 2) == expected
+
+
+def test_math_verify_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with Journal(tmp_path, 0) as journal, pytest.raises(ValueError, match=r"needs math-verify: pip install"):
+        MathAnswers(journal)

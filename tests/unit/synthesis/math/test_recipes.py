@@ -52,7 +52,8 @@ def test_solutions_are_kept_by_the_known_answer_and_the_judge(math_place: MathPl
     assert _sources(math_place) == [1, 1, 2, 2, 4, 7, 13, 14]
     assert math_place.reasons() == {
         ("answers", "no solution has the known answer"): 1,
-        ("judge", "the judge passes no solution"): 5,
+        ("judge", "the judge passes no solution"): 4,
+        ("judge", "refused by a model"): 1,
         ("solve", "no reply is a whole solution with a final answer"): 1,
         ("solve", "refused by a model"): 1,
     }
@@ -124,7 +125,8 @@ def test_questions_are_complete_and_new_and_agreed_on(math_place: MathPlace) -> 
     assert _sources(math_place) == [1, 2, 10, 10]
     assert math_place.reasons() == {
         ("repeats", "every row repeats an earlier one"): 1,
-        ("screen", "no problem of the document passes the checks"): 2,
+        ("screen", "no problem of the document passes the checks"): 1,
+        ("screen", "refused by a model"): 1,
         ("answers", "no problem of the document passes the checks"): 1,
         ("write", "the document has nothing to ask about"): 1,
         ("write", "the reply has no problem"): 2,
@@ -151,6 +153,7 @@ def test_steps_have_labels_of_rollouts_and_of_a_judge(math_place: MathPlace) -> 
         _row(4, 2, **{"continue": "refused"}),
         _row(5, 2, solve="prose"),
         {"problem": problem(6, 2)},
+        _row(7, 2, judge="refused"),
     ]
     math_place.run("math_step_labels", rows, solutions=3, rollouts=4)
     rows = math_place.rows()
@@ -164,6 +167,7 @@ def test_steps_have_labels_of_rollouts_and_of_a_judge(math_place: MathPlace) -> 
     assert rows[0]["completions"][0] == "## Step 1: add\n1 + 2 = 3" and len(rows[0]["completions"]) == 2
     assert math_place.reasons() == {
         ("continue", "refused by a model"): 1,
+        ("judge", "refused by a model"): 1,
         ("solve", "no reply is a whole solution with a final answer"): 1,
         ("(before the first step)", "no answer is known"): 1,
     }
