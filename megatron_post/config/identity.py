@@ -138,7 +138,10 @@ RULES = (
     Rule(
         "free",
         "the speed, and not the result",
-        _keys("optimizer", "gradient_accumulation_fusion overlap_param_gather_with_optimizer_step"),
+        (
+            *_keys("optimizer", "gradient_accumulation_fusion overlap_param_gather_with_optimizer_step"),
+            "precision.fp8_param_gather",
+        ),
     ),
     Rule("free", "two ways to compute the same values", ("loss.impl",), applies=_is("sft", "dpo")),
     Rule(

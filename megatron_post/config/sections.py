@@ -98,6 +98,11 @@ class Precision(Section):
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = Field(
         None, description="Transformer Engine's recipe for linear layers in FP8. null: no FP8"
     )
+    fp8_param_gather: bool = Field(
+        False,
+        description="keep and gather the weights of linear layers in FP8. The optimizer, checkpoints and "
+        "exports have them before rounding. Needs `fp8` tensorwise",
+    )
 
 
 class Recompute(Section):

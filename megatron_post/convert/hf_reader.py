@@ -99,7 +99,12 @@ def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> Non
                 size=group.size(),
                 padded_vocab=chunk.vocab_size,
             )
-            parameter.copy_(shard)
+            values = shard.to(parameter.dtype)
+            parameter.copy_(values)
+            if hasattr(parameter, "get_high_precision_init_val"):
+                # The layer keeps this weight in FP8, rounded from bf16. The optimizer begins from the host's
+                # copy of the values before they were rounded.
+                parameter.get_high_precision_init_val().copy_(values)
 
 
 def layer_offset(chunk: Llama) -> int:

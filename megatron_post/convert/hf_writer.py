@@ -32,13 +32,15 @@ def export_hf(
     topology: Topology,
     directory: str | Path,
     *,
+    value_of: Callable[[Tensor], Tensor] = Tensor.detach,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write model, config and tokenizer so that plain `transformers` loads them. All ranks must call it.
 
     The files of a pipeline stage are distributed over its data- and context-parallel replicas. A rank holds
     one parameter at a time, gathered over the tensor-parallel ranks, and writes it to its final place in the
-    file. The directory is renamed to its name when it is complete.
+    file. The directory is renamed to its name when it is complete. value_of: takes a parameter to the values
+    that are exported.
     """
     target = Path(directory)
     partial = target.with_name(f".partial-{target.name}")
@@ -54,7 +56,7 @@ def export_hf(
     for i in range(replica, len(shards), topology.data_size * context_size):
         file_name = f"stage{topology.pipeline_rank:05d}-{i:05d}"
         names[file_name] = shards[i]
-        tensors = gathered_tensors(chunks, model, only=set(shards[i]))
+        tensors = gathered_tensors(chunks, model, value_of=value_of, only=set(shards[i]))
         if topology.tensor_rank == 0:
             _write_shard(tensors, {name: kinds[name] for name in shards[i]}, partial / file_name)
         else:

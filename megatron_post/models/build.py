@@ -66,6 +66,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         fp8="hybrid" if config.precision.fp8 else None,
         fp8_recipe=config.precision.fp8 or "delayed",
+        fp8_param=config.precision.fp8_param_gather,
         tensor_model_parallel_size=p.tensor,
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline if interleaved else None,

@@ -80,7 +80,8 @@ def dry_run(config: Config, *, world_size: int, per_node: int, ranks: Sequence[i
     if outside:
         raise ConfigError(f"rank {outside[0]} is not one of {world_size}")
     # The dry run builds the portable layers, which have no FP8.
-    config = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": None})})
+    no_fp8 = config.precision.model_copy(update={"fp8": None, "fp8_param_gather": False})
+    config = config.model_copy(update={"precision": no_fp8})
     stages = tuple(_stages(config, chosen, world_size=world_size))
     total = model_parameters(config)
     if chosen == every:

@@ -256,7 +256,8 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
     if p.tensor > 1 and not p.sequence:
         found += [{"parallel.sequence": True}]
     if config.precision.fp8:
-        found += [{"precision.fp8": None}]
+        kept = {"precision.fp8_param_gather": False} if config.precision.fp8_param_gather else {}
+        found += [{"precision.fp8": None} | kept]
     if config.runs_reference:
         found += [{"dpo.reference": "store"}]
     if config.loss.impl == "unfused":

@@ -83,7 +83,11 @@ def static_kinds(
         "optimizer": -(-count // (data_size * config.parallel.context)) * moments,
     }
     matrices = sum(chunk.layers for chunk in parts) * sum(layer_matrices(config).values())
-    if config.precision.fp8:
+    if config.precision.fp8_param_gather:
+        # A matrix is one of its FP8 copies, and has no bf16 values besides.
+        kinds["parameters"] -= matrices * (element - 1)
+        kinds["fp8 weights"] = matrices * (fp8_copies - 1)
+    elif config.precision.fp8:
         kinds["fp8 weights"] = matrices * fp8_copies
     if config.optimizer.gradient_accumulation_fusion:
         # Transformer Engine returns an unused tensor to autograd, and keeps one for every shape of a weight.

@@ -55,7 +55,10 @@ def search(
     for layout in _layouts(config, gpus=gpus, per_node=gpu.per_node):
         for mode, modules in RECOMPUTE:
             for recipe in dict.fromkeys((layout.precision.fp8, None, fp8)):
-                change = {"recompute.mode": mode, "recompute.modules": modules, "precision.fp8": recipe}
+                change: dict[str, Any] = {"recompute.mode": mode, "recompute.modules": modules}
+                change["precision.fp8"] = recipe
+                if recipe != layout.precision.fp8:
+                    change["precision.fp8_param_gather"] = False
                 candidate = changed(layout, change)
                 if candidate is None:
                     continue
@@ -132,7 +135,7 @@ def override(plan: Plan) -> dict[str, Any]:
     c = plan.config
     return {
         "parallel": c.parallel.model_dump(),
-        "precision": {"fp8": c.precision.fp8},
+        "precision": {"fp8": c.precision.fp8, "fp8_param_gather": c.precision.fp8_param_gather},
         "recompute": {"mode": c.recompute.mode, "modules": list(c.recompute.modules)},
     }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.schedule import Timeline, simulate
-from megatron_post.plan.shape import Chunk, chunk_parameters, chunks
+from megatron_post.plan.shape import Chunk, chunk_parameters, chunks, layer_matrices
 from megatron_post.plan.timing import Costs, PassTime
 
 
@@ -94,7 +94,10 @@ def around_the_pipeline(
     largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
     ranks = costs.data_size * p.context
     reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
-    gather = costs.collective(2 * largest, ranks, spacing=p.tensor)
+    gathered = 2 * largest
+    if config.precision.fp8_param_gather:
+        gathered -= max(sum(c.layers for c in rank) for rank in parts) * sum(layer_matrices(config).values())
+    gather = costs.collective(gathered, ranks, spacing=p.tensor)
     # Adam reads gradient, master and moments and writes master, moments and parameter. Buffers are then
     # zeroed.
     update = (30 * largest / ranks + 4 * largest) / (

@@ -90,7 +90,7 @@ class Saver:
             self._thread = threading.Thread(target=self._copy_and_write, args=(save, ready), daemon=True)
             self._thread.start()
         else:
-            self._write(save, (shard.values.to("cpu", copy=True) for shard in save.shards))
+            self._write(save, (shard.values.to("cpu", shard.dtype, copy=True) for shard in save.shards))
         self.stalled += time.perf_counter() - began
 
     def may_change(self) -> None:
@@ -122,8 +122,7 @@ class Saver:
         on_gpu = ready is not None
         if not self._buffers:
             self._buffers = [
-                torch.empty(shard.values.shape, dtype=shard.values.dtype, pin_memory=on_gpu)
-                for shard in shards
+                torch.empty(shard.values.shape, dtype=shard.dtype, pin_memory=on_gpu) for shard in shards
             ]
         if not on_gpu:
             for buffer, shard in zip(self._buffers, shards, strict=True):

@@ -14,6 +14,7 @@ from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.source import Kind
 from megatron_post.convert.torch_file import load_plain
 from megatron_post.storage.manifest import DamagedCheckpoint
+from megatron_post.train.fp8_weights import has_fp8_weights, round_weights
 from megatron_post.train.optimizer import gather_weights, load_optimizer_state
 from megatron_post.train.shards import Shard, needed_shards, optimizer_parts
 
@@ -33,7 +34,7 @@ def load_checkpoint(
     All ranks must call this function, after the checkpoint has been verified. Each rank reads only the
     elements that its optimizer updates, directly into the live tensors. The data-parallel ranks then gather
     the weights. So every byte is read about once. With megatron-core's loader each rank would read the state
-    of all ranks.
+    of all ranks. Weights in FP8 are rounded from the optimizer's fp32 weights, which are loaded instead.
 
     Modules may keep objects besides tensors, such as FP8 scales. They keep their initial values if the
     checkpoint has none, because it was converted or was written by the portable layers.
@@ -43,16 +44,18 @@ def load_checkpoint(
     models = unwrap_model(chunks)
     states = {str(i): model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(models)}
     objects: list[dict[str, Any]] = []
-    error = None
+    rounds, error = has_fp8_weights(chunks), None
     try:
-        _read_own(source, states, optimizer, weights_only=weights_only)
+        _read_own(source, states, optimizer, weights_only=weights_only, rounds=rounds)
         objects = [_read_objects(source, state) for state in states.values()]
     except Exception as found:  # damage in a file that another process wrote can raise any error
         error = str(found) if isinstance(found, ValueError) else f"{type(found).__name__}: {found}"
     # No rank may enter the all-gather while another has an error and does not take part.
     _raise_together(source.directory, error)
+    if rounds:
+        round_weights(optimizer)
     gather_weights(chunks)
-    if weights_only:
+    if weights_only and not rounds:
         # The optimizer updates fp32 master weights. They still hold the initial values.
         optimizer.reload_model_params()
     for model, found_objects in zip(models, objects, strict=True):
@@ -60,14 +63,19 @@ def load_checkpoint(
 
 
 def _read_own(
-    source: DistCheckpoint, states: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
+    source: DistCheckpoint,
+    states: dict[str, Any],
+    optimizer: MegatronOptimizer,
+    *,
+    weights_only: bool,
+    rounds: bool,
 ) -> None:
     if not weights_only:
         common = load_plain(source.directory / "common.pt")
         for part in optimizer_parts(optimizer):
             load_optimizer_state(part, common["optimizer"])
     kinds = source.kinds
-    for shard in needed_shards(states, optimizer, weights_only=weights_only):
+    for shard in needed_shards(states, optimizer, weights_only=weights_only, rounds=rounds):
         _check_shape(source.directory, shard, kinds.get(shard.key))
         _read(source, shard)
 

@@ -21,6 +21,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_post.config.schema import Config
 from megatron_post.parallel.topology import Topology
+from megatron_post.train.fp8_weights import finish_gather
 
 
 def wrap_data_parallel(
@@ -32,6 +33,7 @@ def wrap_data_parallel(
         use_distributed_optimizer=True,
         overlap_grad_reduce=config.optimizer.overlap,
         overlap_param_gather=config.optimizer.overlap,
+        fp8_param_gather=config.precision.fp8_param_gather,
     )
     return [
         DistributedDataParallel(
@@ -60,6 +62,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         bf16=core.bf16,
         params_dtype=core.params_dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=config.precision.fp8,
         overlap_param_gather=o.overlap,
         overlap_param_gather_with_optimizer_step=o.overlap_param_gather_with_optimizer_step,
     )
@@ -86,6 +89,7 @@ def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
     """
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
+    finish_gather(chunks)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

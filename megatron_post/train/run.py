@@ -33,6 +33,7 @@ from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.data_checks import check_sources, check_trained
 from megatron_post.train.fence import claim_together
+from megatron_post.train.fp8_weights import exact_weights
 from megatron_post.train.guard import Guard
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, gather_weights, wrap_data_parallel
@@ -95,7 +96,8 @@ def train(config: Config) -> None:
                 # With overlap the next forward pass gathers the updated weights. There is none after the
                 # last step, so the other ranks' parts of the weights are still stale here.
                 gather_weights(trainer.chunks)
-            export_hf(unwrap_model(trainer.chunks), config.model, tokenizer, topology, target)
+            chunks, value_of = unwrap_model(trainer.chunks), exact_weights(trainer.optimizer)
+            export_hf(chunks, config.model, tokenizer, topology, target, value_of=value_of)
             metrics.console(f"exported to {target}")
         metrics.close()
 
@@ -244,7 +246,7 @@ def build_trainer(
     found = checkpoints.find()
     guard = Guard(config, topology, stop or StopRequest(), sources, fence)
     stage = make_stage(config, topology)
-    models = load_model(config, topology)
+    models = load_model(config, topology, trained=True)
     reference = None
     if config.runs_reference:
         reference = load_model(config, topology)
@@ -279,8 +281,14 @@ def build_trainer(
     return trainer, start
 
 
-def load_model(config: Config, topology: Topology) -> list[Llama]:
-    """Build this rank's model chunks and load the initial weights into them."""
+def load_model(config: Config, topology: Topology, *, trained: bool = False) -> list[Llama]:
+    """Build this rank's model chunks and load the initial weights into them.
+
+    trained: an optimizer will update the weights. Only such weights are kept in FP8.
+    """
+    if not trained:
+        precision = config.precision.model_copy(update={"fp8_param_gather": False})
+        config = config.model_copy(update={"precision": precision})
     chunks = build_model(config, topology)
     weights = open_weights(config.model, seed=config.seed, scalar_head=config.traits.scalar_head)
     load_weights(chunks, weights, config.model)

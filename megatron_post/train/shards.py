@@ -6,6 +6,7 @@ checkpoint format stores rectangles of whole tensors, so each slice is cut into 
 of megatron-core's "fully_reshardable" layout. Any other layout can then read its own slices.
 """
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -39,7 +41,8 @@ class Shard:
 
     shape: of the whole tensor. offsets: where the rectangle begins. values: a view of the live tensor.
     stacked: number of leading dimensions that count layers. may_be_padded: the tensor may have more or fewer
-    rows in another layout. The additional rows are padding.
+    rows in another layout. The additional rows are padding. rounded_to: the dtype of a checkpoint, if it is
+    not that of the values.
     """
 
     key: str
@@ -48,6 +51,12 @@ class Shard:
     values: Tensor
     stacked: int = 0
     may_be_padded: bool = False
+    rounded_to: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in a checkpoint."""
+        return self.rounded_to or self.values.dtype
 
 
 def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[Shard]:
@@ -55,13 +64,13 @@ def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Ite
 
     model_state: `sharded_state_dict` of the model's chunks. Values are views of the live tensors. Weights
     that other data-parallel ranks update are not read, because they may be stale until the next forward
-    gathers them.
+    gathers them. Weights that a layer keeps in FP8 are saved in bf16, from the optimizer's fp32 weights.
     """
     for own in _own_slices(model_state, optimizer):
         # Of replicas over pipeline and tensor ranks, the first one is saved. Data-parallel ranks have no
         # replicas here, because each has its own slice.
         if not any(own.item.replica_id[:2]):
-            yield from _cut(own.item, own.weights, own.start, prefix="")
+            yield from own.weight_shards()
             for name, values in own.adam_state().items():
                 yield from _cut(own.item, values, own.start, prefix=f"optimizer.state.{name}.")
     for item in _without_optimizer(model_state, optimizer):
@@ -82,15 +91,18 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def needed_shards(
-    model_state: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool
+    model_state: dict[str, Any], optimizer: MegatronOptimizer, *, weights_only: bool, rounds: bool
 ) -> Iterator[Shard]:
     """The rectangles that this rank loads: its slices of the weights, and of Adam's state.
 
     The caller then gathers the weights. Adam's state must have been allocated. With `weights_only` it is left
-    out.
+    out. rounds: the caller rounds the layers' weights from the optimizer's fp32 weights. Those are then
+    loaded, with `weights_only` from the weights.
     """
     for own in _own_slices(model_state, optimizer):
-        yield from _cut(own.item, own.weights, own.start, prefix="")
+        if weights_only or not rounds:
+            weights = own.state()["param"].detach() if rounds else own.weights()
+            yield from _cut(own.item, weights, own.start, prefix="")
         for name in () if weights_only else _STATES:
             values = own.state()[name].detach()
             yield from _cut(own.item, values, own.start, prefix=f"optimizer.state.{name}.")
@@ -143,17 +155,38 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def own_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
+    """(parameter, start, end) of the elements that this rank updates. part: a distributed optimizer."""
+    buckets = [bucket for maps in part.gbuf_ranges for found in maps.values() for bucket in found]
+    for parameter, ranges in [pair for bucket in buckets for pair in bucket["param_map"].items()]:
+        yield parameter, ranges["param"].start, ranges["param"].end
+
+
 @dataclass(frozen=True)
 class _Slice:
-    """The elements [start, start + n) of a parameter, which this rank's optimizer updates. weights: [n].
+    """The elements [start, end) of a parameter, which this rank's optimizer updates.
 
     state: returns Adam's state of the slice under the names of `_STATES`.
     """
 
     item: ShardedTensor | ShardedTensorFactory
+    parameter: Tensor
     start: int
-    weights: Tensor
+    end: int
     state: Callable[[], dict[str, Tensor]]
+
+    def weights(self) -> Tensor:
+        """A view of the layer's weights, [n]."""
+        return self.parameter.detach().reshape(-1)[self.start : self.end]
+
+    def weight_shards(self) -> Iterator[Shard]:
+        """The rectangles of the weights for a checkpoint."""
+        if not is_float8tensor(self.parameter):
+            yield from _cut(self.item, self.weights(), self.start, prefix="")
+            return
+        exact = self.state()["param"].detach()
+        for shard in _cut(self.item, exact, self.start, prefix=""):
+            yield dataclasses.replace(shard, rounded_to=self.parameter.dtype)
 
     def adam_state(self) -> dict[str, Tensor]:
         """Adam's state, fp32 [n] each. Moments are zero if Adam has not updated the parameter yet."""
@@ -165,11 +198,9 @@ class _Slice:
 def _own_slices(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Iterator[_Slice]:
     tensors = {id(item.data): item for item in _items(model_state)}
     for part in optimizer_parts(optimizer):
-        buckets = [bucket for maps in part.gbuf_ranges for found in maps.values() for bucket in found]
-        for param, ranges in [pair for bucket in buckets for pair in bucket["param_map"].items()]:
-            start, end = ranges["param"].start, ranges["param"].end
-            state = partial(part._get_main_param_and_optimizer_states, param)
-            yield _Slice(tensors[id(param)], start, param.detach().reshape(-1)[start:end], state)
+        for parameter, start, end in own_ranges(part):
+            state = partial(part._get_main_param_and_optimizer_states, parameter)
+            yield _Slice(tensors[id(parameter)], parameter, start, end, state)
 
 
 def _without_optimizer(
@@ -189,14 +220,20 @@ def _cut(
     item: ShardedTensor | ShardedTensorFactory, values: Tensor, start: int, *, prefix: str
 ) -> Iterator[Shard]:
     """Cut `values` [n], which are the elements of a model's tensor from `start` on, into shards."""
-    whole = item.data
+    whole = _storage(item.data)
     # A factory stands for a tensor that the checkpoint stores in several parts, such as the gate and up
     # projections of the MLP. Its parts are views of the tensor, so pointers give their offsets.
-    tensors = [item] if isinstance(item, ShardedTensor) else list(nested_values({"": item.build()}))
+    if isinstance(item, ShardedTensor):
+        tensors = [item]
+    else:
+        tensors = list(
+            nested_values({"": item.build_fn(item.key, whole, item.replica_id, item.flattened_range)})
+        )
     for tensor in tensors:
-        assert tensor.data.is_contiguous()
-        offset = (tensor.data.data_ptr() - whole.data_ptr()) // whole.element_size()
-        assert 0 <= offset <= whole.numel() - tensor.data.numel(), f"{item.key}: a factory made a copy"
+        data = _storage(tensor.data)
+        assert data.is_contiguous()
+        offset = (data.data_ptr() - whole.data_ptr()) // whole.element_size()
+        assert 0 <= offset <= whole.numel() - data.numel(), f"{item.key}: a factory made a copy"
         stacked, local = tensor.prepend_axis_num, tuple(tensor.local_shape)
         first, last = max(start, offset), min(start + len(values), offset + prod(local))
         position = first - start
@@ -212,3 +249,11 @@ def _cut(
                 tensor.allow_shape_mismatch,
             )
             position += count
+
+
+def _storage(weights: Tensor) -> Tensor:
+    """The memory of weights. Those in FP8 are a wrapper of bytes of the same shape."""
+    if not is_float8tensor(weights):
+        return weights
+    found: Tensor = weights.get_data_tensors(columnwise_data=False)  # type: ignore[attr-defined]
+    return found

@@ -79,7 +79,7 @@ for _name, _members in _ENUMS.items():
     setattr(tex, _name, enum.IntEnum(_name, _members.split(), start=_start))
 for _name in _CLASSES.split():
     setattr(tex, _name, type(_name, (), {}))
-_TORCH_DTYPE = {
+TORCH_DTYPE = {
     tex.DType.kFloat32: torch.float32,
     tex.DType.kBFloat16: torch.bfloat16,
     tex.DType.kFloat16: torch.float16,
@@ -89,7 +89,7 @@ _TORCH_DTYPE = {
 CALLS: Counter[str] = Counter()  # of each function that is replaced here, in this process
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     """Register a class or function of the compiled module under its own name, and count a function's
     calls."""
     setattr(tex, function.__name__, function if isinstance(function, type) else _counted(function))
@@ -117,13 +117,13 @@ for _name, _value in {
     setattr(tex, _name, lambda *_, value=_value: value)
 
 
-@_compiled
+@compiled
 class CommOverlapHelper:
     def __init__(self, *groups: Any) -> None:
         pass
 
 
-@_compiled
+@compiled
 class CommOverlap:
     """A buffer of t x h that the tensor-parallel ranks gather and scatter."""
 
@@ -159,12 +159,12 @@ class CommOverlap:
         target.copy_(own.view(target.shape))
 
 
-@_compiled
+@compiled
 class CommOverlapP2P(CommOverlap):
     pass
 
 
-@_compiled
+@compiled
 def generic_gemm(
     a: Tensor,
     transpose_a: bool,
@@ -203,7 +203,7 @@ def generic_gemm(
     left, right = b.reshape(-1, b.shape[-1]), a.reshape(-1, a.shape[-1])
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
     if output_dtype is not None:
-        product = product.to(_TORCH_DTYPE[output_dtype])
+        product = product.to(TORCH_DTYPE[output_dtype])
     if not transpose_b:
         product = product.reshape(*b.shape[:-1], product.shape[-1])
     if out is not None:
@@ -215,7 +215,7 @@ def generic_gemm(
     return product, None, None, extra_output
 
 
-@_compiled
+@compiled
 def rmsnorm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -228,10 +228,10 @@ def rmsnorm_fwd(
 ) -> tuple[Tensor, None, Tensor]:
     assert not zero_centered
     scale = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
-    return (x.float() * scale[..., None] * weight.float()).to(_TORCH_DTYPE[dtype]), None, scale
+    return (x.float() * scale[..., None] * weight.float()).to(TORCH_DTYPE[dtype]), None, scale
 
 
-@_compiled
+@compiled
 def rmsnorm_bwd(
     gradient: Tensor, x: Tensor, scale: Tensor, weight: Tensor, sm_margin: int, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
@@ -243,7 +243,7 @@ def rmsnorm_bwd(
     return input_gradient.to(x.dtype), weight_gradient.to(weight.dtype)
 
 
-@_compiled
+@compiled
 def fused_rope_forward(
     x: Tensor, angles: Tensor, start: Any, form: Any, interleaved: bool, cu_seqlens: Any, size: int, rank: int
 ) -> Tensor:
@@ -254,7 +254,7 @@ def fused_rope_forward(
     return _rotate(x, angles, form, cu_seqlens, size=size, rank=rank, sign=1)
 
 
-@_compiled
+@compiled
 def fused_rope_backward(gradient: Tensor, angles: Tensor, *arguments: Any) -> Tensor:
     form, _, cu, size, rank = arguments[-5:]  # behind the start, which version 2.9 does not have
     return _rotate(gradient, angles, form, cu, size=size, rank=rank, sign=-1)
@@ -290,7 +290,7 @@ def _zigzag(length: int, *, size: int, rank: int) -> list[Tensor]:
     return [torch.arange(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
 
 
-@_compiled
+@compiled
 def multi_tensor_l2norm(
     chunk: int, no_op: Any, lists: Any, per_tensor: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -298,13 +298,13 @@ def multi_tensor_l2norm(
     return norms.norm().reshape(1), norms
 
 
-@_compiled
+@compiled
 def multi_tensor_scale(chunk: int, no_op: Any, lists: Any, scale: float) -> None:
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
 
 
-@_compiled
+@compiled
 def multi_tensor_adam(
     chunk: int,
     no_op: Any,
@@ -346,6 +346,7 @@ def install(version: str = "2.11.0") -> None:
         except ImportError:
             sys.modules[name] = mock.MagicMock()
             sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    importlib.import_module("tests.transformer_engine.stand_in_fp8")
     _define_missing(wheel)
     sys.modules["transformer_engine_torch"] = tex
     _pretend_a_gpu(capability=(9, 0))

@@ -40,7 +40,13 @@ class Switch:
 
 
 # A performance switch that one GPU can show has a line here. Others need ranks, see docs/gpu.md.
-SWITCHES = (Switch("optimizer.gradient_accumulation_fusion=true"),)
+SWITCHES = (
+    Switch("optimizer.gradient_accumulation_fusion=true"),
+    # On one GPU nothing is gathered.
+    Switch(
+        "precision.fp8_param_gather=true", base=("precision.fp8=tensorwise",), figure="memory, fullest rank"
+    ),
+)
 
 _NO_TIMES = "a CPU's times say nothing about a GPU"
 _NO_ENGINE = "Transformer Engine runs on a GPU alone; tests/transformer_engine has its Python code on a CPU"

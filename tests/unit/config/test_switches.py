@@ -18,6 +18,10 @@ OF_TRANSFORMER_ENGINE: dict[str, dict[str, Any]] = {
     },
     "parallel.cp_comm_type=a2a": {"parallel": {"context": 2, "cp_comm_type": "a2a"}},
 }
+FP8_WEIGHTS = {
+    "precision": {"dtype": "bf16", "fp8": "tensorwise", "fp8_param_gather": True},
+    "data": {"pack_length": 128},
+}
 
 
 def test_user_buffers() -> None:
@@ -156,3 +160,29 @@ def test_rows_that_share_a_prompt() -> None:
         "parallel.cp_comm_type=a2a needs Transformer Engine's attention, and reward.layout=isolated"
         in str(caught.value)
     )
+
+
+@pytest.mark.parametrize("recipe", [None, "delayed", "blockwise", "mxfp8"])
+def test_weights_in_fp8_have_one_scale_each(recipe: str | None) -> None:
+    model = {"hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_config(model=model, **FP8_WEIGHTS)
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(model=model, **FP8_WEIGHTS | {"precision": FP8_WEIGHTS["precision"] | {"fp8": recipe}})
+    assert (
+        f"precision.fp8_param_gather=true needs precision.fp8=tensorwise, not {recipe or 'null'}; set it, or "
+        "precision.fp8_param_gather=false"
+    ) in str(caught.value)
+
+
+def test_weights_in_fp8_need_transformer_engine_2_10() -> None:
+    config = tiny_config(model={"ffn_hidden_size": 128}, **FP8_WEIGHTS)
+    known = {"world_size": 4, "has_gpu": True, "has_transformer_engine": True}
+    assert world_errors(config, transformer_engine="2.10.0", **known) == []
+    (error,) = world_errors(config, transformer_engine="2.9.0", **known)
+    assert error.startswith("precision.fp8_param_gather=true needs Transformer Engine 2.10 or newer to ")
+    assert "set precision.fp8_param_gather=false or install it" in error
+    fp8, weights = world_errors(config, world_size=4, has_gpu=True, has_transformer_engine=False)
+    assert "precision.fp8=tensorwise needs" in fp8 and "precision.fp8_param_gather=true needs" in weights
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(**FP8_WEIGHTS | {"precision": FP8_WEIGHTS["precision"] | {"dtype": "fp32"}})
+    assert "precision.fp8_param_gather=true needs Transformer Engine's layers" in str(caught.value)

@@ -77,6 +77,25 @@ def test_fp8_recipes_of_other_gpus_are_refused() -> None:
         search(config, gpus=8, gpu=H100, fp8="mxfp8")
 
 
+def test_weights_in_fp8_halve_their_gather() -> None:
+    """4 ranks gather 2 bytes of each parameter, or 1 byte of those of the layers' matrices."""
+    kept, rounded = (
+        make_plan(
+            llama_config("llama3.1_8b", {}, precision={"fp8": "tensorwise", "fp8_param_gather": key}),
+            gpus=4,
+            gpu=H100,
+        )
+        for key in (False, True)
+    )
+    saved = 32 * 218_103_808 * 3 / 4 / (H100.nvlink * H100.link_efficiency)
+    assert kept.time.gather_parameters - rounded.time.gather_parameters == pytest.approx(saved)
+    found = search(rounded.config, gpus=4, gpu=H100).plans
+    assert {(plan.config.precision.fp8, plan.config.precision.fp8_param_gather) for plan in found} <= {
+        ("tensorwise", True),
+        (None, False),
+    }
+
+
 def test_fp32_is_planned_with_the_layers_that_run() -> None:
     """Transformer Engine has no attention over packed rows of fp32, so the portable layers are planned.
 

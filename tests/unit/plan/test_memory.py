@@ -180,6 +180,24 @@ def test_fused_gradients_by_hand() -> None:
     assert before - after == 14336 * 4096 * 2 - 1024 * 14336 * 2
 
 
+def test_weights_in_fp8_by_hand() -> None:
+    """Of 32 layers with four matrices each, only FP8 is held, once as it is and once transposed.
+
+    That is 2 bytes for each of 218,103,808 parameters of a layer, where there were 2 in bf16 and 2 in FP8.
+    The embedding, the output layer and the norms stay bf16.
+    """
+    kept, rounded = (
+        llama_config("llama3.1_8b", {}, precision={"fp8": "tensorwise", "fp8_param_gather": key})
+        for key in (False, True)
+    )
+    matrices = 32 * 218_103_808
+    (before,), (after,) = (memory(config, data_size=1) for config in (kept, rounded))
+    assert before.kinds["fp8 weights"] == 2 * matrices and after.kinds["fp8 weights"] == matrices
+    assert before.kinds["parameters"] - after.kinds["parameters"] == matrices
+    (blackwell,) = memory(rounded, data_size=1, fp8_copies=1)
+    assert "fp8 weights" not in blackwell.kinds
+
+
 def test_fused_loss_chunk_is_512_mib() -> None:
     """128,256 rows over 8 ranks are 16,128 with padding. 512 MiB hold 16,640 tokens of them in bf16.
 
