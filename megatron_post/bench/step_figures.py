@@ -25,7 +25,7 @@ FORMULA = (
 
 def step_record(measured: Measured, *, warmup: int, origin: str, overrides: Sequence[str] = ()) -> Record:
     """The record of a measurement of the config file `origin` with `overrides` of its keys."""
-    settings = step_settings(measured, warmup=warmup) | (
+    settings = _step_settings(measured, warmup=warmup) | (
         {"overrides": " ".join(overrides)} if overrides else {}
     )
     return Record(
@@ -47,7 +47,7 @@ def step_figures(measured: Measured) -> dict[str, Figure]:
     config, ranks = measured.config, measured.ranks
     each = "GPU" if torch.cuda.is_available() else "rank"
     seconds = [max(rank.steps[i].seconds for rank in ranks) for i in range(len(ranks[0].steps))]
-    counts = total_counts(ranks)
+    counts = _total_counts(ranks)
     shares = [1 / (s * len(ranks)) for s in seconds]
     model = tuple(step_flops(config, c.useful).model * x / 1e12 for c, x in zip(counts, shares, strict=True))
     executed = tuple(
@@ -79,7 +79,7 @@ def step_notes(measured: Measured) -> tuple[str, ...]:
     """Notes about the data, the slowest and the fullest rank, and how FLOPs are counted."""
     notes = list(measured.notes)
     if len(measured.ranks) > 1:
-        slowest, fullest = slowest_rank(measured.ranks), max(measured.ranks, key=lambda rank: rank.memory)
+        slowest, fullest = _slowest_rank(measured.ranks), max(measured.ranks, key=lambda rank: rank.memory)
         notes.append(f"slowest by its own work: rank {slowest}; fullest: rank {fullest.rank}")
     if not torch.cuda.is_available():
         notes.append(
@@ -93,7 +93,7 @@ def step_notes(measured: Measured) -> tuple[str, ...]:
     return (*notes, FORMULA)
 
 
-def step_settings(measured: Measured, *, warmup: int) -> dict[str, str]:
+def _step_settings(measured: Measured, *, warmup: int) -> dict[str, str]:
     """The settings of the run, as text."""
     config, ranks = measured.config, len(measured.ranks)
     return {
@@ -117,13 +117,13 @@ def model_settings(config: Config) -> dict[str, str]:
     }
 
 
-def total_counts(ranks: tuple[Rank, ...]) -> list[Counts]:
+def _total_counts(ranks: tuple[Rank, ...]) -> list[Counts]:
     """Counts of each step, summed over data-parallel ranks. Other ranks have the same packs."""
     counting = [rank for rank in ranks if rank.counts_packs]
     return [sum((rank.steps[i].counts for rank in counting), Counts()) for i in range(len(ranks[0].steps))]
 
 
-def slowest_rank(ranks: tuple[Rank, ...]) -> int:
+def _slowest_rank(ranks: tuple[Rank, ...]) -> int:
     """The rank whose own work took longest."""
     return max(ranks, key=lambda rank: sum(step.own for step in rank.steps)).rank
 

@@ -37,7 +37,7 @@ _WORDS = {
 }
 
 
-def plain_value(text: str) -> Any:
+def _plain_value(text: str) -> Any:
     """The value of a text without quotes."""
     if text in _WORDS:
         return _WORDS[text]
@@ -60,7 +60,7 @@ def read_argument(text: str) -> Any:
     no special meaning. Raises `ValueError`.
     """
     if text[:1] not in ("[", "{", '"', "'"):
-        return plain_value(text)
+        return _plain_value(text)
     value, end = _read(text)
     if rest := text[end:].strip():
         raise ValueError(f"{rest!r} follows the end of the value; put the whole value in quotes")
@@ -79,7 +79,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, data: str) -> yaml.Node:
-        style = None if isinstance(plain_value(data), str) else "'"
+        style = None if isinstance(_plain_value(data), str) else "'"
         if not data.isprintable():
             style = '"'  # only this style keeps line separators, and PyYAML does not always choose it
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
@@ -143,7 +143,7 @@ class _Document:
         if depth > DEEPEST:
             raise _problem(event.start_mark, f"more than {DEEPEST} nested mappings and lists")
         if isinstance(event, ScalarEvent):
-            value = plain_value(event.value) if event.style is None else event.value
+            value = _plain_value(event.value) if event.style is None else event.value
         elif isinstance(event, SequenceStartEvent):
             value = list(self._items(depth))
         else:

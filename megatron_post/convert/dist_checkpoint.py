@@ -5,7 +5,6 @@ every tensor, with the file and the offset of each chunk. Each chunk is an archi
 writes it. The objects that modules save beside their tensors are stored in the same way.
 """
 
-import os
 import zlib
 from dataclasses import dataclass
 from itertools import combinations
@@ -241,8 +240,3 @@ class DistCheckpoint:
         if not isinstance(info, _StorageInfo):
             raise DamagedCheckpoint(f"{self.directory}: .metadata does not say where {index.fqn} lies")
         return self.directory / info.relative_path, int(info.offset), int(info.length)
-
-
-def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory is one published step."""
-    return os.path.lexists(directory / ".metadata")

@@ -22,7 +22,7 @@ def inspect(directory: str, *, console: Console) -> None:
     Layers whose tensors are identical in shape and dtype share a row.
     """
     source = open_model(Path(directory))
-    console.print(f"{directory}: {source_summary(source)}", highlight=False, soft_wrap=True)
+    console.print(f"{directory}: {_source_summary(source)}", highlight=False, soft_wrap=True)
     config = source.model.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
     console.print(
         "  ".join(f"{key} {value}" for key, value in config.items()), highlight=False, soft_wrap=True
@@ -30,10 +30,10 @@ def inspect(directory: str, *, console: Console) -> None:
     kinds = dict(source.tensors)
     if isinstance(source, MegatronCheckpoint):
         kinds = DistCheckpoint(source.directory).kinds
-    console.print(tensor_table(kinds))
+    console.print(_tensor_table(kinds))
 
 
-def source_summary(source: ModelSource) -> str:
+def _source_summary(source: ModelSource) -> str:
     """The kind of a source, on one line."""
     if not isinstance(source, MegatronCheckpoint):
         kind = "Meta checkpoint" if isinstance(source, MetaDirectory) else "Hugging Face directory"
@@ -42,7 +42,7 @@ def source_summary(source: ModelSource) -> str:
     return f"megatron-core checkpoint, step {source.step}, {content}"
 
 
-def tensor_table(kinds: dict[str, Kind]) -> Table:
+def _tensor_table(kinds: dict[str, Kind]) -> Table:
     """A table of tensors. Tensors whose names differ only in the layer share a row. kinds: by name."""
     rows: dict[tuple[str, Kind], int] = {}
     for name, kind in kinds.items():

@@ -127,14 +127,14 @@ def worker_environment() -> tuple[int, int]:
     return task * size + rank, tasks * size
 
 
-def state_directory(job: Job) -> Path:
+def _state_directory(job: Job) -> Path:
     """The directory of the markers and the lock. It is beside the target and never becomes part of it."""
     return job.target.with_name(f".converting-{job.target.name}")
 
 
 def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
     """Make the directories, or join a conversion with the same settings."""
-    state = state_directory(job)
+    state = _state_directory(job)
     state.mkdir(parents=True, exist_ok=True)
     record = state / "conversion.json"
     own = state / f".conversion.{_own_suffix()}"
@@ -173,7 +173,7 @@ def _check_space(job: Job) -> None:
 
 def _done(job: Job) -> dict[int, dict[str, Any]]:
     """Records of the parts that are complete."""
-    state, records = state_directory(job), {}
+    state, records = _state_directory(job), {}
     if not job.partial.is_dir():
         return {}
     # A network file system reads a directory listing from the server. A lookup of one name may be answered
@@ -224,7 +224,7 @@ def _disk_errors_explained(job: Job) -> Iterator[None]:
 
 def _write_part(job: Job, number: int) -> int:
     """Returns the part's tensor bytes, or 0 if another process of the same conversion writes it."""
-    name, state = job.parts[number].name, state_directory(job)
+    name, state = job.parts[number].name, _state_directory(job)
     with (state / f"{name}.lock").open("w") as lock:
         if not locked(lock, wait=False):
             return 0
@@ -253,7 +253,7 @@ def _write_part(job: Job, number: int) -> int:
 
 def _finish(job: Job, report: Report) -> bool:
     """Publish the target if all parts are complete and no other process has published it."""
-    state = state_directory(job)
+    state = _state_directory(job)
     with _unless_published(job):
         left = len(job.parts) - len(_done(job))
         if left and not job.target.exists():

@@ -92,12 +92,12 @@ def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
     # Tokens and roles are arrays, or tensors on the device to which the loader copied them ahead.
     tokens, roles = torch.as_tensor(pack.tokens).long(), torch.as_tensor(pack.roles)
     cu_seqlens = torch.as_tensor(pack.cu_seqlens)
-    label_roles = next_in_segment(roles, cu_seqlens, fill=int(TokenRole.PADDING))
+    label_roles = _next_in_segment(roles, cu_seqlens, fill=int(TokenRole.PADDING))
     segments = segment_numbers(cu_seqlens)
     reference = pack.reference_logps
     return PackedBatch(
         tokens=tokens,
-        labels=next_in_segment(tokens, cu_seqlens, fill=0),
+        labels=_next_in_segment(tokens, cu_seqlens, fill=0),
         trained=torch.isin(label_roles, on_device(trained_roles, roles.device)),
         positions=torch.arange(len(tokens)) - cu_seqlens[:-1].long()[segments],
         segments=segments,
@@ -118,7 +118,7 @@ def segment_numbers(cu_seqlens: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=int(cu_seqlens[-1]))
 
 
-def next_in_segment(values: Tensor, cu_seqlens: Tensor, *, fill: int) -> Tensor:
+def _next_in_segment(values: Tensor, cu_seqlens: Tensor, *, fill: int) -> Tensor:
     """Each token's successor in its own segment, and `fill` at a segment's last token.
 
     values: [t], on any device. cu_seqlens: int [n + 1], on the host. Returns [t].

@@ -88,7 +88,7 @@ class PreferenceUnits:
     def _unit(
         self, row: int, preference: Preference, prompt: Rendered, responses: tuple[Rendered, ...]
     ) -> Unit | None:
-        if not rated_high_enough(preference.rating, self._rules.min_rating):
+        if not _rated_high_enough(preference.rating, self._rules.min_rating):
             return None
         if self._pair_only:
             responses = (responses[0], responses[-1])
@@ -103,7 +103,7 @@ class PreferenceUnits:
         return (prompt, *ranked)
 
 
-def rated_high_enough(rating: str | None, least: str | None) -> bool:
+def _rated_high_enough(rating: str | None, least: str | None) -> bool:
     """Whether a rating is at least `least`. A row without a rating is kept."""
     ratings = get_args(Rating)  # best first
     return rating is None or least is None or ratings.index(rating) <= ratings.index(least)

@@ -55,7 +55,7 @@ class PackLoader:
             )
         assert 0 <= data_rank < data_size
         self._store = store
-        self._indices = dealt_indices(
+        self._indices = _dealt_indices(
             store,
             pack_indices(len(store), seed=seed, start=consumed_packs),
             global_batch=global_batch,
@@ -98,7 +98,7 @@ def pack_indices(num_packs: int, *, seed: int, start: int) -> Iterator[int]:
         yield int(order(epoch)[index])
 
 
-def dealt_indices(
+def _dealt_indices(
     store: PackStore, stream: Iterator[int], *, global_batch: int, data_rank: int, data_size: int
 ) -> Iterator[int]:
     """The packs that `balance.deal` gives to a rank, for each `global_batch` packs of an endless stream."""

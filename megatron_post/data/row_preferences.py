@@ -22,7 +22,7 @@ def is_transcript(text: Any) -> bool:
     return isinstance(text, str) and _TURN.match(text) is not None
 
 
-def transcript_turns(text: str) -> list[dict[str, str]]:
+def _transcript_turns(text: str) -> list[dict[str, str]]:
     """The messages of a text "\\n\\nHuman: ...\\n\\nAssistant: ...". Raises `BadRow`."""
     start, *turns = _TURN.split(text)
     if start.strip() or not turns:
@@ -42,7 +42,7 @@ def turns_of(value: Any, role: str) -> list[Any]:
     Raises `BadRow` for other values.
     """
     if role == "user" and is_transcript(value):
-        turns = transcript_turns(value)
+        turns = _transcript_turns(value)
         opens_response = turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip()
         return turns[:-1] if opens_response else turns
     if isinstance(value, str):
@@ -80,7 +80,7 @@ def from_preference(row: Keys, read: Read) -> Preference:
     prompt = None
     if named is not None:
         prompt = read([*history_of(row.get("history")), *turns_of(row.get(named), "user")], named)
-    rating, tools = rating_of(row.get("rating")), tools_of(row)
+    rating, tools = _rating_of(row.get("rating")), tools_of(row)
     if is_whole:
         return _split(responses, prompt, rating, tools)
     if prompt is None:
@@ -97,18 +97,18 @@ def from_preference(row: Keys, read: Read) -> Preference:
 def from_transcripts(row: Keys, read: Read) -> Preference:
     """A preference in HH-RLHF's form. Raises `BadRow`."""
     names = _responses_in(row)
-    dialogs = [read(transcript_turns(text_of(row.require(name), name)), name) for name in names]
-    return _split(dialogs, None, rating_of(row.get("rating")), ())
+    dialogs = [read(_transcript_turns(text_of(row.require(name), name)), name) for name in names]
+    return _split(dialogs, None, _rating_of(row.get("rating")), ())
 
 
 def from_ranked_columns(row: Keys, columns: Columns, prompt: tuple[Message, ...]) -> Preference:
     """A preference whose responses are in the columns that the source names. Raises `BadRow`."""
     names = ["edited"] if columns.text("edited", row) else []
     responses = tuple(columns.response(name, row) for name in (*names, "chosen", "rejected"))
-    return Preference(prompt, responses, rating_of(columns.text("rating", row)))
+    return Preference(prompt, responses, _rating_of(columns.text("rating", row)))
 
 
-def rating_of(value: Any) -> str | None:
+def _rating_of(value: Any) -> str | None:
     return text_of(value, "rating").strip().lower().replace(" ", "_") if value else None
 
 

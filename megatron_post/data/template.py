@@ -92,19 +92,14 @@ def texts_of(example: Dialog | Preference) -> Iterator[str]:
         yield from map(call_text, message.tool_calls)
 
 
-def render_preference(preference: Preference, tokenizer: Tokenizer) -> tuple[Rendered, tuple[Rendered, ...]]:
-    """The rendered prompt and responses of a preference. Prompt + response is the rendering of the dialog.
-
-    The prompt ends with the header of the response. Its assistant turns are not compared, so their BODY and
-    TERMINATOR become PROMPT.
-    """
-    return render_preferences([preference], tokenizer)[0]
-
-
 def render_preferences(
     preferences: Iterable[Preference], tokenizer: Tokenizer
 ) -> list[tuple[Rendered, tuple[Rendered, ...]]]:
-    """Render many preferences. All their texts are encoded in one call, which uses all cores."""
+    """The rendered prompt and responses of each preference. Prompt + response is the rendering of the dialog.
+
+    The prompt ends with the header of the response. Its assistant turns are not compared, so their BODY and
+    TERMINATOR become PROMPT. All texts are encoded in one call, which uses all cores.
+    """
     template = _Template(tokenizer)
     rows: list[list[_Segment]] = []
     counts = []

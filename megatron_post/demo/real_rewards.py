@@ -32,7 +32,7 @@ _MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verifica
 _PAIRS = {"edited > chosen": (0, 1), "chosen > rejected": (-2, -1), "edited > rejected": (0, -1)}
 
 
-def gsm8k_preferences(path: Path) -> Iterator[dict[str, str]]:
+def _gsm8k_preferences(path: Path) -> Iterator[dict[str, str]]:
     """Rows of prompt, edited, chosen and rejected.
 
     A problem is left out unless it has both a correct and a wrong model solution.
@@ -50,14 +50,14 @@ def gsm8k_preferences(path: Path) -> Iterator[dict[str, str]]:
             }
 
 
-def hh_preferences(path: Path) -> Iterator[dict[str, str]]:
+def _hh_preferences(path: Path) -> Iterator[dict[str, str]]:
     """Rows of chosen and rejected transcripts."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
-def held_out_accuracy(scores: list[list[float]]) -> dict[str, Accuracy]:
+def _held_out_accuracy(scores: list[list[float]]) -> dict[str, Accuracy]:
     """Share of held-out pairs that a model ranks right, for each pair of ranks. A tie counts as wrong."""
     found = {}
     for name, (better, worse) in _PAIRS.items():
@@ -84,7 +84,7 @@ def run(name: str, rows: list[dict[str, str]], *, run_dir: Path, console: Consol
     overrides = ["precision.dtype=fp32", "data.pack_length=4096", "data.max_bad_rows=20"]
     score_file(run_dir / "hf", run_dir / "held_out.jsonl", output, overrides)
     scored: list[dict[str, Any]] = [json.loads(line) for line in output.read_text().splitlines()]
-    return held_out_accuracy([row["scores"] for row in scored])
+    return _held_out_accuracy([row["scores"] for row in scored])
 
 
 def main() -> None:
@@ -95,8 +95,8 @@ def main() -> None:
     arguments = parser.parse_args()
     console = make_console()
     datasets = {
-        "gsm8k": list(gsm8k_preferences(arguments.data / "gsm8k" / "example_model_solutions.jsonl")),
-        "hh_rlhf": list(hh_preferences(arguments.data / "hh_rlhf" / "harmless_base.jsonl.gz")),
+        "gsm8k": list(_gsm8k_preferences(arguments.data / "gsm8k" / "example_model_solutions.jsonl")),
+        "hh_rlhf": list(_hh_preferences(arguments.data / "hh_rlhf" / "harmless_base.jsonl.gz")),
     }
     table = Table(box=SIMPLE, title="held-out pairs ranked right")
     for heading in ("data", "pair", "pairs", "accuracy", "95% interval", "verdict"):

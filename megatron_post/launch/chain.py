@@ -10,7 +10,7 @@ from megatron_post.config.load import ConfigError, load_config
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.preflight import disk_findings, layout_findings, memory_findings
-from megatron_post.launch.record import Submitted, remember
+from megatron_post.launch.record import SubmittedJob, record_job
 from megatron_post.launch.script import Job, launch_folder
 from megatron_post.storage.reading import did_you_mean
 
@@ -124,7 +124,7 @@ def job_table(chain: Chain, cluster: Cluster) -> list[str]:
     return [f"{len(chain.steps)} jobs; each starts once those that it comes after have ended with 0", *lines]
 
 
-def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submitted]:
+def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[SubmittedJob]:
     """Queue all steps. Raises `SlurmError` if Slurm refuses one, after the others have been cancelled."""
     jobs = slurm_jobs(chain, directory)
     ids: dict[str, int] = {}
@@ -135,7 +135,7 @@ def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submit
             before = tuple(ids[other] for other in after[name])
             ids[name] = slurm.submit(job, cluster, after=before)
             folders = {launch_folder(directory / chain.run_dir), job.folder}
-            submitted.append(remember(folders, job, ids[name], after=before))
+            submitted.append(record_job(folders, job, ids[name], after=before))
     except slurm.SlurmError:
         slurm.cancel(list(ids.values()))
         raise

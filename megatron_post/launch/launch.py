@@ -14,7 +14,7 @@ from megatron_post.launch.chain import chain_findings, command_findings, job_tab
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.placement import fewest_nodes, place
 from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
-from megatron_post.launch.record import active_findings, remember
+from megatron_post.launch.record import active_findings, record_job
 from megatron_post.launch.script import Job, render
 
 
@@ -40,7 +40,7 @@ def launch_run(
         return
     raise_for([*findings(config, job, cluster), *active_findings([config.run_dir])], config_path)
     job_id = slurm.submit(job, cluster)
-    submitted = remember([job.folder], job, job_id)
+    submitted = record_job([job.folder], job, job_id)
     say(f"job {job_id} queued: {job.nodes} nodes x {cluster.ranks} ranks; log {submitted.log}")
 
 

@@ -16,7 +16,7 @@ from megatron_post.storage.reading import reading
 
 
 @dataclass(frozen=True)
-class Submitted:
+class SubmittedJob:
     """One line of the record."""
 
     job_id: int
@@ -26,9 +26,11 @@ class Submitted:
     after: tuple[int, ...] = ()
 
 
-def remember(folders: Iterable[Path], job: Job, job_id: int, *, after: tuple[int, ...] = ()) -> Submitted:
+def record_job(
+    folders: Iterable[Path], job: Job, job_id: int, *, after: tuple[int, ...] = ()
+) -> SubmittedJob:
     """Add a job to the records in `folders`."""
-    submitted = Submitted(
+    submitted = SubmittedJob(
         job_id,
         job.name,
         job.log.with_name(job.log.name.replace("%j", str(job_id))),
@@ -51,7 +53,7 @@ def remember(folders: Iterable[Path], job: Job, job_id: int, *, after: tuple[int
     return submitted
 
 
-def submitted_jobs(run_dir: str | Path) -> list[Submitted]:
+def submitted_jobs(run_dir: str | Path) -> list[SubmittedJob]:
     """Jobs of a run, the oldest first. Raises `ValueError` if none was launched."""
     path = launch_folder(Path(run_dir)) / "jobs.jsonl"
     if not path.is_file():
@@ -61,7 +63,9 @@ def submitted_jobs(run_dir: str | Path) -> list[Submitted]:
         if not lines:
             raise ValueError("it is empty")
         return [
-            Submitted(int(d["job_id"]), str(d["name"]), Path(d["log"]), Path(d["run_dir"]), tuple(d["after"]))
+            SubmittedJob(
+                int(d["job_id"]), str(d["name"]), Path(d["log"]), Path(d["run_dir"]), tuple(d["after"])
+            )
             for d in lines
         ]
 
@@ -105,7 +109,7 @@ def tail(log: Path, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def active_jobs(run_dir: str | Path) -> list[int]:
+def _active_jobs(run_dir: str | Path) -> list[int]:
     """Ids of a run's jobs that have not ended, the last one of a chain first."""
     states = {job.job_id: slurm.job_state(job.job_id) for job in reversed(submitted_jobs(run_dir))}
     return [job for job, state in states.items() if not state.is_final and state.state != "UNKNOWN"]
@@ -118,7 +122,7 @@ def active_findings(run_dirs: Iterable[str]) -> list[str]:
         if not (launch_folder(Path(run_dir)) / "jobs.jsonl").is_file():
             continue
         with contextlib.suppress(slurm.SlurmError):  # `slurm_findings` reports that Slurm fails
-            if jobs := active_jobs(run_dir):
+            if jobs := _active_jobs(run_dir):
                 found.append(
                     f"run_dir={run_dir}: job {', '.join(map(str, jobs))} is queued or running for it; choose "
                     f"another, or first: megatron-post launch cancel {shlex.quote(run_dir)}"
@@ -128,6 +132,6 @@ def active_findings(run_dirs: Iterable[str]) -> list[str]:
 
 def cancel_run(run_dir: str | Path) -> list[int]:
     """Cancel every job of a run that has not ended. Returns their ids, the last one of a chain first."""
-    active = active_jobs(run_dir)
+    active = _active_jobs(run_dir)
     slurm.cancel(active)
     return active

@@ -97,11 +97,11 @@ def flex_attention(
 
     query: [heads, t/cp, d]. key, value: [groups, t, d] in pack order. Returns [heads, t/cp, d].
     """
-    kernel, mask = _flex_kernel(query.is_cuda), block_mask(packed, compiled=query.is_cuda)
+    kernel, mask = _flex_kernel(query.is_cuda), _block_mask(packed, compiled=query.is_cuda)
     return kernel(query[None], key[None], value[None], block_mask=mask, scale=scale, enable_gqa=True)[0]
 
 
-def block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
+def _block_mask(packed: PackedSegments, *, compiled: bool) -> Any:
     """FlexAttention's block mask of a pack. It is made once per microbatch and cached on `packed`.
 
     A token attends to itself and to earlier tokens of its segment, and to the real tokens of the segments

@@ -110,7 +110,7 @@ def block_spec(
     shares_prompts: rows have several responses to one prompt. Only the portable attention can compute this.
     """
     if portable:
-        layer, norm = portable_layer(), RMSNorm
+        layer, norm = _portable_layer(), RMSNorm
     else:
         layer, norm = _transformer_engine_layer(config, shares_prompts=shares_prompts)
     layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
@@ -128,7 +128,7 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
-def portable_layer() -> ModuleSpec:
+def _portable_layer() -> ModuleSpec:
     """A Llama layer in plain torch, which is exact under TP, SP, CP, PP and packing on any device."""
     return ModuleSpec(
         module=TransformerLayer,

@@ -1,9 +1,9 @@
 """GPUs and their networks: published rates with their sources, and the shares of them that are reached.
 
-`matrix_efficiency` is the one number that was fitted (plan/fit.py). It is the speed of multiplications in a
-training step relative to the best multiplication that anyone measured. The other shares are the same for all
-GPUs, with their sources. Only H100 steps were available for the fit. The figures of H200 and B200 are
-extrapolated.
+`matrix_efficiency` is the one number that was fitted, in tests/unit/plan/published_steps.py. It is the speed
+of multiplications in a training step relative to the best multiplication that anyone measured. The other
+shares are the same for all GPUs, with their sources. Only H100 steps were available for the fit. The figures
+of H200 and B200 are extrapolated.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,5 @@
 """Records the memory and the collectives of torch operations, on any device and on fake tensors."""
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -46,14 +45,6 @@ class Tracker(TorchDispatchMode):
         for key in dead:
             self._live -= self._known.pop(key)[1]
         return self._live
-
-    def holders(self) -> Counter[str]:
-        """Bytes that are alive, by the operation that allocated them."""
-        _ = self.live
-        found: Counter[str] = Counter()
-        for _, size, name in self._known.values():
-            found[name] += size
-        return found
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":

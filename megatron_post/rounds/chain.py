@@ -38,7 +38,7 @@ def chain_of(
         check_files(settings)
     steps = all_steps(settings, console)
     if Path(settings.run_dir, "state.json").is_file():
-        left = state_of(settings).left([step.name for step in steps])
+        left = state_of(settings).remaining([step.name for step in steps])
         steps = [step for step in steps if step.name in left]
         if needs_inputs:
             check_packed(steps, set(left))

@@ -62,11 +62,11 @@ def run_rounds(
     with only_process_in(Path(settings.run_dir)) as lock:
         state = state_of(settings)
         again = [] if again_from is None else steps[names.index(again_from) :]
-        wanted = state.left(names) if only is None else (only,)
+        wanted = state.remaining(names) if only is None else (only,)
         # This is checked before anything is removed.
         check_packed(steps, {*wanted, *(step.name for step in again)})
         _forget(again, state)
-        chosen = state.left(names) if only is None else (only,)
+        chosen = state.remaining(names) if only is None else (only,)
         for step in steps:
             if step.name in chosen:
                 shared = step.draws and size == 1 and step.ranks_here > 1

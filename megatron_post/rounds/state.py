@@ -35,7 +35,7 @@ class State:
         """The seconds that each finished step took, in the order of their execution."""
         return dict(self._content["done"])
 
-    def left(self, steps: Sequence[str]) -> Sequence[str]:
+    def remaining(self, steps: Sequence[str]) -> Sequence[str]:
         """The steps after the last finished one.
 
         A chain's jobs on ranks do not record themselves. But each started after all earlier ones had

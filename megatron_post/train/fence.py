@@ -73,7 +73,7 @@ class Fence:
             )
 
 
-def incarnation_from_environment() -> str:
+def _incarnation_from_environment() -> str:
     """MEGATRON_POST_INCARNATION, which a launcher sets for all ranks, or else a name from host and time."""
     fresh = f"{socket.gethostname()}-{time.time_ns()}"
     return os.environ.get("MEGATRON_POST_INCARNATION") or fresh
@@ -112,7 +112,7 @@ def claim_together(run_dir: str | Path, topology: Topology) -> Fence:
     outcome: list[Any] = [None]
     if topology.rank == 0:
         try:
-            outcome = [claim(run_dir, incarnation_from_environment())]
+            outcome = [claim(run_dir, _incarnation_from_environment())]
         except (Superseded, OSError) as error:
             outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0)

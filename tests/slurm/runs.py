@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_post.launch.launch import launch_run
-from megatron_post.launch.record import Submitted, submitted_jobs
+from megatron_post.launch.record import SubmittedJob, submitted_jobs
 from megatron_post.storage.manifest import published_steps
 from tests.slurm.lab import Lab, wait_until
 
@@ -16,7 +16,7 @@ class Run:
 
     lab: Lab
     directory: Path
-    job: Submitted
+    job: SubmittedJob
 
     @property
     def number(self) -> int:

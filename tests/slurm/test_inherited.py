@@ -7,7 +7,7 @@ import pytest
 
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.launch.record import remember
+from megatron_post.launch.record import record_job
 from megatron_post.launch.script import Job
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab
@@ -24,7 +24,7 @@ print("rank", *rank_from_environment(), os.environ["MASTER_ADDR"], flush=True)'
 def _run(lab: Lab, directory: Path, cluster_file: str) -> tuple[str, list[str]]:
     """The state and the log of a job of two nodes with two ranks each."""
     job = Job("job", ("train",), "run", directory, nodes=2)
-    submitted = remember([job.folder], job, slurm.submit(job, load_cluster(cluster_file)))
+    submitted = record_job([job.folder], job, slurm.submit(job, load_cluster(cluster_file)))
     state = lab.wait(submitted.job_id, "COMPLETED", "FAILED")
     return state, submitted.log.read_text().splitlines()
 

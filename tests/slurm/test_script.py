@@ -14,7 +14,7 @@ from megatron_post.config.load import ConfigError
 from megatron_post.launch import slurm
 from megatron_post.launch.chain import submit_chain
 from megatron_post.launch.cluster import load_cluster
-from megatron_post.launch.record import active_findings, cancel_run, remember, status_rows
+from megatron_post.launch.record import active_findings, cancel_run, record_job, status_rows
 from megatron_post.launch.script import Job
 from tests.slurm.conftest import ClusterFiles
 from tests.slurm.lab import Lab, wait_until
@@ -59,7 +59,7 @@ def _submit(
     """Job id and log of ranks that do `what`. Rank scripts receive `-m megatron_post train WHAT`."""
     cluster = load_cluster(cluster_file)
     job = Job(name, ("train", what), "run", directory, nodes=nodes)
-    submitted = remember([job.folder], job, slurm.submit(job, cluster))
+    submitted = record_job([job.folder], job, slurm.submit(job, cluster))
     return submitted.job_id, submitted.log
 
 

@@ -10,7 +10,6 @@ from megatron_post.data.template import (
     TokenRole,
     render,
     render_batch,
-    render_preference,
     render_preferences,
     render_prompt,
 )
@@ -241,7 +240,7 @@ def test_preference_is_the_whole_dialog_cut_before_the_response(small):
     best = (call("f", x=1), Message("ipython", "2"), Message("assistant", "It is 2."))
     worst = (Message("assistant", "3"),)
     preference = Preference(history, (best, worst), tools=(TRENDING,))
-    prompt, responses = render_preference(preference, small)
+    ((prompt, responses),) = render_preferences([preference], small)
     assert len(responses) == 2
     for response, messages in zip(responses, (best, worst), strict=True):
         whole = render(Dialog((*history, *messages), (TRENDING,)), small)

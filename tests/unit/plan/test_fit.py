@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.plan.fit import fit, predicted, read_published
 from megatron_post.plan.hardware import MATRIX_EFFICIENCY
+from tests.unit.plan.published_steps import fit, predicted, read_published
 
 FITTED = ("llama3.1-405b bf16 on 512", "llama3.1-405b fp8 on 512")
 
