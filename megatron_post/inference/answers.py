@@ -1,4 +1,4 @@
-"""What answers single requests of many callers: a server, or a model that this process holds."""
+"""Answers single requests of many callers, with a server or with a model in this process."""
 
 import asyncio
 import contextlib
@@ -10,11 +10,11 @@ from megatron_post.inference.request import Refusal, Reply, Request
 from megatron_post.inference.server import Server
 from megatron_post.inference.settings import BackendSettings, ServerBackend
 
-_MOST = 1024  # requests that a backend is given at a time
+_MOST = 1024  # the largest number of requests that a backend gets at once
 
 
 class Answers(Protocol):
-    """Raises `ValueError` if it does not work at all, which is no fault of the request."""
+    """Answers requests. Raises `ValueError` if it does not work at all, independently of the request."""
 
     async def answer(self, request: Request) -> Reply | Refusal: ...
 
@@ -23,7 +23,10 @@ class Answers(Protocol):
 async def open_answers(
     settings: BackendSettings, model: str, content_tokens: Sequence[str] = ()
 ) -> AsyncIterator[Answers]:
-    """model, content_tokens: as `open_backend` takes them, and not used for a server. Raises as it does."""
+    """Open a server or a model in this process.
+
+    model, content_tokens: as in `open_backend`, and not used for a server. Raises as `open_backend` does.
+    """
     if isinstance(settings, ServerBackend):
         async with Server(settings) as server:
             yield server
@@ -37,7 +40,7 @@ async def open_answers(
 
 
 class Batches:
-    """Gives a backend all requests that have come while it answered the ones before."""
+    """Gives a backend batches of requests. A batch has all requests that arrived during the previous one."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -62,10 +65,10 @@ class Batches:
     async def _work(self) -> None:
         while self._waiting:
             taken, self._waiting = self._waiting[:_MOST], self._waiting[_MOST:]
-            batch = [each for each in taken if not each[1].done()]  # a caller may have left
+            batch = [each for each in taken if not each[1].done()]  # a caller may have been cancelled
             try:
                 answers = await asyncio.to_thread(self._backend.respond, [request for request, _ in batch])
-            except Exception as error:  # it is raised where each of them was asked
+            except Exception as error:  # every caller of the batch gets the error
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)

@@ -1,6 +1,6 @@
-"""Models that this process holds.
+"""The interface of models that run in this process.
 
-What a model says is text from outside. It is stored and compared, and it is run in a sandbox or not at all.
+A model's output is text from outside. It is stored and compared, and it is only ever run in a sandbox.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from megatron_post.inference.settings import TransformersBackend, VllmBackend
 
 
 class Backend(Protocol):
-    """Answers requests, in their order, until it is closed. Raises `ValueError` for what a user can mend."""
+    """Answers requests in their order until it is closed. Raises `ValueError` for a user's errors."""
 
     def respond(self, requests: Sequence[Request]) -> list[Reply | Refusal]: ...
 
     def close(self) -> None:
-        """Free the GPUs, for another model."""
+        """Free the GPUs for another model."""
 
 
 def open_backend(
     settings: TransformersBackend | VllmBackend, model: str, content_tokens: Sequence[str] = ()
 ) -> Backend:
-    """model: Hugging Face directory. content_tokens: as `load_tokenizer` takes them.
+    """Load a model. model: a Hugging Face directory. content_tokens: as in `load_tokenizer`.
 
     Raises `ValueError` if a package is missing.
     """

@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol: the body of a request, and the reply in a chat completion."""
+"""Writes requests and reads replies in OpenAI's chat protocol."""
 
 import json
 from typing import Any
@@ -8,21 +8,21 @@ from megatron_post.data.special_tokens import END_OF_MESSAGE
 from megatron_post.inference.request import Reply, Request, assistant_message, messages_as_json
 
 _LONGEST_FINISH, _MOST_TOKENS = 100, 2**31
-_SHOWN = 2**14  # bytes of an answer in a message, which is shortened once keys in it are hidden
-_CALLS = (END_OF_MESSAGE, 128008)  # its id in Llama 3's tokenizer
-_REASONING = ("reasoning_content", "reasoning")  # vLLM's older and newer name
+_SHOWN = 2**14  # bytes of an answer in a message. After keys are hidden, the message is shortened further
+_CALLS = (END_OF_MESSAGE, 128008)  # the token and its id in Llama 3's tokenizer
+_REASONING = ("reasoning_content", "reasoning")  # the names in older and newer versions of vLLM
 
 
 class NoCompletion(Exception):
-    """An answer that is no chat completion."""
+    """An answer is not a chat completion."""
 
 
 class Unusable(Exception):
-    """A chat completion that is no reply, and would be none the next time either."""
+    """A chat completion cannot be used as a reply, and another try would not help."""
 
 
 def request_body(request: Request, model: str) -> dict[str, Any]:
-    """What a server is sent. model: its name there."""
+    """The body of a request to a server. model: the model's name on the server."""
     sampling = request.sampling
     body = {
         "model": model,
@@ -31,16 +31,19 @@ def request_body(request: Request, model: str) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
         "stop": list(sampling.stop),
-        "seed": request.seed % 2**31,  # some servers read 32 bits
+        "seed": request.seed % 2**31,  # some servers only accept 32 bits
     }
-    if request.tools:  # one call a message, which is what Llama 3's format carries
+    if request.tools:  # Llama 3's format allows one call per message
         body |= {"tools": list(request.tools), "parallel_tool_calls": False}
     return body
 
 
 def parse_completion(content: bytes) -> Reply:
-    """The reply in a chat completion. Raises `NoCompletion`, and `Unusable` if it has neither text nor calls,
-    or calls that cannot be kept."""
+    """The reply in a chat completion.
+
+    Raises `NoCompletion` if `content` is not a completion. Raises `Unusable` if it has neither text nor
+    calls, or calls that Llama 3's format cannot represent.
+    """
     shown = content[:_SHOWN].decode(errors="replace")
     try:
         answer = json.loads(content)
@@ -48,7 +51,7 @@ def parse_completion(content: bytes) -> Reply:
         message, finish = choice["message"], choice["finish_reason"]
         usage = answer.get("usage") or {}
         tokens, prompt_tokens = (usage.get(f"{name}_tokens", 0) for name in ("completion", "prompt"))
-        # vLLM says "stop" and here which token: this one ends a message that calls a tool
+        # vLLM says "stop", and `stop_reason` is the token. <|eom_id|> ends a message that calls a tool.
         finish = "tool_calls" if choice.get("stop_reason") in _CALLS else finish
         text = message["content"]
         reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), "")
@@ -57,7 +60,7 @@ def parse_completion(content: bytes) -> Reply:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise NoCompletion(f"an answer that is no chat completion ({error!r}): {shown}") from None
     is_finish = isinstance(finish, str) and len(finish) <= _LONGEST_FINISH
-    if text is None and is_finish and not named:  # a refusal, or reasoning alone
+    if text is None and is_finish and not named:  # a refusal, or reasoning without an answer
         raise Unusable(f"a chat completion without text: {shown}")
     texts = ["" if text is None else text, reasoning, *(part for call in named for part in call)]
     if (
@@ -76,12 +79,12 @@ def parse_completion(content: bytes) -> Reply:
 
 
 def texts_of(reply: Reply) -> list[str]:
-    """All that a server has written in a reply."""
+    """Every text of a reply that the server has written."""
     message = reply.message
     calls = (text for call in message.tool_calls for text in (call.name, str(call.arguments)))
     return [message.content, message.reasoning, reply.finish, *calls]
 
 
 def _without_surrogates(text: str) -> str:
-    """A lone surrogate is valid JSON and no text."""
+    """The text with lone surrogates replaced, which are valid in JSON but not in UTF-8."""
     return text.encode(errors="replace").decode()

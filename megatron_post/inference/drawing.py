@@ -1,4 +1,4 @@
-"""One process's share of the responses, drawn by its backend and kept in its journal."""
+"""Generates one process's share of the responses and appends them to its journal."""
 
 import asyncio
 import time
@@ -24,7 +24,10 @@ from megatron_post.inference.settings import ServerBackend
 
 @dataclass
 class Share:
-    """What has been drawn of a share. num_prompts, max_failed: of all shares, which bound the failures."""
+    """The state of one process's share.
+
+    num_prompts: the prompts of all shares. max_failed: the share of them that may fail.
+    """
 
     journal: Journal
     num_prompts: int
@@ -34,7 +37,7 @@ class Share:
     tokens: int = 0
 
     def missing(self, draws: Iterable[Draw]) -> list[int]:
-        """The prompt of each that has no answer. Refusals among the others are noted as failures."""
+        """The prompt of each draw without an answer. Refusals among the answers are added to the failures."""
         prompts = []
         for draw in draws:
             if (entry := self.journal.get(draw.key)) is None:
@@ -44,8 +47,11 @@ class Share:
         return prompts
 
     def keep(self, draw: Draw, answer: Reply | Refusal) -> None:
-        """Raises `TooManyFailures` for a refusal too many, which is not kept: it is asked again when what
-        answers has been mended."""
+        """Append an answer to the journal.
+
+        Raises `TooManyFailures` if there are too many refusals. The last refusal is then not recorded, so
+        that its request is sent again after the user has mended the server or the model.
+        """
         if draw.key in self.journal:
             return
         if isinstance(answer, Refusal):
@@ -56,14 +62,17 @@ class Share:
         append_answer(self.journal, draw.key, draw.request, answer)
 
 
-Advance = Callable[[int], None]  # is called with a number of prompts that are done
+Advance = Callable[[int], None]  # a function that is called with the number of prompts that are newly done
 
 
 def draw_in_process(
     backend: Backend, parts: Iterable[Sequence[Draw]], share: Share, advance: Advance
 ) -> None:
-    """Draw parts of which something is missing, each as a whole: batches of other widths may round to other
-    responses, and a part that was interrupted would not be that of an undisturbed run."""
+    """Generate every part with a missing answer as a whole.
+
+    Batches of another width round differently and may give other responses. So an interrupted part would
+    differ from that of an undisturbed run if only the missing answers were generated.
+    """
     for part in parts:
         for draw, answer in zip(part, backend.respond([draw.request for draw in part]), strict=True):
             share.keep(draw, answer)
@@ -73,9 +82,9 @@ def draw_in_process(
 async def draw_from_servers(
     settings: ServerBackend, draws: Iterable[Draw], left: Counter[int], share: Share, advance: Advance
 ) -> None:
-    """Draw what is missing, as many responses at a time as the servers take, each kept as it arrives.
+    """Request the missing answers, as many at a time as the servers accept, and record each as it arrives.
 
-    left: responses that are missing, of each prompt.
+    left: the number of missing responses of each prompt.
     """
     waiting = (draw for draw in draws if draw.key not in share.journal)
     async with Server(settings) as server:
@@ -89,17 +98,17 @@ async def draw_from_servers(
         workers = [asyncio.create_task(work()) for _ in range(min(settings.most_in_flight, left.total()))]
         try:
             await asyncio.gather(*workers)
-        finally:  # the first failure ends the others' waiting
+        finally:  # the first error cancels all other requests
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, in the log of a job, a line a minute."""
+    """Shows the progress as a bar on a terminal, and otherwise as one line per minute."""
 
     def __init__(self, console: Console, share: Share, done: int, total: int) -> None:
-        """done, total: prompts of this process."""
+        """done, total: numbers of prompts of this process."""
         self._console, self._share, self._done, self._total = console, share, done, total
         self._started = self._said = time.monotonic()
         self._bar = make_progress(

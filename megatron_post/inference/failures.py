@@ -1,4 +1,4 @@
-"""Prompts that got no answer: counted and bounded while samples are drawn, and written beside the output."""
+"""Counts and limits the prompts without an answer, and writes them to a file next to the output."""
 
 import math
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ from megatron_post.storage.files import read_lines, write_lines
 
 
 class TooManyFailures(ValueError):
-    """More prompts failed than `max_failed` allows; the message has the first reason."""
+    """More prompts failed than `max_failed` allows. The message has the first reason."""
 
 
 def failures_of(output: Path) -> Path:
-    """Where the failures of an output are. There is no such file where nothing failed."""
+    """The path of an output's failures. The file does not exist if nothing failed."""
     return output.with_name(f"{output.name}.failures.jsonl")
 
 
 def read_failures(output: Path) -> list[dict[str, Any]]:
-    """A row for each response that could not be had: its prompt, sample, checkpoint, and the reason."""
+    """A row with prompt, sample, checkpoint and reason for each response that failed."""
     path = failures_of(output)
     return list(read_lines(path)) if path.is_file() else []
 
 
 def write_failures(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the file, or remove an earlier one where nothing failed."""
+    """Write the file, or remove an earlier one if nothing failed."""
     path = failures_of(output)
     if rows:
         write_lines(path, rows)
@@ -33,12 +33,12 @@ def write_failures(output: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def failed_prompts(rows: Sequence[dict[str, Any]]) -> int:
-    """How many prompts these failures are of."""
+    """The number of different prompts among the failures."""
     return len({row["prompt"] for row in rows})
 
 
 def check_failures(rows: Sequence[dict[str, Any]], *, prompts: int, max_failed: float) -> None:
-    """Raises `TooManyFailures` where more than this share of all prompts failed, rounded up, or every one."""
+    """Raise `TooManyFailures` if all prompts failed, or more than the share `max_failed`, rounded up."""
     allowed = min(math.ceil(max_failed * prompts - 1e-9), prompts - 1)
     if (failed := failed_prompts(rows)) > allowed:
         raise TooManyFailures(

@@ -1,4 +1,4 @@
-"""`megatron-post generate`: K responses a prompt, from a journal in which no answer is lost."""
+"""`megatron-post generate` writes K responses per prompt. A journal ensures that no answer is lost."""
 
 import asyncio
 import contextlib
@@ -51,18 +51,19 @@ _RECORD = "settings.json"
 class Generate(Section):
     """A generation file."""
 
-    model: Name = Field(description="Hugging Face directory; with a server, a name for the record")
-    prompts: Name = Field(description="JSON lines of prompt, and if known capability, answer, solution")
-    skip: Whole = Field(0, description="good prompts passed over")
-    max_prompts: Count | None = Field(None, description="good prompts answered, at most; null: all")
+    model: Name = Field(description="Hugging Face directory, or with a server the name that is recorded")
+    prompts: Name = Field(description="JSON lines of prompt, and optionally capability, answer, solution")
+    skip: Whole = Field(0, description="number of good prompts to skip")
+    max_prompts: Count | None = Field(None, description="largest number of good prompts. null: all")
     max_bad_rows: Whole = Field(
-        0, description="rows of prompts that may be refused, and are left out, before generation ends"
+        0, description="bad rows of prompts that are left out. With more of them generation fails"
     )
     max_failed: float = Field(
         0.01, ge=0, le=1, description="share of the prompts, rounded up, that may be refused or too long"
     )
     system: dict[str, str] = Field(
-        default_factory=dict, description="capability -> system prompt; default: any other capability's"
+        default_factory=dict,
+        description="system prompt of each capability. `default` is that of all other capabilities",
     )
     content_tokens: tuple[Line, ...] = Field(
         (), description="special tokens of the model's tokenizer that prompts may spell and responses keep"
@@ -84,18 +85,20 @@ class Generate(Section):
 def generate(
     settings: Generate, output: str | Path, *, console: Console, open_backend: OpenBackend = open_backend
 ) -> int:
-    """Write K responses to each prompt: a JSON line a response, with its prompt's number, sample, seed and
-    checkpoint. `messages` in it is the whole dialog, which `score` and training read.
+    """Write K responses to each prompt, one JSON line per response.
 
-    Each answer is appended to a journal beside the output as it arrives, and the same call again goes on with
-    an interrupted one. A response's seed follows from (seed, prompt, sample): with a deterministic backend
-    the same call writes the same bytes. Ranks of one step, each with the model to itself, draw every so
-    many-th part each on a file system that they share, and all return once the output is there. Returns the
-    responses drawn by this call.
+    A line has the number of the prompt, sample, seed and checkpoint. Its `messages` are the whole dialog,
+    which `score` and training read. Each answer is appended to a journal next to the output as it arrives,
+    and the same call continues an interrupted one. The seed of a response follows from (seed, prompt,
+    sample), so with a deterministic backend the same call writes the same bytes.
 
-    What is refused or too long is a failure: it is written to `failures_of(output)` and not asked again.
-    Raises `ValueError` for bad prompts, an existing `output`, an unfinished one of other settings, a bad
-    server, a full disk, and `TooManyFailures`; what was answered is kept then.
+    Several ranks of a step, each with its own copy of the model, take parts in turn. They need a shared file
+    system, and all return when the output exists. Returns the number of responses that this call has
+    generated.
+
+    A request that is refused or too long is a failure. It is written to `failures_of(output)` and not sent
+    again. Raises `ValueError` for bad prompts, an existing `output`, an unfinished one with other settings, a
+    bad server, a full disk, and `TooManyFailures`. Recorded answers are then kept.
     """
     rank, size, _ = rank_from_environment()
     target = Path(output)
@@ -104,7 +107,7 @@ def generate(
         if rank == 0:
             if not parts.exists():
                 raise ValueError(f"{target} exists already; choose another --output, or remove it")
-            shutil.rmtree(parts, ignore_errors=True)  # killed between its last two acts
+            shutil.rmtree(parts, ignore_errors=True)  # the last call was killed before it removed them
         return 0
     prompts = read_prompts(
         settings.prompts, max_bad_rows=settings.max_bad_rows, skip=settings.skip, limit=settings.max_prompts
@@ -117,7 +120,7 @@ def generate(
             console,
         )
         with Journal(parts, rank) as journal:
-            if target.exists():  # it was complete without this rank
+            if target.exists():  # the other ranks have finished the output
                 shutil.rmtree(parts, ignore_errors=True)
                 return 0
             share = _draw(journal, target, pieces[rank::size], len(prompts), settings, console, open_backend)
@@ -134,13 +137,14 @@ def generate(
             highlight=False,
             soft_wrap=True,
         )
-    # behind the lock: NFS keeps a name for what is open. What is left, the next call removes
+    # After the journal is closed, because NFS keeps open files under another name. The next call removes what
+    # is left.
     shutil.rmtree(parts, ignore_errors=True)
     return share.written
 
 
 def parts_of(output: Path) -> Path:
-    """Where the answers for an unfinished output are."""
+    """The directory with the answers of an unfinished output."""
     return output.with_name(f".partial-{output.name}")
 
 
@@ -153,7 +157,7 @@ def _draw(
     console: Console,
     open_backend: OpenBackend,
 ) -> Share:
-    """Draw what this rank's journal and the others' lack of its pieces."""
+    """Generate the answers to this rank's pieces that no journal has."""
     share = Share(journal, num_prompts, settings.max_failed)
     model = str(_recorded(parts_of(target))["model"])
     lacking, left = [], Counter[int]()
@@ -184,7 +188,7 @@ def _draw(
 
 
 def _draws(prompts: Iterable[Prompt], settings: Generate, model: str) -> Iterator[Draw]:
-    """model: what the journal calls it."""
+    """Yield every response that is requested. model: the model's name in the journal."""
     sampling, seed = settings.sampling.of_each, settings.sampling.seed
     for prompt in prompts:
         messages = prompt.with_system(settings.system)
@@ -197,8 +201,10 @@ def _draws(prompts: Iterable[Prompt], settings: Generate, model: str) -> Iterato
 def _lines(
     target: Path, prompts: Sequence[Prompt], settings: Generate, journal: Journal, console: Console
 ) -> Iterator[str]:
-    """The output's lines, once all ranks have answered. The failures' file is written before the last of them
-    is, since the output then appears."""
+    """Yield the output's lines, and wait for answers of other ranks.
+
+    The file of failures is written before this ends, because the output appears directly afterwards.
+    """
     failures = []
     for draw in _draws(prompts, settings, str(_recorded(parts_of(target))["model"])):
         entry = journal.get(draw.key)
@@ -216,15 +222,15 @@ def _lines(
 
 
 def _has(journal: Journal, key: str) -> bool:
-    """Whether a rank has answered."""
+    """Whether any rank's journal has an answer."""
     journal.refresh()
     return key in journal
 
 
 def _claim(parts: Path, settings: Generate, journal: Journal) -> None:
-    """Record what is drawn here, or go on where it is the same."""
+    """Record the settings of this generation. Raises `ValueError` if there are answers of other settings."""
     wanted = _record(settings)
-    if len(journal):  # nothing is lost where another call failed before its first answer
+    if len(journal):  # without answers, a call with other settings loses nothing
         found = _recorded(parts)
         if changed := [key for key in ("settings", "model") if found.get(key) != wanted[key]]:
             raise ValueError(
@@ -237,7 +243,7 @@ def _claim(parts: Path, settings: Generate, journal: Journal) -> None:
 def _is_begun(parts: Path, settings: Generate) -> bool:
     """Whether rank 0 has begun with the same settings and prompts.
 
-    It alone looks at the model, of which other nodes may have copies of their own.
+    Only rank 0 records the model's fingerprint, because other nodes may use copies of the model.
     """
     wanted = _asked(settings)
     return {**_recorded(parts), "model": None} == {**wanted, "model": None}
@@ -250,7 +256,7 @@ def _record(settings: Generate) -> dict[str, Any]:
 
 
 def _asked(settings: Generate) -> dict[str, Any]:
-    """settings: those that responses depend on. prompts: which of them are asked, and more may follow."""
+    """The settings on which responses depend, and the prompts. More prompts may be added later."""
     depending = {"model", "system", "content_tokens", "sampling"}
     return {
         "settings": json.loads(settings.model_dump_json(include=depending)),
@@ -259,13 +265,13 @@ def _asked(settings: Generate) -> dict[str, Any]:
 
 
 def _recorded(parts: Path) -> dict[str, Any]:
-    """Of the parts that are there; nothing before they are claimed, or after they were removed."""
+    """The recorded settings, or nothing before `_claim` and after the directory has been removed."""
     path = parts / _RECORD
     return read_object(path, "the record of a generation") if path.exists() else {}
 
 
 def _weights(model: str) -> str:
-    """A language model's fingerprint. Raises `ValueError` where there is none."""
+    """A language model's fingerprint. Raises `ValueError` if the directory has no language model."""
     source = open_weights_directory(Path(model))
     if source.scalar_head:
         raise ValueError(f"{model} is a reward model, which scores responses and writes none")

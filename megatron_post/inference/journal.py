@@ -1,8 +1,8 @@
-"""Answers that have been given, one line each, appended before they are used.
+"""Records answers in files of JSON lines. Each answer is appended before it is used.
 
-A line is JSON, and begins with a checksum of its remainder:
+A line begins with a checksum of its remainder, as in
 `{"crc32":"0f1e2d3c","key":"...","kind":"reply","entry":{...}}`. A process that is killed leaves at most one
-line without its end, which is cut off when the process starts again.
+incomplete line, which is removed when the process starts again.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from megatron_post.storage.files import full_disk_explained
 from megatron_post.storage.lock import sole_writer
 from megatron_post.storage.reading import LARGEST_LINE
 
-KEY_DIGITS = 32  # 128 bits: two of 10^12 requests share one with a probability of 10^-15
+KEY_DIGITS = 32  # with 128 bits, two of 10^12 requests have the same key with a probability of 10^-15
 _CRC, _KEY = b'{"crc32":"', b'","key":"'
 _CRC_AT = len(_CRC)
 _KEY_AT = _CRC_AT + 8 + len(_KEY)
-_BODY_AT = _CRC_AT + 8 + 2  # behind the checksum's quote and comma
+_BODY_AT = _CRC_AT + 8 + 2  # after the checksum's quote and comma
 _OFFSET_BITS = 48
 
 
 def key_of(**parts: Any) -> str:
-    """The key of a request or a program: a hash of all that its answer depends on.
+    """The key of a request or a program, which is a hash of everything that its answer depends on.
 
-    parts: values that JSON can hold. The order of an object's keys does not matter.
+    parts: values that JSON can represent. The order of an object's keys does not matter.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
@@ -38,7 +38,7 @@ def key_of(**parts: Any) -> str:
 
 @dataclass
 class _Journalled:
-    """A journal file, and how far it has been read."""
+    """A journal file, with the number of bytes and lines that have been read."""
 
     path: Path
     file: IO[bytes]
@@ -49,7 +49,7 @@ class _Journalled:
 class Journal:
     """The journal files of a directory, one for each process that writes.
 
-    The memory holds where each entry is, and not the entry: about 200 bytes for each.
+    Memory only has the position of each entry, which takes about 200 bytes.
     """
 
     def __init__(self, directory: str | Path, writer: int = 0) -> None:
@@ -59,7 +59,7 @@ class Journal:
         """
         self._directory = Path(directory)
         self._places: dict[bytes, int] = {}
-        self._files: list[_Journalled] = []  # the own one is the first
+        self._files: list[_Journalled] = []  # this writer's file is the first
         path = self._directory / f"journal-{writer:05d}.jsonl"
         with full_disk_explained(self._directory), contextlib.ExitStack() as stack:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Journal:
             self._writing = stack.enter_context(path.open("ab", buffering=0))
             stack.callback(lambda: [journalled.file.close() for journalled in self._files])
             self._own = self._open(path)
-            self._writing.truncate(self._own.offset)  # the line that a kill has torn
+            self._writing.truncate(self._own.offset)  # removes an incomplete line of a killed process
             self.refresh()
             self._stack = stack.pop_all()
 
@@ -78,7 +78,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Flush to the disk, and let another process write."""
+        """Flush to the disk and release the lock."""
         with self._stack, full_disk_explained(self._own.path):
             os.fsync(self._writing.fileno())
 
@@ -91,7 +91,7 @@ class Journal:
     def get(self, key: str) -> dict[str, Any] | None:
         """The entry of a key, or None if there is none.
 
-        If several files have one, it is this writer's own, else that of the file whose name comes first.
+        If several files have one, this writer's file has priority, and then the file whose name comes first.
         """
         place = self._places.get(bytes.fromhex(key))
         if place is None:
@@ -102,9 +102,10 @@ class Journal:
         return entry
 
     def append(self, key: str, kind: str, entry: dict[str, Any]) -> None:
-        """Keep an entry. It outlives this process once this returns.
+        """Append an entry. After this returns, the entry survives a kill of this process.
 
-        kind: says what the entry is, to whoever reads the file. Raises `DiskFull`, and then keeps nothing.
+        kind: the kind of the entry, for people who read the file. Raises `DiskFull`, and then appends
+        nothing.
         """
         body = json.dumps({"key": key, "kind": kind, "entry": entry}, separators=(",", ":")).encode()[1:]
         line = _CRC + b"%08x" % zlib.crc32(body) + b'",' + body + b"\n"
@@ -121,7 +122,7 @@ class Journal:
         own.offset, own.lines = own.offset + len(line), own.lines + 1
 
     def refresh(self) -> None:
-        """Read what other processes have appended since."""
+        """Read the entries that other processes have appended since the last call."""
         known = {journalled.path: journalled for journalled in self._files}
         for path in sorted(self._directory.glob("journal-*.jsonl")):
             if path not in known:
@@ -135,7 +136,7 @@ class Journal:
         return self._files[-1]
 
     def _read(self, found: _Journalled) -> None:
-        """Note where a file's entries are, from where it was last read to its last whole line."""
+        """Record the positions of a file's new entries, up to its last complete line."""
         index = next(i for i, file in enumerate(self._files) if file is found) << _OFFSET_BITS
         found.file.seek(found.offset)
         while (line := found.file.readline(LARGEST_LINE)).endswith(b"\n"):
@@ -152,7 +153,7 @@ class Journal:
 
 
 def read_entries(directory: str | Path, keys: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The entries of these keys by key, also while other processes write. A key without one is left out."""
+    """The entries of `keys`, even while other processes write. Keys without an entry are left out."""
     wanted, found = {key.encode() for key in keys}, dict[str, dict[str, Any]]()
     for path in sorted(Path(directory).glob("journal-*.jsonl")):
         with path.open("rb") as file:
@@ -168,7 +169,7 @@ def _lock_of(path: Path) -> Path:
 
 
 def _is_being_written(path: Path) -> bool:
-    """Whether another process writes this file."""
+    """Whether another process has this file open for writing."""
     try:
         with sole_writer(_lock_of(path), of=path):
             return False

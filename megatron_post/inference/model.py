@@ -1,4 +1,4 @@
-"""A model that is asked through a journal, so that nothing is asked twice."""
+"""Sends requests to a model and records answers in a journal, so that no request is sent twice."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from megatron_post.inference.request import Refusal, Reply, Request, Sampling, r
 
 
 class Refused(Exception):
-    """A request that is refused, or whose answer cannot be used. It is refused again after a restart."""
+    """A request is refused, or its answer cannot be used. After a restart it is refused again."""
 
     def __init__(self, reason: str, key: str) -> None:
         super().__init__(reason)
@@ -21,7 +21,7 @@ class Refused(Exception):
 
 @dataclass
 class Usage:
-    """What a model has been asked in this process. asked: requests that were sent, and not replayed."""
+    """Counts of a model's requests in this process. asked: those that were sent, and not replayed."""
 
     asked: int = 0
     replayed: int = 0
@@ -31,7 +31,7 @@ class Usage:
 
 
 class Model:
-    """Asks once for each request, and replays the answer from the journal afterwards."""
+    """Sends each request once, and afterwards takes its answer from the journal."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class Model:
         scope: Sequence[str | int],
         sampling: Sampling | None = None,
     ) -> None:
-        """name: of the model, whose answers are not another's.
+        """name: the model's name. scope: the name and version of the caller, such as a recipe.
 
-        scope: the name and version of what asks, such as a recipe. Another scope's requests are other ones.
+        Requests of another name or scope have other keys, so they do not share answers.
         """
         self._answers, self._journal = answers, journal
         self._name, self._scope = name, list(scope)
@@ -60,10 +60,10 @@ class Model:
         tools: Sequence[dict[str, Any]] = (),
         **sampling: Any,
     ) -> Reply:
-        """The reply to a request. Equal requests have the same reply: another seed asks for another.
+        """The reply to a request. Equal requests have the same reply. Use another seed for another reply.
 
-        messages: a text is one message of the user. sampling: values of `Sampling` for this request alone.
-        Raises `Refused`, `ValueError` for wrong arguments, and what the backend raises.
+        messages: a text is one user message. sampling: values of `Sampling` for this request only. Raises
+        `Refused`, `ValueError` for wrong arguments, and the errors of the backend.
         """
         if isinstance(messages, str):
             messages = [Message("user", messages)]
@@ -73,9 +73,10 @@ class Model:
         return await self.answer(Request(tuple(messages), values, seed, tuple(tools)))
 
     async def answer(self, request: Request) -> Reply:
-        """As `ask`, for a request that has been made."""
+        """The reply to a `Request`, as in `ask`."""
         key = self.key_of(request)
-        while (asking := self._asking.get(key)) is not None:  # the same request, by another caller
+        # Another caller may have sent the same request. Wait for its answer instead of sending it twice.
+        while (asking := self._asking.get(key)) is not None:
             await asking.wait()
         entry = self._journal.get(key)
         if entry is None:
@@ -106,13 +107,13 @@ class Model:
 
 
 def append_answer(journal: Journal, key: str, request: Request, answer: Reply | Refusal) -> dict[str, Any]:
-    """Keep an answer with its request, for whoever reads the journal. Returns the entry."""
-    kind, said = ("refusal", answer.reason) if isinstance(answer, Refusal) else ("reply", answer.as_json())
-    entry = {"request": request.as_json(), kind: said}
+    """Append an answer and its request to the journal. The request is for people. Returns the entry."""
+    kind, value = ("refusal", answer.reason) if isinstance(answer, Refusal) else ("reply", answer.as_json())
+    entry = {"request": request.as_json(), kind: value}
     journal.append(key, kind, entry)
     return entry
 
 
 def answer_in(entry: dict[str, Any], key: str) -> Reply | Refusal:
-    """The answer that `append_answer` kept."""
+    """The answer in an entry that `append_answer` has written."""
     return Refusal(entry["refusal"]) if "refusal" in entry else reply_from_json(entry["reply"], key)

@@ -1,4 +1,4 @@
-"""What models are asked: rows of a prompt, and what is known of its answer."""
+"""Reads files of prompts. A prompt may have a known answer and solution."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ _KEYS = {"prompt", "capability", "answer", "solution"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """number: its line, from 1. messages: up to the last user message.
+    """A prompt. number: its line, from 1. messages: the conversation up to the last user message.
 
-    capability: chooses the system prompt. answer: what a verifier compares with. solution: a response that is
-    right, with which a wrong one can be mended.
+    capability: selects the system prompt. answer: the right answer, for a verifier. solution: a right
+    response, which can replace a wrong one.
     """
 
     number: int
@@ -29,8 +29,10 @@ class Prompt:
     solution: str | None = None
 
     def with_system(self, system: Mapping[str, str]) -> tuple[Message, ...]:
-        """The messages, opened by the capability's system prompt ("default": any other's), unless they have
-        one of their own."""
+        """The messages with the capability's system prompt, unless they have one already.
+
+        system: the system prompt of each capability. "default" is for all other capabilities.
+        """
         text = system.get(self.capability, system.get("default"))
         if text is None or self.messages[0].role == "system":
             return self.messages
@@ -42,12 +44,12 @@ def read_prompts(
 ) -> list[Prompt]:
     """Good rows of a JSON Lines file: `{"prompt": text or messages, "capability", "answer", "solution"}`.
 
-    skip, limit: of the good rows. A prompt that an earlier row has asked is a bad row: it would count twice.
-    Raises `ValueError` (`TooManyBadRows`) with file, line and reason of the bad ones where there are more
-    than `max_bad_rows`, and where no row is left.
+    skip, limit: the range of good rows. A duplicate prompt is a bad row, because it would count twice. Raises
+    `TooManyBadRows`, with file, line and reason, if there are more than `max_bad_rows` bad rows. Raises
+    `ValueError` if no row is left.
     """
     bad_rows, prompts = BadRows(max_bad_rows, key="max_bad_rows"), []
-    lines: dict[str, int] = {}  # by what they ask
+    lines: dict[str, int] = {}  # the first line of each prompt
     file = plain_file(Path(path), "prompts")
     with reading(file):
         content = file.read_bytes()
@@ -95,7 +97,7 @@ def _prompt(number: int, line: bytes) -> Prompt:
 
 
 def _messages(raw: Any) -> tuple[Message, ...]:
-    """Messages that an answer may follow: what makes a dialog once one is added."""
+    """The messages of a prompt. With an answer they must form a valid dialog."""
     found = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise BadRow(f"a prompt is a text or a list of messages, not {raw!r:.80}")

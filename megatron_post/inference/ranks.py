@@ -1,4 +1,4 @@
-"""Ranks of one step that draw responses side by side, each with a model to itself."""
+"""Coordinates the ranks of one step that generate in parallel, each with its own copy of the model."""
 
 import os
 import time
@@ -11,37 +11,39 @@ from megatron_post.inference.settings import BackendSettings, TransformersBacken
 from megatron_post.parallel.environment import rank_from_environment
 
 SECONDS_BETWEEN_LINES = 60.0
-_SECONDS_BETWEEN_LOOKS = 0.5  # at a file system that processes share
+_SECONDS_BETWEEN_LOOKS = 0.5  # between checks of a shared file system
 
 
 def rank_prefix() -> str:
-    """Begins a line of one of several ranks."""
+    """The beginning of a printed line if there are several ranks."""
     rank, size, _ = rank_from_environment()
     return f"rank {rank} of {size}: " if size > 1 else ""
 
 
 def wait_until(done: Callable[[], bool], what: str, console: Console) -> None:
-    """Until another rank of this step has done something; whoever started them ends all where one fails.
+    """Wait until another rank of this step has done something. what: names it in messages.
 
-    Raises `ValueError` where that one is gone.
+    The launcher ends all ranks if one fails. Raises `ValueError` if the launcher itself has ended.
     """
-    parent, said = os.getppid(), time.monotonic()
+    parent, printed = os.getppid(), time.monotonic()
     while not done():
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         if os.getppid() != parent:
             raise ValueError(f"what started this rank is gone, while it waited for {what}")
-        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
+        if time.monotonic() - printed >= SECONDS_BETWEEN_LINES:
+            printed = time.monotonic()
             console.print(f"{rank_prefix()}waiting for {what}", highlight=False, soft_wrap=True)
 
 
 def take_gpus(backend: BackendSettings) -> None:
-    """Of a node on which several ranks draw, use those GPUs that are this rank's. Once a process, before
-    anything of CUDA begins. Raises `ValueError` where there are too few.
+    """Restrict this rank to its own GPUs if several ranks generate on one node.
+
+    Call it once per process, before CUDA is initialised. Raises `ValueError` if there are too few GPUs.
     """
     _, size, local_rank = rank_from_environment()
     count = gpus_of(backend)
-    # device_count asks NVML; is_available would begin CUDA, after which no variable changes what is visible
+    # device_count uses NVML. is_available would initialise CUDA, and after that no variable can change which
+    # GPUs are visible.
     if size == 1 or count == 0 or torch.cuda.device_count() == 0:
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -57,4 +59,4 @@ def take_gpus(backend: BackendSettings) -> None:
         torch.cuda.set_device(local_rank)
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's processes meet in a store of their own
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # vLLM's processes use a store of their own

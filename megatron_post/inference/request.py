@@ -1,4 +1,4 @@
-"""What a model is asked, and what it answers."""
+"""Requests to a model and its replies."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ from megatron_post.config.section import Count, NonNegative, Section
 from megatron_post.data.dialog import Message, ToolCall
 from megatron_post.data.special_tokens import END_OF_MESSAGE, END_OF_TEXT, END_OF_TURN
 
-_ROLES = {"ipython": "tool"}  # OpenAI's names of ours
+_ROLES = {"ipython": "tool"}  # OpenAI's name of a role, if it differs from the name here
 
 
 class Sampling(Section):
-    """How a response is drawn."""
+    """How a response is sampled."""
 
-    temperature: NonNegative = Field(1.0, description="0: the most probable, always")
+    temperature: NonNegative = Field(1.0, description="temperature. 0: always the most probable token")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="draw from the most probable tokens that have this probability together"
+        1.0, gt=0, le=1, description="sample from the most probable tokens with this total probability"
     )
-    max_tokens: Count = Field(512, description="tokens of a response, at most")
+    max_tokens: Count = Field(512, description="largest number of tokens in a response")
     stop: tuple[str, ...] = Field(
         (END_OF_TURN, END_OF_MESSAGE, END_OF_TEXT), min_length=1, description="tokens that end a response"
     )
@@ -36,9 +36,9 @@ class Sampling(Section):
 
 @dataclass(frozen=True)
 class Request:
-    """One response that is wanted. seed: of this response alone. tools: functions as OpenAI describes them.
+    """A request for one response. seed: only for this response. tools: functions in OpenAI's form.
 
-    Raises `ValueError` if the messages do not end with a message of the user or a tool's output.
+    Raises `ValueError` if the messages do not end with a user message or a tool's output.
     """
 
     messages: tuple[Message, ...]
@@ -54,7 +54,7 @@ class Request:
             )
 
     def as_json(self) -> dict[str, Any]:
-        """All that its answer depends on, except for the model."""
+        """Everything that the answer depends on, except for the model."""
         return {
             "messages": messages_as_json(self.messages),
             "sampling": self.sampling.model_dump(mode="json"),
@@ -67,9 +67,10 @@ class Request:
 class Reply:
     """A model's answer.
 
-    finish: "stop", or why it ended otherwise, in the words of OpenAI's protocol: "length", "tool_calls".
-    tokens: of the answer, its stop token included. prompt_tokens: of the request; 0 if nobody counted them.
-    key: under which the journal keeps it.
+    finish: the reason why it ended in the terms of OpenAI's protocol, such as "stop", "length" or
+    "tool_calls".
+    tokens: those of the answer, including its stop token. prompt_tokens: those of the request, or 0 if they
+    are unknown. key: its key in the journal.
     """
 
     message: Message
@@ -94,13 +95,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that will not be answered, and why: it is refused, or too long. Others may be answered."""
+    """The reason why a request is refused or too long. Other requests may still be answered."""
 
     reason: str
 
 
 def reply_from_json(values: Mapping[str, Any], key: str = "") -> Reply:
-    """The reply that `Reply.as_json` wrote, with the journal's key."""
+    """The reply in values of `Reply.as_json`. key: its key in the journal."""
     message, finish = values["message"], values["finish"]
     return Reply(
         assistant_message(
@@ -119,16 +120,18 @@ def reply_from_json(values: Mapping[str, Any], key: str = "") -> Reply:
 def assistant_message(
     content: str, *, calls: Sequence[ToolCall] = (), reasoning: str = "", finish: str = "stop"
 ) -> Message:
-    """A reply's message. A turn goes on after a call of a tool. Raises `BadRow` for calls that Llama 3's
-    format cannot carry."""
+    """The message of a reply. The turn continues after a tool call.
+
+    Raises `BadRow` for calls that Llama 3's format cannot represent.
+    """
     ends = not calls and finish != "tool_calls"
     return Message("assistant", content, tuple(calls), end_of_turn=ends, reasoning=reasoning)
 
 
 def messages_as_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as OpenAI's protocol and the rows of datasets have them.
+    """Messages in the form of OpenAI's protocol and of datasets.
 
-    A call and its output have an id that follows from their place.
+    The id of a call and its output follows from their position.
     """
     found: list[dict[str, Any]] = []
     call_id = ""

@@ -1,4 +1,4 @@
-"""The responses that `generate` writes: what is asked for each of them, and its row."""
+"""The requests for the responses that `generate` writes, and the rows of these responses."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from megatron_post.storage.files import read_lines
 from megatron_post.storage.reading import reading
 
 
-class _Said(BaseModel):
+class _SampleMessage(BaseModel):
     role: str
     content: str
 
 
 class _Sample(BaseModel, strict=True):
-    """The keys of a row of responses that others rely on; a row may have more."""
+    """The keys of a row of responses that other commands need. A row may have more keys."""
 
     prompt: int
     sample: int
@@ -28,12 +28,12 @@ class _Sample(BaseModel, strict=True):
     seed: int
     tokens: int
     finish: str
-    messages: list[_Said] = Field(min_length=1)
+    messages: list[_SampleMessage] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One response to one prompt. prompt: its number. model, scope: of the journal's key."""
+    """One response to one prompt. prompt: the prompt's number. model, scope: parts of the journal's key."""
 
     prompt: int
     sample: int
@@ -47,7 +47,7 @@ class Draw:
         return key_of(model=self.model, scope=self.scope, **self.request.as_json())
 
     def row(self, answer: Reply | Refusal) -> dict[str, Any]:
-        """The row of the output, or for a refusal of the failures."""
+        """The row of the output, or a row of the failures for a refusal."""
         draw = {"prompt": self.prompt, "sample": self.sample, "checkpoint": self.checkpoint}
         if isinstance(answer, Refusal):
             return draw | {"reason": answer.reason}
@@ -61,13 +61,13 @@ class Draw:
 
 
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
-    """Below 2^63, and unrelated for neighbours."""
+    """A seed below 2^63 for one response. The seeds of different responses are unrelated."""
     digest = hashlib.sha256(f"{seed}/{prompt}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Rows that `generate` wrote. Raises `ValueError` for other rows."""
+    """The rows of a file that `generate` has written. Raises `ValueError` for other rows."""
     rows = list(read_lines(path))
     for number, row in enumerate(rows, start=1):
         with reading(f"{path}:{number}: no sample"):

@@ -1,4 +1,4 @@
-"""Who answers: plain `transformers`, vLLM's offline engine, or a server with OpenAI's chat interface."""
+"""The settings of backends, which are `transformers`, vLLM's offline engine, and servers."""
 
 import re
 from typing import Annotated, Literal
@@ -9,27 +9,27 @@ from pydantic import Field, field_validator, model_validator
 from megatron_post.config.section import Count, Name, NonNegative, Positive, Section, Whole
 from megatron_post.inference.request import Sampling
 
-PART = "prompts whose responses a model in this process draws together; a crash loses those in progress"
+PART = "prompts that a model in this process answers together. A crash loses those in progress"
 _MOST_SERVERS = 64
 
 
 class SamplesPerPrompt(Sampling):
-    """How the responses to a prompt are drawn."""
+    """How the responses to a prompt are sampled."""
 
-    samples: Count = Field(10, description="K, responses a prompt; the report drew 10 to 30")
-    seed: Whole = Field(0, description="each response draws with a seed of its own, which follows from this")
+    samples: Count = Field(10, description="responses per prompt. The report used 10 to 30")
+    seed: Whole = Field(0, description="the seed of each response follows from it")
 
     @property
     def of_each(self) -> Sampling:
-        """How one of them is drawn."""
+        """How a single response is sampled."""
         return Sampling.model_validate(self.model_dump(exclude={"samples", "seed"}))
 
 
 class TransformersBackend(Section):
-    """Hugging Face's `generate` in this process. It needs nothing else, and is slow."""
+    """Hugging Face's `transformers` in this process. It needs no other package, and is slow."""
 
     kind: Literal["transformers"] = Field("transformers", description="selects this backend")
-    batch: Count = Field(64, description="responses drawn at a time")
+    batch: Count = Field(64, description="responses that are generated at once")
 
 
 class VllmBackend(Section):
@@ -39,40 +39,42 @@ class VllmBackend(Section):
     tensor_parallel: Count = Field(1, description="GPUs that hold one copy of the model")
     quantization: Name | None = Field(
         None,
-        description="vLLM's name, such as fp8_per_tensor, of how it holds weights; null: as they are",
+        description="vLLM's name of a weight format, such as fp8_per_tensor. null: as stored",
     )
-    memory_share: float = Field(0.9, gt=0, le=1, description="of the GPU's memory")
+    memory_share: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory")
 
 
 class ServerBackend(Section):
-    """Servers of one model with OpenAI's interface, which run already."""
+    """Running servers of one model with OpenAI's interface."""
 
     kind: Literal["server"] = Field(description="selects this backend")
     url: str | tuple[str, ...] | None = Field(
-        None, description="up to and with /v1; several servers of the model share the requests"
+        None, description="url up to and including /v1. Several servers of the model share the requests"
     )
     urls_from: Name | None = Field(
-        None, description="directory of *.url files with a url each, read again while it runs"
+        None, description="directory of *.url files with one url each, which are read again during the run"
     )
-    served_model: Name = Field(description="the model's name there")
+    served_model: Name = Field(description="name of the model on the server")
     timeout: Positive = Field(120.0, description="seconds for one response")
-    retries: Whole = Field(7, description="after about 0.5, 1, 2, ... s; by default within a minute")
+    retries: Whole = Field(
+        7, description="tries after waits of about 0.5, 1, 2, ... s, by default within a minute"
+    )
     patience: NonNegative | None = Field(
         None,
-        description="seconds without any answer that a run outlasts, whatever the retries; null: half an "
-        "hour with urls_from, and else none",
+        description="seconds without any answer that a run tolerates after its retries. null: half an "
+        "hour with urls_from, and otherwise 0",
     )
-    parallel_requests: Count = Field(16, description="requests that a server is sent at a time")
+    parallel_requests: Count = Field(16, description="requests that are sent to a server at once")
     api_key_variable: str | None = Field(None, description="environment variable with the key")
 
     @property
     def most_in_flight(self) -> int:
-        """Requests that are begun at a time. Servers that urls_from names may be many."""
+        """The largest number of open requests. With urls_from there may be many servers."""
         return self.parallel_requests * (len(self.urls) or _MOST_SERVERS)
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Those of the file."""
+        """The urls of the settings, without those of urls_from."""
         return () if self.url is None else (self.url,) if isinstance(self.url, str) else self.url
 
     @field_validator("url")
@@ -101,12 +103,14 @@ class ServerBackend(Section):
 
 
 def check_url(url: str) -> str:
-    """The url itself. Raises `ValueError` if it holds a secret or is none, without repeating it: values are
-    printed in messages and kept beside outputs."""
+    """The url itself. Raises `ValueError` if it contains a secret or is not a url.
+
+    The message does not repeat the url, because messages are printed and saved next to outputs.
+    """
     try:
         parts = urlsplit(url)
         is_plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of its port or its brackets
+    except ValueError:  # a wrong port or bracket
         is_plain = False
     if "@" in url or "?" in url or "#" in url:
         raise ValueError(
@@ -122,7 +126,7 @@ BackendSettings = Annotated[TransformersBackend | VllmBackend | ServerBackend, F
 
 
 def gpus_of(settings: BackendSettings) -> int:
-    """GPUs of a node that a backend draws on, where there are any."""
+    """The number of GPUs of a node that a backend uses, if the node has GPUs."""
     match settings:
         case TransformersBackend():
             return 1

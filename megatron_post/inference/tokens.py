@@ -1,4 +1,4 @@
-"""Prompts and replies in tokens, for a model that this process holds."""
+"""Converts requests to token ids and token ids to replies, for a model in this process."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from megatron_post.inference.request import Refusal, Reply, Request, Sampling, a
 
 
 def prompt_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
-    """The conversation and the header of the answer."""
+    """The token ids of the conversation and of the answer's header."""
     return render_prompt(request.messages, tokenizer, tools=request.tools).tolist()
 
 
 def overlong(requests: Sequence[Request], prompts: Sequence[Sequence[int]], limit: int) -> dict[int, Refusal]:
-    """By index: requests which, with their replies, are longer than the `limit` positions of the model."""
+    """Refusals, by index, of requests that with their replies may exceed the `limit` positions."""
     wanted = [request.sampling.max_tokens for request in requests]
     lengths = [len(prompt) + more for prompt, more in zip(prompts, wanted, strict=True)]
     return {
@@ -28,7 +28,7 @@ def overlong(requests: Sequence[Request], prompts: Sequence[Sequence[int]], limi
 
 
 def stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
-    """Of the stop tokens that the tokenizer has. Raises `ValueError` where it has none of them."""
+    """The ids of the stop tokens that the tokenizer has. Raises `ValueError` if it has none of them."""
     found = [i for i in tokenizer.stop_ids if tokenizer.decode([i]) in sampling.stop]
     if not found:
         raise ValueError(f"sampling.stop={list(sampling.stop)}: the tokenizer has none of these")
@@ -38,9 +38,9 @@ def stop_ids(tokenizer: Tokenizer, sampling: Sampling) -> list[int]:
 def reply_of(
     generated: list[int], stops: Sequence[int], tokenizer: Tokenizer, prompt: Sequence[int] = ()
 ) -> Reply:
-    """What was generated, up to and with its stop token; padding follows it.
+    """The reply in generated ids. It ends with the first stop token, and padding follows.
 
-    A message that ends with <|eom_id|> calls a tool and waits for its output: it is no whole answer.
+    A message that ends with <|eom_id|> calls a tool and waits for its output, so it is not a complete answer.
     """
     end = next((i for i, token in enumerate(generated) if token in stops), None)
     text = tokenizer.decode(generated[:end], skip_special=True)

@@ -1,4 +1,4 @@
-"""Hugging Face's `transformers` in this process."""
+"""Generates with Hugging Face's `transformers` in this process."""
 
 import gc
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ from megatron_post.inference.tokens import overlong, prompt_ids, reply_of, stop_
 
 
 class Transformers:
-    """A response depends on its own request alone, but for float rounding in batches of other widths."""
+    """A backend on plain `transformers`.
+
+    A response depends only on its own request, except for float rounding in batches of other widths.
+    """
 
     def __init__(self, settings: TransformersBackend, model: str, content_tokens: Sequence[str]) -> None:
         from transformers import GenerationConfig
@@ -31,14 +34,15 @@ class Transformers:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._model = _llama(model, dtype).eval().to(device)
-        # what a model's own file says (beams, penalties, least lengths) would join in silently
+        # The model's generation_config.json (beams, penalties, minimum lengths) would change results
+        # silently.
         self._model.generation_config = GenerationConfig()
 
     def respond(self, requests: Sequence[Request]) -> list[Reply | Refusal]:
         prompts = [prompt_ids(request, self._tokenizer) for request in requests]
         found: dict[int, Reply | Refusal] = {}
         found |= overlong(requests, prompts, self._model.config.max_position_embeddings)
-        # batches of prompts of like length waste the least on padding
+        # Batches of prompts of similar length have the least padding.
         order = sorted((i for i in range(len(requests)) if i not in found), key=lambda i: len(prompts[i]))
         drawn_alike: dict[Sampling, list[int]] = {}
         for i in order:
@@ -58,7 +62,10 @@ class Transformers:
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> list[Reply]:
-        """Rows leave the batch as they end: its longest response takes several times the mean's steps."""
+        """Generate a batch. Rows leave it when they end.
+
+        This matters because the longest response of a batch needs several times as many steps as the mean.
+        """
         from transformers import DynamicCache
 
         width, pad = max(map(len, prompts)), self._tokenizer.pad_id
@@ -99,12 +106,11 @@ class Transformers:
 
 
 def _llama(directory: str, dtype: torch.dtype) -> Any:
-    """A Llama of plain `transformers` with the config and weights of a directory, which our own readers read.
+    """A Llama of plain `transformers` with a directory's config and weights, read by this package.
 
-    Through other keys of its config, such as `auto_map`, and other files, such as adapters, a directory could
-    have `transformers` load code or pickles.
-
-    Raises `ValueError` where the directory holds no language model.
+    `transformers` does not read the directory itself. Other keys of the config, such as `auto_map`, and other
+    files, such as adapters, could make it load code or pickles. Raises `ValueError` if the directory has no
+    language model.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,15 +131,17 @@ def _llama(directory: str, dtype: torch.dtype) -> Any:
 
 
 class _Draws:
-    """Samples by an exponential race: the token of the largest log p - log E, with E exponential, is one
-    drawn from p. Each row has a generator of its own."""
+    """Samples by an exponential race. Each row has its own random generator.
+
+    With exponential random numbers E, the token of the largest log p - log E is distributed as p.
+    """
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._sampling = sampling
 
     def __call__(self, rows: Sequence[int], scores: Tensor) -> Tensor:
-        """scores: [b, v] logits; rows: which seed each of them has."""
+        """log p - log E, [b, v]. scores: [b, v] logits. rows: the index of each row's seed."""
         logps = torch.log_softmax(scores.float() / self._sampling.temperature, dim=-1)
         if self._sampling.top_p < 1:
             logps = nucleus(logps, self._sampling.top_p)
@@ -144,7 +152,7 @@ class _Draws:
 
 
 def nucleus(logps: Tensor, top_p: float) -> Tensor:
-    """[b, v] log-probabilities, -inf but for the fewest most probable tokens that have `top_p` together."""
+    """Log-probabilities, [b, v], with -inf for all but the most probable tokens that reach `top_p`."""
     ordered, index = logps.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(-1) - ordered.exp()
     return torch.full_like(logps, -torch.inf).scatter(

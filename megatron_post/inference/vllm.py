@@ -1,4 +1,4 @@
-"""vLLM's offline engine."""
+"""Generates with vLLM's offline engine."""
 
 import gc
 import os
@@ -16,25 +16,25 @@ from megatron_post.inference.tokens import overlong, prompt_ids, reply_of, stop_
 from megatron_post.installation import install_command
 from megatron_post.parallel.environment import rank_from_environment
 
-_SECONDS_TO_END = 120.0  # of its processes
+_SECONDS_TO_END = 120.0  # for vLLM's processes to end
 
 
 class Vllm:
-    """vLLM's offline engine; prompts are shared by their samples through its prefix cache.
+    """A backend on vLLM's offline engine. Its prefix cache computes a prompt once for all samples.
 
-    Written by the sources of vLLM 0.32, and never run here.
+    It was written from the sources of vLLM 0.32, and has not been run with vLLM.
     """
 
     def __init__(self, settings: VllmBackend, model: str, content_tokens: Sequence[str]) -> None:
         _, _, local_rank = rank_from_environment()
         os.environ |= {
-            # the engine in a process of its own, which frees its GPUs; forked, it would fail where this one
-            # has begun CUDA, if only to ask for it
+            # The engine runs in a process of its own, so that its end frees the GPUs. The process is spawned,
+            # because a forked one fails if this process has initialised CUDA.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        # engines that start together would write one cache, in a home that nodes share
+        # Engines that start at the same time would otherwise write the same cache in a shared home directory.
         cache = Path(tempfile.gettempdir(), f"vllm-{os.getuid()}-{local_rank}")
         os.environ.setdefault("VLLM_CACHE_ROOT", str(cache))
         try:
@@ -46,7 +46,7 @@ class Vllm:
             ) from None
         self._parameters: Any = SamplingParams
         self._tokenizer = load_tokenizer(model, content_tokens=content_tokens)
-        # it would not notice that this process is gone, and would keep the GPUs
+        # The engine would not notice a SIGTERM of this process and would keep the GPUs. So exit normally.
         self._terminated = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             self._engine = LLM(
@@ -56,8 +56,9 @@ class Vllm:
                 gpu_memory_utilization=settings.memory_share,
                 enable_prefix_caching=True,
                 trust_remote_code=False,
-                load_format="safetensors",  # and no pickled .bin
-                max_model_len=-1,  # what memory holds: of the model's own length one request must fit
+                load_format="safetensors",  # a pickled .bin is never loaded
+                # The longest that memory allows. By default one request of the model's full length must fit.
+                max_model_len=-1,
             )
         except RuntimeError as error:
             signal.signal(signal.SIGTERM, self._terminated)
@@ -84,7 +85,8 @@ class Vllm:
                     max_tokens=requests[i].sampling.max_tokens,
                     seed=requests[i].seed,
                     stop_token_ids=stops[i],
-                    ignore_eos=True,  # the stop tokens are those of `stop`, and not the model's besides
+                    # Only the tokens of `stop` end a response, and not those of the model's config.
+                    ignore_eos=True,
                     detokenize=False,
                 )
                 for i in asked
