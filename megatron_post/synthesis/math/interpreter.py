@@ -1,23 +1,20 @@
 """A session of Python: a block runs in the sandbox after the earlier ones, whose output is hidden."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_post.sandbox.languages import Code
 from megatron_post.sandbox.outcome import Outcome
+from megatron_post.synthesis.task import Files
 
 _DRIVER = Path(__file__).with_name("session_driver.py")
 _END = "\n(end of session)\n"  # the driver writes it last; without it a block has ended the interpreter
 
 
-def session(blocks: Sequence[str]) -> Code:
+def session(blocks: Sequence[str]) -> tuple[Files, tuple[str, ...]]:
     """The program that runs these blocks in order, and shows the output of the last one."""
-    files: dict[str, str | bytes] = {
-        "session.py": _DRIVER.read_text(encoding="utf-8"),
-        "blocks.json": json.dumps({"blocks": list(blocks), "end": _END}),
-    }
-    return Code(files, ("env", "PYTHONHASHSEED=0", "python3", "session.py"))
+    names = [f"block_{number}.py" for number in range(1, len(blocks) + 1)]
+    files: Files = {_DRIVER.name: _DRIVER, **dict(zip(names, blocks, strict=True))}
+    return files, ("env", "PYTHONHASHSEED=0", "python3", _DRIVER.name, *names)
 
 
 def has_ended(outcome: Outcome) -> bool:

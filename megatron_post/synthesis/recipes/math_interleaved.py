@@ -39,7 +39,7 @@ class Settings(Section):
         0.5, gt=0, le=1, description="share of the samples that must agree where no answer is known"
     )
     keep: Count = Field(2, description="solutions of a problem that are kept, at most")
-    calls: Count = Field(6, description="programs that one solution may run")
+    calls: Count = Field(6, le=100, description="programs that one solution may run")
     output: Count = Field(2000, description="characters of a program's output that the model gets, at most")
 
 

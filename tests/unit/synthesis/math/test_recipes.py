@@ -245,7 +245,8 @@ def test_interleaved_programs_are_run_and_false_answers_dropped(math_place: Math
     assert all(m.trained for m in right.messages) and right.tools == ({"type": "code_interpreter"},)
     assert right.messages[1].tool_calls[0].parameters == {"code": "total = 1 + 2"}
     assert (
-        error.messages[2].content.startswith("error\n[stderr]\n") and "<block 1>" in error.messages[2].content
+        error.messages[2].content.startswith("error\n[stderr]\n")
+        and 'File "block_1.py", line 1' in error.messages[2].content
     )
     assert [m.content for m in loop.messages if m.role == "ipython"] == [
         "timeout",
