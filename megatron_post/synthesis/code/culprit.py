@@ -21,11 +21,19 @@ class Trial:
     killed: float
 
     async def fault_of(self, source: str, tests: str, report: Report) -> tuple[str, str] | None:
-        """If the tests are to blame: a reason that repeats, and what is wrong with them.
+        """If the tests are to blame: a reason that repeats, and what is wrong with them. It is counted.
 
         report: of these tests on this program. Tests are wrong if they cannot be loaded, if they let too many
         mutants pass, and if every program fails them that was written independently of this one.
         """
+        fault = await self._fault_of(source, tests, report)
+        if fault is not None:
+            self.bench.task.count("blame", fault[0])
+        elif not report.ok:
+            self.bench.task.count("blame", "the program is wrong")
+        return fault
+
+    async def _fault_of(self, source: str, tests: str, report: Report) -> tuple[str, str] | None:
         if report.kind == "tests":
             return "the tests cannot be loaded", report.text
         if report.ok:

@@ -22,8 +22,10 @@ VERSION = 1
 MODELS = ("author", "judge")
 SANDBOX = True
 
-_PROBLEM = re.compile(r"Topic:[ \t]*(?P<topic>[^\n]+)\n\s*Problem:\s*(?P<problem>.*\S)\s*", re.DOTALL)
-_VERDICT = re.compile(r"Bugs: *(yes|no)\s*\nIntent: *(yes|no)\s*\Z", re.IGNORECASE)
+_PROBLEM = re.compile(
+    r"\**Topic:\**[ \t]*(?P<topic>[^\n]+)\n\s*\**Problem:\**\s*(?P<problem>.*\S)\s*", re.DOTALL
+)
+_VERDICT = re.compile(r"Bugs:\** *(yes|no)\s*\n\**Intent:\** *(yes|no)\s*\Z", re.IGNORECASE)
 _LAST = {  # why the last program is dropped, by the kind of its report
     "build": "the last program does not compile",
     "lint": "the linter finds faults in the last program",
@@ -123,8 +125,11 @@ class _Work:
 
         Raises `Dropped` if the tests stay wrong.
         """
-        if self.bench.language == "python" and (found := await lint(source)):
-            return found
+        if self.bench.language == "python":
+            found = await lint(source)
+            self.task.count("lint", "no fault" if found is None else found.kind)
+            if found is not None:
+                return found
         while True:
             report = await self.bench.run("test", source, self.tests)
             if report.kind == "build":
@@ -168,5 +173,6 @@ async def _judge(task: Task[Settings], problem: str, reply: Reply) -> None:
     verdict = _VERDICT.search(text)
     if verdict is None:
         raise Dropped("the verdict is not in the form that was asked for")
+    task.count("judge", f"bugs: {verdict[1].lower()}, intent: {verdict[2].lower()}")
     if verdict[1].lower() == "yes" or verdict[2].lower() == "no":
         raise Dropped("the judge finds a fault", text[-500:])

@@ -240,7 +240,7 @@ def answer(body: Body) -> str:
     if "Write a programming problem" in text:
         if manner == "no_problem":
             return REFUSAL
-        return f"Topic: sums of kind {number}\nProblem: Print the sum plus {number} ({found[0]})."
+        return f"Topic: sums of kind {number}\n\n**Problem:**\nPrint the sum plus {number} ({found[0]})."
     if last.startswith("Write unit tests"):
         if seed := body.get("seed"):
             wrong = {"unseen_wrong": "wrong", "unseen_wrong_first": "wrong" if seed == 1 else "unseen"}
@@ -249,7 +249,7 @@ def answer(body: Body) -> str:
     if last.startswith("Judge this answer"):
         if manner == "judged_vaguely":
             return "It looks fine."
-        return f"It is short.\nBugs: {'yes' if manner == 'judged' else 'no'}\nIntent: yes"
+        return f"It is short.\n**Bugs:** {'yes' if manner == 'judged' else 'no'}\nIntent: yes"
     if body.get("seed") and not _LANGUAGE.search(text) and manner != "all_wrong":
         return _in_reply(PROGRAMS, "right", number).replace("in one pass", f"in pass {body['seed']}")
     tries = sum(message["role"] == "assistant" for message in body["messages"])

@@ -10,8 +10,11 @@ from tests.unit.synthesis.conftest import Place
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
-def run(place: Place, recipe: str, texts: list[str], **values: Any) -> None:
-    """Write the texts as the files 01, 02 and so on, and run a recipe of one model on them."""
+def run(place: Place, recipe: str, texts: list[str], *, size: int = 1, **values: Any) -> None:
+    """Write the texts as the files 01, 02 and so on, and run a recipe of one model on them.
+
+    size: processes, one after the other.
+    """
     code = place.directory / "code"
     code.mkdir(exist_ok=True)
     for number, text in enumerate(texts, start=1):
@@ -23,7 +26,9 @@ def run(place: Place, recipe: str, texts: list[str], **values: Any) -> None:
     if recipe == "code_execution":
         models["judge"] = "author"
     documents = {"kind": "documents", "path": str(code)}
-    place.run(recipe=recipe, input=documents, models=models, **{"max_failed": 0.02, **values})
+    values = {"max_failed": 0.02, **values, "recipe": recipe, "input": documents, "models": models}
+    for rank in reversed(range(size)):
+        place.run(rank=rank, size=size, **values)
 
 
 def outcomes(place: Place) -> dict[int, str]:
@@ -42,8 +47,8 @@ def _number(source: str) -> int:
 
 
 def check_that_it_goes_on(place: Place, share: float, recipe: str, texts: list[str], **values: Any) -> None:
-    """A kill leaves a part of the journal, whose last line is torn. The rest is asked, and the bytes are the
-    same."""
+    """A kill leaves a part of the journal, whose last line is torn. Two processes ask the rest, and the bytes
+    are the same."""
     run(place, recipe, texts, **values)
     expected, asked = place.bytes(), place.asked()
     (journal,) = (place.output / "journal").glob("journal-*.jsonl")
@@ -52,7 +57,7 @@ def check_that_it_goes_on(place: Place, share: float, recipe: str, texts: list[s
     shutil.rmtree(place.output)
     journal.parent.mkdir(parents=True)
     journal.write_bytes(content)
-    run(place, recipe, texts, **values)
+    run(place, recipe, texts, size=2, **values)
     assert place.bytes() == expected
     kept = content.count(b'"kind":"reply"')
     assert place.asked() in (asked - kept, asked - kept + 1)  # the torn line may be a reply

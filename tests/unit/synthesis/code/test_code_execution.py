@@ -65,7 +65,7 @@ EXPECTED = {
 
 
 pytestmark = needs_bubblewrap
-SETTINGS = {"seconds": 2.0}
+SETTINGS = {"seconds": 2.0, "mutants": 3}
 
 
 @pytest.fixture
@@ -88,6 +88,10 @@ def test_fifty_problems(place: Place) -> None:
     for each in summary["reasons"]:
         counted[each["reason"]] += each["rows"]
     assert counted == Counter(EXPECTED[manner][1] for manner in manners)
+    blamed = summary["steps"]["blame"]["results"]
+    assert blamed["the tests cannot be loaded"] == 1 + 2 + 2  # one is corrected, and two fail twice each
+    assert blamed["wrong programs pass the tests"] == 1 + 1 + 2 + 2 + 2
+    assert summary["steps"]["lint"]["results"]["lint"] == 1 + 3  # unused is corrected, silenced is not
     assert (summary["kept"], summary["dropped"], summary["failed"]) == (19, 30, 1)
     for row in place.rows():
         _check(row)
