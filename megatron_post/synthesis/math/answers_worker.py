@@ -41,18 +41,25 @@ def compare(wanted: str, given: str) -> str:
         return "unreadable"
 
 
+def _limit(kind: int, most: int) -> None:
+    """Set a limit that may be raised again, below the one that a site has set."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def main() -> None:
     seconds = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, most in (
+        (resource.RLIMIT_AS, _MEMORY),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _limit(kind, most)
     output, sys.stdout = sys.stdout, sys.stderr  # whatever the library prints is no answer
     print(_READY, file=output, flush=True)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)
-        until = int(used.ru_utime + used.ru_stime) + 1 + seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
+        _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + seconds)
         print(compare(*json.loads(line)), file=output, flush=True)
 
 

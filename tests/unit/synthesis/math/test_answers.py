@@ -1,6 +1,10 @@
 """Answers are compared in processes that can be killed, and each pair once."""
 
 import asyncio
+import json
+import shlex
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -8,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_post.inference.journal import Journal
+from megatron_post.synthesis.math import answers
 from megatron_post.synthesis.math.answers import BrokenComparison, MathAnswers
 from megatron_post.synthesis.math.tries import boxed_answer, known_answer, step_verdicts, steps_of
 
@@ -39,11 +44,11 @@ BOMBS = ["9^{9^{9^{9}}}", "1000000000!"]
 
 async def _compare(directory: Path, *pairs: tuple[str, str], processes: int = 1) -> list[str]:
     with Journal(directory, 0) as journal:
-        answers = MathAnswers(journal, processes=processes, seconds=1)
+        math = MathAnswers(journal, processes=processes, seconds=1)
         try:
-            return [(await answers.compare(*pair))[0] for pair in pairs]
+            return [(await math.compare(*pair))[0] for pair in pairs]
         finally:
-            await answers.close()
+            await math.close()
 
 
 def test_what_is_the_same(tmp_path: Path) -> None:
@@ -76,19 +81,34 @@ def test_a_pair_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         asyncio.run(_compare(tmp_path, ("2", "4")))
 
 
+def test_a_process_that_dies_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("print('ready', flush=True); input(); raise SystemExit(1)")
+    monkeypatch.setattr("megatron_post.synthesis.math.answers._WORKER", worker)
+    assert asyncio.run(_compare(tmp_path, ("1", "2"), ("1", "3"))) == ["crashed", "crashed"]
+
+
+def test_a_process_obeys_the_limits_of_its_site(tmp_path: Path) -> None:
+    worker = [sys.executable, answers.__file__.replace("answers.py", "answers_worker.py"), "5"]
+    limited = "ulimit -v 1000000 && ulimit -t 60 && exec " + shlex.join(worker)
+    pair = json.dumps(["1", "1.0"])
+    found = subprocess.run(["bash", "-c", limited], input=f"{pair}\n", capture_output=True, text=True)
+    assert found.stdout == "ready\nsame\n", found.stderr
+
+
 def test_a_cancelled_comparison_answers_no_other(tmp_path: Path) -> None:
     async def run() -> str:
         with Journal(tmp_path, 0) as journal:
-            answers = MathAnswers(journal, processes=1)
+            math = MathAnswers(journal, processes=1)
             try:
-                await answers.compare("1", "2")
-                comparing = asyncio.create_task(answers.compare(BOMBS[0], "1"))
+                await math.compare("1", "2")
+                comparing = asyncio.create_task(math.compare(BOMBS[0], "1"))
                 await asyncio.sleep(0.2)
                 comparing.cancel()
                 await asyncio.gather(comparing, return_exceptions=True)
-                return (await answers.compare("5", "5.0"))[0]
+                return (await math.compare("5", "5.0"))[0]
             finally:
-                await answers.close()
+                await math.close()
 
     assert asyncio.run(run()) == "same"
 
@@ -99,14 +119,14 @@ def test_speed(tmp_path: Path) -> None:
 
     async def run() -> tuple[Counter[str], float]:
         with Journal(tmp_path, 0) as journal:
-            answers = MathAnswers(journal, processes=1)
+            math = MathAnswers(journal, processes=1)
             try:
-                await answers.compare("1", "2")  # starts the process
+                await math.compare("1", "2")  # starts the process
                 started = time.monotonic()
-                found = await asyncio.gather(*(answers.compare(*pair) for pair in pairs))
+                found = await asyncio.gather(*(math.compare(*pair) for pair in pairs))
                 return Counter(result for result, _ in found), time.monotonic() - started
             finally:
-                await answers.close()
+                await math.close()
 
     found, seconds = asyncio.run(run())
     print(f"{len(pairs) / seconds:.0f} answers/s")
