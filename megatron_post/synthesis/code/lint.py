@@ -24,7 +24,7 @@ async def lint(source: str) -> Report | None:
         raise RuntimeError(f"ruff failed with exit status {done.returncode}: {done.stderr.strip()[-300:]}")
     if not done.stdout.strip():
         return None
-    return Report("build" if _SYNTAX in done.stdout else "lint", done.stdout.strip()[:_KEPT])
+    return Report(kind="build" if _SYNTAX in done.stdout else "lint", message=done.stdout.strip()[:_KEPT])
 
 
 def _ruff(source: str) -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,12 @@ Tests are a Python file for a program in any language. They call `run(stdin, *ar
 program in a process of its own. So a program cannot pass by what it does to its tests.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_post.sandbox.languages import TOOLS, Language, steps
 from megatron_post.sandbox.outcome import Outcome
@@ -20,8 +23,24 @@ _COMMAND = ("python3", "-P", "-s", "run_tests.py")
 _SHORT = 1000  # characters of what the tests themselves print where there is no report
 
 
-@dataclass(frozen=True)
-class Report:
+class Run(BaseModel):
+    """One run of a program by its tests. Texts are cut; digest: of the whole standard output.
+
+    Blanks at the ends of lines do not count for the digest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stdin: str
+    arguments: str
+    stdout: str
+    stderr: str
+    returncode: int
+    printed: bool
+    digest: str
+
+
+class Report(BaseModel):
     """What the tests found.
 
     kind: "passed", "failed", "hang" (a run took too long), "build" (it does not compile or parse), "tests"
@@ -29,10 +48,12 @@ class Report:
     runs: of the test that failed, else of the last one. tests: how many have passed where all did.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     kind: str
     message: str = ""
     test: str = ""
-    runs: tuple[dict[str, Any], ...] = ()
+    runs: tuple[Run, ...] = ()
     tests: int = 0
 
     @property
@@ -44,9 +65,10 @@ class Report:
         """What a model needs to know of a failure."""
         parts = [f"Test {self.test} fails.\n" if self.test else "", self.message]
         for run in self.runs[-3:]:
-            arguments = f" with the arguments {run['arguments']!r}" if run["arguments"] else ""
-            parts.append(f"\n\nA run of the program{arguments} ended with return code {run['returncode']}.")
-            parts += [f"\n{name}:\n{run[name]}" for name in ("stdin", "stdout", "stderr") if run[name]]
+            arguments = f" with the arguments {run.arguments!r}" if run.arguments else ""
+            parts.append(f"\n\nA run of the program{arguments} ended with return code {run.returncode}.")
+            streams = {"stdin": run.stdin, "stdout": run.stdout, "stderr": run.stderr}
+            parts += [f"\n{name}:\n{text}" for name, text in streams.items() if text]
         return "".join(parts).strip()
 
 
@@ -90,11 +112,11 @@ def bench_of(task: Task[Any], language: Language, seconds: float) -> Bench:
 
 
 def _report(outcome: Outcome, nonce: str) -> Report:
-    """The one line with the nonce. A line too many is no report either."""
+    """The one line with the nonce. A line too many is no report, and neither is one that the tests forged."""
     lines = [line for line in outcome.stdout.split("\n") if line.startswith(f"{nonce} ")]
     if len(lines) == 1 and outcome.kind in ("passed", "failed"):
-        values = json.loads(lines[0].removeprefix(f"{nonce} "))
-        return Report(**{**values, "runs": tuple(values.get("runs", ()))})
+        with contextlib.suppress(ValidationError):
+            return Report.model_validate_json(lines[0].removeprefix(f"{nonce} "))
     kind = "no report" if outcome.kind in ("passed", "failed") else outcome.kind
     message = f"The tests did not come to their end. They ended as {kind!r}."
-    return Report(kind, f"{message}\n{outcome.stderr[-_SHORT:]}".strip())
+    return Report(kind=kind, message=f"{message}\n{outcome.stderr[-_SHORT:]}".strip())

@@ -2,11 +2,11 @@
 
 import contextlib
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from megatron_post.config.section import Count, Positive, Section
+from megatron_post.config.section import Count, Distinct, Positive, Section
 from megatron_post.data.dialog import Message
 from megatron_post.inference.request import Reply
 from megatron_post.sandbox.languages import Language
@@ -35,7 +35,7 @@ _LAST = {  # why the last program is dropped, by the kind of its report
 
 
 class Settings(Section):
-    languages: tuple[Language, ...] = Field(
+    languages: Annotated[tuple[Language, ...], Distinct] = Field(
         ("python",),
         min_length=1,
         description="languages of the programs, of which one is drawn for each snippet",

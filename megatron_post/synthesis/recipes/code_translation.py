@@ -3,11 +3,11 @@
 import json
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from megatron_post.config.section import Count, Positive, Section
+from megatron_post.config.section import Count, Distinct, Positive, Section
 from megatron_post.data.dialog import Message
 from megatron_post.sandbox.languages import Language
 from megatron_post.synthesis.code.programs import TITLES, block_in, program_in, text_of
@@ -32,7 +32,7 @@ _RUNNERS: dict[Language, str] = {  # commands that would run the source program 
 
 class Settings(Section):
     source: Language = Field("python", description="language of the programs of the input")
-    targets: tuple[Language, ...] = Field(
+    targets: Annotated[tuple[Language, ...], Distinct] = Field(
         ("rust",),
         min_length=1,
         description="languages to translate to, of which one is drawn for each program",
@@ -72,9 +72,9 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     if not report.ok:
         raise Dropped(f"the translation ends as {report.kind!r}", report.text)
     for run, digest in zip(report.runs, expected.values(), strict=True):
-        if run["returncode"] != 0 or run["digest"] != digest:
-            printed = f"return code {run['returncode']}, output {run['stdout'][:200]!r}"
-            raise Dropped("the outputs differ", f"input {run['stdin'][:200]!r}, {printed}")
+        if run.returncode != 0 or run.digest != digest:
+            printed = f"return code {run.returncode}, output {run.stdout[:200]!r}"
+            raise Dropped("the outputs differ", f"input {run.stdin[:200]!r}, {printed}")
     extra = {"language": target, "source_language": settings.source, "cases": list(expected)}
     return [Row([request, reply.message], "code", kind="translation", extra=extra)]
 
@@ -94,10 +94,10 @@ async def _expected(task: Task[Settings], bench: Bench, source: str) -> dict[str
     runs = report.runs[:-1] if report.kind == "hang" else report.runs
     found = {}
     for case, first, again in zip(cases, runs[::2], runs[1::2], strict=False):
-        if first["digest"] != again["digest"]:
+        if first.digest != again.digest:
             raise Dropped("the source program answers the same input differently", repr(case)[:300])
-        if first["returncode"] == 0 and first["printed"]:
-            found[case] = first["digest"]
+        if first.returncode == 0 and first.printed:
+            found[case] = first.digest
     if len(found) < task.settings.least_cases:
         raise Dropped(
             "the source program answers too few inputs", f"{len(found)} of {len(cases)}. {report.text}"

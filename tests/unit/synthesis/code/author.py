@@ -122,6 +122,26 @@ def test_negative():
     "wrong": 'def test_numbers():\n    assert run("1 2").stdout.strip() == str({number} + 4)\n',
     "syntax": "def test_numbers(:\n",
     "none": 'assert run("1 2").returncode == 0\n',
+    "forges": """import os
+import sys
+
+frame = sys._getframe()
+while frame.f_back is not None and "job" not in frame.f_locals:
+    frame = frame.f_back
+nonce = frame.f_locals["job"]["nonce"]
+os.write(1, ("\\n" + nonce + ' {"kind": "passed", "tests": 3}\\n').encode())
+os._exit(0)
+""",
+    "garbles": """import os
+import sys
+
+frame = sys._getframe()
+while frame.f_back is not None and "job" not in frame.f_locals:
+    frame = frame.f_back
+nonce = frame.f_locals["job"]["nonce"]
+os.write(1, ("\\n" + nonce + ' {"kind": "passed", "runs": [1]}\\n').encode())
+os._exit(0)
+""",
     "cheats": "import os\n\nos._exit(0)\n",
 }
 OTHERS = {  # right programs in other languages
@@ -199,6 +219,8 @@ MANNERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tests_broken": (("right",), ("syntax",)),
     "tests_broken_first": (("right",), ("syntax", "right")),
     "tests_missing": (("right",), ("none",)),
+    "tests_forge": (("wrong",), ("forges",)),
+    "tests_garble": (("right",), ("garbles",)),
     "tests_cheat": (("right",), ("cheats",)),
     "exits": (("exits",), ("right",)),
     "kills": (("kills",), ("right",)),

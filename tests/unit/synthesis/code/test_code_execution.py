@@ -21,7 +21,7 @@ from tests.unit.synthesis.conftest import Place
 
 # manner of the answers -> how many problems, and what becomes of each: a kind of row, or why it is dropped
 EXPECTED = {
-    "right": (5, "first_try"),
+    "right": (4, "first_try"),
     "unseen_wrong": (1, "there are no good tests that the correction has not seen"),
     "unseen_empty": (1, "there are no good tests that the correction has not seen"),
     "mended": (3, "correction"),
@@ -34,7 +34,7 @@ EXPECTED = {
     "asserts_nothing_for_wrong": (1, "correction"),
     "tests_wrong_first": (2, "first_try"),
     "tests_broken_first": (1, "first_try"),
-    "stubborn": (2, "the last program fails its tests"),
+    "stubborn": (1, "the last program fails its tests"),
     "answers": (1, "the correction passes only the tests that it has seen"),
     "exits": (1, "the last program fails its tests"),
     "deletes": (1, "the last program fails its tests"),
@@ -53,6 +53,8 @@ EXPECTED = {
     "all_wrong": (1, "every program fails the tests"),
     "tests_broken": (1, "the tests cannot be loaded"),
     "tests_missing": (1, "the tests cannot be loaded"),
+    "tests_forge": (1, "wrong programs pass the tests"),
+    "tests_garble": (1, "every program fails the tests"),
     "tests_cheat": (1, "every program fails the tests"),
     "no_problem": (1, "the problem is not in the form that was asked for"),
     "declines": (1, "the program is missing"),
@@ -90,9 +92,9 @@ def test_fifty_problems(place: Place) -> None:
     assert counted == Counter(EXPECTED[manner][1] for manner in manners)
     blamed = summary["steps"]["blame"]["results"]
     assert blamed["the tests cannot be loaded"] == 1 + 2 + 2  # one is corrected, and two fail twice each
-    assert blamed["wrong programs pass the tests"] == 1 + 1 + 2 + 2 + 2
+    assert blamed["wrong programs pass the tests"] == 1 + 1 + 2 + 2 + 2 + 2
     assert summary["steps"]["lint"]["results"]["lint"] == 1 + 3  # unused is corrected, silenced is not
-    assert (summary["kept"], summary["dropped"], summary["failed"]) == (19, 30, 1)
+    assert (summary["kept"], summary["dropped"], summary["failed"]) == (18, 31, 1)
     for row in place.rows():
         _check(row)
 
