@@ -1,7 +1,7 @@
-"""Settings that every unit test shares."""
+"""Settings of all unit tests."""
 
 from hypothesis import settings
 
-# how long one example takes depends on what else the machine does
+# the time of an example depends on the load of the machine
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

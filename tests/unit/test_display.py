@@ -20,7 +20,7 @@ HOSTILE = (
     "[red]x[/red] [/] \x1b[2J \x1b]8;;http://evil\x07link \x1b]52;c;aGk=\x07 \x9b31m "
     "\u202egnp.exe \u2066 \x7f \x08 a\rhidden \udcff :smile: \U000e0041"
 )
-# what `rich` writes to a terminal by itself: colours, and movements of the cursor under a progress bar
+# escape sequences that `rich` writes itself, for colours and for the cursor of a progress bar
 RICH = re.compile(r"\x1b\[[0-9;?]*[mAKhl]|\r")
 
 
@@ -52,7 +52,7 @@ def test_invisible_characters_become_visible() -> None:
 def test_a_console_obeys_neither_markup_nor_escape_sequences(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In lines, rules, tables, titles, lists and progress bars, on a terminal and in a file."""
+    """This holds for lines, rules, tables, titles, lists and progress bars, on a terminal and in a file."""
     if is_terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("TTY_COMPATIBLE", "1")
@@ -84,12 +84,12 @@ def test_json_is_ascii_and_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_module_prints_through_display() -> None:
-    """A `print`, or a `Console` or `Progress` of rich itself, would obey what it prints."""
+    """A `print`, and rich's own `Console` and `Progress`, would obey escape sequences or markup."""
     forbidden = {"print", "Console", "Progress", "echo", "secho", "rprint"}
     found = [
         f"{path.relative_to(PACKAGE)}:{node.lineno}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        # gpu_day starts where only the standard library is installed, and prints its own checks' output
+        # gpu_day may start with only the standard library, and it prints only the output of its own checks
         if path.name != "display.py" and path.parent.name != "gpu_day"
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)

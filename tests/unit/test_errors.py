@@ -119,7 +119,7 @@ def test_wrong_commands(
 
 
 def test_a_pipe_that_is_closed_and_a_terminal_without_unicode(tmp_path: Path) -> None:
-    """As processes: `| head` gives no traceback, and a name is shown on a terminal that has ASCII alone."""
+    """As processes, `| head` gives no traceback, and a terminal with only ASCII shows an escaped name."""
     shell = f"{sys.executable} -m megatron_post config schema | head -1; exit ${{PIPESTATUS[0]}}"
     piped = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert piped.stderr == ""

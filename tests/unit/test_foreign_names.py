@@ -1,7 +1,7 @@
-"""What our code asks of packages that tests cannot install has the names of those packages' own sources.
+"""Names of packages that tests cannot install are compared with tables from the sources of these packages.
 
-The tables were read off the sources of the versions named, as far as our code could use them. Whoever asks
-for another name must look it up, and add it here. Our part is read off our source.
+The tables have the names of the stated versions that this package could use. A developer who uses another
+name must look it up in the sources and add it here. The used names are read from this package's source.
 """
 
 import ast
@@ -16,9 +16,9 @@ from megatron_post.parallel.adam import ApexStyleAdam
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_post"
 
-# vLLM 0.32.0: LLM.__init__ and LLM.generate (vllm/entrypoints/llm.py); EngineArgs, which takes what LLM does
-# not name (vllm/engine/arg_utils.py); SamplingParams (vllm/sampling_params.py); shutdown of the client of the
-# engine (vllm/v1/engine/core_client.py)
+# From vLLM 0.32.0. LLM.__init__ and LLM.generate are in vllm/entrypoints/llm.py. EngineArgs in
+# vllm/engine/arg_utils.py gets the arguments that LLM does not name. SamplingParams is in
+# vllm/sampling_params.py, and the shutdown of the engine's client in vllm/v1/engine/core_client.py.
 VLLM = {
     "LLM": {
         "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "tensor_parallel_size", "dtype",
@@ -32,7 +32,8 @@ VLLM = {
     },
     "shutdown": {"timeout"},
 }  # fmt: skip
-# NVIDIA DALI 2.4.0, nvidia/dali/pipeline.py: Pipeline.__init__; the signature of fn.external_source
+# From NVIDIA DALI 2.4.0. Pipeline.__init__ is in nvidia/dali/pipeline.py. Also the signature of
+# fn.external_source.
 DALI = {
     "Pipeline": {
         "batch_size", "num_threads", "device_id", "seed", "exec_pipelined", "prefetch_queue_depth",
@@ -43,17 +44,19 @@ DALI = {
         "batch", "parallel", "no_copy", "batch_info",
     },
 }  # fmt: skip
-# `nvidia-smi --help-query-gpu`; newer drivers list "clocks_event_reasons", or the name that we use
+# From `nvidia-smi --help-query-gpu`. Newer drivers list "clocks_event_reasons", or the name that is used
+# here.
 NVIDIA_SMI = {
     "index", "name", "driver_version", "memory.total", "memory.used", "memory.free",
     "clocks_throttle_reasons.hw_slowdown", "ecc.errors.uncorrected.volatile.total",
 }  # fmt: skip
-# NVIDIA/apex at 004da4e, apex/optimizers/fused_adam.py: FusedAdam.__init__, less what our stand-in cannot do
+# FusedAdam.__init__ from apex/optimizers/fused_adam.py of NVIDIA/apex at 004da4e, without the arguments that
+# this package's Adam does not support.
 APEX_ADAM = {"params", "lr", "betas", "eps", "weight_decay"}
 
 
 def _keywords(file: str, function: str) -> set[str]:
-    """Keywords that a file of the package gives to calls of a function or method of this name."""
+    """The keywords of all calls of a function or method of this name in a file of the package."""
     calls = [
         node
         for node in ast.walk(ast.parse((PACKAGE / file).read_text()))
@@ -70,7 +73,7 @@ def test_vllm(function: str) -> None:
 
 @pytest.mark.parametrize("function", DALI)
 def test_dali(function: str) -> None:
-    """Beside the installed package too, where there is one."""
+    """If DALI is installed, the names are also compared with the package."""
     asked = _keywords("data/dali.py", function)
     assert asked <= DALI[function]
     try:
@@ -92,6 +95,6 @@ def test_nvidia_smi() -> None:
 
 
 def test_apex() -> None:
-    """Our Adam in the place of Apex's takes the same names."""
+    """This package's Adam, which replaces Apex's, has arguments of the same names."""
     names = set(inspect.signature(ApexStyleAdam).parameters)
     assert names >= APEX_ADAM

@@ -1,7 +1,6 @@
-"""Who may import whom (DESIGN.md), read off the source; and that importing a module does nothing.
+"""Modules only import the rooms that they may import, and importing a module has no effects.
 
-Beyond DESIGN.md's table, `stages` import `megatron_post_kernels`: the losses over pairs are there, each once,
-as torch beside its kernel.
+`stages` imports `megatron_post_kernels`, because each loss over pairs is there, as torch next to its kernel.
 """
 
 import ast
@@ -19,7 +18,7 @@ from tests.rooms import PICTURE, TABLE, floors, knowledge, picture, table
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_post"
 
-# room -> what it may import of the package beside itself: a room, or one module of a room
+# For each room, the other rooms or single modules of the package that it may import.
 ALLOWED = {
     "config": {"display", "installation", "storage"},
     "display": set(),
@@ -115,7 +114,7 @@ ALLOWED = {
     },
     "__main__": {"cli"},
 }
-# room -> the only third-party packages it may import
+# For each room, the only third-party packages that it may import.
 ONLY = {
     "config": {"pydantic", "pydantic_core", "yaml"},
     "display": {"rich"},
@@ -130,7 +129,7 @@ ONLY = {
     "cli": {"typer"},
     "doctor": {"rich", "torch"},
 }
-# module -> the only files that may import it
+# For each module, the only files that may import it.
 ONLY_IN = {
     "transformer_engine": {"models/specs.py"},
     "megatron.core.extensions.transformer_engine": {"models/specs.py"},
@@ -147,7 +146,7 @@ def _sources() -> list[Path]:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Full names of everything a file imports, lazily or for types alone too."""
+    """The full names of everything that a file imports, also lazily or only for types."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -161,7 +160,7 @@ def _within(name: str, module: str) -> bool:
 
 
 def violations(file: str, names: list[str]) -> list[str]:
-    """What a file (its path in the package) must not import of `names`."""
+    """The names among `names` that a file must not import. file: its path in the package."""
     room = Path(file).parts[0].removesuffix(".py")
     bad = []
     for name in names:
@@ -187,7 +186,7 @@ def test_layers() -> None:
 
 
 def test_every_permission_is_used() -> None:
-    """A permission that no file uses would let an arrow in that nobody has decided on."""
+    """A permission that no file uses would allow an import that nobody has decided on."""
     imports: dict[str, set[str]] = {}
     for path in _sources():
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -250,7 +249,7 @@ def test_the_table_and_the_picture_of_the_rooms_are_those_of_this_test() -> None
 
 
 def file_imports() -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports, lazily or for types alone too."""
+    """For each module, the modules of the package that it imports, also lazily or only for types."""
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in _sources()
@@ -263,7 +262,7 @@ def file_imports() -> dict[str, set[str]]:
 
 
 def test_no_files_import_each_other() -> None:
-    """Neither two files nor a circle of several."""
+    """There is no cycle of imports between files."""
     imports = file_imports()
     assert "megatron_post.config.sections" in imports["megatron_post.config.layout"]
     TopologicalSorter(imports).prepare()  # raises CycleError
@@ -278,7 +277,7 @@ def test_rooms_that_import_each_other_are_found() -> None:
         floors({"a": {"b"}, "b": {"a.c"}, "d": set()})
 
 
-# Imports every module of the package with sockets and subprocesses forbidden, and says what has changed.
+# Imports every module of the package with sockets and subprocesses forbidden, and prints what has changed.
 _PROBE = """
 import json, os, socket, subprocess, sys, warnings
 warnings.simplefilter("ignore")
@@ -319,7 +318,10 @@ print(json.dumps(changed))
 
 
 def test_importing_does_nothing(tmp_path: Path) -> None:
-    """No environment, argument, directory, seed, patch, CUDA, socket or file; one process for all modules."""
+    """Imports change no environment, argument, directory, seed or patch, and use no CUDA, socket or file.
+
+    One process imports all modules.
+    """
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in _sources()

@@ -1,4 +1,4 @@
-"""What could run a file is called in few places, each of which the tests of poison attack."""
+"""Functions that could run code in a file are called in few places, which the poison tests attack."""
 
 import ast
 from collections import defaultdict
@@ -6,11 +6,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_post"
 
-# what is called or derived from, by the last two parts of its name -> the only modules that do
+# The last two parts of the name of a called function or a base class, and the only modules that may use it.
 ALLOWED: dict[str, set[str]] = {
     "torch.load": {"convert/torch_file.py", "convert/module_state.py"},
     "pickle.Unpickler": {"convert/metadata_file.py", "convert/module_state.py"},
-    # without a directory; with trust_remote_code=False; or with weights in safetensors alone
+    # without a directory, with trust_remote_code=False, or only with weights in safetensors
     "from_pretrained": {
         "inference/transformers.py",
         "demo/evaluate.py",
@@ -27,7 +27,7 @@ NOWHERE = (
 
 
 def _name(node: ast.expr) -> str:
-    """`torch.load` of the expression torch.load, `jit.load` of torch.jit.load."""
+    """The last two parts of a name, as `jit.load` for torch.jit.load."""
     if isinstance(node, ast.Name):
         return node.id
     if not isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""Requests and replies of the tests, in few words."""
+"""Short helpers that make requests and replies for tests."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from megatron_post.inference.settings import ServerBackend
 
 
 def asking(text: str, seed: int = 1, sampling: Sampling | None = None) -> Request:
-    """One message of the user."""
+    """A request with one user message."""
     return Request((Message("user", text),), sampling or Sampling(), seed)
 
 
 def answer(text: str, tokens: int = 5, finish: str = "stop", prompt_tokens: int = 0, **more: Any) -> Reply:
-    """more: what `assistant_message` takes."""
+    """A reply. more: arguments of `assistant_message`."""
     return Reply(assistant_message(text, finish=finish, **more), finish, tokens, prompt_tokens)
 
 
 def ask_server(settings: ServerBackend, requests: Sequence[Request]) -> list[Reply | Refusal]:
-    """All of them at a time."""
+    """The answers to all requests, which are sent at once."""
 
     async def main() -> list[Reply | Refusal]:
         async with Server(settings) as server:

@@ -1,4 +1,4 @@
-"""A model in this process, asked by many callers that each wait for one answer."""
+"""A model in this process answers many callers, each of which waits for one answer."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from tests.unit.rounds.models import tiny_policy
 
 
 class Slow:
-    """Answers with the request once it may, and refuses what says "no". Fails at what says "fail"."""
+    """Answers with the request when it is released. It refuses the text "no" and fails at "fail"."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -34,7 +34,7 @@ class Slow:
 
 
 def test_requests_gather_while_others_are_answered() -> None:
-    """Those of one moment are a batch, and those that come meanwhile are the next."""
+    """Requests that are sent together are a batch, and those that arrive during it are the next batch."""
     backend = Slow()
 
     async def main() -> list[Reply | Refusal]:
@@ -44,7 +44,7 @@ def test_requests_gather_while_others_are_answered() -> None:
             await asyncio.sleep(0.01)
         later = [asyncio.ensure_future(batches.answer(asking(text))) for text in ("b", "c", "d")]
         await asyncio.sleep(0)
-        later[1].cancel()  # a caller that leaves
+        later[1].cancel()  # a caller that is cancelled
         backend.may.set()
         return list(await asyncio.gather(*first, later[0], later[2]))
 
@@ -66,7 +66,7 @@ def test_an_error_reaches_everybody_who_waits_and_nobody_later() -> None:
 
 
 def test_it_ends_behind_its_last_batch() -> None:
-    """So that no model is freed while it is at work. Who still waits for a turn is cancelled."""
+    """A model is not freed while it is working. Requests that still wait are cancelled."""
     backend = Slow()
 
     async def main() -> None:
@@ -87,7 +87,7 @@ def test_it_ends_behind_its_last_batch() -> None:
 
 
 def test_a_real_model(tmp_path: Path) -> None:
-    """Requests of other samplings are other batches; an answer is that of its own request."""
+    """Requests with different sampling are in different batches, and each gets its own answer."""
     tiny_policy(tmp_path)
     greedy, short = Sampling(temperature=0, max_tokens=6), Sampling(temperature=0, max_tokens=2)
 

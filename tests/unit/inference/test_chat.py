@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol: what a server is sent, and which answers are replies."""
+"""Tests of request bodies and replies in OpenAI's chat protocol."""
 
 import json
 from typing import Any
@@ -22,7 +22,7 @@ def _completion(message: dict[str, Any], finish: str = "stop", **usage: Any) -> 
     [(None, "stop"), (128009, "stop"), (128008, "tool_calls"), ("<|eom_id|>", "tool_calls")],
 )
 def test_where_vllm_stopped(reason: int | str | None, finish: str) -> None:
-    """vLLM says "stop" of every token that it was told to stop at, and which one it was beside it."""
+    """vLLM's finish reason is "stop" for every stop token, and `stop_reason` is the token."""
     choice = {"message": {"content": "call"}, "finish_reason": "stop", "stop_reason": reason}
     content = json.dumps({"choices": [choice], "usage": {"completion_tokens": 3}})
     assert parse_completion(content.encode()) == answer("call", 3, finish)
@@ -31,14 +31,14 @@ def test_where_vllm_stopped(reason: int | str | None, finish: str) -> None:
 @pytest.mark.parametrize("content", [None, "", "Let me see."])
 def test_calls_of_tools_are_a_reply(content: str | None) -> None:
     found = parse_completion(_completion({"content": content, "tool_calls": [CALL]}, "tool_calls"))
-    call = ToolCall("f", '{"x": "?"}')  # a lone surrogate is no text
+    call = ToolCall("f", '{"x": "?"}')  # a lone surrogate is not valid text
     assert found == answer(content or "", 0, "tool_calls", calls=[call])
     assert found.message.tool_calls[0].parameters == {"x": "?"} and not found.message.end_of_turn
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
 def test_reasoning_is_kept_apart(key: str) -> None:
-    """Both of vLLM's names; a null is none. Reasoning that took all of max_tokens is no reply."""
+    """vLLM has two names for it, and a null means none. Reasoning that used all of max_tokens is no reply."""
     found = parse_completion(
         _completion({"content": "4", key: "2 + 2", "tool_calls": None}, completion_tokens=7, prompt_tokens=3)
     )
@@ -51,7 +51,7 @@ def test_reasoning_is_kept_apart(key: str) -> None:
 @pytest.mark.parametrize(
     "calls",
     [
-        [CALL, CALL],  # Llama 3's format carries one a message
+        [CALL, CALL],  # Llama 3's format allows one call per message
         [CALL | {"function": {"name": "f", "arguments": "{broken"}}],
         [CALL | {"function": {"name": "f", "arguments": "[1]"}}],
         [CALL | {"function": {"name": "brave_search", "arguments": '{"q": 1}'}}],
@@ -88,7 +88,7 @@ def test_counts_of_tokens_are_whole_numbers(count: Any) -> None:
 
 
 def test_what_a_server_is_sent() -> None:
-    """With tools, their calls and outputs, and earlier reasoning, of which the server's template decides."""
+    """It has tools, calls, outputs, and earlier reasoning, which the server's template may render."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {}}}}
     messages = (
         Message("user", "?"),

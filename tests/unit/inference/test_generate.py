@@ -1,4 +1,4 @@
-"""Generation: parts that are whole or absent, draws that depend on their own seed, and what is refused."""
+"""Tests of `generate`, of interruptions, of failed prompts, and of invalid settings."""
 
 import io
 import json
@@ -37,7 +37,7 @@ CONSOLE = Console(file=io.StringIO())
 
 
 class Parrot:
-    """Answers with the request itself, but not what is in `refuses`; fails at its n-th call."""
+    """Answers with the request itself, refuses the texts in `refuses`, and fails at its n-th call."""
 
     def __init__(self, fails_at: int | None = None, refuses: Collection[str] = ()) -> None:
         self.calls, self._fails_at, self._refuses = 0, fails_at, refuses
@@ -80,7 +80,7 @@ def _settings(tmp_path: Path, **more: Any) -> Generate:
 
 
 def test_an_interrupted_generation_goes_on(tmp_path: Path) -> None:
-    """10 prompts in parts of 4, 4, 2: stopped in the second, the next call draws the second and third."""
+    """10 prompts are in parts of 4, 4 and 2. After a stop in the second, a call generates the rest."""
     settings = _settings(tmp_path, system={"math": "Count.", "default": "Be kind."})
     whole = generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
     assert whole == 30
@@ -110,8 +110,11 @@ def _refusing(*refuses: str, fails_at: int | None = None) -> Parrot:
 
 
 def test_one_bad_prompt_is_a_counted_failure(tmp_path: Path) -> None:
-    """Prompts 2 and 9 of 10 in parts of 4: written with their reasons, and not asked again by a call that
-    goes on behind the first part. The output is that of an undisturbed call, byte for byte."""
+    """Prompts 2 and 9 of 10 fail, in parts of 4.
+
+    They are written with their reasons, and a call that continues after the first part does not send them
+    again. The output equals that of an undisturbed call, byte for byte.
+    """
     settings, said = _settings(tmp_path, max_failed=0.2), io.StringIO()
     console = Console(file=said, width=200)
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
@@ -127,14 +130,16 @@ def test_one_bad_prompt_is_a_counted_failure(tmp_path: Path) -> None:
     assert "question 1" not in again.asked and "question 8" in again.asked
     assert output.read_bytes() == whole.read_bytes()
     assert failures_of(output).read_bytes() == failures_of(whole).read_bytes()
-    output.unlink()  # nothing fails the next time, and nothing is left of the earlier failures
+    output.unlink()  # nothing fails the next time, so the file of earlier failures is removed
     generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot())
     assert not failures_of(output).exists() and read_failures(output) == []
 
 
 def test_too_many_failures_end_it(tmp_path: Path) -> None:
-    """By default 1 of 10 prompts may fail. What exceeds it is asked again, by a server that was mended, and
-    `max_failed` may be raised."""
+    """By default 1 of 10 prompts may fail.
+
+    A refusal above the limit is sent again after the server has been mended, and `max_failed` may be raised.
+    """
     settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
     reason = (
         r"2 of 10 prompts failed, and max_failed=0.01 allows 1. The first was prompt 2: no question 1.*same"
@@ -142,7 +147,7 @@ def test_too_many_failures_end_it(tmp_path: Path) -> None:
     with pytest.raises(TooManyFailures, match=reason):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: _refusing("1", "8"))
     with Journal(parts_of(output)) as journal:
-        assert len(journal) == 24  # 8 prompts, with the first refusals
+        assert len(journal) == 24  # 8 prompts, and the first ones are refused
     mended = Parrot()
     more = settings.model_copy(update={"max_failed": 0.5})
     assert generate(more, output, console=CONSOLE, open_backend=lambda *_: mended) == 6
@@ -152,7 +157,7 @@ def test_too_many_failures_end_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.0, 0), (0.01, 1), (0.1, 1), (0.11, 2), (0.3, 3), (1.0, 9)])
 def test_how_many_of_ten_may_fail(share: float, allowed: int) -> None:
-    """Rounded up, and never all: 0.3 x 10 is 3, and not the 4 of a rounding error."""
+    """The number is rounded up and never all. 0.3 x 10 is 3, and not the 4 of a rounding error."""
     failed = [{"prompt": number, "reason": "no"} for number in range(allowed)]
     check_failures(failed, prompts=10, max_failed=share)
     with pytest.raises(TooManyFailures, match=f"{allowed + 1} of 10 .* allows {allowed}"):
@@ -195,7 +200,7 @@ def test_models_come_from_directories(tmp_path: Path) -> None:
 
 
 def test_other_parts_the_same_responses(tmp_path: Path) -> None:
-    """Prompts of one length: the model sees the same widths, however many prompts a part has."""
+    """The prompts have the same length, so the widths of batches do not depend on the size of parts."""
     settings = _settings(tmp_path, sampling={"samples": 2, "max_tokens": 6})
     written = []
     for part in (1, 3, 10):
@@ -207,7 +212,7 @@ def test_other_parts_the_same_responses(tmp_path: Path) -> None:
 
 
 def test_killed_after_the_last_write(tmp_path: Path) -> None:
-    """The output is whole and its parts are still there: the same call clears them away and is content."""
+    """The output is complete, and its journal still exists. The same call removes the journal."""
     settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
     generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot())
     parts_of(output).mkdir()
@@ -217,7 +222,7 @@ def test_killed_after_the_last_write(tmp_path: Path) -> None:
 
 
 def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
-    """Before the first part is there, settings may be mended."""
+    """Without an answer, the settings may still be changed."""
     settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=1))
@@ -233,8 +238,10 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
 
 
 def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 ranks, here threads, finish the 5 parts of a process that was stopped after the first: the output of
-    one that was not, nothing drawn twice, and all return when it is there."""
+    """3 ranks, here threads, finish the 5 parts of a process that was stopped after the first part.
+
+    The output equals that of an undisturbed process, no response is generated twice, and all ranks return.
+    """
     settings, output = _settings(tmp_path, part=2), tmp_path / "out.jsonl"
     backend = lambda *_: _refusing("3")  # noqa: E731 - of each of them
     generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=backend)
@@ -260,7 +267,7 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert read_failures(output) == read_failures(tmp_path / "whole.jsonl") != []
     assert not parts_of(output).exists()
-    local.rank = 2  # starts when all is over
+    local.rank = 2  # starts when the output is complete
     assert generate(settings, output, console=CONSOLE) == 0
 
 
@@ -278,7 +285,7 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_whose_gpus(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, backend: BackendSettings, own: str | int | None
 ) -> None:
-    """Of rank 3 on a node of 8 GPUs: a device for this process, or a variable for those that it starts."""
+    """Rank 3 on a node of 8 GPUs sets a device for this process, or a variable for its child processes."""
     devices: list[int] = []
     monkeypatch.setattr(ranks, "rank_from_environment", lambda: (11, 16, 3))
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
@@ -298,7 +305,7 @@ def test_whose_gpus(
 
 
 def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no terminal for a bar: 4, 8 and 10 prompts of 10, if a line is due each time."""
+    """Without a terminal there are lines with 4, 8 and 10 of 10 prompts, if a line is printed each time."""
     monkeypatch.setattr(drawing, "SECONDS_BETWEEN_LINES", 0.0)
     said = io.StringIO()
     generate(

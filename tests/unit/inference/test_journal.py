@@ -1,4 +1,4 @@
-"""The journal: what was appended is there after any kill, and damage is told from a torn end."""
+"""A journal keeps all appended entries after any kill, and distinguishes damage from an incomplete line."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def test_entries_are_there_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_keys_are_of_content() -> None:
-    """Neither the order of an object's keys matters nor how it was made; every value does."""
+    """The order of an object's keys and the way it was made do not matter, but every value does."""
     one = key_of(scope=["math", 1], seed=0, messages=[{"role": "user", "content": "ä"}])
     assert one == key_of(messages=[{"content": "ä", "role": "user"}], seed=0, scope=("math", 1))
     others = [
@@ -50,7 +50,7 @@ def _written(directory: Path) -> bytes:
 
 
 def test_a_torn_end_is_cut_off(tmp_path: Path) -> None:
-    """Wherever the kill was in the second line, the first stays and the second can be written again."""
+    """For a kill at any byte of the second line, the first stays and the second can be written again."""
     whole = _written(tmp_path)
     path = tmp_path / "journal-00000.jsonl"
     first = whole.index(b"\n") + 1
@@ -63,7 +63,7 @@ def test_a_torn_end_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_damage_is_an_error_that_names_the_line(tmp_path: Path) -> None:
-    """Each bit of both lines, the ends of lines included: an error, or a torn end, and never other values."""
+    """A flipped bit of any line gives an error or an incomplete last line, but never other values."""
     whole = _written(tmp_path)
     path = tmp_path / "journal-00000.jsonl"
     errors = 0
@@ -75,7 +75,7 @@ def test_damage_is_an_error_that_names_the_line(tmp_path: Path) -> None:
         except ValueError as error:
             assert "journal-00000.jsonl:" in str(error) and "Remove the line" in str(error)
             errors += 1
-        else:  # the last newline alone: the line has no end
+        else:  # the last newline is damaged, so the line is incomplete
             assert found == [{"text": "first"}, None] and at == len(whole) - 1
     assert errors == len(whole) - 1
     path.write_bytes(whole[: whole.index(b"\n") + 1] + b"{}\n")
@@ -98,8 +98,10 @@ def test_one_process_writes_a_file(tmp_path: Path) -> None:
 
 
 def test_other_writers_entries_are_read(tmp_path: Path) -> None:
-    """Those of the start, and by refreshing what was appended since. A line without its end is not yet there.
-    An entry of the own file comes before another's."""
+    """Entries are read at the start and by `refresh`. An incomplete line is not read yet.
+
+    An entry of the writer's own file has priority.
+    """
     with Journal(tmp_path, writer=1) as other:
         other.append(A, "reply", {"text": "other"})
         with Journal(tmp_path, writer=0) as journal:
@@ -113,7 +115,7 @@ def test_other_writers_entries_are_read(tmp_path: Path) -> None:
     with Journal(tmp_path, writer=2) as third:
         third.append(C, "reply", {"text": "third"})
         assert third.get(A) == {"text": "other"}
-    with Journal(tmp_path, writer=1) as other:  # which has cut off its own torn end
+    with Journal(tmp_path, writer=1) as other:  # it has removed its own incomplete line
         other.append(C, "reply", {"text": "own"})
         assert other.get(C) == {"text": "own"}
     with Journal(tmp_path, writer=1) as other, Journal(tmp_path, writer=0) as journal:
@@ -121,8 +123,7 @@ def test_other_writers_entries_are_read(tmp_path: Path) -> None:
 
 
 def test_a_shared_file_system_shows_a_line_in_pieces(tmp_path: Path) -> None:
-    """While its writer has the file, a line with another checksum is not yet there. Afterwards it is
-    damaged."""
+    """While a writer has the file open, a line with a wrong checksum is ignored, and later it is damage."""
     with Journal(tmp_path, writer=1) as other:
         other.append(A, "reply", {"text": "other"})
         path = tmp_path / "journal-00001.jsonl"
@@ -139,7 +140,7 @@ def test_a_shared_file_system_shows_a_line_in_pieces(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
-    """The disk takes 10 bytes of the second line and no more. The journal goes on once there is space."""
+    """The disk accepts only 10 bytes of the second line. The journal continues when there is space."""
     with Journal(tmp_path) as journal:
         journal.append(A, "reply", {"text": "first"})
         real = journal._writing
@@ -168,7 +169,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
 
 
 def test_memory_holds_places_and_no_entries(tmp_path: Path) -> None:
-    """100,000 entries of 1 kB are 100 MB in the file. The process grows by less than 30 MB for them."""
+    """100,000 entries of 1 kB have 100 MB in the file. The process grows by less than 30 MB."""
     code = f"""
 import resource
 from megatron_post.inference.journal import Journal, key_of

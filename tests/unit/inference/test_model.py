@@ -1,4 +1,4 @@
-"""Asking through the journal: once, in any order, by any number of callers."""
+"""A model with a journal sends each request once, in any order and for any number of callers."""
 
 import asyncio
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_post.inference.request import Refusal, Reply, Request, Sampling, a
 
 
 class Parrot:
-    """Answers with the request, and refuses what says "no". Fails where `broken`."""
+    """Answers with the request, and refuses the text "no". Fails if `broken`."""
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
@@ -36,7 +36,7 @@ def _model(parrot: Parrot, journal: Journal, **values: Any) -> Model:
 
 
 def test_nothing_is_asked_twice(tmp_path: Path) -> None:
-    """Ten callers at a time, and again after a restart. Another seed, value or scope is another request."""
+    """Ten callers send it at once, and after a restart. Another seed, value or scope is another request."""
 
     async def main(model: Model) -> list[Reply]:
         return list(await asyncio.gather(*(model.ask("yes", seed=i % 2) for i in range(10))))
@@ -78,7 +78,7 @@ def test_a_refusal_is_an_answer(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_gone_is_no_answer(tmp_path: Path) -> None:
-    """Everybody who waits asks for himself then, and a later call asks again."""
+    """Then every waiting caller sends the request itself, and a later call sends it again."""
     parrot = Parrot()
     with Journal(tmp_path) as journal:
         model = _model(parrot, journal)
@@ -93,7 +93,7 @@ def test_a_server_that_is_gone_is_no_answer(tmp_path: Path) -> None:
 
 
 def test_a_caller_that_leaves_takes_nothing_with_it(tmp_path: Path) -> None:
-    """The second of two equal requests asks itself once the first is cancelled."""
+    """If the first of two equal requests is cancelled, the second one is sent."""
     parrot = Parrot()
     with Journal(tmp_path) as journal:
         model = _model(parrot, journal)

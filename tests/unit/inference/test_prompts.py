@@ -1,4 +1,4 @@
-"""Files of prompts: which rows are good, and what is said of the others."""
+"""Tests of files of prompts, and of the messages about bad rows."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_broken_prompts_are_named(tmp_path: Path) -> None:
 
 
 def test_a_prompt_of_another_capability_is_another_prompt(tmp_path: Path) -> None:
-    """It may be asked under another system prompt."""
+    """Another capability may have another system prompt."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "x", "capability": "a"}\n{"prompt": "x", "capability": "b"}\n')
     first, second = read_prompts(path)

@@ -1,4 +1,4 @@
-"""Requests and replies in JSON."""
+"""Tests of requests and replies in JSON."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A server that answers, is slow, talks nonsense, or refuses."""
+"""Tests with servers that answer, are slow, give invalid answers, or refuse requests."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def _ask(served: _Server, count: int = 1, **settings: Any) -> list[Reply | Refus
 
 
 def test_answers_in_the_order_of_requests(served: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_KEY", "secret\n")  # as `$(cat FILE)` does not, but a mounted secret does
+    monkeypatch.setenv("A_KEY", "secret\n")  # a mounted secret ends with a newline
     served.answer = lambda n, body: (200, _completion(f"to {body['messages'][0]['content']}"))
     found = _ask(served, 20, api_key_variable="A_KEY")
     assert found == [answer(f"to {i}", 5, "stop") for i in range(20)]
@@ -121,7 +121,7 @@ def test_nonsense_is_refused(served: _Server, content: bytes, message: str) -> N
     served.answer = lambda n, body: (200, content)
     with pytest.raises(BadServer, match=f"3 tries failed, the last with: .*{message}"):
         _ask(served)
-    assert len(served.bodies) == 4  # the last asks whether the server answers anything
+    assert len(served.bodies) == 4  # the last request checks whether the server answers any request
 
 
 def test_a_slow_server(served: _Server) -> None:
@@ -135,7 +135,7 @@ def test_a_slow_server(served: _Server) -> None:
 
 
 def test_a_server_that_drips(served: _Server) -> None:
-    """Each byte comes in time, the answer does not."""
+    """Each byte arrives in time, but the whole answer does not."""
     served.answer = lambda n, body: (200, _completion("slow"))
     served.drip = 0.05
     with pytest.raises(BadServer, match=r"1 tries failed, the last with: no answer within timeout=0.3 s"):
@@ -143,7 +143,7 @@ def test_a_server_that_drips(served: _Server) -> None:
 
 
 def test_a_server_that_hangs_up(served: _Server) -> None:
-    """Before its answer, or in the middle of it."""
+    """It closes the connection before its answer, or in the middle of it."""
     served.answer = lambda n, body: (200, _completion("lost"))
     for sent, message in (
         (None, "Server disconnected|Connection reset"),
@@ -161,7 +161,7 @@ def test_a_server_that_always_fails(served: _Server) -> None:
 
 
 def test_another_model_is_refused_at_once(served: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's words for it. Requests that wait for another try give up with it."""
+    """The message is vLLM's. Requests that wait for another try end at the same time."""
     monkeypatch.setattr(module, "_FIRST_WAIT", 60.0)
     served.answer = lambda n, body: (503, b"") if n < 3 else (404, b"The model `m` does not exist.")
     began = time.monotonic()
@@ -171,8 +171,10 @@ def test_another_model_is_refused_at_once(served: _Server, monkeypatch: pytest.M
 
 
 def test_what_is_done_is_kept_while_the_server_is_mended(served: _Server, tmp_path: Path) -> None:
-    """Three parts of two prompts; the server fails for good in the second part, and is mended: the rows are
-    those of a server that never failed."""
+    """The server fails in the second of three parts of two prompts until it is mended.
+
+    The rows equal those of a server that never failed.
+    """
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(6)))
     url = f"http://127.0.0.1:{served.server_address[1]}/v1"
@@ -205,7 +207,7 @@ def test_what_is_done_is_kept_while_the_server_is_mended(served: _Server, tmp_pa
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_refusal_is_of_its_request_alone(served: _Server, status: int) -> None:
-    """And final: it is not tried again."""
+    """It is final, so the request is not sent again."""
     served.answer = lambda n, body: (
         (status, b"too long") if body["seed"] == 1 else (200, _completion(str(body["seed"])))
     )
@@ -219,7 +221,7 @@ def test_a_refusal_is_of_its_request_alone(served: _Server, status: int) -> None
 
 
 def test_an_answer_without_text_is_a_failure(served: _Server) -> None:
-    """A refusal, calls of tools, reasoning that took all of max_tokens. A blank text is a text."""
+    """Refusals, tool calls, and reasoning that used all of max_tokens have no text. A blank one is text."""
     served.answer = lambda n, body: (
         200,
         _completion(None, "tool_calls") if body["seed"] else _completion(""),
@@ -234,7 +236,7 @@ def test_an_answer_without_text_is_a_failure(served: _Server) -> None:
 
 @pytest.mark.parametrize(("status", "content"), [(500, b"no"), (200, b"<html>")])
 def test_one_request_that_the_server_cannot_take(served: _Server, status: int, content: bytes) -> None:
-    """The server answers others meanwhile, so it is the request that fails."""
+    """The server answers other requests, so only this request fails."""
     others = threading.Event()
 
     def reply(n: int, body: dict[str, Any]) -> tuple[int, bytes]:

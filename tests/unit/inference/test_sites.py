@@ -1,4 +1,4 @@
-"""Requests spread over servers, some of which die, hang, come back, or appear later."""
+"""Requests are spread over servers, some of which die, hang, come back, or appear later."""
 
 import asyncio
 import resource
@@ -39,7 +39,7 @@ def _requests(count: int) -> list[Any]:
 
 
 def test_servers_share_the_requests() -> None:
-    """Each gets no more at a time than it takes, and about as many in all."""
+    """No server gets more requests at once than it accepts, and all get about the same number."""
     with ScriptedServer(seconds=0.01) as one, ScriptedServer(seconds=0.01) as two:
         assert ask_server(_settings(one, two, parallel_requests=4), _requests(60)) == _replies(60)
         counts = [len(server.requests) for server in (one, two)]
@@ -49,7 +49,7 @@ def test_servers_share_the_requests() -> None:
 
 @pytest.mark.parametrize("fault", ["hang up", "half", "500", "503", "nonsense", "hang"])
 def test_a_server_that_fails_is_left_out(fault: str) -> None:
-    """It fails the requests that it got at first, and at most one at a time when it is tried again."""
+    """Its first requests fail, and after that it only gets one request at a time as a trial."""
     with ScriptedServer(fault=lambda *_: fault) as bad, ScriptedServer(seconds=0.01) as good:
         settings = _settings(bad, good, parallel_requests=4, timeout=0.5)
         assert ask_server(settings, _requests(60)) == _replies(60)
@@ -57,7 +57,7 @@ def test_a_server_that_fails_is_left_out(fault: str) -> None:
 
 
 def test_a_server_that_is_not_there_and_one_that_leaves() -> None:
-    """The requests in flight of the one that leaves go to the other. Nothing is answered twice."""
+    """Open requests of the server that stops go to the other one. No request is answered twice."""
     gone = ScriptedServer()
     gone.close()
     answered = Counter[int]()
@@ -84,17 +84,17 @@ def test_a_server_that_comes_back_is_asked_again(monkeypatch: pytest.MonkeyPatch
     with ScriptedServer(fault=for_a_while) as back, ScriptedServer(seconds=0.05) as good:
         settings = _settings(back, good, parallel_requests=2)
         assert ask_server(settings, _requests(60)) == _replies(60)
-        assert len(back.requests) > 20  # it is the faster one
+        assert len(back.requests) > 20  # it is the faster server
 
 
 def test_addresses_are_read_again(tmp_path: Path) -> None:
-    """A server that is published while requests wait, one that follows, and one whose address is removed."""
+    """A server's file appears while requests wait, then another one, and then the first file is removed."""
 
     async def main(first: ScriptedServer, second: ScriptedServer) -> list[Reply | Refusal]:
         async with Server(_settings(urls_from=str(tmp_path), parallel_requests=1)) as server:
             asked = [asyncio.ensure_future(server.answer(request)) for request in _requests(40)]
             await asyncio.sleep(0.1)
-            (tmp_path / "empty.url").touch()  # its writer has just opened it
+            (tmp_path / "empty.url").touch()  # its writer has only opened it
             (tmp_path / "1.url").write_text(first.url + "\n")
             while len(first.requests) < 5:
                 await asyncio.sleep(0.01)
@@ -120,7 +120,7 @@ def test_a_file_with_something_else_than_an_address(tmp_path: Path) -> None:
 
 
 def test_servers_that_never_come(tmp_path: Path) -> None:
-    """`patience` outlasts the retries, and ends."""
+    """`patience` lasts longer than the retries, and then the run ends."""
     began = time.monotonic()
     with pytest.raises(BadServer, match=r"has no \*.url with the address of a server"):
         ask_server(_settings(urls_from=str(tmp_path), patience=0.3, retries=0), _requests(3))
@@ -128,7 +128,7 @@ def test_servers_that_never_come(tmp_path: Path) -> None:
 
 
 def test_a_server_that_restarts_is_waited_for() -> None:
-    """With `patience` and without a single retry: another server takes the port after 0.3 s."""
+    """With `patience` and without retries, the requests wait until a server uses the port after 0.3 s."""
     before = ScriptedServer()
     before.close()
     settings = _settings(before, retries=0, patience=20)
@@ -149,8 +149,10 @@ def test_a_server_that_restarts_is_waited_for() -> None:
 
 
 def test_one_request_that_no_server_takes() -> None:
-    """It hangs, breaks or answers nonsense each time, and nobody else is asking: it alone is refused, since
-    the server answers another request."""
+    """The request always fails, and there are no other requests.
+
+    It is refused, and not the server, because the server answers a test request.
+    """
     for fault in ("hang", "hang up", "half", "500", "nonsense"):
         poison = lambda body, _: fault if body["seed"] == 0 else None  # noqa: B023, E731
         with ScriptedServer(fault=poison) as server:
@@ -159,7 +161,7 @@ def test_one_request_that_no_server_takes() -> None:
 
 
 def test_retry_after_is_obeyed() -> None:
-    """The server asks for 50 ms, five times what the client would wait."""
+    """The server requires 50 ms, which is five times the client's own wait."""
     with ScriptedServer(fault=lambda body, attempt: "429" if attempt == 1 else None) as server:
         began = time.monotonic()
         assert ask_server(_settings(server), _requests(1)) == _replies(1)
@@ -167,7 +169,7 @@ def test_retry_after_is_obeyed() -> None:
 
 
 def test_all_faults_at_once() -> None:
-    """Of 300 requests a third meets some fault at first; a 400 and an answer without text stay."""
+    """A third of 300 requests fails at first. Only a 400 and an answer without text stay failures."""
     rates = dict.fromkeys(("429", "500", "503", "hang", "hang up", "half", "nonsense", "400", "null"), 0.04)
     fault = by_rates(rates)
     with ScriptedServer(fault=fault) as server, ScriptedServer(fault=fault) as other:
@@ -197,7 +199,7 @@ def test_where_servers_are(values: dict[str, Any], message: str) -> None:
 
 
 def test_answers_are_waited_for_no_longer_than_the_run(tmp_path: Path) -> None:
-    """One request ends the run with a 401: those that wait for a place or another try end with it."""
+    """One request ends the run with a 401. Requests that wait for a server or another try end too."""
 
     def fault(body: dict[str, Any], attempt: int) -> str | None:
         return "401" if body["seed"] == 9 else "503"
@@ -209,8 +211,7 @@ def test_answers_are_waited_for_no_longer_than_the_run(tmp_path: Path) -> None:
 
 
 def test_a_caller_that_leaves_wakes_the_next() -> None:
-    """Two wait for the only place. It becomes free, and the one that is woken for it has just been
-    cancelled."""
+    """Two requests wait for the only place. When it is free, the first one has just been cancelled."""
 
     async def main() -> None:
         sites = module.Sites(
@@ -232,7 +233,7 @@ def test_a_caller_that_leaves_wakes_the_next() -> None:
 
 
 def test_more_connections_than_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first limit is raised as far as is wanted, and no further than to the second."""
+    """The soft limit is raised as far as needed, and not above the hard limit."""
     limits = [(1024, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))

@@ -1,4 +1,4 @@
-"""Servers that redirect, drip, never end, or repeat the key that they were given. Real HTTP on loopback."""
+"""Servers redirect, send single bytes, never end, or repeat the key. The tests use real HTTP on loopback."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ Talk = Callable[[socket.socket], None]
 
 
 class Listener:
-    """Accepts connections on a port of its own, reads one request from each, and says what `talk` says."""
+    """Accepts connections on a port of its own, reads a request from each, and sends what `talk` gives."""
 
     def __init__(self, talk: Talk) -> None:
         self._talk, self.requests = talk, list[bytes]()
@@ -106,7 +106,7 @@ def _says(status: str, body: bytes = b"", *headers: str) -> Talk:
 def test_the_key_does_not_follow_a_redirect(
     listen: Callable[[Talk], Listener], status: int, place: str
 ) -> None:
-    """To another port or host, by any status. The place is named, for a user who wants to go there."""
+    """Redirects to another port or host are refused for any status. The message names the target."""
     thief = listen(_says("200 OK"))
     place = place.format(port=thief.port)
     listener = listen(_says(f"{status} Elsewhere", b"", f"Location: {place}"))
@@ -138,7 +138,7 @@ _CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 def test_no_answer_takes_longer_than_the_timeout(
     listen: Callable[[Talk], Listener], at_once: bytes, dripping: bytes
 ) -> None:
-    """A byte every 50 ms: each comes within the timeout of 0.4 s, in the head, the body, or a refusal."""
+    """The server sends a byte every 50 ms, always within 0.4 s, in the head, the body, or a refusal."""
 
     def drip(connection: socket.socket) -> None:
         connection.sendall(at_once)
@@ -159,7 +159,7 @@ def test_no_answer_takes_longer_than_the_timeout(
 def test_endless_answers_are_cut(
     listen: Callable[[Talk], Listener], head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As fast as loopback is, for as long as anybody listens: cut long before the timeout."""
+    """A server sends as fast as loopback allows, without end. The answer is cut long before the timeout."""
     monkeypatch.setattr(http_client, "LARGEST_ANSWER", 2**20)
     block = b"10000\r\n" + b"x" * 2**16 + b"\r\n" if head == _CHUNKED else b"x" * 2**16
 
@@ -168,7 +168,7 @@ def test_endless_answers_are_cut(
         while True:
             connection.sendall(block)
 
-    if b"400" in head:  # about this request alone
+    if b"400" in head:  # a failure of this request only
         (failure,) = _ask(listen(flood), timeout=60)
         assert isinstance(failure, Refusal) and "HTTP status 400: xxx" in failure.reason
         return
@@ -193,7 +193,7 @@ def test_endless_answers_are_cut(
     ],
 )
 def test_the_key_is_hidden_in_what_a_server_says(listen: Callable[[Talk], Listener], talk: Talk) -> None:
-    """In the message, and in all that a traceback would show."""
+    """It is hidden in the message, and in everything that a traceback would show."""
     with pytest.raises(BadServer) as error:
         _ask(listen(talk))
     shown = str(error.value)
@@ -205,7 +205,7 @@ def test_the_key_is_hidden_in_what_a_server_says(listen: Callable[[Talk], Listen
 
 
 def test_nothing_on_disk_holds_the_key(listen: Callable[[Talk], Listener], tmp_path: Path) -> None:
-    """Neither beside an output that is unfinished, because its server refuses, nor beside a finished one."""
+    """It is in no file next to a finished output, or next to an unfinished one whose server refuses."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "?"}) + "\n")
     answer = {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
     for status, body in (("401 No", f"no such key: {KEY}"), ("200 OK", json.dumps(answer))):
@@ -227,7 +227,7 @@ def test_nothing_on_disk_holds_the_key(listen: Callable[[Talk], Listener], tmp_p
 def test_an_answer_with_the_key_is_not_kept(
     listen: Callable[[Talk], Listener], said: str, place: str
 ) -> None:
-    """It would be trained on, and published with the data."""
+    """A saved key would be trained, and published with the data."""
     choice = {"message": {"content": "yes"}, "finish_reason": "stop"}
     choice |= {"message": {"content": said}} if place == "content" else {place: said}
     (found,) = _ask(listen(_says("200 OK", json.dumps({"choices": [choice]}).encode())))
@@ -255,7 +255,7 @@ def test_what_is_no_key_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, key: 
 
 
 def test_passwords_of_proxies(listen: Callable[[Talk], Listener], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a URL that cannot be parsed, they would stand in http.client's message."""
+    """For a URL that cannot be parsed, http.client's message would contain them."""
     listener = listen(_says("200 OK"))
     for url in (
         "http://user:s3cr3tHunter@127.0.0.1:80a",
@@ -293,7 +293,7 @@ def test_passwords_of_proxies(listen: Callable[[Talk], Listener], monkeypatch: p
     ],
 )
 def test_secrets_do_not_stand_in_settings(key: str, value: object) -> None:
-    """Settings are printed, and kept beside outputs: refused, and the refusal does not say them."""
+    """Settings are printed and saved next to outputs, so secrets are refused, and the message hides them."""
     values = {"kind": "server", "url": "http://host/v1", "served_model": "m", key: value}
     with pytest.raises(ConfigError, match=rf"(?i)- {key}( \(its value is hidden\))?: ") as error:
         parse(ServerBackend, values, origin="file.yaml")

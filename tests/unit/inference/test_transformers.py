@@ -1,4 +1,4 @@
-"""Plain `transformers`: draws that depend on their own seed, and where a reply ends."""
+"""Tests of the backend on plain `transformers`, of its random draws, and of the end of a reply."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.unit.rounds.models import tiny_policy
 
 
 def test_transformers_draws_by_seed_alone(tmp_path: Path) -> None:
-    """The same responses in other batches and in another order; greedy is the same for all samples."""
+    """Other batches and another order give the same responses. Greedy responses are equal for all samples."""
     tiny_policy(tmp_path)
     sampling = Sampling(temperature=1.0, top_p=0.9, max_tokens=8)
     # one prompt length: padding changes float sums, and a draw may then fall on the other side of a boundary
@@ -48,7 +48,7 @@ def test_transformers_draws_by_seed_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_transformers_own_loop_says_the_same(tmp_path: Path, temperature: float) -> None:
-    """Rows that leave a batch as they end, beside `generate` on each prompt alone, token for token."""
+    """Batches whose rows leave at their end give the tokens of `generate` on each prompt alone."""
     from transformers import AutoModelForCausalLM
 
     tiny_policy(tmp_path)
@@ -77,9 +77,9 @@ def test_transformers_own_loop_says_the_same(tmp_path: Path, temperature: float)
 
 
 def test_draws_follow_the_probabilities() -> None:
-    """p = (0.1, 0.2, 0.7) at temperature 1: of 4,000 draws 400, 800, 2,800 +- 4 sqrt(n p (1 - p)).
+    """For p = (0.1, 0.2, 0.7), 4,000 draws give 400, 800, 2,800 +- 4 sqrt(n p (1 - p)) at temperature 1.
 
-    At temperature 0.5 p is squared and normalised: (0.01, 0.04, 0.49) / 0.54, of which the last is 0.907.
+    At temperature 0.5, p is squared and normalised to (0.01, 0.04, 0.49) / 0.54. The last one is 0.907.
     """
     logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(4000, 3)
     for temperature, expected in ((1.0, (0.1, 0.2, 0.7)), (0.5, (0.0185, 0.0741, 0.9074))):
@@ -90,14 +90,14 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def test_nucleus_by_hand() -> None:
-    """0.5 and 0.3 have 0.8 together: top_p 0.8 keeps these two, 0.81 the third too, and 0.1 the first."""
+    """0.5 and 0.3 sum to 0.8. So top_p 0.8 keeps these two, 0.81 also the third, and 0.1 only the first."""
     logps = torch.tensor([[0.05, 0.5, 0.15, 0.3]], dtype=torch.float64).log()
     for top_p, kept in ((0.79, [1, 3]), (0.81, [1, 2, 3]), (0.1, [1])):
         assert nucleus(logps, top_p).isfinite().nonzero()[:, 1].tolist() == kept
 
 
 def test_the_models_own_generation_file_changes_nothing(tmp_path: Path) -> None:
-    """Beams and penalties of generation_config.json are no part of the settings, which decide alone."""
+    """Beams and penalties of generation_config.json are ignored. Only the settings decide."""
     tiny_policy(tmp_path)
     drawn = []
     for temperature in (0.0, 1.0):
@@ -124,7 +124,10 @@ def test_the_models_own_generation_file_changes_nothing(tmp_path: Path) -> None:
 def test_where_a_response_ends(
     tmp_path: Path, ending: list[str], text: str, tokens: int, finish: str
 ) -> None:
-    """At the first stop token, which counts and is not said; what asks for a tool is no whole response."""
+    """A response ends at the first stop token, which counts but is not in the text.
+
+    A tool call is not a complete response.
+    """
     tiny_policy(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     ids = [*tokenizer.encode("a"), *tokenizer.encode("b")]
@@ -133,7 +136,7 @@ def test_where_a_response_ends(
 
 
 def test_prompts_spell_content_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And responses keep them, for what is trained on later spells them again."""
+    """Responses keep them, because the rows that are trained later spell them again."""
     add_think(tiny_policy(tmp_path))
     named = load_tokenizer(tmp_path, content_tokens=THINK)
     think = named.encode("<think>")[0]

@@ -1,4 +1,4 @@
-"""vLLM's offline engine, by a stand-in with the names in its sources."""
+"""Tests of the backend on vLLM's engine, with a stand-in that has the names of vLLM's sources."""
 
 import os
 import signal
@@ -20,10 +20,10 @@ from tests.unit.rounds.models import tiny_policy
 
 
 def test_what_vllm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the names in the sources of vLLM 0.32; the engine has never run here. Closing ends its processes."""
+    """The names are from vLLM 0.32's sources. The engine has never run here. `close` ends its processes."""
     asked: dict[str, Any] = {}
     for name in ("ENABLE_V1_MULTIPROCESSING", "WORKER_MULTIPROC_METHOD", "NO_USAGE_STATS", "CACHE_ROOT"):
-        monkeypatch.setenv(f"VLLM_{name}", "")  # what is set here is gone behind the test
+        monkeypatch.setenv(f"VLLM_{name}", "")  # monkeypatch restores the variables after the test
     monkeypatch.delenv("VLLM_CACHE_ROOT")
 
     class SamplingParams:
