@@ -18,7 +18,8 @@ from megatron_post.plan.estimate import layout_line
 from megatron_post.storage import manifest
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.fence import claim_together
-from megatron_post.train.run import build_trainer, open_loader
+from megatron_post.train.inputs import open_loader
+from megatron_post.train.parts import build_trainer
 from megatron_post.train.trainer import Trainer
 
 MODES = ("synchronous", "asynchronous")

@@ -29,8 +29,9 @@ from megatron_post.parallel.topology import Topology
 from megatron_post.plan.estimate import layout_line
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.shape import chunks
+from megatron_post.train.inputs import rank_errors
 from megatron_post.train.optimizer import wrap_data_parallel
-from megatron_post.train.run import make_stage, rank_errors
+from megatron_post.train.parts import make_stage
 from megatron_post.train.step import Microbatch, Stepper
 
 PROXY_WARNING = (

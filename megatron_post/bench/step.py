@@ -24,16 +24,9 @@ from megatron_post.data.store import PackStore
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.checkpoint import Position
+from megatron_post.train.inputs import check_run, open_loader, open_stores, rank_errors
+from megatron_post.train.parts import build_trainer, joined_ranks, make_stage
 from megatron_post.train.reference import attach_reference
-from megatron_post.train.run import (
-    build_trainer,
-    check_run,
-    joined_ranks,
-    make_stage,
-    open_loader,
-    open_stores,
-    rank_errors,
-)
 from megatron_post.train.trainer import Trainer
 
 # A synthetic store holds at most this many random tokens. Longer runs repeat it.

@@ -14,7 +14,8 @@ from megatron_post.models.build import uses_portable_attention
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.parallel.topology import Topology
 from megatron_post.stages.base import Stage
-from megatron_post.train.run import check_run, joined_ranks, load_model, make_stage
+from megatron_post.train.inputs import check_run
+from megatron_post.train.parts import joined_ranks, load_model, make_stage
 from megatron_post.train.step import Stepper
 
 

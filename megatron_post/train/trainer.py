@@ -28,7 +28,7 @@ PATIENCE = 4.0
 
 
 class Trainer:
-    """A training run. `train.run` builds its parts."""
+    """A training run. `train.parts` builds its parts."""
 
     def __init__(
         self,

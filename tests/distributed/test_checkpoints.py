@@ -23,7 +23,7 @@ from megatron_post.parallel.topology import parallel_run
 from megatron_post.storage import manifest
 from megatron_post.train import loading, resume
 from megatron_post.train.loading import METADATA, _read
-from megatron_post.train.run import build_trainer
+from megatron_post.train.parts import build_trainer
 from megatron_post.train.shards import checkpoint_bytes, own_shards
 from tests.checkpoints import checkpoint_tensors
 from tests.ranks import run_ranks

@@ -11,7 +11,7 @@ from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.models.build import build_model
 from megatron_post.stages.sft import SFT
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
-from megatron_post.train.run import joined_ranks
+from megatron_post.train.parts import joined_ranks
 from megatron_post.train.step import Stepper
 from tests.distributed.gradients import gather_shards
 from tests.ranks import run_ranks

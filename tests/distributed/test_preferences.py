@@ -15,7 +15,7 @@ from megatron_post.convert.mapping import hf_shapes
 from megatron_post.models.build import build_model
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
-from megatron_post.train.run import make_stage
+from megatron_post.train.parts import make_stage
 from megatron_post.train.step import Stepper
 from tests.comparisons import PACK_LENGTH, dpo_by_hand, examples, packs, ranking_by_hand
 from tests.distributed.gradients import gather_shards

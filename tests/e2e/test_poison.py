@@ -20,7 +20,7 @@ from megatron_post.config.load import load_config
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.storage import manifest
 from megatron_post.train.loading import METADATA
-from megatron_post.train.run import build_trainer
+from megatron_post.train.parts import build_trainer
 from tests.e2e.poison import (
     Call,
     Case,

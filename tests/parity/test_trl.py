@@ -39,7 +39,7 @@ from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.template import render_preferences
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer, train_small_tokenizer
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train.run import build_trainer, make_stage
+from megatron_post.train.parts import build_trainer, make_stage
 from tests.comparisons import PACK_LENGTH, Example, packs
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config

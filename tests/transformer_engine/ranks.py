@@ -37,11 +37,11 @@ def _server(version: str) -> ForkServer:
 
 def _on_rank(function: Callable[..., Any], args: Any) -> Any:
     from megatron_post.models import build, specs
-    from megatron_post.train import run
+    from megatron_post.train import inputs
 
     with (
         mock.patch.object(build, "has_transformer_engine", lambda: True),
         mock.patch.object(specs, "has_transformer_engine", lambda: True),
-        mock.patch.object(run, "has_transformer_engine", lambda: True),
+        mock.patch.object(inputs, "has_transformer_engine", lambda: True),
     ):
         return function(*args)

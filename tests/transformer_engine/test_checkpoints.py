@@ -36,17 +36,17 @@ def _trainer(stage: str, run_dir: Path, kind: str, parallel: dict[str, Any]) -> 
     """(trainer, position, topology) of a run that starts with layers of this kind."""
     from megatron_post.models import build
     from megatron_post.parallel.topology import parallel_run
-    from megatron_post.train import run
+    from megatron_post.train import parts
 
     portable, sections = KINDS[kind]
     data = {"data": {"pack_length": PACK_LENGTH}} if stage == "reward" else {}
     config = tiny_config(run_dir, stage=stage, parallel=parallel, train={"steps": 20}, **sections, **data)
     with (
         mock.patch.object(build, "uses_portable_layers", lambda _: portable),
-        mock.patch.object(run, "uses_portable_attention", lambda _: portable or config.shares_prompts),
+        mock.patch.object(parts, "uses_portable_attention", lambda _: portable or config.shares_prompts),
         parallel_run(config.parallel, seed=1) as topology,
     ):
-        trainer, position = run.build_trainer(config, topology)
+        trainer, position = parts.build_trainer(config, topology)
         yield trainer, position, topology
 
 

@@ -53,7 +53,7 @@ def _trainer(config: Any) -> Iterator[Any]:
     import megatron.core.transformer.transformer_block as block
 
     from megatron_post.parallel.topology import parallel_run
-    from megatron_post.train import run
+    from megatron_post.train import parts
 
     context = block.get_fp8_context
 
@@ -71,7 +71,7 @@ def _trainer(config: Any) -> Iterator[Any]:
         mock.patch.object(block, "get_fp8_context", no_multiplications),
         parallel_run(config.parallel, seed=1) as topology,
     ):
-        yield *run.build_trainer(config, topology), topology
+        yield *parts.build_trainer(config, topology), topology
 
 
 def _check_rounding(trainer: Any, *, key: bool) -> None:
@@ -169,7 +169,7 @@ def _begin(config: Any, source: Path | None) -> None:
     from megatron_post.convert.dist_checkpoint import DistCheckpoint
     from megatron_post.train.fp8_weights import has_fp8_weights
     from megatron_post.train.loading import load_checkpoint
-    from megatron_post.train.run import load_model
+    from megatron_post.train.parts import load_model
 
     with _trainer(config) as (trainer, position, topology):
         if source is not None:

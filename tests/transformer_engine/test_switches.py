@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_post.train.run import joined_ranks
+from megatron_post.train.parts import joined_ranks
 from megatron_post.train.step import Stepper
 from tests.distributed.test_layouts import check_equal, gradients, joined
 from tests.ranks import run_ranks

@@ -104,7 +104,8 @@ def training(config: "Config") -> Iterator[tuple["Trainer", Iterator[list["Pack"
     from megatron_post.bench.synthetic import open_synthetic
     from megatron_post.config.load import raise_for
     from megatron_post.parallel.topology import parallel_run
-    from megatron_post.train.run import build_trainer, open_loader, rank_errors
+    from megatron_post.train.inputs import open_loader, rank_errors
+    from megatron_post.train.parts import build_trainer
 
     raise_for(rank_errors(config, world_size=1))
     with parallel_run(config.parallel, seed=config.seed) as topology:

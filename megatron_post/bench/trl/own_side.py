@@ -11,7 +11,7 @@ from megatron_post.data.loader import PackLoader
 from megatron_post.data.pack import Pack
 from megatron_post.data.store import PackStore
 from megatron_post.parallel.topology import parallel_run
-from megatron_post.train.run import build_trainer
+from megatron_post.train.parts import build_trainer
 from megatron_post.train.trainer import Trainer
 
 

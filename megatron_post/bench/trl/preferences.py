@@ -41,8 +41,8 @@ from megatron_post.data.store import PackStore
 from megatron_post.data.template import TokenRole
 from megatron_post.display import make_console
 from megatron_post.parallel.topology import Topology, parallel_run
+from megatron_post.train.parts import build_trainer
 from megatron_post.train.reference import attach_reference, compute_reference, reference_key
-from megatron_post.train.run import build_trainer
 
 HH_RLHF = GSM8K.parents[1] / "hh_rlhf" / "harmless_base.jsonl.gz"
 PAIRS = 36  # these fill 97.5% of their packs; all 1,500 would fill 99.6%

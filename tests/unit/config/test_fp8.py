@@ -127,18 +127,18 @@ def test_which_attention() -> None:
 
 def test_ranks_ask_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank checks its own GPU and CUDA, because only the node of a run knows them."""
-    from megatron_post.train import run
+    from megatron_post.train import inputs
 
-    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(run.torch.cuda, "get_device_capability", lambda device: {0: (9, 0)}[device])
-    monkeypatch.setattr(run, "has_transformer_engine", lambda: True)
-    monkeypatch.setattr(run.torch.version, "cuda", "12.8")
-    (error,) = run.rank_errors(_config("mxfp8"), world_size=1)
+    monkeypatch.setattr(inputs.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(inputs.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(inputs.torch.cuda, "get_device_capability", lambda device: {0: (9, 0)}[device])
+    monkeypatch.setattr(inputs, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(inputs.torch.version, "cuda", "12.8")
+    (error,) = inputs.rank_errors(_config("mxfp8"), world_size=1)
     assert "these have 9.0" in error
-    assert run.rank_errors(_config("delayed"), world_size=1) == []
+    assert inputs.rank_errors(_config("delayed"), world_size=1) == []
     # torchrun with more ranks than GPUs
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    (error,) = run.rank_errors(_config("delayed"), world_size=2)
+    (error,) = inputs.rank_errors(_config("delayed"), world_size=2)
     assert "local rank 1" in error and "sees 1 GPUs" in error

@@ -17,7 +17,7 @@ from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.tracker import Tracker
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
-from megatron_post.train.run import make_stage
+from megatron_post.train.parts import make_stage
 from megatron_post.train.step import Stepper
 
 

@@ -20,7 +20,7 @@ from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.flops import Load, chunk_flops, loss_again, step_flops
 from megatron_post.plan.shape import chunks
 from megatron_post.train.optimizer import wrap_data_parallel
-from megatron_post.train.run import make_stage
+from megatron_post.train.parts import make_stage
 from megatron_post.train.step import Stepper
 from tests.tiny import tiny_config
 from tests.unit.plan.measured import packs_of

@@ -7,7 +7,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_post.config.schema import Config
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.checkpoint import Position
-from megatron_post.train.run import build_trainer
+from megatron_post.train.parts import build_trainer
 from tests.cuda_stand_in import CudaGenerator, cuda_stand_in
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_packs

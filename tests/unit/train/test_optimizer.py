@@ -13,7 +13,7 @@ from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.optimizer import build_scheduler, place_scheduler
-from megatron_post.train.run import build_trainer
+from megatron_post.train.parts import build_trainer
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config, tiny_packs
 

@@ -23,7 +23,8 @@ from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.train import resume
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.fence import claim
-from megatron_post.train.run import build_trainer, train
+from megatron_post.train.parts import build_trainer
+from megatron_post.train.run import train
 from tests.e2e.runs import small_run
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config

@@ -12,8 +12,8 @@ from megatron_post.config.schema import Config
 from megatron_post.config.settings import flatten, schema_keys
 from megatron_post.parallel.topology import parallel_run
 from megatron_post.train.checkpoint import Position
+from megatron_post.train.parts import build_trainer
 from megatron_post.train.resume import Found, Resuming
-from megatron_post.train.run import build_trainer
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 

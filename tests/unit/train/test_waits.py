@@ -13,7 +13,7 @@ from megatron_post.data.batch import on_device
 from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.fake_ranks import fake_rank
-from megatron_post.train.run import build_trainer, make_stage
+from megatron_post.train.parts import build_trainer, make_stage
 from megatron_post.train.step import Stepper
 from tests.comparisons import examples, packs
 from tests.tiny import tiny_config, tiny_packs
