@@ -104,7 +104,7 @@ async def draw_from_servers(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-class Progress:
+class ShareProgress:
     """Shows the progress as a bar on a terminal, and otherwise as one line per minute."""
 
     def __init__(self, console: Console, share: Share, done: int, total: int) -> None:
@@ -119,7 +119,7 @@ class Progress:
         )
         self._task = self._bar.add_task("generating", completed=done, total=total, rate="")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ShareProgress":
         self._bar.start()
         return self
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.inference.backend import Backend, open_backend
-from megatron_post.inference.drawing import Progress, Share, draw_from_servers, draw_in_process
+from megatron_post.inference.drawing import Share, ShareProgress, draw_from_servers, draw_in_process
 from megatron_post.inference.failures import (
     check_failures,
     failed_prompts,
@@ -169,7 +169,7 @@ def _draw(
         return share
     parts = (list(_draws(piece, settings, model)) for piece in lacking)
     total = sum(map(len, pieces))
-    with Progress(console, share, total - len(left), total) as progress:
+    with ShareProgress(console, share, total - len(left), total) as progress:
         if isinstance(settings.backend, ServerBackend):
             draws = chain.from_iterable(parts)
             asyncio.run(draw_from_servers(settings.backend, draws, left, share, progress.advance))

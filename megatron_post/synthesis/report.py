@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
+import jinja2
 
 from megatron_post.display import printable
 from megatron_post.storage.checksums import sha256_of_json
@@ -33,8 +33,8 @@ def write_report_of(output: Path) -> Path:
 
 def write_report(target: Path, summary: Summary) -> None:
     """Write the page. Every text in it is escaped, since models wrote some of it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=lambda value: printable(value) if isinstance(value, str) else value,
         trim_blocks=True,

@@ -17,12 +17,17 @@ ALLOWED: dict[str, set[str]] = {
         "bench/trl/preferences.py",
         "bench/trl/trl_side.py",
     },
+    # for a template of the package, and never one of a user or a model
+    "jinja2.Environment": {"synthesis/report.py"},
+    # these programs run inside the sandbox
+    "exec": {"synthesis/code/inside/run_tests.py", "synthesis/math/session_driver.py"},
+    "eval": {"synthesis/math/session_driver.py"},
 }
 NOWHERE = (
     "pickle.load", "pickle.loads", "pickle._Unpickler", "jit.load", "hub.load", "dist_checkpointing.load",
     "checkpoint.load", "np.load", "numpy.load", "joblib.load", "dill.load", "dill.loads", "marshal.load",
-    "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
-    "runpy.run_path", "runpy.run_module", "jinja2.Template", "jinja2.Environment",
+    "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "runpy.run_path",
+    "runpy.run_module", "jinja2.Template",
 )  # fmt: skip
 
 
