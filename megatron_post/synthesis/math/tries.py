@@ -162,6 +162,15 @@ def whole_try(task: Task[Any], step: str, reply: Reply, in_steps: bool) -> Try |
     return None
 
 
+def without_repeats(task: Task[Any], step: str, tries: Sequence[T]) -> list[T]:
+    """The tries without those that repeat the text of another, which the report counts."""
+    found: dict[str, T] = {}
+    for one in tries:
+        if found.setdefault(one.message.content, one) is not one:
+            task.count(step, "repeat of another reply")
+    return list(found.values())
+
+
 async def with_answer(task: Task[Any], tries: Sequence[T], answer: str) -> list[T]:
     """The tries that have this answer."""
     found = await task.together(*(task.compare("answers", answer, one.answer) for one in tries))

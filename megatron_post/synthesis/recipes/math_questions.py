@@ -39,17 +39,27 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
         raise Dropped("the reply is cut off")
     if reply.text.strip() == _NONE:
         raise Dropped("the document has nothing to ask about")
-    problems = [problem.strip() for problem in _PROBLEM.findall(reply.text)]
-    different = {_plain(problem): problem for problem in reversed(problems) if _plain(problem)}
-    if not different:
+    chosen = _different(task, _PROBLEM.findall(reply.text), count)
+    if not chosen:
         raise Dropped("the reply has no problem")
-    for _ in range(len(problems) - len(different)):
-        task.count("write", "blank or repeated problem")
-    chosen = list(reversed(different.values()))[:count]
     rows = [row for row in await unless_refused(task, *(_checked(task, each) for each in chosen)) if row]
     if not rows:
         raise Dropped("no problem of the document passes the checks")
     return rows
+
+
+def _different(task: Task[Settings], problems: list[str], count: int) -> list[str]:
+    """The first `count` problems that differ. The report counts the others."""
+    found: dict[str, str] = {}
+    for problem in problems:
+        plain = _plain(problem)
+        if not plain or plain in found:
+            task.count("write", "repeated problem" if plain else "blank problem")
+        elif len(found) == count:
+            task.count("write", "more problems than asked for")
+        else:
+            found[plain] = problem.strip()
+    return list(found.values())
 
 
 async def _checked(task: Task[Settings], problem: str) -> Row | None:
@@ -89,4 +99,4 @@ async def _is_answerable(task: Task[Settings], problem: str) -> bool:
 
 def _plain(problem: str) -> str:
     """What two problems that are the same have in common."""
-    return " ".join(re.findall(r"\w+|[^\w\s.,;:!?]", problem.casefold()))
+    return " ".join(re.findall(r"\w+|[^\w\s.,;?]", problem.casefold()))

@@ -12,6 +12,7 @@ from megatron_post.synthesis.math.tries import (
     known_answer,
     passing_judge,
     tries_at,
+    without_repeats,
 )
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
@@ -39,8 +40,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     prompt = task.prompt("solve", problem=problem)
     tries = await tries_at(task, "solve", prompt, samples=settings.samples, in_steps=True)
     agreed = await agreeing(task, tries, known, samples=settings.samples, agreement=settings.agreement)
-    different = list({one.message.content: one for one in agreed}.values())
-    right = await passing_judge(task, problem, different)
+    right = await passing_judge(task, problem, without_repeats(task, "solve", agreed))
     return [
         Row(
             [Message("user", problem), one.message],

@@ -13,6 +13,7 @@ from megatron_post.synthesis.math.tries import (
     tries_at,
     unless_refused,
     with_answer,
+    without_repeats,
 )
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import StepLabels
@@ -44,7 +45,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[StepLabels]:
     tries = await tries_at(task, "solve", prompt, samples=settings.solutions, in_steps=True)
     if not tries:
         raise Dropped("no reply is a whole solution with a final answer")
-    different = {one.message.content: one for one in tries}.values()
+    different = without_repeats(task, "solve", tries)
     rows = await unless_refused(task, *(_labelled(task, problem, answer, one) for one in different))
     found = [row for row in rows if row]
     if not found:

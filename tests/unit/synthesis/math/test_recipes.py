@@ -61,6 +61,7 @@ def test_solutions_are_kept_by_the_known_answer_and_the_judge(math_place: MathPl
         "no final answer": 2,
         "not in steps": 1,
         "cut off": 2,
+        "repeat of another reply": 20,
         "refused": 6,
     }
     answers = math_place.results("answers")
@@ -138,7 +139,9 @@ def test_questions_are_complete_and_new_and_agreed_on(math_place: MathPlace) -> 
         "off scale": 1,
         "refused": 1,
     }
-    assert math_place.results("write") == {"blank or repeated problem": 2}
+    assert math_place.results("write") == {
+        **{"repeated problem": 1, "blank problem": 1, "more problems than asked for": 3},
+    }
     assert math_place.results("repeats") == {"repeat of an earlier row": 2}
     assert [row["answer"] for row in math_place.rows()] == ["3", "4", "8", "9"]
     assert len(_packed(math_place)) == 4
