@@ -59,10 +59,10 @@ def memory(
         if extremes and 1 < rank < p.pipeline - 1:
             continue
         order = rank_order(rank, pipeline=p.pipeline, virtual=p.virtual_pipeline, microbatches=enough)
-        kinds = static_kinds(config, parts, data_size=data_size, fp8_copies=fp8_copies)
-        kinds |= peak_kinds(ledger, parts, order)
+        kinds = _static_kinds(config, parts, data_size=data_size, fp8_copies=fp8_copies)
+        kinds |= _peak_kinds(ledger, parts, order)
         kinds["batches"] = microbatches * ledger.batch()
-        kinds["communication"] = ledger.gather_buffer() + receive_buffers(config, rank)
+        kinds["communication"] = ledger.gather_buffer() + _receive_buffers(config, rank)
         kinds["user buffers"] = user_buffers(config)
         kinds["runtime"] = reserve
         count = sum(chunk_parameters(config, chunk) for chunk in parts)
@@ -70,7 +70,7 @@ def memory(
     return result
 
 
-def static_kinds(
+def _static_kinds(
     config: Config, parts: Sequence[Chunk], *, data_size: int, fp8_copies: int
 ) -> dict[str, int]:
     """Memory that is held through the whole step, by kind."""
@@ -125,7 +125,7 @@ def working(ledger: Activations, chunk: Chunk, kind: str) -> int:
     return max(ledger.loss_backward(), layer - sum(ledger.loss().values()))
 
 
-def peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass]) -> dict[str, int]:
+def _peak_kinds(ledger: Activations, parts: Sequence[Chunk], order: Sequence[Pass]) -> dict[str, int]:
     """Activations by module and working memory, at the moment when their sum is largest."""
     kept = [held(ledger, chunk) for chunk in parts]
     weights = [sum(item.values()) for item in kept]
@@ -166,7 +166,7 @@ def user_buffers(config: Config) -> int:
     return one * (8 * gathered + 4 * 2) if p.tp_comm_overlap else 0
 
 
-def receive_buffers(config: Config, rank: int) -> int:
+def _receive_buffers(config: Config, rank: int) -> int:
     """Bytes of tensors in transfer between pipeline ranks: an input and a gradient.
 
     The interleaved schedule receives the next ones while it computes.

@@ -65,13 +65,13 @@ def run_rounds(
         wanted = state.remaining(names) if only is None else (only,)
         # This is checked before anything is removed.
         check_packed(steps, {*wanted, *(step.name for step in again)})
-        _forget(again, state)
+        _undo(again, state)
         chosen = state.remaining(names) if only is None else (only,)
         for step in steps:
             if step.name in chosen:
                 shared = step.draws and size == 1 and step.ranks_here > 1
-                words = (*step.own_command(path, overrides), "--held") if shared else step.command
-                _do(step, words, state, console, lock)
+                command = (*step.own_command(path, overrides), "--held") if shared else step.command
+                _run_step(step, command, state, console, lock)
 
 
 def _shared_action(
@@ -90,25 +90,25 @@ def _shared_action(
     return action
 
 
-def _do(step: RoundStep, words: Sequence[str], state: State, console: Console, lock: int) -> None:
-    """Run a step and record it. words: a command for ranks, or empty if this process runs the action.
+def _run_step(step: RoundStep, command: Sequence[str], state: State, console: Console, lock: int) -> None:
+    """Run a step and record it. command: a command for ranks, or empty if this process runs the action.
 
     lock: a file descriptor that the ranks inherit. If they outlive this process, they still hold the lock, so
     no other process can start the same round.
     """
     console.print(step.name, style="bold", highlight=False)
     started = time.perf_counter()
-    if words:
+    if command:
         log = Path(step.outputs[0].parent, f"{Path(step.name).name}.log")
         shown = ("step ", "rank ")
-        run_on_ranks(words, ranks=step.ranks_here, log=log, console=console, shown=shown, inherited=(lock,))
+        run_on_ranks(command, ranks=step.ranks_here, log=log, console=console, shown=shown, inherited=(lock,))
     else:
         assert step.action is not None
         step.action()
     state.finish(step.name, time.perf_counter() - started)
 
 
-def _forget(steps: Sequence[RoundStep], state: State) -> None:
+def _undo(steps: Sequence[RoundStep], state: State) -> None:
     """Forget steps and remove their outputs.
 
     The record is changed first. If the process is killed in between, the next run repeats all of these steps.

@@ -95,8 +95,13 @@ def _steps(r: Round) -> list[RoundStep]:
     # The reference is the SFT model, and its log-probabilities are written into the store of the pairs. So
     # both steps come first.
     if r.stores_reference:
-        words = ("reference", str(r.directory / "dpo" / "store"), "--model", str(r.directory / "sft" / "hf"))
-        steps.append(_command(r, "reference", "dpo", (*words, *_layout(r, "dpo")), "reference.log"))
+        arguments = (
+            "reference",
+            str(r.directory / "dpo" / "store"),
+            "--model",
+            str(r.directory / "sft" / "hf"),
+        )
+        steps.append(_command(r, "reference", "dpo", (*arguments, *_layout(r, "dpo")), "reference.log"))
     held_out = ("held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl")
     validation = (f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))
     return [
@@ -126,21 +131,21 @@ def _drawing(r: Round, name: str, action: Callable[[Round], None], *outputs: str
     return replace(step, ranks=drawing.copies, per_node=per_node, draws=True)
 
 
-def _command(r: Round, name: str, stage: StageName, words: tuple[str, ...], output: str) -> RoundStep:
+def _command(r: Round, name: str, stage: StageName, arguments: tuple[str, ...], output: str) -> RoundStep:
     """A step that runs a command on ranks. stage: the stage whose layout the command uses."""
     return RoundStep(
         f"{r.name}/{name}",
         (r.directory / output,),
-        command=words,
+        command=arguments,
         ranks=r.settings.ranks or r.stage(stage).parallel.model_size,
         per_node=r.settings.ranks_per_node,
     )
 
 
 def _training(r: Round, stage: StageName) -> RoundStep:
-    words = ("train", str(r.directory / stage / "config.yaml"))
+    arguments = ("train", str(r.directory / stage / "config.yaml"))
     return replace(
-        _command(r, f"{stage}-train", stage, words, stage),
+        _command(r, f"{stage}-train", stage, arguments, stage),
         run_dir=r.directory / stage,
         check=partial(r.check_packed, stage),
         similar_run=partial(r.similar_run, stage),
@@ -149,8 +154,8 @@ def _training(r: Round, stage: StageName) -> RoundStep:
 
 def _scoring(r: Round, name: str, rows: str, output: str) -> RoundStep:
     paths = (str(r.directory / rows), "--output", str(r.directory / output))
-    words = ("score", r.reward, *paths, _ANY_BAD_ROWS, *_layout(r, "reward"))
-    return _command(r, name, "reward", words, output)
+    arguments = ("score", r.reward, *paths, _ANY_BAD_ROWS, *_layout(r, "reward"))
+    return _command(r, name, "reward", arguments, output)
 
 
 def _layout(r: Round, stage: StageName) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def compute_reference(
             numbers = [start + i * topology.data_size + topology.data_rank for i in range(group_size)]
             packs = [store.read(n) if n < len(store) else store.empty() for n in numbers]
             for number, (logps, batch) in zip(numbers, stepper.outputs(packs), strict=False):
-                row = whole_pack(logps, batch.cu_seqlens, topology)
+                row = _whole_pack(logps, batch.cu_seqlens, topology)
                 if number < len(store) and topology.tensor_rank == topology.context_rank == 0:
                     writer.write(number, row.cpu().numpy())
     torch.distributed.barrier()  # rank 0 must not publish before every rank has written its packs
@@ -118,7 +118,7 @@ def compute_reference(
     torch.distributed.barrier()
 
 
-def whole_pack(values: Tensor, cu_seqlens: Tensor, topology: Topology) -> Tensor:
+def _whole_pack(values: Tensor, cu_seqlens: Tensor, topology: Topology) -> Tensor:
     """Combine per-token values fp32 [t / cp] of all context-parallel ranks into those of the pack, [t]."""
     group = topology.groups.cp
     whole = values.new_zeros(int(cu_seqlens[-1]))

@@ -12,7 +12,7 @@ from megatron_post.inference.failures import read_failures, write_failures
 from megatron_post.inference.generate import Generate
 from megatron_post.rounds import round_actions
 from megatron_post.rounds.round import Round
-from megatron_post.rounds.run import _forget
+from megatron_post.rounds.run import _undo
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
 from megatron_post.rounds.steps import RoundStep, all_steps
@@ -109,7 +109,7 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
     state = State(tmp_path / "run", {})
     for step in ("pack", "train", "average"):
         state.finish(step, 1.0)
-    _forget([RoundStep("train", (run_dir,), run_dir=run_dir), RoundStep("average", (average,))], state)
+    _undo([RoundStep("train", (run_dir,), run_dir=run_dir), RoundStep("average", (average,))], state)
     assert list(state.done) == ["pack"]
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "config.yaml",
@@ -120,7 +120,7 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
     write_lines(tmp_path / "samples", [])
     write_failures(tmp_path / "samples", [{"prompt": 1}])
-    _forget([RoundStep("generate", (tmp_path / "samples",))], state)
+    _undo([RoundStep("generate", (tmp_path / "samples",))], state)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
     # A step that has never begun.
-    _forget([RoundStep("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)
+    _undo([RoundStep("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)
