@@ -66,7 +66,7 @@ PROGRAMS: dict[str, Hostile] = {
         "time.sleep(100)",
         "memory",
     ),
-    "one allocation": Hostile("python", "x = bytearray(10 ** 12)\nprint('LEAK')", "failed", "MemoryError"),
+    "one allocation": Hostile("python", "x = bytearray(3 << 30)\nprint('LEAK')", "failed", "MemoryError"),
     "a file in memory alone": Hostile("python", "import os\nos.memfd_create('x')", "failed", _REFUSED),
     "System V shared memory": Hostile(
         "python",
