@@ -19,6 +19,7 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import BrokenSandbox, Program, supervise
 
+_MOST_PROGRAMS = 32  # by default: looking at more of them takes a good part of this process's time
 _MOST_FILES = 256  # of one program: each is an open file of this process until the program has started
 _FIRST = Limits(seconds=600)  # of a first program: a container's image may have to be fetched
 _LONGEST_NAME = 255  # bytes of a file's name, with its directories
@@ -46,7 +47,7 @@ class Sandbox:
         else:
             self._starter = ContainerSandbox(settings)
         # a thread lives as long as the program that it started: the kernel kills bubblewrap with its thread
-        self._pool = ThreadPoolExecutor(settings.programs or len(os.sched_getaffinity(0)), "sandbox")
+        self._pool = ThreadPoolExecutor(settings.programs or _default_programs(), "sandbox")
         self.tools = frozenset(self._first(["sh", "-c", _PROBE, "sh", *ALL_TOOLS]).split())
         if isinstance(settings, Container):
             self._check_container()
@@ -87,14 +88,17 @@ class Sandbox:
     def _run(
         self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits, cancelled: Event
     ) -> Outcome:
-        with self._starter.start(files, command, limits) as program:
-            return supervise(program, limits, cancelled)
+        try:
+            with self._starter.start(files, command, limits) as program:
+                return supervise(program, limits, cancelled)
+        except OSError as error:  # this process has too many open files or the like
+            raise BrokenSandbox(f"a program could not be started: {error}") from error
 
     def _first(self, command: Sequence[str]) -> str:
         """What a first program prints. Raises `ValueError` where it does not run."""
         try:
             outcome = self._run({}, command, _FIRST, Event())
-        except (BrokenSandbox, OSError) as error:
+        except BrokenSandbox as error:
             raise ValueError(f"the sandbox does not work: {error}; {self._starter.remedy}") from error
         if not outcome.ok:
             raise ValueError(
@@ -113,6 +117,10 @@ class Sandbox:
 def open_sandbox(settings: Bubblewrap | Container) -> Sandbox:
     """A sandbox in which a first program has run. Raises `ValueError`, with what to install, otherwise."""
     return Sandbox(settings)
+
+
+def _default_programs() -> int:
+    return min(_MOST_PROGRAMS, len(os.sched_getaffinity(0)))
 
 
 def _checked(files: Mapping[str, str | bytes], limits: Limits) -> dict[str, bytes]:

@@ -53,7 +53,9 @@ class Limits(Section):
 
 class _Sandbox(Section):
     programs: Count | None = Field(
-        None, le=4096, description="programs that run at a time in one process; null: one for each core"
+        None,
+        le=4096,
+        description="programs that run at a time in one process; null: one for each core, and at most 32",
     )
     limits: Limits = Field(Limits(), description="what a program may use where its recipe does not say")
 

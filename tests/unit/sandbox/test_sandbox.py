@@ -246,17 +246,17 @@ def test_without_bubblewrap_the_error_says_what_to_install(
 def test_where_namespaces_are_forbidden_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in prints what bubblewrap does in a container without user namespaces. Like bubblewrap after
     some errors, it leaves a process behind."""
-    reason = "bwrap: No permissions to create new namespace"
+    token, reason = f"2000.{os.getpid()}", "bwrap: No permissions to create new namespace"
     with tempfile.TemporaryDirectory() as place:  # every user can reach it, as pytest's own nobody else can
         os.chmod(place, 0o755)
         (Path(place) / "bwrap").write_text(
-            f"#!/bin/sh\n[ $1 = --help ] && exit\nsleep 1000.5 &\necho '{reason}' >&2\nexit 1\n"
+            f"#!/bin/sh\n[ $1 = --help ] && exit\nsleep {token} &\necho '{reason}' >&2\nexit 1\n"
         )
         (Path(place) / "bwrap").chmod(0o755)
         monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
         with pytest.raises(ValueError, match=rf"does not work: .*{reason}; .* kernel\.unprivileged"):
             open_sandbox(Bubblewrap())
-    assert not _sleeping("1000.5")
+    assert not _sleeping(token)
 
 
 def test_settings_that_cannot_work_are_refused(sandbox: Sandbox) -> None:
