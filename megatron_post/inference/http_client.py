@@ -1,4 +1,4 @@
-"""HTTP as strangers must be asked: within a time for all of it, up to a size, and at no other address."""
+"""An HTTP client for untrusted servers, with limits of time and size and without redirects."""
 
 import asyncio
 import math
@@ -15,17 +15,18 @@ from urllib.parse import unquote
 import httpx2
 
 LARGEST_ANSWER, _LARGEST_REFUSAL = 16 * 1024**2, 2**14  # bytes
-_LONGEST_WAIT = 600.0  # seconds, whatever a server asks for
-_CONNECTIONS = 8  # of a client, which looks at all of them for each request; 64 take a fifth more CPU
-_OTHER_FILES = 256  # that a process has open
-_SECONDS_IDLE = 2.0  # of a connection; servers close theirs after 5 or more
+_LONGEST_WAIT = 600.0  # seconds. A longer wait in Retry-After is shortened
+_CONNECTIONS = 8  # per client, which searches all of them for each request. 64 take a fifth more CPU
+_OTHER_FILES = 256  # open files of a process that are not connections
+_SECONDS_IDLE = 2.0  # before an idle connection is closed. Servers close theirs after 5 or more
 
 
 @dataclass(frozen=True)
 class Answer:
-    """status: of HTTP. content: of another status than 200 its beginning, as far as it came in time.
+    """An answer of a server.
 
-    retry_after: seconds, 0 where the server asks for none. location: where a redirect leads.
+    status: the HTTP status. content: the body, or for a status other than 200 the beginning that arrived in
+    time. retry_after: seconds, or 0 without this header. location: the target of a redirect.
     """
 
     status: int
@@ -35,21 +36,21 @@ class Answer:
 
 
 class NotReached(Exception):
-    """No connection to the server."""
+    """There is no connection to the server."""
 
 
 class NoAnswer(Exception):
-    """A server that was reached, and gave no whole answer."""
+    """The server was reached but gave no complete answer."""
 
 
 class HttpClient:
-    """Posts JSON, any number of requests at a time. It belongs to one event loop.
+    """Posts JSON, with any number of requests at once. It belongs to one event loop.
 
-    Errors do not have what caused them, which could repeat the key.
+    Its errors have no cause, because the text of the cause could repeat the key.
     """
 
     def __init__(self, *, key: str | None, timeout: float) -> None:
-        """timeout: seconds for a whole request, reading the answer included.
+        """timeout: seconds for a whole request, including its answer.
 
         Raises `ValueError` if a proxy that the environment names cannot be used.
         """
@@ -58,8 +59,8 @@ class HttpClient:
         if key is not None:
             self._headers["Authorization"] = f"Bearer {key}"
         self._tls = ssl.create_default_context()
-        self._clients = [self._new_client()]  # which fails here if a proxy cannot be used
-        # for each server its clients, each as often as it has connections to spare
+        self._clients = [self._new_client()]  # raises here if a proxy cannot be used
+        # For each server, its clients. A client is in the list once for each of its free connections.
         self._idle: dict[str, list[httpx2.AsyncClient]] = defaultdict(list)
 
     async def close(self) -> None:
@@ -67,7 +68,7 @@ class HttpClient:
             await client.aclose()
 
     async def post(self, url: str, body: bytes) -> Answer:
-        """The answer of any status. Raises `NotReached` and `NoAnswer`."""
+        """The answer with any status. Raises `NotReached` and `NoAnswer`."""
         idle = self._idle[url]
         if not idle:
             self._clients.append(self._new_client())
@@ -111,14 +112,15 @@ class HttpClient:
             keepalive_expiry=_SECONDS_IDLE,
         )
         try:
-            # without httpx's own timeouts, which are for each packet; a redirect would get the key
+            # httpx's own timeouts are not used, because they are for single packets. Redirects are not
+            # followed, because their target would get the key.
             return httpx2.AsyncClient(verify=self._tls, timeout=None, follow_redirects=False, limits=limits)
         except (ValueError, ImportError, httpx2.InvalidURL) as error:
             raise ValueError(f"a proxy that the environment names cannot be used: {error}") from None
 
 
 def seconds_of(value: str) -> float:
-    """Seconds that a Retry-After asks for: their number, or a date. 0 for anything else."""
+    """The seconds in a Retry-After header, which has a number or a date. 0 for other values."""
     try:
         seconds = float(value)
     except ValueError:
@@ -130,7 +132,7 @@ def seconds_of(value: str) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """An error, with the one of the operating system that caused it if there is one."""
+    """The text of an error, with the operating system's error that caused it, if there is one."""
     text, cause = f"{type(error).__name__}: {error}", error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno:
@@ -140,10 +142,10 @@ def _reason(error: BaseException) -> str:
 
 
 def allow_open_files(wanted: int, *, needed: int) -> None:
-    """Let this process have as many connections open as are wanted, beside its files.
+    """Raise this process's limit on open files so that it can have the `wanted` number of connections.
 
-    Systems start a process with a limit of 1,024, which it may raise to a second one. Raises `ValueError` if
-    that does not allow those that are needed.
+    Usually the soft limit is 1,024, and a process may raise it to the hard limit. Raises `ValueError` if the
+    hard limit is too low for the `needed` number of connections.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = math.inf if hard == resource.RLIM_INFINITY else hard
@@ -168,7 +170,7 @@ def key_in_environment(name: str) -> str:
 
 
 def proxy_passwords() -> list[str]:
-    """Of the proxies that the environment names. A URL that cannot be parsed is printed in errors."""
+    """The passwords of the environment's proxies, to hide them. Errors may print a URL that is not valid."""
     found = []
     for url in urllib.request.getproxies().values():
         user, at, _ = url.rpartition("@")
