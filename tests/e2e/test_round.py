@@ -225,7 +225,7 @@ def test_nodes_of_a_chain(tmp_path: Path) -> None:
         assert nodes["collect"] == nodes["generate"] == nodes["choose"] == placed
         assert nodes["score"] == nodes["reference"] == nodes["dpo-train"] == (2, 8)
         assert nodes["select"] == nodes["average"] == (1, 1)
-    with pytest.raises(ValueError, match=r"collect takes 3 ranks, which do not fill nodes of 2"):
+    with pytest.raises(ValueError, match=r"collect needs 3 ranks, which do not fill nodes of 2"):
         chain_of(config, [backend, "generate.copies=3"], console=console)
 
 
