@@ -166,13 +166,15 @@ def test_a_stage_whose_file_has_changed_is_not_trained_by_the_old_one(whole: Pat
     text, before, console = path.read_text(), state.read_bytes(), Console(quiet=True)
     path.write_text(text.replace("steps: 2", "steps: 3"))
     try:
-        with pytest.raises(ValueError, match=r"(?s)sft.yaml says .*train.steps: 2 there, 3 here.*undo"):
+        with pytest.raises(
+            ValueError, match=r"(?s)sft.yaml differs from .*train.steps: 2 there, 3 here.*undo"
+        ):
             run_rounds(config, again_from="round-01/sft-train", console=console)
         assert state.read_bytes() == before and (whole / "run/round-01/sft/hf").is_dir()
         content = json.loads(before)
         done = list(content["done"])[: list(content["done"]).index("round-01/sft-pack") + 1]
         state.write_text(json.dumps(content | {"done": {name: 1.0 for name in done}}))
-        with pytest.raises(ValueError, match="take it with --again-from round-01/sft-pack"):
+        with pytest.raises(ValueError, match="accept it with --again-from round-01/sft-pack"):
             chain_of(config, (), console=console)
         path.write_text(text)
         assert chain_of(config, (), console=console).steps[0].name == "round-01/sft-train"
