@@ -1,5 +1,6 @@
 """The one program in a reply."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,13 @@ def text_of(row: dict[str, Any]) -> str:
     if len(text) > MOST_CHARACTERS:
         raise Dropped("the code is too long", f"{len(text):,} characters, and at most {MOST_CHARACTERS:,}")
     return text
+
+
+def fenced(code: str, tag: str) -> str:
+    """A block of code whose fence is longer than any that the code has in it."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{tag}\n{code.rstrip()}\n{fence}"
 
 
 def whole_text(reply: Reply, what: str) -> str:

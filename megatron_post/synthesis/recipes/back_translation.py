@@ -10,7 +10,7 @@ from megatron_post.data.dialog import Message
 from megatron_post.inference.request import Reply
 from megatron_post.sandbox.languages import TOOLS, Language, program
 from megatron_post.synthesis.code.mutants import survivors
-from megatron_post.synthesis.code.programs import TITLES, program_in, text_of, whole_text
+from megatron_post.synthesis.code.programs import TITLES, fenced, program_in, text_of, whole_text
 from megatron_post.synthesis.code.similarity import labels_of, similarity
 from megatron_post.synthesis.code.unit_tests import Bench, bench_of
 from megatron_post.synthesis.recipe import Dropped
@@ -44,7 +44,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     if not await _compiles(task, code):
         raise Dropped("the code does not compile")
     labels = await labels_of(task, language, code)
-    question = Message("user", task.prompt("explain", code=code.rstrip(), **names))
+    question = Message("user", task.prompt("explain", block=fenced(code, language), **names))
     explained = await task.ask("explain", [question])
     explanation = whole_text(explained, "the explanation")
     if _quotes(explanation, code):

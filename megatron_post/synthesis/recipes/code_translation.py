@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megatron_post.config.section import Count, Distinct, Positive, Section
 from megatron_post.data.dialog import Message
 from megatron_post.sandbox.languages import Language
-from megatron_post.synthesis.code.programs import TITLES, block_in, program_in, text_of
+from megatron_post.synthesis.code.programs import TITLES, block_in, fenced, program_in, text_of
 from megatron_post.synthesis.code.tokens import tokens
 from megatron_post.synthesis.code.unit_tests import Bench, bench_of
 from megatron_post.synthesis.recipe import Dropped
@@ -55,12 +55,8 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     target = task.random.choice(settings.targets)
     bench = bench_of(task, settings.source, settings.seconds)
     expected = await _expected(task, bench, source)
-    values = {
-        "source_language": TITLES[settings.source],
-        "source_tag": settings.source,
-        "source": source.rstrip(),
-    }
-    request = Message("user", task.prompt("translate", language=TITLES[target], **values))
+    titles = {"source_language": TITLES[settings.source], "language": TITLES[target]}
+    request = Message("user", task.prompt("translate", block=fenced(source, settings.source), **titles))
     system = Message("system", task.prompt("system", language=TITLES[target], tag=target))
     reply = await task.ask("translate", [system, request])
     program = program_in(reply, target, "the translation")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from megatron_post.sandbox.languages import LANGUAGES, Language, program
+from megatron_post.sandbox.languages import LANGUAGES, Language, program, steps
 from megatron_post.sandbox.sandbox import Sandbox
 
 ECHO: dict[Language, str] = {
@@ -38,6 +38,16 @@ def test_a_check_finds_what_does_not_parse(sandbox: Sandbox, language: Language)
     wrong = asyncio.run(sandbox.run(*program(language, ECHO[language] + "\n)(", check=True)))
     assert right.ok and right.stdout == ""
     assert wrong.kind == "failed" and wrong.stdout + wrong.stderr
+
+
+@pytest.mark.parametrize("language", LANGUAGES, indirect=True)
+def test_a_program_is_built_once_and_run_many_times(sandbox: Sandbox, language: Language) -> None:
+    file, build, run = steps(language, ECHO[language])
+    command = f"({build}) && for text in 1 2; do echo $text | ({run} an argument); done"
+    outcome = asyncio.run(sandbox.run({file: ECHO[language]}, ["sh", "-c", command]))
+    assert (outcome.kind, outcome.stdout, outcome.stderr) == ("passed", "12", "")
+    broken = asyncio.run(sandbox.run({file: f"{ECHO[language]}\n)("}, ["sh", "-c", build]))
+    assert broken.kind == "failed"
 
 
 def test_an_unknown_language_is_refused() -> None:

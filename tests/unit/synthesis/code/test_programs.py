@@ -4,9 +4,10 @@ import pytest
 
 from megatron_post.inference.request import Reply, assistant_message
 from megatron_post.sandbox.languages import Language
-from megatron_post.synthesis.code.programs import program_in, text_of
+from megatron_post.synthesis.code.programs import fenced, program_in, text_of
 from megatron_post.synthesis.code.unit_tests import MOST_CHARACTERS
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import blocks
 
 
 def _reply(text: str, finish: str = "stop") -> Reply:
@@ -46,6 +47,12 @@ def test_a_reply_without_one_program_is_dropped(text: str, finish: str, reason: 
     with pytest.raises(Dropped) as dropped:
         program_in(_reply(text, finish), "python")
     assert dropped.value.reason == reason
+
+
+@pytest.mark.parametrize("code", ["a\n", "x\n```python\nb\n```\n", "````", ""])
+def test_a_fence_is_longer_than_those_in_the_code(code: str) -> None:
+    (block,) = blocks(f"before\n{fenced(code, 'python')}\nafter")
+    assert (block.code.rstrip(), block.language, block.is_closed) == (code.rstrip(), "python", True)
 
 
 def test_an_input_row_needs_code() -> None:
