@@ -14,7 +14,7 @@ from megatron_post.display import make_console, make_progress
 from megatron_post.inference.backend import Backend
 from megatron_post.inference.failures import check_failures
 from megatron_post.inference.journal import Journal
-from megatron_post.inference.model import answer_in, append_answer
+from megatron_post.inference.model import answer_in, entry_of
 from megatron_post.inference.ranks import SECONDS_BETWEEN_LINES, rank_prefix
 from megatron_post.inference.request import Refusal, Reply
 from megatron_post.inference.samples import Draw
@@ -59,7 +59,7 @@ class Share:
             check_failures(self.failures, prompts=self.num_prompts, max_failed=self.max_failed)
         else:
             self.written, self.tokens = self.written + 1, self.tokens + answer.tokens
-        append_answer(self.journal, draw.key, draw.request, answer)
+        self.journal.append(draw.key, *entry_of(draw.request, answer))
 
 
 Advance = Callable[[int], None]  # a function that is called with the number of prompts that are newly done

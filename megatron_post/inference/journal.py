@@ -5,12 +5,13 @@ A line begins with a checksum of its remainder, as in
 incomplete line, which is removed when the process starts again.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from megatron_post.storage.files import full_disk_explained
 from megatron_post.storage.lock import sole_writer
 from megatron_post.storage.reading import LARGEST_LINE
 
+Make = Callable[[], Awaitable[tuple[str, dict[str, Any]]]]
 KEY_DIGITS = 32  # with 128 bits, two of 10^12 requests have the same key with a probability of 10^-15
 _CRC, _KEY = b'{"crc32":"', b'","key":"'
 _CRC_AT = len(_CRC)
@@ -59,6 +61,7 @@ class Journal:
         """
         self._directory = Path(directory)
         self._places: dict[bytes, int] = {}
+        self._making: dict[str, asyncio.Event] = {}
         self._files: list[_Journalled] = []  # this writer's file is the first
         path = self._directory / f"journal-{writer:05d}.jsonl"
         with full_disk_explained(self._directory), contextlib.ExitStack() as stack:
@@ -99,6 +102,23 @@ class Journal:
         file = self._files[place >> _OFFSET_BITS].file
         file.seek(place & (1 << _OFFSET_BITS) - 1)
         entry: dict[str, Any] = json.loads(file.readline())["entry"]
+        return entry
+
+    async def once(self, key: str, make: Make) -> dict[str, Any]:
+        """The entry of a key. If there is none, `make` gives its kind and the entry, which is kept.
+
+        Of several callers that wait for one key, one makes it. If that fails, the next one tries.
+        """
+        while (making := self._making.get(key)) is not None:
+            await making.wait()
+        entry = self.get(key)
+        if entry is None:
+            self._making[key] = asyncio.Event()
+            try:
+                kind, entry = await make()
+                self.append(key, kind, entry)
+            finally:
+                self._making.pop(key).set()
         return entry
 
     def append(self, key: str, kind: str, entry: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Sends requests to a model and records answers in a journal, so that no request is sent twice."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +48,6 @@ class Model:
         self._answers, self._journal = answers, journal
         self._name, self._scope = name, list(scope)
         self._sampling = sampling or Sampling()
-        self._asking: dict[str, asyncio.Event] = {}
         self.usage = Usage()
 
     async def ask(
@@ -74,19 +72,17 @@ class Model:
 
     async def answer(self, request: Request) -> Reply:
         """The reply to a `Request`, as in `ask`."""
-        key = self.key_of(request)
-        # Another caller may have sent the same request. Wait for its answer instead of sending it twice.
-        while (asking := self._asking.get(key)) is not None:
-            await asking.wait()
-        entry = self._journal.get(key)
-        if entry is None:
-            self._asking[key] = asyncio.Event()
-            try:
-                entry = self._keep(key, request, await self._answers.answer(request))
-            finally:
-                self._asking.pop(key).set()
-        else:
-            self.usage.replayed += 1
+        key, asked = self.key_of(request), False
+
+        async def ask() -> tuple[str, dict[str, Any]]:
+            nonlocal asked
+            asked = True
+            answer = await self._answers.answer(request)
+            self._count(answer)
+            return entry_of(request, answer)
+
+        entry = await self._journal.once(key, ask)
+        self.usage.replayed += not asked
         answer = answer_in(entry, key)
         if isinstance(answer, Refusal):
             raise Refused(answer.reason, key)
@@ -96,24 +92,21 @@ class Model:
         """The journal's key of a request."""
         return key_of(model=self._name, scope=self._scope, **request.as_json())
 
-    def _keep(self, key: str, request: Request, answer: Reply | Refusal) -> dict[str, Any]:
+    def _count(self, answer: Reply | Refusal) -> None:
         self.usage.asked += 1
         if isinstance(answer, Refusal):
             self.usage.refused += 1
         else:
             self.usage.tokens += answer.tokens
             self.usage.prompt_tokens += answer.prompt_tokens
-        return append_answer(self._journal, key, request, answer)
 
 
-def append_answer(journal: Journal, key: str, request: Request, answer: Reply | Refusal) -> dict[str, Any]:
-    """Append an answer and its request to the journal. The request is for people. Returns the entry."""
+def entry_of(request: Request, answer: Reply | Refusal) -> tuple[str, dict[str, Any]]:
+    """The kind and the entry of an answer in the journal. The request in it is for people."""
     kind, value = ("refusal", answer.reason) if isinstance(answer, Refusal) else ("reply", answer.as_json())
-    entry = {"request": request.as_json(), kind: value}
-    journal.append(key, kind, entry)
-    return entry
+    return kind, {"request": request.as_json(), kind: value}
 
 
 def answer_in(entry: dict[str, Any], key: str) -> Reply | Refusal:
-    """The answer in an entry that `append_answer` has written."""
+    """The answer in an entry that `entry_of` has made."""
     return Refusal(entry["refusal"]) if "refusal" in entry else reply_from_json(entry["reply"], key)

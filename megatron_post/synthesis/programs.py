@@ -1,8 +1,7 @@
 """A sandbox whose outcomes are kept in the journal, so that a replay does not depend on times."""
 
-import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from megatron_post.sandbox.sandbox import Sandbox
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import BrokenSandbox
 from megatron_post.storage.checksums import sha256_of_file
-from megatron_post.synthesis.task import Files
+
+# A path is of a script that a recipe always runs: the journal keeps its checksum, and not its text
+Files = Mapping[str, str | bytes | Path]
 
 
 class JournalledSandbox:
@@ -22,7 +23,6 @@ class JournalledSandbox:
         """settings: of the sandbox. What a program sees of it is a part of the key."""
         self._sandbox, self._journal, self._limits = sandbox, journal, settings.limits
         self._held = settings.model_dump(mode="json", exclude={"programs", "limits"})
-        self._running: dict[str, asyncio.Event] = {}
         self.error: BrokenSandbox | None = None
 
     async def run(self, files: Files, command: Sequence[str], limits: Limits | None) -> tuple[Outcome, str]:
@@ -33,20 +33,16 @@ class JournalledSandbox:
             "limits": (limits or self._limits).model_dump(mode="json"),
         }
         key = key_of(sandbox=self._held, **program)
-        while (running := self._running.get(key)) is not None:  # the same program, of another row
-            await running.wait()
-        entry = self._journal.get(key)
-        if entry is None:
-            self._running[key] = asyncio.Event()
+
+        async def make() -> tuple[str, dict[str, Any]]:
             try:
                 outcome = await self._sandbox.run(_content(files), command, limits)
-                entry = {"program": program, "outcome": outcome.as_json()}
-                self._journal.append(key, "program", entry)
             except BrokenSandbox as error:
                 self.error = error
                 raise
-            finally:
-                self._running.pop(key).set()
+            return "program", {"program": program, "outcome": outcome.as_json()}
+
+        entry = await self._journal.once(key, make)
         return Outcome.from_json(entry["outcome"]), key
 
 

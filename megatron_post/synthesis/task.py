@@ -3,10 +3,9 @@
 import asyncio
 import contextvars
 import random
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from megatron_post.config.section import Section
 from megatron_post.data.dialog import Message
@@ -14,15 +13,15 @@ from megatron_post.inference.model import Refused
 from megatron_post.inference.request import Reply
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Limits
+from megatron_post.synthesis.ground import Ground
 from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.math.answers import Comparison
+from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.prompts import Prompts
 
 _NO_STEP = "(before the first step)"
 S = TypeVar("S", bound=Section)
 T = TypeVar("T")
-# A path is of a script that a recipe always runs: the journal keeps its checksum, and not its text
-Files = Mapping[str, str | bytes | Path]
 
 
 @dataclass
@@ -39,43 +38,6 @@ class Event:
     key: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
-
-
-class Asks(Protocol):
-    """As `inference.model.Model`."""
-
-    async def ask(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        seed: int,
-        tools: Sequence[dict[str, Any]],
-        **sampling: Any,
-    ) -> Reply: ...
-
-
-class Runs(Protocol):
-    """A sandbox that keeps outcomes in the journal. Returns the outcome and its key."""
-
-    async def run(
-        self, files: Files, command: Sequence[str], limits: Limits | None
-    ) -> tuple[Outcome, str]: ...
-
-
-class Compares(Protocol):
-    """As `math.answers.MathAnswers`."""
-
-    async def compare(self, wanted: str, given: str) -> tuple[Comparison, str]: ...
-
-
-class Ground(Protocol):
-    """Where a task finds models, the sandbox and the comparison of answers."""
-
-    def model(self, name: str, step: str) -> Asks: ...
-
-    def sandbox(self) -> Runs: ...
-
-    def answers(self) -> Compares: ...
 
 
 @dataclass

@@ -5,7 +5,8 @@ from typing import Any
 
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.synthesis.code import inside
-from megatron_post.synthesis.task import Files, Task
+from megatron_post.synthesis.programs import Files
+from megatron_post.synthesis.task import Task
 
 
 def script(name: str) -> Path:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_post.sandbox.languages import TOOLS, Language, steps
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.synthesis.code.scripts import script
-from megatron_post.synthesis.task import Files, Task
+from megatron_post.synthesis.programs import Files
+from megatron_post.synthesis.task import Task
 
 MOST_CHARACTERS = 32_768  # of a program or of tests
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_post.inference.journal import Journal, key_of
 from megatron_post.installation import install_command
@@ -49,7 +49,6 @@ class MathAnswers:
         self._free: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
         for worker in self._workers:
             self._free.put_nowait(worker)
-        self._comparing: dict[str, asyncio.Event] = {}
         self.error: BrokenComparison | None = None
 
     async def close(self) -> None:
@@ -68,17 +67,12 @@ class MathAnswers:
         if max(len(wanted), len(given)) > _LONGEST:
             return "too long", ""
         key = key_of(math_verify=self._version, wanted=wanted, given=given)
-        while (comparing := self._comparing.get(key)) is not None:  # the same pair, of another row
-            await comparing.wait()
-        entry = self._journal.get(key)
-        if entry is None:
-            self._comparing[key] = asyncio.Event()
-            try:
-                entry = {"wanted": wanted, "given": given, "result": await self._compare(wanted, given)}
-                self._journal.append(key, "answer", entry)
-            finally:
-                self._comparing.pop(key).set()
-        return entry["result"], key
+
+        async def make() -> tuple[str, dict[str, Any]]:
+            result = await self._compare(wanted, given)
+            return "answer", {"wanted": wanted, "given": given, "result": result}
+
+        return (await self._journal.once(key, make))["result"], key
 
     async def _compare(self, wanted: str, given: str) -> Comparison:
         worker = await self._free.get()

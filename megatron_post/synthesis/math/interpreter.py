@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_post.sandbox.outcome import Outcome
-from megatron_post.synthesis.task import Files
+from megatron_post.synthesis.programs import Files
 
 _DRIVER = Path(__file__).with_name("session_driver.py")
 _END = "\n(end of session)\n"  # the driver writes it last; without it a block has ended the interpreter

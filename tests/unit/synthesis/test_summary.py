@@ -31,5 +31,5 @@ def test_steps_count_rows_requests_and_programs() -> None:
     list(summary.counted([Result(0, "i", "f", [], Drop("b", "r", failed=True), events)] * 2))
     a, b = summary.steps["a"], summary.steps["b"]
     assert (a.rows, a.requests, a.refused, a.prompt_tokens, a.tokens) == (2, 4, 2, 20, 10)
-    assert (b.rows, b.requests, dict(b.programs), b.failed) == (2, 0, {"passed": 2, "timeout": 2}, 2)
+    assert (b.rows, b.requests, dict(b.results), b.failed) == (2, 0, {"passed": 2, "timeout": 2}, 2)
     assert (summary.requests, summary.tokens, summary.prompt_tokens, summary.failed) == (4, 10, 20, 2)
