@@ -105,6 +105,6 @@ def test_shared_prompts_of_a_language_model() -> None:
     check_equal(joined(found), expected)
 
 
-@pytest.mark.parametrize("name", ["one rank", "TP2 x CP2 x PP2"])
+@pytest.mark.parametrize("name", ["TP2 + SP", "CP2"])
 def test_dpo(name: str, expected: Any) -> None:
     _check(name, expected, "dpo", "separate")
