@@ -30,7 +30,7 @@ class DaliLoader:
     def __init__(self, loader: PackLoader, *, device_id: int | None = None, prefetch: int = 2) -> None:
         self._loader = loader
         self._device_id = device_id
-        self._held: tuple[Any, torch.cuda.Event] | None = None
+        self._held: deque[tuple[Any, torch.cuda.Event]] = deque()
         self._inside: deque[Pack] = deque()  # packs that the pipeline has taken and not given back yet
         self._pipeline = _pipeline(
             _import_dali(), _feed(loader, self._inside), device_id=device_id, prefetch=prefetch
@@ -60,14 +60,14 @@ class DaliLoader:
         return dataclasses.replace(self._inside.popleft(), **moved)
 
     def _hold(self, outputs: Any) -> None:
-        """Keep a pack's buffers until the copies of them have run, which is waited for at the next pack.
+        """Keep a pack's buffers until the GPU has run the copies of them.
 
-        DALI fills a buffer again once nothing holds it, and the copies are only queued by then.
+        DALI fills a buffer again once nothing holds it, and the copies are only queued by then. They run
+        after the update of the step before, so the host does not wait for them.
         """
-        held = (outputs, torch.cuda.current_stream(self._device_id).record_event())
-        if self._held is not None:
-            self._held[1].synchronize()
-        self._held = held
+        self._held.append((outputs, torch.cuda.current_stream(self._device_id).record_event()))
+        while self._held and self._held[0][1].query():
+            self._held.popleft()
 
     def _hand_over(self, output: Any) -> Any:
         """A copy, since DALI uses its buffers again."""

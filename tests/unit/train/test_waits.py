@@ -30,10 +30,11 @@ def topology() -> Iterator[Topology]:
         yield dataclasses.replace(found, device=DEVICE)
 
 
-def _config(kind: str) -> Config:
+def _config(kind: str, run_dir: str | Path = "unused", **sections: dict[str, Any]) -> Config:
     stage = kind if kind in ("sft", "dpo") else "reward"
-    sections = {"reward": {"layout": kind}} if stage == "reward" else {}
-    return tiny_config(stage=stage, parallel={"context": 2}, **sections)
+    if stage == "reward":
+        sections["reward"] = {"layout": kind}
+    return tiny_config(run_dir, stage=stage, **sections)
 
 
 def _pack(kind: str) -> Pack:
@@ -56,7 +57,9 @@ def _copied_ahead(pack: Pack) -> Pack:
 def test_a_pack_is_prepared_without_waiting(
     topology: Topology, kind: str, portable: bool, is_ahead: bool
 ) -> None:
-    stepper = Stepper([], make_stage(_config(kind), topology), topology, portable=portable)
+    stepper = Stepper(
+        [], make_stage(_config(kind, parallel={"context": 2}), topology), topology, portable=portable
+    )
     pack = _copied_ahead(_pack(kind)) if is_ahead else _pack(kind)
     with no_waits():
         microbatch = stepper.prepare(pack)
@@ -86,11 +89,20 @@ def test_every_kind_of_wait_is_noticed(wait: Any) -> None:
         wait(torch.arange(3))
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_the_waits_of_a_step(tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sections"),
+    [
+        ("sft", {}),
+        ("dpo", {"dpo": {"reference": "frozen"}}),
+        ("isolated", {"recompute": {"mode": "full"}}),
+        ("separate", {"optimizer": {"overlap": True, "clip_grad": 0.0}}),
+        ("concatenated", {"recompute": {"mode": "selective", "modules": ["core_attn", "mlp"]}}),
+    ],
+)
+def test_the_waits_of_a_step(tmp_path: Path, kind: str, sections: dict[str, Any]) -> None:
     """A step reads five results. None of them comes after the update, which runs beside the next step."""
-    config = tiny_config(tmp_path, stage=stage)
-    pack = _pack(stage)
+    config = _config(kind, tmp_path, **sections)
+    pack = _pack(kind)
     with fake_rank(config.parallel, rank=0, world_size=1) as topology, without_gloo(), device_as_cuda():
         trainer, _ = build_trainer(config, dataclasses.replace(topology, device=DEVICE))
         with no_waits(), recorded_reads() as reads:
