@@ -24,7 +24,22 @@ Fault = Callable[[Body, int], str | None]  # of a request that arrives for the n
 
 # A status, or: `hang` says nothing until the client leaves, `hang up` leaves without a word, `half` leaves in
 # the middle, `drip` sends a byte every 50 ms, `nonsense` is a page of HTML, `null` is neither text nor call.
-FAULTS = ("400", "413", "422", "429", "500", "503", "hang", "hang up", "half", "drip", "nonsense", "null")
+FAULTS = (
+    "400",
+    "401",
+    "404",
+    "413",
+    "422",
+    "429",
+    "500",
+    "503",
+    "hang",
+    "hang up",
+    "half",
+    "drip",
+    "nonsense",
+    "null",
+)
 RETRY_AFTER = "0.05"  # seconds, beside a 429
 _DRIP = 0.05
 

@@ -55,12 +55,22 @@ class Request:
 
     def as_json(self) -> dict[str, Any]:
         """Everything that the answer depends on, except for the model."""
-        return {
+        values: dict[str, Any] = {
             "messages": messages_as_json(self.messages),
             "sampling": self.sampling.model_dump(mode="json"),
             "seed": self.seed,
-            **({"tools": list(self.tools)} if self.tools else {}),
         }
+        if self.tools:
+            values["tools"] = list(self.tools)
+        # A turn usually continues after a tool call and nowhere else. OpenAI's messages cannot say otherwise.
+        unusual = [
+            number
+            for number, message in enumerate(self.messages)
+            if message.role == "assistant" and message.end_of_turn == bool(message.tool_calls)
+        ]
+        if unusual:
+            values["unusual_ends_of_turn"] = unusual
+        return values
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,10 @@ class Server:
             raise _Refused(str(error)) from None
 
     def _refuse(self, url: str, answer: Answer) -> NoReturn:
+        # another program may have got the port of one of several servers
+        bad: type[Exception] = BadServer if len(self._settings.urls) == 1 else _BadAnswer
         if 300 <= answer.status < 400:
-            raise BadServer(
+            raise bad(
                 f"{url} redirects to {self._shown(answer.location)}. Redirects are not followed, since that "
                 "server would get the key and the prompts: if it is the one to ask, set the backend's url to "
                 "it"
@@ -199,7 +201,7 @@ class Server:
             raise _BadAnswer(text)
         if answer.status in (408, 429) or answer.status >= 500:
             raise _TryAgain(text, wait=answer.retry_after)
-        raise BadServer(f"{url} refuses the request: {text}")
+        raise bad(f"{url} refuses the request: {text}")
 
 
 def _wait(state: RetryCallState) -> float:

@@ -61,10 +61,18 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
             model.ask("yes", tools=[{"type": "code_interpreter"}]),
             _model(second, journal, scope=("recipe", 2)).ask("yes"),
             _model(second, journal, name="n").ask("yes"),
+            model.ask([Message("user", "?"), Message("assistant", "f()"), Message("ipython", "yes")]),
+            model.ask(
+                [
+                    Message("user", "?"),
+                    Message("assistant", "f()", end_of_turn=False),
+                    Message("ipython", "yes"),
+                ]
+            ),
         ]
         for other in others:
             asyncio.run(other)  # type: ignore[arg-type]
-        assert len(second.asked) == 7 and second.asked[2].sampling == Sampling(stop=("\n",))
+        assert len(second.asked) == 9 and second.asked[2].sampling == Sampling(stop=("\n",))
 
 
 def test_a_refusal_is_an_answer(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_servers_share_the_requests() -> None:
         assert [server.most_in_flight for server in (one, two)] == [4, 4]
 
 
-@pytest.mark.parametrize("fault", ["hang up", "half", "500", "503", "nonsense", "hang"])
+@pytest.mark.parametrize("fault", ["hang up", "half", "500", "503", "nonsense", "hang", "401", "404"])
 def test_a_server_that_fails_is_left_out(fault: str) -> None:
     """Its first requests fail, and after that it only gets one request at a time as a trial."""
     with ScriptedServer(fault=lambda *_: fault) as bad, ScriptedServer(seconds=0.01) as good:
@@ -244,3 +244,14 @@ def test_more_connections_than_the_system_allows(monkeypatch: pytest.MonkeyPatch
     assert limits[1:] == [(2256, 4096), (4096, 4096)]
     with pytest.raises(ValueError, match=r"parallel_requests: 4000 connections are more .*4096"):
         Server(ServerBackend(kind="server", url="http://h/v1", served_model="m", parallel_requests=4000))
+
+
+def test_servers_that_all_refuse() -> None:
+    """With the reason of one of them, after the retries."""
+    fault, refused = lambda *_: "404", r"2 tries failed, .* refuses the request: HTTP status 404"
+    with (
+        ScriptedServer(fault=fault) as one,
+        ScriptedServer(fault=fault) as two,
+        pytest.raises(BadServer, match=refused),
+    ):
+        ask_server(_settings(one, two, retries=1), _requests(1))
