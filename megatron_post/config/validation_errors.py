@@ -42,6 +42,8 @@ def error_lines(item: ErrorDetails, model: type[BaseModel]) -> list[str]:
         return [f"{key}: unknown key (value {value}){_meant(path, section, model)}"]
     if item["type"] == "missing":
         return [f"{key}: missing"]
+    if item["type"] == "union_tag_not_found":  # the section has several forms, and does not name one
+        return [f"{key}.{item['ctx']['discriminator'].strip(chr(39))}: missing"]
     message = item["msg"].removeprefix("Value error, ").replace("Tuple should", "List should")
     if item["type"] == "value_error":
         return [f"{key}: {line}" if key else line for line in message.splitlines()]

@@ -25,7 +25,7 @@ _ENTRY = 4096  # bytes that a file counts beside its content
 class ContainerSandbox:
     """Starts programs by a container command. Raises `ValueError` where its first word is no command."""
 
-    remedy = "correct sandbox.command, or set sandbox.kind=bubblewrap"
+    remedy = "correct it, or set sandbox.kind=bubblewrap"
 
     def __init__(self, settings: Container) -> None:
         needed = {"command": settings.command[0], "stop": (settings.stop or settings.command)[0]}

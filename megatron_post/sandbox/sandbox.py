@@ -103,7 +103,7 @@ class Sandbox:
         if not outcome.ok:
             raise ValueError(
                 f"the sandbox does not work: a first program ended as {outcome.kind} with exit status "
-                f"{outcome.returncode}: {outcome.stderr.strip()[-500:]}; {self._starter.remedy}"
+                f"{outcome.returncode}: {' '.join(outcome.stderr.split())[-500:]}; {self._starter.remedy}"
             )
         return outcome.stdout
 

@@ -31,7 +31,9 @@ def _template(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
-Template = Annotated[tuple[Line, ...], Field(min_length=1), AfterValidator(_template)]
+_Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=100_000)]
+_Template = Annotated[tuple[Line, ...], Field(min_length=1), AfterValidator(_template)]
 
 
 class Limits(Section):
@@ -69,7 +71,7 @@ class Bubblewrap(_Sandbox):
         description="more directories that programs can read, such as one with Python packages; under root "
         "every user must be able to read them",
     )
-    environment: dict[Line, str] = Field(
+    environment: dict[_Variable, _Text] = Field(
         {}, description="more variables of a program, such as PYTHONPATH; it has none of this process"
     )
 
@@ -78,11 +80,11 @@ class Container(_Sandbox):
     """A container command of the site, which must hold the network, the files and the environment itself."""
 
     kind: Literal["command"] = Field(description="selects this sandbox")
-    command: Template = Field(
+    command: _Template = Field(
         description="words in front of a program's command; {directory} has the program's files and must be "
         "the working directory inside"
     )
-    stop: Template | None = Field(
+    stop: _Template | None = Field(
         None, description="ends a container that is not a child of its command, such as docker kill {name}"
     )
 

@@ -63,7 +63,8 @@ def supervise(program: Program, limits: Limits, cancelled: Event) -> Outcome:
     try:
         program.finish(killed=not finished)
     except BrokenSandbox as error:
-        raise BrokenSandbox(f"{error}: {stderr.strip()[-500:] or f'exit status {returncode}'}") from None
+        reason = " ".join(stderr.split())[-500:] or f"exit status {returncode}"
+        raise BrokenSandbox(f"{error}: {reason}") from None
     if exceeded is None and finished and program.disk_bytes() >= limits.disk_mib * MIB:
         exceeded = "disk"  # it was full, and the program ended on its own before the next look
     return Outcome(exceeded or kind_of(returncode), returncode, stdout, stderr, round(seconds, 3))

@@ -181,6 +181,11 @@ def test_unknown_keys_of_every_kind_of_file(tmp_path: Path) -> None:
         assert f"{meant}'?)" in str(error.value)
 
 
+def test_a_section_of_several_forms_must_name_one() -> None:
+    with pytest.raises(ConfigError, match=r"- backend\.kind: missing"):
+        parse(Generate, {"backend": {"url": "http://localhost"}}, origin="file")
+
+
 def test_many_errors_are_counted_and_not_all_listed(tmp_path: Path) -> None:
     path = tmp_path / "base.yaml"
     path.write_text(BASE + "".join(f"key{i}: 1\n" for i in range(5000)))

@@ -262,6 +262,9 @@ def test_where_namespaces_are_forbidden_nothing_runs(monkeypatch: pytest.MonkeyP
 def test_settings_that_cannot_work_are_refused(sandbox: Sandbox) -> None:
     with pytest.raises(ValueError, match="is not an absolute path"):
         Bubblewrap(read_only=("x",))
+    for wrong in ({"A=B": "x"}, {"": "x"}, {"1A": "x"}, {"A\n": "x"}, {"A": "x\0"}):
+        with pytest.raises(ValueError, match="environment"):
+            Bubblewrap(environment=wrong)
     with pytest.raises(ValueError, match="/no/such is no directory"):
         open_sandbox(Bubblewrap(read_only=("/no/such",)))
     with pytest.raises(ValueError, match=r"\{file\}.*\{directory\}"):
