@@ -1,6 +1,7 @@
 """A sandbox whose outcomes are kept in the journal, so that a replay does not depend on times."""
 
 import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.sandbox import Sandbox
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import BrokenSandbox
-from megatron_post.storage.checksums import sha256_of_file
 
-# A path is of a script that a recipe always runs: the journal keeps its checksum, and not its text
+# A path is of a script or a tool that many programs have: the journal keeps its checksum, and not its content
 Files = Mapping[str, str | bytes | Path]
 
 
@@ -23,12 +23,13 @@ class JournalledSandbox:
         """settings: of the sandbox. What a program sees of it is a part of the key."""
         self._sandbox, self._journal, self._limits = sandbox, journal, settings.limits
         self._held = settings.model_dump(mode="json", exclude={"programs", "limits"})
+        self._shared: dict[Path, tuple[bytes, str]] = {}  # content and checksum: read once, and held once
         self.error: BrokenSandbox | None = None
 
     async def run(self, files: Files, command: Sequence[str], limits: Limits | None) -> tuple[Outcome, str]:
         """The outcome and its key in the journal. Raises what the sandbox raises."""
         program = {
-            "files": {name: _as_json(content) for name, content in files.items()},
+            "files": {name: self._as_json(content) for name, content in files.items()},
             "command": list(command),
             "limits": (limits or self._limits).model_dump(mode="json"),
         }
@@ -36,7 +37,7 @@ class JournalledSandbox:
 
         async def make() -> tuple[str, dict[str, Any]]:
             try:
-                outcome = await self._sandbox.run(_content(files), command, limits)
+                outcome = await self._sandbox.run(self._content(files), command, limits)
             except BrokenSandbox as error:
                 self.error = error
                 raise
@@ -45,12 +46,19 @@ class JournalledSandbox:
         entry = await self._journal.once(key, make)
         return Outcome.from_json(entry["outcome"]), key
 
+    def _content(self, files: Files) -> dict[str, str | bytes]:
+        return {
+            name: self._read(content)[0] if isinstance(content, Path) else content
+            for name, content in files.items()
+        }
 
-def _content(files: Files) -> dict[str, str | bytes]:
-    return {name: text.read_bytes() if isinstance(text, Path) else text for name, text in files.items()}
+    def _as_json(self, content: str | bytes | Path) -> str | dict[str, Any]:
+        if isinstance(content, Path):
+            return {"script": content.name, "sha256": self._read(content)[1]}
+        return content if isinstance(content, str) else {"base64": base64.b64encode(content).decode()}
 
-
-def _as_json(content: str | bytes | Path) -> str | dict[str, Any]:
-    if isinstance(content, Path):
-        return {"script": content.name, "sha256": sha256_of_file(content)}
-    return content if isinstance(content, str) else {"base64": base64.b64encode(content).decode()}
+    def _read(self, path: Path) -> tuple[bytes, str]:
+        if path not in self._shared:
+            content = path.read_bytes()
+            self._shared[path] = content, hashlib.sha256(content).hexdigest()
+        return self._shared[path]

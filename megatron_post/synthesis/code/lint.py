@@ -1,42 +1,43 @@
-"""ruff on Python that a model wrote. ruff reads the text and runs nothing of it."""
+"""ruff on Python that a model wrote, inside the sandbox."""
 
-import asyncio
-import subprocess
+from pathlib import Path
+from typing import Any
 
 from megatron_post.installation import install_command
 from megatron_post.synthesis.code.unit_tests import Report
+from megatron_post.synthesis.task import Files, Task
 
 _RULES = "E4,E7,E9,F,B"  # ruff's own choice, and likely bugs
 _SYNTAX = ": invalid-syntax: "
-_SECONDS = 60.0
 _KEPT = 2000  # characters of what it finds
+_COMMAND = (
+    "chmod +x ruff && RAYON_NUM_THREADS=1 exec ./ruff check --isolated --no-cache --ignore-noqa --quiet "
+    f"--select {_RULES} --output-format concise main.py"
+)
 
 
-async def lint(source: str) -> Report | None:
+async def lint(task: Task[Any], source: str) -> Report | None:
     """What ruff finds: a report of the kind "lint", or "build" for what does not parse; None for nothing.
 
-    Comments in the text cannot silence it.
-
-    Raises `ValueError` where ruff is not installed, and `RuntimeError` where it fails on the text.
+    Comments in the text cannot silence it. Raises `ValueError` where ruff is not installed, and where it does
+    not run in the sandbox.
     """
-    done = await asyncio.to_thread(_ruff, source)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"ruff failed with exit status {done.returncode}: {done.stderr.strip()[-300:]}")
-    if not done.stdout.strip():
+    files: Files = {"ruff": _ruff(), "main.py": source}
+    outcome = await task.run("lint", files, ("sh", "-c", _COMMAND))
+    if outcome.ok:
         return None
-    return Report(kind="build" if _SYNTAX in done.stdout else "lint", message=done.stdout.strip()[:_KEPT])
+    if outcome.kind == "unavailable" or (outcome.kind == "failed" and outcome.returncode != 1):
+        raise ValueError(f"ruff does not run in the sandbox: {outcome.stderr.strip()[-300:]}")
+    found = outcome.stdout.strip() or f"ruff ended as {outcome.kind!r}"
+    return Report(kind="build" if _SYNTAX in found else "lint", message=found[:_KEPT])
 
 
-def _ruff(source: str) -> subprocess.CompletedProcess[str]:
+def _ruff() -> Path:
     try:
         from ruff import find_ruff_bin
 
-        command = [find_ruff_bin(), "check", "--isolated", "--no-cache", "--ignore-noqa", "--quiet"]
+        return Path(find_ruff_bin())
     except (ImportError, FileNotFoundError):
         raise ValueError(
             f"ruff, which checks Python programs, is not installed; {install_command('synthesize')}"
         ) from None
-    command += ["--select", _RULES, "--output-format", "concise", "--stdin-filename", "main.py", "-"]
-    return subprocess.run(
-        command, input=source, capture_output=True, encoding="utf-8", errors="replace", timeout=_SECONDS
-    )

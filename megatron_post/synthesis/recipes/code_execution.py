@@ -125,11 +125,8 @@ class _Work:
 
         Raises `Dropped` if the tests stay wrong.
         """
-        if self.bench.language == "python":
-            found = await lint(source)
-            self.task.count("lint", "no fault" if found is None else found.kind)
-            if found is not None:
-                return found
+        if self.bench.language == "python" and (found := await lint(self.task, source)) is not None:
+            return found
         while True:
             report = await self.bench.run("test", source, self.tests)
             if report.kind == "build":
