@@ -51,9 +51,9 @@ def test_servers_share_the_requests() -> None:
 def test_a_server_that_fails_is_left_out(fault: str) -> None:
     """Its first requests fail, and after that it only gets one request at a time as a trial."""
     with ScriptedServer(fault=lambda *_: fault) as bad, ScriptedServer(seconds=0.01) as good:
-        settings = _settings(bad, good, parallel_requests=4, timeout=0.5)
+        settings = _settings(bad, good, parallel_requests=4, timeout=1.0 if fault == "hang" else 30.0)
         assert ask_server(settings, _requests(60)) == _replies(60)
-        assert len(bad.requests) <= 4 + 2
+        assert len(bad.requests) < 15  # 4 at first, and 1 after 1 s, 2 s, 4 s, ...
 
 
 def test_a_server_that_is_not_there_and_one_that_leaves() -> None:
