@@ -60,7 +60,7 @@ def _as_json(
             "version": recipe.version,
             "source": row.source,
             "parents": [row.id],
-            "models": {event.model: settings.model_of(event.model).model for event in events if event.model},
+            "models": {event.model: settings.models[event.model].model for event in events if event.model},
             "journal": [dict(vars(event)) for event in events],
         }
     )

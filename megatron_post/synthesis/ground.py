@@ -56,7 +56,7 @@ class Ground:
             raise ValueError(f"recipe {self._recipe.name} asks {name!r}, which is not in its MODELS")
         own, version = self._settings.own_name(name), self._recipe.prompts.versions.get(step)
         if (own, version) not in self._models:
-            found = self._settings.model_of(own)
+            found = self._settings.models[own]
             scope: list[str | int] = [self._recipe.name, self._recipe.version]
             scope += [] if version is None else [version]
             self._models[own, version] = Model(
@@ -104,7 +104,7 @@ async def open_ground(settings: Synthesis, recipe: Recipe, *, writer: int) -> As
         journal = stack.enter_context(Journal(Path(settings.output) / "journal", writer))
         answers: dict[str, Answers] = {}
         for name in dict.fromkeys(map(settings.own_name, recipe.models)):
-            found = settings.model_of(name)
+            found = settings.models[name]
             answers[name] = await stack.enter_async_context(open_answers(found.backend, found.model))
         sandbox = None
         if recipe.runs_programs:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megatron_post.config.load import ConfigError, load_section, parse, raise_for
+from megatron_post.config.load import load_section, parse, raise_for
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.inference.request import Sampling
 from megatron_post.inference.settings import BackendSettings
@@ -29,7 +29,7 @@ class Synthesis(Section):
     recipe: Name = Field(description="name of a built-in recipe, or path of a Python file")
     settings: dict[str, Any] = Field(default_factory=dict, description="keys of the recipe's own")
     input: InputSettings
-    models: dict[Line, SynthesisModel | Line] = Field(
+    models: dict[Line, SynthesisModel] = Field(
         min_length=1, description="name -> model that the recipe asks by this name, or another name here"
     )
     sandbox: SandboxSettings = Bubblewrap()
@@ -43,30 +43,24 @@ class Synthesis(Section):
     max_bad_rows: Whole = Field(0, description="rows of the input that may be bad, and are left out")
     output: Name = Field(description="directory of the rows, the journal and the report")
 
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names_stand_for_models(cls, models: Any) -> Any:
+        """`judge: author` gives the judge the values of the author."""
+        if not isinstance(models, dict):
+            return models
+        models = {name: models.get(value, value) if isinstance(value, str) else value
+                  for name, value in models.items()}  # fmt: skip
+        for name, value in models.items():
+            if isinstance(value, str):
+                raise ValueError(
+                    f"{name}: {value!r} is not the name of a model here{did_you_mean(value, list(models))}"
+                )
+        return models
+
     def own_name(self, name: str) -> str:
-        """The entry of `models` that is asked by this name: its own, or the one that it names.
-
-        Raises `ConfigError` if there is none.
-        """
-        wanted = name
-        for _ in range(len(self.models) + 1):  # names that lead in a circle end
-            found = self.models.get(name)
-            if isinstance(found, SynthesisModel):
-                return name
-            if found is None:
-                break
-            name = found
-        known = list(self.models)
-        raise ConfigError(
-            f"models: {self.recipe} asks {wanted!r}, and there is no such model{did_you_mean(name, known)}; "
-            f"there are {', '.join(known)}"
-        )
-
-    def model_of(self, name: str) -> SynthesisModel:
-        """The model that is asked by this name. Raises `ConfigError` if there is none."""
-        found = self.models[self.own_name(name)]
-        assert isinstance(found, SynthesisModel)
-        return found
+        """The first name of the model that is asked by this name. Equal models share a backend."""
+        return next(other for other, model in self.models.items() if model == self.models[name])
 
 
 def load_synthesis(path: str, overrides: Sequence[str] = ()) -> Synthesis:
@@ -76,11 +70,17 @@ def load_synthesis(path: str, overrides: Sequence[str] = ()) -> Synthesis:
 
 def recipe_settings(settings: Synthesis, recipe: Recipe) -> Section:
     """The recipe's own settings. Raises `ConfigError` for models that it lacks or never asks, too."""
-    for name in recipe.models:
-        settings.own_name(name)
-    asked = set(recipe.models) | {found for found in settings.models.values() if isinstance(found, str)}
-    raise_for(
-        [f"models.{name}: recipe {recipe.name} asks {', '.join(recipe.models)} and no others"
-         for name in settings.models if name not in asked]
-    )  # fmt: skip
+    models, asks = settings.models, f"recipe {recipe.name} asks"
+    used = [models[name] for name in recipe.models if name in models]
+    errors = [
+        f"models: {asks} {name!r}, which is missing{did_you_mean(name, list(models))}"
+        for name in recipe.models
+        if name not in models
+    ]
+    errors += [
+        f"models.{name}: {asks} {', '.join(recipe.models)} and no others"
+        for name, model in models.items()
+        if name not in recipe.models and model not in used
+    ]
+    raise_for(errors)
     return parse(recipe.settings, settings.settings, origin=f"settings of recipe {recipe.name}")

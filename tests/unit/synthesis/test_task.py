@@ -194,10 +194,17 @@ def test_models_have_other_names(place: Place) -> None:
     assert place.asked() == 1
     assert place.rows()[0]["provenance"]["models"] == {"author": "m", "judge": "n"}
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"author": author}, "asks 'judge', and there is no such model"),
-        ({"author": author, "judge": "jury"}, "asks 'judge', and there is no such model"),
-        ({"author": "judge", "judge": "author"}, "asks 'author', and there is no such model"),
-        ({"author": author, "judge": "author", "third": author}, "models.third"),
+        ({"author": author}, "asks 'judge', which is missing"),
+        ({"author": author, "judge": "autor"}, r"models: .*judge: 'autor' .* \(did you mean 'author'\?\)"),
+        ({"author": "judge", "judge": "author"}, "author: 'author' is not the name of a model"),
+        (
+            {"author": author, "judge": "author", "third": other},
+            "models.third: recipe own asks author, judge",
+        ),
+        (
+            {"author": author | {"backend": author["backend"] | {"url": "x"}}},
+            r"models\.author\.backend\.url: ",
+        ),
     ]
     for models, message in wrong:
         with pytest.raises(ConfigError, match=message):
