@@ -17,7 +17,7 @@ from tests.unit.synthesis.code.translators import SAME, back, source
 from tests.unit.synthesis.conftest import Place
 
 pytestmark = needs_bubblewrap
-SETTINGS = {"samples": 3, "seconds": 2.0}
+SETTINGS = {"samples": 3, "seconds": 4.0}
 ROWS = "explanation, program"
 # manner -> outcome, which sample is kept, and by what it was compared
 EXPECTED = {

@@ -14,7 +14,7 @@ from tests.unit.synthesis.code.translators import source, translate
 from tests.unit.synthesis.conftest import Place
 
 pytestmark = needs_bubblewrap
-SETTINGS = {"targets": ["bash"], "seconds": 2.0}
+SETTINGS = {"targets": ["bash"], "seconds": 4.0}
 EXPECTED = {
     "right": "translation",
     "blanks": "translation",
