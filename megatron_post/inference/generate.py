@@ -115,21 +115,24 @@ def generate(
     pieces = [prompts[i : i + settings.part] for i in range(0, len(prompts), settings.part)]
     if rank > 0:
         wait_until(
-            lambda: target.exists() or _is_begun(parts, settings),
+            partial(_is_begun, target, _asked(settings)),
             f"rank 0 to begin {target} with these settings and prompts",
             console,
         )
         with Journal(parts, rank) as journal:
-            if target.exists():  # the other ranks have finished the output
+            model = _recorded(parts).get("model")
+            if target.exists():  # the other ranks have finished the output, and may have removed the record
                 shutil.rmtree(parts, ignore_errors=True)
                 return 0
-            share = _draw(journal, target, pieces[rank::size], len(prompts), settings, console, open_backend)
+            share = Share(journal, len(prompts), settings.max_failed)
+            _draw(share, target, pieces[rank::size], settings, str(model), console, open_backend)
         wait_until(target.exists, f"rank 0 to put {target} together", console)
         return share.written
     with Journal(parts) as journal:
-        _claim(parts, settings, journal)
-        share = _draw(journal, target, pieces[::size], len(prompts), settings, console, open_backend)
-        write_pieces(target, _lines(target, prompts, settings, journal, console))
+        model = _claim(parts, settings, journal)
+        share = Share(journal, len(prompts), settings.max_failed)
+        _draw(share, target, pieces[::size], settings, model, console, open_backend)
+        write_pieces(target, _lines(target, prompts, settings, model, journal, console))
     if failures := read_failures(target):
         console.print(
             f"{target}: {failed_prompts(failures):,} of {len(prompts):,} prompts failed, "
@@ -149,24 +152,22 @@ def parts_of(output: Path) -> Path:
 
 
 def _draw(
-    journal: Journal,
+    share: Share,
     target: Path,
     pieces: Sequence[Sequence[Prompt]],
-    num_prompts: int,
     settings: Generate,
+    model: str,
     console: Console,
     open_backend: OpenBackend,
-) -> Share:
-    """Generate the answers to this rank's pieces that no journal has."""
-    share = Share(journal, num_prompts, settings.max_failed)
-    model = str(_recorded(parts_of(target))["model"])
+) -> None:
+    """Generate the answers to this rank's pieces that no journal has. model: its name in the journal."""
     lacking, left = [], Counter[int]()
     for piece in pieces:
         if prompts := share.missing(_draws(piece, settings, model)):
             lacking.append(piece)
             left.update(prompts)
     if not left:
-        return share
+        return
     parts = (list(_draws(piece, settings, model)) for piece in lacking)
     total = sum(map(len, pieces))
     with ShareProgress(console, share, total - len(left), total) as progress:
@@ -184,7 +185,6 @@ def _draw(
             highlight=False,
             soft_wrap=True,
         )
-    return share
 
 
 def _draws(prompts: Iterable[Prompt], settings: Generate, model: str) -> Iterator[Draw]:
@@ -199,14 +199,19 @@ def _draws(prompts: Iterable[Prompt], settings: Generate, model: str) -> Iterato
 
 
 def _lines(
-    target: Path, prompts: Sequence[Prompt], settings: Generate, journal: Journal, console: Console
+    target: Path,
+    prompts: Sequence[Prompt],
+    settings: Generate,
+    model: str,
+    journal: Journal,
+    console: Console,
 ) -> Iterator[str]:
     """Yield the output's lines, and wait for answers of other ranks.
 
     The file of failures is written before this ends, because the output appears directly afterwards.
     """
     failures = []
-    for draw in _draws(prompts, settings, str(_recorded(parts_of(target))["model"])):
+    for draw in _draws(prompts, settings, model):
         entry = journal.get(draw.key)
         if entry is None:
             wait_until(partial(_has, journal, draw.key), f"the other parts of {target}", console)
@@ -227,8 +232,11 @@ def _has(journal: Journal, key: str) -> bool:
     return key in journal
 
 
-def _claim(parts: Path, settings: Generate, journal: Journal) -> None:
-    """Record the settings of this generation. Raises `ValueError` if there are answers of other settings."""
+def _claim(parts: Path, settings: Generate, journal: Journal) -> str:
+    """Record the settings of this generation. Returns the model's name in the journal.
+
+    Raises `ValueError` if there are answers of other settings.
+    """
     wanted = _record(settings)
     if len(journal):  # without answers, a call with other settings loses nothing
         found = _recorded(parts)
@@ -238,15 +246,15 @@ def _claim(parts: Path, settings: Generate, journal: Journal) -> None:
                 "one with its own settings, or remove it"
             )
     write_json(parts / _RECORD, wanted)
+    return str(wanted["model"])
 
 
-def _is_begun(parts: Path, settings: Generate) -> bool:
-    """Whether rank 0 has begun with the same settings and prompts.
+def _is_begun(target: Path, wanted: dict[str, Any]) -> bool:
+    """Whether rank 0 has begun with the same settings and prompts, or has finished.
 
     Only rank 0 records the model's fingerprint, because other nodes may use copies of the model.
     """
-    wanted = _asked(settings)
-    return {**_recorded(parts), "model": None} == {**wanted, "model": None}
+    return target.exists() or {**_recorded(parts_of(target)), "model": None} == {**wanted, "model": None}
 
 
 def _record(settings: Generate) -> dict[str, Any]:

@@ -230,6 +230,35 @@ def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
     assert generate(mended, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 10
 
 
+def test_prompts_may_be_added_to_an_unfinished_generation(tmp_path: Path) -> None:
+    """4 of 10 prompts are answered when it is stopped. With 2 more prompts, 8 are asked for."""
+    settings, output, backend = _settings(tmp_path), tmp_path / "out.jsonl", Parrot()
+    with pytest.raises(KeyboardInterrupt):
+        generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
+    _prompts(tmp_path / "prompts.jsonl", 12)
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: backend) == 24
+    assert set(backend.asked) == {f"question {i}" for i in range(4, 12)}
+    generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_rank_that_starts_as_the_others_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 removes the record while this rank opens its journal. Nothing is left behind."""
+    settings, output = _settings(tmp_path), tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
+
+    def finished_meanwhile(directory: Path, writer: int) -> Journal:
+        (directory / "settings.json").unlink()
+        output.touch()
+        return Journal(directory, writer)
+
+    monkeypatch.setattr(module, "rank_from_environment", lambda: (1, 2, 1))
+    monkeypatch.setattr(module, "Journal", finished_meanwhile)
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 0
+    assert not parts_of(output).exists()
+
+
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     refused = "journal-00000.jsonl is being written by process"
