@@ -8,23 +8,23 @@ from megatron_post.config.section import Section
 from megatron_post.data.dialog import BadRow
 from megatron_post.inference.model import Refused
 from megatron_post.storage.files import DiskFull
-from megatron_post.synthesis.ground import Ground
 from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.parts import Drop, Result
 from megatron_post.synthesis.recipe import Dropped, Recipe
+from megatron_post.synthesis.resources import Resources
 from megatron_post.synthesis.row import Row, StepLabels
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.task import Event, Task
 
 
 async def attempt(
-    recipe: Recipe, settings: Synthesis, own: Section, ground: Ground, number: int, row: InputRow
+    recipe: Recipe, settings: Synthesis, own: Section, resources: Resources, number: int, row: InputRow
 ) -> Result:
     """Run a recipe on one input row. own: the recipe's own settings.
 
     Raises what ends a run: a backend or a sandbox that does not work, and `DiskFull`.
     """
-    task = Task(row, own, recipe.prompts, ground)
+    task = Task(row, own, recipe.prompts, resources)
     rows: list[dict[str, Any]] = []
     dropped = None
     try:
@@ -41,11 +41,11 @@ async def attempt(
     except DiskFull:
         raise
     except Exception as error:  # a fault of the recipe costs its row, and not the run
-        ground.raise_if_broken()
+        resources.raise_if_broken()
         dropped = Drop(
             task.step_of(error), f"{type(error).__name__} in the recipe", _last_line(error), failed=True
         )
-    ground.raise_if_broken()
+    resources.raise_if_broken()
     return Result(number, row.id, row.source, [] if dropped else rows, dropped, task.events)
 
 

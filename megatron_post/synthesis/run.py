@@ -23,13 +23,13 @@ from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.files import write_lines
 from megatron_post.storage.lock import locked
 from megatron_post.synthesis.attempt import attempt
-from megatron_post.synthesis.ground import open_ground
 from megatron_post.synthesis.inputs import InputRow, read_input
 from megatron_post.synthesis.parts import PARTS, Part, Result, is_part_of, part_path, results_of
 from megatron_post.synthesis.progress import RowProgress
 from megatron_post.synthesis.recipe import Recipe, load_recipe
 from megatron_post.synthesis.record import record_of, summary_of, update_record
 from megatron_post.synthesis.report import write_report
+from megatron_post.synthesis.resources import open_resources
 from megatron_post.synthesis.settings import Synthesis, recipe_settings
 from megatron_post.synthesis.summary import Summary, read_summary, write_summary
 
@@ -145,14 +145,14 @@ def _counts(summary: Summary) -> str:
 
 async def _make_part(run: _Run, console: Console) -> None:
     own_rows = len(range(run.rank, run.num_rows, run.size))
-    async with open_ground(run.settings, run.recipe, writer=run.rank) as ground:
-        progress = RowProgress(console, who=run.who, total=own_rows, spent=ground.spent)
+    async with open_resources(run.settings, run.recipe, writer=run.rank) as resources:
+        progress = RowProgress(console, who=run.who, total=own_rows, spent=resources.spent)
         part = Part(run.output / PARTS, run.rank, run.size, fingerprint=run.fingerprint)
         rows = _own_rows(run)
 
         async def work() -> None:
             for number, row in rows:
-                result = await attempt(run.recipe, run.settings, run.own, ground, number, row)
+                result = await attempt(run.recipe, run.settings, run.own, resources, number, row)
                 part.add(result)
                 progress.add(is_lost=result.dropped is not None)
                 _count_failure(run, result)

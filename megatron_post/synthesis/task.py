@@ -13,11 +13,11 @@ from megatron_post.inference.model import Refused
 from megatron_post.inference.request import Reply
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Limits
-from megatron_post.synthesis.ground import Ground
 from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.math.answers import Comparison
 from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.prompts import Prompts
+from megatron_post.synthesis.resources import Resources
 
 _NO_STEP = "(before the first step)"
 S = TypeVar("S", bound=Section)
@@ -55,10 +55,10 @@ class Task(Generic[S]):
     id, and are the same after a restart.
     """
 
-    def __init__(self, row: InputRow, settings: S, prompts: Prompts, ground: Ground) -> None:
+    def __init__(self, row: InputRow, settings: S, prompts: Prompts, resources: Resources) -> None:
         self.id, self.source, self.settings = row.id, row.source, settings
         self.random = random.Random(row.id)
-        self._prompts, self._ground = prompts, ground
+        self._prompts, self._resources = prompts, resources
         root = _Branch(asyncio.current_task())
         self.events = root.events
         self._steps: dict[BaseException, str] = {}
@@ -87,7 +87,7 @@ class Task(Generic[S]):
         event = self._begin(step)
         event.model = model
         try:
-            reply = await self._ground.model(model, step).ask(messages, seed=seed, tools=tools, **sampling)
+            reply = await self._resources.model(model, step).ask(messages, seed=seed, tools=tools, **sampling)
         except Refused as refused:
             event.result, event.key = "refusal", refused.key
             raise
@@ -107,7 +107,7 @@ class Task(Generic[S]):
         step: what the report counts it under. limits: by default those of `sandbox`.
         """
         event = self._begin(step)
-        outcome, event.key = await self._ground.sandbox().run(files, command, limits)
+        outcome, event.key = await self._resources.sandbox().run(files, command, limits)
         event.result = outcome.kind
         return outcome
 
@@ -117,7 +117,7 @@ class Task(Generic[S]):
         step: what the report counts it under. The texts are as in `\\boxed{...}`. They may be hostile.
         """
         event = self._begin(step)
-        event.result, event.key = await self._ground.answers().compare(wanted, given)
+        event.result, event.key = await self._resources.answers().compare(wanted, given)
         return event.result
 
     def count(self, step: str, result: str) -> None:

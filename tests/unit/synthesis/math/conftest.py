@@ -84,6 +84,6 @@ class MathPlace:
 
 @pytest.fixture
 def math_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MathPlace]:
-    monkeypatch.setattr("megatron_post.synthesis.ground.MathAnswers", partial(MathAnswers, seconds=1))
+    monkeypatch.setattr("megatron_post.synthesis.resources.MathAnswers", partial(MathAnswers, seconds=1))
     with ScriptedServer(answer, fault) as server:
         yield MathPlace(tmp_path, server)

@@ -1,4 +1,4 @@
-"""What all rows of a process share: the journal, the models, the sandbox and the comparison of answers."""
+"""The resources that all rows of a process share: journal, models, sandbox and the comparison of answers."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -31,8 +31,8 @@ class _Watched:
             raise
 
 
-class Ground:
-    """Gives tasks their models, their sandbox and the comparison of their answers."""
+class Resources:
+    """Gives tasks their models, their sandbox and the comparison of their answers, through one journal."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Ground:
 
 
 @contextlib.asynccontextmanager
-async def open_ground(settings: Synthesis, recipe: Recipe, *, writer: int) -> AsyncIterator[Ground]:
+async def open_resources(settings: Synthesis, recipe: Recipe, *, writer: int) -> AsyncIterator[Resources]:
     """Open the journal as this writer, the backends of the models that the recipe asks, and the sandbox.
 
     Raises `ValueError` for a journal that another process writes, and for a backend or a sandbox that cannot
@@ -114,4 +114,4 @@ async def open_ground(settings: Synthesis, recipe: Recipe, *, writer: int) -> As
         if recipe.compares_answers:
             compares = MathAnswers(journal)
             stack.push_async_callback(compares.close)
-        yield Ground(settings, recipe, journal, answers, sandbox, compares)
+        yield Resources(settings, recipe, journal, answers, sandbox, compares)
