@@ -106,17 +106,18 @@ def test_kills_change_no_byte_and_ask_nothing_twice(tmp_path: Path) -> None:
     rng = random.Random(KILLS)
     known: set[str] = set()  # requests whose answer was in the journal at a kill
     lost: Counter[str] = Counter()  # kills at which a request was in flight
-    for target in sorted(rng.sample(range(1, total), KILLS)):
+    for target in sorted(rng.sample(range(1, total * 4 // 5), KILLS)):
         size = rng.choice((1, 2, 3))
         before = len(run.server.requests)
         processes = run.start(size)
-        while len(run.journalled()) < target and all(process.poll() is None for process in processes):
+        while len(run.journalled()) < target and any(process.poll() is None for process in processes):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
         for process in processes:
             process.kill()
-        for process in processes:
-            assert process.wait() == -9, "the run ended before it was killed"
+        codes = {process.wait() for process in processes}
+        assert -9 in codes, "the run ended before it was killed"
+        assert codes <= {-9, 0}, (run.output.parent / "log").read_text()[-3000:]  # a part may be finished
         asked = [_identity(body) for body in run.server.requests[before:]]
         assert not known & {*asked}, "a request was sent whose answer was in the journal"
         known = run.requests_in_journal()
