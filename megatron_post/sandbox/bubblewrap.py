@@ -159,7 +159,7 @@ class BubblewrapSandbox:
         Process 1 is bubblewrap's. It has the program's rights, and parts of the files in its memory: hidden.
         """
         size = ["--size", str(limits.disk_mib * MIB)] if self._has_size else []
-        words = ["--proc", "/proc", "--tmpfs", "/proc/1", "--remount-ro", "/proc/1"]
+        words = ["--proc", "/proc", "--tmpfs", "/proc/1", "--remount-ro", "/proc/1", "--remount-ro", "/proc"]
         words += [*size, "--tmpfs", "/tmp", "--dir", WORK]
         links = {"shm": "/tmp", "fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
         return words + [word for name, path in links.items() for word in ("--symlink", path, f"/dev/{name}")]

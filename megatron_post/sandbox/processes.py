@@ -8,9 +8,11 @@ from collections.abc import Iterable
 _CHUNK = 2**16  # bytes
 _TICKS = os.sysconf("SC_CLK_TCK")  # of processor time, in one second
 # kB, in /proc/PID/status: what no file on a disk holds. VmPTE: page tables
-_HELD = re.compile(rb"^(?:RssAnon|RssShmem|VmSwap|VmPTE):\s+(\d+)", re.MULTILINE)
+_HELD = re.compile(rb"^(?:RssAnon|RssShmem|VmSwap|VmPTE|HugetlbPages):\s+(\d+)", re.MULTILINE)
 # kB, in /proc/PID/smaps_rollup: as above, a page that n processes share counts as a n-th
-_SHARED = re.compile(rb"^(?:Pss_Anon|Pss_Shmem|SwapPss):\s+(\d+)", re.MULTILINE)
+_SHARED = re.compile(
+    rb"^(?:Pss_Anon|Pss_Shmem|SwapPss|Private_Hugetlb|Shared_Hugetlb):\s+(\d+)", re.MULTILINE
+)
 
 
 def descendants(root: int) -> dict[int, int]:

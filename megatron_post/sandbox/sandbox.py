@@ -78,7 +78,7 @@ class Sandbox:
         except asyncio.CancelledError:
             cancelled.set()
             if not job.cancel():
-                await asyncio.wait([waiting])
+                await asyncio.gather(waiting, return_exceptions=True)
             raise
 
     def missing(self, language: Language) -> list[str]:

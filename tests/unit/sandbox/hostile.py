@@ -98,7 +98,7 @@ PROGRAMS: dict[str, Hostile] = {
     ),
     "writing everywhere": Hostile(
         "bash",
-        "for place in / /etc /dev /usr/bin /root /home /proc /sys /proc/sys/kernel; do "
+        "for place in / /etc /dev /usr /usr/bin /root /home /proc /sys /proc/sys/kernel; do "
         "touch $place/planted 2>/dev/null && echo LEAK $place; done; exit 0",
         "passed",
     ),
@@ -266,7 +266,13 @@ PROGRAMS: dict[str, Hostile] = {
         "python", "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')\nprint('LEAK')", "failed", _REFUSED
     ),
     "the core pattern": Hostile(
-        "python", "open('/proc/sys/kernel/core_pattern', 'w').write('x')\nprint('LEAK')", "failed", "denied"
+        "python", "open('/proc/sys/kernel/core_pattern', 'w').write('x')\nprint('LEAK')", "failed", "Error"
+    ),
+    "whatever can be written": Hostile(
+        "bash",
+        "find / /proc -xdev -writable -not -type l -not -path '/dev/*' -not -path '/proc/[0-9]*' "
+        "-not -path /tmp 2>/dev/null | sed 's/^/LEAK /'",
+        "passed",
     ),
     "sysrq": Hostile(
         "python", "open('/proc/sysrq-trigger', 'w').write('s')\nprint('LEAK')", "failed", "Error"

@@ -115,16 +115,17 @@ def test_programs_do_not_see_each_other(sandbox: Sandbox) -> None:
 def test_a_cancelled_program_is_killed(sandbox: Sandbox) -> None:
     async def cancel() -> float:
         task = asyncio.create_task(sandbox.run({}, ["sleep", "1000"]))
-        await asyncio.sleep(0.3)
-        assert processes.descendants(os.getpid())
+        while not set(processes.descendants(os.getpid())) - before:
+            await asyncio.sleep(0.02)
         task.cancel()
         begun = time.monotonic()
         with pytest.raises(asyncio.CancelledError):
             await task
         return time.monotonic() - begun
 
-    assert asyncio.run(cancel()) < 5
-    assert not processes.descendants(os.getpid())
+    before = set(processes.descendants(os.getpid()))
+    assert asyncio.run(cancel()) < 20
+    assert set(processes.descendants(os.getpid())) <= before
 
 
 def test_a_program_that_waits_for_its_turn_is_cancelled_at_once(sandbox: Sandbox) -> None:
