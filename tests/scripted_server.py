@@ -143,6 +143,9 @@ class ScriptedServer:
         """Whether the connection stays open."""
         line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip("\r\n").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (each.partition(":") for each in lines)}
+        if line.startswith("GET /health "):  # as vLLM's server, which answers it once the model is loaded
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            return True
         body = json.loads(await reader.readexactly(int(headers["content-length"])))
         self.requests.append(body)
         self.keys.append(headers.get("authorization"))

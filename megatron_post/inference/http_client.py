@@ -161,11 +161,19 @@ def allow_open_files(wanted: int, *, needed: int) -> None:
 
 def key_in_environment(name: str) -> str:
     """The key in a variable. Raises `ValueError` if there is none."""
-    key = os.environ.get(name, "").strip()
-    if not key:
+    if not os.environ.get(name, "").strip():
         raise ValueError(f"api_key_variable: the environment has no {name}")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"api_key_variable: {name} holds spaces, or what is no ASCII: that is no key")
+    try:
+        return checked_key(os.environ[name])
+    except ValueError as error:
+        raise ValueError(f"api_key_variable: {name} {error}") from None
+
+
+def checked_key(text: str) -> str:
+    """A key without the space around it. Raises `ValueError`, which does not repeat it, for other text."""
+    key = text.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("holds nothing, spaces, or what is no ASCII: that is no key")
     return key
 
 

@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
@@ -27,12 +28,14 @@ from megatron_post.inference.http_client import (
     NoAnswer,
     NotReached,
     allow_open_files,
+    checked_key,
     key_in_environment,
     proxy_passwords,
 )
 from megatron_post.inference.request import Refusal, Reply, Request, Sampling
 from megatron_post.inference.settings import ServerBackend
-from megatron_post.inference.sites import ADDRESSES, Sites
+from megatron_post.inference.sites import ADDRESSES, KEY_FILE, Sites
+from megatron_post.storage.reading import reading
 
 _LONGEST_MESSAGE = 500  # characters of what a server says
 _FIRST_WAIT = 0.5  # seconds; doubled after each try
@@ -71,8 +74,7 @@ class Server:
         """Raises `ValueError` if the variable with the key is not set or holds no key and if this process may
         not open so many connections, and `BadServer` if a proxy cannot be used."""
         allow_open_files(settings.most_in_flight, needed=settings.parallel_requests * len(settings.urls))
-        name = settings.api_key_variable
-        key = None if name is None else key_in_environment(name)
+        key = _key(settings)
         self._secrets = [*proxy_passwords(), *([] if key is None else [key])]
         self._settings, self._sites = settings, Sites(settings)
         try:
@@ -202,6 +204,17 @@ class Server:
         if answer.status in (408, 429) or answer.status >= 500:
             raise _TryAgain(text, wait=answer.retry_after)
         raise bad(f"{url} refuses the request: {text}")
+
+
+def _key(settings: ServerBackend) -> str | None:
+    """The key of the environment, or the one that servers of `urls_from` have published."""
+    if (name := settings.api_key_variable) is not None:
+        return key_in_environment(name)
+    path = None if settings.urls_from is None else Path(settings.urls_from) / KEY_FILE
+    if path is None or not path.exists():
+        return None
+    with reading(path, "the key of the servers"):
+        return checked_key(path.read_text(encoding="utf-8"))
 
 
 def _wait(state: RetryCallState) -> float:

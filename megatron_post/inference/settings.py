@@ -52,7 +52,9 @@ class ServerBackend(Section):
         None, description="url up to and including /v1. Several servers of the model share the requests"
     )
     urls_from: Name | None = Field(
-        None, description="directory of *.url files with one url each, which are read again during the run"
+        None,
+        description="directory of *.url files with one url each, which are read again during the run, and of "
+        "`key`, if the servers want one",
     )
     served_model: Name = Field(description="name of the model on the server")
     timeout: Positive = Field(120.0, description="seconds for one response")

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_post.inference.settings import ServerBackend, check_url
 
 ADDRESSES = "*.url"  # files of `urls_from`, each with one address
+KEY_FILE = "key"  # there too, if the servers want one
 _SECONDS_BETWEEN_LOOKS = 5.0  # at that directory
 _LONGEST_LEFT_OUT = 60.0  # seconds
 

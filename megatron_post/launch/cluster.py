@@ -39,6 +39,9 @@ class Cluster(Section):
     """How jobs are submitted and ranks are started on one cluster."""
 
     partition: Name | None = Field(None, description="passed to sbatch --partition")
+    cpu_partition: Name | None = Field(
+        None, description="partition of jobs that use no GPU. null takes `partition`"
+    )
     account: Name | None = Field(None, description="passed to sbatch --account")
     qos: Name | None = Field(None, description="passed to sbatch --qos")
     constraint: Name | None = Field(

@@ -38,6 +38,21 @@ def submit(
     launch_run(config, cluster, overrides or (), nodes=nodes, name=name, dry_run=dry_run)
 
 
+@launch_app.command("synthesize")
+def synthesize(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of a recipe's run")],
+    cluster: ClusterPath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="Tasks of the array that share the input.")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, help="CPU cores of each task.")] = 8,
+    dry_run: DryRun = False,
+) -> None:
+    """Check everything, then queue a recipe's processes, and the servers of its section `serve`."""
+    from megatron_post.launch.synthesis import launch_synthesis
+
+    launch_synthesis(config, cluster, overrides or (), processes=processes, cpus=cpus, dry_run=dry_run)
+
+
 @launch_app.command("status")
 def status(run: RunDir) -> None:
     """Show the state, the restarts and the newest checkpoint of each job of a run, and why it ended."""

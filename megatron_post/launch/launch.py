@@ -7,7 +7,6 @@ from typing import Any
 from megatron_post.config.chain import Chain
 from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.schema import Config
-from megatron_post.config.secrets import HIDDEN, is_secret_name, redact
 from megatron_post.display import say
 from megatron_post.launch import slurm
 from megatron_post.launch.chain import chain_findings, command_findings, job_table, slurm_jobs, submit_chain
@@ -15,7 +14,8 @@ from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.placement import fewest_nodes, place
 from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
 from megatron_post.launch.record import active_findings, record_job
-from megatron_post.launch.script import Job, render
+from megatron_post.launch.script import Job
+from megatron_post.launch.show import show_script
 
 
 def launch_run(
@@ -33,7 +33,7 @@ def launch_run(
     """
     config, cluster, job = planned_run(config_path, cluster_path, overrides, nodes=nodes, name=name)
     if dry_run:
-        _show(job, cluster)
+        show_script(job, cluster)
         raise_for(layout_findings(config, cluster, nodes=job.nodes), config_path)
         placement = place(config.parallel, nodes=job.nodes, ranks_per_node=cluster.ranks)
         say("\n".join(f"# {line}" for line in placement.summary()))
@@ -90,7 +90,7 @@ def launch_chain(
     if dry_run:
         say("\n".join(f"# {line}" for line in job_table(chain, cluster)))
         say("# This is the script of the first job. The scripts of the others differ in their settings.")
-        _show(next(iter(jobs.values())), cluster)
+        show_script(next(iter(jobs.values())), cluster)
         raise_for(found, origin)
         return
     found += active_findings({chain.run_dir, *(job.run_dir for job in jobs.values())})
@@ -99,10 +99,3 @@ def launch_chain(
     for submitted in submit_chain(chain, cluster, Path.cwd()):
         after = f", after {', '.join(map(str, submitted.after))}" if submitted.after else ""
         say(f"job {submitted.job_id} queued: {submitted.name}{after}; log {submitted.log}")
-
-
-def _show(job: Job, cluster: Cluster) -> None:
-    """Print a job's script without secrets, because users paste this output into tickets."""
-    shown = {name: HIDDEN if is_secret_name(name) else text for name, text in cluster.environment.items()}
-    say(f"# {slurm.submission(job, cluster)} <<'SCRIPT'")
-    say(redact(render(job, cluster.model_copy(update={"environment": shown}))))

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_post.launch import slurm
-from megatron_post.launch.script import Job, launch_folder
+from megatron_post.launch.script import Job, JobId, launch_folder
 from megatron_post.storage.manifest import published_steps
 from megatron_post.storage.reading import reading
 
@@ -19,21 +20,21 @@ from megatron_post.storage.reading import reading
 class SubmittedJob:
     """One line of the record."""
 
-    job_id: int
+    job_id: JobId
     name: str
     log: Path
     run_dir: Path
-    after: tuple[int, ...] = ()
+    after: tuple[JobId, ...] = ()
 
 
 def record_job(
-    folders: Iterable[Path], job: Job, job_id: int, *, after: tuple[int, ...] = ()
+    folders: Iterable[Path], job: Job, job_id: JobId, *, after: tuple[JobId, ...] = ()
 ) -> SubmittedJob:
     """Add a job to the records in `folders`."""
     submitted = SubmittedJob(
         job_id,
         job.name,
-        job.log.with_name(job.log.name.replace("%j", str(job_id))),
+        job.log_of(job_id),
         job.directory / job.run_dir,
         after,
     )
@@ -64,7 +65,11 @@ def submitted_jobs(run_dir: str | Path) -> list[SubmittedJob]:
             raise ValueError("it is empty")
         return [
             SubmittedJob(
-                int(d["job_id"]), str(d["name"]), Path(d["log"]), Path(d["run_dir"]), tuple(d["after"])
+                _job_id(d["job_id"]),
+                str(d["name"]),
+                Path(d["log"]),
+                Path(d["run_dir"]),
+                tuple(map(_job_id, d["after"])),
             )
             for d in lines
         ]
@@ -109,7 +114,12 @@ def tail(log: Path, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def _active_jobs(run_dir: str | Path) -> list[int]:
+def _job_id(value: Any) -> JobId:
+    """Raises `ValueError` for what is no id, since ids are arguments of Slurm's commands."""
+    return str(value) if re.fullmatch(r"\d+_\d+", str(value)) else int(value)
+
+
+def _active_jobs(run_dir: str | Path) -> list[JobId]:
     """Ids of a run's jobs that have not ended, the last one of a chain first."""
     states = {job.job_id: slurm.job_state(job.job_id) for job in reversed(submitted_jobs(run_dir))}
     return [job for job, state in states.items() if not state.is_final and state.state != "UNKNOWN"]
@@ -130,7 +140,7 @@ def active_findings(run_dirs: Iterable[str]) -> list[str]:
     return found
 
 
-def cancel_run(run_dir: str | Path) -> list[int]:
+def cancel_run(run_dir: str | Path) -> list[JobId]:
     """Cancel every job of a run that has not ended. Returns their ids, the last one of a chain first."""
     active = _active_jobs(run_dir)
     slurm.cancel(active)

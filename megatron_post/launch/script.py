@@ -4,6 +4,7 @@ Options are passed as arguments and never through a shell or `#SBATCH` lines, an
 quoted. A name like `$(rm -rf ~)` is therefore never executed.
 """
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from megatron_post.config.section import one_line
 from megatron_post.launch.cluster import Cluster
 
+JobId = int | str  # a task of an array is "ARRAY_TASK"
 _BEGIN, _END = "# >>> settings\n", "# <<< settings\n"
 
 
@@ -23,6 +25,7 @@ class Job:
     name: the name that Slurm shows. command: the arguments that follow `megatron-post`. directory: the
     working directory of the job. run_dir: the directory of its checkpoints and its log, relative to
     `directory`. ranks_per_node: None takes the cluster's value. A command that is a single process sets 1.
+    array: the number of tasks of a Slurm array, each of which is such a job. None submits one job.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Job:
     directory: Path
     nodes: int = 1
     ranks_per_node: int | None = None
+    array: int | None = None
 
     def __post_init__(self) -> None:
         for text in (self.name, *self.command, self.run_dir, str(self.directory)):
@@ -38,8 +42,12 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """The job's log, with Slurm's `%j` for the job id."""
-        return self.folder / f"{self._file_name}-%j.log"
+        """The job's log, with Slurm's `%j` for the job id, or `%A_%a` for those of an array and its task."""
+        return self.folder / f"{self._file_name}-{'%j' if self.array is None else '%A_%a'}.log"
+
+    def log_of(self, job_id: JobId) -> Path:
+        """The log of the job or of the task of an array that has this id."""
+        return self.log.with_name(re.sub("%j|%A_%a", str(job_id), self.log.name))
 
     @property
     def folder(self) -> Path:
@@ -80,6 +88,7 @@ def sbatch_options(job: Job, cluster: Cluster) -> list[str]:
         "constraint": cluster.constraint,
         "exclude": ",".join(cluster.exclude) or None,
         "mem": cluster.memory,
+        "array": None if job.array is None else f"0-{job.array - 1}",
     }
     flags = ["--requeue", *(["--exclusive"] if cluster.exclusive else [])]
     return [f"--{name}={value}" for name, value in options.items() if value is not None] + flags

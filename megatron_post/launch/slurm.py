@@ -6,10 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_post.launch.cluster import Cluster
-from megatron_post.launch.script import Job, render, sbatch_options
+from megatron_post.launch.script import Job, JobId, render, sbatch_options
 
+# What jobs must have done before another starts: succeeded, begun, ended in any way.
+When = Literal["afterok", "after", "afterany"]
 # Columns of squeue have fixed widths, because a value may contain any separator.
 _COLUMNS = {"State": 24, "RestartCnt": 12, "Reason": 80, "TimeUsed": 24, "TimeLeft": 24, "NodeList": 400}
 FINAL_STATES = (
@@ -38,10 +41,13 @@ class JobState:
         return self.state.split()[0] in FINAL_STATES
 
 
-def submit(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> int:
-    """Queue a job that starts after all jobs in `after` have exited with status 0. Returns its id."""
+def submit(job: Job, cluster: Cluster, *, after: Sequence[JobId] = (), when: When = "afterok") -> int:
+    """Queue a job that starts after all jobs in `after` have exited with status 0, or as `when` says.
+
+    Returns its id, which for an array is that of the array.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    answer = _run(_sbatch(job, cluster, after=after), stdin=render(job, cluster))
+    answer = _run(_sbatch(job, cluster, after=after, when=when), stdin=render(job, cluster))
     number = re.match(r"\d+", answer)
     if number is None:
         raise SlurmError(f"sbatch printed {answer!r} where a job id was expected")
@@ -53,12 +59,12 @@ def test_only(job: Job, cluster: Cluster) -> str:
     return _run([*_sbatch(job, cluster), "--test-only"], stdin=render(job, cluster)).strip()
 
 
-def submission(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> str:
+def submission(job: Job, cluster: Cluster, *, after: Sequence[JobId] = (), when: When = "afterok") -> str:
     """The command line of `submit` for printing. Its standard input is the script."""
-    return shlex.join(_sbatch(job, cluster, after=after))
+    return shlex.join(_sbatch(job, cluster, after=after, when=when))
 
 
-def job_state(job_id: int) -> JobState:
+def job_state(job_id: JobId) -> JobState:
     """The state of a job by squeue or, if squeue has dropped the job, by accounting. Otherwise UNKNOWN."""
     layout = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
     try:
@@ -83,13 +89,13 @@ def job_state(job_id: int) -> JobState:
     )
 
 
-def cancel(job_ids: Sequence[int]) -> None:
+def cancel(job_ids: Sequence[JobId]) -> None:
     """Cancel jobs. A running job can save, because Slurm sends SIGTERM KillWait seconds before SIGKILL."""
     if job_ids:
         _run(["scancel", *map(str, job_ids)])
 
 
-def _accounted(job_id: int) -> JobState:
+def _accounted(job_id: JobId) -> JobState:
     """The state of a job by sacct, if the cluster keeps accounting records."""
     try:
         text = _run(
@@ -104,11 +110,11 @@ def _accounted(job_id: int) -> JobState:
     return JobState(state, time_used=elapsed, nodes=nodes)
 
 
-def _sbatch(job: Job, cluster: Cluster, *, after: Sequence[int] = ()) -> list[str]:
+def _sbatch(job: Job, cluster: Cluster, *, after: Sequence[JobId] = (), when: When = "afterok") -> list[str]:
     command = ["sbatch", "--parsable", *sbatch_options(job, cluster)]
     if after:
         # without kill-on-invalid-dep a job whose predecessor failed would wait for ever
-        command += [f"--dependency=afterok:{':'.join(map(str, after))}", "--kill-on-invalid-dep=yes"]
+        command += [f"--dependency={when}:{':'.join(map(str, after))}", "--kill-on-invalid-dep=yes"]
     return command
 
 

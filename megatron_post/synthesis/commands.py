@@ -8,6 +8,8 @@ import typer
 from megatron_post.display import make_console, say
 
 synthesize_app = typer.Typer(no_args_is_help=True, help="Have models write data, by recipes.")
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML: recipe, input, models, output")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")]
 
 
 @synthesize_app.command("list")
@@ -25,8 +27,8 @@ def list_recipes() -> None:
 
 @synthesize_app.command("run")
 def run(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML: recipe, input, models, output")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    config: Config,
+    overrides: Overrides = None,
     rank: Annotated[
         int | None, typer.Option(help="Number of this process, from 0; by default that of a Slurm array.")
     ] = None,
@@ -41,6 +43,24 @@ def run(
     settings = load_synthesis(config, overrides or ())
     rank, size = share_of(rank, size, os.environ)
     synthesize(settings, rank=rank, size=size, console=make_console())
+
+
+@synthesize_app.command("serve", hidden=True)
+def serve(config: Config, overrides: Overrides = None) -> None:
+    """Run one server of the run's `serve` section. Jobs of `launch synthesize` call this."""
+    from megatron_post.synthesis.serving import serve as run_server
+    from megatron_post.synthesis.settings import load_synthesis
+
+    raise typer.Exit(run_server(load_synthesis(config, overrides or ()), console=make_console()))
+
+
+@synthesize_app.command("end-servers", hidden=True)
+def end_servers(config: Config, overrides: Overrides = None) -> None:
+    """End the servers of a run. `launch synthesize` queues this behind the clients."""
+    from megatron_post.synthesis.serving import end_servers as end
+    from megatron_post.synthesis.settings import load_synthesis
+
+    end(load_synthesis(config, overrides or ()).servers)
 
 
 @synthesize_app.command("show")

@@ -1,18 +1,21 @@
 """The YAML of `megatron-post synthesize`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_post.config.load import load_section, parse, raise_for
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.inference.request import Sampling
-from megatron_post.inference.settings import BackendSettings
+from megatron_post.inference.settings import BackendSettings, ServerBackend
 from megatron_post.sandbox.settings import Bubblewrap, SandboxSettings
 from megatron_post.storage.reading import did_you_mean
 from megatron_post.synthesis.inputs import InputSettings
 from megatron_post.synthesis.recipe import Recipe
+
+_SERVERS = "servers"  # of the output
 
 
 class SynthesisModel(Section):
@@ -21,6 +24,31 @@ class SynthesisModel(Section):
     model: Name = Field(description="Hugging Face directory; with a server, a name for the record")
     backend: BackendSettings = Field(description="who answers")
     sampling: Sampling = Field(Sampling(), description="how it answers where the recipe does not say")
+
+
+class Serve(Section):
+    """vLLM servers that `launch synthesize` starts for a run, as a Slurm array of their own."""
+
+    model: Name = Field(description="Hugging Face directory or hub id of the model that is served")
+    servers: Count = Field(1, description="servers, each of which is a Slurm job")
+    nodes: Count = Field(1, description="nodes of one server, which are its pipeline stages")
+    gpus: Count = Field(8, description="GPUs of each node, over which a server's tensors are split")
+    image: Name | None = Field(
+        None, description="container image that has vLLM; null takes that of the cluster file"
+    )
+    arguments: tuple[Line, ...] = Field((), description="more arguments of `vllm serve`")
+    command: tuple[Line, ...] | None = Field(
+        None,
+        min_length=1,
+        description="another server with OpenAI's interface and vLLM's /health. {model}, {served_model}, "
+        "{port}, {host} and {rank} are filled in, and the key is in VLLM_API_KEY",
+    )
+
+    @model_validator(mode="after")
+    def _arguments_are_used(self) -> "Serve":
+        if self.command is not None and self.arguments:
+            raise ValueError("arguments: they have no effect with command; write them there")
+        return self
 
 
 class Synthesis(Section):
@@ -33,6 +61,7 @@ class Synthesis(Section):
         min_length=1, description="name -> model that the recipe asks by this name, or another name here"
     )
     sandbox: SandboxSettings = Bubblewrap()
+    serve: Serve | None = Field(None, description="servers that `launch synthesize` starts")
     rows_in_flight: Count = Field(256, le=100_000, description="input rows that a process works on at a time")
     max_failed: float = Field(
         0.01,
@@ -42,6 +71,25 @@ class Synthesis(Section):
     )
     max_bad_rows: Whole = Field(0, description="rows of the input that may be bad, and are left out")
     output: Name = Field(description="directory of the rows, the journal and the report")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ask_own_servers(cls, values: Any) -> Any:
+        """With `serve`, a server without a url is one of those that are started for the run."""
+        if not isinstance(values, dict) or values.get("serve") is None:
+            return values
+        models = dict(values["models"]) if isinstance(values.get("models"), dict) else {}
+        for name, model in models.items():
+            backend = model.get("backend") if isinstance(model, dict) else None
+            if (
+                isinstance(backend, dict)
+                and backend.get("kind") == "server"
+                and backend.get("url") is None
+                and backend.get("urls_from") is None
+            ):
+                directory = str(Path(str(values.get("output"))) / _SERVERS)
+                models[name] = {**model, "backend": {**backend, "urls_from": directory}}
+        return {**values, "models": models} if models else values
 
     @field_validator("models", mode="before")
     @classmethod
@@ -57,6 +105,35 @@ class Synthesis(Section):
                     f"{name}: {value!r} is not the name of a model here{did_you_mean(value, list(models))}"
                 )
         return models
+
+    @model_validator(mode="after")
+    def _servers_are_asked(self) -> "Synthesis":
+        if self.serve is not None and len({model.served_model for model in self._served()}) != 1:
+            raise ValueError(
+                "serve: no model asks the servers that it starts, or several do by different names. Leave "
+                "url and urls_from of the backend of one model out"
+            )
+        return self
+
+    @property
+    def servers(self) -> Path:
+        """The directory in which the servers of `serve` publish their addresses."""
+        return Path(self.output) / _SERVERS
+
+    @property
+    def served_model(self) -> str:
+        """The name by which the models of `serve` are asked."""
+        return self._served()[0].served_model
+
+    def _served(self) -> list[ServerBackend]:
+        """The backends that ask the servers of `serve`."""
+        return [
+            backend
+            for backend in (model.backend for model in self.models.values())
+            if isinstance(backend, ServerBackend)
+            and backend.urls_from is not None
+            and Path(backend.urls_from) == self.servers
+        ]
 
     def own_name(self, name: str) -> str:
         """The first name of the model that is asked by this name. Equal models share a backend."""

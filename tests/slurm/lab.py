@@ -137,13 +137,13 @@ class Lab:
         assert not check or done.returncode == 0, message
         return (done.stdout + done.stderr).strip()
 
-    def state(self, job: int) -> str:
+    def state(self, job: int | str) -> str:
         return self("squeue", "-h", "--states=all", "-j", str(job), "-o", "%T")
 
-    def restarts(self, job: int) -> int:
+    def restarts(self, job: int | str) -> int:
         return int(self("squeue", "-h", "--states=all", "-j", str(job), "-O", "RestartCnt"))
 
-    def wait(self, job: int, *states: str, timeout: float = 120) -> str:
+    def wait(self, job: int | str, *states: str, timeout: float = 120) -> str:
         """Poll until a job is in one of the states."""
         wait_until(lambda: self.state(job) in states, timeout, lambda: f"job {job} is {self.state(job)}")
         return self.state(job)

@@ -20,7 +20,7 @@ class Run:
 
     @property
     def number(self) -> int:
-        return self.job.job_id
+        return int(self.job.job_id)
 
     @property
     def log(self) -> str:

@@ -249,7 +249,9 @@ def test_a_word_that_stands_for_a_key_may_be_said(
 def test_what_is_no_key_is_refused_unseen(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("A_KEY", key)
     settings = ServerBackend(kind="server", url="http://h/v1", served_model="m", api_key_variable="A_KEY")
-    with pytest.raises(ValueError, match="A_KEY holds spaces, or what is no ASCII: that is no key") as error:
+    with pytest.raises(
+        ValueError, match="A_KEY holds nothing, spaces, or what is no ASCII: that is no key"
+    ) as error:
         Server(settings)
     assert "s3cr3t" not in repr(error.value)
 
