@@ -105,7 +105,7 @@ def _job(
 def _of_clients(settings: Synthesis, cluster: Cluster, cpus: int) -> Cluster:
     """Clients of servers take a part of a node without GPUs. A model in the process takes a node."""
     recipe = load_recipe(settings.recipe)
-    if any(gpus_of(settings.model_of(name).backend) for name in recipe.models):
+    if any(gpus_of(settings.models[name].backend) for name in recipe.models):
         return cluster
     return _without_gpus(cluster, cpus=cpus)
 
