@@ -38,7 +38,8 @@ class Sampling(Section):
 class Request:
     """A request for one response. seed: only for this response. tools: functions in OpenAI's form.
 
-    Raises `ValueError` if the messages do not end with a user message or a tool's output.
+    Raises `ValueError` if the messages do not end with a user message or a tool's output, and for a seed that
+    is no integer.
     """
 
     messages: tuple[Message, ...]
@@ -52,6 +53,8 @@ class Request:
             raise ValueError(
                 f"a model is asked by the user or a tool's output, and the last message is from {last}"
             )
+        if type(self.seed) is not int:
+            raise ValueError(f"seed={self.seed!r}: a seed is an integer")
 
     def as_json(self) -> dict[str, Any]:
         """Everything that the answer depends on, except for the model."""

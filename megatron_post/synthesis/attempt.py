@@ -1,5 +1,6 @@
 """One input row's way through a recipe: rows, or the reason why there are none."""
 
+import asyncio
 import traceback
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ async def attempt(
         dropped = Drop(task.step_of(error), "refused by a model", error.reason, failed=True)
     except DiskFull:
         raise
-    except Exception as error:  # a fault of the recipe costs its row, and not the run
+    except (
+        Exception,
+        SystemExit,
+        asyncio.CancelledError,
+    ) as error:  # a fault of the recipe costs its row, and not the run
+        if _is_cancelled():
+            raise
         resources.raise_if_broken()
         dropped = Drop(
             task.step_of(error), f"{type(error).__name__} in the recipe", _last_line(error), failed=True
@@ -66,7 +73,13 @@ def _as_json(
     )
 
 
-def _last_line(error: Exception) -> str:
+def _is_cancelled() -> bool:
+    """Whether the run cancels this row. A recipe that raises `CancelledError` would lose it in silence."""
+    running = asyncio.current_task()
+    return running is not None and running.cancelling() > 0
+
+
+def _last_line(error: BaseException) -> str:
     """The last line of a traceback, and where the error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (

@@ -30,7 +30,7 @@ from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.reading import did_you_mean, plain_file
 from megatron_post.synthesis import recipes
 from megatron_post.synthesis.prompts import Prompts
-from megatron_post.synthesis.row import Row, StepLabels
+from megatron_post.synthesis.row import Row, StepLabels, check_texts
 
 _BUILT_IN = Path(recipes.__file__).parent
 
@@ -40,6 +40,7 @@ class Dropped(Exception):
     repeat; `detail` is of this row alone."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        check_texts(reason=reason, detail=detail)
         super().__init__(reason)
         self.reason, self.detail = reason, detail
 

@@ -1,5 +1,6 @@
 """What a recipe makes: dialogs that `data pack` takes as they are, or labelled steps; with an id each."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,13 @@ from megatron_post.storage.checksums import sha256_of_json
 
 _OWN = ("id", "messages", "tools", "prompt", "completions", "labels", "capability", "kind", "provenance")
 _SOURCE = Source(name="synthesis", path="rows.jsonl")
+
+
+def check_texts(**values: object) -> None:
+    """Raises `TypeError` for a value of a recipe that has to be a text, and is none."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} is a text, and not {value!r:.80} of type {type(value).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,8 @@ class _Made:
     def as_json(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """The row as a line of JSON has it. provenance: where it comes from, beside its parents.
 
-        Raises `BadRow` if it cannot be trained on, or if `extra` has a key that a row has already.
+        Raises `BadRow` if it cannot be trained on, or if `extra` has a key that a row has already, and
+        `TypeError` for a value that is no text.
         """
         if taken := sorted(set(self.extra) & {*_OWN}):
             raise BadRow(f"extra has {', '.join(taken)}, which a row has already: choose another name")
@@ -40,7 +49,10 @@ class _Made:
             **({"kind": self.kind} if self.kind else {}),
             **self.extra,
         }
+        check_texts(capability=row["capability"], kind=self.kind, unique=self.unique)
+        check_texts(**{f"parents[{number}]": parent for number, parent in enumerate(self.parents)})
         self._check(row)
+        _check_json(row)
         origin = {**provenance, "parents": [*provenance.get("parents", ()), *self.parents]}
         if self.unique:
             origin["unique"] = sha256_of_json(self.unique)[:32]
@@ -103,8 +115,18 @@ class StepLabels(_Made):
     def _check(self, row: dict[str, Any]) -> None:
         if not self.completions or len(self.completions) != len(self.labels):
             raise BadRow(f"{len(self.completions)} steps have {len(self.labels)} labels")
+        if not all(isinstance(label, bool) for label in self.labels):
+            raise BadRow(f"labels are true or false, and not {self.labels!r:.80}")
         as_dialog = {"prompt": self.prompt, "completion": "\n\n".join(self.completions)}
         example_of_row(as_dialog, _SOURCE)  # its texts must do for training all the same
+
+
+def _check_json(row: Mapping[str, Any]) -> None:
+    """Raises `BadRow` for what other readers of JSON refuse, such as NaN and lone surrogates."""
+    try:
+        json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"a value of the row is not JSON: {error}") from None
 
 
 def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def share_of(rank: int | None, size: int | None, environment: Mapping[str, str])
 @contextlib.contextmanager
 def _turn(output: Path) -> Iterator[None]:
     """Wait until no other process writes a file that all processes of the run share."""
-    with (output / ".lock").open("w") as file:
+    with (output / ".lock").open("a") as file:
         locked(file, wait=True)
         yield
 

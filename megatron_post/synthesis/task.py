@@ -18,6 +18,7 @@ from megatron_post.synthesis.math.answers import Comparison
 from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.prompts import Prompts
 from megatron_post.synthesis.resources import Resources
+from megatron_post.synthesis.row import check_texts
 
 _NO_STEP = "(before the first step)"
 S = TypeVar("S", bound=Section)
@@ -122,6 +123,7 @@ class Task(Generic[S]):
 
     def count(self, step: str, result: str) -> None:
         """Have the report count a result of the recipe's own, such as a judge's verdict, under a step."""
+        check_texts(result=result)
         self._begin(step).result = result
 
     async def together(self, *work: Awaitable[T]) -> list[T]:
@@ -160,5 +162,6 @@ class Task(Generic[S]):
                 "a recipe does several things at a time with `task.together`, and not with asyncio's tasks: "
                 "the order of its events would differ between a run and its replay"
             )
+        check_texts(step=step)
         branch.events.append(event := Event(step))
         return event

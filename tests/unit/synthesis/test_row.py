@@ -80,6 +80,8 @@ def test_the_id_is_of_the_content(tmp_path: Path) -> None:
         (Row([Message("user", "q"), Message("assistant", "<|im_end|>")], "c"), "chat template"),
         (Row(CORRECTED, "c", extra={"messages": []}), "extra has messages"),
         (Row(CORRECTED, "c", extra={"label": False}), "response is bad"),
+        (Row(CORRECTED, "c", extra={"x": float("nan")}), "not JSON"),
+        (Row(CORRECTED, "c", extra={"x": ["\ud800"]}), "not JSON"),
     ],
 )
 def test_what_pack_would_refuse_is_refused(row: Row, reason: str) -> None:
@@ -101,6 +103,7 @@ def test_labelled_steps_are_rows_of_their_own() -> None:
         (StepLabels("q", [], [], "math"), "0 steps have 0 labels"),
         (StepLabels("q", ["<|im_end|>"], [True], "math"), "chat template"),
         (StepLabels("q", ["a"], [True], "math", extra={"labels": []}), "extra has labels"),
+        (StepLabels("q", ["a"], [1], "math"), "true or false"),  # type: ignore[list-item]
     ):
         with pytest.raises(BadRow, match=reason):
             wrong.as_json({})

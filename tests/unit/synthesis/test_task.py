@@ -83,6 +83,23 @@ def test_a_failure_in_together_is_the_first_in_order(place: Place) -> None:
         ('task.prompt("missing")', "has no missing.j2"),
         ("return [1]", "a list of `Row`"),
         ("return None", "NoneType"),
+        ("raise asyncio.CancelledError", "CancelledError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ('await task.ask("a", "q", seed="x")', "a seed is an integer"),
+        ('return [Row([Message("user", "q"), Message("assistant", "a")], 5)]', "capability is a text"),
+        ('return [Row([Message("user", "q"), Message("assistant", "a")], "c", kind=5)]', "kind is a text"),
+        (
+            'return [Row([Message("user", "q"), Message("assistant", "a")], "c", unique=5)]',
+            "unique is a text",
+        ),
+        (
+            'return [Row([Message("user", "q"), Message("assistant", "a")], "c", parents=[5])]',
+            "parents[0] is a text",
+        ),
+        ("raise Dropped(None)", "reason is a text"),
+        ('raise Dropped("a", 5)', "detail is a text"),
+        ("task.count(5, 'x')", "step is a text"),
+        ("task.count('x', 5)", "result is a text"),
     ],
 )
 def test_a_mistake_of_a_recipe_is_named(place: Place, body: str, detail: str) -> None:
