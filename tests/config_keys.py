@@ -86,7 +86,7 @@ def _keys(
         described = sections[0][1].get("description", "") if len(sections) == 1 else "see the keys below"
         meaning = value.get("description") or (described if sections else "")
         default = "required" if name in section.get("required", ()) else ""
-        if "default" in value and not sections:
+        if "default" in value and (not sections or value["default"] is None):
             default = _code(json.dumps(value["default"]))
         if plain or not sections:
             yield prefix + name, " or ".join(dict.fromkeys(map(_type, plain))), default, _cell(meaning)
