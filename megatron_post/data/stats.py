@@ -180,7 +180,9 @@ def _print_packing(stats: PackingStats, store: PackStore, console: Console) -> N
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_row("packs", f"{stats.packs:,}", f"of {store.settings.pack_length:,} tokens")
-    table.add_row("segments", f"{stats.segments:,}", f"padded to {store.settings.segment_multiple}")
+    multiple = store.settings.segment_multiple
+    padded = "not padded" if multiple == 1 else f"padded to multiples of {multiple}"
+    table.add_row("segments", f"{stats.segments:,}", padded)
     for name, tokens in (
         ("real tokens", stats.real),
         ("padding inside segments", stats.segment_padding),

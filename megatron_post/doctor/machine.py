@@ -57,7 +57,7 @@ def _gpus() -> list[tuple[str, str]]:
             text = f"{parts[0]}, {parts[1]}, {parts[2]} free, driver {parts[3]}" if len(parts) == 4 else line
             rows.append((f"GPU {number}", text))
     return [
-        *(rows or [("GPUs", "none (nvidia-smi absent or silent)")]),
+        *(rows or [("GPUs", "none (nvidia-smi is missing or lists none)")]),
         ("torch sees", value_or("no torch", _torch_gpus)),
     ]
 
@@ -78,7 +78,12 @@ def _nccl() -> str:
 
 
 def _slurm() -> str:
-    return _output("sinfo", "--version") if shutil.which("sinfo") else "absent (no sinfo on the PATH)"
+    if not shutil.which("sinfo"):
+        return "absent (no sinfo on the PATH)"
+    try:
+        return _output("sinfo", "--version")
+    except subprocess.CalledProcessError as error:
+        return f"sinfo fails: {(error.stderr.strip().splitlines() or ['it gives no reason'])[-1]}"
 
 
 def _sandbox() -> str:

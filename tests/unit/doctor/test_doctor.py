@@ -185,6 +185,13 @@ def test_broken_probes_are_reported_not_raised(monkeypatch: pytest.MonkeyPatch) 
     assert "psutil is missing" in text
 
 
+def test_sinfo_that_fails_is_shown_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'sinfo: fatal: no configuration source' >&2\nexit 1\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert dict(machine.machine())["Slurm"] == "sinfo fails: sinfo: fatal: no configuration source"
+
+
 def test_gpus_and_slurm_as_their_tools_print_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {
         "nvidia-smi": "NVIDIA H100 80GB HBM3, 81559 MiB, 81000 MiB, 570.86.15",
