@@ -80,6 +80,7 @@ def _report(error: BaseException) -> int:
         if text := error.format_message():
             context = getattr(error, "ctx", None)
             usage = f"; see `{context.command_path} --help`" if context is not None else ""
+            text = text.replace("Value error, ", "")  # pydantic's words, with which typer checks a choice
             say(redact(f"megatron-post: {text.rstrip('.')}{_as_override(error)}{usage}"), file=sys.stderr)
         return int(error.exit_code) if hasattr(error, "exit_code") else FOR_A_USER
     text = message_of(error)

@@ -100,7 +100,8 @@ def _config(model: str | Path, overrides: Sequence[str]) -> Config:
     # This reads only the headers of the weights, before any rank loads them.
     if not open_weights_directory(Path(model)).scalar_head:
         raise ValueError(
-            f"{model} is a language model without a reward head, and a new head would score at random"
+            f"{model} is a language model without a reward head, and a new head would score at "
+            "random; name a model that was trained with stage=reward"
         )
     return config
 

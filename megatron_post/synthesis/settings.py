@@ -6,14 +6,14 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_post.config.load import load_section, parse, raise_for
+from megatron_post.config.load import ConfigError, load_section, parse, raise_for
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.inference.request import Sampling
 from megatron_post.inference.settings import BackendSettings, ServerBackend
 from megatron_post.sandbox.settings import Bubblewrap, SandboxSettings
 from megatron_post.storage.reading import did_you_mean
 from megatron_post.synthesis.inputs import InputSettings
-from megatron_post.synthesis.recipe import Recipe
+from megatron_post.synthesis.recipe import Recipe, built_in_recipes
 
 _SERVERS = "servers"  # of the output
 
@@ -142,6 +142,11 @@ class Synthesis(Section):
 
 def load_synthesis(path: str, overrides: Sequence[str] = ()) -> Synthesis:
     """Read a synthesis file and dotted overrides. Raises `ConfigError` with every error at once."""
+    if path in built_in_recipes() and not Path(path).exists():
+        raise ConfigError(
+            f"{path} is a recipe, and this command reads a YAML file that has `recipe: {path}`; "
+            "copy one of configs/synthesis"
+        )
     return load_section(Synthesis, path, overrides)
 
 

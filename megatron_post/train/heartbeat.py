@@ -93,7 +93,8 @@ class Stragglers:
         self._sums, self._steps = [0.0] * len(means), 0
         # This is the lower median. Of two ranks it is the faster one, so that the slower one can be named.
         middle = sorted(means)[(len(means) - 1) // 2]
-        slow = [f"rank {rank} {mean:.3f} s" for rank, mean in enumerate(means) if mean > SLOW * middle]
+        slow = [f"rank {rank} ({mean:.3f} s)" for rank, mean in enumerate(means) if mean > SLOW * middle]
         if not slow:
             return None
-        return f"slow over {WINDOW} steps (own work a step; median rank {middle:.3f} s): {', '.join(slow)}"
+        named = ", ".join(slow)
+        return f"slow over {WINDOW} steps: {named}. The median rank's own work takes {middle:.3f} s"

@@ -102,6 +102,8 @@ def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian"], "No such command 'trian'. Did you mean 'train'?"),
         (["train"], "Missing argument 'CONFIG'"),
         (["demo", "--seeds", "99"], "--seeds"),
+        (["config", "schema", "rounds"], "Invalid value for 'file': 'rounds' is not one of 'run', 'round',"),
+        (["synthesize", "run", "code_execution"], "code_execution is a recipe"),
         (["data", "show", "x", "--gruop", "eval"], "--group"),
         (["train", "\x1b]52;c;aGk=\x07[red]a"], r"\x1b]52;c;aGk=\x07[red]a"),
         (["data", "stats", "a\0b"], r"a\x00b"),
