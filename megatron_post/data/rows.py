@@ -186,12 +186,12 @@ def _from_json(file: Path) -> Iterator[_Record]:
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
                 # The limit has cut the line. Its rest must not be read as the next row.
                 _skip_line(stream)
-            if row is not None:
+            if line.removeprefix(b"\xef\xbb\xbf").strip():
                 yield number, f"{file}:{number}", row
 
 
 def _decode(line: bytes) -> Any:
-    """The row in a line, a `BadRow` that says why there is none, or None for a blank line."""
+    """The row in a line, or a `BadRow` that says why there is none. None: the line is blank, or null."""
     if len(line) == _MAX_LINE_BYTES:
         return BadRow(f"huge: a line of {_MAX_LINE_BYTES} bytes or more")
     try:

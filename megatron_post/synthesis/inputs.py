@@ -94,6 +94,10 @@ def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
     path = Path(settings.path)
     for file in _files(path, settings.pattern):
         try:
+            if path.is_dir() and not file.resolve().is_relative_to(path.resolve()):
+                raise BadRow(
+                    f"a link that leads out of {path}, as in code of others: copy the file to use it"
+                )
             text = _text(file)
         except BadRow as error:
             yield str(file), error

@@ -101,8 +101,9 @@ class Synthesis(Section):
                   for name, value in models.items()}  # fmt: skip
         for name, value in models.items():
             if isinstance(value, str):
+                described = [other for other, found in models.items() if not isinstance(found, str)]
                 raise ValueError(
-                    f"{name}: {value!r} is not the name of a model here{did_you_mean(value, list(models))}"
+                    f"{name}: {value!r} is not the name of a model here{did_you_mean(value, described)}"
                 )
         return models
 

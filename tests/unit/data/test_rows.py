@@ -251,6 +251,14 @@ def test_broken_lines_are_counted_and_named_and_the_others_are_read(tmp_path, mo
         read(path, bad_rows=BadRows(limit=5))
 
 
+def test_a_line_with_null_is_a_bad_row_and_a_blank_line_is_none(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff\nnull\n \n")
+    bad_rows = BadRows(limit=1)
+    assert read(path, bad_rows=bad_rows) == []
+    assert ":2: " in bad_rows.examples[0] and "must be a mapping" in bad_rows.examples[0]
+
+
 def test_examples_of_bad_rows_are_bounded():
     bad_rows = BadRows(limit=100)
     for number in range(25):

@@ -81,6 +81,21 @@ def test_what_is_no_text_is_a_bad_row(tmp_path: Path) -> None:
     assert "not text in UTF-8" in bad_rows.examples[0] and "null character" in bad_rows.examples[1]
 
 
+def test_a_link_in_the_code_of_others_leads_to_no_file_of_this_machine(tmp_path: Path) -> None:
+    code, key = tmp_path / "code", tmp_path / "key"
+    code.mkdir()
+    key.write_text("a secret")
+    (code / "a").write_text("good")
+    (code / "b").symlink_to(key)
+    (code / "c").symlink_to("a")
+    (tmp_path / "link").symlink_to(code)
+    for path in (code, tmp_path / "link"):
+        bad_rows = BadRows(1)
+        rows = read_input(DocumentsInput(kind="documents", path=str(path)), bad_rows=bad_rows)
+        assert [row.values["file"] for row in rows] == ["a", "c"]
+        assert "a link that leads out of" in bad_rows.examples[0]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
