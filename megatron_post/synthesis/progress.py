@@ -30,14 +30,14 @@ class RowProgress:
     def __init__(self, console: Console, *, who: str, total: int, spent: Callable[[], Spent]) -> None:
         """who: begins a line of one of several processes. total: input rows of this process."""
         self._console, self._who, self._total, self._spent = console, who, total, spent
-        self._done = self._lost = 0
+        self._done = self._dropped = 0
         self._began: tuple[float, int] | None = None  # when the first request was answered, and the rows then
         self._started = time.monotonic()
 
-    def add(self, *, is_lost: bool) -> None:
-        """Count a row. is_lost: it was dropped, or failed."""
+    def add(self, *, is_dropped: bool) -> None:
+        """Count a row. is_dropped: it was dropped, or failed."""
         self._done += 1
-        self._lost += is_lost
+        self._dropped += is_dropped
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
@@ -80,7 +80,7 @@ class RowProgress:
             self._began = (now, self._done)
         seconds = max(now - self._started, 1e-9)
         parts = [
-            f"{self._lost:,} lost",
+            f"{self._dropped:,} dropped or failed",
             f"{spent.requests:,} requests asked",
             f"{spent.tokens / seconds:,.0f} tokens/s",
             f"{spent.prompt_tokens:,} + {spent.tokens:,} tokens spent",

@@ -154,7 +154,7 @@ async def _make_part(run: _Run, console: Console) -> None:
             for number, row in rows:
                 result = await attempt(run.recipe, run.settings, run.own, resources, number, row)
                 part.add(result)
-                progress.add(is_lost=result.dropped is not None)
+                progress.add(is_dropped=result.dropped is not None)
                 _count_failure(run, result)
                 await asyncio.sleep(0)  # a replay waits for nothing, and would keep others from their turn
 

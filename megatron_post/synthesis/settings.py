@@ -161,7 +161,7 @@ def recipe_settings(settings: Synthesis, recipe: Recipe) -> Section:
         if name not in models
     ]
     errors += [
-        f"models.{name}: {asks} {', '.join(recipe.models)} and no others"
+        f"models.{name}: {asks} {', '.join(recipe.models)} and no others; remove it"
         for name, model in models.items()
         if name not in recipe.models and model not in used
     ]

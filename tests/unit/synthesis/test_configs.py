@@ -6,6 +6,8 @@ import pytest
 
 from megatron_post.synthesis.recipe import built_in_recipes, load_recipe
 from megatron_post.synthesis.settings import load_synthesis, recipe_settings
+from tests.documentation import ROOT, blocks
+from tests.unit.synthesis.author import write_recipe
 
 DIRECTORY = Path(__file__).parents[3] / "configs/synthesis"
 
@@ -16,6 +18,15 @@ def test_each_recipe_has_a_file_that_loads(name: str) -> None:
     recipe = load_recipe(settings.recipe)
     assert recipe.name == name and recipe.summary
     recipe_settings(settings, recipe)
+
+
+def test_the_pages_settings_fit_the_pages_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_recipe(tmp_path).parent)
+    for block in blocks(ROOT / "docs/synthesis.md"):
+        if block.title == "my_run.yaml":
+            Path(block.title).write_text(block.text)
+    settings = load_synthesis("my_run.yaml")
+    recipe_settings(settings, load_recipe(settings.recipe))
 
 
 def test_recipes_of_mathematics_ask_for_the_same_form_of_solution() -> None:

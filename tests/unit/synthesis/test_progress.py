@@ -27,7 +27,7 @@ def _printed(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
                 if number >= 6:
                     asked += 2
                     await asyncio.sleep(0.1)
-                shown.add(is_lost=number == 3)
+                shown.add(is_dropped=number == 3)
 
     asyncio.run(main())
     assert isinstance(console.file, io.StringIO)
@@ -37,7 +37,7 @@ def _printed(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
 def test_a_log_gets_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = _printed(monkeypatch, terminal=False).splitlines()
     assert 4 <= len(lines) <= 10  # 0.4 s, with a line each 0.05 s and one at the end
-    assert lines[-1].startswith("process 1 of 2: 10 of 10 rows, 1 lost, 8 requests asked, ")
+    assert lines[-1].startswith("process 1 of 2: 10 of 10 rows, 1 dropped or failed, 8 requests asked, ")
     assert lines[-1].endswith(" tokens/s, 400 + 160 tokens spent")
     assert any(line.endswith(" left") for line in lines[:-1])
 
@@ -54,10 +54,10 @@ def test_the_remaining_time_is_of_what_is_asked(monkeypatch: pytest.MonkeyPatch)
     asked = 0
     shown = RowProgress(Console(), who="", total=10, spent=lambda: Spent(asked, 0, 10 * asked))
     for _ in range(6):
-        shown.add(is_lost=False)
+        shown.add(is_dropped=False)
     assert "left" not in shown.text()
     asked = 1
     assert "left" not in shown.text()
     now += 1.0
-    shown.add(is_lost=False)
+    shown.add(is_dropped=False)
     assert shown.text().endswith("10 tokens/s, 0 + 10 tokens spent, 0:00:03 left")
