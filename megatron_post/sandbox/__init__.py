@@ -1,1 +1,1 @@
-"""Runs what a model wrote, apart from the network, the host's files and other processes, or runs nothing."""
+"""Runs programs that a model wrote, without access to the network, the host's files and other processes."""

@@ -1,7 +1,7 @@
-"""bubblewrap: its command line, and what a program sees of the host in it.
+"""Builds the command line of bubblewrap, which determines what a program sees of the host.
 
-A program sees /usr and the directories of the tools, all of them read-only, and one tmpfs of a fixed size for
-what it writes. It has namespaces of its own of every kind, no capability, and a filter of system calls.
+A program sees /usr and the directories of the tools, all of them read-only. It writes to one tmpfs of a fixed
+size. It has its own namespaces of every kind, no capabilities, and a filter of system calls.
 """
 
 import contextlib
@@ -21,17 +21,18 @@ from megatron_post.sandbox.kernel_limits import MIB, inside_a_namespace, of_each
 from megatron_post.sandbox.settings import Bubblewrap, Limits
 from megatron_post.sandbox.syscalls import filter_program
 
-_USER = "65533"  # in the sandbox, and outside where this process is root: systemd's table leaves it unused
+# The user in the sandbox, and outside it if this process is root. systemd's table of users leaves it unused.
+_USER = "65533"
 _SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # links into /usr, or directories
-_ETC = ("alternatives", "java-*", "ld.so.cache")  # of /etc: where Debian's java and c++ have their parts
+_ETC = ("alternatives", "java-*", "ld.so.cache")  # parts of /etc that Debian's java and c++ need
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _NAMES = {  # files of /etc without which the user and localhost have no name
     "passwd": f"sandbox:x:{_USER}:{_USER}::{WORK}:/bin/sh\n",
     "group": f"sandbox:x:{_USER}:\n",
     "hosts": "127.0.0.1 localhost\n::1 localhost\n",
 }
-# Directories that root can reach, and _USER perhaps not. Root mounts them here, in a copy of its mounts that
-# no other process sees. /sys is there everywhere, and bubblewrap does not need it
+# _USER may lack the rights to reach some directories that root can reach. Root mounts them here, in a private
+# mount namespace. The directory is /sys because it exists everywhere and bubblewrap does not need it.
 _REACHABLE = "/sys"
 _MOUNT = """
 set -e
@@ -56,7 +57,7 @@ _OTHERWISE = "or set sandbox.kind=command with a container command of your site"
 class BubblewrapSandbox:
     """Starts programs in bubblewrap.
 
-    Raises `ValueError` where bubblewrap or a directory is missing, and on a processor without a filter.
+    Raises `ValueError` if bubblewrap or a directory is missing, or if there is no filter for the processor.
     """
 
     remedy = (
@@ -76,10 +77,10 @@ class BubblewrapSandbox:
             if not Path(path).is_dir():
                 raise ValueError(f"sandbox.read_only: {path} is no directory")
         usage = subprocess.run([self._found["bwrap"], "--help"], capture_output=True, text=True, timeout=60)
-        self._has_size = "--size" in usage.stdout  # from 0.7 on; before it the watcher alone limits files
+        self._has_size = "--size" in usage.stdout  # since 0.7. Before, only the watcher limits files
         self._filter = filter_program()
         self._settings = settings
-        # of bubblewrap, which a program can read in /proc/1/environ; mount needs a path
+        # A program can read bubblewrap's environment in /proc/1/environ, so it is empty. mount needs a PATH.
         self._environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"} if self._is_root else {}
         prefixes = toolchains.prefixes()
         self._path = ":".join([*(f"{prefix}/bin" for prefix in prefixes), "/usr/local/bin:/usr/bin:/bin"])
@@ -91,7 +92,7 @@ class BubblewrapSandbox:
     def start(
         self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits
     ) -> Iterator[BubblewrapProgram]:
-        """A program that runs. Its files have no name on the host."""
+        """Start a program, whose files have no name on the host."""
         with contextlib.ExitStack() as stack:
             handed: list[int] = []
 
@@ -129,8 +130,11 @@ class BubblewrapSandbox:
             yield program
 
     def _unprivileged(self) -> list[str]:
-        """Root alone: give up its rights. A process of root could change the kernel's settings in /proc, and
-        its processes are not counted."""
+        """If this process is root, the command that gives up root's rights.
+
+        A process of root could change the kernel's settings in /proc, and the kernel does not limit the
+        number of root's processes.
+        """
         if not self._is_root:
             return []
         words = []
@@ -154,9 +158,10 @@ class BubblewrapSandbox:
         return words + [word for item in variables.items() for word in ("--setenv", *item)]
 
     def _own(self, limits: Limits) -> list[str]:
-        """/proc of the program's own processes, and the one place where it can write.
+        """Options that mount /proc of the program's own processes, and the one place where it can write.
 
-        Process 1 is bubblewrap's. It has the program's rights, and parts of the files in its memory: hidden.
+        Process 1 is bubblewrap's. Its directory in /proc is hidden, because it has the program's rights and
+        parts of the files in its memory.
         """
         size = ["--size", str(limits.disk_mib * MIB)] if self._has_size else []
         words = ["--proc", "/proc", "--tmpfs", "/proc/1", "--remount-ro", "/proc/1", "--remount-ro", "/proc"]
@@ -165,7 +170,10 @@ class BubblewrapSandbox:
         return words + [word for name, path in links.items() for word in ("--symlink", path, f"/dev/{name}")]
 
     def _host(self) -> list[str]:
-        """What is seen of the host. Its Python packages are hidden: a program finds the same everywhere."""
+        """Options that mount parts of the host.
+
+        The host's Python packages are hidden, so that a program finds the same packages on every host.
+        """
         words = ["--ro-bind", "/usr", "/usr"]
         for path in _SYSTEM:
             if os.path.islink(path):
@@ -185,13 +193,13 @@ class BubblewrapSandbox:
 
 
 def _is_root() -> bool:
-    """Whether this process is the machine's root, and not only that of a container with its own users."""
+    """Whether this process is root of the machine, and not only root in a container with its own users."""
     first = Path("/proc/self/uid_map").read_text().split()[:2]
     return os.getuid() == 0 and first == ["0", "0"]
 
 
 def _in_memory(content: bytes) -> int:
-    """Descriptor of a file that has this content and no name."""
+    """The descriptor of a file that has this content and no name."""
     descriptor = os.memfd_create("sandbox")
     with open(descriptor, "wb", closefd=False) as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""A site's container command, such as `apptainer exec` or `docker run`."""
+"""Runs programs with a site's container command, such as `apptainer exec` or `docker run`."""
 
 import contextlib
 import os
@@ -16,14 +16,14 @@ from megatron_post.sandbox.kernel_limits import MIB, of_each_process
 from megatron_post.sandbox.settings import Container, Limits
 from megatron_post.sandbox.supervise import SECONDS_TO_END, BrokenSandbox
 
-CANARY = "SANDBOX_CANARY"  # a variable of the container command, which a program must not have
-# of this process, for the container command
+CANARY = "SANDBOX_CANARY"  # a variable of the container command that a program must not see
+# Variables of this process that the container command gets.
 _VARIABLES = ("PATH", "HOME", "USER", "TMPDIR", "XDG_RUNTIME_DIR", "DOCKER_HOST")
-_ENTRY = 4096  # bytes that a file counts beside its content
+_ENTRY = 4096  # bytes that a file counts in addition to its content
 
 
 class ContainerSandbox:
-    """Starts programs by a container command. Raises `ValueError` where its first word is no command."""
+    """Starts programs with a container command. Raises `ValueError` if its first word is not a command."""
 
     remedy = "correct it, or set sandbox.kind=bubblewrap"
 
@@ -38,7 +38,7 @@ class ContainerSandbox:
     def start(
         self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits
     ) -> Iterator["ContainerProgram"]:
-        """A program that runs. Its files are in a new directory of the host, which goes with it."""
+        """Start a program. Its files are in a new directory of the host, which is deleted at its end."""
         directory = Path(tempfile.mkdtemp(prefix="sandbox-")).resolve()
         try:
             for name, content in files.items():
@@ -83,9 +83,9 @@ class ContainerProgram:
         self._stop, self._variables = stop, variables
 
     def disk_bytes(self) -> int:
-        """Of all files in the directory. Counting ends at the limit."""
+        """Bytes that all files in the directory take. Counting stops at the limit."""
         size, folders = 0, [self._directory]
-        for folder in folders:  # grows
+        for folder in folders:  # the list grows meanwhile
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     size += _ENTRY + entry.stat(follow_symlinks=False).st_blocks * 512
@@ -96,7 +96,10 @@ class ContainerProgram:
         return size
 
     def kill(self) -> None:
-        """The container command and all below it. What starts meanwhile is found the next time."""
+        """Kill the container command and all its descendants.
+
+        The search is repeated, because processes may start others meanwhile.
+        """
         deadline = time.monotonic() + SECONDS_TO_END
         while (below := processes.descendants(self.process.pid)) and time.monotonic() < deadline:
             for process in below:
@@ -128,10 +131,13 @@ def _filled(words: Sequence[str], values: Mapping[str, object]) -> list[str]:
 
 
 def _remove(directory: Path) -> None:
-    """Also what the program has made unreadable. Raises `BrokenSandbox` where something stays."""
+    """Remove a directory, even if the program has made it unreadable.
+
+    Raises `BrokenSandbox` if a file cannot be removed.
+    """
     directory.chmod(0o700)
     for folder, names, _ in os.walk(directory):
-        for name in names:  # before they are walked into
+        for name in names:  # `os.walk` enters them afterwards
             path = os.path.join(folder, name)
             if not os.path.islink(path):
                 with contextlib.suppress(OSError):

@@ -1,12 +1,12 @@
-"""Whether a site's container command holds what it must hold itself, found out by a first program in it."""
+"""Checks with a first program whether a site's container command isolates programs from the host."""
 
 import os
 from pathlib import Path
 
 from megatron_post.sandbox.container import CANARY
 
-# Prints a line for each fault. Its arguments are this process's namespaces of processes and of the network, a
-# file in the host's temporary directory, and the home directory with its inode
+# The script prints a line for each fault. Its arguments are this process's PID and network namespaces, a
+# directory in the host's temporary directory, and the home directory with its inode.
 _SCRIPT = f"""
 [ "$(readlink /proc/self/ns/pid)" = "$1" ] && echo processes
 [ "$(readlink /proc/self/ns/net)" = "$2" ] && echo network
@@ -29,7 +29,7 @@ _FAULTS = {
 
 
 def command(directory: str) -> list[str]:
-    """The program. directory: a temporary one of the host, which it must not see."""
+    """The command of the first program. directory: a temporary directory that it must not see."""
     home = Path.home()
     inode = str(home.stat().st_ino) if home.is_dir() else ""
     namespaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "net")]
@@ -37,4 +37,5 @@ def command(directory: str) -> list[str]:
 
 
 def faults(printed: str) -> list[str]:
+    """The faults in the output of the first program, as texts for a message."""
     return [_FAULTS[name] for name in dict.fromkeys(printed.split()) if name in _FAULTS]

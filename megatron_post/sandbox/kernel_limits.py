@@ -1,4 +1,4 @@
-"""What the kernel itself limits, in each process of a program: prlimit's words."""
+"""The limits that the kernel itself enforces in each process, as options of prlimit."""
 
 import math
 import platform
@@ -8,15 +8,16 @@ from megatron_post.sandbox.settings import Limits
 
 MIB = 2**20
 _STACK = 8 * MIB
-_SPARE = 128 * MIB  # of memory that node and Java map and do not use
-_COUNTED_IN_NAMESPACE = (5, 14)  # Linux, from which on it counts a user's processes in each namespace
+_SPARE = 128 * MIB  # memory that node and Java map but do not use
+_COUNTED_IN_NAMESPACE = (5, 14)  # since this version Linux counts a user's processes in each namespace
 
 
 def of_each_process(limits: Limits) -> list[str]:
-    """Options that hold for a process and for all that it starts.
+    """Options that hold for a process and for all processes that it starts.
 
-    data: twice the memory, because at this limit a call would only fail. The watcher, which names the limit
-    and kills, comes first. core: with 0 the host's own program for core dumps would run.
+    --data is twice the watcher's limit on memory and more. At the kernel's limit an allocation only fails,
+    whereas the watcher kills the program and reports the limit, so it must come first. --core is 1, because
+    with 0 the host's program for core dumps would run.
     """
     seconds = math.ceil(limits.cpu_seconds) + 1
     return [
@@ -27,10 +28,10 @@ def of_each_process(limits: Limits) -> list[str]:
 
 
 def inside_a_namespace(limits: Limits) -> list[str]:
-    """Options that are set inside of a user namespace, where bubblewrap itself is done with its files.
+    """Options that are set inside the user namespace, after bubblewrap has closed its own files.
 
-    nproc: all processes of the namespace together. Kernels before 5.14 would count every process of this user
-    on the machine. There the watcher alone counts.
+    --nproc limits all processes of the namespace together. Kernels before 5.14 would count all processes of
+    this user on the machine. There only the watcher limits the number of processes.
     """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     counts = release is not None and (int(release[1]), int(release[2])) >= _COUNTED_IN_NAMESPACE

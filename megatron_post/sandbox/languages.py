@@ -1,11 +1,11 @@
-"""The files and the command of a program in one of six languages."""
+"""The files and the command that run a program in one of six languages."""
 
 import re
 from typing import Literal, NamedTuple, get_args
 
 Language = Literal["python", "javascript", "cpp", "java", "rust", "bash"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
-# what each language needs on the PATH; rustc links with cc
+# The tools that each language needs on the PATH. rustc links with cc.
 TOOLS: dict[Language, tuple[str, ...]] = {
     "python": ("python3",),
     "javascript": ("node",),
@@ -16,8 +16,8 @@ TOOLS: dict[Language, tuple[str, ...]] = {
 }
 ALL_TOOLS = tuple(name for names in TOOLS.values() for name in names)
 _STDIN = "stdin.txt"
-# One core and a small heap at first: by default Java takes a share of the whole machine.
-# MEMORY_MIB is the limit, which the sandbox gives to each program
+# By default Java takes a share of the machine. These options give it one core and a small heap at first.
+# MEMORY_MIB is the limit of memory, which the sandbox sets for each program.
 _JAVA_OPTIONS = (
     "-XX:+UseSerialGC", "-XX:ActiveProcessorCount=1", "-XX:TieredStopAtLevel=1", "-Xms16m",
     "-Xmx${MEMORY_MIB}m",
@@ -30,7 +30,7 @@ _PUBLIC = re.compile(
 
 
 class Code(NamedTuple):
-    """What `Sandbox.run` takes."""
+    """The files and the command of a program, for `Sandbox.run`."""
 
     files: dict[str, str | bytes]
     command: tuple[str, ...]
@@ -39,9 +39,9 @@ class Code(NamedTuple):
 def program(
     language: Language, source: str, *, stdin: str | bytes | None = None, check: bool = False
 ) -> Code:
-    """Compile and run a program of one file. check: only parse and compile it. stdin: empty by default.
+    """The code that compiles and runs a program of one file. Raises `ValueError` for an unknown language.
 
-    Raises `ValueError` for another language.
+    check: only parse and compile the program. stdin: empty by default.
     """
     name, run, compile_only = _known(language, source)
     files: dict[str, str | bytes] = {name: source}
@@ -53,10 +53,10 @@ def program(
 
 
 class Steps(NamedTuple):
-    """How a program is built once and run many times: lines for a shell, where its file is.
+    """Shell commands that build a program once and run it many times, in the directory of its file.
 
-    build: also finds what does not parse in a language that has no compiler. run: ends with the program, so
-    that arguments can follow.
+    build: in a language without a compiler, it only checks the syntax. run: the program's arguments can be
+    appended.
     """
 
     file: str
@@ -65,7 +65,7 @@ class Steps(NamedTuple):
 
 
 def steps(language: Language, source: str) -> Steps:
-    """The steps of a program of one file. Raises `ValueError` for another language."""
+    """The steps of a program of one file. Raises `ValueError` for an unknown language."""
     file, run, check = _known(language, source)
     match language:
         case "cpp" | "rust":
@@ -85,7 +85,7 @@ def _known(language: Language, source: str) -> tuple[str, str, str]:
 
 
 def _commands(language: Language, source: str) -> tuple[str, str, str]:
-    """A file's name, the command that runs it, and the one that only compiles it."""
+    """The name of the file, the command that runs it, and the command that only compiles it."""
     match language:
         case "python":
             return "main.py", "exec python3 main.py", f'exec python3 -c "{_PYTHON_CHECK}" main.py'

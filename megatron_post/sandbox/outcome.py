@@ -11,28 +11,29 @@ Kind = Literal[
     "memory",
     "disk",
     "processes",
-    "files",  # open ones
+    "files",  # too many open files
     "output",
-    "killed",  # by a signal which no limit of ours sent
+    "killed",  # by a signal that does not come from a limit
     "unavailable",  # the shell's exit status 127: a tool is missing
 ]
-_UNAVAILABLE, _SIGNALLED = 127, 128  # a shell's exit statuses: no such command, and 128 + the signal's number
+_UNAVAILABLE, _SIGNALLED = 127, 128  # a shell's exit statuses for a missing command, and 128 + a signal
 _LIMITS: dict[int, Kind] = {signal.SIGXCPU: "timeout", signal.SIGXFSZ: "disk"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """stdout, stderr: as much as the limit allows. What is not UTF-8 is replaced.
+    """How a program ended.
 
-    A program chooses its exit status and its output. It can pretend every kind that has no limit of ours in
-    it, and it can exit with 0 before it has done anything.
+    A program chooses its exit status and its output. So it can imitate every kind that the watcher does not
+    detect, and it can exit with 0 before it has done anything. stdout, stderr: as much as the limit allows.
+    Bytes that are not UTF-8 are replaced.
     """
 
     kind: Kind
-    returncode: int  # of a shell: 128 + n where signal n ended it
+    returncode: int  # as in a shell, 128 + n if signal n ended the program
     stdout: str
     stderr: str
-    seconds: float  # by the clock
+    seconds: float  # wall-clock time
 
     @property
     def ok(self) -> bool:
@@ -43,7 +44,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "Outcome":
-        """Raises `ValueError` for what `as_json` did not write."""
+        """The outcome that `as_json` wrote. Raises `ValueError` for other values."""
         try:
             outcome = cls(**entry)
         except TypeError as error:
@@ -54,7 +55,7 @@ class Outcome:
 
 
 def kind_of(returncode: int) -> Kind:
-    """What an exit status says, where no limit of ours was exceeded."""
+    """The kind of an outcome by its exit status, if the watcher found no limit exceeded."""
     if returncode == 0:
         return "passed"
     if returncode == _UNAVAILABLE:

@@ -1,4 +1,4 @@
-"""What a process and all its descendants use, read from /proc."""
+"""Reads from /proc what a process and its descendants use."""
 
 import contextlib
 import os
@@ -6,25 +6,26 @@ import re
 from collections.abc import Iterable
 
 _CHUNK = 2**16  # bytes
-_TICKS = os.sysconf("SC_CLK_TCK")  # of processor time, in one second
-# kB, in /proc/PID/status: what no file on a disk holds. VmPTE: page tables
+_TICKS = os.sysconf("SC_CLK_TCK")  # clock ticks of processor time per second
+# Fields of /proc/PID/status, in kB, for memory that is not backed by a file on a disk. VmPTE is page tables.
 _HELD = re.compile(rb"^(?:RssAnon|RssShmem|VmSwap|VmPTE|HugetlbPages):\s+(\d+)", re.MULTILINE)
-# kB, in /proc/PID/smaps_rollup: as above, a page that n processes share counts as a n-th
+# The same from /proc/PID/smaps_rollup, where a page that n processes share counts 1/n for each of them.
 _SHARED = re.compile(
     rb"^(?:Pss_Anon|Pss_Shmem|SwapPss|Private_Hugetlb|Shared_Hugetlb):\s+(\d+)", re.MULTILINE
 )
 
 
 def descendants(root: int) -> dict[int, int]:
-    """Processes below `root` and the number of their threads. A process that ends meanwhile may be missing.
+    """The descendants of `root` and the number of their threads.
 
-    An orphan is the child of the first process of its namespace, so that a daemon is found too.
+    A process that ends meanwhile may be missing. Daemons are found too, because an orphan becomes a child of
+    the first process of its namespace.
     """
     threads: dict[int, int] = {}
     found = [root]
-    for process in found:  # grows
+    for process in found:  # the list grows meanwhile
         if process in threads:
-            continue  # it was moved to another parent meanwhile
+            continue  # it got another parent meanwhile and was found twice
         tasks = _listing(f"/proc/{process}/task")
         threads[process] = len(tasks)
         for task in tasks:
@@ -34,12 +35,12 @@ def descendants(root: int) -> dict[int, int]:
 
 
 def memory(processes: Iterable[int]) -> int:
-    """Bytes that processes hold. A page that several of them share counts for each."""
+    """Bytes of memory of processes. A page that several of them share counts once for each."""
     return sum(_kilobytes(_HELD, _read(f"/proc/{process}/status")) for process in processes)
 
 
 def shared_memory(processes: Iterable[int]) -> int:
-    """Bytes that processes hold together: slower than `memory`, and a shared page counts once."""
+    """Bytes of memory of processes, where a shared page counts only once. Slower than `memory`."""
     return sum(
         _kilobytes(_SHARED, _read(f"/proc/{process}/smaps_rollup"))
         or _kilobytes(_HELD, _read(f"/proc/{process}/status"))
@@ -52,12 +53,12 @@ def open_files(processes: Iterable[int]) -> int:
 
 
 def cpu_seconds(processes: Iterable[int]) -> float:
-    """Processor time of processes, and of their children that have ended."""
+    """Processor time of processes and of their children that have ended."""
     return sum(_ticks(_read(f"/proc/{process}/stat")) for process in processes) / _TICKS
 
 
 def _ticks(stat: bytes) -> int:
-    # the name of a process stands in parentheses and may hold anything; field 14 is the first of four times
+    # The name of a process is in parentheses and may contain any text. Field 14 is the first of four times.
     fields = stat.rpartition(b")")[2].split()
     return sum(map(int, fields[11:15]))
 
@@ -74,9 +75,9 @@ def _listing(directory: str) -> list[str]:
 
 
 def _read(path: str) -> bytes:
-    """Without Python's own layers of a file, which take twice as long: many programs are looked at."""
+    """The content of a file, read without Python's file objects, which take twice as long."""
     text = b""
-    with contextlib.suppress(OSError):  # it has ended
+    with contextlib.suppress(OSError):  # the process has ended
         descriptor = os.open(path, os.O_RDONLY)
         try:
             while chunk := os.read(descriptor, _CHUNK):

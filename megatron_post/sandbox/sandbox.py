@@ -1,4 +1,4 @@
-"""`open_sandbox`: what runs a program that a model wrote."""
+"""`open_sandbox` opens the sandbox that runs programs which a model wrote."""
 
 import asyncio
 import os
@@ -19,17 +19,17 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import BrokenSandbox, Program, supervise
 
-_MOST_PROGRAMS = 32  # by default: looking at more of them takes a good part of this process's time
-_MOST_FILES = 256  # of one program: each is an open file of this process until the program has started
-_FIRST = Limits(seconds=600)  # of a first program: a container's image may have to be fetched
+_MOST_PROGRAMS = 32  # by default, because watching more takes a large part of this process's time
+_MOST_FILES = 256  # of one program. Each is an open file of this process until the program has started
+_FIRST = Limits(seconds=600)  # for the first program, because a container's image may have to be fetched
 _LONGEST_NAME = 255  # bytes of a file's name, with its directories
-_LONGEST_WORD = 100_000  # bytes; Linux has 131,072
-_BLOCK = 4096  # of a tmpfs: a file takes its name and its content in whole blocks
+_LONGEST_WORD = 100_000  # bytes. The limit of Linux is 131,072
+_BLOCK = 4096  # bytes. A tmpfs stores the name and the content of a file in whole blocks
 _PROBE = 'for name in "$@"; do if command -v "$name" >/dev/null; then echo "$name"; fi; done'
 
 
 class _Starter(Protocol):
-    remedy: str  # where a first program does not run
+    remedy: str  # what to do if the first program does not run
 
     def start(
         self, files: Mapping[str, bytes], command: Sequence[str], limits: Limits
@@ -37,7 +37,7 @@ class _Starter(Protocol):
 
 
 class Sandbox:
-    """Runs programs, a bounded number of them at a time. It is a context manager, which ends its threads."""
+    """Runs a bounded number of programs at a time. It is a context manager that ends its threads."""
 
     def __init__(self, settings: Bubblewrap | Container) -> None:
         self.limits = settings.limits
@@ -46,7 +46,7 @@ class Sandbox:
             self._starter = BubblewrapSandbox(settings)
         else:
             self._starter = ContainerSandbox(settings)
-        # a thread lives as long as the program that it started: the kernel kills bubblewrap with its thread
+        # The kernel kills bubblewrap when the thread that started it ends, so a thread watches its program.
         self._pool = ThreadPoolExecutor(settings.programs or _default_programs(), "sandbox")
         self.tools = frozenset(self._first(["sh", "-c", _PROBE, "sh", *ALL_TOOLS]).split())
         if isinstance(settings, Container):
@@ -61,11 +61,12 @@ class Sandbox:
     async def run(
         self, files: Mapping[str, str | bytes], command: Sequence[str], limits: Limits | None = None
     ) -> Outcome:
-        """How `command` ends beside `files`, in a directory that is new and is gone afterwards.
+        """Run `command` beside `files` in a new directory, which is deleted afterwards.
 
-        files: content by name; a name may have directories. limits: the settings' by default. A program that
-        is cancelled is killed before this raises. Raises `ValueError`, and runs nothing, for a name outside
-        the directory and for more bytes than the disk holds; `BrokenSandbox` where the sandbox fails.
+        files: content by name, which may have directories. limits: by default those of the settings. If this
+        is cancelled, the program is killed first. Raises `ValueError` before anything runs if a name leads
+        out of the directory, or if the files are larger than the disk. Raises `BrokenSandbox` if the sandbox
+        fails.
         """
         limits = limits or self.limits
         content = _checked(files, limits)
@@ -95,7 +96,7 @@ class Sandbox:
             raise BrokenSandbox(f"a program could not be started: {error}") from error
 
     def _first(self, command: Sequence[str]) -> str:
-        """What a first program prints. Raises `ValueError` where it does not run."""
+        """The output of a first program. Raises `ValueError` if it does not run."""
         try:
             outcome = self._run({}, command, _FIRST, Event())
         except BrokenSandbox as error:
@@ -115,7 +116,10 @@ class Sandbox:
 
 
 def open_sandbox(settings: Bubblewrap | Container) -> Sandbox:
-    """A sandbox in which a first program has run. Raises `ValueError`, with what to install, otherwise."""
+    """A sandbox that has run a first program.
+
+    Raises `ValueError`, which says what to install, if the first program does not run.
+    """
     return Sandbox(settings)
 
 
@@ -124,7 +128,7 @@ def _default_programs() -> int:
 
 
 def _checked(files: Mapping[str, str | bytes], limits: Limits) -> dict[str, bytes]:
-    """Files as bytes. Raises `ValueError` for a name that leads out of their directory, and for too much."""
+    """Files as bytes. Raises `ValueError` for names outside their directory, and if they are too large."""
     if len(files) > _MOST_FILES:
         raise ValueError(f"a program has {len(files)} files, and can have {_MOST_FILES}")
     content: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""What a program may use, and what holds it: bubblewrap, or a site's container command."""
+"""Settings of the sandbox, which is bubblewrap or a site's container command, and limits of programs."""
 
 import string
 from typing import Annotated, Literal
@@ -37,11 +37,11 @@ _Template = Annotated[tuple[Line, ...], Field(min_length=1), AfterValidator(_tem
 
 
 class Limits(Section):
-    """What one program may use, with all processes that it starts."""
+    """Limits of one program together with all processes that it starts."""
 
-    seconds: Positive = Field(30.0, le=86_400, description="until it is killed, by the clock")
-    cpu_seconds: Positive = Field(10.0, le=86_400, description="of processor time, on all cores together")
-    memory_mib: Count = Field(1024, le=2**20, description="of memory, without the files that it writes")
+    seconds: Positive = Field(30.0, le=86_400, description="wall-clock time until a program is killed")
+    cpu_seconds: Positive = Field(10.0, le=86_400, description="processor time on all cores together")
+    memory_mib: Count = Field(1024, le=2**20, description="memory, without the files that a program writes")
     processes: Count = Field(64, le=2**15, description="processes and threads at a time")
     open_files: Count = Field(
         256,
@@ -49,8 +49,8 @@ class Limits(Section):
         le=2**16,
         description="files, pipes and sockets of one process; all have four times as many",
     )
-    disk_mib: Count = Field(64, le=2**20, description="of files, which lie in memory")
-    output_kib: Count = Field(256, le=2**20, description="of standard output and standard error together")
+    disk_mib: Count = Field(64, le=2**20, description="size of all files, which are kept in memory")
+    output_kib: Count = Field(256, le=2**20, description="size of standard output and error together")
 
 
 class _Sandbox(Section):
@@ -59,11 +59,11 @@ class _Sandbox(Section):
         le=4096,
         description="programs that run at a time in one process; null: one for each core, and at most 32",
     )
-    limits: Limits = Field(Limits(), description="what a program may use where its recipe does not say")
+    limits: Limits = Field(Limits(), description="limits of programs for which the recipe sets none")
 
 
 class Bubblewrap(_Sandbox):
-    """Debian's bubblewrap. It needs user namespaces, and no rights of root."""
+    """bubblewrap, which needs user namespaces but no rights of root."""
 
     kind: Literal["bubblewrap"] = Field("bubblewrap", description="selects this sandbox")
     read_only: tuple[Annotated[Name, AfterValidator(_absolute)], ...] = Field(
@@ -77,15 +77,15 @@ class Bubblewrap(_Sandbox):
 
 
 class Container(_Sandbox):
-    """A container command of the site, which must hold the network, the files and the environment itself."""
+    """A container command of the site, which must itself isolate the network, files and environment."""
 
     kind: Literal["command"] = Field(description="selects this sandbox")
     command: _Template = Field(
-        description="words in front of a program's command; {directory} has the program's files and must be "
+        description="words in front of a program's command. {directory} has the program's files and must be "
         "the working directory inside"
     )
     stop: _Template | None = Field(
-        None, description="ends a container that is not a child of its command, such as docker kill {name}"
+        None, description="ends a container that is not a child of `command`, such as docker kill {name}"
     )
 
 

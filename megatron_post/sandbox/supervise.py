@@ -1,4 +1,4 @@
-"""Watches one running program, reads what it prints, and kills it at its limits."""
+"""Watches one running program, reads its output, and kills it at its limits."""
 
 import os
 import selectors
@@ -13,8 +13,8 @@ from megatron_post.sandbox.kernel_limits import MIB
 from megatron_post.sandbox.outcome import Kind, Outcome, kind_of
 from megatron_post.sandbox.settings import Limits
 
-SECONDS_TO_END = 30.0  # of what has been killed
-_FIRST_LOOK, _LOOKS = 0.002, 0.025  # seconds until the first look at a program, and at most between two
+SECONDS_TO_END = 30.0  # that a killed process may take to end
+_FIRST_LOOK, _LOOKS = 0.002, 0.025  # seconds until the first check of a program, and between later ones
 _AGAIN = 0.01  # seconds until memory is measured a second time
 _CHUNK = 2**16
 
@@ -26,23 +26,23 @@ class BrokenSandbox(RuntimeError):
 class Program(Protocol):
     """A program that has been started in a sandbox of some kind."""
 
-    process: subprocess.Popen[bytes]  # of the sandbox; its standard output and error are the program's
+    process: subprocess.Popen[bytes]  # the sandbox. Its standard output and error are the program's
     root: int | None  # the program and all that it starts are descendants of this process
 
     def disk_bytes(self) -> int:
-        """Of files that the program has written."""
+        """Bytes of the files that the program has written."""
 
     def kill(self) -> None:
-        """Kill the program and all that it started. They may have ended."""
+        """Kill the program and all processes that it started. They may have ended already."""
 
     def finish(self, *, killed: bool) -> None:
-        """Return when nothing of the program is left. Raises `BrokenSandbox` where it was never started."""
+        """Wait until no process of the program is left. Raises `BrokenSandbox` if it was never started."""
 
 
 def supervise(program: Program, limits: Limits, cancelled: Event) -> Outcome:
-    """How a program ended, of which nothing is left when this returns. `cancelled` kills it.
+    """Watch a program until it ends. No process of it is left when this returns. `cancelled` kills it.
 
-    Raises `BrokenSandbox`, with what the sandbox printed, where the sandbox failed.
+    Raises `BrokenSandbox` with the output of the sandbox if the sandbox fails.
     """
     begun = time.monotonic()
     printed = {"stdout": bytearray(), "stderr": bytearray()}
@@ -66,12 +66,12 @@ def supervise(program: Program, limits: Limits, cancelled: Event) -> Outcome:
         reason = " ".join(stderr.split())[-500:] or f"exit status {returncode}"
         raise BrokenSandbox(f"{error}: {reason}") from None
     if exceeded is None and finished and program.disk_bytes() >= limits.disk_mib * MIB:
-        exceeded = "disk"  # it was full, and the program ended on its own before the next look
+        exceeded = "disk"  # the disk was full, and the program ended by itself before the next check
     return Outcome(exceeded or kind_of(returncode), returncode, stdout, stderr, round(seconds, 3))
 
 
 def _ended(process: subprocess.Popen[bytes]) -> int:
-    """The exit status, as a shell has it."""
+    """The exit status in a shell's form, which is 128 + n for signal n."""
     try:
         status = process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:
@@ -82,14 +82,14 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
 def _watch(
     program: Program, limits: Limits, cancelled: Event, printed: dict[str, bytearray], begun: float
 ) -> Kind | None:
-    """Read until the program has ended, and return None; or which limit it exceeds."""
+    """Read the output until the program ends. Returns the limit that it exceeds, or None."""
     room = limits.output_kib * 2**10
     wait, next_look = _FIRST_LOOK, begun + _FIRST_LOOK
     with selectors.DefaultSelector() as streams:
         for name in printed:
             streams.register(getattr(program.process, name), selectors.EVENT_READ, printed[name])
         while streams.get_map() or program.process.poll() is None:
-            # a program may close its streams and go on: then there is nothing to wait for but the time
+            # A program may close its streams and keep running. Then `select` only waits for the time.
             for key, _ in streams.select(max(0.0, next_look - time.monotonic())):
                 chunk = os.read(key.fd, min(_CHUNK, room + 1))
                 key.data.extend(chunk[:room])
@@ -109,7 +109,7 @@ def _watch(
 
 
 def _look(program: Program, limits: Limits, begun: float) -> Kind | None:
-    """Which limit a program exceeds now."""
+    """The limit that a program exceeds now, or None."""
     if time.monotonic() - begun > limits.seconds:
         return "timeout"
     if program.root is None:
@@ -120,9 +120,9 @@ def _look(program: Program, limits: Limits, begun: float) -> Kind | None:
     if processes.cpu_seconds([program.root, *found]) > limits.cpu_seconds:
         return "timeout"
     if processes.open_files(found) > 4 * limits.open_files:
-        return "files"  # sockets hold memory that counts for no process
+        return "files"  # memory of sockets is not counted for any process
     if _too_much_memory(found, limits):
-        time.sleep(_AGAIN)  # a child that has not yet begun its own program counts its parent's memory
+        time.sleep(_AGAIN)  # between fork and exec, a child counts its parent's memory too
         if _too_much_memory(found, limits):
             return "memory"
     return "disk" if program.disk_bytes() >= limits.disk_mib * MIB else None

@@ -1,8 +1,8 @@
-"""A seccomp filter: the system calls that a program in bubblewrap cannot make.
+"""The seccomp filter, which refuses system calls of programs in bubblewrap.
 
-Namespaces hide the host from a program, and the kernel is still shared. The filter takes away what no honest
-program of one file needs and what has been used to break out, or to hold memory that no process is charged
-for. It is a classic BPF program, which the kernel runs before each system call.
+Namespaces hide the host from a program, but the kernel is still shared. The filter refuses system calls that
+no honest program of one file needs. They have been used to break out of sandboxes, or they take memory that
+counts for no process. The filter is a classic BPF program, which the kernel runs before each system call.
 """
 
 import platform
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_post.installation import install_system_package
 
-# name, number on x86_64, number on aarch64 (-: it has none), from the kernel's unistd.h
+# Name, number on x86_64 and number on aarch64 from the kernel's unistd.h. "-" means that it does not exist.
 _REFUSED = """
 acct 163 89                 add_key 248 217             adjtimex 159 171            bpf 321 280
 chroot 161 51               clock_adjtime 305 266       clock_settime 227 112       delete_module 176 106
@@ -31,26 +31,27 @@ shmget 29 194               swapoff 168 225             swapon 167 224          
 umount2 166 39              unshare 272 97              userfaultfd 323 282         uselib 134 -
 ustat 136 -                 vhangup 153 58              vmsplice 278 75
 """
-# what is looked at more closely, and clone3, whose flags a filter cannot see. C libraries then use clone
+# Calls whose arguments are checked, and clone3. A filter cannot see the flags of clone3, so it fails with
+# ENOSYS, and C libraries then use clone.
 _CLOSELY = """
 clone 56 220  clone3 435 435  ioctl 16 29  prlimit64 302 261  setrlimit 160 164  setsockopt 54 208
 socket 41 198
 """
-_NEWEST = 450  # set_mempolicy_home_node; later calls are unknown here, and libraries do without them
+_NEWEST = 450  # set_mempolicy_home_node. Later calls fail with ENOSYS, which libraries handle
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
 
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
-# AF_UNIX. AF_VSOCK would reach a virtual machine's host, and AF_INET hold megabytes for each connection
+# AF_UNIX. AF_VSOCK would reach a virtual machine's host, and AF_INET takes megabytes for each connection.
 _FAMILIES = (1,)
-_BUFFERS = (7, 32)  # SO_SNDBUF, SO_SNDBUFFORCE: the memory of sockets, which counts for no process
-_TERMINAL = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: they type into a terminal
-_CORE = 4  # RLIMIT_CORE; a limit of 1 alone keeps the host's program for core dumps from running
+_BUFFERS = (7, 32)  # SO_SNDBUF, SO_SNDBUFFORCE. The memory of sockets counts for no process
+_TERMINAL = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX, which type into a terminal
+_CORE = 4  # RLIMIT_CORE. Only a limit of 1 keeps the host's program for core dumps from running
 
 _LOAD, _EQUAL, _ABOVE, _BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06  # opcodes, linux/bpf_common.h
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
-# SECCOMP_RET_ERRNO with an error number; 0: the call does nothing and succeeds
+# SECCOMP_RET_ERRNO with an error number. With 0 the call does nothing and succeeds.
 _IGNORED, _EPERM, _ENOSYS, _EAFNOSUPPORT = (0x00050000 | number for number in (0, 1, 38, 97))
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # bytes in struct seccomp_data; both are little-endian
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data, little-endian
 
 Instruction = tuple[int, int, int, int]  # opcode, jumps where true and where false, operand
 
@@ -67,13 +68,15 @@ def refused() -> list[Call]:
 
 
 def closely() -> dict[str, Call]:
-    """System calls whose arguments decide, by name."""
+    """System calls that the filter allows or refuses by their arguments, by name."""
     return {call.name: call for call in _calls(_CLOSELY)}
 
 
 def filter_program(architecture: str | None = None) -> bytes:
-    """The filter as bubblewrap's `--seccomp` reads it. Raises `ValueError` for another architecture than
-    x86_64 and aarch64."""
+    """The filter in the form that bubblewrap's `--seccomp` reads.
+
+    Raises `ValueError` for an architecture other than x86_64 and aarch64.
+    """
     machine = architecture or platform.machine()
     if machine not in _AUDIT:
         raise ValueError(
@@ -93,11 +96,11 @@ def filter_program(architecture: str | None = None) -> bytes:
         number["clone"], [_argument(0), (_BITS, 0, 1, _NAMESPACES), _return(_EPERM), _return(_ALLOW)]
     )
     program += _if(number["socket"], [_argument(0), *_one_of(_FAMILIES, _ALLOW), _return(_EAFNOSUPPORT)])
-    # a larger buffer is not refused, and not given
+    # A request for a larger buffer succeeds but has no effect.
     program += _if(number["setsockopt"], [_argument(2), *_one_of(_BUFFERS, _IGNORED), _return(_ALLOW)])
     program += _if(number["ioctl"], [_argument(1), *_one_of(_TERMINAL, _EPERM), _return(_ALLOW)])
     program += _if(number["setrlimit"], [_argument(0), *_one_of((_CORE,), _EPERM), _return(_ALLOW)])
-    # prlimit64 reads a limit too, if its third argument, a pointer of two halves, is null
+    # prlimit64 only reads a limit if its third argument is a null pointer, which is checked in two halves.
     changes = [_argument(2), (_EQUAL, 0, 2, 0), _argument(2, high=True), (_EQUAL, 1, 0, 0), _return(_EPERM)]
     program += _if(number["prlimit64"], [_argument(1), (_EQUAL, 0, 5, _CORE), *changes, _return(_ALLOW)])
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in [*program, _return(_ALLOW)])
@@ -113,7 +116,7 @@ def _calls(table: str) -> list[Call]:
 
 
 def _if(number: int, block: list[Instruction]) -> list[Instruction]:
-    """`block`, which returns, for one system call."""
+    """Run `block` for one system call. The block must end with a return."""
     return [(_EQUAL, 0, len(block), number), *block]
 
 
@@ -126,7 +129,7 @@ def _load(offset: int) -> Instruction:
 
 
 def _argument(index: int, *, high: bool = False) -> Instruction:
-    """The lower half of an argument, or the upper one."""
+    """Load the lower half of an argument, or the upper half."""
     return _load(_ARGUMENTS + 8 * index + 4 * high)
 
 

@@ -1,4 +1,4 @@
-"""Where the languages' tools are on this machine, if they are not in /usr."""
+"""Finds the tools of the languages on this machine if they are not in /usr."""
 
 import shutil
 import subprocess
@@ -6,17 +6,17 @@ import sys
 from pathlib import Path
 
 _TOOLS = ("node", "g++", "java", "javac")
-# A tool in ~/bin has the home directory as its prefix, so a program sees these parts of a prefix alone
+# A program only sees these parts of a prefix, because the prefix of a tool in ~/bin is the home directory.
 _PARTS = ("bin", "lib", "lib64", "libexec", "include", "conf", "*-linux-gnu*")
 
 
 def prefixes() -> list[Path]:
-    """Prefixes outside /usr of this Python, and of the tools that are on the PATH of this process."""
+    """The prefixes of this Python and of the tools on the PATH of this process, without those in /usr."""
     found = [Path(sys.base_prefix).resolve()]
     for name in _TOOLS:
         if path := shutil.which(name):
             found.append(Path(path).resolve().parents[1])
-    if shutil.which("rustc"):  # may be rustup's, which starts the one that it has chosen
+    if shutil.which("rustc"):  # it may be rustup's proxy for the real rustc
         command = ["rustc", "--print", "sysroot"]
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
         if done.returncode == 0:
@@ -25,5 +25,5 @@ def prefixes() -> list[Path]:
 
 
 def directories(prefix: Path) -> list[str]:
-    """What a tool needs of its prefix."""
+    """The directories of a prefix that its tools need."""
     return [str(path) for part in _PARTS for path in sorted(prefix.glob(part)) if path.is_dir()]

@@ -1,4 +1,4 @@
-"""One input row's way through a recipe: rows, or the reason why there are none."""
+"""Runs a recipe on one input row. The result has rows, or the reason why there are none."""
 
 import asyncio
 import traceback
@@ -23,7 +23,8 @@ async def attempt(
 ) -> Result:
     """Run a recipe on one input row. own: the recipe's own settings.
 
-    Raises what ends a run: a backend or a sandbox that does not work, and `DiskFull`.
+    Raises only the errors that end a run. These are `DiskFull` and the error of a backend or a sandbox that
+    does not work.
     """
     task = Task(row, own, recipe.prompts, resources)
     rows: list[dict[str, Any]] = []
@@ -41,11 +42,8 @@ async def attempt(
         dropped = Drop(task.step_of(error), "refused by a model", error.reason, failed=True)
     except DiskFull:
         raise
-    except (
-        Exception,
-        SystemExit,
-        asyncio.CancelledError,
-    ) as error:  # a fault of the recipe costs its row, and not the run
+    # An error in the recipe drops its row and does not end the run.
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
         if _is_cancelled():
             raise
         resources.raise_if_broken()
@@ -74,13 +72,13 @@ def _as_json(
 
 
 def _is_cancelled() -> bool:
-    """Whether the run cancels this row. A recipe that raises `CancelledError` would lose it in silence."""
+    """Whether the run cancels this row, so that `CancelledError` does not come from the recipe itself."""
     running = asyncio.current_task()
     return running is not None and running.cancelling() > 0
 
 
 def _last_line(error: BaseException) -> str:
-    """The last line of a traceback, and where the error was raised."""
+    """The last line of a traceback, with the file and line that raised the error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"{traceback.format_exception_only(error)[-1].strip()} ({Path(frame.filename).name}:{frame.lineno})"

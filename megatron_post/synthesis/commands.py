@@ -1,4 +1,4 @@
-"""`megatron-post synthesize`: its commands and their options, and what they print."""
+"""The commands of `megatron-post synthesize`, with their options and their output."""
 
 import os
 from typing import Annotated
@@ -14,7 +14,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")
 
 @synthesize_app.command("list")
 def list_recipes() -> None:
-    """Print the recipes, and what each makes."""
+    """Print each recipe with what it makes and its settings."""
     from megatron_post.synthesis.recipe import built_in_recipes, load_recipe
 
     for recipe in map(load_recipe, built_in_recipes()):
@@ -36,7 +36,7 @@ def run(
         int | None, typer.Option(help="Processes that share the input; by default those of a Slurm array.")
     ] = None,
 ) -> None:
-    """Run a recipe on every row of the input. The same command again goes on with an interrupted run."""
+    """Run a recipe on every row of the input. The same command resumes an interrupted run."""
     from megatron_post.synthesis.run import share_of, synthesize
     from megatron_post.synthesis.settings import load_synthesis
 
@@ -56,7 +56,7 @@ def serve(config: Config, overrides: Overrides = None) -> None:
 
 @synthesize_app.command("end-servers", hidden=True)
 def end_servers(config: Config, overrides: Overrides = None) -> None:
-    """End the servers of a run. `launch synthesize` queues this behind the clients."""
+    """End the servers of a run. `launch synthesize` queues this as a job that depends on the clients."""
     from megatron_post.synthesis.serving import end_servers as end
     from megatron_post.synthesis.settings import load_synthesis
 
@@ -68,7 +68,7 @@ def show(
     file: Annotated[str, typer.Argument(metavar="ROWS", help="rows.jsonl or dropped.jsonl of a run")],
     row: Annotated[int, typer.Option(min=1, help="Number of the row, from 1.")] = 1,
 ) -> None:
-    """Print all that led to a row: each request, reply and program."""
+    """Print each request, reply and program that led to a row."""
     from megatron_post.synthesis.show import show_row
 
     show_row(file, row, console=make_console())
@@ -78,7 +78,7 @@ def show(
 def report(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="directory of a run, finished or not")],
 ) -> None:
-    """Write report.html: what was kept and dropped, and why."""
+    """Write report.html, which shows the rows that were kept and dropped, and why."""
     from pathlib import Path
 
     from megatron_post.synthesis.report import write_report_of

@@ -1,4 +1,4 @@
-"""What recipes start from: rows of a dataset, or pieces of the files of a directory."""
+"""Reads the input of a recipe, which is rows of a dataset or pieces of the files of a directory."""
 
 import io
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ _LARGEST_FILE = 64 * 2**20  # bytes of a file that is cut into pieces
 
 class _Taken(Section):
     share: float = Field(
-        1.0, gt=0, le=1, description="part of the rows that is taken. The id of a row decides whether it is"
+        1.0, gt=0, le=1, description="part of the rows that is used. The id of a row decides whether it is"
     )
-    max_rows: Count | None = Field(None, description="use only so many rows, the first ones; null: all")
+    max_rows: Count | None = Field(None, description="use only the first rows, as many as this; null: all")
 
 
 class RowsInput(_Taken):
@@ -39,11 +39,11 @@ class DocumentsInput(_Taken):
     """Pieces of text files, such as snippets of code. A row has `text`, `file`, `first_line`, `last_line`."""
 
     kind: Literal["documents"] = Field(description="selects this kind of input")
-    path: Name = Field(description="file, or directory. Names in it that begin with a dot are passed over")
+    path: Name = Field(description="file, or directory. Names in it that begin with a dot are skipped")
     pattern: Name = Field("**/*", description="which files of the directory are read, such as **/*.py")
     unit: Literal["lines", "characters"] = Field("lines", description="what `size` and `least` count")
-    size: Count | None = Field(None, description="of a piece, at most; null: a file is one piece")
-    least: Count = Field(1, description="shorter pieces are left out")
+    size: Count | None = Field(None, description="largest size of a piece; null: a file is one piece")
+    least: Count = Field(1, description="pieces shorter than this are skipped")
 
 
 InputSettings = Annotated[RowsInput | DocumentsInput, Field(discriminator="kind")]
@@ -51,7 +51,10 @@ InputSettings = Annotated[RowsInput | DocumentsInput, Field(discriminator="kind"
 
 @dataclass(frozen=True)
 class InputRow:
-    """source: where it stands, "file:line" or "file:first-last"."""
+    """One input row.
+
+    source: the place of the row, as "file:line" or "file:first-last".
+    """
 
     id: str
     values: dict[str, Any]
@@ -111,7 +114,7 @@ def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
 
 
 def _files(path: Path, pattern: str) -> Iterator[Path]:
-    """Regular files in the order of their names. Raises `ValueError` if there are none."""
+    """Yield the regular files, sorted by name. Raises `ValueError` if there are none."""
     if path.is_file():
         yield path
         return
@@ -131,7 +134,7 @@ def _files(path: Path, pattern: str) -> Iterator[Path]:
 
 
 def _text(file: Path) -> str:
-    """Raises `BadRow` for a file that is no text."""
+    """The text of a file. Raises `BadRow` if it is not text."""
     try:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST_FILE + 1)
@@ -148,7 +151,7 @@ def _text(file: Path) -> str:
 
 
 def _pieces(text: str, settings: DocumentsInput) -> Iterator[tuple[int, int, str]]:
-    """First and last line, from 1, and the text of each piece."""
+    """Yield the first line, the last line and the text of each piece. Line numbers start at 1."""
     lines, size, first, last = settings.unit == "lines", 0, 1, 1
     piece: list[str] = []
     for number, line in enumerate(io.StringIO(text), start=1):
@@ -166,7 +169,7 @@ def _pieces(text: str, settings: DocumentsInput) -> Iterator[tuple[int, int, str
 
 
 def _parts(line: str, size: int) -> Iterator[str]:
-    """A line in parts of at most `size` characters, which end with a blank if possible."""
+    """Yield a line in parts of at most `size` characters. A part ends with a blank if possible."""
     while len(line) > size:
         cut = line.rfind(" ", 0, size) + 1 or size
         yield line[:cut]

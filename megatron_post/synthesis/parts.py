@@ -1,8 +1,8 @@
-"""What each process of a run has made: one file a process, one line an input row, put together in order.
+"""The results of each process of a run, and how they are merged.
 
-A line is written when its row is finished, so that no row waits for another. The order of the input comes
-from the numbers in the lines. While a part grows its name ends in `.growing`. A process that starts again
-writes its part anew, from the journal.
+Each process writes one file, its part, with one line for each input row. A line is written as soon as its
+row is finished, so that no row waits for another. The number in a line restores the order of the input. The
+name of an unfinished part ends in `.growing`. A process that restarts writes its part again from the journal.
 """
 
 import json
@@ -17,7 +17,7 @@ from megatron_post.storage.files import full_disk_explained
 from megatron_post.storage.reading import reading
 from megatron_post.synthesis.task import Event
 
-_REPEATS = "repeats"  # the step under which they are counted
+_REPEATS = "repeats"  # the step under which repeated rows are counted
 PARTS = ".parts"  # directory of the parts in the output
 _NUMBER = b'{"number": '
 _MISSING = 2**64 - 1
@@ -25,8 +25,10 @@ _MISSING = 2**64 - 1
 
 @dataclass(frozen=True)
 class Drop:
-    """Why an input row gave nothing. failed: it is the fault of the recipe or of a model that refused, and
-    counts against `max_failed`."""
+    """Why an input row gave no rows.
+
+    failed: the reason is an error of the recipe or a refusal by a model, which counts against `max_failed`.
+    """
 
     step: str
     reason: str
@@ -36,7 +38,10 @@ class Drop:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of an input row. number: from 0. rows: as `rows.jsonl` has them."""
+    """The result of one input row.
+
+    number: index of the input row, from 0. rows: in the form that `rows.jsonl` has.
+    """
 
     number: int
     id: str
@@ -47,10 +52,10 @@ class Result:
 
 
 class Part:
-    """The part of process `rank` of `size`, while it grows."""
+    """The part of process `rank` of `size` while it is being written."""
 
     def __init__(self, directory: Path, rank: int, size: int, *, fingerprint: str) -> None:
-        """fingerprint: of the run, so that parts of other settings are told apart."""
+        """fingerprint: hash of the run's record. It shows whether a part belongs to the same settings."""
         self._path = part_path(directory, rank, size)
         self._growing = self._path.with_name(f"{self._path.name}.growing")
         with full_disk_explained(self._path):
@@ -64,7 +69,7 @@ class Part:
             self._file.write(json.dumps(_as_json(result)) + "\n")
 
     def finish(self) -> None:
-        """Flush it to the disk and give it its name."""
+        """Flush the part to the disk and give it its final name."""
         with full_disk_explained(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -72,7 +77,7 @@ class Part:
             self._growing.rename(self._path)
 
     def close(self) -> None:
-        """Stop writing. What is not finished keeps its name."""
+        """Stop writing. An unfinished part keeps its temporary name."""
         with full_disk_explained(self._path):
             self._file.close()
 
@@ -82,7 +87,7 @@ def part_path(directory: Path, rank: int, size: int) -> Path:
 
 
 def is_part_of(path: Path, fingerprint: str) -> bool:
-    """Whether there is this part, and of this run."""
+    """Whether this part exists and belongs to this run."""
     try:
         with path.open("rb") as file:
             line = file.readline()
@@ -101,10 +106,10 @@ def parts_in(directory: Path, fingerprint: str) -> list[Path]:
 
 
 def results_of(parts: Sequence[Path]) -> Iterator[Result]:
-    """The results in all parts in the order of the input. Rows that are not there yet are left out, and so
-    are rows that repeat the `unique` of an earlier one.
+    """Yield the results of all parts in the order of the input.
 
-    The memory holds 16 bytes for each result, and each `unique`.
+    Rows that are not finished are left out, and so are rows whose `unique` repeats that of an earlier row.
+    This takes 16 bytes of memory for each result, and those of each `unique`.
     """
     return _without_repeats(_in_order(parts))
 
@@ -131,7 +136,7 @@ def _in_order(parts: Sequence[Path]) -> Iterator[Result]:
 
 
 def _without_repeats(results: Iterable[Result]) -> Iterator[Result]:
-    """An input row is dropped if all of its rows repeat others."""
+    """Leave out repeated rows. An input row is dropped if all of its rows repeat earlier ones."""
     seen: set[bytes] = set()
     for result in results:
         rows = []
@@ -150,17 +155,17 @@ def _without_repeats(results: Iterable[Result]) -> Iterator[Result]:
 
 
 def _numbers(file: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """Number and offset of each whole line behind the first."""
+    """Yield the number and the byte offset of each complete line after the first."""
     offset = len(file.readline())
     for line in file:
-        if not line.endswith(b"\n"):  # it is being written
+        if not line.endswith(b"\n"):  # the process is still writing this line
             return
         yield int(line[len(_NUMBER) : line.index(b",")]), offset
         offset += len(line)
 
 
 def _as_json(result: Result) -> dict[str, Any]:
-    """As `asdict`, which would copy every value of every row."""
+    """The same as `asdict`, which would be slower because it copies every value of every row."""
     events = [vars(event) for event in result.events]
     return {**vars(result), "dropped": result.dropped and vars(result.dropped), "events": events}
 

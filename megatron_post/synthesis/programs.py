@@ -1,4 +1,4 @@
-"""A sandbox whose outcomes are kept in the journal, so that a replay does not depend on times."""
+"""A sandbox whose outcomes are kept in the journal, so that a replay does not depend on timing."""
 
 import base64
 import hashlib
@@ -12,18 +12,18 @@ from megatron_post.sandbox.sandbox import Sandbox
 from megatron_post.sandbox.settings import Bubblewrap, Container, Limits
 from megatron_post.sandbox.supervise import BrokenSandbox
 
-# A path is of a script or a tool that many programs have: the journal keeps its checksum, and not its content
+# A path names a script or a tool that many programs share. The journal keeps its checksum, not its content.
 Files = Mapping[str, str | bytes | Path]
 
 
 class JournalledSandbox:
-    """Runs each program once: the same files, command and limits have the outcome that they had."""
+    """Runs each program once. Equal files, command and limits get the outcome in the journal."""
 
     def __init__(self, sandbox: Sandbox, settings: Bubblewrap | Container, journal: Journal) -> None:
-        """settings: of the sandbox. What a program sees of it is a part of the key."""
+        """settings: those of the sandbox. The settings that a program can observe are a part of the key."""
         self._sandbox, self._journal, self._limits = sandbox, journal, settings.limits
         self._held = settings.model_dump(mode="json", exclude={"programs", "limits"})
-        self._shared: dict[Path, tuple[bytes, str]] = {}  # content and checksum: read once, and held once
+        self._shared: dict[Path, tuple[bytes, str]] = {}  # content and checksum of each path, read once
         self.error: BrokenSandbox | None = None
 
     async def run(self, files: Files, command: Sequence[str], limits: Limits | None) -> tuple[Outcome, str]:

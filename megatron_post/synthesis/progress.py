@@ -1,4 +1,4 @@
-"""How far a run of a recipe is: a bar on a terminal, and elsewhere a line a minute."""
+"""Shows the progress of a run, as a bar on a terminal and otherwise as one line per minute."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ _SECONDS_BETWEEN_LOOKS = 0.25
 
 @dataclass(frozen=True)
 class Spent:
-    """What this process has asked, without what came from the journal."""
+    """Requests and tokens of this process, without replies that came from the journal."""
 
     requests: int
     prompt_tokens: int
@@ -25,23 +25,26 @@ class Spent:
 
 
 class RowProgress:
-    """Counts input rows. Rates and the remaining time are of what is asked: a replay takes no time."""
+    """Counts input rows.
+
+    Rates and the remaining time only count new requests, because rows from the journal take almost no time.
+    """
 
     def __init__(self, console: Console, *, who: str, total: int, spent: Callable[[], Spent]) -> None:
-        """who: begins a line of one of several processes. total: input rows of this process."""
+        """who: prefix of each line, which names the process. total: number of input rows of this process."""
         self._console, self._who, self._total, self._spent = console, who, total, spent
         self._done = self._dropped = 0
-        self._began: tuple[float, int] | None = None  # when the first request was answered, and the rows then
+        self._began: tuple[float, int] | None = None  # time of the first answer, and the rows done then
         self._started = time.monotonic()
 
     def add(self, *, is_dropped: bool) -> None:
-        """Count a row. is_dropped: it was dropped, or failed."""
+        """Count a row. is_dropped: whether it was dropped or failed."""
         self._done += 1
         self._dropped += is_dropped
 
     @contextlib.asynccontextmanager
     async def shown(self) -> AsyncIterator[None]:
-        """Show it within this context, and the last state when it ends."""
+        """Show the progress within this context, and the final state when the context ends."""
         bar = make_progress(
             self._console if self._console.is_terminal else make_console(quiet=True),
             MofNCompleteColumn(),

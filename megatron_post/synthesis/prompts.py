@@ -1,4 +1,4 @@
-"""The prompts of a recipe: Jinja templates in a directory beside its file, rendered in jinja2's sandbox."""
+"""The prompts of a recipe, which are Jinja templates beside its file, rendered in jinja2's sandbox."""
 
 import re
 from pathlib import Path
@@ -42,8 +42,8 @@ class Prompts:
     def render(self, name: str, **values: Any) -> str:
         """The text of `name.j2` with these values, without white space around it.
 
-        What stands in a value is text: no template in it is rendered. Raises `ValueError` for an unknown
-        template, and for a value that the template uses and that is missing.
+        Template syntax inside a value is not rendered. Raises `ValueError` for an unknown template, and if a
+        value that the template uses is missing.
         """
         if name not in self.versions:
             known = list(self.versions)

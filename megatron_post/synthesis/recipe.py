@@ -1,13 +1,13 @@
-"""What a recipe is, and where it is found: in `recipes/`, or in a Python file of the user's own.
+"""Loads recipes. A recipe is a module in `recipes/` or a Python file of the user.
 
 A recipe is a file:
 
-    VERSION = 1                          # raise it, and all that the recipe has asked is asked again
+    VERSION = 1                          # a higher number sends all requests of the recipe again
     MODELS = ("author", "judge")         # names under `models` that it asks; by default "author" alone
     SANDBOX = True                       # whether it runs programs; by default it does not
     ANSWERS = True                       # whether it compares mathematical answers; by default it does not
 
-    class Settings(Section): ...         # its own keys, under `settings` of the YAML; may be left out
+    class Settings(Section): ...         # its own keys, under `settings` of the YAML (optional)
 
     async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row | StepLabels]: ...
 
@@ -36,8 +36,11 @@ _BUILT_IN = Path(recipes.__file__).parent
 
 
 class Dropped(Exception):
-    """Raised by a recipe to drop its input row. The report counts rows by reason, so that reasons should
-    repeat; `detail` is of this row alone."""
+    """Raised by a recipe to drop its input row.
+
+    reason: the report counts rows by this text, so rows with the same problem need the same text. detail:
+    text about this row alone.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         check_texts(reason=reason, detail=detail)
@@ -47,7 +50,10 @@ class Dropped(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """run: called with the values of an input row and a `Task`. checksums: of its file and its prompts."""
+    """A recipe that has been loaded.
+
+    run: called with the values of an input row and a `Task`. checksums: of the recipe's file and its prompts.
+    """
 
     name: str
     version: int
@@ -62,12 +68,15 @@ class Recipe:
 
 
 def built_in_recipes() -> list[str]:
-    """Their names."""
+    """The names of the built-in recipes, sorted."""
     return sorted(file.stem for file in _BUILT_IN.glob("*.py") if not file.stem.startswith("_"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """name: of a built-in recipe, or the path of a Python file, which is run. Raises `ValueError`."""
+    """Load a recipe. Raises `ValueError` if it cannot be found or loaded.
+
+    name: the name of a built-in recipe, or the path of a Python file, which is executed.
+    """
     if name.endswith(".py"):
         file = plain_file(Path(name), "recipe")
         return _recipe(_from_file(file), file)
@@ -94,7 +103,7 @@ def _from_file(file: Path) -> ModuleType:
 
 
 def _recipe(module: ModuleType, file: Path) -> Recipe:
-    """Raises `ValueError` for a module that is no recipe."""
+    """The recipe that a module defines. Raises `ValueError` if the module is not a recipe."""
     run, settings = getattr(module, "recipe", None), getattr(module, "Settings", Section)
     version, models = getattr(module, "VERSION", None), getattr(module, "MODELS", ("author",))
     sandbox, answers = getattr(module, "SANDBOX", False), getattr(module, "ANSWERS", False)

@@ -1,4 +1,4 @@
-"""What a run is made from: the record beside its rows, by which a start tells what has changed."""
+"""The record of a run's settings, recipe and input. A restart compares it to find what has changed."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ _LONGEST = 60  # characters of a value that is printed
 
 
 def record_of(settings: Synthesis, recipe: Recipe) -> dict[str, Any]:
-    """All that the rows follow from. The input is read once for it, before anything is asked.
+    """Everything that determines the rows. This reads the whole input once, before the first request.
 
-    Raises `ValueError` if the input cannot be read, if it has too many bad rows (`TooManyBadRows`), and if no
+    Raises `ValueError` if the input cannot be read, if it has too many bad rows (`TooManyBadRows`), or if no
     row is left.
     """
     bad_rows, checksum, rows = BadRows(settings.max_bad_rows, key="max_bad_rows"), hashlib.sha256(), 0
@@ -42,7 +42,7 @@ def record_of(settings: Synthesis, recipe: Recipe) -> dict[str, Any]:
 
 
 def summary_of(record: dict[str, Any]) -> Summary:
-    """The summary of a run of which nothing is done."""
+    """The summary of a run before its first row is finished."""
     recipe, found = record["recipe"], record["input"]
     return Summary(
         recipe=recipe["name"],
@@ -54,7 +54,7 @@ def summary_of(record: dict[str, Any]) -> Summary:
 
 
 def update_record(path: Path, record: dict[str, Any]) -> list[str]:
-    """Write the record of a start, and return a line for each value that the last start had otherwise."""
+    """Write the record of this start. Returns a line for each value that differs from the last start."""
     earlier = read_object(path, "the record of a run of a recipe") if path.exists() else record
     if not path.exists() or earlier != record:
         write_json(path, record)

@@ -1,10 +1,10 @@
-"""What recipes look for in a reply."""
+"""Finds fenced blocks of code in a reply."""
 
 import re
 from typing import NamedTuple
 
-# as in Markdown: a fence of three marks or more, closed by one that is as long, or by the end of the text.
-# A fence with a language in it closes nothing
+# As in Markdown, a fence has three marks or more. A fence that is as long closes it, and so does the end of
+# the text. A fence with a language cannot close a block.
 _FENCE = re.compile(
     r"^(?P<indent> {0,3})(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`]*)[^\n`]*\n"
     r"(?P<code>.*?)(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|(?P<end>\Z))",
@@ -13,9 +13,10 @@ _FENCE = re.compile(
 
 
 class Block(NamedTuple):
-    """A fenced block. language: as it is written, in lower case; empty if there is none.
+    """A fenced block.
 
-    is_closed: False if the text ends before its fence.
+    language: the language of the fence in lower case, or empty. is_closed: False if the closing fence is
+    missing.
     """
 
     language: str
@@ -26,7 +27,7 @@ class Block(NamedTuple):
 def blocks(text: str) -> list[Block]:
     """The fenced blocks of a text, in order. A block within a block is a part of the outer one.
 
-    What the fence is indented by, its lines are not.
+    The indentation of the fence is removed from the block's lines.
     """
     found = []
     for match in _FENCE.finditer(text.replace("\r\n", "\n")):
@@ -40,9 +41,9 @@ def blocks(text: str) -> list[Block]:
 
 
 def code_blocks(text: str, *languages: str) -> list[str]:
-    """The contents of the fenced blocks of a text, in order; of these languages alone, if some are given.
+    """The contents of the fenced blocks of a text, in order. If languages are given, only their blocks count.
 
-    The names of languages are compared in lower case. A block that names none counts for each.
+    The names of languages are compared in lower case. A block without a language matches every language.
     """
     wanted = {"", *(language.lower() for language in languages)}
     return [block.code for block in blocks(text) if not languages or block.language in wanted]

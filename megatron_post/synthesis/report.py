@@ -1,4 +1,4 @@
-"""A run of a recipe as one HTML file that needs nothing else. It shows a `Summary` and no more."""
+"""Writes the report of a run, which shows its `Summary` as one self-contained HTML file."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from megatron_post.synthesis.summary import Summary, read_summary
 
 
 def write_report_of(output: Path) -> Path:
-    """Write the report of a run anew, or of what is there of an unfinished one. Returns its path.
+    """Write the report of a run, which may be unfinished. Returns the path of the report.
 
-    Raises `ValueError` if there is no run.
+    Raises `ValueError` if the directory has no run.
     """
     record = read_object(output / "run.json", "the record of a run of a recipe")
     fingerprint = sha256_of_json(record)
@@ -32,7 +32,7 @@ def write_report_of(output: Path) -> Path:
 
 
 def write_report(target: Path, summary: Summary) -> None:
-    """Write the page. Every text in it is escaped, since models wrote some of it."""
+    """Write the page. Every text in it is escaped, because models wrote some of it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The resources that all rows of a process share: journal, models, sandbox and the comparison of answers."""
+"""The journal, models, sandbox and comparison of answers that all rows of a process share."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ from megatron_post.synthesis.settings import Synthesis
 
 
 class _Watched:
-    """A backend that remembers why it does not work, so that no recipe can take it for a row's fault."""
+    """A backend that stores its error, so that a recipe cannot catch the error and drop the row instead."""
 
     def __init__(self, answers: Answers) -> None:
         self._answers = answers
@@ -32,7 +32,7 @@ class _Watched:
 
 
 class Resources:
-    """Gives tasks their models, their sandbox and the comparison of their answers, through one journal."""
+    """Gives tasks their models, their sandbox and the comparison of answers. All of them use one journal."""
 
     def __init__(
         self,
@@ -43,15 +43,18 @@ class Resources:
         sandbox: JournalledSandbox | None,
         compares: MathAnswers | None,
     ) -> None:
-        """answers: of each model that is not another's name."""
+        """answers: a backend for each different model. Names of equal models share one."""
         self._settings, self._recipe, self._journal = settings, recipe, journal
         self._answers = {name: _Watched(each) for name, each in answers.items()}
         self._sandbox, self._compares = sandbox, compares
         self._models: dict[tuple[str, int | None], Model] = {}
 
     def model(self, name: str, step: str) -> Model:
-        """The model that is asked at a step. If a prompt has the name of the step, its version is a part of
-        the journal's keys. Raises `ValueError` for a model that the recipe does not list in MODELS."""
+        """The model for the requests of a step.
+
+        If a prompt has the name of the step, its version is a part of the journal's keys. Raises `ValueError`
+        for a model that the recipe does not list in MODELS.
+        """
         if name not in self._recipe.models:
             raise ValueError(f"recipe {self._recipe.name} asks {name!r}, which is not in its MODELS")
         own, version = self._settings.own_name(name), self._recipe.prompts.versions.get(step)
@@ -65,19 +68,19 @@ class Resources:
         return self._models[own, version]
 
     def sandbox(self) -> JournalledSandbox:
-        """Raises `ValueError` if the recipe does not say that it runs programs."""
+        """The sandbox. Raises `ValueError` if the recipe does not set SANDBOX."""
         if self._sandbox is None:
             raise ValueError(f"recipe {self._recipe.name} runs programs: it needs SANDBOX = True")
         return self._sandbox
 
     def answers(self) -> MathAnswers:
-        """Raises `ValueError` if the recipe does not say that it compares answers."""
+        """The comparison of answers. Raises `ValueError` if the recipe does not set ANSWERS."""
         if self._compares is None:
             raise ValueError(f"recipe {self._recipe.name} compares answers: it needs ANSWERS = True")
         return self._compares
 
     def spent(self) -> Spent:
-        """What this process has asked so far."""
+        """Requests and tokens of this process so far."""
         usages = [model.usage for model in self._models.values()]
         return Spent(
             sum(usage.asked for usage in usages),
@@ -86,7 +89,7 @@ class Resources:
         )
 
     def raise_if_broken(self) -> None:
-        """Raise the error of what does not work at all, if there was one. It ends the run."""
+        """Raise the error of a backend, sandbox or comparison that does not work. It ends the run."""
         errors = [watched.error for watched in self._answers.values()]
         errors += [each.error for each in (self._sandbox, self._compares) if each is not None]
         if error := next(filter(None, errors), None):
@@ -95,10 +98,10 @@ class Resources:
 
 @contextlib.asynccontextmanager
 async def open_resources(settings: Synthesis, recipe: Recipe, *, writer: int) -> AsyncIterator[Resources]:
-    """Open the journal as this writer, the backends of the models that the recipe asks, and the sandbox.
+    """Open the journal as this writer, the backends of the recipe's models, and the sandbox.
 
-    Raises `ValueError` for a journal that another process writes, and for a backend or a sandbox that cannot
-    be opened.
+    Raises `ValueError` if another process writes this journal, or if a backend or the sandbox cannot be
+    opened.
     """
     async with contextlib.AsyncExitStack() as stack:
         journal = stack.enter_context(Journal(Path(settings.output) / "journal", writer))

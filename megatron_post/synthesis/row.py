@@ -1,4 +1,4 @@
-"""What a recipe makes: dialogs that `data pack` takes as they are, or labelled steps; with an id each."""
+"""The rows that recipes make, which are dialogs for `data pack` or labelled steps. Each has an id."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _SOURCE = Source(name="synthesis", path="rows.jsonl")
 
 
 def check_texts(**values: object) -> None:
-    """Raises `TypeError` for a value of a recipe that has to be a text, and is none."""
+    """Check values that a recipe gives. Raises `TypeError` for a value that is not a string."""
     for name, value in values.items():
         if not isinstance(value, str):
             raise TypeError(f"{name} is a text, and not {value!r:.80} of type {type(value).__name__}")
@@ -24,11 +24,11 @@ def check_texts(**values: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    """What each kind of row has.
+    """The fields that all kinds of rows share.
 
-    kind: tells rows of one recipe apart, such as "first_try" and "correction". parents: ids of other rows
-    that it was made from, beside the input row. extra: more keys of the row, which `data pack` lists as not
-    used. unique: of the rows with one such text, the first one alone is kept; empty: each is kept.
+    kind: distinguishes rows of one recipe, such as "first_try" and "correction". parents: ids of the rows
+    that it was made from, without the input row. extra: more keys of the row, which `data pack` lists as
+    unused. unique: only the first of the rows with the same text is kept. If it is empty, the row is kept.
     """
 
     kind: str = ""
@@ -37,10 +37,10 @@ class _Made:
     unique: str = ""
 
     def as_json(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
-        """The row as a line of JSON has it. provenance: where it comes from, beside its parents.
+        """The row as a JSON object. provenance: the origin of the row, to which its parents are added.
 
-        Raises `BadRow` if it cannot be trained on, or if `extra` has a key that a row has already, and
-        `TypeError` for a value that is no text.
+        Raises `BadRow` if it cannot be trained on, or if `extra` has a key that every row has. Raises
+        `TypeError` for a value that must be a string and is not.
         """
         if taken := sorted(set(self.extra) & {*_OWN}):
             raise BadRow(f"extra has {', '.join(taken)}, which a row has already: choose another name")
@@ -59,7 +59,7 @@ class _Made:
         return {"id": row_id(row), **row, "provenance": origin}
 
     def _content(self) -> dict[str, Any]:
-        """The keys that its kind of row has."""
+        """The keys of this kind of row."""
         raise NotImplementedError
 
     def _check(self, row: dict[str, Any]) -> None:
@@ -70,8 +70,8 @@ class _Made:
 class Row(_Made):
     """A dialog to train on, which `data pack` takes as it is.
 
-    messages: end with the assistant. What the assistant says after the last message of the user is trained,
-    and nothing before it. A message with `trained=False` is not trained there either.
+    messages: the last one is the assistant's. Only the assistant's messages after the last message of the
+    user are trained, without those that have `trained=False`.
     """
 
     messages: Sequence[Message]
@@ -94,9 +94,9 @@ class Row(_Made):
 
 @dataclass(frozen=True)
 class StepLabels(_Made):
-    """A solution whose steps are labelled as right or wrong, in TRL's form of stepwise supervision.
+    """A solution whose steps are labelled as right or wrong, in TRL's format for stepwise supervision.
 
-    It trains a reward model of steps. It is no dialog, and `data pack` refuses it.
+    Such rows train a process reward model. They are not dialogs, so `data pack` refuses them.
     """
 
     prompt: str
@@ -118,11 +118,11 @@ class StepLabels(_Made):
         if not all(isinstance(label, bool) for label in self.labels):
             raise BadRow(f"labels are true or false, and not {self.labels!r:.80}")
         as_dialog = {"prompt": self.prompt, "completion": "\n\n".join(self.completions)}
-        example_of_row(as_dialog, _SOURCE)  # its texts must do for training all the same
+        example_of_row(as_dialog, _SOURCE)  # raises if its texts cannot be trained on
 
 
 def _check_json(row: Mapping[str, Any]) -> None:
-    """Raises `BadRow` for what other readers of JSON refuse, such as NaN and lone surrogates."""
+    """Raises `BadRow` for values that other readers of JSON refuse, such as NaN and lone surrogates."""
     try:
         json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -130,7 +130,7 @@ def _check_json(row: Mapping[str, Any]) -> None:
 
 
 def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row as JSON has it; of labelled steps, the prompt and a message for each step."""
+    """The messages of a row in JSON. Labelled steps give the prompt and one message for each step."""
     if "messages" in row:
         found: list[dict[str, Any]] = row["messages"]
         return found
@@ -142,10 +142,10 @@ def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits that follow from the content of a row. Its `id` and `provenance` do not count, so
-    that a row keeps its id when it is the input of another recipe.
+    """The id of a row, which is the first 32 hexadecimal digits of a hash of its content.
 
-    Raises `BadRow` for a value that JSON does not have.
+    The hash leaves out `id` and `provenance`, so that a row keeps its id when it is the input of another
+    recipe. Raises `BadRow` for a value that JSON cannot represent.
     """
     content = {key: value for key, value in row.items() if key not in ("id", "provenance")}
     try:

@@ -1,8 +1,8 @@
-"""`megatron-post synthesize run`: every input row through a recipe, and what became of it, in order.
+"""`megatron-post synthesize run` runs a recipe on every input row and writes the results in order.
 
 A process works on the input rows rank, rank + size, and so on, many of them at a time. Replies and outcomes
-of programs come from the journal if it has them. So a run that starts again asks only what is new, and writes
-the bytes that an undisturbed run would have written.
+of programs come from the journal if it has them. So a run that is restarted sends only new requests, and it
+writes the same bytes as a run that was not interrupted.
 """
 
 import asyncio
@@ -72,11 +72,11 @@ class _Run:
 
 
 def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Console) -> None:
-    """Run process `rank` of `size`. The one that finds all parts finished writes the rows and the report.
+    """Run process `rank` of `size`. The process that finds all parts finished writes the rows and the report.
 
-    What a run has asked is asked again only if it depends on what has changed. Raises `ValueError` for wrong
-    settings, an input that cannot be read, a server that does not work, a full disk and `TooManyFailures`.
-    What was answered is kept.
+    A request that was answered is sent again only if a change affects it. Raises `ValueError` for wrong
+    settings, an input that cannot be read, a server that does not work, a full disk and too many failures
+    (`TooManyFailures`). The journal keeps all answers in any case.
     """
     recipe = load_recipe(settings.recipe)
     own = recipe_settings(settings, recipe)
@@ -104,9 +104,9 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
 
 
 def share_of(rank: int | None, size: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and size as given, else those of a task of a Slurm array, else (0, 1).
+    """The given rank and size. By default they are those of the task of a Slurm array, or (0, 1).
 
-    Raises `ValueError` for one without the other, and for numbers that do not fit.
+    Raises `ValueError` if only one is given, or if the rank is not in the range of the size.
     """
     if rank is None and size is None:
         task, count = (environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "COUNT"))
@@ -131,7 +131,7 @@ def _turn(output: Path) -> Iterator[None]:
 
 
 def _finished(run: _Run) -> Summary | None:
-    """The summary, if the rows of this very run have been written."""
+    """The summary if the rows of this run have been written, otherwise None."""
     found = read_summary(run.output, run.fingerprint)
     return found if (run.output / "rows.jsonl").exists() else None
 
@@ -156,7 +156,7 @@ async def _make_part(run: _Run, console: Console) -> None:
                 part.add(result)
                 progress.add(is_dropped=result.dropped is not None)
                 _count_failure(run, result)
-                await asyncio.sleep(0)  # a replay waits for nothing, and would keep others from their turn
+                await asyncio.sleep(0)  # a replay never waits, so it must let other tasks run
 
         with contextlib.closing(part):
             async with progress.shown():
@@ -165,7 +165,7 @@ async def _make_part(run: _Run, console: Console) -> None:
 
 
 async def _all(works: Iterator[Any]) -> None:
-    """Wait for all. The first error ends the others, and is raised."""
+    """Wait for all. The first error cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for work in works:
@@ -175,7 +175,7 @@ async def _all(works: Iterator[Any]) -> None:
 
 
 def _own_rows(run: _Run) -> Iterator[tuple[int, InputRow]]:
-    """Number and row of this process's share. Raises `ValueError` if the input is not what it was."""
+    """Yield the number and values of this process's rows. Raises `ValueError` if the input has changed."""
     checksum = hashlib.sha256()
     bad_rows = BadRows(run.settings.max_bad_rows, key="max_bad_rows")
     for number, row in enumerate(read_input(run.settings.input, bad_rows=bad_rows)):
@@ -187,7 +187,7 @@ def _own_rows(run: _Run) -> Iterator[tuple[int, InputRow]]:
 
 
 def _count_failure(run: _Run, result: Result) -> None:
-    """Raises `TooManyFailures` if this process alone has more than all may have."""
+    """Count a failed row. Raises `TooManyFailures` if this process alone exceeds the limit of the run."""
     if (drop := result.dropped) is not None and drop.failed:
         run.failures.append(f"{result.source}: {drop.detail} ({drop.reason} at {drop.step})")
         _check_failures(run, len(run.failures), run.failures)
@@ -205,7 +205,10 @@ def _check_failures(run: _Run, failed: int, examples: Sequence[str]) -> None:
 
 
 def _put_together(run: _Run) -> Summary:
-    """Write the rows, what was dropped, and the report, from all parts. The summary comes last."""
+    """Write the rows, the dropped rows and the report from all parts.
+
+    The summary is written last, because it marks the run as finished.
+    """
     summary = summary_of(run.record)
     counted = summary.counted(results_of(run.parts))
     write_lines(run.output / "rows.jsonl", (row for result in counted for row in result.rows))

@@ -1,4 +1,4 @@
-"""`megatron-post synthesize serve`: one server of the model that a run asks, and where clients find it.
+"""`megatron-post synthesize serve` runs one server for a run and publishes its address to the clients.
 
 Servers and clients meet in the directory `servers` of the run's output. A server writes its address there
 once it answers, and removes it when it ends. The file `stop` ends all servers. The file `key` has the secret
@@ -32,10 +32,11 @@ _SECONDS_TO_END = 60.0  # of a server that has received SIGTERM
 
 
 def serve(settings: Synthesis, *, console: Console) -> int:
-    """Run one server until the run needs none. Each node of a server calls this. The first one publishes.
+    """Run one server until the run ends. Each node of a server calls this, and the first publishes it.
 
-    Returns an exit status: 0 once `end_servers` was called, 75 after a signal of Slurm or if a server dies
-    that has answered, and the server's own status if it dies before. Raises `ConfigError` without `serve`.
+    Returns an exit status. It is 0 once `end_servers` was called. It is 75 after a signal of Slurm, or if the
+    server ends after it has answered. If the server ends earlier, it is the server's own status. Raises
+    `ConfigError` if the file has no section `serve`.
     """
     if settings.serve is None:
         raise ConfigError("serve: the file has no such section, which says how to start a server")
@@ -66,7 +67,7 @@ def serve(settings: Synthesis, *, console: Console) -> int:
 
 
 def server_command(settings: Synthesis, *, rank: int, host: str, port: int) -> list[str]:
-    """The command of one node of a server. rank: of the node. host: the address of the first node."""
+    """The command of one node of a server. rank: index of the node. host: address of the first node."""
     wanted = settings.serve
     assert wanted is not None
     values = {
@@ -82,7 +83,7 @@ def server_command(settings: Synthesis, *, rank: int, host: str, port: int) -> l
 
 
 def _vllm(wanted: Serve, *, model: str, served_model: str, port: str, rank: str, host: str) -> list[str]:
-    """vLLM's own server, by its documentation of version 0.11 and later. It was never run by this project."""
+    """The command of vLLM's server, from the documentation of version 0.11. The project never ran it."""
     words = ["vllm", "serve", model, "--served-model-name", served_model, "--host", "0.0.0.0", "--port", port]
     words += ["--tensor-parallel-size", str(wanted.gpus)]
     if wanted.nodes > 1:
@@ -94,10 +95,7 @@ def _vllm(wanted: Serve, *, model: str, served_model: str, port: str, rank: str,
 
 
 def server_key(directory: Path) -> str:
-    """The key of all servers of a run, which is made when it is asked for the first time.
-
-    Only this user can read its file.
-    """
+    """The key of all servers of a run. The first call creates it. Only this user can read its file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / KEY_FILE
     opener = partial(os.open, mode=0o600)
@@ -107,13 +105,13 @@ def server_key(directory: Path) -> str:
 
 
 def end_servers(directory: Path) -> None:
-    """Have all servers end that have this directory, and those that start later."""
+    """End all servers that use this directory, also those that start later."""
     if directory.is_dir():
         write_whole(directory / _STOP, "the run needs no server\n")
 
 
 def clear_servers(directory: Path) -> None:
-    """Remove what servers of an earlier launch have left. None of them may still run."""
+    """Remove the files that servers of an earlier launch have left. None of the servers may still run."""
     for path in [directory / _STOP, *directory.glob("*.url")]:
         path.unlink(missing_ok=True)
 
@@ -126,7 +124,7 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def _started(command: list[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that is over when the context ends."""
+    """A process that is ended with the context."""
     try:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     except OSError as error:
@@ -144,7 +142,7 @@ def _started(command: list[str], environment: Mapping[str, str]) -> Iterator["su
 
 @contextlib.contextmanager
 def _asked_to_leave() -> Iterator[list[int]]:
-    """The signals that Slurm has sent: before a time limit, at preemption or for a cancellation."""
+    """The signals that Slurm has sent before a time limit, at a preemption or for a cancellation."""
     leaving: list[int] = []
     numbers = (signal.SIGUSR1, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: leaving.append(number)) for number in numbers]

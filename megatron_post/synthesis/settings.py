@@ -1,4 +1,4 @@
-"""The YAML of `megatron-post synthesize`."""
+"""The settings file of `megatron-post synthesize`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,15 @@ from megatron_post.storage.reading import did_you_mean
 from megatron_post.synthesis.inputs import InputSettings
 from megatron_post.synthesis.recipe import Recipe, built_in_recipes
 
-_SERVERS = "servers"  # of the output
+_SERVERS = "servers"  # a directory in the output
 
 
 class SynthesisModel(Section):
     """One of the models that a recipe asks."""
 
-    model: Name = Field(description="Hugging Face directory; with a server, a name for the record")
-    backend: BackendSettings = Field(description="who answers")
-    sampling: Sampling = Field(Sampling(), description="how it answers where the recipe does not say")
+    model: Name = Field(description="Hugging Face directory. With a server, only a name that rows record")
+    backend: BackendSettings = Field(description="server or process that answers the requests")
+    sampling: Sampling = Field(Sampling(), description="sampling where the recipe sets no other values")
 
 
 class Serve(Section):
@@ -55,7 +55,7 @@ class Synthesis(Section):
     """A synthesis file."""
 
     recipe: Name = Field(description="name of a built-in recipe, or path of a Python file")
-    settings: dict[str, Any] = Field(default_factory=dict, description="keys of the recipe's own")
+    settings: dict[str, Any] = Field(default_factory=dict, description="the recipe's own keys")
     input: InputSettings
     models: dict[Line, SynthesisModel] = Field(
         min_length=1, description="name -> model that the recipe asks by this name, or another name here"
@@ -67,15 +67,15 @@ class Synthesis(Section):
         0.01,
         ge=0,
         le=1,
-        description="share of the input rows, rounded up, that may fail; not all of them, unless it is 1",
+        description="share of the input rows that may fail, rounded up. Only 1 allows all of them to fail",
     )
-    max_bad_rows: Whole = Field(0, description="rows of the input that may be bad, and are left out")
+    max_bad_rows: Whole = Field(0, description="bad input rows that are allowed. They are skipped")
     output: Name = Field(description="directory of the rows, the journal and the report")
 
     @model_validator(mode="before")
     @classmethod
     def _ask_own_servers(cls, values: Any) -> Any:
-        """With `serve`, a server without a url is one of those that are started for the run."""
+        """With `serve`, a server without a url means the servers that are started for the run."""
         if not isinstance(values, dict) or values.get("serve") is None:
             return values
         models = dict(values["models"]) if isinstance(values.get("models"), dict) else {}
@@ -94,7 +94,7 @@ class Synthesis(Section):
     @field_validator("models", mode="before")
     @classmethod
     def _names_stand_for_models(cls, models: Any) -> Any:
-        """`judge: author` gives the judge the values of the author."""
+        """Resolve names, such as `judge: author`, which gives the judge the values of the author."""
         if not isinstance(models, dict):
             return models
         models = {name: models.get(value, value) if isinstance(value, str) else value
@@ -123,11 +123,11 @@ class Synthesis(Section):
 
     @property
     def served_model(self) -> str:
-        """The name by which the models of `serve` are asked."""
+        """The model name in requests to the servers of `serve`."""
         return self._served()[0].served_model
 
     def _served(self) -> list[ServerBackend]:
-        """The backends that ask the servers of `serve`."""
+        """The backends that send requests to the servers of `serve`."""
         return [
             backend
             for backend in (model.backend for model in self.models.values())
@@ -137,12 +137,12 @@ class Synthesis(Section):
         ]
 
     def own_name(self, name: str) -> str:
-        """The first name of the model that is asked by this name. Equal models share a backend."""
+        """The first name that has the same model as this name. Equal models share a backend."""
         return next(other for other, model in self.models.items() if model == self.models[name])
 
 
 def load_synthesis(path: str, overrides: Sequence[str] = ()) -> Synthesis:
-    """Read a synthesis file and dotted overrides. Raises `ConfigError` with every error at once."""
+    """Read a synthesis file and dotted overrides. Raises `ConfigError` with all errors at once."""
     if path in built_in_recipes() and not Path(path).exists():
         raise ConfigError(
             f"{path} is a recipe, and this command reads a YAML file that has `recipe: {path}`; "
@@ -152,7 +152,10 @@ def load_synthesis(path: str, overrides: Sequence[str] = ()) -> Synthesis:
 
 
 def recipe_settings(settings: Synthesis, recipe: Recipe) -> Section:
-    """The recipe's own settings. Raises `ConfigError` for models that it lacks or never asks, too."""
+    """The recipe's own settings.
+
+    Raises `ConfigError` if they are wrong, if a model is missing, or if the recipe never uses a model.
+    """
     models, asks = settings.models, f"recipe {recipe.name} asks"
     used = [models[name] for name in recipe.models if name in models]
     errors = [

@@ -1,4 +1,4 @@
-"""`megatron-post synthesize show`: all that led to a row, each request and program with what came of it."""
+"""`megatron-post synthesize show` prints each request and program that led to a row, with its result."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -93,7 +93,7 @@ def _transcript(console: Console, events: Sequence[Event], journal: Path, place:
         tokens = f", {event.prompt_tokens} + {event.tokens} tokens" if event.model else ""
         _head(console, f"{number}. {event.step}: {what}{event.result or 'nothing came of it'}{tokens}")
         if not event.key:
-            continue  # the recipe counts it; or the recipe was wrong, and nothing was asked
+            continue  # a count of the recipe, or an error in it before the request was sent
         if not entry:
             raise ValueError(f"{place}: {journal} has no entry {event.key}")
         with reading(f"{place}: the entry {event.key}", "an entry of the journal"):
@@ -106,7 +106,10 @@ def _transcript(console: Console, events: Sequence[Event], journal: Path, place:
 
 
 def _print_request(console: Console, entry: dict[str, Any], before: list[_Message]) -> list[_Message]:
-    """Print a request without the messages that it shares with the one before, and its reply. Returns all."""
+    """Print a request and its reply. Messages that the previous request has too are left out.
+
+    Returns all messages, with the reply.
+    """
     request = entry["request"]
     messages = [_Message.model_validate(message) for message in request["messages"]]
     shared = 0

@@ -1,4 +1,4 @@
-"""What became of all input rows, counted by step and by reason: the content of the report."""
+"""Counts the results of all input rows by step and by reason, for the report."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,15 +12,18 @@ from megatron_post.storage.reading import read_object, reading
 from megatron_post.synthesis.parts import Result
 from megatron_post.synthesis.row import readable_messages
 
-_MOST_REASONS = 200  # that are counted apart, and so are kinds
-_SAMPLES = 3  # of each kind and of each reason
-_LONGEST = 6000  # characters of a text of a sample
+_MOST_REASONS = 200  # reasons, or kinds, that are counted separately
+_SAMPLES = 3  # samples of each kind, and of each reason
+_LONGEST = 6000  # characters of a text in a sample
 _OTHERS = "(others)"
 
 
 class Step(BaseModel):
-    """rows: input rows that came to it. results: how often, for all but requests: kinds of
-    outcomes of programs, how answers compare, and what a recipe counts."""
+    """Counts of one step.
+
+    rows: input rows that reached the step. results: counts of everything but requests. These are the kinds of
+    outcomes of programs, the results of comparisons of answers, and what a recipe counts itself.
+    """
 
     rows: int = 0
     requests: int = 0
@@ -33,7 +36,7 @@ class Step(BaseModel):
 
 
 class Reason(BaseModel):
-    """Rows that were dropped at a step for one reason. examples: "source: detail" of the first ones."""
+    """Rows that were dropped at a step for one reason. examples: "source: detail" of the first rows."""
 
     step: str
     reason: str
@@ -43,7 +46,7 @@ class Reason(BaseModel):
 
 
 class Summary(BaseModel):
-    """input: rows that were read, with bad ones apart. kept: input rows that gave a row at least."""
+    """Counts of a run. input: good input rows. bad: bad ones. kept: input rows that gave at least one row."""
 
     recipe: str
     version: int
@@ -73,7 +76,7 @@ class Summary(BaseModel):
         return sum(step.tokens for step in self.steps.values())
 
     def counted(self, results: Iterable[Result]) -> Iterator[Result]:
-        """Yield results as they are, and count them. They must come in the order of the input."""
+        """Count results and yield them unchanged. They must come in the order of the input."""
         reasons = {(reason.step, reason.reason, reason.failed): reason for reason in self.reasons}
         for result in results:
             self.done += 1
@@ -132,13 +135,13 @@ class Summary(BaseModel):
 
 
 def write_summary(output: Path, fingerprint: str, summary: Summary) -> None:
-    """Write `summary.json`, the mark of a finished run."""
+    """Write `summary.json`, which marks a run as finished."""
     content = {"fingerprint": fingerprint, "summary": summary.model_dump(mode="json")}
     write_json(output / "summary.json", content)
 
 
 def read_summary(output: Path, fingerprint: str) -> Summary | None:
-    """The summary of a finished run; None if this run is not finished."""
+    """The summary of a finished run, or None if the run with this fingerprint is not finished."""
     path = output / "summary.json"
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""What a recipe works with: one input row, the models, the sandbox and the prompts."""
+"""The task that a recipe receives. It gives access to the models, the sandbox and the prompts."""
 
 import asyncio
 import contextvars
@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 @dataclass
 class Event:
-    """A request or a program of a recipe. key: the journal's; empty as long as it has no answer.
+    """A request, a program, a comparison or a count of a recipe.
 
-    result: "reply", "refusal", the kind of a program's outcome, how two answers compare, or what a recipe
-    counts. model: empty for all but requests.
+    model: empty except for requests. result: "reply", "refusal", the kind of a program's outcome, the result
+    of a comparison, or what a recipe counts. key: key in the journal, which is empty until there is a result.
     """
 
     step: str
@@ -43,17 +43,17 @@ class Event:
 
 @dataclass
 class _Branch:
-    """Events of one line of work, which `owner` does one after the other."""
+    """Events of one asyncio task, `owner`, in their order."""
 
     owner: "asyncio.Task[Any] | None"
     events: list[Event] = field(default_factory=list)
 
 
 class Task(Generic[S]):
-    """One input row's way through a recipe.
+    """What a recipe uses to process one input row.
 
-    id, source: of the input row. settings: the recipe's own. random: numbers that follow from the input row's
-    id, and are the same after a restart.
+    id, source: those of the input row. settings: the recipe's own. random: a generator whose seed is the
+    input row's id, so that its numbers are the same after a restart.
     """
 
     def __init__(self, row: InputRow, settings: S, prompts: Prompts, resources: Resources) -> None:
@@ -79,11 +79,11 @@ class Task(Generic[S]):
         tools: Sequence[dict[str, Any]] = (),
         **sampling: Any,
     ) -> Reply:
-        """A model's reply. A text is one message of the user. Another seed asks for another reply.
+        """Ask a model for a reply. A string is one message of the user. Another seed gives another reply.
 
-        step: what the report counts it under. If a prompt has the same name, a higher version of it asks
-        again. model: a name under `models`. sampling: such as `temperature=0.2`, for this request alone.
-        Raises `Refused`, which drops the row unless the recipe handles it.
+        step: the name under which the report counts the request. If a prompt has this name, a higher version
+        of the prompt sends the request again. model: a name under `models`. sampling: values for this request
+        alone, such as `temperature=0.2`. Raises `Refused`, which drops the row unless the recipe handles it.
         """
         event = self._begin(step)
         event.model = model
@@ -103,9 +103,9 @@ class Task(Generic[S]):
         command: Sequence[str],
         limits: Limits | None = None,
     ) -> Outcome:
-        """Run a program in the sandbox. The same program is run once, and its outcome is kept.
+        """Run a program in the sandbox. Equal programs are run once, and the journal keeps the outcome.
 
-        step: what the report counts it under. limits: by default those of `sandbox`.
+        step: the name under which the report counts the outcome. limits: by default those of `sandbox`.
         """
         event = self._begin(step)
         outcome, event.key = await self._resources.sandbox().run(files, command, limits)
@@ -113,24 +113,25 @@ class Task(Generic[S]):
         return outcome
 
     async def compare(self, step: str, wanted: str, given: str) -> Comparison:
-        """Whether two mathematical answers are the same. What comes of a pair is kept.
+        """Compare two mathematical answers. Equal pairs are compared once, and the journal keeps the result.
 
-        step: what the report counts it under. The texts are as in `\\boxed{...}`. They may be hostile.
+        step: the name under which the report counts the result. wanted, given: texts as in `\\boxed{...}`.
+        They may be hostile.
         """
         event = self._begin(step)
         event.result, event.key = await self._resources.answers().compare(wanted, given)
         return event.result
 
     def count(self, step: str, result: str) -> None:
-        """Have the report count a result of the recipe's own, such as a judge's verdict, under a step."""
+        """Count a result under a step of the report, such as a judge's verdict."""
         check_texts(result=result)
         self._begin(step).result = result
 
     async def together(self, *work: Awaitable[T]) -> list[T]:
-        """Do several things at a time, such as K samples, and wait for all. Returns their results in order.
+        """Run several awaitables concurrently, such as K samples. Returns their results in order.
 
-        Raises the first error, in the order of `work`, once all have ended. `asyncio.gather` would raise the
-        one that came first in time, and rows would differ between a run and its replay.
+        Once all have ended, this raises the first error in the order of `work`. `asyncio.gather` would raise
+        the error that came first in time, so rows could differ between a run and its replay.
         """
         branches = [_Branch(None) for _ in work]
 
@@ -152,7 +153,7 @@ class Task(Generic[S]):
         return results  # type: ignore[return-value]  # none is an error
 
     def step_of(self, error: BaseException) -> str:
-        """The step at which a recipe has raised an error. In `together`, others may have gone further."""
+        """The step at which a recipe raised an error. In `together`, other branches may be at later steps."""
         return self._steps.get(error) or (self.events[-1].step if self.events else _NO_STEP)
 
     def _begin(self, step: str) -> Event:
