@@ -1,1 +1,1 @@
-"""What the recipes for code share: programs in replies, tests of programs, mutants, and how alike two are."""
+"""Shared parts of the recipes for code, such as tests of programs, mutants and similarity of programs."""

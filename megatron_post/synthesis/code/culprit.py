@@ -1,4 +1,4 @@
-"""Whether the tests of a program are to blame for what they report, or the program is."""
+"""Decides whether a report of tests shows an error in the program or in the tests."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from megatron_post.synthesis.code.unit_tests import Bench, Report
 
 @dataclass(frozen=True)
 class Trial:
-    """What tests are tried on, beside the program that they are for.
+    """Checks tests with mutants of the program and with other programs for the same problem.
 
-    witnesses: gives other programs for the same problem, which know nothing of this one. mutants: of the
-    program, at most. killed: share of them that must fail the tests.
+    witnesses: returns programs for the same problem that were written independently. mutants: the largest
+    number of mutants. killed: share of the mutants that must fail the tests.
     """
 
     bench: Bench
@@ -21,10 +21,10 @@ class Trial:
     killed: float
 
     async def fault_of(self, source: str, tests: str, report: Report) -> tuple[str, str] | None:
-        """If the tests are to blame: a reason that repeats, and what is wrong with them. It is counted.
+        """The fault of the tests, as a reason for the report and a detail, or None. It is counted.
 
-        report: of these tests on this program. Tests are wrong if they cannot be loaded, if they let too many
-        mutants pass, and if every program fails them that was written independently of this one.
+        report: the report of these tests on this program. Tests are wrong if they cannot be loaded, if too
+        many mutants pass them, or if this program and all independent programs fail them.
         """
         fault = await self._fault_of(source, tests, report)
         if fault is not None:

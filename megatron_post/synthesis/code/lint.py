@@ -1,4 +1,4 @@
-"""ruff on Python that a model wrote, inside the sandbox."""
+"""Runs ruff inside the sandbox on Python that a model wrote."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ from megatron_post.installation import install_command
 from megatron_post.synthesis.code.unit_tests import Report
 from megatron_post.synthesis.task import Files, Task
 
-_RULES = "E4,E7,E9,F,B"  # ruff's own choice, and likely bugs
+_RULES = "E4,E7,E9,F,B"  # ruff's default rules, and those for likely bugs
 _SYNTAX = ": invalid-syntax: "
-_KEPT = 2000  # characters of what it finds
+_KEPT = 2000  # characters of ruff's output
 _COMMAND = (
     "chmod +x ruff && RAYON_NUM_THREADS=1 exec ./ruff check --isolated --no-cache --ignore-noqa --quiet "
     f"--select {_RULES} --output-format concise main.py"
@@ -17,9 +17,9 @@ _COMMAND = (
 
 
 async def lint(task: Task[Any], source: str) -> Report | None:
-    """What ruff finds: a report of the kind "lint", or "build" for what does not parse; None for nothing.
+    """A report of what ruff finds, or None. Its kind is "lint", or "build" if the program does not parse.
 
-    Comments in the text cannot silence it. Raises `ValueError` where ruff is not installed, and where it does
+    Comments in the program cannot silence ruff. Raises `ValueError` if ruff is not installed, or if it does
     not run in the sandbox.
     """
     files: Files = {"ruff": _ruff(), "main.py": source}

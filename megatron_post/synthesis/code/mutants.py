@@ -1,4 +1,4 @@
-"""Mutants: programs with a planted error. Tests that let most of them pass are not worth much."""
+"""Makes mutants, which are programs with a planted error. Good tests fail on most of them."""
 
 import difflib
 import json
@@ -9,7 +9,7 @@ from megatron_post.synthesis.code.tokens import tokens
 from megatron_post.synthesis.code.unit_tests import Bench
 from megatron_post.synthesis.recipe import Dropped
 
-# programs that do nothing: tests that they pass assert nothing
+# Programs that do nothing. Tests that they pass assert nothing.
 _EMPTY: dict[Language, str] = {
     "python": "",
     "javascript": "",
@@ -25,13 +25,14 @@ _OTHERS = {
     "true": "false", "false": "true",
     "-lt": "-le", "-le": "-lt", "-gt": "-ge", "-ge": "-gt", "-eq": "-ne", "-ne": "-eq", "-z": "-n",
 }  # fmt: skip
-_BETWEEN_BLANKS = "<>+-*/%"  # elsewhere they may be brackets of a type, signs and pointers
+_BETWEEN_BLANKS = "<>+-*/%"  # without blanks they may be brackets of a type, signs or pointers
 
 
 async def survivors(bench: Bench, source: str, tests: str, count: int) -> tuple[list[str], int]:
-    """The changes in mutants of a program that pass its tests, and how many mutants were run.
+    """The changes of the mutants that pass the tests, and the number of mutants that were run.
 
-    count: mutants at most. One that does not compile is not counted. Raises `Dropped` as `mutants_of`.
+    count: the largest number of mutants. Mutants that do not compile are not counted. Raises `Dropped` if
+    `mutants_of` does.
     """
     mutants = await mutants_of(bench, source, count)
     runs = (bench.run("mutant", mutant, tests) for mutant, _ in mutants)
@@ -41,10 +42,10 @@ async def survivors(bench: Bench, source: str, tests: str, count: int) -> tuple[
 
 
 async def mutants_of(bench: Bench, source: str, count: int) -> list[tuple[str, str]]:
-    """At most `count` mutants, each with what was changed: a program that does nothing comes first.
+    """At most `count` mutants, each with its change. The first mutant is a program that does nothing.
 
-    Python is parsed for it, inside the sandbox. In other languages one token is changed, and a mutant may not
-    compile. Raises `Dropped` for Python that cannot be written anew.
+    In Python, the syntax tree is changed inside the sandbox. In other languages, one token is changed, and a
+    mutant may not compile. Raises `Dropped` if the mutants of a Python program cannot be made.
     """
     language = bench.language
     if language == "python":
@@ -59,7 +60,7 @@ async def mutants_of(bench: Bench, source: str, count: int) -> list[tuple[str, s
 
 
 def _by_tokens(language: Language, source: str, count: int) -> list[str]:
-    """Mutants with one other token each, spread evenly over the program."""
+    """Mutants with one changed token each. The changes are spread evenly over the program."""
     found = []
     for token in tokens(language, source):
         end = token.start + len(token.text)

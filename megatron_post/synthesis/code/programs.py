@@ -1,4 +1,4 @@
-"""The one program in a reply."""
+"""Finds the program in a reply, which must be the only one."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TITLES: dict[Language, str] = {
     "rust": "Rust",
     "bash": "Bash",
 }
-_TAGS: dict[Language, tuple[str, ...]] = {  # of blocks, beside the name of the language itself
+_TAGS: dict[Language, tuple[str, ...]] = {  # of fences, in addition to the name of the language
     "python": ("py", "python3"),
     "javascript": ("js", "node"),
     "cpp": ("c++", "cc", "cxx"),
@@ -39,14 +39,14 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def fenced(code: str, tag: str) -> str:
-    """A block of code whose fence is longer than any that the code has in it."""
+    """A block of code. Its fence is longer than any fence in the code."""
     longest = max(map(len, re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{tag}\n{code.rstrip()}\n{fence}"
 
 
 def whole_text(reply: Reply, what: str) -> str:
-    """The text of a reply. Raises `Dropped` if it is cut off or empty; `what` says what it should be."""
+    """The text of a reply. Raises `Dropped` if it is cut off or empty. what: its name in the reason."""
     if reply.finish != "stop":
         raise Dropped(f"{what} is cut off", f"the reply ended with {reply.finish!r}")
     if not reply.text.strip():
@@ -55,15 +55,15 @@ def whole_text(reply: Reply, what: str) -> str:
 
 
 def program_in(reply: Reply, language: Language, what: str = "the program") -> str:
-    """The program in a reply. Raises `Dropped` as `block_in`."""
+    """The program in a reply. Raises `Dropped` if `block_in` does."""
     return block_in(reply, what, TITLES[language], (language, *_TAGS[language]))
 
 
 def block_in(reply: Reply, what: str, title: str, tags: Sequence[str]) -> str:
-    """The one block of a reply that has one of these tags, else its one block that has none.
+    """The only block of a reply with one of these tags. If there is none, the only block without a tag.
 
-    Raises `Dropped`, with `what` in the reason. A reply that has no such block, an open one or several is not
-    trained on, because it is not clear which is meant.
+    Raises `Dropped` with `what` in the reason if there is no such block, if there are several, or if the
+    block is not closed. Such a reply is not trained on, because it is not clear which block is the answer.
     """
     found = blocks(whole_text(reply, what))
     named = [block for block in found if block.language in tags]

@@ -1,4 +1,4 @@
-"""The scripts of this package that run inside the sandbox."""
+"""Finds and runs the scripts of this package that run inside the sandbox."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ from megatron_post.synthesis.task import Task
 
 
 def script(name: str) -> Path:
-    """A script, as a task takes it. The journal keeps its checksum alone."""
+    """The path of a script, for the files of a program. The journal only keeps its checksum."""
     return Path(inside.__file__).with_name(name)
 
 
 async def parse_python(task: Task[Any], step: str, name: str, source: str, *arguments: str) -> Outcome:
-    """Run a script that parses a program in Python, which is its main.py.
+    """Run a script that parses a Python program, which is the file main.py.
 
-    Python's parser can crash on hostile text. In the sandbox that is an outcome.
+    Python's parser can crash on hostile text. In the sandbox a crash is only an outcome.
     """
     files: Files = {name: script(name), "main.py": source}
     return await task.run(step, files, ("python3", name, *arguments))

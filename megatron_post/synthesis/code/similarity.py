@@ -1,4 +1,4 @@
-"""How alike two programs are: by their syntax trees in Python, and by their tokens in other languages."""
+"""Measures the similarity of two programs by their syntax trees in Python, and otherwise by their tokens."""
 
 import json
 from collections import Counter
@@ -14,9 +14,9 @@ _RUN = 3  # labels that are compared together
 
 
 async def labels_of(task: Task[Any], language: Language, source: str) -> list[str]:
-    """What a program is compared by. Python is parsed for it, inside the sandbox.
+    """The labels by which a program is compared. A Python program is parsed inside the sandbox.
 
-    Raises `Dropped` for Python that does not parse.
+    Raises `Dropped` for a Python program that cannot be parsed.
     """
     if language != "python":
         return [
@@ -31,10 +31,10 @@ async def labels_of(task: Task[Any], language: Language, source: str) -> list[st
 
 
 def similarity(one: list[str], other: list[str]) -> float:
-    """From 0 to 1: the share of runs of three labels that the two have in common (Dice's coefficient).
+    """The share of runs of three labels that two programs have in common, from 0 to 1 (Dice's coefficient).
 
-    The order of functions hardly matters, and the time is linear. Words that only one of them has are names
-    that it gives, and all count as the same word.
+    The order of functions hardly matters, and the time is linear. A word that only one program has is a name
+    that the program defines. All such words count as the same word.
     """
     first, second = (_runs(labels, set(one) & set(other)) for labels in (one, other))
     return 2 * (first & second).total() / (first.total() + second.total())

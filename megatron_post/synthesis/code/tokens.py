@@ -1,4 +1,4 @@
-"""Tokens of a program in any language, by a lexer that parses nothing and takes linear time."""
+"""Splits a program in any language into tokens, in linear time and without parsing it."""
 
 import re
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _COMMENTS: dict[Language, str] = {
     "rust": rf"{_C_COMMENT}|\#!?\[[^\]\n]*\]?",
     "bash": _HASH_COMMENT,
 }
-# an open string ends with its line: one that is searched further would take quadratic time
+# A string without an end stops at the end of its line. Searching further would take quadratic time.
 _DOUBLE = r'"(?:\\.|[^"\\\n])*"?'
 _SINGLE = r"'(?:\\.|[^'\\\n])*'?"
-_CHARACTER = r"'(?:\\[^\n]{1,10}?|[^'\\\n])'"  # and no lifetime of Rust
+_CHARACTER = r"'(?:\\[^\n]{1,10}?|[^'\\\n])'"  # does not match a lifetime of Rust
 _STRINGS: dict[Language, str] = {
     "python": rf'"""(?:\\.|[^\\])*?(?:"""|\Z)|\'\'\'(?:\\.|[^\\])*?(?:\'\'\'|\Z)|{_DOUBLE}|{_SINGLE}',
     "javascript": rf"{_DOUBLE}|{_SINGLE}|`(?:\\.|[^`\\])*`?",
@@ -37,9 +37,10 @@ _OTHERS = (
 
 
 class Token(NamedTuple):
-    """kind: "comment", "string", "number" (a plain whole one), "word", "operator" or "other".
+    """A token of a program.
 
-    start: where it begins in the text.
+    kind: "comment", "string", "number" (a plain integer), "word", "operator" or "other". start: its index in
+    the text.
     """
 
     kind: str

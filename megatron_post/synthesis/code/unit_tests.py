@@ -1,7 +1,7 @@
-"""Unit tests that a model wrote, run on a program that a model wrote, and what they report.
+"""Runs unit tests that a model wrote on a program that a model wrote, and reads their report.
 
 Tests are a Python file for a program in any language. They call `run(stdin, *arguments)`, which runs the
-program in a process of its own. So a program cannot pass by what it does to its tests.
+program in a separate process. So a program cannot pass by manipulating its tests.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from megatron_post.synthesis.task import Task
 
 MOST_CHARACTERS = 32_768  # of a program or of tests
 
-# -P -s: neither the directory that the program can write to nor its home is searched for modules
+# With -P and -s Python does not search the directory that the program can write to, or its home, for modules.
 _COMMAND = ("python3", "-P", "-s", "run_tests.py")
-_SHORT = 1000  # characters of what the tests themselves print where there is no report
+_SHORT = 1000  # characters of the tests' own output, which are kept if there is no report
 
 
 class Run(BaseModel):
-    """One run of a program by its tests. Texts are cut; digest: of the whole standard output.
+    """One run of a program by its tests. Texts are shortened.
 
-    Blanks at the ends of lines do not count for the digest.
+    digest: hash of the whole standard output without blanks at the ends of lines.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,11 +42,12 @@ class Run(BaseModel):
 
 
 class Report(BaseModel):
-    """What the tests found.
+    """The result of tests on a program.
 
-    kind: "passed", "failed", "hang" (a run took too long), "build" (it does not compile or parse), "tests"
-    (the tests cannot be loaded, or there are none), else the kind of the outcome: no report was written.
-    runs: of the test that failed, else of the last one. tests: how many have passed where all did.
+    kind: "passed", "failed", "hang" (a run took too long), "build" (the program does not compile or parse) or
+    "tests" (the tests cannot be loaded, or there are none). If the tests wrote no report, it is the kind of
+    the outcome. runs: the runs of the test that failed, or of the last test. tests: the number of tests, if
+    all have passed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,7 +78,7 @@ class Report(BaseModel):
 class Bench:
     """Runs tests on programs in one language, for one input row.
 
-    nonce: a text that neither a program nor its author can know. seconds: of one run of a program.
+    nonce: a text that neither a program nor its author can know. seconds: time limit of one run of a program.
     """
 
     task: Task[Any]
@@ -86,9 +87,9 @@ class Bench:
     seconds: float
 
     async def run(self, step: str, source: str, tests: str) -> Report:
-        """Build the program, and run the tests on it up to the first that fails.
+        """Build the program and run the tests on it, up to the first test that fails.
 
-        Raises `ValueError` where a tool of the language is missing in the sandbox.
+        Raises `ValueError` if a tool of the language is missing in the sandbox.
         """
         file, build, run = steps(self.language, source)
         job = {"nonce": self.nonce, "build": build, "run": run, "seconds": self.seconds}
@@ -113,7 +114,10 @@ def bench_of(task: Task[Any], language: Language, seconds: float) -> Bench:
 
 
 def _report(outcome: Outcome, nonce: str) -> Report:
-    """The one line with the nonce. A line too many is no report, and neither is one that the tests forged."""
+    """The report in the only line with the nonce.
+
+    Several such lines are not a report, because the tests may have forged one of them.
+    """
     lines = [line for line in outcome.stdout.split("\n") if line.startswith(f"{nonce} ")]
     if len(lines) == 1 and outcome.kind in ("passed", "failed"):
         with contextlib.suppress(ValidationError):

@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are the same, by `math-verify` in processes that can be killed."""
+"""Compares mathematical answers with `math-verify`, in processes that can be killed."""
 
 import asyncio
 import contextlib
@@ -17,17 +17,17 @@ from megatron_post.installation import install_command
 Comparison = Literal[
     "same",
     "different",
-    "unreadable",  # one of them is no mathematics
+    "unreadable",  # one of them is not a mathematical expression
     "too long",
     "timeout",
-    "crashed",  # the process that compared them died, at its limit of memory or for another reason
+    "crashed",  # the process that compared them ended, at its memory limit or for another reason
 ]
 _WORKER = Path(__file__).with_name("answers_worker.py")
-_RULES = 2  # raise it when the worker compares otherwise: what is in a journal is then compared again
+_RULES = 2  # version of the worker's rules. A higher number compares the answers in a journal again
 _LONGEST = 1000  # characters of an answer
-_START = 120.0  # seconds, by the clock, until a process is ready
-_PATIENCE = 60.0  # seconds, by the clock, for a comparison. Its processor time is limited by the worker
-_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH")  # that a worker has of this process
+_START = 120.0  # seconds of wall-clock time until a process is ready
+_PATIENCE = 60.0  # seconds of wall-clock time for a comparison. The worker limits its processor time
+_VARIABLES = ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH")  # variables that a worker inherits
 
 
 class BrokenComparison(ValueError):
@@ -35,10 +35,10 @@ class BrokenComparison(ValueError):
 
 
 class MathAnswers:
-    """Compares answers, each pair once: what came of it is kept in the journal, and replayed."""
+    """Compares each pair of answers once. The journal keeps the result, which a replay uses."""
 
     def __init__(self, journal: Journal, *, processes: int | None = None, seconds: int = 5) -> None:
-        """processes: by default one for each core. seconds: of processor time, for one comparison.
+        """processes: by default one for each core. seconds: limit of processor time for one comparison.
 
         Raises `ValueError` if math-verify is not installed.
         """
@@ -58,9 +58,10 @@ class MathAnswers:
             await worker.stop()
 
     async def compare(self, wanted: str, given: str) -> tuple[Comparison, str]:
-        """How `given` compares with `wanted`, and the key in the journal, which equal texts do not need.
+        """The result of comparing `given` with `wanted`, and the key of the journal entry.
 
-        Both are the content of `\\boxed{...}`. Raises `BrokenComparison`.
+        Both texts are the content of `\\boxed{...}`. The key is empty if the texts are equal or too long,
+        because these have no entry. Raises `BrokenComparison`.
         """
         wanted, given = wanted.strip(), given.strip()
         if wanted == given:
@@ -87,7 +88,7 @@ class MathAnswers:
 
 
 class _Worker:
-    """A process of `answers_worker`, which starts when it is needed, and again after it was killed."""
+    """A process of `answers_worker`. It starts when it is needed, and restarts after it was killed."""
 
     def __init__(self, seconds: int) -> None:
         self._seconds = seconds
@@ -99,19 +100,19 @@ class _Worker:
         try:
             async with asyncio.timeout(_PATIENCE):
                 answer = await self._answer(json.dumps([wanted, given]).encode() + b"\n")
-                if not answer:  # it has ended
+                if not answer:  # the process has ended
                     return await self._why_it_ended()
         except TimeoutError:
             await self.stop()
             return "timeout"
-        except BaseException:  # it would answer the next comparison with this one's result
+        except BaseException:  # otherwise it would answer the next comparison with this one's result
             await self.stop()
             raise
         assert answer in get_args(Comparison), answer
         return answer  # type: ignore[return-value]
 
     async def _why_it_ended(self) -> Comparison:
-        # a process that has ended must not be killed: `kill` would take its exit status from asyncio
+        # A process that has ended must not be killed, because then asyncio would not get its exit status.
         assert self._process is not None
         status = await self._process.wait()
         self._process = None
@@ -134,7 +135,7 @@ class _Worker:
                 stderr=asyncio.subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _VARIABLES if name in os.environ},
             )
-        except OSError as error:  # of the system's limits
+        except OSError as error:  # such as a limit of the system
             raise BrokenComparison(f"a process that compares answers cannot be started: {error}") from error
         try:
             async with asyncio.timeout(_START):
@@ -152,7 +153,7 @@ class _Worker:
             )
 
     async def _answer(self, line: bytes) -> str:
-        """The next line of output, empty if the process has ended."""
+        """Send a line. Returns the next line of output, which is empty if the process has ended."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         with contextlib.suppress(ConnectionError):

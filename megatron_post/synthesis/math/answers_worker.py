@@ -1,7 +1,7 @@
-"""Compares answers with `math-verify`, in a process of its own: `MathAnswers` starts it and may kill it.
+"""Compares answers with `math-verify` in a separate process, which `MathAnswers` starts and may kill.
 
-Each line of standard input is the JSON of [wanted, given], and each line of output one of `KINDS`. sympy can
-need any time and memory for what a model wrote. Python's own handlers of signals cannot interrupt it, so the
+Each line of standard input is the JSON of [wanted, given]. Each line of output is one of `KINDS`. sympy can
+need any time and memory for an answer of a model, and Python's signal handlers cannot interrupt it. So the
 kernel ends the process at its limits. The argument is the limit of processor time for a comparison, in
 seconds.
 """
@@ -18,34 +18,36 @@ from sympy import Expr, Float
 KINDS = ("same", "different", "unreadable")
 _MEMORY = 2 * 2**30
 _READY = "ready"
-# LaTeX alone: math-verify evaluates other expressions as Python
+# Only LaTeX is parsed, because math-verify evaluates other expressions as Python.
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-# math-verify reads a word as a product of its letters, so that "listen" would equal "silent"
+# Words are compared here, because math-verify reads a word as a product of its letters. Then "listen" would
+# equal "silent".
 _LETTERS = re.compile(r"[A-Za-z][A-Za-z ,.'-]*")
 _WORD = re.compile(r"[A-Za-z]{3}|^no$", re.IGNORECASE)
 _BLANK = r"(?:\\[,;:! ]|~|\s)"
-# "1 000" and "1\,000" would be the product 1 * 000, and "1 1/2" the fraction (1 + 1)/2
+# Otherwise "1 000" and "1\,000" would be the product 1 * 000, and "1 1/2" would be the fraction (1 + 1)/2.
 _THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_BLANK}+\d{{3}})+(?![\d.]*\d)")
 _MIXED = re.compile(rf"(?<![\d.])(\d+){_BLANK}+(\d+)/(\d+)")
 _NEIGHBOURS = re.compile(rf"(?<![\d.^_])(?<!frac )\d[\d.]*{_BLANK}+\d")
-# a text behind a number, where the answer or a part of a list ends
+# A text after a number, at the end of the answer or of an item of a list.
 _UNIT = re.compile(rf"(?<=[\d}})%]){_BLANK}*\\text\{{([^{{}}]*)\}}(\^\{{?-?\d\}}?)?(?=\s*(?:[,;]|$))")
 _BARE_UNIT = re.compile(r"[-+\s]*[\d.,]+\s*([A-Za-z][A-Za-z. /]*)")
 _BETWEEN = re.compile(r"\d[^\d]*?\\text\{(?!\s*(?:and|or)\s*\})[^{}]*\}.*\d", re.DOTALL)
 _BASE = re.compile(r"\d_\{?(\w+)")
-_SMALL, _CLOSE = 0.01, 1e-5  # math-verify rounds decimals to 6 places, which leaves nothing of small ones
+# math-verify rounds decimals to 6 places, which is too coarse for small numbers. These are compared here.
+_SMALL, _CLOSE = 0.01, 1e-5
 
 
 def compare(wanted: str, given: str) -> str:
-    """One of `KINDS`. A wanted answer that cannot be read equals nothing but the same text."""
+    """Compare two answers. Returns one of `KINDS`."""
     words = [_TEXT.sub(r"\1", text).strip() for text in (wanted, given)]
     if all(map(_LETTERS.fullmatch, words)) and (any(map(_WORD.search, words)) or words != [wanted, given]):
         first, second = (text.casefold().rstrip(".").split() for text in words)
         return "same" if first == second else "different"
     texts, units = zip(*map(_without_units, (wanted, given)), strict=True)
     if any(_NEIGHBOURS.search(text) or _BETWEEN.search(text) for text in texts):
-        return "unreadable"  # several quantities, such as hours and minutes: math-verify drops some
+        return "unreadable"  # math-verify drops some of several quantities, such as hours and minutes
     try:
         gold, found = (
             parse(f"\\boxed{{{text}}}", _LATEX, parsing_timeout=None, raise_on_error=True) for text in texts
@@ -54,14 +56,14 @@ def compare(wanted: str, given: str) -> str:
             return "unreadable"
         if not verify(gold, found, timeout_seconds=None, raise_on_error=True) or _differ(gold[0], found[0]):
             return "different"
-    except Exception:  # of sympy, of the parser, or of the memory
+    except Exception:  # raised by sympy or the parser, or at the memory limit
         return "unreadable"
     bases = [_BASE.findall(text) for text in texts]
     return "unreadable" if bases[0] != bases[1] or (all(units) and units[0] != units[1]) else "same"
 
 
 def _without_units(text: str) -> tuple[str, list[str]]:
-    """The answer as math-verify reads it, and the units in it. It removes all from the first to the last."""
+    """The answer without its units, and the units. math-verify would also remove the text between them."""
     text = _TEXT.sub(r"\\text{\1}", text).strip().rstrip(".")
     for sign, meant in (("°", "^\\circ"), ("€", ""), ("£", "")):
         text = text.replace(sign, meant)
@@ -74,13 +76,13 @@ def _without_units(text: str) -> tuple[str, list[str]]:
 
 
 def _plain_unit(unit: str) -> str:
-    """Without what tells no units apart: case, dots, blanks, the plural, and the order of factors."""
+    """A unit in a normal form, which ignores case, dots, blanks, the plural and the order of factors."""
     plain = re.sub(r"[\s.{}]", "", unit.casefold())
     return "".join(sorted(plain.removesuffix("s") if len(plain) > 2 else plain))
 
 
 def _differ(gold: Any, found: Any) -> bool:
-    """Whether two small numbers differ that are the same after rounding."""
+    """Whether two small numbers differ although math-verify rounds them to the same number."""
     if not any(isinstance(each, Expr) and each.is_number and each.has(Float) for each in (gold, found)):
         return False
     try:
@@ -92,7 +94,7 @@ def _differ(gold: Any, found: Any) -> bool:
 
 
 def _limit(kind: int, most: int) -> None:
-    """Set a limit that may be raised again, below the one that a site has set."""
+    """Set a soft limit, which may be raised again, within the hard limit of the site."""
     _, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
@@ -105,7 +107,7 @@ def main() -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         _limit(kind, most)
-    output, sys.stdout = sys.stdout, sys.stderr  # whatever the library prints is no answer
+    output, sys.stdout = sys.stdout, sys.stderr  # so that the library's own output is not read as an answer
     print(_READY, file=output, flush=True)
     for line in sys.stdin:
         used = resource.getrusage(resource.RUSAGE_SELF)

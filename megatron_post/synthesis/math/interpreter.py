@@ -1,4 +1,4 @@
-"""A session of Python: a block runs in the sandbox after the earlier ones, whose output is hidden."""
+"""Runs a block of a Python session in the sandbox, after the earlier blocks, whose output is hidden."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,18 +7,18 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.synthesis.programs import Files
 
 _DRIVER = Path(__file__).with_name("session_driver.py")
-_END = "\n(end of session)\n"  # the driver writes it last; without it a block has ended the interpreter
+_END = "\n(end of session)\n"  # the driver's last output, missing if a block ended the interpreter
 
 
 def session(blocks: Sequence[str]) -> tuple[Files, tuple[str, ...]]:
-    """The program that runs these blocks in order, and shows the output of the last one."""
+    """The program that runs these blocks in order and shows the output of the last block."""
     names = [f"block_{number}.py" for number in range(1, len(blocks) + 1)]
     files: Files = {_DRIVER.name: _DRIVER, **dict(zip(names, blocks, strict=True))}
     return files, ("env", "PYTHONHASHSEED=0", "python3", _DRIVER.name, *names)
 
 
 def has_ended(outcome: Outcome) -> bool:
-    """Whether a block has ended the interpreter, so that what came after it did not run."""
+    """Whether a block has ended the interpreter, so that the later blocks did not run."""
     return outcome.kind in ("passed", "failed") and not outcome.stderr.endswith(_END)
 
 
@@ -28,7 +28,7 @@ def reached_limit(outcome: Outcome) -> bool:
 
 
 def shown(outcome: Outcome, *, most: int) -> str:
-    """The output as Meta's code interpreter gives it to the model. most: characters of each stream."""
+    """The output in the form of Meta's code interpreter. most: characters that are kept of each stream."""
     status = {"passed": "completed", "failed": "error"}.get(outcome.kind, outcome.kind)
     streams = {"stdout": outcome.stdout, "stderr": outcome.stderr.removesuffix(_END)}
     parts = [status]

@@ -1,4 +1,4 @@
-"""What the recipes of mathematics share: tries at a problem, their steps and answers, a judge's verdicts."""
+"""Shared parts of the recipes for mathematics, such as tries at a problem and verdicts of a judge."""
 
 import re
 from collections.abc import Awaitable, Mapping, Sequence
@@ -19,7 +19,7 @@ _VERDICT = re.compile(r"Step (\d{1,4}): (right|wrong)")
 
 @dataclass(frozen=True)
 class Try:
-    """A whole solution with a final answer. steps: its text, cut where steps begin."""
+    """A complete solution with a final answer. steps: its text, split into steps."""
 
     message: Message
     answer: str
@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 def boxed_answer(text: str) -> str | None:
-    """What the last `\\boxed{...}` of a text holds, or None where there is none or it is blank."""
+    """The content of the last `\\boxed{...}` of a text, or None if there is none or it is blank."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -46,9 +46,9 @@ def boxed_answer(text: str) -> str | None:
 
 
 def steps_of(text: str) -> tuple[str, ...]:
-    """The steps of a text, which begin with "Step 1:", "Step 2:" and so on, each at the start of a line.
+    """The steps of a text. They begin with "Step 1:", "Step 2:" and so on at the start of a line.
 
-    What comes before the first step belongs to it. Empty if the numbers are others.
+    Text before the first step is a part of it. The result is empty if the numbers are not 1, 2 and so on.
     """
     found = list(_STEP.finditer(text))
     if [int(match[1]) for match in found] != list(range(1, len(found) + 1)):
@@ -58,9 +58,9 @@ def steps_of(text: str) -> tuple[str, ...]:
 
 
 def step_verdicts(text: str, steps: int) -> list[bool] | None:
-    """A judge's verdict on each step, from the last lines of its reply: "Step 1: right", "Step 2: wrong".
+    """A judge's verdict on each step, from the last lines of its reply, such as "Step 1: right".
 
-    None if it is off this scale: another word, a step too many or too few, or another order.
+    None if the reply is off this scale, because of another word, another number of steps or another order.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     found = [_VERDICT.fullmatch(line) for line in lines[-steps:]]
@@ -71,9 +71,9 @@ def step_verdicts(text: str, steps: int) -> list[bool] | None:
 
 
 def column(row: Mapping[str, Any], name: str, *, key: str) -> str:
-    """The text, or the number as text, in a column. Raises `ValueError` if there is none.
+    """The text in a column, or its number as text. Raises `ValueError` if it has neither.
 
-    key: of the settings, which names the column.
+    key: the key of the settings that names the column.
     """
     value = row.get(name)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -87,7 +87,8 @@ def column(row: Mapping[str, Any], name: str, *, key: str) -> str:
 def known_answer(row: Mapping[str, Any], name: str | None, after: str, *, key: str) -> str | None:
     """The answer in a column, without its box. None if there is no such column, or no value in it.
 
-    after: the text that the answer follows, such as "####". Empty: the column is the answer.
+    after: the text that the answer follows, such as "####". If it is empty, the column is the answer. Raises
+    `ValueError` if the column has no answer, or more text than an answer.
     """
     if name is None or row.get(name) is None:
         return None
@@ -107,9 +108,9 @@ def known_answer(row: Mapping[str, Any], name: str | None, after: str, *, key: s
 
 
 async def unless_refused(task: Task[Any], *work: Awaitable[R]) -> list[R | None]:
-    """The results of several requests in order, None for those that the model refuses.
+    """The results of several requests in order. A request that the model refuses gives None.
 
-    Raises `Refused` if it refuses all.
+    Raises `Refused` if the model refuses all.
     """
 
     refusals: list[Refused] = []
@@ -123,12 +124,12 @@ async def unless_refused(task: Task[Any], *work: Awaitable[R]) -> list[R | None]
 
     found = await task.together(*(result(one) for one in work))
     if refusals and len(refusals) == len(found):
-        raise min(refusals, key=lambda refused: refused.key)  # the order of the list depends on times
+        raise min(refusals, key=lambda refused: refused.key)  # the order of the list depends on timing
     return found
 
 
 async def ask_judge(task: Task[Any], step: str, prompt: str) -> str | None:
-    """The judge's reply. None if it is cut off, which the report counts. Raises `Refused`."""
+    """The judge's reply. If it is cut off, this returns None and the report counts it. Raises `Refused`."""
     reply = await task.ask(step, prompt, model="judge", temperature=0.0, top_p=1.0)
     if reply.finish != "stop":
         task.count(step, "cut off")
@@ -139,9 +140,10 @@ async def ask_judge(task: Task[Any], step: str, prompt: str) -> str | None:
 async def tries_at(
     task: Task[Any], step: str, prompt: str | Sequence[Message], *, samples: int, in_steps: bool
 ) -> list[Try]:
-    """The whole ones among `samples` replies, which have a final answer in a box, and steps if wanted.
+    """The complete solutions among `samples` replies, with a final answer in a box.
 
-    The report counts the others. Raises `Refused` if the model refuses each.
+    in_steps: whether they must have numbered steps. The report counts the other replies. Raises `Refused` if
+    the model refuses all requests.
     """
     asked = (task.ask(step, prompt, seed=seed) for seed in range(samples))
     replies = await unless_refused(task, *asked)
@@ -149,7 +151,7 @@ async def tries_at(
 
 
 def whole_try(task: Task[Any], step: str, reply: Reply, in_steps: bool) -> Try | None:
-    """The try in a reply. Where there is none, the report counts why."""
+    """The try in a reply. If there is none, this returns None and the report counts the reason."""
     answer, steps = boxed_answer(reply.text), steps_of(reply.text) if in_steps else ()
     if reply.finish != "stop":
         task.count(step, "cut off")
@@ -163,7 +165,7 @@ def whole_try(task: Task[Any], step: str, reply: Reply, in_steps: bool) -> Try |
 
 
 def without_repeats(task: Task[Any], step: str, tries: Sequence[T]) -> list[T]:
-    """The tries without those that repeat the text of another, which the report counts."""
+    """The tries without those that repeat the text of an earlier one. The report counts the repeats."""
     found: dict[str, T] = {}
     for one in tries:
         if found.setdefault(one.message.content, one) is not one:
@@ -178,9 +180,10 @@ async def with_answer(task: Task[Any], tries: Sequence[T], answer: str) -> list[
 
 
 async def majority(task: Task[Any], tries: Sequence[T], *, least: float) -> list[T]:
-    """The largest group of tries with one answer. The first try's answer stands for the group.
+    """The largest group of tries with the same answer. A group is compared by its first answer.
 
-    least: tries that it must have. Empty if it has fewer, or if another group is as large.
+    least: the smallest size of the group. The result is empty if the group is smaller, or if another group is
+    as large.
     """
     groups: list[list[T]] = []
     for one in tries:
@@ -199,9 +202,9 @@ async def majority(task: Task[Any], tries: Sequence[T], *, least: float) -> list
 async def agreeing(
     task: Task[Any], tries: Sequence[T], known: str | None, *, samples: int, agreement: float
 ) -> list[T]:
-    """The tries with the known answer, or with the answer of at least this share of all samples.
+    """The tries with the known answer. If it is not known, those with the answer of the majority.
 
-    Raises `Dropped` if there are none.
+    agreement: share of all samples that the majority must have. Raises `Dropped` if there are no such tries.
     """
     if not tries:
         raise Dropped("no reply is a whole solution with a final answer")
@@ -214,7 +217,10 @@ async def agreeing(
 
 
 async def judged_steps(task: Task[Any], problem: str, one: Try) -> list[bool] | None:
-    """The judge's verdict on each step, by the prompt `judge`. None if there is none. Raises `Refused`."""
+    """The judge's verdict on each step, or None if its reply has none. Uses the prompt `judge`.
+
+    Raises `Refused`.
+    """
     prompt = task.prompt("judge", problem=problem, steps=one.steps)
     text = await ask_judge(task, "judge", prompt)
     if text is None:
@@ -228,9 +234,9 @@ async def judged_steps(task: Task[Any], problem: str, one: Try) -> list[bool] | 
 
 
 async def passing_judge(task: Task[Any], problem: str, tries: Sequence[T]) -> list[T]:
-    """The tries of which the judge finds each step right.
+    """The tries whose steps are all right according to the judge.
 
-    Raises `Dropped` if there are none, and `Refused` if the judge refuses each.
+    Raises `Dropped` if there are none, and `Refused` if the judge refuses all requests.
     """
     verdicts = await unless_refused(task, *(judged_steps(task, problem, one) for one in tries))
     found = [one for one, verdict in zip(tries, verdicts, strict=True) if verdict and all(verdict)]

@@ -1,4 +1,4 @@
-"""Explanations of real code from which the code was written again, and the code that was written."""
+"""Explanations of real code, and programs that a model wrote from these explanations alone."""
 
 import contextlib
 from typing import Any
@@ -21,20 +21,20 @@ from megatron_post.synthesis.task import Task
 VERSION = 1
 SANDBOX = True
 
-_LONG_LINE = 20  # characters of a line of code that nobody writes by chance
-_MOST_QUOTED = 0.1  # share of the long lines that may stand in an explanation
+_LONG_LINE = 20  # characters of a line of code that is too long to be written by chance
+_MOST_QUOTED = 0.1  # share of the long lines that an explanation may contain
 
 
 class Settings(Section):
     language: Language = Field("python", description="language of the code")
-    samples: Count = Field(4, description="times that the code is written again; the closest is kept")
+    samples: Count = Field(4, description="times that the code is written again. The closest is kept")
     least: float = Field(
-        0.6, ge=0, le=1, description="similarity that the closest must have, if there are no tests"
+        0.6, ge=0, le=1, description="least similarity of the closest program, if there are no tests"
     )
     tests: bool = Field(True, description="compare by tests if the code passes tests that a model writes")
-    mutants: Count = Field(4, description="mutants of the code that its tests are run on")
+    mutants: Count = Field(4, description="number of mutants of the code that check the tests")
     killed: float = Field(0.5, gt=0, le=1, description="share of the mutants that must fail the tests")
-    seconds: Positive = Field(5.0, description="time of one run of a program in its tests")
+    seconds: Positive = Field(5.0, description="time limit of one run of a program in its tests")
 
 
 async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
@@ -70,7 +70,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 async def _compiles(task: Task[Settings], source: str) -> bool:
-    """Raises `ValueError` where the sandbox lacks the language."""
+    """Whether a program compiles. Raises `ValueError` if the sandbox lacks the language."""
     language = task.settings.language
     outcome = await task.run("compile", *program(language, source, check=True))
     if outcome.kind == "unavailable":
@@ -81,7 +81,7 @@ async def _compiles(task: Task[Settings], source: str) -> bool:
 
 
 async def _tests(task: Task[Settings], bench: Bench, code: str) -> str:
-    """Tests that the code passes and that enough of its mutants fail; empty if there are none."""
+    """Tests that the code passes and that enough of its mutants fail. Empty if there are none."""
     values = {"language": TITLES[bench.language], "code": code.rstrip(), "seconds": f"{bench.seconds:g}"}
     reply = await task.ask("tests", task.prompt("tests", **values))
     try:
@@ -97,7 +97,7 @@ async def _tests(task: Task[Settings], bench: Bench, code: str) -> str:
 async def _closeness(
     task: Task[Settings], bench: Bench, reply: Reply, tests: str, labels: list[str]
 ) -> float:
-    """Similarity of what was written to the code; -1 if it is not a program, or fails the tests."""
+    """Similarity of a reply's program to the code. It is -1 without a program, or if the tests fail."""
     with contextlib.suppress(Dropped):
         source = program_in(reply, bench.language)
         if tests and not (await bench.run("test", source, tests)).ok:
@@ -108,7 +108,7 @@ async def _closeness(
 
 
 def _quotes(explanation: str, code: str) -> bool:
-    """Whether an explanation has blocks of code, or too many lines of the code."""
+    """Whether an explanation has a block of code, or too many lines of the code."""
     lines = [line.strip() for line in code.split("\n") if len(line.strip()) >= _LONG_LINE]
     quoted = sum(line in explanation for line in lines)
     return bool(blocks(explanation)) or quoted > max(1, _MOST_QUOTED * len(lines))

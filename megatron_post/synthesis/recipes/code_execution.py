@@ -1,4 +1,4 @@
-"""Problems out of real code, and programs for them that pass tests, some of them after a correction."""
+"""Problems from real code with programs that pass tests, some of them after a correction."""
 
 import contextlib
 import re
@@ -26,7 +26,7 @@ _PROBLEM = re.compile(
     r"\**Topic:\**[ \t]*(?P<topic>[^\n]+)\n\s*\**Problem:\**\s*(?P<problem>.*\S)\s*", re.DOTALL
 )
 _VERDICT = re.compile(r"Bugs:\** *(yes|no)\s*\n\**Intent:\** *(yes|no)\s*\Z", re.IGNORECASE)
-_LAST = {  # why the last program is dropped, by the kind of its report
+_LAST = {  # the reason for dropping the row, by the kind of the last program's report
     "build": "the last program does not compile",
     "lint": "the linter finds faults in the last program",
     "failed": "the last program fails its tests",
@@ -38,21 +38,19 @@ class Settings(Section):
     languages: Annotated[tuple[Language, ...], Distinct] = Field(
         ("python",),
         min_length=1,
-        description="languages of the programs, of which one is drawn for each snippet",
+        description="languages of the programs. One is drawn at random for each snippet",
     )
-    tries: Count = Field(
-        3, description="programs that the author may write for a problem, the first one included"
-    )
+    tries: Count = Field(3, description="programs that the author may write for a problem, with the first")
     test_tries: Count = Field(
         2, description="files of tests that may be written for a problem, and for a correction"
     )
     witnesses: Count = Field(
-        2, description="other programs for a problem, which find out whether a failure is the tests' fault"
+        2, description="other programs for a problem, which show whether the tests cause a failure"
     )
-    mutants: Count = Field(4, description="mutants of a program that its tests are run on")
+    mutants: Count = Field(4, description="number of mutants of a program that check its tests")
     killed: float = Field(0.5, gt=0, le=1, description="share of the mutants that must fail the tests")
-    seconds: Positive = Field(5.0, description="time of one run of a program in its tests")
-    judge: bool = Field(False, description="also have the model `judge` look for bugs and readability")
+    seconds: Positive = Field(5.0, description="time limit of one run of a program in its tests")
+    judge: bool = Field(False, description="also ask the model `judge` about bugs and readability")
 
 
 async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
@@ -82,7 +80,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 class _Work:
-    """One problem, its tests, and the programs that the tests are tried on."""
+    """One problem with its tests, and the programs that check the tests."""
 
     def __init__(self, task: Task[Settings], bench: Bench, problem: str) -> None:
         self.task, self.bench, self.problem = task, bench, problem
@@ -95,11 +93,11 @@ class _Work:
         self.request = Message("user", task.prompt("solve", problem=problem, language=title))
 
     async def ask(self, step: str, dialog: list[Message], seed: int = 0) -> Reply:
-        """The system prompt steers the style of the program, and is no part of the row."""
+        """Ask the author. The system prompt sets the style of the program and is not a part of the row."""
         return await self.task.ask(step, [self._system, *dialog], seed=seed)
 
     async def write_tests(self, reason: str = "", fault: str = "") -> None:
-        """Raises `Dropped` with the reason if they have been written too often."""
+        """Have the tests written. Raises `Dropped` with the reason after too many attempts."""
         if self._test_tries == self.task.settings.test_tries:
             raise Dropped(reason, fault)
         self._test_tries += 1
@@ -116,12 +114,12 @@ class _Work:
         return program_in(reply, "python", "the file of tests")
 
     def feedback(self, fault: Report) -> Message:
-        """What the author needs to correct a program."""
+        """The message that asks the author to correct a program."""
         self.are_tests_shown |= fault.kind not in ("build", "lint")
         return Message("user", self.task.prompt("correct", fault=fault, tests=self.tests))
 
     async def fault_of(self, source: str) -> Report | None:
-        """Why the program must be corrected. Tests that are wrong are written again first.
+        """Why the program must be corrected, or None. If the tests are wrong, they are written again first.
 
         Raises `Dropped` if the tests stay wrong.
         """
@@ -136,9 +134,9 @@ class _Work:
             await self.write_tests(*wrong)
 
     async def check_unseen(self, source: str) -> None:
-        """A program whose author has seen the tests may have their answers in it. It must pass others too.
+        """Run tests that the author has not seen, because the program may contain the answers of the others.
 
-        Raises `Dropped`.
+        Raises `Dropped` if it fails them, or if no such tests can be written.
         """
         for seed in range(1, self.task.settings.test_tries + 1):
             tests = await self._ask_for_tests(seed=seed)
@@ -150,7 +148,7 @@ class _Work:
         raise Dropped("there are no good tests that the correction has not seen")
 
     async def _witnesses(self) -> list[str]:
-        """Other programs for the same problem, which are asked for when they are needed."""
+        """Other programs for the same problem. They are requested when they are first needed."""
         if self._programs is None:
             seeds = range(1, self.task.settings.witnesses + 1)
             replies = await self.task.together(*(self.ask("solve", [self.request], seed) for seed in seeds))

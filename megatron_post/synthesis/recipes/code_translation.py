@@ -1,4 +1,4 @@
-"""Translations of programs to another language that print the same for every input that was tried."""
+"""Translations of programs to another language, with the same output for all inputs that were tried."""
 
 import json
 import re
@@ -31,15 +31,15 @@ _RUNNERS: dict[Language, str] = {  # commands that would run the source program 
 
 
 class Settings(Section):
-    source: Language = Field("python", description="language of the programs of the input")
+    source: Language = Field("python", description="language of the input programs")
     targets: Annotated[tuple[Language, ...], Distinct] = Field(
         ("rust",),
         min_length=1,
-        description="languages to translate to, of which one is drawn for each program",
+        description="languages to translate to. One is drawn at random for each program",
     )
-    cases: Count = Field(10, le=24, description="inputs that are asked for")
-    least_cases: Count = Field(4, description="inputs that the source program must answer, at least")
-    seconds: Positive = Field(5.0, description="time of one run of a program")
+    cases: Count = Field(10, le=24, description="number of inputs that the author writes")
+    least_cases: Count = Field(4, description="least number of inputs that the source program must answer")
+    seconds: Positive = Field(5.0, description="time limit of one run of a program")
 
     @model_validator(mode="after")
     def _differs(self) -> "Settings":
@@ -76,9 +76,10 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 async def _expected(task: Task[Settings], bench: Bench, source: str) -> dict[str, str]:
-    """Inputs that the source program answers, each time with the same, and the digests of its outputs.
+    """Inputs that the source program answers, with the digests of its outputs.
 
-    The outputs are never in the sandbox when the translation runs there.
+    The outputs are never in the sandbox when the translation runs there. Raises `Dropped` if the source
+    program answers too few inputs, or gives different outputs for the same input.
     """
     count = task.settings.cases
     language = TITLES[bench.language]
@@ -104,7 +105,7 @@ async def _expected(task: Task[Settings], bench: Bench, source: str) -> dict[str
 
 
 def _cases(text: str) -> list[str]:
-    """Different inputs. Raises `Dropped` for anything but a list of texts."""
+    """The inputs in a list in JSON, without repeats. Raises `Dropped` if it is not a list of strings."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -115,12 +116,12 @@ def _cases(text: str) -> list[str]:
 
 
 def _asking(cases: list[str]) -> str:
-    """Tests that run the program on each input, and assert nothing."""
+    """Tests that run the program on each input and assert nothing."""
     return f"def test_cases():\n    for case in {cases!r}:\n        run(case)\n"
 
 
 def _runs_source(program: str, target: Language, source: Language) -> bool:
-    """Whether a translation names a command of the source's language: in a text, or anywhere in Bash."""
+    """Whether a translation names a command of the source's language in a string, or anywhere in Bash."""
     kinds = ("string",) if target != "bash" else ("string", "word")
     command = re.compile(rf"(?<![\w.$-])(?:{_RUNNERS[source]})(?=[\"'`\s]|$)")
     return any(token.kind in kinds and command.search(token.text) for token in tokens(target, program))

@@ -1,4 +1,4 @@
-"""Corrections: a wrong solution, feedback on its error, and the right solution, which alone is trained."""
+"""Dialogs of a wrong solution, feedback on its error and the right solution. Only the last is trained."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ class Settings(Section):
     problem: Name = Field("problem", description="column of the problem")
     answer: Name = Field("answer", description="column of the known answer")
     answer_after: str = Field("", description="text in that column that the answer follows, such as ####")
-    samples: Count = Field(8, description="solutions that are asked for until a wrong one is found")
-    corrections: Count = Field(4, description="corrections of the wrong solution that are asked for")
+    samples: Count = Field(8, description="solutions that are requested to find a wrong one")
+    corrections: Count = Field(4, description="corrections of the wrong solution that are requested")
 
 
 async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
@@ -67,7 +67,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 async def _first_wrong(task: Task[Settings], tries: list[Try], answer: str) -> Try:
-    """The first try that surely has another answer. One that cannot be compared may be right."""
+    """The first try with a different answer. An answer that cannot be compared may be right."""
     for one in tries:
         if await task.compare("answers", answer, one.answer) == "different":
             return one
@@ -75,6 +75,6 @@ async def _first_wrong(task: Task[Settings], tries: list[Try], answer: str) -> T
 
 
 async def _wrong_step(task: Task[Settings], problem: str, wrong: Try) -> int | None:
-    """The first wrong step, from 1, by the judge, who does not know the answer. None if it finds none."""
+    """The first wrong step, from 1, or None. The judge finds it without knowing the answer."""
     verdicts = await judged_steps(task, problem, wrong)
     return None if verdicts is None or all(verdicts) else verdicts.index(False) + 1

@@ -1,4 +1,4 @@
-"""Solutions that run Python between steps of reasoning, kept by their answer, in Llama 3's format."""
+"""Solutions that run Python between steps of reasoning, in Llama 3's format, filtered by their answer."""
 
 import json
 from dataclasses import dataclass, replace
@@ -27,25 +27,25 @@ _LLAMA = ({"type": CODE_INTERPRETER},)  # as Llama 3's prompt announces it
 _PARAMETERS = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
 _DESCRIPTION = "Runs Python and returns what it prints. Variables stay from call to call."
 _FUNCTION = {"name": CODE_INTERPRETER, "description": _DESCRIPTION, "parameters": _PARAMETERS}
-_ASKED = ({"type": "function", "function": _FUNCTION},)  # as a server wants it
+_ASKED = ({"type": "function", "function": _FUNCTION},)  # in the form of requests to a server
 
 
 class Settings(Section):
     problem: Name = Field("problem", description="column of the problem")
-    answer: Name | None = Field("answer", description="column of the known answer, where a row has it")
+    answer: Name | None = Field("answer", description="column of the known answer, if a row has one")
     answer_after: str = Field("", description="text in that column that the answer follows, such as ####")
-    samples: Count = Field(4, description="K, solutions that are asked for")
+    samples: Count = Field(4, description="K, number of solutions that are requested")
     agreement: float = Field(
-        0.5, gt=0, le=1, description="share of the samples that must agree where no answer is known"
+        0.5, gt=0, le=1, description="share of the samples that must agree if no answer is known"
     )
-    keep: Count = Field(2, description="solutions of a problem that are kept, at most")
-    calls: Count = Field(6, le=100, description="programs that one solution may run")
-    output: Count = Field(2000, description="characters of a program's output that the model gets, at most")
+    keep: Count = Field(2, description="largest number of solutions that are kept of a problem")
+    calls: Count = Field(6, le=100, description="largest number of programs that one solution may run")
+    output: Count = Field(2000, description="largest number of characters of output that the model gets")
 
 
 @dataclass(frozen=True)
 class _Solution(Try):
-    """turns: of the author and the interpreter, without the final one."""
+    """A solution that ran programs. turns: messages of the author and the interpreter before the last one."""
 
     turns: tuple[Message, ...] = ()
 
@@ -75,7 +75,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 async def _solved(task: Task[Settings], prompt: str, seed: int) -> _Solution | None:
-    """A solution that ran a program at least. Where there is none, the report counts why."""
+    """A solution that ran at least one program. Otherwise this returns None and the report counts why."""
     turns: list[Message] = []
     replayed: list[str] = []
     for _ in range(task.settings.calls + 1):
@@ -103,7 +103,7 @@ async def _solved(task: Task[Settings], prompt: str, seed: int) -> _Solution | N
 
 
 def _code(call: ToolCall) -> str | None:
-    """The code of a call of the interpreter, whose arguments a server gives as JSON."""
+    """The code of a call of the interpreter, or None. A server gives the arguments as JSON."""
     if call.name != CODE_INTERPRETER:
         return None
     values: Any = call.arguments

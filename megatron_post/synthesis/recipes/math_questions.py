@@ -1,4 +1,4 @@
-"""Mathematical problems out of documents, kept if several answers to each agree."""
+"""Mathematical problems from documents, kept if several answers to the problem agree."""
 
 import re
 from typing import Any
@@ -26,8 +26,8 @@ _VERDICTS = {
 
 class Settings(Section):
     text: Name = Field("text", description="column of the document")
-    questions: Count = Field(3, description="problems that are asked for, at most, from one document")
-    samples: Count = Field(8, description="K, solutions of each problem")
+    questions: Count = Field(3, description="largest number of problems from one document")
+    samples: Count = Field(8, description="K, number of solutions of each problem")
     agreement: float = Field(0.75, gt=0, le=1, description="share of the samples that must agree")
 
 
@@ -49,7 +49,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 def _different(task: Task[Settings], problems: list[str], count: int) -> list[str]:
-    """The first `count` problems that differ. The report counts the others."""
+    """The first `count` different problems. The report counts the others."""
     found: dict[str, str] = {}
     for problem in problems:
         plain = _plain(problem)
@@ -63,7 +63,7 @@ def _different(task: Task[Settings], problems: list[str], count: int) -> list[st
 
 
 async def _checked(task: Task[Settings], problem: str) -> Row | None:
-    """The row of a problem that can be answered as it stands, and to which enough answers agree."""
+    """The row of a problem, or None if the judge finds it incomplete or if too few answers agree."""
     settings = task.settings
     if not await _is_answerable(task, problem):
         return None
@@ -98,5 +98,5 @@ async def _is_answerable(task: Task[Settings], problem: str) -> bool:
 
 
 def _plain(problem: str) -> str:
-    """What two problems that are the same have in common."""
+    """A problem without case, white space and punctuation, to find repeats."""
     return " ".join(re.findall(r"\w+|[^\w\s.,;?]", problem.casefold()))

@@ -1,4 +1,4 @@
-"""Step-by-step solutions of mathematical problems, kept by their answer and by a judge of each step."""
+"""Step-by-step solutions of mathematical problems, filtered by their answer and by a judge of each step."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ ANSWERS = True
 
 class Settings(Section):
     problem: Name = Field("problem", description="column of the problem")
-    answer: Name | None = Field("answer", description="column of the known answer, where a row has it")
+    answer: Name | None = Field("answer", description="column of the known answer, if a row has one")
     answer_after: str = Field("", description="text in that column that the answer follows, such as ####")
-    samples: Count = Field(8, description="K, solutions that are asked for")
+    samples: Count = Field(8, description="K, number of solutions that are requested")
     agreement: float = Field(
-        0.5, gt=0, le=1, description="share of the samples that must agree where no answer is known"
+        0.5, gt=0, le=1, description="share of the samples that must agree if no answer is known"
     )
-    keep: Count = Field(4, description="solutions of a problem that are kept, at most")
+    keep: Count = Field(4, description="largest number of solutions that are kept of a problem")
 
 
 async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:

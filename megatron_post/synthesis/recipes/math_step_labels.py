@@ -1,4 +1,4 @@
-"""Solutions whose steps are labelled as right or wrong, by rollouts from each prefix and by a judge."""
+"""Solutions with steps that are labelled right or wrong by rollouts from each prefix, and by a judge."""
 
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Settings(Section):
     solutions: Count = Field(4, description="solutions of a problem whose steps are labelled")
     rollouts: Count = Field(8, description="N, completions of each prefix of a solution")
     labels: Literal["rollouts", "judge"] = Field(
-        "rollouts", description="which of the two is in `labels`; a row has both"
+        "rollouts", description="which labels are in `labels` of a row. Both are in the row"
     )
 
 
@@ -54,7 +54,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[StepLabels]:
 
 
 async def _labelled(task: Task[Settings], problem: str, answer: str, one: Try) -> StepLabels | None:
-    """A solution with both kinds of labels. None if the judge's are wanted and it gives none."""
+    """A solution with both kinds of labels. None if the judge's labels are used and it gives none."""
     verdicts = await judged_steps(task, problem, one)
     if verdicts is None and task.settings.labels == "judge":
         return None
@@ -75,9 +75,9 @@ async def _labelled(task: Task[Settings], problem: str, answer: str, one: Try) -
 
 
 async def _share_right(task: Task[Settings], problem: str, answer: str, steps: tuple[str, ...]) -> float:
-    """The share of the rollouts from these first steps that come to the answer.
+    """The share of the rollouts from these first steps that reach the answer.
 
-    One that is cut off or has no final answer does not come to it.
+    A rollout that is cut off or has no final answer does not reach it.
     """
     prompt = task.prompt("continue", problem=problem, steps=steps)
     rollouts = task.settings.rollouts
