@@ -1,10 +1,10 @@
 """Writes checkpoints while training goes on.
 
 A save begins by copying the rank's shards to the host. Only the optimizer's step changes the live tensors, so
-the copy runs beside the next forward and backward pass. `may_change` waits until it is complete. Each rank
-then writes its shards to its own file, and a note that lists them. The first rank waits for all notes, writes
-the metadata that torch.distributed.checkpoint reads, and publishes the checkpoint if no newer incarnation
-exists.
+the copy runs beside the next forward and backward pass. `wait_for_copy` returns when it is complete. Each
+rank then writes its shards to its own file, and a note that lists them. The first rank waits for all notes,
+writes the metadata that torch.distributed.checkpoint reads, and publishes the checkpoint if no newer
+incarnation exists.
 
 The ranks communicate by files in the partial directory. A collective from the writer's thread would
 interleave with the collectives of training in another order on each rank.
@@ -93,7 +93,7 @@ class Saver:
             self._write(save, (shard.values.to("cpu", shard.dtype, copy=True) for shard in save.shards))
         self.stalled += time.perf_counter() - began
 
-    def may_change(self) -> None:
+    def wait_for_copy(self) -> None:
         """Return once the live tensors have been copied, so that they may change."""
         if self._thread is not None and not self._copied.is_set():
             began = time.perf_counter()

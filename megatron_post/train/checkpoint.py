@@ -70,7 +70,7 @@ class Checkpoints:
     def save(self, position: Position, chunks: list[Any], optimizer: MegatronOptimizer) -> None:
         """Begin a checkpoint. It becomes visible once all of it is on the disk.
 
-        The caller must call `may_change` before the parameters change. `failed` reports errors.
+        The caller must call `wait_for_copy` before the parameters change. `failed` reports errors.
         """
         began = time.perf_counter()
         rank, step = self._topology.rank, position.step
@@ -127,9 +127,9 @@ class Checkpoints:
         """Seconds that training has waited for saves so far."""
         return self._saver.stalled
 
-    def may_change(self) -> None:
+    def wait_for_copy(self) -> None:
         """Return once parameters and Adam's state may change."""
-        self._saver.may_change()
+        self._saver.wait_for_copy()
 
     def wait(self) -> None:
         """Return once all saves are published. All ranks must call this, even if a rank has `failed`.

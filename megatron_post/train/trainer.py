@@ -107,7 +107,7 @@ class Trainer:
         self.check(norm, packs)
         # An asynchronous save copies live parameters and Adam's state. The optimizer must not overwrite them
         # before the copy has finished.
-        self.checkpoints.may_change()
+        self.checkpoints.wait_for_copy()
         self.optimizer.step()
         self.scheduler.step(increment=1)
         return {**_means(sums), "grad_norm": norm, "lr": rate}

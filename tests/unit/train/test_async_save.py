@@ -52,7 +52,7 @@ def test_first_rank_publishes_after_all_notes(tmp_path: Path, asynchronous: bool
     published: list[dict] = []
     second.start(_save(tmp_path / "partial", None), asynchronous=asynchronous)
     first.start(_save(tmp_path / "partial", published), asynchronous=asynchronous)
-    first.may_change()
+    first.wait_for_copy()
     first.wait()
     assert first.error is None
     (files,) = published
@@ -86,7 +86,7 @@ def test_first_rank_fails_if_another_rank_cannot_copy(
     published: list[dict] = []
     first.start(_save(tmp_path / "partial", published), asynchronous=True)
     second.start(_save(tmp_path / "partial", None), asynchronous=True)
-    second.may_change()
+    second.wait_for_copy()
     for saver in (first, second):
         saver.wait()
     assert isinstance(first.error, SaveFailed) and "rank 1" in str(first.error)

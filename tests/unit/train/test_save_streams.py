@@ -15,7 +15,7 @@ SEEDS = range(12)
 def _is_right(device: FakeDevice, directory: Path) -> bool:
     """Whether each of three saves holds the values of its step. The saver reuses its buffers.
 
-    Step n writes n on the compute stream, and the values are overwritten as soon as `may_change` allows it.
+    Step n writes n on the compute stream, and the values are overwritten as soon as `wait_for_copy` returns.
     """
     values = torch.zeros(64)
     saver = Saver(0, 1, torch.device("cuda", 0))
@@ -24,7 +24,7 @@ def _is_right(device: FakeDevice, directory: Path) -> bool:
         device.current.launch(lambda step=step: values.fill_(step))
         save = Save(directory / str(step), [Shard("w", (64,), (0,), values)], {}, {}, lambda files: None)
         saver.start(save, asynchronous=True)
-        saver.may_change()
+        saver.wait_for_copy()
         device.current.launch(lambda: values.fill_(-1))
         saver.wait()
         assert saver.error is None
