@@ -9,6 +9,7 @@ from megatron_post.sandbox.settings import Limits
 MIB = 2**20
 _STACK = 8 * MIB
 _SPARE = 128 * MIB  # memory that node and Java map but do not use
+_SIGNALS = 4096
 _COUNTED_IN_NAMESPACE = (5, 14)  # since this version Linux counts a user's processes in each namespace
 
 
@@ -30,9 +31,11 @@ def of_each_process(limits: Limits) -> list[str]:
 def inside_a_namespace(limits: Limits) -> list[str]:
     """Options that are set inside the user namespace, after bubblewrap has closed its own files.
 
-    --nproc limits all processes of the namespace together. Kernels before 5.14 would count all processes of
-    this user on the machine. There only the watcher limits the number of processes.
+    --nproc limits all processes of the namespace together, and --sigpending its timers and waiting signals,
+    whose memory counts for no process. Kernels before 5.14 would count those of this user on the whole
+    machine. There only the watcher limits the number of processes.
     """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     counts = release is not None and (int(release[1]), int(release[2])) >= _COUNTED_IN_NAMESPACE
-    return [*([f"--nproc={2 * limits.processes + 32}"] if counts else []), f"--nofile={limits.open_files}"]
+    counted = [f"--nproc={2 * limits.processes + 32}", f"--sigpending={_SIGNALS}"]
+    return [*(counted if counts else []), f"--nofile={limits.open_files}"]

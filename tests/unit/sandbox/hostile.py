@@ -274,6 +274,35 @@ PROGRAMS: dict[str, Hostile] = {
         "-not -path /tmp 2>/dev/null | sed 's/^/LEAK /'",
         "passed",
     ),
+    "timers": Hostile(
+        "python",
+        "import ctypes\ncount = 0\nlib = ctypes.CDLL(None)\n"
+        "while count < 20000 and lib.timer_create(1, None, ctypes.byref(ctypes.c_int64())) == 0: count += 1\n"
+        "print('LEAK' if count == 20000 else 'refused')",
+        "passed",
+        "refused",
+    ),
+    "waiting signals": Hostile(
+        "python",
+        "import ctypes, os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {35})\ncount = 0\n"
+        "while count < 20000 and ctypes.CDLL(None).sigqueue(os.getpid(), 35, 0) == 0: count += 1\n"
+        "print('LEAK' if count == 20000 else 'refused')",
+        "passed",
+        "refused",
+    ),
+    "deep directories": Hostile("python", "import os\nwhile True: os.mkdir('d'); os.chdir('d')", "disk"),
+    "stopping its parents": Hostile(
+        "bash",
+        "kill -STOP $PPID; kill -STOP 2; kill -STOP 0",
+        "timeout",
+    ),
+    "calls of 32 bits": Hostile(
+        "cpp",
+        "int main() {\n#ifdef __x86_64__\n"
+        'long r; asm volatile("int $0x80" : "=a"(r) : "a"(20)); __builtin_puts("LEAK");\n'
+        "#else\n__builtin_trap();\n#endif\n}\n",
+        "killed",
+    ),
     "sysrq": Hostile(
         "python", "open('/proc/sysrq-trigger', 'w').write('s')\nprint('LEAK')", "failed", "Error"
     ),
