@@ -57,6 +57,15 @@ class Tokenizer:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def places(self, text: str) -> list[tuple[int, int]]:
+        """For each id that `encode` gives, its first character in `text` and the one behind its last.
+
+        Tokens that are parts of one character have the place of this character. White space before a word may
+        lie between two places. Raises `ValueError` as `encode`.
+        """
+        with _panics_explained():
+            return self._backend.encode(text, add_special_tokens=False).offsets
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of `ids`. Control tokens are spelled, or left out with `skip_special`."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)

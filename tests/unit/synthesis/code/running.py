@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from megatron_post.synthesis.recipe import load_recipe
 from tests.unit.synthesis.conftest import Place
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
 def run(place: Place, recipe: str, texts: list[str], *, size: int = 1, **values: Any) -> None:
-    """Write the texts as the files 01, 02 and so on, and run a recipe of one model on them.
+    """Write the texts as the files 01, 02 and so on, and run a recipe on them. One model does all parts.
 
     size: processes, one after the other.
     """
@@ -20,11 +21,8 @@ def run(place: Place, recipe: str, texts: list[str], *, size: int = 1, **values:
     for number, text in enumerate(texts, start=1):
         (code / f"{number:02d}").write_text(text)
     backend = {"kind": "server", "url": place.server.url, "served_model": "author", "timeout": 20.0}
-    models: dict[str, Any] = {
-        "author": {"model": "author", "backend": backend, "sampling": {"max_tokens": 4096}}
-    }
-    if recipe == "code_execution":
-        models["judge"] = "author"
+    author = {"model": "author", "backend": backend, "sampling": {"max_tokens": 4096}}
+    models = {name: author if name == "author" else "author" for name in load_recipe(recipe).models}
     documents = {"kind": "documents", "path": str(code)}
     values = {"max_failed": 0.02, **values, "recipe": recipe, "input": documents, "models": models}
     for rank in reversed(range(size)):
