@@ -9,10 +9,13 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from megatron_post.config.data import Source
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import Dialog, Message
+from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.template import render
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.inference.request import messages_as_json
 from megatron_post.synthesis.recipe import Dropped
 
 BUCKETS = (16_384, 32_768, 65_536, 131_072)
@@ -59,6 +62,13 @@ class Chunk:
 @lru_cache(maxsize=1)
 def _loaded(path: str) -> Tokenizer:
     return load_tokenizer(path)
+
+
+def trainable(text: str) -> str:
+    """The text. Raises `BadRow` if `data pack` would refuse it, before any model is asked about it."""
+    messages = messages_as_json([Message("user", text), Message("assistant", "Yes.")])
+    example_of_row({"messages": messages}, Source(name="synthesis", path="rows.jsonl"))
+    return text
 
 
 def chunks_of(text: str, settings: DocumentSettings) -> list[Chunk]:

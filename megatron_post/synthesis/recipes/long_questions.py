@@ -15,6 +15,7 @@ from megatron_post.synthesis.long.tokens import (
     found_once,
     measured,
     token_span,
+    trainable,
 )
 from megatron_post.synthesis.math.tries import column, unless_refused
 from megatron_post.synthesis.recipe import Dropped
@@ -40,7 +41,7 @@ class Settings(DocumentSettings):
 
 async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     settings = task.settings
-    document = column(row, settings.text, key="text")
+    document = trainable(column(row, settings.text, key="text"))
     chunks = chunks_of(document, settings)
     drawn = sorted(task.random.sample(range(len(chunks)), min(settings.chunks, len(chunks))))
     works = (_of_chunk(task, document, chunks[number], f"{number + 1}/{len(chunks)}") for number in drawn)

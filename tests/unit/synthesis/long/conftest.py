@@ -21,5 +21,16 @@ def tokenizer_path(pages: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     return directory
 
 
+@pytest.fixture(params=["small", "Llama 3"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer_path: Path) -> Path:
+    """The small tokenizer, and Meta's own where it is."""
+    if request.param == "small":
+        return tokenizer_path
+    path = ROOT / "../shared/data/llama3_tokenizer/tokenizer.model"
+    if not path.is_file():
+        pytest.skip("../shared/data has no tokenizer.model of Llama 3")
+    return path
+
+
 def _trained(pages: str) -> Tokenizer:
     return train_small_tokenizer([pages], 1500)

@@ -32,6 +32,7 @@ EXPECTED = {
     "cut": NONE_PASSES,
     "refused_write": "refused by a model",
     "refused_judge": "refused by a model",
+    "im_end": "`data pack` would refuse the row",
     "short": "the document has too few chunks",
     "huge": "the document is longer than the largest bucket",
 }
@@ -54,6 +55,7 @@ def _documents(*manners: str) -> list[str]:
         document(manner, number, towers=towers.get(manner, 14))
         for number, manner in enumerate(manners, start=1)
     ]
+    texts = [text.replace("im_end", "<|im_end|>") for text in texts]
     return [text * 2 if "of echoed" in text else text for text in texts]
 
 
