@@ -8,7 +8,7 @@ from megatron_post.data.special_tokens import END_OF_MESSAGE
 from megatron_post.inference.request import Reply, Request, assistant_message, messages_as_json
 
 _LONGEST_FINISH, _MOST_TOKENS = 100, 2**31
-_SHOWN = 2**14  # bytes of an answer in a message. After keys are hidden, the message is shortened further
+_SHOWN = 2**14  # bytes of an answer in a message. The message is shortened further once keys are hidden
 _CALLS = (END_OF_MESSAGE, 128008)  # the token and its id in Llama 3's tokenizer
 _REASONING = ("reasoning_content", "reasoning")  # the names in older and newer versions of vLLM
 
@@ -79,7 +79,7 @@ def parse_completion(content: bytes) -> Reply:
 
 
 def texts_of(reply: Reply) -> list[str]:
-    """Every text of a reply that the server has written."""
+    """All texts of a reply, which the server has written."""
     message = reply.message
     calls = (text for call in message.tool_calls for text in (call.name, str(call.arguments)))
     return [message.content, message.reasoning, reply.finish, *calls]

@@ -1,4 +1,4 @@
-"""An HTTP client for untrusted servers, with limits of time and size and without redirects."""
+"""An HTTP client for untrusted servers. It limits time and size, and does not follow redirects."""
 
 import asyncio
 import math
@@ -120,7 +120,7 @@ class HttpClient:
 
 
 def seconds_of(value: str) -> float:
-    """The seconds in a Retry-After header, which has a number or a date. 0 for other values."""
+    """The seconds until the time in a Retry-After header, which is a number or a date. 0 for other values."""
     try:
         seconds = float(value)
     except ValueError:
@@ -170,10 +170,13 @@ def key_in_environment(name: str) -> str:
 
 
 def checked_key(text: str) -> str:
-    """A key without the space around it. Raises `ValueError`, which does not repeat it, for other text."""
+    """A key without the white space around it.
+
+    Raises `ValueError` for a text that cannot be a key. The message does not repeat the text.
+    """
     key = text.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError("holds nothing, spaces, or what is no ASCII: that is no key")
+        raise ValueError("is not a key, which has only printable ASCII characters and no spaces")
     return key
 
 

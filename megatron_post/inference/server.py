@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's chat protocol, asked over HTTP and trusted in nothing."""
+"""Sends requests to untrusted servers that speak OpenAI's chat protocol over HTTP."""
 
 import asyncio
 import contextlib
@@ -38,18 +38,18 @@ from megatron_post.inference.sites import ADDRESSES, KEY_FILE, Sites
 from megatron_post.storage.reading import reading
 
 _LONGEST_MESSAGE = 500  # characters of what a server says
-_FIRST_WAIT = 0.5  # seconds; doubled after each try
+_FIRST_WAIT = 0.5  # seconds, doubled after each try
 _LONGEST_WAIT = 60.0  # unless a server asks for more
 _PATIENCE = 1800.0  # seconds, for servers that are published when they have started
 _HELLO = Request((Message("user", "Hello"),), Sampling(max_tokens=1), seed=1)
 
 
 class BadServer(ValueError):
-    """A server that cannot be reached, or whose answers cannot be used."""
+    """A server cannot be reached, or its answers cannot be used."""
 
 
 class _TryAgain(Exception):
-    """What another try may mend. wait: seconds that the server asks for."""
+    """An error for which the request is tried again. wait: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, *, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -57,22 +57,25 @@ class _TryAgain(Exception):
 
 
 class _BadAnswer(_TryAgain):
-    """What a server did that is there: it may be about this request alone."""
+    """An error of a server that was reached. The reason may be this request alone."""
 
 
 class _Refused(Exception):
-    """A request that is never answered."""
+    """The server refuses the request, so that another try would not help."""
 
 
 class Server:
-    """Sends each request by itself, with its own seed, as many at a time as the settings say.
+    """Sends each request separately, with its own seed and a bounded number at a time.
 
-    What it says of a server holds neither the key nor the password of a proxy. It belongs to one event loop.
+    Its messages never contain the key or the password of a proxy. It belongs to one event loop.
     """
 
     def __init__(self, settings: ServerBackend) -> None:
-        """Raises `ValueError` if the variable with the key is not set or holds no key and if this process may
-        not open so many connections, and `BadServer` if a proxy cannot be used."""
+        """Raises `ValueError` for a wrong key, and `BadServer` if a proxy cannot be used.
+
+        Also raises `ValueError` if the variable with the key is not set, or if this process may not open
+        enough connections.
+        """
         allow_open_files(settings.most_in_flight, needed=settings.parallel_requests * len(settings.urls))
         key = _key(settings)
         self._secrets = [*proxy_passwords(), *([] if key is None else [key])]
@@ -93,8 +96,11 @@ class Server:
         await self._http.close()
 
     async def answer(self, request: Request) -> Reply | Refusal:
-        """The reply, or a refusal if the server refuses the request, or has no usable answer to it and one to
-        others. Raises `BadServer` if the servers do not work at all."""
+        """The reply, or a refusal.
+
+        It is a refusal if the server refuses the request, or if all tries fail although the server answers
+        another request. Raises `BadServer` if the servers do not work at all.
+        """
         began = time.monotonic()
         tries = AsyncRetrying(
             retry=retry_if_exception_type(_TryAgain),
@@ -122,7 +128,7 @@ class Server:
         )
 
     async def _answers_others(self) -> bool:
-        """Whether a request is answered that any model can answer, and another one's failure is its own."""
+        """Whether a simple request is answered. Then the failure of another request has its own reason."""
         try:
             await self._try(_HELLO)
         except (_TryAgain, _Refused):
@@ -133,7 +139,7 @@ class Server:
         return redact(str(said), self._secrets)[:_LONGEST_MESSAGE]
 
     def _is_over(self, began: float, state: RetryCallState) -> bool:
-        """Whether a request that was first sent at `began` is not tried again."""
+        """Whether to stop trying a request. began: when it was first sent."""
         if self._given_up.is_set():
             return True
         assert state.outcome is not None
@@ -143,7 +149,7 @@ class Server:
         return state.attempt_number > self._settings.retries and not is_patient
 
     async def _sleep(self, seconds: float) -> None:
-        """Wait, but no longer than until another request has ended the run."""
+        """Wait, or stop waiting once another request has ended the run."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._given_up.wait()
@@ -188,7 +194,7 @@ class Server:
             raise _Refused(str(error)) from None
 
     def _refuse(self, url: str, answer: Answer) -> NoReturn:
-        # another program may have got the port of one of several servers
+        # If there are several servers, another program may have got the port of one of them.
         bad: type[Exception] = BadServer if len(self._settings.urls) == 1 else _BadAnswer
         if 300 <= answer.status < 400:
             raise bad(
@@ -207,7 +213,7 @@ class Server:
 
 
 def _key(settings: ServerBackend) -> str | None:
-    """The key of the environment, or the one that servers of `urls_from` have published."""
+    """The key in the environment, or the key that the servers of `urls_from` have published."""
     if (name := settings.api_key_variable) is not None:
         return key_in_environment(name)
     path = None if settings.urls_from is None else Path(settings.urls_from) / KEY_FILE
@@ -218,7 +224,7 @@ def _key(settings: ServerBackend) -> str | None:
 
 
 def _wait(state: RetryCallState) -> float:
-    """Seconds until the next try, at random, so that requests which failed together do not come together."""
+    """Seconds until the next try. They are random, so that requests that failed together are spread out."""
     assert state.outcome is not None
     error = state.outcome.exception()
     own = min(_FIRST_WAIT * 2 ** (state.attempt_number - 1), _LONGEST_WAIT)

@@ -1,4 +1,4 @@
-"""`megatron-post launch synthesize` queues the processes of a recipe and the servers that they ask."""
+"""`megatron-post launch synthesize` queues the processes of a recipe and the servers of its models."""
 
 import shlex
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from megatron_post.synthesis.settings import Synthesis, load_synthesis, recipe_s
 
 @dataclass(frozen=True)
 class _Planned:
-    """A job with what it takes of the cluster."""
+    """A job with the cluster settings for it."""
 
     job: Job
     cluster: Cluster
@@ -38,8 +38,8 @@ def launch_synthesis(
 ) -> None:
     """Check and queue a run of a recipe. If there are findings, raise `ConfigError` with all of them.
 
-    processes: tasks of the Slurm array that share the input rows. cpus: of each of them, which run the
-    programs of the sandbox. dry_run: print the scripts, and check the files only.
+    processes: tasks of the Slurm array that share the input rows. cpus: cores of each task, which run the
+    programs of the sandbox. dry_run: print the scripts and only check the files.
     """
     settings, cluster = load_synthesis(config_path, overrides), load_cluster(cluster_path)
     recipe_settings(settings, load_recipe(settings.recipe))
@@ -103,7 +103,11 @@ def _job(
 
 
 def _of_clients(settings: Synthesis, cluster: Cluster, cpus: int) -> Cluster:
-    """Clients of servers take a part of a node without GPUs. A model in the process takes a node."""
+    """The cluster settings of the processes of a recipe.
+
+    Processes that only use servers take a part of a node without GPUs. If a model runs in the process, it
+    takes a whole node.
+    """
     recipe = load_recipe(settings.recipe)
     if any(gpus_of(settings.models[name].backend) for name in recipe.models):
         return cluster
@@ -140,7 +144,7 @@ def _plan(settings: Synthesis, *, processes: int) -> list[str]:
 def _submit(
     settings: Synthesis, servers: _Planned | None, clients: _Planned, ending: _Planned | None
 ) -> None:
-    """Queue the jobs. Raises `SlurmError` if Slurm refuses one, after the others have been cancelled."""
+    """Queue the jobs. If Slurm refuses one, cancel the others and raise `SlurmError`."""
     ids: list[int] = []
 
     def submit(each: _Planned, after: Sequence[JobId] = (), when: slurm.When = "afterok") -> int:
