@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_post.config.sections import UncheckedConfig
+from megatron_post.storage.reading import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def contradictions(config: UncheckedConfig) -> list[str]:
         found.append(
             f"optimizer.warmup_steps={o.warmup_steps} is longer than the run, train.steps={steps}; lower it"
         )
+    found += _of_prompts(config)
     for key in ("sources", "eval_sources"):
         names = [source.name for source in getattr(config.data, key)]
         for number, name in enumerate(names):
@@ -92,6 +94,30 @@ def contradictions(config: UncheckedConfig) -> list[str]:
                 found.append(
                     f"data.{key}.{number}.name: {name!r} is also data.{key}.{first}'s; names must be unique"
                 )
+    return found
+
+
+def _of_prompts(config: UncheckedConfig) -> list[str]:
+    """A line for every entry of `data.prompted` that cannot be used."""
+    data, found = config.data, []
+    known = {source.name: source for source in (*data.sources, *data.eval_sources)}
+    named = [entry.source for entry in data.prompted.sources]
+    if named and config.stage != "sft":
+        found.append(f"data.prompted.sources has no effect with stage={config.stage}; set stage to sft")
+    for number, name in enumerate(named):
+        key, source = f"data.prompted.sources.{number}.source", known.get(name)
+        if source is None:
+            meant = did_you_mean(name, list(known))
+            found.append(f"{key}: {name!r} is in neither data.sources nor data.eval_sources{meant}")
+        elif source.columns or source.format != "auto":
+            found.append(f"{key}: templates read the rows of {name!r}, so leave out its format and columns")
+        if (first := named.index(name)) < number:
+            found.append(f"{key}: {name!r} is also data.prompted.sources.{first}'s; write one entry for it")
+    tasks = [entry.task for entry in data.prompted.sources]
+    for task in data.prompted.held_out_tasks:
+        if task not in tasks:
+            meant = did_you_mean(task, tasks)
+            found.append(f"data.prompted.held_out_tasks: no source has the task {task!r}{meant}")
     return found
 
 

@@ -1,10 +1,10 @@
 """The sections `tokenizer` and `data`, which say what data is used and how it is read."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_post.config.section import Count, Line, Name, Positive, Section, Whole
+from megatron_post.config.section import Count, Distinct, Line, Name, Positive, Section, Whole
 
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 TrainOn = Literal["all_turns", "last_turn"]
@@ -73,6 +73,31 @@ class Preferences(Section):
     newest_batch_only: bool = Field(False, description="use only the sources of the highest `batch`")
 
 
+class PromptedSource(Section):
+    """A source whose rows are rendered with prompt templates. Each template gives a source of its own."""
+
+    source: Name = Field(description="name of an entry of data.sources or data.eval_sources")
+    templates: Name = Field(description="file of templates in promptsource's YAML format")
+    names: Annotated[tuple[Line, ...], Distinct] = Field(
+        (), description="names of the templates that are used. Empty: all templates of the file"
+    )
+    task: Name = Field(description="the task of the dataset, such as sentiment or paraphrase")
+
+
+class Prompted(Section):
+    """Multitask prompting as in T0: several prompt templates for each dataset, and held-out tasks."""
+
+    sources: tuple[PromptedSource, ...] = Field((), description="the sources that templates are applied to")
+    max_examples: Count = Field(
+        500_000,
+        description="most examples of a dataset. Each of its n templates is applied to at most "
+        "max_examples / n rows, which the seed draws",
+    )
+    held_out_tasks: Annotated[tuple[Name, ...], Distinct] = Field(
+        (), description="tasks whose datasets in data.sources are not trained on"
+    )
+
+
 class Data(Section):
     """The data of a run, and how it is packed."""
 
@@ -95,5 +120,6 @@ class Data(Section):
         "bad. drop: it is left out. render: it is written between <think> and </think> before the answer",
     )
     preferences: Preferences = Field(Preferences(), description="which comparisons are used")
+    prompted: Prompted = Field(Prompted(), description="prompt templates that are applied to sources")
     backend: Literal["torch", "dali"] = Field("torch", description="what copies packs to the device")
     prefetch: int = Field(4, gt=0, le=4096, description="microbatches prepared ahead in the background")

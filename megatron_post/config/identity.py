@@ -97,6 +97,8 @@ RULES = (
             *_keys("data", "pack_length overlong train_on reasoning"),
             *_keys("data.preferences", "min_rating max_similarity newest_batch_only"),
             *_keys("data.sources.*", f"name {_ROWS}"),
+            *_keys("data.prompted", "max_examples held_out_tasks"),
+            *_keys("data.prompted.sources.*", "source names task"),
             "tokenizer.content_tokens",
         ),
     ),
@@ -162,6 +164,7 @@ RULES = (
         (
             *("run_dir", "model.preset", "train.log_every", "data.max_bad_rows"),
             *("data.sources.*.path", "data.eval_sources.*.path"),
+            "data.prompted.sources.*.templates",  # the store has a digest of each template
         ),
     ),
 )

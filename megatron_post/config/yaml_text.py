@@ -7,7 +7,7 @@ from anyone, so their size and depth are limited, and tags are refused.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import yaml
@@ -15,6 +15,7 @@ from yaml.events import (
     AliasEvent,
     DocumentStartEvent,
     MappingEndEvent,
+    MappingStartEvent,
     ScalarEvent,
     SequenceEndEvent,
     SequenceStartEvent,
@@ -48,9 +49,12 @@ def _plain_value(text: str) -> Any:
     return text
 
 
-def read_yaml(text: str) -> Any:
-    """The value of a document, or None for an empty one. Raises `ValueError` with the line and column."""
-    return _read(text)[0]
+def read_yaml(text: str, *, mapping_tags: Collection[str] = ()) -> Any:
+    """The value of a document, or None for an empty one. Raises `ValueError` with the line and column.
+
+    mapping_tags: tags, such as "!Template", that a mapping may have. It is read as if it had none.
+    """
+    return _read(text, mapping_tags)[0]
 
 
 def read_argument(text: str) -> Any:
@@ -88,12 +92,12 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.text)
 
 
-def _read(text: str) -> tuple[Any, int]:
+def _read(text: str, mapping_tags: Collection[str] = ()) -> tuple[Any, int]:
     """The value, and the position after its end."""
     if len(text) > LARGEST:
         raise ValueError(f"it has {len(text):,} characters, and no more than {LARGEST:,} are read")
     try:
-        return _Document(yaml.parse(text, Loader=yaml.SafeLoader)).read()
+        return _Document(yaml.parse(text, Loader=yaml.SafeLoader), mapping_tags).read()
     except yaml.MarkedYAMLError as error:
         context = f"{error.context}: " if error.context else ""
         tabs = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
@@ -106,8 +110,8 @@ def _read(text: str) -> tuple[Any, int]:
 class _Document:
     """Builds one value from the events of a parser."""
 
-    def __init__(self, events: Iterator[Any]) -> None:
-        self._events = events
+    def __init__(self, events: Iterator[Any], mapping_tags: Collection[str] = ()) -> None:
+        self._events, self._mapping_tags = events, mapping_tags
         self._count = self._end = 0
         self._anchors: dict[str, tuple[Any, int]] = {}  # anchor -> (value, number of values in it)
 
@@ -136,7 +140,8 @@ class _Document:
             value, size = self._anchors[event.anchor]
             self._add(size, event)
             return value
-        if event.tag is not None:
+        is_known = isinstance(event, MappingStartEvent) and event.tag in self._mapping_tags
+        if event.tag is not None and not is_known:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             raise _problem(event.start_mark, f"the tag {tag} is refused; write the value without it")
         # Without this limit, deeply nested values would exceed Python's limit of recursion.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.data.sources import PackedSource, PromptedRows, packed_sources
 from megatron_post.data.store_format import GROUPS, GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import texts_of
@@ -78,6 +79,8 @@ def build_store(
     ):
         for group in GROUPS:
             sources = packed_sources(config, group)
+            if group == "train" and not sources:
+                raise ValueError("data.prompted.held_out_tasks holds out every source; name fewer tasks")
             units, counts, keys = _read(group, sources, config, tokenizer, bad_rows, progress)
             summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
     _print(summaries, bad_rows, config, console)
@@ -97,7 +100,7 @@ def _check_sources(config: Config) -> None:
 
 def _read(
     group: GroupName,
-    sources: Sequence[Source],
+    sources: Sequence[PackedSource],
     config: Config,
     tokenizer: Tokenizer,
     bad_rows: BadRows,
@@ -105,18 +108,28 @@ def _read(
 ) -> tuple[Units, list[SourceCounts], list[KeyCounts]]:
     """Render every usable row of the sources. Also returns each source's counts and its unused keys."""
     pile, counts, keys = UnitPile(), [], [KeyCounts() for _ in sources]
-    for number, source in enumerate(sources):
+    for number, packed in enumerate(sources):
+        source = packed.source
         task = progress.add_task(f"{group}: reading {source.name}", total=None)
+        prompted = PromptedRows(packed, keys[number]) if packed.prompting else None
         rows = read_rows(
             source,
             bad_rows=bad_rows,
             train_on=config.data.train_on,
             reasoning=config.data.reasoning,
-            counts=keys[number],
+            counts=None if prompted else keys[number],
+            records=prompted,
         )
-        counts.append(
-            _render(rows, pile, source, number, config, tokenizer, bad_rows, partial(progress.advance, task))
-        )
+        advance = partial(progress.advance, task)
+        found = _render(rows, pile, source, number, config, tokenizer, bad_rows, advance)
+        left_out = prompted.left_out if prompted else found.filtered
+        if not found.rows:
+            raise ValueError(
+                f"source {source.name!r} ({source.path}) gave no usable row ({found.bad} bad, "
+                f"{found.dropped} longer than data.pack_length, {left_out} left out by "
+                f"{'its template' if prompted else 'data.preferences'}); remove it or mend it"
+            )
+        counts.append(replace(found, filtered=left_out, template=packed.template_digest))
         progress.update(task, total=progress.tasks[task].completed)
     return pile.units(), counts, keys
 
@@ -149,12 +162,6 @@ def _render(
         advance(len(batch))
     limit.check()
     bad, used = bad_rows.by_source[source.name], len(pile) - before
-    if not used:
-        raise ValueError(
-            f"source {source.name!r} ({source.path}) gave no usable row ({bad} bad, {limit.dropped} longer "
-            f"than data.pack_length, {example_units.filtered} left out by data.preferences); remove it or "
-            "mend it"
-        )
     return SourceCounts(
         source.name,
         rows=used,
@@ -179,18 +186,9 @@ def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> Exam
     )
 
 
-def packed_sources(config: Config, group: GroupName) -> tuple[Source, ...]:
-    """The sources that are packed into a group. They are all of its sources, or only the newest batch."""
-    named = config.data.sources if group == "train" else config.data.eval_sources
-    if not config.data.preferences.newest_batch_only:
-        return named
-    newest = max((source.batch for source in named), default=0)
-    return tuple(source for source in named if source.batch == newest)
-
-
 def _write(
     group: GroupName,
-    sources: Sequence[Source],
+    packed: Sequence[PackedSource],
     units: Units,
     counts: list[SourceCounts],
     keys: list[KeyCounts],
@@ -199,6 +197,7 @@ def _write(
     progress: Progress,
 ) -> GroupSummary:
     """Mix, pack and write one group."""
+    sources = [each.source for each in packed]
     uses = mix(sources, {count.name: count.rows for count in counts}, seed=settings.seed)
     flat = np.concatenate([np.zeros(0, dtype=np.int64), *uses.values()])
     assembly = assemble(units, np.repeat(np.arange(len(units)), flat), group, settings)
@@ -250,6 +249,8 @@ def _print(
                     f"{group}: {count.name}: {count.bad:,} bad rows left out, {count.dropped:,} longer than "
                     f"{config.data.pack_length:,} tokens dropped, {count.truncated:,} truncated"
                 )
+            if count.template and count.filtered:
+                console.print(f"{group}: {count.name}: {count.filtered:,} rows left out by the template")
             if count.spelled:
                 times = ", ".join(f"{token} {number:,} times" for token, number in count.spelled.items())
                 console.print(

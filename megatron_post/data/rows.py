@@ -9,7 +9,7 @@ directory. CSV files are read with Python's csv module.
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +28,7 @@ _MAX_LINE_BYTES = 8 * MAX_CHARACTERS
 _MAX_ARRAY_BYTES, _PIECE_BYTES = 2**32, 2**24
 
 # The row's number, its place ("file:line") and the row, or a `BadRow` if it could not be decoded.
-_Record = tuple[int, str, Any]
+Record = tuple[int, str, Any]
 
 
 class TooManyBadRows(ValueError):
@@ -71,17 +71,20 @@ def read_rows(
     train_on: TrainOn = "all_turns",
     reasoning: Reasoning = "refuse",
     counts: KeyCounts | None = None,
+    records: Iterable[Record] | None = None,
 ) -> Iterator[tuple[int, Dialog | Preference]]:
     """Yield (row number, dialog or preference) for each good row, at most `source.max_rows` of them.
 
     train_on, reasoning: as in `Data`. `source.train_on` has priority. counts: collects unused keys.
+    records: rows in place of those of `raw_rows`, already in the form of a dialog or a preference.
+
     Row numbers start at 1 and are line numbers in a local JSON Lines file. They continue over the files of a
     directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, and for
     columns that cannot make an example.
     """
     read = RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)
     num_good = 0
-    for number, where, row in raw_rows(source):
+    for number, where, row in raw_rows(source) if records is None else records:
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -130,7 +133,7 @@ def raw_rows(source: Source) -> Iterator[tuple[int, str, Any]]:
         before += number
 
 
-def _from_file(file: Path) -> Iterator[_Record]:
+def _from_file(file: Path) -> Iterator[Record]:
     if file.name.endswith(JSON_SUFFIXES):
         yield from _from_json(file)
     elif file.name.endswith(CSV_SUFFIXES):
@@ -145,7 +148,7 @@ def _load_file(kind: str, file: Path) -> Any:
     return datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
 
 
-def _numbered(where: str, load: Callable[[], Any]) -> Iterator[_Record]:
+def _numbered(where: str, load: Callable[[], Any]) -> Iterator[Record]:
     number = 0
     try:
         for number, row in enumerate(load(), start=1):
@@ -163,7 +166,7 @@ def _without_padding(value: Any) -> Any:
     return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _from_json(file: Path) -> Iterator[_Record]:
+def _from_json(file: Path) -> Iterator[Record]:
     """The rows of a file of JSON lines or of one JSON array. The place of an array's row is its index."""
     with reading(file), _open(file) as stream:
         start = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]

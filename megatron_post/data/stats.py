@@ -155,7 +155,8 @@ def _print_sources(store: PackStore, console: Console) -> None:
         if counts.bad or counts.dropped or counts.truncated or counts.filtered:
             console.print(
                 f"{counts.name}: {counts.bad:,} bad rows left out, {counts.dropped:,} overlong dropped, "
-                f"{counts.truncated:,} truncated, {counts.filtered:,} left out by data.preferences"
+                f"{counts.truncated:,} truncated, {counts.filtered:,} left out by "
+                f"{'the template' if counts.template else 'data.preferences'}"
             )
 
 

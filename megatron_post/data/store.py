@@ -79,7 +79,11 @@ class PackStore:
             for item in dataclasses.fields(StoreSettings)
             if item.compare
         }
-        sources = [dataclasses.asdict(source) for source in self.sources]
+        # Without a template the entry is left out, so that stores of earlier versions keep their digest.
+        sources = [
+            {name: value for name, value in dataclasses.asdict(source).items() if value or name != "template"}
+            for source in self.sources
+        ]
         return sha256_of_json({"settings": settings, "sources": sources, "arrays": dict(self._digests)})
 
     def column(self, name: str) -> np.ndarray:

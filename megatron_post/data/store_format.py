@@ -79,3 +79,5 @@ class SourceCounts:
     filtered: int = 0
     # how often texts spell each special token, which is encoded as text
     spelled: dict[str, int] = field(default_factory=dict)
+    # the digest of the template that was applied to the rows, or "" without one
+    template: str = ""

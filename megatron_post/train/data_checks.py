@@ -7,8 +7,8 @@ import torch
 
 from megatron_post.config.schema import Config
 from megatron_post.config.settings import flatten
-from megatron_post.data.build import packed_sources
 from megatron_post.data.pack import Pack
+from megatron_post.data.sources import packed_sources
 from megatron_post.data.store import PackStore, StoreError
 from megatron_post.parallel.topology import Topology
 from megatron_post.stages.base import Stage
@@ -20,8 +20,9 @@ def check_sources(config: Config, store: PackStore) -> None:
     A config that names no training sources accepts any store.
     """
     key = {"train": "data.sources", "eval": "data.eval_sources"}[store.group]
-    named = {source.name for source in packed_sources(config, store.group)}
-    held = {source.name for source in store.sources}
+    templates = {source.name: source.template_digest for source in packed_sources(config, store.group)}
+    held_templates = {source.name: source.template for source in store.sources}
+    named, held = set(templates), set(held_templates)
     name = f"store {store.path}/{store.group}"
     if missing := sorted(named - held):
         raise StoreError(
@@ -32,6 +33,11 @@ def check_sources(config: Config, store: PackStore) -> None:
         raise StoreError(
             f"{name} holds {', '.join(extra)}, which {key} does not name; add it there, or pack a store "
             "without it"
+        )
+    if changed := sorted(n for n in named & held if templates[n] != held_templates[n]):
+        raise StoreError(
+            f"{name} was packed with another text of the template(s) {', '.join(changed)}; run "
+            "`megatron-post data pack`, or restore the text"
         )
     if named and not len(store):
         raise StoreError(f"{key} names {', '.join(sorted(named))}, and {name} has no pack of it")

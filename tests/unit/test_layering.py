@@ -141,7 +141,7 @@ ONLY = {
     "installation": set(),
     "storage": {"yaml"},
     "sandbox": {"pydantic"},
-    "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia"},
+    "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia", "jinja2", "pydantic"},
     "stages": {"torch", "megatron_post_kernels"},
     "models": {"torch", "megatron", "transformer_engine", "megatron_post_kernels"},
     "convert": {"torch", "megatron", "rich", "typer"},

@@ -35,7 +35,10 @@ def test_a_config_has_the_keys_of_the_schema() -> None:
     """Entries of lists have their index in the key. A section that is null has the keys of its schema."""
     config = tiny_config(
         model={"rope_scaling": None},
-        data={"sources": [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}]},
+        data={
+            "sources": [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}],
+            "prompted": {"sources": [{"source": "a", "templates": "a.yaml", "task": "t"}]},
+        },
     )
     values = flatten(config)
     assert values["data.sources.1.name"] == "b" and values["model.rope_scaling.factor"] is None
