@@ -37,8 +37,8 @@ class Trial:
         if report.kind == "tests":
             return "the tests cannot be loaded", report.text
         if report.ok:
-            passed, run = await survivors(self.bench, source, tests, self.mutants)
-            if run - len(passed) >= self.killed * run:
+            passed, killed = await survivors(self.bench, source, tests, self.mutants)
+            if killed >= self.killed:
                 return None
             return "wrong programs pass the tests", "\n\n".join(
                 ["Programs with an error pass them:", *passed]

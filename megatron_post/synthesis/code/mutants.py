@@ -28,17 +28,21 @@ _OTHERS = {
 _BETWEEN_BLANKS = "<>+-*/%"  # without blanks they may be brackets of a type, signs or pointers
 
 
-async def survivors(bench: Bench, source: str, tests: str, count: int) -> tuple[list[str], int]:
-    """The changes of the mutants that pass the tests, and the number of mutants that were run.
+async def survivors(bench: Bench, source: str, tests: str, count: int) -> tuple[list[str], float]:
+    """The changes of the mutants that pass the tests, and the share of the mutants that fail them.
 
-    count: the largest number of mutants. Mutants that do not compile are not counted. Raises `Dropped` if
-    `mutants_of` does.
+    The share is 0 if the program that does nothing passes. Otherwise that program is not counted, because
+    tests that it fails may still assert no more than that something is printed. Mutants that do not compile
+    are not counted either. count: the largest number of mutants. Raises `Dropped` if `mutants_of` does.
     """
     mutants = await mutants_of(bench, source, count)
     runs = (bench.run("mutant", mutant, tests) for mutant, _ in mutants)
-    reports = list(zip(mutants, await bench.task.together(*runs), strict=True))
-    passed = [change for (_, change), report in reports if report.ok]
-    return passed, sum(report.kind != "build" for _, report in reports)
+    reports = await bench.task.together(*runs)
+    passed = [change for (_, change), report in zip(mutants, reports, strict=True) if report.ok]
+    if reports[0].ok:
+        return passed, 0.0
+    count = sum(report.kind != "build" for report in reports[1:])
+    return passed, 1 - len(passed) / count if count else 1.0
 
 
 async def mutants_of(bench: Bench, source: str, count: int) -> list[tuple[str, str]]:

@@ -90,8 +90,8 @@ async def _tests(task: Task[Settings], bench: Bench, code: str) -> str:
         return ""
     if not (await bench.run("test_code", code, tests)).ok:
         return ""
-    passed, run = await survivors(bench, code, tests, task.settings.mutants)
-    return tests if run - len(passed) >= task.settings.killed * run else ""
+    _, killed = await survivors(bench, code, tests, task.settings.mutants)
+    return tests if killed >= task.settings.killed else ""
 
 
 async def _closeness(
@@ -109,6 +109,18 @@ async def _closeness(
 
 def _quotes(explanation: str, code: str) -> bool:
     """Whether an explanation has a block of code, or too many lines of the code."""
-    lines = [line.strip() for line in code.split("\n") if len(line.strip()) >= _LONG_LINE]
-    quoted = sum(line in explanation for line in lines)
+    said, lines = " ".join(explanation.split()), _long_lines(code)
+    quoted = sum(line in said for line in lines)
     return bool(blocks(explanation)) or quoted > max(1, _MOST_QUOTED * len(lines))
+
+
+def _long_lines(code: str) -> list[str]:
+    """The long lines of code, and short lines that stand together, each with single blanks."""
+    found, short = [], ""
+    for line in code.split("\n"):
+        line = " ".join(line.split())
+        short = f"{short} {line}".strip() if len(line) < _LONG_LINE else line
+        if len(short) >= _LONG_LINE:
+            found.append(short)
+            short = ""
+    return found

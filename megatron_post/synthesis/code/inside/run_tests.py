@@ -57,6 +57,7 @@ class _Bench:
             given.seek(0)
             returncode = self._wait([f'{self._command} "$@"', "sh", *map(str, arguments)], given, out, err)
             result = Result(_text(out), _text(err), returncode)
+            digest = _digest(out)
         self.runs.append(
             {
                 "stdin": stdin[:_KEPT],
@@ -65,7 +66,7 @@ class _Bench:
                 "stderr": result.stderr[-_KEPT:],
                 "returncode": returncode,
                 "printed": bool(result.stdout.strip()),
-                "digest": hashlib.sha256(_without_blanks(result.stdout).encode()).hexdigest(),
+                "digest": digest,
             }
         )
         if self.hung:
@@ -103,9 +104,20 @@ def _text(file: IO[bytes]) -> str:
     return file.read(_MOST_BYTES).decode(errors="replace")
 
 
-def _without_blanks(text: str) -> str:
-    """The text as far as an output is compared: without blanks at the ends of lines and of the text."""
-    return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
+def _digest(file: IO[bytes]) -> str:
+    """A digest of a whole output, without blanks at the ends of lines and of the output.
+
+    Bytes are compared, because different bytes that are not UTF-8 become the same text.
+    """
+    file.seek(0)
+    digest, end = hashlib.sha256(), b""
+    for line in file:
+        content = line.rstrip()
+        if content:
+            digest.update(end + content)
+            end = b""
+        end += b"\n"
+    return digest.hexdigest()
 
 
 def _report(job: dict[str, Any], tests_text: str) -> dict[str, Any]:

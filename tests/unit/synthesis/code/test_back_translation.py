@@ -10,6 +10,7 @@ from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.sandbox import open_sandbox
 from megatron_post.sandbox.settings import Bubblewrap
 from megatron_post.synthesis.code.similarity import labels_of, similarity
+from megatron_post.synthesis.recipes.back_translation import _quotes
 from megatron_post.synthesis.task import Files
 from tests.scripted_server import ScriptedServer
 from tests.unit.synthesis.code.running import check_that_it_goes_on, needs_bubblewrap, outcomes, run
@@ -69,6 +70,15 @@ def test_exactly_the_right_rows_come_out(place: Place) -> None:
 def test_a_run_that_was_cut_off_goes_on(place: Place) -> None:
     sources = _sources("tested", "no_tests", "quotes")
     check_that_it_goes_on(place, 0.5, "back_translation", sources, settings=SETTINGS)
+
+
+def test_short_lines_of_code_are_quoted_too() -> None:
+    code = "def f(a, b):\n    c = a + b\n    c *= 2\n    return c\n\n"
+    code += "if __name__ == '__main__':\n    print(f(1, 2))\n"
+    said = "It doubles a sum. `def f(a, b):` takes two numbers.\n\n    c = a + b\n    c *= 2\n"
+    assert not _quotes(said, code)
+    assert _quotes(f"The code is {' '.join(code.split())}", code)
+    assert _quotes("This is it:\n\n" + "\n".join(f"    {line}" for line in code.split("\n")), code)
 
 
 class _Task:

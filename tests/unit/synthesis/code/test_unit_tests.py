@@ -1,7 +1,7 @@
 """What tests report of programs, and what programs and tests cannot do to each other."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.sandbox import Sandbox, open_sandbox
 from megatron_post.sandbox.settings import Bubblewrap, Limits
+from megatron_post.synthesis.code.mutants import survivors
 from megatron_post.synthesis.code.unit_tests import Bench, Report
 from megatron_post.synthesis.task import Files
 from tests.unit.synthesis.code.running import needs_bubblewrap
@@ -28,6 +29,9 @@ class SandboxTask:
     async def run(self, step: str, files: Files, command: Sequence[str]) -> Outcome:
         content = {name: text.read_text() if isinstance(text, Path) else text for name, text in files.items()}
         return await self._sandbox.run(content, command)
+
+    async def together(self, *work: Awaitable[Any]) -> list[Any]:
+        return [await each for each in work]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,24 @@ def test_outputs_are_equal_without_blanks_at_the_ends_of_lines(bench: Bench) -> 
     )
     digests = [run.digest for run in report.runs]
     assert digests[0] == digests[1] and len(set(digests)) == 4
+
+
+def test_all_bytes_of_an_output_are_compared(bench: Bench) -> None:
+    source = (
+        "import os, sys\nword = sys.argv[1]\n"
+        "os.write(1, bytes([int(word)]) if len(word) == 3 else b'x\\n' * 700_000 + word.encode())\n"
+    )
+    report = _run(bench, source, *(f"run('', '{word}')" for word in ("254", "255", "1", "2")))
+    assert len({run.digest for run in report.runs}) == 4
+
+
+def test_tests_that_ask_for_any_output_are_not_good(bench: Bench) -> None:
+    """A program that does nothing fails them, and no change of a program does."""
+    source = "text = input()\nfor number in range(3):\n    print(number + 2 * len(text))\n"
+    weak = "def test_it():\n    assert run('1 2').stdout.strip()\n"
+    good = "def test_it():\n    assert run('1 2').stdout == '6\\n7\\n8\\n'\n"
+    shares = [asyncio.run(survivors(bench, source, tests, 4))[1] for tests in (weak, good)]
+    assert shares == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
