@@ -58,7 +58,7 @@ def parse_completion(content: bytes) -> Reply:
         calls = [call["function"] for call in message.get("tool_calls") or ()]
         named = [(call["name"], call["arguments"]) for call in calls]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise NoCompletion(f"an answer that is no chat completion ({error!r}): {shown}") from None
+        raise NoCompletion(f"an answer that is not a chat completion ({error!r}): {shown}") from None
     is_finish = isinstance(finish, str) and len(finish) <= _LONGEST_FINISH
     if text is None and is_finish and not named:  # a refusal, or reasoning without an answer
         raise Unusable(f"a chat completion without text: {shown}")

@@ -124,7 +124,7 @@ class Server:
         self._given_up.set()
         raise BadServer(
             f"{self._settings.urls_from or ' '.join(self._settings.urls)}: {failed}; responses that were "
-            "finished before are kept: mend the server and run the same command again"
+            "finished before are kept. Repair the server and run the same command again"
         )
 
     async def _answers_others(self) -> bool:
@@ -198,9 +198,8 @@ class Server:
         bad: type[Exception] = BadServer if len(self._settings.urls) == 1 else _BadAnswer
         if 300 <= answer.status < 400:
             raise bad(
-                f"{url} redirects to {self._shown(answer.location)}. Redirects are not followed, since that "
-                "server would get the key and the prompts: if it is the one to ask, set the backend's url to "
-                "it"
+                f"{url} redirects to {self._shown(answer.location)}. Redirects are not followed, because "
+                "that server would get the key and the prompts. If you trust it, set the backend's url to it"
             )
         text = self._shown(f"HTTP status {answer.status}: {answer.content.decode(errors='replace')}")
         if answer.status in (400, 413, 422):

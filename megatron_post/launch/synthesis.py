@@ -84,7 +84,7 @@ def _findings(settings: Synthesis, cluster: Cluster, *, cpus: int) -> list[str]:
             f"serve.gpus={wanted.gpus} is more than the cluster's gpus_per_node={cluster.gpus_per_node}"
         )
     if wanted.image is not None and cluster.container is None:
-        found.append("serve.image: the cluster file has no container, so that no image is used")
+        found.append("serve.image has no effect, because the cluster file has no container")
     return found
 
 
@@ -136,7 +136,7 @@ def _plan(settings: Synthesis, *, processes: int) -> list[str]:
             f"servers of {wanted.model}: {wanted.servers}, each on {wanted.nodes} x {wanted.gpus} GPUs",
             f"they publish their addresses in {settings.servers}",
             "the processes start once the first server's job has started",
-            "the last job ends the servers once all processes have ended, in whatever way",
+            "the last job ends the servers once all processes have ended, even if they failed",
         ]
     return lines
 

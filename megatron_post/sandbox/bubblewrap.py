@@ -75,7 +75,7 @@ class BubblewrapSandbox:
             raise ValueError(f"sandbox: {', '.join(missing)} cannot be found; {install}, {_OTHERWISE}")
         for path in settings.read_only:
             if not Path(path).is_dir():
-                raise ValueError(f"sandbox.read_only: {path} is no directory")
+                raise ValueError(f"sandbox.read_only: {path} is not a directory")
         usage = subprocess.run([self._found["bwrap"], "--help"], capture_output=True, text=True, timeout=60)
         self._has_size = "--size" in usage.stdout  # since 0.7. Before, only the watcher limits files
         self._filter = filter_program()

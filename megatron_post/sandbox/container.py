@@ -145,6 +145,6 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     if directory.exists():
         raise BrokenSandbox(
-            f"the container's files in {directory} cannot be removed; run it as this user, such as "
-            f"docker run --user={os.getuid()}"
+            f"the container's files in {directory} cannot be removed. Run the container as this user, "
+            f"such as with docker run --user={os.getuid()}"
         )

@@ -80,7 +80,7 @@ def steps(language: Language, source: str) -> Steps:
 
 def _known(language: Language, source: str) -> tuple[str, str, str]:
     if language not in TOOLS:
-        raise ValueError(f"{language!r} cannot be run; there are {', '.join(LANGUAGES)}")
+        raise ValueError(f"{language!r} cannot be run. The languages are {', '.join(LANGUAGES)}")
     return _commands(language, source)
 
 

@@ -50,7 +50,9 @@ class Outcome:
         except TypeError as error:
             raise ValueError(f"{entry} is not the outcome of a program: {error}") from None
         if outcome.kind not in get_args(Kind):
-            raise ValueError(f"{outcome.kind!r} is no kind of outcome; there are {', '.join(get_args(Kind))}")
+            raise ValueError(
+                f"{outcome.kind!r} is not a kind of outcome. The kinds are {', '.join(get_args(Kind))}"
+            )
         return outcome
 
 

@@ -112,7 +112,9 @@ class Sandbox:
         with tempfile.TemporaryDirectory() as directory:
             printed = self._first(container_check.command(directory))
         if found := container_check.faults(printed):
-            raise ValueError(f"sandbox.command is no sandbox: a program in it {'; and it '.join(found)}")
+            raise ValueError(
+                f"sandbox.command does not isolate programs: a program in it {'. It '.join(found)}"
+            )
 
 
 def open_sandbox(settings: Bubblewrap | Container) -> Sandbox:
@@ -130,16 +132,16 @@ def _default_programs() -> int:
 def _checked(files: Mapping[str, str | bytes], limits: Limits) -> dict[str, bytes]:
     """Files as bytes. Raises `ValueError` for names outside their directory, and if they are too large."""
     if len(files) > _MOST_FILES:
-        raise ValueError(f"a program has {len(files)} files, and can have {_MOST_FILES}")
+        raise ValueError(f"a program has {len(files)} files, and at most {_MOST_FILES} are allowed")
     content: dict[str, bytes] = {}
     for name, text in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or str(path) != name or name == ".":
-            raise ValueError(f"{name!r} is no name of a file in the program's directory")
+            raise ValueError(f"{name!r} is not the name of a file in the program's directory")
         encoded = name.encode(errors="replace")
         if not name.isprintable() or len(encoded) > _LONGEST_NAME:
             raise ValueError(
-                f"{name!r} is no name of a file: it has more than {_LONGEST_NAME} bytes, or "
+                f"{name!r} is not the name of a file, because it has more than {_LONGEST_NAME} bytes or "
                 "characters that cannot be printed"
             )
         content[name] = text.encode(errors="surrogatepass") if isinstance(text, str) else text
@@ -154,10 +156,10 @@ def _checked(files: Mapping[str, str | bytes], limits: Limits) -> dict[str, byte
 
 def _checked_command(command: Sequence[str]) -> None:
     if isinstance(command, str) or not command or not command[0]:
-        raise ValueError(f"{command!r} is no command; write a list of words")
+        raise ValueError(f"{command!r} is not a command. Write a list of words")
     for word in command:
         if "\0" in word or len(word.encode(errors="surrogatepass")) > _LONGEST_WORD:
             raise ValueError(
                 f"a word of a command has a null character in it or more than {_LONGEST_WORD} bytes: "
-                f"{word[:60]!r}; write what is long into a file"
+                f"{word[:60]!r}. Write long text into a file"
             )

@@ -25,7 +25,7 @@ def _template(words: tuple[str, ...]) -> tuple[str, ...]:
         for field in fields:
             if field not in PLACEHOLDERS:
                 raise ValueError(
-                    f"{word!r} has a placeholder {{{field}}}; there are "
+                    f"{word!r} has the unknown placeholder {{{field}}}. The placeholders are "
                     f"{', '.join(f'{{{name}}}' for name in PLACEHOLDERS)}"
                 )
     return words
@@ -47,7 +47,7 @@ class Limits(Section):
         256,
         ge=16,
         le=2**16,
-        description="files, pipes and sockets of one process; all have four times as many",
+        description="open files, pipes and sockets of one process. All together may have four times as many",
     )
     disk_mib: Count = Field(64, le=2**20, description="size of all files, which are kept in memory")
     output_kib: Count = Field(256, le=2**20, description="size of standard output and error together")
@@ -68,11 +68,12 @@ class Bubblewrap(_Sandbox):
     kind: Literal["bubblewrap"] = Field("bubblewrap", description="selects this sandbox")
     read_only: tuple[Annotated[Name, AfterValidator(_absolute)], ...] = Field(
         (),
-        description="more directories that programs can read, such as one with Python packages; under root "
+        description="more directories that programs can read, such as one with Python packages. Under root "
         "every user must be able to read them",
     )
     environment: dict[_Variable, _Text] = Field(
-        {}, description="more variables of a program, such as PYTHONPATH; it has none of this process"
+        {},
+        description="more variables of a program, such as PYTHONPATH. It gets no variables of this process",
     )
 
 

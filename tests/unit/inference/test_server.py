@@ -101,20 +101,20 @@ def test_what_passes_is_tried_again(served: _Server) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"<html>It works!</html>", "no chat completion .*It works"),
-        (b"[]", "no chat completion"),
-        (b'{"choices": []}', "no chat completion"),
-        (b'{"choices": [{"message": null}]}', "no chat completion"),
+        (b"<html>It works!</html>", "not a chat completion .*It works"),
+        (b"[]", "not a chat completion"),
+        (b'{"choices": []}', "not a chat completion"),
+        (b'{"choices": [{"message": null}]}', "not a chat completion"),
         (_completion("x", None), "without text"),
         (_completion("x", "stop" * 26), "without text"),
         (
             _completion("x")[:-1] + b', "usage": {"completion_tokens": 1' + b"0" * 400 + b"}}",
             "count of tokens",
         ),
-        (b"[" * 100_000, "no chat completion"),
-        (_completion("cut")[:-9], "no chat completion"),
-        (b"", "no chat completion"),
-        (b'{"error": {"message": "CUDA out of memory"}}', "no chat completion .*CUDA out of memory"),
+        (b"[" * 100_000, "not a chat completion"),
+        (_completion("cut")[:-9], "not a chat completion"),
+        (b"", "not a chat completion"),
+        (b'{"error": {"message": "CUDA out of memory"}}', "not a chat completion .*CUDA out of memory"),
     ],
 )
 def test_nonsense_is_refused(served: _Server, content: bytes, message: str) -> None:

@@ -65,7 +65,10 @@ def test_a_partition_without_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[
             {"serve": {"gpus": 16, "command": None}},
             "serve.gpus=16 is more than the cluster's gpus_per_node=8",
         ),
-        ({"serve": {"image": "vllm.sqsh"}}, "serve.image: the cluster file has no container"),
+        (
+            {"serve": {"image": "vllm.sqsh"}},
+            "serve.image has no effect, because the cluster file has no container",
+        ),
     ],
 )
 def test_what_the_cluster_does_not_have(

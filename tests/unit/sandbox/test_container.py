@@ -85,7 +85,9 @@ def test_limits_hold_from_outside(container: Sandbox, stopped: Path, script: str
 def test_a_container_that_is_no_sandbox_is_refused(
     sandbox: Sandbox, command: tuple[str, ...], fault: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"sandbox\.command is no sandbox: a program in it {fault}"):
+    with pytest.raises(
+        ValueError, match=rf"sandbox\.command does not isolate programs: a program in it {fault}"
+    ):
         open_sandbox(Container(kind="command", command=command))
 
 
@@ -100,5 +102,5 @@ def test_files_that_stay_are_an_error(
     """As with a container that runs as another user."""
     monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.raises(BrokenSandbox, match=rf"{tmp_path} cannot be removed; .*--user={os.getuid()}"):
+    with pytest.raises(BrokenSandbox, match=rf"{tmp_path} cannot be removed. .*--user={os.getuid()}"):
         asyncio.run(container.run({}, ["true"]))

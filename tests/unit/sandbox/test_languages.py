@@ -51,5 +51,5 @@ def test_a_program_is_built_once_and_run_many_times(sandbox: Sandbox, language: 
 
 
 def test_an_unknown_language_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'cobol' cannot be run; there are python, javascript"):
+    with pytest.raises(ValueError, match=r"'cobol' cannot be run. The languages are python, javascript"):
         program("cobol", "")  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def test_a_name_that_leads_elsewhere_is_refused_before_anything_runs(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(sandbox, "_run", lambda *_: pytest.fail("it ran"))
-    with pytest.raises(ValueError, match="is no name of a file"):
+    with pytest.raises(ValueError, match="is not the name of a file"):
         asyncio.run(sandbox.run({name: ""}, ["true"]))
 
 
@@ -266,7 +266,7 @@ def test_settings_that_cannot_work_are_refused(sandbox: Sandbox) -> None:
     for wrong in ({"A=B": "x"}, {"": "x"}, {"1A": "x"}, {"A\n": "x"}, {"A": "x\0"}):
         with pytest.raises(ValueError, match="environment"):
             Bubblewrap(environment=wrong)
-    with pytest.raises(ValueError, match="/no/such is no directory"):
+    with pytest.raises(ValueError, match="/no/such is not a directory"):
         open_sandbox(Bubblewrap(read_only=("/no/such",)))
     with pytest.raises(ValueError, match=r"\{file\}.*\{directory\}"):
         Container(kind="command", command=("docker", "{file}"))
