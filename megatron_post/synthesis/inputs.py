@@ -46,7 +46,16 @@ class DocumentsInput(_Taken):
     least: Count = Field(1, description="pieces shorter than this are skipped")
 
 
-InputSettings = Annotated[RowsInput | DocumentsInput, Field(discriminator="kind")]
+class RepositoriesInput(_Taken):
+    """Whole repositories. A row has the name `repository`, `files` (path -> text) and `left_out` (paths)."""
+
+    kind: Literal["repositories"] = Field(description="selects this kind of input")
+    path: Name = Field(description="directory, in which each directory is a repository")
+    pattern: Name = Field("**/*.py", description="which files of a repository are read")
+
+
+AnyInput = RowsInput | DocumentsInput | RepositoriesInput
+InputSettings = Annotated[AnyInput, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -61,18 +70,21 @@ class InputRow:
     source: str
 
 
-def read_input(settings: RowsInput | DocumentsInput, *, bad_rows: BadRows) -> Iterator[InputRow]:
+def read_input(settings: AnyInput, *, bad_rows: BadRows) -> Iterator[InputRow]:
     """Yield the good rows in order. Raises `ValueError` (`TooManyBadRows`) for an input that cannot be read.
 
     Bad rows are added to `bad_rows`.
     """
-    records = _from_rows(settings) if isinstance(settings, RowsInput) else _from_documents(settings)
+    if isinstance(settings, RowsInput):
+        records = _from_rows(settings)
+    elif isinstance(settings, DocumentsInput):
+        records = _from_documents(settings)
+    else:
+        records = _from_repositories(settings)
     return islice(_good(records, settings, bad_rows), settings.max_rows)
 
 
-def _good(
-    records: Iterator[tuple[str, Any]], settings: RowsInput | DocumentsInput, bad_rows: BadRows
-) -> Iterator[InputRow]:
+def _good(records: Iterator[tuple[str, Any]], settings: AnyInput, bad_rows: BadRows) -> Iterator[InputRow]:
     for source, values in records:
         try:
             if isinstance(values, BadRow):
@@ -113,6 +125,47 @@ def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
                 yield f"{file}:{first}-{last}", values
 
 
+def _from_repositories(settings: RepositoriesInput) -> Iterator[tuple[str, Any]]:
+    """Directories without a file of the pattern are passed over. Raises `ValueError` if all are."""
+    path = Path(settings.path)
+    if not path.is_dir():
+        raise ValueError(f"input.path: {path} is not a directory{did_you_mean_path(path)}")
+    found = False
+    for repository in sorted(path.iterdir()):
+        if repository.is_dir() and not repository.name.startswith("."):
+            if names := list(_matching(repository, settings.pattern)):
+                found = True
+                yield str(repository), _repository(repository, names)
+    if not found:
+        raise ValueError(f"input.pattern={settings.pattern}: no directory of {path} has such a file")
+
+
+def _repository(path: Path, names: list[Path]) -> dict[str, Any] | BadRow:
+    """A row, or why there is none. Files that are no text are listed, and cost no repository."""
+    files: dict[str, str] = {}
+    left_out: list[str] = []
+    for file in names:
+        name = file.relative_to(path).as_posix()
+        try:
+            files[name] = _text(file)
+        except BadRow:
+            left_out.append(name)
+        if sum(map(len, files.values())) > _LARGEST_FILE:
+            return BadRow(f"huge: its files have more than {_LARGEST_FILE:,} characters")
+    return {"repository": path.name, "files": files, "left_out": left_out}
+
+
+def _matching(path: Path, pattern: str) -> Iterator[Path]:
+    """Regular files of a directory in the order of their names. Raises `ValueError` for a wrong pattern."""
+    try:
+        names = sorted(path.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"input.pattern={pattern}: {error}") from None
+    for file in names:
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+            yield file
+
+
 def _files(path: Path, pattern: str) -> Iterator[Path]:
     """Yield the regular files, sorted by name. Raises `ValueError` if there are none."""
     if path.is_file():
@@ -120,15 +173,10 @@ def _files(path: Path, pattern: str) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise ValueError(f"input.path: {path} does not exist{did_you_mean_path(path)}")
-    try:
-        names = sorted(path.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"input.pattern={pattern}: {error}") from None
     found = False
-    for file in names:
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
-            found = True
-            yield file
+    for file in _matching(path, pattern):
+        found = True
+        yield file
     if not found:
         raise ValueError(f"input.pattern={pattern}: {path} has no such file")
 
