@@ -132,10 +132,10 @@ def _from_repositories(settings: RepositoriesInput) -> Iterator[tuple[str, Any]]
         raise ValueError(f"input.path: {path} is not a directory{did_you_mean_path(path)}")
     found = False
     for repository in sorted(path.iterdir()):
-        if repository.is_dir() and not repository.name.startswith("."):
-            if names := list(_matching(repository, settings.pattern)):
-                found = True
-                yield str(repository), _repository(repository, names)
+        is_one = repository.is_dir() and not repository.name.startswith(".")
+        if is_one and (names := list(_matching(repository, settings.pattern))):
+            found = True
+            yield str(repository), _repository(repository, names)
     if not found:
         raise ValueError(f"input.pattern={settings.pattern}: no directory of {path} has such a file")
 

@@ -17,7 +17,7 @@ from megatron_post.synthesis.long.tokens import LongSettings, measured
 from megatron_post.synthesis.math.tries import unless_refused
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
-from megatron_post.synthesis.task import Task
+from megatron_post.synthesis.task import Files, Task
 
 VERSION = 1
 SANDBOX = True
@@ -65,7 +65,7 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 async def _modules(task: Task[Settings], name: str, files: dict[str, str]) -> dict[str, dict[str, list[str]]]:
     """Modules that enough files import, with these files and the names that they use."""
-    program = {
+    program: Files = {
         "repository.py": script("repository.py"),
         "definitions.py": script("definitions.py"),
         "files.json": json.dumps({path: text for path, text in files.items() if path.endswith(".py")}),
@@ -91,7 +91,7 @@ def _shown(task: Task[Settings], files: dict[str, str], path: str, module: dict[
     tokens = task.settings.own_tokenizer.encode
     chance = random.Random(f"{task.id} {path}")
     needed = sum(len(tokens(_section(name, files[name]))) for name in module["importers"])
-    needed += len(tokens(files[path])) + _SPARE
+    needed += 2 * len(tokens(files[path])) + _SPARE  # what a model writes may be longer than the file
     fitting = [bucket for bucket in task.settings.buckets if needed <= bucket]
     if not fitting:
         return []

@@ -1,4 +1,4 @@
-"""Prints the names that main.py defines at its top level as a list in JSON, "*" for more that nobody can know."""
+"""Prints the names that main.py defines at its top level as a list in JSON. "*" stands for any other name."""
 
 import ast
 import json

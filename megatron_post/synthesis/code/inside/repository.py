@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from definitions import defined  # type: ignore[import-not-found]  # it lies beside this script
+from definitions import defined  # it lies beside this script in the sandbox
 
 _MOST = 100  # modules that are printed, spread evenly over the repository
 _ROOTS = ("src", "lib")  # directories that hold packages and are none
@@ -30,14 +30,11 @@ class _Modules:
     def _name(self, path: str) -> str:
         directory, _, file = path.rpartition("/")
         names = directory.split("/") if directory else []
-        first = 0
-        if directory in self._packages:  # of the outermost package that holds it
+        first = 1 if names and names[0] in _ROOTS else 0
+        if directory in self._packages:  # its name begins with the outermost package that holds it
             first = len(names)
-            while first > 0 and "/".join(names[: first - 1]) in self._packages - {""}:
+            while first and "/".join(names[:first]) in self._packages:
                 first -= 1
-            first = max(first - 1, 0)
-        elif names and names[0] in _ROOTS:
-            first = 1
         inner = ([self._repository] if "" in self._packages else []) + names[first:]
         return ".".join([*inner, *([] if file == "__init__.py" else [file.removesuffix(".py")])])
 
@@ -55,7 +52,7 @@ class _Modules:
             return node.module or ""
         names = self.name_of[importer].split(".")
         above = node.level - (1 if importer.split("/")[-1] == "__init__.py" else 0)
-        names = names[: len(names) - above] if above else names
+        names = names[: max(len(names) - above, 0)]
         return ".".join([*names, *([node.module] if node.module else [])])
 
 
