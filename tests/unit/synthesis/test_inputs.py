@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_post.data.rows import BadRows, TooManyBadRows
-from megatron_post.synthesis.inputs import DocumentsInput, RowsInput, read_input
+from megatron_post.synthesis.inputs import DocumentsInput, RepositoriesInput, RowsInput, read_input
 
 
 def _documents(path: Path, **values: Any) -> list[tuple[str, str]]:
@@ -109,3 +109,27 @@ def test_inputs_that_are_not_there(tmp_path: Path, values: dict[str, str], messa
     path = tmp_path / values.pop("path", "")
     with pytest.raises(ValueError, match=message):
         _documents(path, **values)
+
+
+def test_whole_repositories(tmp_path: Path) -> None:
+    for name in (
+        "b/src/one.py",
+        "b/.git/hidden.py",
+        "a/two.py",
+        "a/latin.py",
+        "docs/page.md",
+        ".venv/three.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a/latin.py").write_bytes(b"# \xe9")
+    (tmp_path / "file.py").write_text("no repository")
+    settings = RepositoriesInput(kind="repositories", path=str(tmp_path))
+    rows = list(read_input(settings, bad_rows=BadRows()))
+    assert [row.values for row in rows] == [
+        {"repository": "a", "files": {"two.py": "a/two.py"}, "left_out": ["latin.py"]},
+        {"repository": "b", "files": {"src/one.py": "b/src/one.py"}, "left_out": []},
+    ]
+    for values in ({"path": f"{tmp_path}/absent"}, {"path": str(tmp_path), "pattern": "*.rs"}):
+        with pytest.raises(ValueError, match=r"input\."):
+            list(read_input(RepositoriesInput(kind="repositories", **values), bad_rows=BadRows()))
