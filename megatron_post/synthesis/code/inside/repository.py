@@ -9,8 +9,6 @@ import json
 import sys
 from typing import Any
 
-from definitions import defined  # it lies beside this script in the sandbox
-
 _MOST = 100  # modules that are printed, spread evenly over the repository
 _ROOTS = ("src", "lib")  # directories that hold packages and are none
 
@@ -90,6 +88,8 @@ def _dotted(node: ast.expr) -> str:
 
 
 def main() -> None:
+    from definitions import defined  # it lies beside this script in the sandbox alone
+
     name, least = sys.argv[1], int(sys.argv[2])
     with open("files.json", encoding="utf-8") as file:
         texts: dict[str, str] = json.load(file)
