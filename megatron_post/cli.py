@@ -14,7 +14,7 @@ from megatron_post.display import make_console, printable, say, say_json
 from megatron_post.errors import exit_status
 from megatron_post.launch.commands import ClusterPath, DryRun, launch_app
 from megatron_post.plan.commands import plan_app
-from megatron_post.rounds.commands import rounds_app
+from megatron_post.rounds.commands import evaluate_app, rounds_app
 from megatron_post.synthesis.commands import synthesize_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -28,6 +28,7 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(launch_app, name="launch")
 app.add_typer(plan_app, name="plan")
 app.add_typer(synthesize_app, name="synthesize")
+app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(rounds_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]
@@ -84,6 +85,24 @@ def data_pack(
 
     loaded = load_config(config, overrides or ())
     build_store(loaded, overwrite=overwrite, append=append, console=make_console())
+
+
+@data_app.command("prompt")
+def data_prompt(
+    config: ConfigPath,
+    output: Annotated[str, typer.Option(help="JSON lines to write.")],
+    overrides: Overrides = None,
+    group: Annotated[
+        Literal["held_out", "train", "eval"],
+        typer.Option(help="Sources of held-out tasks, sources that are trained on, or data.eval_sources."),
+    ] = "held_out",
+) -> None:
+    """Write the rows of data.prompted as text, with their choices, for `evaluate choices`."""
+    from megatron_post.config.load import load_config
+    from megatron_post.data.sources import write_prompted
+
+    count = write_prompted(load_config(config, overrides or ()), output, group)
+    say(f"{output}: {count} rows")
 
 
 @data_app.command("show")

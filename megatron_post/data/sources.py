@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
 
 from megatron_post.config.data import PromptedSource, Source
 from megatron_post.config.schema import Config
@@ -13,6 +14,7 @@ from megatron_post.data.prompt_templates import PromptedRow, PromptTemplate, rea
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import raw_rows
 from megatron_post.data.store_format import GroupName
+from megatron_post.storage.files import write_lines
 
 
 @dataclass(frozen=True)
@@ -151,3 +153,44 @@ class PromptedRows:
             return None
         order = permutation(count, self._prompting.seed, self._source.name)
         return set(order[: self._prompting.most].tolist())
+
+
+def write_prompted(
+    config: Config, output: str | Path, group: Literal["held_out", "train", "eval"] = "held_out"
+) -> int:
+    """Write the prompted rows of sources, with their choices, in the form that `evaluate choices` reads.
+
+    group: sources of held-out tasks, or those that are packed into a group. Returns the number of rows.
+    Raises `ValueError` for a group without prompted sources, and for a row that a template cannot render.
+    """
+    found = held_out_sources(config) if group == "held_out" else packed_sources(config, group)
+    sources = [packed for packed in found if packed.prompting]
+    if not sources:
+        raise ValueError(f"no source of data.prompted is in the group {group}; give another --group")
+    count = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for row in chain.from_iterable(map(_rows_with_choices, sources)):
+            count += 1
+            yield row
+
+    write_lines(Path(output), counted())
+    return count
+
+
+def _rows_with_choices(packed: PackedSource) -> Iterator[dict[str, Any]]:
+    assert packed.prompting is not None
+    name = packed.prompting.template.name
+    for number, where, rendered in PromptedRows(packed, KeyCounts()).rendered():
+        if isinstance(rendered, BadRow):
+            raise ValueError(f"{where}: {rendered}")
+        yield {
+            "dataset": packed.name.removesuffix(f"/{name}"),
+            "task": packed.prompting.task,
+            "template": name,
+            "row": number,
+            "prompt": rendered.prompt,
+            "completion": rendered.completion,
+            "choices": rendered.choices,
+        }

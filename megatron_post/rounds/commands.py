@@ -7,6 +7,26 @@ import typer
 from megatron_post.display import make_console, say
 
 rounds_app = typer.Typer()
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model.")
+
+
+@evaluate_app.command("choices")
+def choices(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory of a language model")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="rows that `data prompt` has written")],
+    output: Annotated[str, typer.Option(help="JSON lines of log-probabilities to write.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Rank the choices of prompts by log-probability, and report the accuracy over a dataset's prompts.
+
+    Under torchrun it runs in any layout.
+    """
+    from megatron_post.parallel.environment import rank_from_environment
+    from megatron_post.rounds.choices import evaluate_choices, print_report
+
+    report = evaluate_choices(model, file, output, overrides or ())
+    if rank_from_environment()[0] == 0:
+        print_report(report, console=make_console())
 
 
 @rounds_app.command("reference")

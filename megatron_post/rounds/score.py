@@ -7,23 +7,18 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_post.config.data import Data, Source
-from megatron_post.config.layout import segment_multiple
-from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.data.dialog import Dialog, Preference
-from megatron_post.data.pack import Pack, pack_of_segments
-from megatron_post.data.packing import pack_units
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.data.template import Rendered, render
+from megatron_post.data.template import render
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
-from megatron_post.data.units import round_up
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.topology import Topology
+from megatron_post.rounds.segments import refuse_interleaved, rows_at_once, values_of_segments
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
 from megatron_post.storage.checksums import sha256_of_file
@@ -31,9 +26,6 @@ from megatron_post.storage.files import full_disk_explained, write_json
 from megatron_post.storage.reading import plain_file, read_object, reading
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
-
-# The rows of a batch, for each pipeline stage of each data-parallel rank. A crash loses at most one batch.
-_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -70,10 +62,10 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
         # Only the reporter has read the output, but all ranks must skip the same rows.
         done = _from_reporter(done, topology)
         remaining = islice(_rows(source, config.data), done, None)
-        scored, rows_at_once = 0, _ROWS_AT_ONCE * config.parallel.pipeline * topology.data_size
+        scored = 0  # a crash loses at most one batch
         with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
             task = progress.add_task(f"scoring {source.name}", total=None)
-            while batch := list(islice(remaining, rows_at_once)):
+            while batch := list(islice(remaining, rows_at_once(config, topology))):
                 scores = _score(batch, stepper, stage, topology, config, tokenizer)
                 if topology.is_reporter:
                     with full_disk_explained(Path(output)), Path(output).open("a") as file:
@@ -92,11 +84,7 @@ def _config(model: str | Path, overrides: Sequence[str]) -> Config:
         "data": {"store": "unused", "pack_length": 8192},
     }
     config = config_of_model(model, values, overrides)
-    if config.parallel.virtual_pipeline > 1:
-        raise ConfigError(
-            f"parallel.virtual_pipeline={config.parallel.virtual_pipeline}: packs are scored one by one, and "
-            "the interleaved schedule needs several at a time; leave it at 1"
-        )
+    refuse_interleaved(config)
     # This reads only the headers of the weights, before any rank loads them.
     if not open_weights_directory(Path(model)).scalar_head:
         raise ValueError(
@@ -115,53 +103,19 @@ def _score(
     tokenizer: Tokenizer,
 ) -> list[list[float]]:
     rendered = [[render(dialog, tokenizer) for dialog in row.dialogs] for row in batch]
-    flat = [segment for segments in rendered for segment in segments]
-    found = np.zeros(len(flat))
-    own = slice(topology.data_rank, None, topology.data_size)
-    # With twice as many packs as stages, a stage is idle for at most a third of the time.
-    at_once = 2 * config.parallel.pipeline if config.parallel.pipeline > 1 else 1
-    for members, packs in _packs(flat, batch, config, tokenizer, share=at_once * topology.data_size):
-        # Each data-parallel rank scores its own packs. `_packs` adds empty packs so that all have as many.
-        for index, (output, part) in zip(members[own], stepper.outputs(packs[own]), strict=False):
-            values = stage.scores(output, part).tolist()
-            found[index] = values[: len(index)]
-    total = torch.from_numpy(found).to(topology.device)
-    # Only the last pipeline stage fills `found`, with the same values on all its tensor- and context-parallel
-    # ranks. So the sum over all ranks counts each score once for each of these copies.
-    copies = topology.groups.tp.size() * topology.groups.cp.size()
-    torch.distributed.all_reduce(total)
-    flat_scores = iter((total / copies).tolist())
-    return [[next(flat_scores) for _ in segments] for segments in rendered]
-
-
-def _packs(
-    segments: Sequence[Rendered], batch: Sequence[Row], config: Config, tokenizer: Tokenizer, *, share: int
-) -> Iterator[tuple[list[np.ndarray], list[Pack]]]:
-    """Yield the packs of the segments, `share` at a time, with the indices of the segments in each."""
-    multiple, capacity = segment_multiple(config), config.data.pack_length
-    lengths = np.array([round_up(len(segment), multiple) for segment in segments])
-    if lengths.max() > capacity:
-        raise ValueError(
-            f"a response among rows {batch[0].number} to {batch[-1].number} has {lengths.max()} tokens "
-            f"with its prompt, and data.pack_length is {capacity}; "
-            f"give data.pack_length={round_up(int(lengths.max()), 128)}"
-        )
-    members = pack_units(lengths, capacity=capacity)
-    members += [np.zeros(0, dtype=np.int64)] * (-len(members) % share)
-    for start in range(0, len(members), share):
-        group = members[start : start + share]
-        yield (
-            group,
-            [
-                pack_of_segments(
-                    [segments[i] for i in member],
-                    pack_length=capacity,
-                    segment_multiple=multiple,
-                    pad_id=tokenizer.pad_id,
-                )
-                for member in group
-            ],
-        )
+    flat = values_of_segments(
+        [segment for segments in rendered for segment in segments],
+        stage.scores,
+        # All tensor- and context-parallel ranks have the same scores.
+        copies=topology.groups.tp.size() * topology.groups.cp.size(),
+        rows=f"rows {batch[0].number} to {batch[-1].number}",
+        stepper=stepper,
+        topology=topology,
+        config=config,
+        pad_id=tokenizer.pad_id,
+    )
+    scores = iter(flat.tolist())
+    return [[next(scores) for _ in segments] for segments in rendered]
 
 
 def _rows(source: Source, data: Data) -> Iterator[Row]:

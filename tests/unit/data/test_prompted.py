@@ -15,7 +15,7 @@ from megatron_post.config.schema import Config
 from megatron_post.data.build import build_store
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import TooManyBadRows
-from megatron_post.data.sources import PromptedRows, held_out_sources, packed_sources
+from megatron_post.data.sources import PromptedRows, held_out_sources, packed_sources, write_prompted
 from megatron_post.data.store import PackStore, StoreError, open_store
 from megatron_post.data.tokenizer import load_tokenizer, train_small_tokenizer
 from megatron_post.train.data_checks import check_sources
@@ -151,6 +151,28 @@ def test_held_out_tasks_are_not_packed(tmp_path: Path, tokenizer_path: Path) -> 
     assert [each.name for each in held_out] == ["movies/feel", "movies/good or bad"]
     rendered = [row for _, _, row in PromptedRows(held_out[0], KeyCounts()).rendered()]
     assert len(rendered) == 12 and rendered[1].choices == ("negative", "positive")  # type: ignore[union-attr]
+
+
+def test_the_rows_of_held_out_tasks_are_written_with_their_choices(
+    tmp_path: Path, tokenizer_path: Path
+) -> None:
+    config = config_for(tmp_path, tokenizer_path, held_out_tasks=["sentiment"])
+    output = tmp_path / "rows.jsonl"
+    assert write_prompted(config, output) == 24
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 24 and {row["dataset"] for row in rows} == {"movies"}
+    assert rows[13] == {
+        "dataset": "movies",
+        "task": "sentiment",
+        "template": "good or bad",
+        "row": 2,
+        "prompt": "film 1 Good or bad?",
+        "completion": "good",
+        "choices": ["bad", "good"],
+    }
+    assert write_prompted(config, output, "train") == 6
+    with pytest.raises(ValueError, match=r"no source of data.prompted is in the group eval"):
+        write_prompted(config, output, "eval")
 
 
 def test_the_text_of_a_template_is_part_of_the_data(tmp_path: Path, tokenizer_path: Path) -> None:
