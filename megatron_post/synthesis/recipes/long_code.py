@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
-from megatron_post.config.section import Count
+from megatron_post.config.section import Count, Line
 from megatron_post.data.dialog import Message
-from megatron_post.sandbox.outcome import Outcome
+from megatron_post.inference.request import Reply
+from megatron_post.synthesis.code.own_tests import OwnTests
 from megatron_post.synthesis.code.programs import block_in, fenced, program_in
 from megatron_post.synthesis.code.scripts import parse_python, script
 from megatron_post.synthesis.code.similarity import labels_of, similarity
@@ -30,6 +31,9 @@ class Settings(LongSettings):
     tries: Count = Field(3, description="replies to each question, of which the first right one is kept")
     least: float = Field(
         0.3, ge=0, le=1, description="similarity of the code's syntax tree to the file's own"
+    )
+    tests: tuple[Line, ...] = Field(
+        (), description="command that runs a repository's tests where it has some, such as pytest -q"
     )
 
 
@@ -122,12 +126,14 @@ async def _rows(task: Task[Settings], name: str, files: dict[str, str], missing:
     request = Message("user", task.prompt("write", path=missing.path))
     dialog = [asked, listed, request]
     original = await labels_of(task, "python", files[missing.path])
+    tests = OwnTests(task, task.settings.tests, files, missing.path)
+    has_tests = bool(task.settings.tests) and await tests.find()
     for seed in range(task.settings.tries):
         reply = await task.ask("write", dialog, seed=seed)
-        fault, close = await _judged(task, reply, missing, original)
+        fault, close = await _judged(task, reply, missing, original, tests if has_tests else None)
         task.count("check", fault or "right")
         if not fault:
-            code = {"similarity": round(close, 3), "names": missing.names}
+            code = {"similarity": round(close, 3), "names": missing.names, "tested": has_tests}
             return [
                 *rows,
                 _row(task, [*dialog, Message("assistant", reply.text.strip())], "code", extra | code),
@@ -153,20 +159,22 @@ async def _listed(task: Task[Settings], asked: Message, missing: _Missing) -> Me
 
 
 async def _judged(
-    task: Task[Settings], reply: Any, missing: _Missing, original: list[str]
+    task: Task[Settings], reply: Reply, missing: _Missing, original: list[str], tests: OwnTests | None
 ) -> tuple[str, float]:
     """What is wrong with the code in a reply, or nothing; and its similarity to the file."""
     try:
         code = program_in(reply, "python", "the file")
     except Dropped as dropped:
         return dropped.reason, 0.0
-    outcome: Outcome = await parse_python(task, "names", "definitions.py", code)
+    outcome = await parse_python(task, "names", "definitions.py", code)
     if not outcome.ok:
         return "the file does not parse", 0.0
     defined = set(json.loads(outcome.stdout))
     if "*" not in defined and not set(missing.names) <= defined:
         return "the file lacks names that others use", 0.0
     close = similarity(original, await labels_of(task, "python", code))
+    if tests is not None:
+        return ("" if await tests.pass_with(code) else "the file fails the repository's tests"), close
     return ("" if close >= task.settings.least else "the file is too far from the original"), close
 
 

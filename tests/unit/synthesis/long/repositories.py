@@ -19,6 +19,23 @@ _IMPORTS = (
 _OTHER = "import os\n\nfrom shapes import name\n\nprint(os.sep, name, 'from shapes.core import area')\n"
 
 
+_TESTS = """import sys, unittest
+sys.path.insert(0, "src")
+
+class Tests(unittest.TestCase):
+    def test_area(self):
+        from shapes import core
+        self.assertEqual(core.area(3), 9)
+        self.assertIsInstance(core.Shape(), core.Shape)
+"""
+
+
+def write_tests(directory: Path, manner: str) -> None:
+    """Unit tests of shapes/core.py, which fail in `red` and do not import it in `apart`."""
+    text = {"red": _TESTS.replace(", 9", ", 8"), "apart": _TESTS.replace("from shapes import core", "return")}
+    (directory / manner / "test_core.py").write_text(text.get(manner, _TESTS))
+
+
 def write_repository(directory: Path, manner: str, *, importers: int = 5) -> None:
     """shapes/core.py, the files that import it, and a few that do not."""
     package = directory / manner / "src/shapes"
@@ -47,6 +64,8 @@ def fault(body: Body, attempt: int) -> str | None:
 
 def _listed(prompt: str, manner: str, seed: int) -> str | dict[str, Any]:
     paths = re.findall(r"^File `(src/shapes/user_\d\.py)`:$", prompt, re.MULTILINE)
+    if "        from shapes import core" in prompt:
+        paths.append("test_core.py")
     match manner:
         case "prose":
             return "I cannot tell."
@@ -67,6 +86,12 @@ def _written(manner: str, seed: int) -> str:
             return "It is lost."
         case "broken_code":
             code = "def area(:\n"
+        case "wrong":
+            code = code.replace("**2", "**3")
+        case "exits":
+            code = f"import os\nos._exit(0)\n{code}"
+        case "rewritten":
+            code = "Shape = type('Shape', (), {})\narea = lambda side: side * side\nLIMIT = 7\n"
         case "lacking":
             code = code.replace("LIMIT", "BOUND")
         case "stub":

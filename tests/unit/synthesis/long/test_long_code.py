@@ -14,7 +14,7 @@ from tests.scripted_server import Body, ScriptedServer
 from tests.unit.synthesis.code.running import needs_bubblewrap
 from tests.unit.synthesis.conftest import Place
 from tests.unit.synthesis.long.packed import LONGEST, pack
-from tests.unit.synthesis.long.repositories import answer, fault, write_repository
+from tests.unit.synthesis.long.repositories import answer, fault, write_repository, write_tests
 
 pytestmark = needs_bubblewrap
 LIST_ONLY, BOTH = "importers", "importers, code"
@@ -107,6 +107,23 @@ def test_exactly_the_right_rows_come_out(place: Place, tokenizer_path: Path) -> 
         if row["kind"] == "code":
             assert row["names"] == ["LIMIT", "Shape", "area"] and 0.3 <= row["similarity"] <= 1
             assert [message.get("train") for message in row["messages"]] == [None, False, None, True]
+
+
+def test_the_tests_of_a_repository_decide_where_they_need_the_file(
+    place: Place, tokenizer_path: Path
+) -> None:
+    manners = {"good": True, "rewritten": True, "wrong": None, "exits": None, "red": False, "apart": False}
+    _write(place, *manners)
+    for manner in manners:
+        write_tests(place.directory / "repositories", manner)
+    command = ["python3", "-m", "unittest", "test_core"]
+    _run(place, tokenizer_path, tries=1, buckets=[8000], tests=command)
+    code = {row["repository"]: row["tested"] for row in place.rows() if row["kind"] == "code"}
+    assert code == {manner: tested for manner, tested in manners.items() if tested is not None}
+    steps = read_object(place.output / "summary.json", "summary")["summary"]["steps"]
+    assert steps["check"]["results"] == {"right": 4, "the file fails the repository's tests": 2}
+    assert steps["own_tests"]["results"]["they do not pass with the file"] == 1
+    assert steps["own_tests"]["results"]["they pass without the file"] == 1
 
 
 def test_a_run_that_was_cut_off_goes_on(place: Place, tokenizer_path: Path) -> None:
