@@ -13,7 +13,7 @@ from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.parts import Drop, Result
 from megatron_post.synthesis.recipe import Dropped, Recipe
 from megatron_post.synthesis.resources import Resources
-from megatron_post.synthesis.row import Row, StepLabels
+from megatron_post.synthesis.row import Found, Row, StepLabels
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.task import Event, Task
 
@@ -28,11 +28,15 @@ async def attempt(
     """
     task = Task(row, own, recipe.prompts, resources)
     rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     dropped = None
     try:
         made = await recipe.run(row.values, task)
+        if recipe.generations is not None:
+            found = [each.as_json() for each in made if isinstance(each, Found)]
+            made = [each for each in made if not isinstance(each, Found)]
         rows = [_as_json(recipe, settings, row, each, task.events) for each in made]
-        if not rows:
+        if not rows and not found:
             raise Dropped("the recipe made no row")
     except Dropped as error:
         dropped = Drop(task.step_of(error), error.reason, error.detail)
@@ -51,11 +55,13 @@ async def attempt(
             task.step_of(error), f"{type(error).__name__} in the recipe", _last_line(error), failed=True
         )
     resources.raise_if_broken()
-    return Result(number, row.id, row.source, [] if dropped else rows, dropped, task.events)
+    if dropped:
+        return Result(number, row.id, row.source, [], dropped, task.events)
+    return Result(number, row.id, row.source, rows, None, task.events, found, task.measures)
 
 
 def _as_json(
-    recipe: Recipe, settings: Synthesis, row: InputRow, made: Row | StepLabels, events: list[Event]
+    recipe: Recipe, settings: Synthesis, row: InputRow, made: Row | StepLabels | Found, events: list[Event]
 ) -> dict[str, Any]:
     if not isinstance(made, Row | StepLabels):
         raise TypeError(f"a recipe returns a list of `Row` or `StepLabels`, and not of {type(made).__name__}")

@@ -41,6 +41,7 @@ class Result:
     """The result of one input row.
 
     number: index of the input row, from 0. rows: in the form that `rows.jsonl` has.
+    found: values for the next generation. measures: pairs of a name and a number, for the report.
     """
 
     number: int
@@ -49,14 +50,19 @@ class Result:
     rows: list[dict[str, Any]]
     dropped: Drop | None = None
     events: list[Event] = field(default_factory=list)
+    found: list[dict[str, Any]] = field(default_factory=list)
+    measures: list[tuple[str, float]] = field(default_factory=list)
 
 
 class Part:
-    """The part of process `rank` of `size` while it is being written."""
+    """The part of one process while it is being written."""
 
-    def __init__(self, directory: Path, rank: int, size: int, *, fingerprint: str) -> None:
-        """fingerprint: hash of the run's record. It shows whether a part belongs to the same settings."""
-        self._path = part_path(directory, rank, size)
+    def __init__(self, path: Path, *, fingerprint: str) -> None:
+        """path: as `part_path` returns it.
+
+        fingerprint: hash of the run's record. It shows whether a part belongs to the same settings.
+        """
+        self._path, directory = path, path.parent
         self._growing = self._path.with_name(f"{self._path.name}.growing")
         with full_disk_explained(self._path):
             directory.mkdir(parents=True, exist_ok=True)
@@ -82,8 +88,8 @@ class Part:
             self._file.close()
 
 
-def part_path(directory: Path, rank: int, size: int) -> Path:
-    return directory / f"part-{rank:05d}-of-{size:05d}.jsonl"
+def part_path(directory: Path, rank: int, size: int, generation: int = 1) -> Path:
+    return directory / f"part-{generation:05d}-{rank:05d}-of-{size:05d}.jsonl"
 
 
 def is_part_of(path: Path, fingerprint: str) -> bool:
@@ -179,4 +185,6 @@ def _result(values: dict[str, Any]) -> Result:
         values["rows"],
         None if dropped is None else Drop(**dropped),
         [Event(**event) for event in values["events"]],
+        values["found"],
+        [(name, number) for name, number in values["measures"]],
     )

@@ -11,6 +11,12 @@ A recipe is a file:
 
     async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row | StepLabels]: ...
 
+    def generations(seeds: list[dict[str, Any]], settings: Settings) -> Generator[Values, Values, None]:
+        found = yield [{...}, ...]       # the input rows of a generation, from the rows of the input at first
+        ...                              # found: the values of each `Found` that `recipe` returned, in order
+
+`generations` may be left out, and usually is. Then the rows of the input are the only generation.
+
 The first line of its docstring says what it makes. Its prompts are `NAME.j2` in a directory beside the file,
 which has the file's name without `.py`.
 """
@@ -19,7 +25,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +36,9 @@ from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.reading import did_you_mean, plain_file
 from megatron_post.synthesis import recipes
 from megatron_post.synthesis.prompts import Prompts
-from megatron_post.synthesis.row import Row, StepLabels, check_texts
+from megatron_post.synthesis.row import Found, Row, StepLabels, check_texts
 
+Values = list[dict[str, Any]]
 _BUILT_IN = Path(recipes.__file__).parent
 
 
@@ -53,6 +60,8 @@ class Recipe:
     """A recipe that has been loaded.
 
     run: called with the values of an input row and a `Task`. checksums: of the recipe's file and its prompts.
+    generations: called with the rows of the input and the recipe's settings. It yields the values of the
+    input rows of each generation. None: the input is the only generation.
     """
 
     name: str
@@ -62,7 +71,8 @@ class Recipe:
     runs_programs: bool
     compares_answers: bool
     settings: type[Section]
-    run: Callable[[dict[str, Any], Any], Awaitable[Sequence[Row | StepLabels]]]
+    run: Callable[[dict[str, Any], Any], Awaitable[Sequence[Row | StepLabels | Found]]]
+    generations: Callable[[list[dict[str, Any]], Any], Generator[Values, Values, None]] | None
     prompts: Prompts
     checksums: dict[str, str]
 
@@ -107,6 +117,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
     run, settings = getattr(module, "recipe", None), getattr(module, "Settings", Section)
     version, models = getattr(module, "VERSION", None), getattr(module, "MODELS", ("author",))
     sandbox, answers = getattr(module, "SANDBOX", False), getattr(module, "ANSWERS", False)
+    generations = getattr(module, "generations", None)
     wrong = {
         "`async def recipe(row, task)`": not inspect.iscoroutinefunction(run)
         or len(inspect.signature(run).parameters) != 2,
@@ -115,6 +126,11 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
         or not all(isinstance(model, str) and model for model in models),
         "SANDBOX, True or False": not isinstance(sandbox, bool),
         "ANSWERS, True or False": not isinstance(answers, bool),
+        "generations, a generator with two arguments": generations is not None
+        and (
+            not inspect.isgeneratorfunction(generations)
+            or len(inspect.signature(generations).parameters) != 2
+        ),
         "Settings, a `Section`": not (isinstance(settings, type) and issubclass(settings, Section)),
     }
     if missing := [what for what, is_wrong in wrong.items() if is_wrong]:
@@ -130,6 +146,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
         compares_answers=answers,
         settings=settings,
         run=run,
+        generations=generations,
         prompts=prompts,
         checksums={file.name: sha256_of_file(file), **prompts.checksums},
     )

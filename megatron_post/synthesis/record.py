@@ -31,7 +31,12 @@ def record_of(settings: Synthesis, recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"input: {settings.input.path} has no row that is taken")
     return {
         "settings": json.loads(settings.model_dump_json()),
-        "recipe": {"name": recipe.name, "version": recipe.version, "files": recipe.checksums},
+        "recipe": {
+            "name": recipe.name,
+            "version": recipe.version,
+            "files": recipe.checksums,
+            **({"generations": True} if recipe.generations else {}),
+        },
         "input": {
             "rows": rows,
             "checksum": checksum.hexdigest(),
@@ -47,7 +52,7 @@ def summary_of(record: dict[str, Any]) -> Summary:
     return Summary(
         recipe=recipe["name"],
         version=recipe["version"],
-        input=found["rows"],
+        input=None if recipe.get("generations") else found["rows"],
         bad=found["bad_rows"],
         bad_examples=found["bad_examples"],
     )

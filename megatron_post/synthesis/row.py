@@ -129,6 +129,21 @@ def _check_json(row: Mapping[str, Any]) -> None:
         raise BadRow(f"a value of the row is not JSON: {error}") from None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an input row hands on to the `generations` of its recipe, which make the next input rows from it.
+
+    values: must be JSON.
+    """
+
+    values: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The values. Raises `BadRow` if they are not JSON."""
+        _check_json(self.values)
+        return dict(self.values)
+
+
 def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row in JSON. Labelled steps give the prompt and one message for each step."""
     if "messages" in row:

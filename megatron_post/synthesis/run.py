@@ -3,6 +3,9 @@
 A process works on the input rows rank, rank + size, and so on, many of them at a time. Replies and outcomes
 of programs come from the journal if it has them. So a run that is restarted sends only new requests, and it
 writes the same bytes as a run that was not interrupted.
+
+A recipe with `generations` has several sets of input rows, one after the other. The next set depends on what
+all processes have found, so each process waits for the others before it.
 """
 
 import asyncio
@@ -23,17 +26,19 @@ from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.files import write_lines
 from megatron_post.storage.lock import locked
 from megatron_post.synthesis.attempt import attempt
+from megatron_post.synthesis.generations import GenerationRows
 from megatron_post.synthesis.inputs import InputRow, read_input
 from megatron_post.synthesis.parts import PARTS, Part, Result, is_part_of, part_path, results_of
 from megatron_post.synthesis.progress import RowProgress
 from megatron_post.synthesis.recipe import Recipe, load_recipe
 from megatron_post.synthesis.record import record_of, summary_of, update_record
 from megatron_post.synthesis.report import write_report
-from megatron_post.synthesis.resources import open_resources
+from megatron_post.synthesis.resources import Resources, open_resources
 from megatron_post.synthesis.settings import Synthesis, recipe_settings
 from megatron_post.synthesis.summary import Summary, read_summary, write_summary
 
 _SHOWN = 10  # failures in a message
+_SECONDS_BETWEEN_LOOKS = 0.25  # for the parts of other processes
 _NO_STEP = "(before the first step)"
 
 
@@ -52,6 +57,8 @@ class _Run:
     fingerprint: str
     rank: int
     size: int
+    num_rows: int  # input rows; those that are known so far, if there are generations
+    num_generations: int = 1  # that have begun
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -59,12 +66,16 @@ class _Run:
         return Path(self.settings.output)
 
     @property
-    def num_rows(self) -> int:
-        return int(self.record["input"]["rows"])
-
-    @property
     def parts(self) -> list[Path]:
-        return [part_path(self.output / PARTS, rank, self.size) for rank in range(self.size)]
+        """Of all generations that have begun."""
+        numbers = range(1, self.num_generations + 1)
+        return [part for number in numbers for part in self.parts_of(number)]
+
+    def parts_of(self, generation: int) -> list[Path]:
+        return [part_path(self.output / PARTS, rank, self.size, generation) for rank in range(self.size)]
+
+    def missing(self, generation: int) -> list[Path]:
+        return [part for part in self.parts_of(generation) if not is_part_of(part, self.fingerprint)]
 
     @property
     def who(self) -> str:
@@ -81,7 +92,7 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     recipe = load_recipe(settings.recipe)
     own = recipe_settings(settings, recipe)
     record = record_of(settings, recipe)
-    run = _Run(settings, recipe, own, record, sha256_of_json(record), rank, size)
+    run = _Run(settings, recipe, own, record, sha256_of_json(record), rank, size, record["input"]["rows"])
     run.output.mkdir(parents=True, exist_ok=True)
     with _turn(run.output):
         changes = update_record(run.output / "run.json", record)
@@ -91,9 +102,11 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     if summary := _finished(run):
         _print(console, f"{run.output} is finished: {_counts(summary)}. Nothing was asked")
         return
-    if not is_part_of(run.parts[rank], run.fingerprint):
-        asyncio.run(_make_part(run, console))
-    missing = [part for part in run.parts if not is_part_of(part, run.fingerprint)]
+    if recipe.generations is not None:
+        asyncio.run(_make_generations(run, console))
+    elif run.parts[rank] in run.missing(1):
+        asyncio.run(_make_only_part(run, console))
+    missing = run.missing(run.num_generations)
     if missing and not _finished(run):
         _print(console, f"{run.who}its part is finished, and {len(missing)} of {size} are not")
         return
@@ -138,30 +151,69 @@ def _finished(run: _Run) -> Summary | None:
 
 def _counts(summary: Summary) -> str:
     return (
-        f"{summary.rows:,} rows from {summary.kept:,} of {summary.input:,} input rows, "
+        f"{summary.rows:,} rows from {summary.kept:,} of {summary.done:,} input rows, "
         f"{summary.dropped:,} dropped, {summary.failed:,} failed"
     )
 
 
-async def _make_part(run: _Run, console: Console) -> None:
-    own_rows = len(range(run.rank, run.num_rows, run.size))
+async def _make_only_part(run: _Run, console: Console) -> None:
     async with open_resources(run.settings, run.recipe, writer=run.rank) as resources:
-        progress = RowProgress(console, who=run.who, total=own_rows, spent=resources.spent)
-        part = Part(run.output / PARTS, run.rank, run.size, fingerprint=run.fingerprint)
-        rows = _own_rows(run)
+        total = len(range(run.rank, run.num_rows, run.size))
+        rows = (pair for pair in _input_rows(run) if pair[0] % run.size == run.rank)
+        await _make_part(run, resources, rows, total, console)
 
-        async def work() -> None:
-            for number, row in rows:
-                result = await attempt(run.recipe, run.settings, run.own, resources, number, row)
-                part.add(result)
-                progress.add(is_dropped=result.dropped is not None)
-                _count_failure(run, result)
-                await asyncio.sleep(0)  # a replay never waits, so it must let other tasks run
 
-        with contextlib.closing(part):
-            async with progress.shown():
-                await _all(work() for _ in range(min(run.settings.rows_in_flight, own_rows)))
-            part.finish()
+async def _make_generations(run: _Run, console: Console) -> None:
+    """Make this process's part of each generation. Returns when all parts of the last one are there, or when
+    another process has finished the run."""
+    generations = GenerationRows(run.recipe, run.own, [row.values for _, row in _input_rows(run)])
+    async with open_resources(run.settings, run.recipe, writer=run.rank) as resources:
+        while rows := generations.rows:
+            run.num_generations, run.num_rows = generations.number, rows[-1][0] + 1
+            if run.parts_of(generations.number)[run.rank] in run.missing(generations.number):
+                own_rows = [pair for pair in rows if pair[0] % run.size == run.rank]
+                await _make_part(run, resources, iter(own_rows), len(own_rows), console)
+            await _wait_for_others(run, console)
+            with _turn(run.output):  # so that no process removes the parts while they are read
+                if _finished(run):
+                    return
+                results = results_of(run.parts_of(generations.number))
+                found = [values for result in results for values in result.found]
+            generations.advance(found)
+
+
+async def _wait_for_others(run: _Run, console: Console) -> None:
+    """Wait until each process has made its part of the generation, or until the run is finished."""
+    said: set[Path] = set()
+    while (missing := {*run.missing(run.num_generations)}) and not _finished(run):
+        if missing != said:
+            others = f"waits for {len(missing)} of {run.size} processes"
+            _print(console, f"{run.who}generation {run.num_generations}: {others}")
+        said = missing
+        await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+async def _make_part(
+    run: _Run, resources: Resources, rows: Iterator[tuple[int, InputRow]], total: int, console: Console
+) -> None:
+    """Make this process's part of the newest generation. rows: `total` pairs of number and row."""
+    generation = run.num_generations
+    who = run.who if run.recipe.generations is None else f"{run.who}generation {generation}: "
+    progress = RowProgress(console, who=who, total=total, spent=resources.spent)
+    part = Part(run.parts_of(generation)[run.rank], fingerprint=run.fingerprint)
+
+    async def work() -> None:
+        for number, row in rows:
+            result = await attempt(run.recipe, run.settings, run.own, resources, number, row)
+            part.add(result)
+            progress.add(is_dropped=result.dropped is not None)
+            _count_failure(run, result)
+            await asyncio.sleep(0)  # a replay never waits, so it must let other tasks run
+
+    with contextlib.closing(part):
+        async with progress.shown():
+            await _all(work() for _ in range(min(run.settings.rows_in_flight, total)))
+        part.finish()
 
 
 async def _all(works: Iterator[Any]) -> None:
@@ -174,14 +226,13 @@ async def _all(works: Iterator[Any]) -> None:
         raise errors.exceptions[0] from None
 
 
-def _own_rows(run: _Run) -> Iterator[tuple[int, InputRow]]:
-    """Yield the number and values of this process's rows. Raises `ValueError` if the input has changed."""
+def _input_rows(run: _Run) -> Iterator[tuple[int, InputRow]]:
+    """Yield the number and values of all input rows. Raises `ValueError` if the input has changed."""
     checksum = hashlib.sha256()
     bad_rows = BadRows(run.settings.max_bad_rows, key="max_bad_rows")
     for number, row in enumerate(read_input(run.settings.input, bad_rows=bad_rows)):
         checksum.update(row.id.encode())
-        if number % run.size == run.rank:
-            yield number, row
+        yield number, row
     if checksum.hexdigest() != run.record["input"]["checksum"]:
         raise ValueError(f"input: {run.settings.input.path} changed while it was read; run again")
 
@@ -210,6 +261,7 @@ def _put_together(run: _Run) -> Summary:
     The summary is written last, because it marks the run as finished.
     """
     summary = summary_of(run.record)
+    summary.input = run.num_rows
     counted = summary.counted(results_of(run.parts))
     write_lines(run.output / "rows.jsonl", (row for result in counted for row in result.rows))
     write_lines(

@@ -16,6 +16,7 @@ _MOST_REASONS = 200  # reasons, or kinds, that are counted separately
 _SAMPLES = 3  # samples of each kind, and of each reason
 _LONGEST = 6000  # characters of a text in a sample
 _OTHERS = "(others)"
+_BINS = 20  # of a distribution
 
 
 class Step(BaseModel):
@@ -45,12 +46,44 @@ class Reason(BaseModel):
     examples: list[str] = []
 
 
+class Measure(BaseModel):
+    """The distribution of a number. counts: how often each value comes, rounded to two decimals."""
+
+    number: int = 0
+    total: float = 0.0
+    counts: Counter[float] = Field(default_factory=Counter)
+
+    def add(self, value: float) -> None:
+        self.number, self.total = self.number + 1, self.total + value
+        self.counts[round(value, 2)] += 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.number
+
+    def bins(self) -> list[tuple[float, float, int]]:
+        """Lower end, upper end and count of equal intervals from the least to the greatest value.
+
+        An interval has its lower end in it. The last one has both.
+        """
+        low, high = min(self.counts), max(self.counts)
+        width = (high - low) / _BINS or 1.0
+        counts = [0] * _BINS
+        for value, count in self.counts.items():
+            counts[min(int((value - low) / width), _BINS - 1)] += count
+        return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
+
+
 class Summary(BaseModel):
-    """Counts of a run. input: good input rows. bad: bad ones. kept: input rows that gave at least one row."""
+    """Counts of a run.
+
+    input: good input rows; None while more generations may follow. bad: bad ones. kept: input rows that gave
+    at least one row, or something for the next generation.
+    """
 
     recipe: str
     version: int
-    input: int = 0
+    input: int | None = 0
     bad: int = 0
     bad_examples: list[str] = []
     done: int = 0
@@ -60,6 +93,7 @@ class Summary(BaseModel):
     rows: int = 0
     kinds: Counter[str] = Field(default_factory=Counter)
     steps: dict[str, Step] = {}
+    measures: dict[str, Measure] = {}
     reasons: list[Reason] = []
     samples: dict[str, list[dict[str, Any]]] = {}
 
@@ -103,6 +137,8 @@ class Summary(BaseModel):
     def _add_rows(self, result: Result) -> None:
         self.kept += 1
         self.rows += len(result.rows)
+        for name, value in result.measures:
+            self.measures.setdefault(name, Measure()).add(value)
         for row in result.rows:
             kind = " / ".join(filter(None, (row["capability"], row.get("kind"))))
             kind = kind if kind in self.kinds or len(self.kinds) < _MOST_REASONS else _OTHERS

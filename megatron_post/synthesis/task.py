@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import math
 import random
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Task(Generic[S]):
         self._prompts, self._resources = prompts, resources
         root = _Branch(asyncio.current_task())
         self.events = root.events
+        self.measures: list[tuple[str, float]] = []
         self._steps: dict[BaseException, str] = {}
         self._branch: contextvars.ContextVar[_Branch] = contextvars.ContextVar("branch", default=root)
 
@@ -126,6 +128,13 @@ class Task(Generic[S]):
         """Count a result under a step of the report, such as a judge's verdict."""
         check_texts(result=result)
         self._begin(step).result = result
+
+    def measure(self, name: str, value: float) -> None:
+        """Have the report show the mean and the distribution of a number, over the rows that are kept."""
+        check_texts(name=name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise TypeError(f"{name} is measured as a number, and not as {value!r:.80}")
+        self.measures.append((name, value))
 
     async def together(self, *work: Awaitable[T]) -> list[T]:
         """Run several awaitables concurrently, such as K samples. Returns their results in order.
