@@ -2,6 +2,7 @@ from setuptools import find_packages, setup
 
 PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare with
 MATH = "math-verify>=0.8"  # compares mathematical answers
+ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
@@ -43,9 +44,20 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
-        "synthesize": ["ruff", MATH],
+        "synthesize": ["ruff", MATH, ROUGE],
         "bench": PEERS,
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "tiktoken", TRITON, MATH, *PEERS],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "tiktoken",
+            TRITON,
+            MATH,
+            ROUGE,
+            *PEERS,
+        ],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
 )
