@@ -44,7 +44,9 @@ def synthesize(
     cluster: ClusterPath,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="Tasks of the array that share the input.")] = 1,
-    cpus: Annotated[int, typer.Option(min=1, help="CPU cores of each task.")] = 8,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="CPU cores of each task. The default is at most 8.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Check everything, then queue a recipe's processes, and the servers of its section `serve`."""

@@ -18,6 +18,8 @@ from megatron_post.synthesis.recipe import load_recipe
 from megatron_post.synthesis.serving import clear_servers, server_key
 from megatron_post.synthesis.settings import Synthesis, load_synthesis, recipe_settings
 
+_CPUS = 8  # of a process, if its node has so many
+
 
 @dataclass(frozen=True)
 class _Planned:
@@ -33,7 +35,7 @@ def launch_synthesis(
     overrides: Sequence[str] = (),
     *,
     processes: int = 1,
-    cpus: int = 8,
+    cpus: int | None = None,
     dry_run: bool = False,
 ) -> None:
     """Check and queue a run of a recipe. If there are findings, raise `ConfigError` with all of them.
@@ -42,6 +44,7 @@ def launch_synthesis(
     programs of the sandbox. dry_run: print the scripts and only check the files.
     """
     settings, cluster = load_synthesis(config_path, overrides), load_cluster(cluster_path)
+    cpus = cpus or min(_CPUS, cluster.cpus_per_node)
     recipe_settings(settings, load_recipe(settings.recipe))
     found = _findings(settings, cluster, cpus=cpus)
     arguments = (config_path, *overrides)

@@ -48,6 +48,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "doctor": ("", [], 3),
     "demo": ("--config sft.yaml --run-dir demo", CONFIG, 20),
     "data pack": ("sft.yaml --overwrite", [*CONFIG, *TOKENIZER, *ROWS], 40),
+    "data prompt": ("prompted.yaml --output prompted.jsonl --group train",
+                    ["prompted.yaml", "base.yaml", "templates.yaml", "films.jsonl"], 40),
     "data show": ("store --pack 0", [*TOKENIZER, *STORE], 40),
     "data stats": ("store", STORE, 40),
     "data verify": ("store", STORE, 40),
@@ -74,6 +76,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "launch check-nodes": ("sft.yaml", CONFIG, 10),
     "launch round": ("chain.yaml --cluster cluster.yaml --dry-run",
                      ["chain.yaml", "cluster.yaml", *CONFIG], 40),
+    "launch synthesize": ("synthesis.yaml --cluster cluster.yaml --dry-run",
+                          ["synthesis.yaml", "cluster.yaml"], 25),
     "plan show": ("sft.yaml --gpus 2 --html plan.html", CONFIG, 25),
     "plan search": ("sft.yaml --gpus 2 --output best.yaml", CONFIG, 20),
     "plan dry-run": ("sft.yaml --gpus 1", CONFIG, 20),
@@ -83,6 +87,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
                "scored.jsonl", "scored.jsonl.origin.json"], 20),
     "merge": ("linear --config merge.yaml --output merged",
               [*WEIGHTS, "merge.yaml", ".converting-merged/conversion.json"], 25),
+    "evaluate choices": ("model choices.jsonl --output ranked.jsonl", [*WEIGHTS, "choices.jsonl"], 15),
     "generate": ("generate.yaml --output drawn.jsonl",
                  ["generate.yaml", "prompts.jsonl", *WEIGHTS, "model/tokenizer.json",
                   ".partial-drawn.jsonl/settings.json"], 25),
@@ -91,6 +96,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
                        ["synthesis.yaml", "prompts.jsonl", "answers/ask.j2", "model/config.json",
                         "synthesized/run.json", "synthesized/summary.json",
                         "synthesized/journal/journal-00000.jsonl"], 25),
+    "synthesize serve": ("synthesis.yaml", ["synthesis.yaml"], 10),
+    "synthesize end-servers": ("synthesis.yaml", ["synthesis.yaml"], 10),
     "synthesize show": ("synthesized/rows.jsonl --row 1",
                         ["synthesized/rows.jsonl", "synthesized/journal/journal-00000.jsonl"], 25),
     "synthesize report": ("synthesized", ["synthesized/run.json", "synthesized/summary.json"], 25),
@@ -109,7 +116,14 @@ MEASURED = {
 # what an earlier command has left is in the way of a valid one, and is there only where it is what is damaged
 LEFTOVERS = (".converting-*/*", ".partial-*/*", "scored.jsonl*", "rounds/*")
 # these end with 2 on a valid input: there is no Slurm, no step before this one, or `light` stops them
-STOPS = {"launch status", "launch cancel", "demo", "round", *(f"bench {name}" for name in MEASURED)}
+STOPS = {
+    "launch status",
+    "launch cancel",
+    "demo",
+    "round",
+    "synthesize serve",
+    *(f"bench {name}" for name in MEASURED),
+}
 
 
 @pytest.fixture

@@ -25,6 +25,13 @@ from tests.unit.convert.test_meta_source import _meta
 from tests.unit.rounds.models import tiny_policy
 
 ANSWER = "The answer is 2."
+TEMPLATES = """\
+templates:
+  1: !Template
+    name: right
+    jinja: 'Is {{text}} 2? ||| {{answer_choices[label]}}'
+    answer_choices: no ||| yes
+"""
 RECIPE = """\
 from megatron_post.data.dialog import Message
 from megatron_post.synthesis.row import Row
@@ -113,6 +120,17 @@ def _write_rows(root: Path) -> None:
     (root / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     scores = [{"row": row, "scores": [row / 8]} for row in range(1, 5)]
     (root / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
+    _write_prompted(root)
+
+
+def _write_prompted(root: Path) -> None:
+    """Rows and prompt templates of `data prompt`, and what it writes for `evaluate choices`."""
+    films = [{"text": "1 + 1", "label": n % 2} for n in range(4)]
+    (root / "films.jsonl").write_text("".join(json.dumps(film) + "\n" for film in films))
+    (root / "templates.yaml").write_text(TEMPLATES)
+    row = {"dataset": "films", "template": "right", "task": "sums", "row": 1, "prompt": "1 + 1?",
+           "completion": "2", "choices": ["2", "3"]}  # fmt: skip
+    (root / "choices.jsonl").write_text("".join(json.dumps(row | {"row": n}) + "\n" for n in range(4)))
 
 
 def _write_configs(root: Path) -> None:
@@ -129,6 +147,10 @@ def _write_configs(root: Path) -> None:
         "dpo.yaml": {"base": "base.yaml", "stage": "dpo", "dpo": {"reference": "frozen"},
                      "data": {"store": "pairs", "pack_length": 128,
                               "sources": [{"name": "pairs", "path": "pairs.jsonl"}]}},
+        "prompted.yaml": {"base": "base.yaml", "stage": "sft",
+                          "data": {"store": "prompted", "sources": [{"name": "films", "path": "films.jsonl"}],
+                                   "prompted": {"sources": [{"source": "films", "templates": "templates.yaml",
+                                                             "task": "sums"}]}}},
         "reward.yaml": {"base": "base.yaml", "stage": "reward",
                         "data": {"store": "pairs", "pack_length": 128}},
         "generate.yaml": {"model": "model", "prompts": "prompts.jsonl",

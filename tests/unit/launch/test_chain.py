@@ -98,7 +98,7 @@ def test_commands_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     wrong = {
         "trian, c.yaml": "no command 'trian' (did you mean 'train'?); commands are bench, ",
         "megatron-post, train": "no command 'megatron-post'",
-        "data, pak, c.yaml": "no command 'pak' (did you mean 'pack'?); commands are pack, show",
+        "data, pak, c.yaml": "no command 'pak' (did you mean 'pack'?); commands are pack, prompt, show",
         "data": "no command; commands are pack",
         "train": "Missing argument 'CONFIG'",
         "score, m, f": "Missing option '--output'",
