@@ -14,7 +14,7 @@ from megatron_post.launch.preflight import raise_for, slurm_findings
 from megatron_post.launch.record import active_findings, record_job
 from megatron_post.launch.script import Job, JobId
 from megatron_post.launch.show import show_script
-from megatron_post.synthesis.recipe import load_recipe
+from megatron_post.synthesis.recipe import Recipe, load_recipe
 from megatron_post.synthesis.serving import clear_servers, server_key
 from megatron_post.synthesis.settings import Synthesis, load_synthesis, recipe_settings
 
@@ -45,18 +45,18 @@ def launch_synthesis(
     """
     settings, cluster = load_synthesis(config_path, overrides), load_cluster(cluster_path)
     cpus = cpus or min(_CPUS, cluster.cpus_per_node)
-    recipe_settings(settings, load_recipe(settings.recipe))
+    recipe = load_recipe(settings.recipe)
+    recipe_settings(settings, recipe)
     found = _findings(settings, cluster, cpus=cpus)
     arguments = (config_path, *overrides)
     clients = _Planned(
-        _job("run", arguments, settings, array=processes), _of_clients(settings, cluster, cpus)
+        _job("run", arguments, settings, array=processes), _of_clients(settings, recipe, cluster, cpus)
     )
     servers = ending = None
     if settings.serve is not None:
-        image = settings.serve.image
-        container = cluster.container and cluster.container.model_copy(
-            update={"image": image} if image else {}
-        )
+        container = cluster.container
+        if container is not None and settings.serve.image is not None:
+            container = container.model_copy(update={"image": settings.serve.image})
         job = _job("serve", arguments, settings, array=settings.serve.servers, nodes=settings.serve.nodes)
         servers = _Planned(job, cluster.model_copy(update={"container": container}))
         ending = _Planned(_job("end-servers", arguments, settings), _without_gpus(cluster, cpus=1))
@@ -105,13 +105,12 @@ def _job(
     )
 
 
-def _of_clients(settings: Synthesis, cluster: Cluster, cpus: int) -> Cluster:
+def _of_clients(settings: Synthesis, recipe: Recipe, cluster: Cluster, cpus: int) -> Cluster:
     """The cluster settings of the processes of a recipe.
 
     Processes that only use servers take a part of a node without GPUs. If a model runs in the process, it
     takes a whole node.
     """
-    recipe = load_recipe(settings.recipe)
     if any(gpus_of(settings.models[name].backend) for name in recipe.models):
         return cluster
     return _without_gpus(cluster, cpus=cpus)
