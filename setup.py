@@ -3,6 +3,7 @@ from setuptools import find_packages, setup
 PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare with
 MATH = "math-verify>=0.8"  # compares mathematical answers
 ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
+BROWSER = "playwright>=1.50"  # drives the Chromium of the machine in a test
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
@@ -18,7 +19,7 @@ setup(
     package_data={
         "megatron_post": [
             *("py.typed", "data/*.jinja", "launch/*.sbatch"),
-            *("synthesis/*.j2", "synthesis/recipes/*/*.j2"),
+            *("synthesis/*.j2", "synthesis/recipes/*/*.j2", "rounds/annotation/*.j2"),
         ]
     },
     install_requires=[
@@ -58,6 +59,7 @@ setup(
             TRITON,
             MATH,
             ROUGE,
+            BROWSER,
             *PEERS,
         ],
     },
