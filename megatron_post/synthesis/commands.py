@@ -20,7 +20,7 @@ def list_recipes() -> None:
     for recipe in map(load_recipe, built_in_recipes()):
         say(f"{recipe.name} (version {recipe.version}): {recipe.summary}")
         does = ["runs programs"] * recipe.runs_programs + ["compares answers"] * recipe.compares_answers
-        say("; ".join([f"  asks {', '.join(recipe.models)}", *does]))
+        say("; ".join([f"  asks {', '.join(recipe.models) or 'no model'}", *does]))
         for name, field in recipe.settings.model_fields.items():
             say(f"  settings.{name}: {field.description}")
 

@@ -58,7 +58,8 @@ class Synthesis(Section):
     settings: dict[str, Any] = Field(default_factory=dict, description="the recipe's own keys")
     input: InputSettings
     models: dict[Line, SynthesisModel] = Field(
-        min_length=1, description="name -> model that the recipe asks by this name, or another name here"
+        default_factory=dict,
+        description="name -> model that the recipe asks by this name, or another name here",
     )
     sandbox: SandboxSettings = Bubblewrap()
     serve: Serve | None = Field(None, description="servers that `launch synthesize` starts")
