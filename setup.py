@@ -3,7 +3,7 @@ from setuptools import find_packages, setup
 PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare with
 MATH = "math-verify>=0.8"  # compares mathematical answers
 ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
-BROWSER = "playwright>=1.50"  # drives the Chromium of the machine in a test
+LANGUAGE = "py3langid>=0.4"  # identifies languages
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
@@ -19,7 +19,7 @@ setup(
     package_data={
         "megatron_post": [
             *("py.typed", "data/*.jinja", "launch/*.sbatch"),
-            *("synthesis/*.j2", "synthesis/recipes/*/*.j2", "rounds/annotation/*.j2"),
+            *("synthesis/*.j2", "synthesis/recipes/*/*.j2"),
         ]
     },
     install_requires=[
@@ -35,8 +35,6 @@ setup(
         "tenacity>=9.0",
         "regex",  # stops where Python's own would search for ever
         "zarr>=3.0",
-        "blake3",  # checksums of checkpoints
-        "isal",  # CRC-32 of weights and packs, faster than zlib's
         "tokenizers>=0.20",
         "safetensors>=0.4",
         "jinja2>=3.1",
@@ -47,7 +45,7 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
-        "synthesize": ["ruff", MATH, ROUGE],
+        "synthesize": ["ruff", MATH, ROUGE, LANGUAGE],
         "bench": PEERS,
         "dev": [
             "pytest",
@@ -59,7 +57,7 @@ setup(
             TRITON,
             MATH,
             ROUGE,
-            BROWSER,
+            LANGUAGE,
             *PEERS,
         ],
     },

@@ -40,6 +40,11 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
+def outside_blocks(text: str) -> str:
+    """The text without its fenced blocks."""
+    return _FENCE.sub("\n", text.replace("\r\n", "\n"))
+
+
 def code_blocks(text: str, *languages: str) -> list[str]:
     """The contents of the fenced blocks of a text, in order. If languages are given, only their blocks count.
 

@@ -28,8 +28,7 @@ class RougePool:
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         """Raises `ValueError` if rapidfuzz is not installed."""
-        if importlib.util.find_spec("rapidfuzz") is None:
-            raise ValueError(f"ROUGE-L needs rapidfuzz: {install_command('synthesize')}")
+        check_installed()
         self._characters: dict[str, str] = {}
         self._coded: list[str] = []
         self.texts: list[str] = []
@@ -65,6 +64,12 @@ class RougePool:
     def _code(self, text: str) -> str:
         known = self._characters
         return "".join(known.setdefault(word, chr(len(known))) for word in words_of(text))
+
+
+def check_installed() -> None:
+    """Raises `ValueError` if rapidfuzz is not installed."""
+    if importlib.util.find_spec("rapidfuzz") is None:
+        raise ValueError(f"ROUGE-L needs rapidfuzz: {install_command('synthesize')}")
 
 
 def rouge_l(first: str, second: str) -> float:

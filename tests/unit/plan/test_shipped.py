@@ -17,6 +17,7 @@ GPUS = {
     "llama3_70b/reward": 32,
     "llama3_70b/dpo": 32,
     "llama3_405b/sft": 512,
+    "llama3_405b/sft_multilingual": 512,
     "llama3_405b/reward": 256,
     "llama3_405b/dpo": 256,
 }

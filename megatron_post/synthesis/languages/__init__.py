@@ -1,0 +1,1 @@
+"""What the recipes for languages share: languages and scripts of texts, and what a translation keeps."""
