@@ -4,6 +4,9 @@ PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare
 MATH = "math-verify>=0.8"  # compares mathematical answers
 ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
 LANGUAGE = "py3langid>=0.4"  # identifies languages
+BROWSER = "playwright>=1.50"  # drives the Chromium of the machine in a test
+# What programs of the recipes for tools import. They run in the sandbox, where users install these.
+TOOLS = ["sympy", "jsonschema", "docstring-parser", "pypdf", "python-docx", "openpyxl"]
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
@@ -58,6 +61,8 @@ setup(
             MATH,
             ROUGE,
             LANGUAGE,
+            BROWSER,
+            *TOOLS,
             *PEERS,
         ],
     },

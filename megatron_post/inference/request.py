@@ -144,10 +144,10 @@ def assistant_message(
 def messages_as_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages in the form of OpenAI's protocol and of datasets.
 
-    The id of a call and its output follows from their position.
+    The id of a call and its output follows from their position. Several calls in a row are answered in order.
     """
     found: list[dict[str, Any]] = []
-    call_id = ""
+    waiting: list[str] = []  # the ids of calls without an output, or of the last call
     for number, message in enumerate(messages, start=1):
         values: dict[str, Any] = {
             "role": _ROLES.get(message.role, message.role),
@@ -156,10 +156,12 @@ def messages_as_json(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if message.reasoning:
             values["reasoning_content"] = message.reasoning
         if message.tool_calls:
-            call_id = f"call_{number}"
-            values["tool_calls"] = [_call_as_json(call, call_id) for call in message.tool_calls]
-        if message.role == "ipython" and call_id:
-            values["tool_call_id"] = call_id
+            is_parallel = bool(found) and "tool_calls" in found[-1]
+            waiting = [*(waiting if is_parallel else ()), f"call_{number}"]
+            values["tool_calls"] = [_call_as_json(call, waiting[-1]) for call in message.tool_calls]
+        if message.role == "ipython" and waiting:
+            values["tool_call_id"] = waiting[0]
+            waiting = waiting[1:] or waiting
         found.append(values)
     return found
 

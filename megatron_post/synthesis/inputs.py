@@ -1,5 +1,6 @@
-"""Reads the input of a recipe, which is rows of a dataset or pieces of the files of a directory."""
+"""Reads the input of a recipe, which is rows of a dataset, or files of a directory or their pieces."""
 
+import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +55,16 @@ class RepositoriesInput(_Taken):
     pattern: Name = Field("**/*.py", description="which files of a repository are read")
 
 
-AnyInput = RowsInput | DocumentsInput | RepositoriesInput
+class FilesInput(_Taken):
+    """Whole files of any kind, such as spreadsheets. A row has the name `file` and `base64`, the content."""
+
+    kind: Literal["files"] = Field(description="selects this kind of input")
+    path: Name = Field(description="file, or directory. Names in it that begin with a dot are skipped")
+    pattern: Name = Field("**/*", description="which files of the directory are read, such as **/*.csv")
+    largest_kib: Count = Field(256, le=2**16, description="larger files are bad rows")
+
+
+AnyInput = RowsInput | DocumentsInput | RepositoriesInput | FilesInput
 InputSettings = Annotated[AnyInput, Field(discriminator="kind")]
 
 
@@ -79,6 +89,8 @@ def read_input(settings: AnyInput, *, bad_rows: BadRows) -> Iterator[InputRow]:
         records = _from_rows(settings)
     elif isinstance(settings, DocumentsInput):
         records = _from_documents(settings)
+    elif isinstance(settings, FilesInput):
+        records = _from_files(settings)
     else:
         records = _from_repositories(settings)
     return islice(_good(records, settings, bad_rows), settings.max_rows)
@@ -109,10 +121,7 @@ def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
     path = Path(settings.path)
     for file in _files(path, settings.pattern):
         try:
-            if path.is_dir() and not file.resolve().is_relative_to(path.resolve()):
-                raise BadRow(
-                    f"a link that leads out of {path}, as in code of others: copy the file to use it"
-                )
+            _check_link(file, path)
             text = _text(file)
         except BadRow as error:
             yield str(file), error
@@ -123,6 +132,24 @@ def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
             if size >= settings.least and piece.strip():
                 values = {"text": piece, "file": name, "first_line": first, "last_line": last}
                 yield f"{file}:{first}-{last}", values
+
+
+def _from_files(settings: FilesInput) -> Iterator[tuple[str, Any]]:
+    path, most = Path(settings.path), settings.largest_kib * 2**10
+    for file in _files(path, settings.pattern):
+        try:
+            _check_link(file, path)
+            content = _bytes(file, most)
+        except BadRow as error:
+            yield str(file), error
+            continue
+        yield str(file), {"file": file.name, "base64": base64.b64encode(content).decode()}
+
+
+def _check_link(file: Path, directory: Path) -> None:
+    """Raises `BadRow` for a link that leads out of the directory."""
+    if directory.is_dir() and not file.resolve().is_relative_to(directory.resolve()):
+        raise BadRow(f"a link that leads out of {directory}, as in code of others: copy the file to use it")
 
 
 def _from_repositories(settings: RepositoriesInput) -> Iterator[tuple[str, Any]]:
@@ -184,18 +211,24 @@ def _files(path: Path, pattern: str) -> Iterator[Path]:
 def _text(file: Path) -> str:
     """The text of a file. Raises `BadRow` if it is not text."""
     try:
-        with file.open("rb") as stream:
-            content = stream.read(_LARGEST_FILE + 1)
-        text = content.decode("utf-8-sig")
+        text = _bytes(file, _LARGEST_FILE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRow(f"not text in UTF-8: byte {error.start}") from None
-    except OSError as error:
-        raise BadRow(f"cannot be read: {error.strerror}") from None
-    if len(content) > _LARGEST_FILE:
-        raise BadRow(f"huge: more than {_LARGEST_FILE:,} bytes")
     if "\0" in text:
         raise BadRow("not a text: it holds a null character")
     return text.replace("\r\n", "\n")
+
+
+def _bytes(file: Path, most: int) -> bytes:
+    """The content of a file. Raises `BadRow` if it cannot be read, or has more than `most` bytes."""
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise BadRow(f"cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise BadRow(f"huge: more than {most:,} bytes")
+    return content
 
 
 def _pieces(text: str, settings: DocumentsInput) -> Iterator[tuple[int, int, str]]:

@@ -1,11 +1,12 @@
 """The journal, models, sandbox and comparison of answers that all rows of a process share."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_post.inference.answers import Answers, open_answers
-from megatron_post.inference.journal import Journal
+from megatron_post.inference.journal import Journal, key_of
 from megatron_post.inference.model import Model
 from megatron_post.inference.request import Refusal, Reply, Request
 from megatron_post.sandbox.sandbox import open_sandbox
@@ -78,6 +79,17 @@ class Resources:
         if self._compares is None:
             raise ValueError(f"recipe {self._recipe.name} compares answers: it needs ANSWERS = True")
         return self._compares
+
+    async def output_of(
+        self, tool: str, values: Mapping[str, Any], make: Callable[[], str]
+    ) -> tuple[str, str]:
+        """The output of a tool of the recipe, and its key in the journal. See `Task.use`."""
+        key = key_of(tool=tool, values=dict(values))
+
+        async def once() -> tuple[str, dict[str, Any]]:
+            return "tool", {"tool": tool, "values": dict(values), "output": make()}
+
+        return (await self._journal.once(key, once))["output"], key
 
     def spent(self) -> Spent:
         """Requests and tokens of this process so far."""

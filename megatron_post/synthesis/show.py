@@ -15,6 +15,7 @@ from megatron_post.storage.reading import reading
 from megatron_post.synthesis.row import readable_messages
 from megatron_post.synthesis.task import Event
 
+_ENTRIES = {"program": "a program: ", "wanted": "two answers: ", "tool": "a tool: "}  # by a key of the entry
 _STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
 
 
@@ -88,7 +89,7 @@ def _transcript(console: Console, events: Sequence[Event], journal: Path, place:
     before: list[_Message] = []
     for number, event in enumerate(events, start=1):
         entry = entries.get(event.key, {})
-        what = "a program: " if "program" in entry else "two answers: " if "wanted" in entry else ""
+        what = next((what for key, what in _ENTRIES.items() if key in entry), "")
         what = f"{event.model} is asked: " if event.model else what
         tokens = f", {event.prompt_tokens} + {event.tokens} tokens" if event.model else ""
         _head(console, f"{number}. {event.step}: {what}{event.result or 'nothing came of it'}{tokens}")
@@ -101,6 +102,8 @@ def _transcript(console: Console, events: Sequence[Event], journal: Path, place:
                 before = _print_request(console, entry, before)
             elif "program" in entry:
                 _print_program(console, entry)
+            elif "tool" in entry:
+                _print_tool(console, entry)
             else:
                 _print_answers(console, entry)
 
@@ -139,6 +142,12 @@ def _print_program(console: Console, entry: dict[str, Any]) -> None:
         _say(console, f"[{stream}]" if outcome[stream] else "", "bold")
         _say(console, outcome[stream])
     _say(console, f"({outcome['kind']}, exit status {outcome['returncode']})", "dim")
+
+
+def _print_tool(console: Console, entry: dict[str, Any]) -> None:
+    values = ", ".join(f"{name}={value}" for name, value in entry["values"].items())
+    _say(console, f"[{entry['tool']}: {values}]", "bold")
+    _say(console, entry["output"])
 
 
 def _print_answers(console: Console, entry: dict[str, Any]) -> None:

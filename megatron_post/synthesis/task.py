@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import math
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -28,10 +28,11 @@ T = TypeVar("T")
 
 @dataclass
 class Event:
-    """A request, a program, a comparison or a count of a recipe.
+    """A request, a program, a comparison, an output of a tool or a count of a recipe.
 
     model: empty except for requests. result: "reply", "refusal", the kind of a program's outcome, the result
-    of a comparison, or what a recipe counts. key: key in the journal, which is empty until there is a result.
+    of a comparison, "output" of a tool, or what a recipe counts. key: key in the journal, which is empty
+    until there is a result.
     """
 
     step: str
@@ -123,6 +124,17 @@ class Task(Generic[S]):
         event = self._begin(step)
         event.result, event.key = await self._resources.answers().compare(wanted, given)
         return event.result
+
+    async def use(self, step: str, tool: str, values: Mapping[str, Any], make: Callable[[], str]) -> str:
+        """The output of a tool that runs in this process, such as a search. The journal keeps it.
+
+        step: the name under which the report counts it. values: everything that the output depends on, as
+        JSON. Equal values of a tool have the same output, which `make` gives once.
+        """
+        event = self._begin(step)
+        output, event.key = await self._resources.output_of(tool, values, make)
+        event.result = "output"
+        return output
 
     def count(self, step: str, result: str) -> None:
         """Count a result under a step of the report, such as a judge's verdict."""

@@ -1,8 +1,11 @@
 """Runs a block of a Python session in the sandbox, after the earlier blocks, whose output is hidden."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_post.data.dialog import CODE_INTERPRETER, ToolCall
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.synthesis.programs import Files
 
@@ -15,6 +18,25 @@ def session(blocks: Sequence[str]) -> tuple[Files, tuple[str, ...]]:
     names = [f"block_{number}.py" for number in range(1, len(blocks) + 1)]
     files: Files = {_DRIVER.name: _DRIVER, **dict(zip(names, blocks, strict=True))}
     return files, ("env", "PYTHONHASHSEED=0", "python3", _DRIVER.name, *names)
+
+
+def code_of(call: ToolCall) -> str | None:
+    """The code of a call of the interpreter, or None for another call or other arguments.
+
+    A server gives the arguments as JSON, or the bare code.
+    """
+    if call.name != CODE_INTERPRETER:
+        return None
+    values: Any = call.arguments
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except (ValueError, RecursionError):
+            return str(call.arguments)
+        if not isinstance(values, dict):  # such as the code 42
+            return str(call.arguments)
+    code = values["code"] if list(values) == ["code"] else None
+    return code if isinstance(code, str) else None
 
 
 def has_ended(outcome: Outcome) -> bool:

@@ -1,6 +1,5 @@
 """Solutions that run Python between steps of reasoning, in Llama 3's format, filtered by their answer."""
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +7,7 @@ from pydantic import Field
 
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import CODE_INTERPRETER, Message, ToolCall
-from megatron_post.synthesis.math.interpreter import has_ended, reached_limit, session, shown
+from megatron_post.synthesis.math.interpreter import code_of, has_ended, reached_limit, session, shown
 from megatron_post.synthesis.math.tries import (
     Try,
     agreeing,
@@ -85,7 +84,7 @@ async def _solved(task: Task[Settings], prompt: str, seed: int) -> _Solution | N
             if one and not turns:
                 task.count("solve", "no program")
             return _Solution(one.message, one.answer, (), tuple(turns)) if one and turns else None
-        code = _code(reply.message.tool_calls[0])
+        code = code_of(reply.message.tool_calls[0])
         if code is None:
             task.count("solve", "another tool is called")
             return None
@@ -100,17 +99,3 @@ async def _solved(task: Task[Settings], prompt: str, seed: int) -> _Solution | N
         turns.append(Message("ipython", shown(outcome, most=task.settings.output)))
     task.count("solve", "too many programs")
     return None
-
-
-def _code(call: ToolCall) -> str | None:
-    """The code of a call of the interpreter, or None. A server gives the arguments as JSON."""
-    if call.name != CODE_INTERPRETER:
-        return None
-    values: Any = call.arguments
-    if isinstance(values, str):
-        try:
-            values = json.loads(values)
-        except (ValueError, RecursionError):
-            return str(values)  # the bare code
-    code = values.get("code") if isinstance(values, dict) else None
-    return code if isinstance(code, str) else None

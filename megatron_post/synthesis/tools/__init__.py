@@ -1,0 +1,1 @@
+"""Tools that models call, and the trajectories of their calls."""

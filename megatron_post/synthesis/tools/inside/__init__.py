@@ -1,0 +1,1 @@
+"""Scripts that run in the sandbox. They import nothing of this package."""

@@ -1,0 +1,131 @@
+"""Trajectories with all core tools: each stored output is what its call gives again, without the journal."""
+
+import asyncio
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from pydantic import TypeAdapter
+
+from megatron_post.data.dialog import ToolCall
+from megatron_post.data.template import render
+from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_post.sandbox.outcome import Outcome
+from megatron_post.sandbox.sandbox import Sandbox, open_sandbox
+from megatron_post.sandbox.settings import SandboxSettings
+from megatron_post.synthesis.programs import Files
+from megatron_post.synthesis.task import Task
+from megatron_post.synthesis.tools.core import CORE_TOOLS, CoreSettings, Toolbox
+from tests.documentation import ROOT
+from tests.scripted_server import Body
+from tests.unit.synthesis.tools.author import call
+from tests.unit.synthesis.tools.conftest import ToolPlace, sandbox_with
+
+_NEED = re.compile(r"must need (\w+),.*?(\d+) towns", re.DOTALL)
+_REQUEST = re.compile(r"Use (\w+) on the (\d+) towns(, twice)?")
+_PUBLISHED = ROOT / "../shared/data/llama3_tokenizer/tokenizer.model"
+
+
+def _answer(body: Body) -> str | dict[str, Any]:
+    """Requests and calls that follow from the number of the text."""
+    first = body["messages"][0]["content"]
+    if "Verdict:" in first:
+        return "Verdict: supported"
+    if "tools" not in body:
+        found = _NEED.search(first)
+        assert found is not None, first
+        twice = ", twice" if "at least two calls" in first else ""
+        return f"<request>Use {found[1]} on the {found[2]} towns{twice}.</request>"
+    asked = _REQUEST.search(first)
+    assert asked is not None, first
+    number, turn = int(asked[2]), sum(message["role"] == "tool" for message in body["messages"])
+    if turn >= (2 if asked[3] else 1):
+        return "That is it."
+    arguments = {
+        "code_interpreter": [
+            f"import random\nx = {{str(n) for n in range({number})}}\nprint(list(x)[:3], random.random())",
+            "print(len(x), random.random())",
+        ],
+        "wolfram_alpha": [f"integrate(x^{number}, (x, 0, 2))", f"factorint({number} + 100)"],
+        "brave_search": [f"town {number}", f"mayor of {number}"],
+    }[asked[1]]
+    return call(asked[1], arguments[turn], says="Now this.")
+
+
+class _Again:
+    """Runs programs and tools without a journal, in place of a task."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def run(self, step: str, files: Files, command: Sequence[str]) -> Outcome:
+        contents = {n: f.read_bytes() if isinstance(f, Path) else f for n, f in files.items()}
+        return await self._sandbox.run(contents, command)
+
+    async def use(self, step: str, tool: str, values: Mapping[str, Any], make: Callable[[], str]) -> str:
+        return make()
+
+
+async def _outputs_of(row: dict[str, Any], sandbox: Sandbox, settings: CoreSettings) -> list[str]:
+    box = Toolbox(cast(Task[Any], _Again(sandbox)), settings, CORE_TOOLS)
+    functions = [each["tool_calls"][0]["function"] for each in row["messages"] if "tool_calls" in each]
+    return [
+        (await box.call(ToolCall(each["name"], json.loads(each["arguments"])))).text for each in functions
+    ]
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_every_stored_output_is_reproduced_by_its_call(tool_place: ToolPlace, count: int) -> None:
+    corpus = tool_place.directory / "corpus"
+    corpus.mkdir()
+    towns = random.Random(0)
+    for number in range(count):
+        mayor = towns.choice(["Ada", "Bo", "Cy"])
+        (corpus / f"{number}.txt").write_text(f"The mayor of town {number} is {mayor}.\n")
+    documents = {"kind": "documents", "path": str(corpus)}
+    rows = [{"text": f"A text about {number} towns."} for number in range(count)]
+    packages = ["sympy", "mpmath"]
+    tool_place.run("tool_use", _answer, rows=rows, packages=packages, documents=documents)
+    kept = tool_place.rows()
+    assert len(kept) == count and tool_place.dropped() == {}
+    kinds = Counter(row["kind"] for row in kept)
+    assert set(kinds) == {"one step", "several steps"} and min(kinds.values()) >= count // 4
+    assert {tool for row in kept for tool in row["called"]} == set(CORE_TOOLS)
+
+    settings = CoreSettings.model_validate({"documents": documents})
+    sandboxes = TypeAdapter(SandboxSettings).validate_python(sandbox_with(*packages))
+
+    async def again() -> list[list[str]]:
+        with open_sandbox(sandboxes) as sandbox:
+            return await asyncio.gather(*(_outputs_of(row, sandbox, settings) for row in kept))
+
+    stored = [[m["content"] for m in row["messages"] if m["role"] == "tool"] for row in kept]
+    assert asyncio.run(again()) == stored
+
+
+def test_rows_are_rendered_as_metas_examples_are(tool_place: ToolPlace) -> None:
+    """The text of a row has the form of "Built-in tools full interaction" in Meta's "Prompt Formats"."""
+    if not _PUBLISHED.is_file():
+        pytest.skip("../shared/data has no tokenizer.model of Llama 3")
+    rows = [{"text": "A text about 6 towns."}]
+    values = {"tools": ["wolfram_alpha"], "several": 0, "packages": ["sympy", "mpmath"]}
+    tool_place.run("tool_use", _answer, rows=rows, **values)  # type: ignore[arg-type]
+    (dialog,), (row,) = tool_place.dialogs(), tool_place.rows()
+    output = row["messages"][2]["content"]
+    expected = (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Environment: ipython\nTools: wolfram_alpha\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nUse wolfram_alpha on the 6 towns.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nNow this.<|python_tag|>"
+        'wolfram_alpha.call(query="integrate(x^6, (x, 0, 2))")<|eom_id|>'
+        f"<|start_header_id|>ipython<|end_header_id|>\n\n{output}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nThat is it.<|eot_id|>"
+    )
+    tokenizer: Tokenizer = load_tokenizer(_PUBLISHED)
+    assert tokenizer.decode(render(dialog, tokenizer).tokens.tolist()) == expected
+    assert output.startswith('{\n    "queryresult": {\n        "success": true,\n        "inputstring":')
