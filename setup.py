@@ -38,6 +38,8 @@ setup(
         "tenacity>=9.0",
         "regex",  # stops where Python's own would search for ever
         "zarr>=3.0",
+        "blake3",  # checksums of checkpoints
+        "isal",  # CRC-32 of weights and packs, faster than zlib's
         "tokenizers>=0.20",
         "safetensors>=0.4",
         "jinja2>=3.1",

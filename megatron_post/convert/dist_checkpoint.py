@@ -5,7 +5,6 @@ every tensor, with the file and the offset of each chunk. Each chunk is an archi
 writes it. The objects that modules save beside their tensors are stored in the same way.
 """
 
-import zlib
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -22,6 +21,7 @@ from megatron_post.convert.module_state import UnsafeState, safe_state
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import BLOCK_BYTES, Kind
 from megatron_post.convert.torch_file import BadTorchFile, load_plain, saved_tensors
+from megatron_post.storage.checksums import crc32
 from megatron_post.storage.manifest import DamagedCheckpoint
 
 
@@ -190,7 +190,7 @@ class DistCheckpoint:
             chunk.sum, chunk.summed = 0, 0
             self._check_rest(key, chunk)
             return
-        chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
+        chunk.sum, chunk.summed = crc32(data, chunk.sum), chunk.summed + len(data)
         if chunk.summed == chunk.stored.nbytes:
             self._check_rest(key, chunk)
 
@@ -201,7 +201,7 @@ class DistCheckpoint:
         while chunk.summed < chunk.stored.nbytes:
             data = buffer[: chunk.stored.nbytes - chunk.summed]
             self._files.read(chunk.path, chunk.stored.offset + chunk.summed, data)
-            chunk.sum, chunk.summed = zlib.crc32(data, chunk.sum), chunk.summed + len(data)
+            chunk.sum, chunk.summed = crc32(data, chunk.sum), chunk.summed + len(data)
         if chunk.sum != chunk.crc32:
             raise DamagedCheckpoint(f"{chunk.path}: the chunk of {key} at {chunk.offsets} is damaged")
         chunk.crc32 = None

@@ -2,17 +2,17 @@
 
 import io
 import pickle
-import zipfile
-import zlib
+import struct
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch._utils import _rebuild_tensor_v2
 
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.source import Kind
+from megatron_post.storage.checksums import crc32
 
 _STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
@@ -20,75 +20,58 @@ _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float64: torch.DoubleStorage,
 }
-_POLYNOMIAL = 0xEDB88320  # the polynomial of CRC-32, reflected
+_LOCAL = struct.Struct("<4s5H3L2H")  # the header in front of a member
+_AFTER = struct.Struct("<4s3L")  # the checksum and sizes behind a member
+_ENTRY = struct.Struct("<4s6H3L5H2L")  # a member's entry in the directory
+_END = struct.Struct("<4s4H2LH")  # the end of the directory
+_VERSION, _DESCRIBED, _DATE = 20, 8, 33  # no ZIP64; checksum behind the data; 1980-01-01
+_UNIX, _OWNER = 3 << 8, 0o600 << 16
 
 
 class ArchiveFile:
-    """A file of archives, one after another. position: its end. crc32: of all bytes written so far."""
+    """A file of archives, one after another. position: its end. crc32: of all bytes written so far.
+
+    The archives are the bytes that Python's `zipfile` would write. It is not used, because it computes the
+    checksums with zlib, which is slower than the disk.
+    """
 
     def __init__(self, file: PartFile) -> None:
         self.position, self.crc32 = 0, 0
         self._file = file
-        self._data, self._in_data, self._unsummed = zipfile.ZipInfo(), False, 0
 
     def append(self, kind: Kind, blocks: Iterable[memoryview]) -> None:
-        """Write a tensor. blocks: its bytes in C order.
+        """Write a tensor. blocks: its bytes in C order, less than 4 GiB.
 
         See `PartFile` for how long a block must stay unchanged.
         """
-        # zipfile sees a stream that cannot seek. It writes sizes and checksums after the data, as torch does.
-        with zipfile.ZipFile(cast(IO[bytes], self), "w") as archive:
-            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _description(kind))
-            self._data = zipfile.ZipInfo("archive/data/0")
-            with archive.open(self._data, "w") as member:
-                self._in_data = True
-                for block in blocks:
-                    member.write(block)
-                self._in_data = False
-            archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
+        begin = self.position
+        entries = [
+            self._member("archive/data.pkl", [_description(kind)], begin),
+            self._member("archive/data/0", blocks, begin),
+            self._member("archive/version", [b"3\n"], begin),
+        ]
+        place = self.position - begin
+        self._write(b"".join(entries))
+        size = self.position - begin - place
+        self._write(_END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), size, place, 0))
 
-    def write(self, content: Any) -> int:
-        """Write a piece of an archive for `zipfile`.
+    def _member(self, name: str, blocks: Iterable[bytes | memoryview], begin: int) -> bytes:
+        """Write a member of the archive that begins at `begin`. Returns its entry in the directory."""
+        place, key = self.position - begin, name.encode()
+        head = (_DESCRIBED, 0, 0, _DATE)  # 0: stored without compression, at midnight
+        self._write(_LOCAL.pack(b"PK\3\4", _VERSION, *head, 0, 0, 0, len(key), 0) + key)
+        size, checksum = 0, 0
+        for block in blocks:
+            size, checksum = size + len(block), crc32(block, checksum)
+            self._write(block)
+        self._write(_AFTER.pack(b"PK\7\x08", checksum, size, size))
+        numbers = (checksum, size, size, len(key), 0, 0, 0, 0, _OWNER, place)
+        return _ENTRY.pack(b"PK\1\2", _UNIX | _VERSION, _VERSION, *head, *numbers) + key
 
-        `zipfile` already checksums the data. That checksum is joined to the file's, and not computed again.
-        """
+    def _write(self, content: bytes | memoryview) -> None:
         self._file.write(content)
         self.position += len(content)
-        if self._in_data:
-            self._unsummed += len(content)
-            return len(content)
-        if self._unsummed:
-            self.crc32 = joined_crc32(self.crc32, self._data.CRC, self._unsummed)
-            self._unsummed = 0
-        self.crc32 = zlib.crc32(content, self.crc32)
-        return len(content)
-
-    def flush(self) -> None:
-        """Does nothing, because nothing is buffered."""
-
-
-def joined_crc32(first: int, second: int, second_bytes: int) -> int:
-    """CRC-32 of two consecutive pieces, from the CRC-32 of each and the length of the second.
-
-    As polynomials over GF(2), it is first * x^(8 * second_bytes) + second, modulo the polynomial of CRC-32.
-    """
-    power, square, exponent = 1 << 31, 1 << 30, 8 * second_bytes  # x^0, x^1
-    while exponent:
-        if exponent & 1:
-            power = _product(power, square)
-        square = _product(square, square)
-        exponent >>= 1
-    return _product(power, first) ^ second
-
-
-def _product(a: int, b: int) -> int:
-    """a * b modulo the polynomial. The highest bit is x^0."""
-    result = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            result ^= b
-        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-    return result
+        self.crc32 = crc32(content, self.crc32)
 
 
 class _Storage:

@@ -5,7 +5,6 @@ The array has a temporary name until all rows are written, so that a reader neve
 
 import os
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import zarr
 from megatron_post.data.store import PackStore
 from megatron_post.data.store_checksums import array_digest
 from megatron_post.data.store_format import CHECKSUMS, REFERENCE
+from megatron_post.storage.checksums import crc32
 
 
 class ReferenceWriter:
@@ -54,7 +54,7 @@ class ReferenceWriter:
         chunk, row = divmod(pack, self._in_chunk)
         content = np.ascontiguousarray(logps, dtype="<f4").tobytes()
         _write_at(self._chunk(chunk), content, row * len(content))
-        checksum = np.array(zlib.crc32(content), dtype="<u4").tobytes()
+        checksum = np.array(crc32(content), dtype="<u4").tobytes()
         _write_at(self._group / self._partial / CHECKSUMS, checksum, pack * len(checksum))
 
     def publish(self) -> None:

@@ -7,7 +7,6 @@ never a mixture of two stores.
 """
 
 import dataclasses
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from megatron_post.data.store_format import (
 )
 from megatron_post.data.store_metadata import damage, read_settings
 from megatron_post.data.template import TokenRole
-from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.checksums import crc32, sha256_of_json
 from megatron_post.storage.reading import plain_file, plain_files
 
 
@@ -206,7 +205,7 @@ class PackStore:
             raise StoreError(f"pack {index} of {self.path}/{self.group} cannot be read: {error}") from error
         if len(values) != length:
             raise self._damaged(index, f"{file} ends before the pack does")
-        if zlib.crc32(values.tobytes()) != self._checksum_of(name, index):
+        if crc32(values.tobytes()) != self._checksum_of(name, index):
             raise self._damaged(index, f"its {name} in {file} differ from their checksum")
         return values
 

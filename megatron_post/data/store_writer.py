@@ -5,7 +5,6 @@ import ctypes
 import dataclasses
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ from megatron_post.data.store_format import (
     StoreSettings,
 )
 from megatron_post.data.store_metadata import leftovers, read_attributes, read_settings
+from megatron_post.storage.checksums import crc32
 from megatron_post.storage.lock import sole_writer
 
 # Tokens in a chunk file. The minimum keeps the number of files low if a small store grows. The maximum limits
@@ -197,7 +197,7 @@ class StoreWriter:
         for number, pack in enumerate(packs, start=start + 1):
             for buffer, values in zip(buffers, pack, strict=True):
                 buffer[filled] = values
-            checksums.append([zlib.crc32(buffer[filled]) for buffer in buffers])
+            checksums.append([crc32(buffer[filled]) for buffer in buffers])
             filled += 1
             if number % in_chunk == 0 or number == start + count:
                 for array, buffer in zip(arrays, buffers, strict=True):

@@ -10,12 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_post.storage.checksums import crc32
 from megatron_post.storage.files import full_disk_explained
 from megatron_post.storage.lock import sole_writer
 from megatron_post.storage.reading import LARGEST_LINE
@@ -128,7 +128,7 @@ class Journal:
         nothing.
         """
         body = json.dumps({"key": key, "kind": kind, "entry": entry}, separators=(",", ":")).encode()[1:]
-        line = _CRC + b"%08x" % zlib.crc32(body) + b'",' + body + b"\n"
+        line = _CRC + b"%08x" % crc32(body) + b'",' + body + b"\n"
         own = self._own
         with full_disk_explained(own.path):
             try:
@@ -201,5 +201,5 @@ def _is_whole(line: bytes) -> bool:
     return (
         line.startswith(_CRC)
         and line[_KEY_AT - len(_KEY) : _KEY_AT] == _KEY
-        and line[_CRC_AT : _CRC_AT + 8] == b"%08x" % zlib.crc32(line[_BODY_AT:-1])
+        and line[_CRC_AT : _CRC_AT + 8] == b"%08x" % crc32(line[_BODY_AT:-1])
     )

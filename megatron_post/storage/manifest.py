@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_post.display import say
-from megatron_post.storage.checksums import crc32_of_file, sha256_of_file, sha256_of_json
+from megatron_post.storage.checksums import (
+    blake3_of_file,
+    crc32_of_file,
+    sha256_of_file,
+    sha256_of_json,
+)
 from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object
 
@@ -23,6 +28,12 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 _PARTIAL = re.compile(r"\.partial-step-\d+-epoch-(\d+)-\d+", re.ASCII)
+# Runs write BLAKE3, conversions CRC-32. Runs of earlier versions wrote SHA-256.
+_CHECKSUMS: dict[str, Callable[[Path], str | int]] = {
+    "blake3": blake3_of_file,
+    "crc32": crc32_of_file,
+    "sha256": sha256_of_file,
+}
 _WORKING = (".partial-step-", ".converting-step-", ".stale-", ".replaced-")
 
 
@@ -80,14 +91,14 @@ def _entries(root: Path) -> list[Path]:
 
 
 def checksums(directory: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files in a directory. Each file is flushed to the disk first."""
+    """Size and BLAKE3 of files in a directory. Each file is flushed to the disk first."""
     result = {}
     for name in names:
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
         result[name] = {
             "bytes": (directory / name).stat().st_size,
-            "sha256": sha256_of_file(directory / name),
+            "blake3": blake3_of_file(directory / name),
         }
     return result
 
@@ -240,11 +251,12 @@ def check_file(directory: Path, name: str, entry: dict[str, Any], *, content: bo
         raise DamagedCheckpoint(f"{path}: missing")
     if path.stat().st_size != entry["bytes"]:
         raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} in the manifest")
-    # Converted weights have CRC-32. On processors without SHA instructions, SHA-256 is slower than the disk.
     if not content:
         return
-    kind, of_file = ("crc32", crc32_of_file) if "crc32" in entry else ("sha256", sha256_of_file)
-    if of_file(path) != entry[kind]:
+    found = [of_file(path) == entry[kind] for kind, of_file in _CHECKSUMS.items() if kind in entry]
+    if not found:
+        raise DamagedCheckpoint(f"{path}: the manifest has no checksum of a kind that this version knows")
+    if not all(found):
         raise DamagedCheckpoint(f"{path}: content differs from the manifest's checksum")
 
 

@@ -11,7 +11,6 @@ interleave with the collectives of training in another order on each rank.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -244,13 +244,13 @@ class _Hashed:
     """An unbuffered file that counts and hashes the bytes written to it, so that no file is read again."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._sha256, self.position = file, hashlib.sha256(), 0
+        self._file, self._digest, self.position = file, blake3(), 0
         self._error: OSError | None = None
 
     @property
     def entry(self) -> dict[str, Any]:
         """The manifest's entry of the file."""
-        return {"bytes": self.position, "sha256": self._sha256.hexdigest()}
+        return {"bytes": self.position, "blake3": self._digest.hexdigest()}
 
     def save(self, values: Tensor) -> None:
         """Write values with `torch.save`. Raises the disk's error, which `torch.save` would replace."""
@@ -261,7 +261,7 @@ class _Hashed:
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._sha256.update(view)
+        self._digest.update(view)
         written = 0
         try:
             while written < len(view):

@@ -29,7 +29,7 @@ _WHEELS = (
     "megatron_core==0.16.1", "pydantic==2.14.3", "pydantic_core==2.50.4", "zarr==3.1.6",
     "numcodecs==0.16.6", "datasets==5.2.0", "liger_kernel==0.8.5", "annotated_types", "typing_inspection",
     "donfig", "google_crc32c", "multiprocess", "dill", "httpx2", "httpcore2", "truststore",
-    "importlib_metadata", "zipp",
+    "importlib_metadata", "zipp", "blake3", "isal",
 )  # fmt: skip
 _ENGINE_WHEELS = ("transformer_engine==2.11.0", "transformer_engine_cu13==2.11.0")
 _ENGINE_SOURCE = "transformer_engine_torch==2.11.0"

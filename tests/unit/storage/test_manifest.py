@@ -1,13 +1,16 @@
 """A checkpoint is complete or invisible, and a damaged one is recognized."""
 
 import errno
+import hashlib
 import os
 import pickle
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_post.storage import manifest
@@ -117,6 +120,29 @@ STRAYS = [
     "step-０００００００８",
     "old",
 ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("sha256", hashlib.sha256(b"weights").hexdigest()),  # of runs before BLAKE3
+        ("crc32", zlib.crc32(b"weights")),
+        ("blake3", blake3(b"weights").hexdigest()),
+    ],
+)
+def test_checksums_of_every_kind_are_compared(tmp_path: Path, kind: str, value: object) -> None:
+    (tmp_path / "file").write_bytes(b"weights")
+    entry = {"bytes": 7, kind: value}
+    manifest.check_file(tmp_path, "file", entry, content=True)
+    (tmp_path / "file").write_bytes(b"WEIGHTS")
+    with pytest.raises(manifest.DamagedCheckpoint, match="differs from the manifest's checksum"):
+        manifest.check_file(tmp_path, "file", entry, content=True)
+
+
+def test_a_file_without_a_known_checksum_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"weights")
+    with pytest.raises(manifest.DamagedCheckpoint, match="no checksum of a kind"):
+        manifest.check_file(tmp_path, "file", {"bytes": 7, "xxh3": "0"}, content=True)
 
 
 def test_other_entries_are_not_steps(tmp_path: Path) -> None:
