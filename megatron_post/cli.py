@@ -14,6 +14,7 @@ from megatron_post.display import make_console, printable, say, say_json
 from megatron_post.errors import exit_status
 from megatron_post.launch.commands import ClusterPath, DryRun, launch_app
 from megatron_post.plan.commands import plan_app
+from megatron_post.rounds.annotation.commands import annotate_app
 from megatron_post.rounds.commands import evaluate_app, rounds_app
 from megatron_post.synthesis.commands import synthesize_app
 
@@ -29,6 +30,7 @@ app.add_typer(launch_app, name="launch")
 app.add_typer(plan_app, name="plan")
 app.add_typer(synthesize_app, name="synthesize")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(annotate_app, name="annotate")
 app.add_typer(rounds_app)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run")]

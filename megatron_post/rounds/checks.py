@@ -29,11 +29,12 @@ _HEADER = 16  # the largest number of tokens of a message around its text
 def check_models(settings: RoundSettings) -> None:
     """Raise `ValueError` unless all models that a run starts with have the same tokenizer."""
     start = settings.start
-    for key, path in (("policy", start.policy), ("base", start.base), ("reward", start.reward)):
+    others = (("previous", start.previous), ("base", start.base), ("reward", start.reward))
+    for key, path in (("policy", start.policy), *others):
         if path is not None and not Path(path).is_dir():
             raise ValueError(f"start.{key}={path}: no such directory; the first round begins with that model")
     policy = load_tokenizer(start.policy).fingerprint
-    for key, path in (("base", start.base), ("reward", start.reward)):
+    for key, path in others:
         if path is not None and load_tokenizer(path).fingerprint != policy:
             raise ValueError(
                 f"start.{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "

@@ -55,6 +55,31 @@ class Round:
         return str(read_object(path, "the choice of a round").get("best"))
 
     @property
+    def pages(self) -> Path:
+        """The directory of the pairs that people compare, which does not show the origin of a response."""
+        return self.directory / "annotate"
+
+    @property
+    def key(self) -> Path:
+        """The origins of the responses in `pages`. It is kept outside that directory."""
+        return self.directory / "annotate-key.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """The directory for the files that people export. No step removes it."""
+        return self.directory / "answers"
+
+    @property
+    def annotated(self) -> Path:
+        """The preferences of people."""
+        return self.directory / "annotated.jsonl"
+
+    @property
+    def selected(self) -> Path:
+        """The preferences that `select` has made with the reward model."""
+        return self.directory / "selection" / PREFERENCES
+
+    @property
     def reward(self) -> str:
         return self.settings.start.reward or str(self.directory / "reward" / "hf")
 
@@ -126,21 +151,24 @@ class Round:
         """The config that the packing of a stage writes and its training reads. Raises `ConfigError`.
 
         The reward model is trained on all batches so far, and `batch` numbers them so that the newest is
-        known. DPO is trained on the newest batch only. If SFT starts from the policy, it is trained on the
-        rows of this round. If it starts from `start.base`, which has seen no selected row, it is trained on
-        those of all rounds so far.
+        known. DPO is trained on the newest batch only, which is that of people if they compare responses. If
+        SFT starts from the policy, it is trained on the rows of this round. If it starts from `start.base`,
+        which has seen no selected row, it is trained on those of all rounds so far.
         """
         start = self.settings.start
         if stage == "dpo":
-            path = str(self.directory / "selection" / PREFERENCES)
-            return self.config("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", path)])
+            newest = self.selected if self.settings.annotate is None else self.annotated
+            return self.config("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", str(newest))])
         if stage == "reward":
             batches = [*start.preferences]
-            if not batches:
+            people = self.settings.annotate is not None
+            if not batches and not people:
                 first = Round(self.settings, 1, self.console)
                 batches = [str(first.directory / "collected" / PREFERENCES)]
-            earlier = [Round(self.settings, n, self.console) for n in range(1, self.number)]
-            batches += [str(r.directory / "selection" / PREFERENCES) for r in earlier]
+            for earlier in (Round(self.settings, n, self.console) for n in range(1, self.number)):
+                batches += [str(earlier.annotated)] if people else []
+                batches.append(str(earlier.selected))
+            batches += [str(self.annotated)] if people else []
             sources = [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
             return self.config("reward", start.base or self.policy, sources)
         first_round = 1 if start.base else self.number
@@ -170,5 +198,5 @@ class Round:
 
 
 def _selected(name: str, path: str) -> dict[str, Any]:
-    """A source of rows that `select` wrote. Their key `provenance` is not trained."""
+    """A source of rows that `select` or people wrote. Their key `provenance` is not trained."""
     return {"name": name, "path": path, "ignore": ["provenance"]}

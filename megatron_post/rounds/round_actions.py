@@ -14,6 +14,8 @@ from megatron_post.inference.generate import Generate, generate, parts_of
 from megatron_post.inference.ranks import wait_until
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
+from megatron_post.rounds.annotation.answers import import_answers
+from megatron_post.rounds.annotation.export import export_pairs
 from megatron_post.rounds.candidates import best_of, candidates
 from megatron_post.rounds.merge import merge
 from megatron_post.rounds.report import write_report
@@ -34,18 +36,36 @@ def collect(r: Round) -> None:
 
 
 def generate_samples(r: Round) -> None:
-    """Write the policy's samples, followed by those of the previous round's policy."""
+    """Write the policy's samples, followed by those of the previous round's policy or `start.previous`."""
     parts = [r.directory / "samples-policy.jsonl"]
     _draw(r, r.policy, r.prompts, parts[0], seed=2)
     count = r.settings.generate.previous_samples
-    if count and r.before is not None and r.before.policy != r.policy:
+    previous = r.settings.start.previous if r.before is None else r.before.policy
+    if count and previous is not None and previous != r.policy:
         parts.append(r.directory / "samples-previous.jsonl")
-        _draw(r, r.before.policy, r.prompts, parts[1], seed=3, samples=count)
+        _draw(r, previous, r.prompts, parts[1], seed=3, samples=count)
     if _is_rank_0():
         failures = [row for part in parts for row in read_failures(part)]
         write_failures(r.directory / "samples.jsonl", failures)
         pieces = (part.read_text(encoding="utf-8") for part in parts)
         write_pieces(r.directory / "samples.jsonl", pieces)
+
+
+def export_comparisons(r: Round) -> None:
+    """Write the pairs that people compare, and the directory for their answers."""
+    assert r.settings.annotate is not None
+    samples, seed = r.directory / "samples.jsonl", r.settings.seed * 1_000_003 + r.number
+    found = export_pairs([samples], r.pages, r.key, r.settings.annotate, seed=seed)
+    r.answers.mkdir(exist_ok=True)
+    _print(r, f"{found}; the files that people export belong into {r.answers}")
+
+
+def import_comparisons(r: Round) -> None:
+    """Write the preferences of people. Raises `ValueError` until enough pairs are answered."""
+    assert r.settings.annotate is not None
+    enough, most = r.settings.annotate.enough, r.settings.data.max_bad_rows
+    found = import_answers(r.pages, r.key, r.answers, r.annotated, enough=enough, max_bad_rows=most)
+    _print(r, str(found))
 
 
 def select_samples(r: Round) -> None:

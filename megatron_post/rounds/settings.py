@@ -18,12 +18,15 @@ from megatron_post.inference.settings import (
     ServerBackend,
     TransformersBackend,
 )
+from megatron_post.rounds.annotation.settings import Annotation
 from megatron_post.rounds.merge_settings import Method
 from megatron_post.rounds.select_settings import SELECTION_NEEDS, Selection
 
 _NEEDS = (
     Needs("generate.collected_samples", "start.preferences", ((),)),
     Needs("generate.collected_samples", "start.reward", (None,)),
+    Needs("generate.collected_samples", "annotate", (None,)),
+    Needs("start.previous", "generate.previous_samples", above=0),
     Needs("stages.sft_steps_a_round", "start.base"),
     Needs("average.density", "average.method", ("ties", "dare_ties")),
     *(Needs(f"select.{need.key}", f"select.{need.other}") for need in SELECTION_NEEDS),
@@ -34,6 +37,9 @@ class Start(Section):
     """The inputs of the first round. All paths of models are Hugging Face directories."""
 
     policy: Name = Field(description="model that answers the first round's prompts")
+    previous: Name | None = Field(
+        None, description="model whose responses are compared with the policy's in the first round"
+    )
     base: Name | None = Field(
         None,
         description="reward model and SFT of every round start from it, and SFT uses the rows of all rounds. "
@@ -44,7 +50,8 @@ class Start(Section):
     )
     preferences: tuple[Name, ...] = Field(
         (),
-        description="earlier batches of preferences. none: the verifier makes them of the policy's answers",
+        description="earlier batches of preferences. none: people or the verifier make the first ones of the "
+        "policy's answers",
     )
 
 
@@ -146,6 +153,11 @@ class RoundSettings(Section):
     start: Start
     data: RoundData
     generate: RoundGenerate = RoundGenerate()
+    annotate: Annotation | None = Field(
+        None,
+        description="people compare responses of each round, and DPO uses what they prefer. null: nobody "
+        "does, and DPO uses the pairs of `select`",
+    )
     select: Selection = Selection()
     stages: Stages
     ranks: Count | None = Field(
@@ -168,9 +180,10 @@ class RoundSettings(Section):
         if "seed" in self.generate.sampling.model_fields_set:
             errors.append("generate.sampling.seed: a round uses its own `seed`; set that")
         if self.select.verifier is None:
-            if not self.start.preferences and self.start.reward is None:
+            known = self.start.preferences or self.start.reward or self.annotate
+            if not known:
                 errors.append(
-                    "the first reward model has no data: give start.preferences, start.reward or a "
+                    "the first reward model has no data: give start.preferences, start.reward, annotate or a "
                     "select.verifier"
                 )
             if self.data.validation is not None:

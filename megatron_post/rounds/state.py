@@ -56,8 +56,14 @@ class State:
 
 
 def state_of(settings: RoundSettings) -> State:
-    """The record of a run. Settings for more rounds and other ranks may change later."""
+    """The record of a run. Settings for more rounds, other ranks and fewer answers may change later."""
     values = settings.model_dump_json(
-        exclude={"rounds": True, "ranks": True, "ranks_per_node": True, "generate": {"copies", "max_failed"}}
+        exclude={
+            "rounds": True,
+            "ranks": True,
+            "ranks_per_node": True,
+            "generate": {"copies", "max_failed"},
+            "annotate": {"enough"},
+        }
     )
     return State(Path(settings.run_dir), json.loads(values))

@@ -16,7 +16,9 @@ from megatron_post.rounds.round_actions import (
     choose_best,
     collect,
     evaluate,
+    export_comparisons,
     generate_samples,
+    import_comparisons,
     pack,
     report,
     select_samples,
@@ -79,13 +81,17 @@ def check_packed(steps: Sequence[RoundStep], to_do: Set[str]) -> None:
 
 def _steps(r: Round) -> list[RoundStep]:
     settings, steps = r.settings, list[RoundStep]()
+    samples = ("samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
+    generating = _drawing(r, "generate", generate_samples, *samples)
+    # People compare responses before the reward model is trained, because it is trained on what they prefer.
+    if settings.annotate is not None:
+        steps += [generating, *_comparing(r)]
     if settings.start.reward is None:
-        if r.number == 1 and not settings.start.preferences:
+        if r.number == 1 and not settings.start.preferences and settings.annotate is None:
             steps.append(_drawing(r, "collect", collect, "collected.jsonl", "collected"))
         steps += [_packing(r, "reward"), _training(r, "reward")]
-    samples = ("samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
     steps += [
-        _drawing(r, "generate", generate_samples, *samples),
+        *([generating] if settings.annotate is None else []),
         _scoring(r, "score", "samples.jsonl", "scores.jsonl"),
         _action(r, "select", select_samples, "selection"),
         _packing(r, "sft"),
@@ -118,6 +124,14 @@ def _steps(r: Round) -> list[RoundStep]:
 def _action(r: Round, name: str, action: Callable[[Round], None], *outputs: str) -> RoundStep:
     paths = tuple(r.directory / output for output in outputs)
     return RoundStep(f"{r.name}/{name}", paths, partial(action, r))
+
+
+def _comparing(r: Round) -> list[RoundStep]:
+    """The steps around the work of people. The second one fails until they have answered."""
+    return [
+        _action(r, "annotate-export", export_comparisons, r.pages.name, r.key.name),
+        _action(r, "annotate-import", import_comparisons, r.annotated.name),
+    ]
 
 
 def _packing(r: Round, stage: StageName) -> RoundStep:

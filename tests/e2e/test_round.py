@@ -126,6 +126,44 @@ def test_a_round_writes_all_its_files(whole: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_round_waits_for_people(tmp_path: Path) -> None:
+    """It ends with one message after the export. With the answers it continues, and DPO gets only these."""
+    tiny = _policy(tmp_path / "earlier")
+    weights = load_file(tiny / "model.safetensors")
+    weights["model.embed_tokens.weight"] = -weights["model.embed_tokens.weight"]
+    save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
+    file = round_file(tmp_path / "round", annotate={})
+    words = ["round", str(file), f"start.previous={tiny}", "annotate.enough=2"]
+    r = tmp_path / "round" / "run" / "round-01"
+    process = start(words, ranks=1, log=tmp_path / "log")
+    assert process.wait(600) == 2, (tmp_path / "log").read_text()[-5000:]
+    log = (tmp_path / "log").read_text()
+    assert "megatron-post: waiting for people: 0 of" in log and "Traceback" not in log
+    pairs = list(read_lines(r / "annotate" / "pairs.jsonl"))
+    origins = list(read_lines(r / "annotate-key.jsonl"))
+    policy = str(tmp_path / "round" / "policy")
+    # Some responses of random weights are cut off, so not every prompt has two checkpoints' responses.
+    assert {policy, str(tiny)} in [{o["a"]["checkpoint"], o["b"]["checkpoint"]} for o in origins]
+    rows = [
+        {"pair": pairs[0]["pair"], "better": "a", "rating": "better", "edited": "a b c."},
+        {"pair": pairs[1]["pair"], "better": "b", "rating": "slightly_better"},
+    ]
+    (r / "answers" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    process = start(words, ranks=1, log=tmp_path / "log")
+    assert process.wait(600) == 0, (tmp_path / "log").read_text()[-5000:]
+    first, second = read_lines(r / "annotated.jsonl")
+    assert first["edited"][0]["content"] == "a b c." and second["chosen"][0]["content"] == pairs[1]["b"]
+    for stage in ("reward", "dpo"):
+        config = yaml.safe_load((r / stage / "config.yaml").read_text())
+        assert [source["path"] for source in config["data"]["sources"]] == [str(r / "annotated.jsonl")]
+    # The same settings with fewer answers, and a step that is repeated, keep what people have sent.
+    again = [*words[:-1], "annotate.enough=1", "--again-from", "round-01/report"]
+    process = start(again, ranks=1, log=tmp_path / "log")
+    assert process.wait(600) == 0, (tmp_path / "log").read_text()[-5000:]
+    assert (r / "answers" / "answers.jsonl").is_file()
+
+
+@pytest.mark.slow
 def test_repeated_from_a_step(whole: Path) -> None:
     """Averaging and all steps after it run again with the same result. The steps before are not touched."""
     before = _kept(whole)

@@ -101,6 +101,9 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "synthesize show": ("synthesized/rows.jsonl --row 1",
                         ["synthesized/rows.jsonl", "synthesized/journal/journal-00000.jsonl"], 25),
     "synthesize report": ("synthesized", ["synthesized/run.json", "synthesized/summary.json"], 25),
+    "annotate export": ("pages samples.jsonl --key key.jsonl", ["samples.jsonl"], 40),
+    "annotate import": ("annotate answers.jsonl --key annotate-key.jsonl --output preferences.jsonl",
+                        ["annotate/pairs.jsonl", "annotate-key.jsonl", "answers.jsonl"], 40),
     "select": ("select.yaml --output selected", SELECT, 40),
     "round": ("round.yaml --only round-01/report", ROUND, 40),
 }  # fmt: skip

@@ -17,6 +17,9 @@ WRITERS = (
     "convert megatron-to-hf converted OUT",
     "merge linear --config merge.yaml --output OUT",
     "generate generate.yaml --output OUT",
+    "annotate export OUT samples.jsonl --key key.jsonl",
+    "annotate export pages samples.jsonl --key OUT",
+    "annotate import annotate answers.jsonl --key annotate-key.jsonl --output OUT",
     "select select.yaml --output OUT",
     "score reward rows.jsonl --output OUT",
     "round round.yaml run_dir=OUT",
@@ -55,7 +58,7 @@ def test_what_cannot_be_written(
     for words in WRITERS:
         copy.heal()
         os.mkfifo("pipe")
-        if place == "pipe" and words.startswith(("select", "round round.yaml run_dir=new")):
+        if place == "pipe" and words.startswith(("select", "annotate", "round round.yaml run_dir=new")):
             continue  # a file or a directory takes its place
         shown = _message(words.replace("OUT", PLACES[place]), capfd, monkeypatch)
         names = (PLACES[place], PLACES[place].split("/")[0] or "/proc", "not a directory")

@@ -17,6 +17,9 @@ from megatron_post.convert.jobs import convert
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
+from megatron_post.rounds.annotation.export import export_pairs
+from megatron_post.rounds.annotation.settings import Annotation
+from megatron_post.storage.files import read_lines, write_lines
 from megatron_post.synthesis.run import synthesize
 from megatron_post.synthesis.settings import load_synthesis
 from tests.tiny import MODEL
@@ -73,6 +76,7 @@ def make_world(root: Path) -> None:
     write_record(root / "bench", record)
     _write_run(root)
     _write_synthesis(root)
+    _write_answers(root)
     _write_meta(root / "meta")
 
 
@@ -82,6 +86,15 @@ def _write_synthesis(root: Path) -> None:
     (root / "answers").mkdir()
     (root / "answers/ask.j2").write_text("{# version 1 #}\n{{ prompt }}\n")
     synthesize(load_synthesis("synthesis.yaml"), console=make_console(quiet=True))
+
+
+def _write_answers(root: Path) -> None:
+    """Pairs of the samples, their key, and what a person has answered."""
+    pages = root / "annotate"
+    export_pairs([root / "samples.jsonl"], pages, root / "annotate-key.jsonl", Annotation(), seed=0)
+    rated = {"better": "a", "rating": "better", "edited": "The answer is two."}
+    answers = ({"pair": row["pair"], **rated} for row in read_lines(pages / "pairs.jsonl"))
+    write_lines(root / "answers.jsonl", answers)
 
 
 def _write_meta(directory: Path) -> None:

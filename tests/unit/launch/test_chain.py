@@ -96,7 +96,7 @@ def test_commands_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     """The arguments of each step are parsed as on the nodes. The findings name the right commands."""
     right = ("train, c.yaml, seed=1", "data, pack, c.yaml", "plan, c.yaml, --gpus, '8'", "--debug, doctor")
     wrong = {
-        "trian, c.yaml": "no command 'trian' (did you mean 'train'?); commands are bench, ",
+        "trian, c.yaml": "no command 'trian' (did you mean 'train'?); commands are annotate, bench, ",
         "megatron-post, train": "no command 'megatron-post'",
         "data, pak, c.yaml": "no command 'pak' (did you mean 'pack'?); commands are pack, prompt, show",
         "data": "no command; commands are pack",

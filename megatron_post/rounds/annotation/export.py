@@ -1,0 +1,82 @@
+"""Writes pairs of responses for people to compare, as JSON lines and as self-contained pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import jinja2
+
+from megatron_post.config.data import Rating
+from megatron_post.inference.samples import read_samples
+from megatron_post.rounds.annotation.pairs import Pair, draw_pairs
+from megatron_post.rounds.annotation.settings import Annotation
+from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.files import write_lines, write_whole
+
+PAIRS = "pairs.jsonl"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. between: the number of pairs whose responses are from two checkpoints."""
+
+    pairs: int
+    between: int
+    pages: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs} pair(s), {self.between} of them between two checkpoints, on {len(self.pages)} "
+            f"page(s): {', '.join(map(str, self.pages))}"
+        )
+
+
+def export_pairs(
+    samples: Sequence[Path], directory: Path, key: Path, settings: Annotation, *, seed: int
+) -> Exported:
+    """Write `pairs.jsonl` and the pages into `directory`, and the origins of the responses to `key`.
+
+    samples: files that `generate` has written. Nothing in the directory shows which model wrote a response.
+    The same call writes the same bytes. Raises `ValueError` for other files, if the key would lie in the
+    directory, and if there are no pairs.
+    """
+    if key.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(
+            f"the key {key} would be in {directory}, which is given to the people who compare; choose a path "
+            "outside it"
+        )
+    rows = [row for path in samples for row in read_samples(path)]
+    drawn = draw_pairs(rows, seed=seed, most=settings.pairs)
+    pairs = [found.pair for found in drawn]
+    count = min(settings.pages, len(pairs))
+    pages = tuple(directory / f"annotate-{number}.html" for number in range(1, count + 1))
+    write_lines(key, (found.key for found in drawn))
+    for number, page in enumerate(pages):
+        # Every count-th pair, so that the pages have as many pairs as possible in common size.
+        write_whole(page, _page(pairs[number::count], number=number + 1, of=count))
+    for path in set(directory.glob("annotate-*.html")) - set(pages):
+        path.unlink()  # a page of an earlier export, which had more pages
+    # The pairs come last. An export that was killed has none, so that nobody can import answers to it.
+    write_lines(directory / PAIRS, (pair.as_json() for pair in pairs))
+    return Exported(len(pairs), sum(found.is_between_checkpoints for found in drawn), pages)
+
+
+def _page(pairs: Sequence[Pair], *, number: int, of: int) -> str:
+    """A page on which a person compares pairs. It has all that it needs, and cannot use a network."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    shown = [pair.as_json() for pair in pairs]
+    return environment.get_template("page.html.j2").render(
+        number=number,
+        of=of,
+        # The browser saves answers under this name, so that two exports do not share them.
+        name=sha256_of_json([pair["pair"] for pair in shown])[:12],
+        pairs=shown,
+        ratings=[(rating, rating.replace("_", " ")) for rating in get_args(Rating)],
+    )
