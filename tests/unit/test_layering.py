@@ -139,7 +139,7 @@ ONLY = {
     "display": {"rich"},
     "errors": {"typer"},
     "installation": set(),
-    "storage": {"yaml"},
+    "storage": {"blake3", "isal", "yaml"},
     "sandbox": {"pydantic"},
     "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia", "jinja2", "pydantic"},
     "stages": {"torch", "megatron_post_kernels"},
