@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_post.config.data import Rating
 from megatron_post.display import html_text
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.charts import histogram, intervals, lines
@@ -32,12 +35,14 @@ def write_report(
     selection: dict[str, Any],
     preferences: Path,
     runs: Mapping[str, Path],
+    people: tuple[dict[str, Any], Path] | None = None,
 ) -> None:
     """Write the report of a round.
 
     policy: the model that generated the samples. best: the best model after the round. evaluations: the
     results of `evaluate` of each round so far. selection: the summary of `select`. preferences: the file of
-    its preference rows. runs: the directory of each stage's training run.
+    its preference rows. runs: the directory of each stage's training run. people: the counts of the answers
+    of people, and the file of their preferences.
     """
     parts = [
         f"<h1>{html_text(title)}</h1>",
@@ -57,6 +62,7 @@ def write_report(
         *_training(runs),
         "<h2>Samples</h2>",
         _samples(preferences),
+        *([] if people is None else _people(*people)),
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html_text(title)}</title>'
     write_whole(target, f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n")
@@ -137,12 +143,46 @@ def metrics_of(run_dir: Path) -> list[dict[str, float]]:
 
 
 def _samples(preferences: Path) -> str:
-    rows = []
-    for row in list(read_lines(preferences))[:_SAMPLES]:
-        cells = [row["prompt"][-1]["content"], *(row[key][-1]["content"] for key in ("chosen", "rejected"))]
-        edited = row["edited"][-1]["content"] if "edited" in row else ""
-        rows.append([*cells, edited, f"{row['provenance']['margin']:.2f} {row['rating'] or ''}"])
+    rows = [
+        [*_texts(row), f"{row['provenance']['margin']:.2f} {row['rating'] or ''}"]
+        for row in islice(read_lines(preferences), _SAMPLES)
+    ]
     return html_table(["prompt", "chosen", "rejected", "edited", "margin"], rows)
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """The texts of a preference. A response that nobody has edited is blank."""
+    cells = [row["prompt"][-1]["content"], *(row[key][-1]["content"] for key in ("chosen", "rejected"))]
+    return [*cells, row["edited"][-1]["content"] if "edited" in row else ""]
+
+
+def _people(counts: dict[str, Any], preferences: Path) -> list[str]:
+    """The counts of what people have answered, which model they prefer, and some of their preferences."""
+    rows = list(read_lines(preferences))
+    samples = [[*_texts(row), row["rating"].replace("_", " ")] for row in rows[:_SAMPLES]]
+    return [
+        "<h2>Preferences of people</h2>",
+        html_table(["", "count"], [[name.replace("_", " "), str(count)] for name, count in counts.items()]),
+        _preferred(rows),
+        html_table(["prompt", "chosen", "rejected", "edited", "rating"], samples),
+    ]
+
+
+def _preferred(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of how often people prefer each checkpoint, by rating. Both responses may be of one."""
+    found: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        chosen, rejected = (row["provenance"][name]["checkpoint"] for name in ("chosen", "rejected"))
+        found[row["rating"], "" if chosen == rejected else chosen] += 1
+        found.update({("", name): 0 for name in (chosen, rejected) if chosen != rejected})
+    names = sorted({name for _, name in found if name})
+    head = ["rating", *(f"preferred: {name}" for name in names), "both of one checkpoint"]
+    ratings = get_args(Rating)
+    table = [[r.replace("_", " "), *(str(found[r, name]) for name in (*names, ""))] for r in ratings]
+    total = {name: sum(found[r, name] for r in ratings) for name in names}
+    if len(names) == 2:
+        table.append(["share", *(str(Accuracy(total[name], sum(total.values()))) for name in names), ""])
+    return html_table(head, table)
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -75,6 +75,11 @@ class Round:
         return self.directory / "annotated.jsonl"
 
     @property
+    def annotation(self) -> Path:
+        """The counts of what people have answered."""
+        return self.directory / "annotation.json"
+
+    @property
     def selected(self) -> Path:
         """The preferences that `select` has made with the reward model."""
         return self.directory / "selection" / PREFERENCES

@@ -65,6 +65,7 @@ def import_comparisons(r: Round) -> None:
     assert r.settings.annotate is not None
     enough, most = r.settings.annotate.enough, r.settings.data.max_bad_rows
     found = import_answers(r.pages, r.key, r.answers, r.annotated, enough=enough, max_bad_rows=most)
+    write_json(r.annotation, found.counts)
     _print(r, str(found))
 
 
@@ -178,6 +179,9 @@ def report(r: Round) -> None:
         selection=read_object(r.directory / "selection" / SUMMARY, "a selection"),
         preferences=r.directory / "selection" / PREFERENCES,
         runs={stage: r.directory / stage for stage in ("reward", "sft", "dpo")},
+        people=None
+        if r.settings.annotate is None
+        else (read_object(r.annotation, "the counts of answers"), r.annotated),
     )
 
 

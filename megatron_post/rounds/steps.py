@@ -130,7 +130,7 @@ def _comparing(r: Round) -> list[RoundStep]:
     """The steps around the work of people. The second one fails until they have answered."""
     return [
         _action(r, "annotate-export", export_comparisons, r.pages.name, r.key.name),
-        _action(r, "annotate-import", import_comparisons, r.annotated.name),
+        _action(r, "annotate-import", import_comparisons, r.annotated.name, r.annotation.name),
     ]
 
 

@@ -152,6 +152,7 @@ def test_a_round_waits_for_people(tmp_path: Path) -> None:
     process = start(words, ranks=1, log=tmp_path / "log")
     assert process.wait(600) == 0, (tmp_path / "log").read_text()[-5000:]
     first, second = read_lines(r / "annotated.jsonl")
+    assert "<h2>Preferences of people</h2>" in (r / "report.html").read_text()
     assert first["edited"][0]["content"] == "a b c." and second["chosen"][0]["content"] == pairs[1]["b"]
     for stage in ("reward", "dpo"):
         config = yaml.safe_load((r / stage / "config.yaml").read_text())

@@ -51,14 +51,13 @@ class Imported:
         return len(self.preferences) + self.left_out
 
     @property
-    def edited(self) -> int:
-        return sum("edited" in row for row in self.preferences)
+    def counts(self) -> dict[str, int]:
+        edited = sum("edited" in row for row in self.preferences)
+        pairs = {"preferences": len(self.preferences), "edited": edited, "pairs_left_out": self.left_out}
+        return pairs | {"pairs_not_answered": self.missing, "bad_rows": self.bad}
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.preferences)} preference(s), {self.edited} edited; {self.left_out} pair(s) left out, "
-            f"{self.missing} not answered" + (f", {self.bad} bad row(s)" if self.bad else "")
-        )
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
 
 
 def read_answers(directory: Path, key: Path, answers: Path, *, max_bad_rows: int = 0) -> Imported:

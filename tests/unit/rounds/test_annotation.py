@@ -16,6 +16,7 @@ from megatron_post.rounds.annotation.answers import Imported, import_answers
 from megatron_post.rounds.annotation.export import export_pairs
 from megatron_post.rounds.annotation.pairs import draw_pairs
 from megatron_post.rounds.annotation.settings import Annotation
+from megatron_post.rounds.report import write_report
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.steps import all_steps
@@ -156,7 +157,7 @@ def test_answers_become_preferences(tmp_path: Path) -> None:
         answered(tmp_path, first, "first.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
     found = answered(tmp_path, [edited, last], "second.jsonl")
-    assert str(found) == "3 preference(s), 1 edited; 1 pair(s) left out, 0 not answered"
+    assert str(found) == "3 preferences, 1 edited, 1 pairs left out, 0 pairs not answered, 0 bad rows"
     rows = list(read_lines(tmp_path / "out.jsonl"))
     texts = [
         {name: row[name][0]["content"] for name in ("edited", "chosen", "rejected") if name in row}
@@ -190,6 +191,44 @@ def test_fewer_answers_may_be_enough(tmp_path: Path) -> None:
     assert (len(found.preferences), found.missing) == (1, 3)
     with pytest.raises(ValueError, match="every answer leaves its pair out"):
         answered(tmp_path, [{"pair": two["pair"], "left_out": True}], enough=1)
+
+
+def test_the_report_shows_what_people_prefer(tmp_path: Path) -> None:
+    """The old model is preferred three times and the new one once. One pair is of one model only."""
+    rows = [sample(prompt, model, f"{prompt} <b> {model}") for model in MODELS for prompt in range(1, 5)]
+    rows += [sample(5, MODELS[0], text, number=number) for number, text in enumerate(("one", "two"))]
+    write_lines(tmp_path / "s.jsonl", rows)
+    pages, key = tmp_path / "annotate", tmp_path / "key.jsonl"
+    export_pairs([tmp_path / "s.jsonl"], pages, key, Annotation(), seed=0)
+    answers = []
+    for origin in read_lines(key):
+        wanted = MODELS[1] if origin["a"]["prompt"] == 4 else MODELS[0]
+        better = next(side for side in ("a", "b") if origin[side]["checkpoint"] == wanted)
+        rating = "significantly_better" if origin["a"]["prompt"] == 1 else "better"
+        answers.append({"pair": origin["pair"], "better": better, "rating": rating})
+    answers[0]["edited"] = "<script>alert(1)</script>\x1b[31m"
+    found = answered(tmp_path, answers)
+    numbers = dict.fromkeys(("rewards", "margins", "selected_lengths", "rejected_lengths", "cleaning"), ())
+    (tmp_path / "selected.jsonl").touch()
+    write_report(
+        tmp_path / "report.html",
+        title="a round",
+        policy=MODELS[1],
+        best=MODELS[1],
+        evaluations=[{}],
+        selection=numbers,
+        preferences=tmp_path / "selected.jsonl",
+        runs={},
+        people=(found.counts, tmp_path / "out.jsonl"),
+    )
+    page = (tmp_path / "report.html").read_text()
+    cells = re.sub(r"<[^>]*>", "|", page.split("Preferences of people")[1])
+    cells = re.sub(r"\|+", "|", cells)
+    assert "|preferences|5|edited|1|pairs left out|0|pairs not answered|0|bad rows|0|" in cells
+    assert f"|rating|preferred: {MODELS[1]}|preferred: {MODELS[0]}|both of one checkpoint|" in cells
+    assert "|significantly better|0|1|0|better|1|2|1|slightly better|0|0|0|" in cells
+    assert "|share|25.0% (4.6 to 69.9)|75.0% (30.1 to 95.4)|" in cells
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[31m" in page
 
 
 RATED = {"better": "a", "rating": "better"}

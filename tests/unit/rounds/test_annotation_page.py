@@ -21,7 +21,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
-HOSTILE = "Two lines,\r\n<b>not bold</b> \u202e\x07 end"
+HOSTILE = "Two lines,\r\n<b>not bold</b> \u202e\x07\x1b[31m end </script><script>document.title = 1</script>"
+SHOWN = (
+    "Two lines,\n<b>not bold</b> \\u{202e}\\u{7}\\u{1b}[31m end </script><script>document.title = 1</script>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_rate_edit_export_import(browser: Any, pairs: list[dict[str, Any]], tmp_
         assert page.get_by_text("2 of 4 pairs answered").is_visible()
         assert page.get_by_label("B is significantly better").is_checked()
         assert page.get_by_role("textbox").input_value() == f"{pairs[0]['b']} It is\nbetter. "
-        page.get_by_role("button", name="Next without an answer").click()
+        page.get_by_role("button", name="Next unanswered pair").click()
         assert page.get_by_role("heading", name="Pair 3 of 4").is_visible()
         rate(page, "Leave this pair out")
         page.get_by_role("button", name="Next", exact=True).click()
@@ -119,7 +122,7 @@ def test_rate_edit_export_import(browser: Any, pairs: list[dict[str, Any]], tmp_
     ]
     output = tmp_path / "preferences.jsonl"
     found = import_answers(tmp_path / "annotate", tmp_path / "key.jsonl", tmp_path / "answers", output)
-    assert (len(found.preferences), found.edited, found.left_out, found.missing) == (3, 1, 1, 0)
+    assert list(found.counts.values()) == [3, 1, 1, 0, 0]
     first, second, third = read_lines(output)
     assert [first[name][0]["content"] for name in ("edited", "chosen", "rejected")] == [
         edited,
@@ -169,15 +172,125 @@ def test_a_hostile_text_is_shown_as_text(browser: Any, pairs: list[dict[str, Any
         for _ in range(number):
             page.get_by_role("button", name="Next", exact=True).click()
         shown = page.locator(f"#text-{side.lower()}")
-        assert shown.inner_text() == "Two lines,\n<b>not bold</b> \\u{202e}\\u{7} end"
-        assert shown.locator("b").count() == 0
+        assert shown.inner_text() == SHOWN
+        assert shown.locator("*").count() == 0 and page.title() == "Compare responses"
         rate(page, f"{side} is better")
+        assert page.get_by_text("This text has invisible characters").is_visible()
         editor = page.get_by_role("textbox")
         editor.fill(editor.input_value() + "x")
         editor.press("Backspace")
         (row,) = export(page, tmp_path / "one.jsonl")
         assert "edited" not in row
     context.close()
+
+
+def load(page: Any, path: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Load exported answers").click()
+    chooser.value.set_files(path)
+
+
+def test_an_export_continues_in_another_browser(
+    browser: Any, pairs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A new context has no storage, as another machine. Answers that it has already are kept."""
+    context = browser.new_context(accept_downloads=True)
+    with opened(context, tmp_path) as page:
+        rate(page, "B is better")
+        page.get_by_role("textbox").fill("Edited,\nand better.")
+        page.get_by_role("button", name="Next", exact=True).click()
+        rate(page, "Leave this pair out")
+        page.get_by_role("button", name="Next", exact=True).click()
+        rate(page, "A is better")
+        first = export(page, tmp_path / "first.jsonl")
+    context.close()
+    context = browser.new_context(accept_downloads=True)
+    with opened(context, tmp_path) as page:
+        for _ in range(2):
+            page.get_by_role("button", name="Next", exact=True).click()
+        rate(page, "B is slightly better")
+        load(page, tmp_path / "first.jsonl")
+        page.get_by_text("2 of 3 answers loaded from first.jsonl.").wait_for()
+        assert page.get_by_text("which is kept: 1.").is_visible()
+        assert page.get_by_text("3 of 4 pairs answered").is_visible()
+        assert page.locator("#refused").inner_text() == ""
+        kept = {"pair": pairs[2]["pair"], "better": "b", "rating": "slightly_better"}
+        assert export(page, tmp_path / "second.jsonl") == [*first[:2], kept]
+    # A later visit has what was loaded.
+    with opened(context, tmp_path) as page:
+        assert page.get_by_text("3 of 4 pairs answered").is_visible()
+        assert page.get_by_role("textbox").input_value() == "Edited,\nand better."
+    context.close()
+
+
+def test_lines_of_a_loaded_file_that_are_no_answers(
+    browser: Any, pairs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each is named with its reason, and the others are loaded."""
+    here = pairs[0]["pair"]
+    lines = {
+        "{broken": "it is not JSON",
+        "null": "its pair is not on this page",
+        '{"pair": "<b>other</b>", "better": "a", "rating": "better"}': "its pair is not on this page",
+        f'{{"pair": "{here}", "better": "c", "rating": "better"}}': "it has no rating of this page",
+        f'{{"pair": "{here}", "left_out": false}}': "it has no rating of this page",
+        f'{{"pair": "{here}", "better": "a", "rating": "better", "edited": 3}}': "edited is not a text",
+    }
+    good = f'{{"pair": "{here}", "better": "a", "rating": "better", "edited": null}}'
+    file = tmp_path / "<b>x.jsonl"
+    file.write_text("\r\n".join([*lines, "", good]))
+    context = browser.new_context(accept_downloads=True)
+    with opened(context, tmp_path) as page:
+        load(page, file)
+        page.get_by_text("1 of 7 answers loaded from <b>x.jsonl.").wait_for()
+        shown = page.locator("#refused").inner_text()
+        reasons = "; ".join(f"line {number}: {reason}" for number, reason in enumerate(lines.values(), 1))
+        assert shown == f"Lines that cannot be used: 6. {reasons}"
+        rows = export(page, tmp_path / "out.jsonl")
+        assert rows == [{"pair": here, "better": "a", "rating": "better"}]
+        file.write_bytes(b"\xff\x00\n" * 50)
+        load(page, file)
+        page.get_by_text("0 of 50 answers loaded").wait_for()
+        assert len(page.locator("#refused").inner_text()) < 500
+    context.close()
+
+
+def test_long_texts_and_texts_from_right_to_left(browser: Any, tmp_path: Path) -> None:
+    """A long text scrolls in its box, by the keyboard too. A line has the direction of its letters."""
+    texts = ("word " * 20_000 + "x" * 50_000, "\u0645\u0631\u062d\u0628\u0627 abc.\nabc.")
+    rows = [sample(1, model, text) for model, text in zip(MODELS, texts, strict=True)]
+    write_lines(tmp_path / "s.jsonl", rows)
+    export_pairs([tmp_path / "s.jsonl"], tmp_path / "annotate", tmp_path / "key.jsonl", Annotation(), seed=3)
+    (pair,) = read_lines(tmp_path / "annotate" / "pairs.jsonl")
+    long, arabic = ("a", "b") if pair["a"] == texts[0] else ("b", "a")
+    context = browser.new_context(viewport={"width": 500, "height": 900}, accept_downloads=True)
+    with opened(context, tmp_path) as page:
+        box = page.locator(f"#text-{long}")
+        assert box.inner_text() == texts[0] and box.bounding_box()["height"] <= 0.75 * 900
+        assert box.get_attribute("tabindex") == "0"
+        assert page.locator(f"#text-{arabic}").get_attribute("tabindex") is None
+        assert page.evaluate("document.documentElement.scrollWidth") <= 500
+        # The first line starts at the right of the box, and the second at its left.
+        first, second = page.evaluate(LINE_STARTS, f"text-{arabic}")
+        assert first > 400 and second < 100
+        rate(page, f"{long.upper()} is better")
+        editor = page.get_by_role("textbox")
+        editor.press("Control+End")
+        editor.press_sequentially("end")
+        (row,) = export(page, tmp_path / "out.jsonl")
+        assert row["edited"] == texts[0] + "end"
+    context.close()
+
+
+# The horizontal places of the first character of each line, in pixels.
+LINE_STARTS = """id => {
+  const text = document.getElementById(id).firstChild, range = document.createRange();
+  return [0, text.data.indexOf("\\n") + 1].map(start => {
+    range.setStart(text, start);
+    range.setEnd(text, start + 1);
+    return range.getBoundingClientRect().left;
+  });
+}"""
 
 
 def test_the_keyboard_is_enough(browser: Any, pairs: list[dict[str, Any]], tmp_path: Path) -> None:
