@@ -13,7 +13,7 @@ from megatron_post.synthesis.inputs import InputRow
 from megatron_post.synthesis.parts import Drop, Result
 from megatron_post.synthesis.recipe import Dropped, Recipe
 from megatron_post.synthesis.resources import Resources
-from megatron_post.synthesis.row import Found, Row, StepLabels
+from megatron_post.synthesis.row import Found, PreferenceRow, Row, StepLabels
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.task import Event, Task
 
@@ -61,10 +61,17 @@ async def attempt(
 
 
 def _as_json(
-    recipe: Recipe, settings: Synthesis, row: InputRow, made: Row | StepLabels | Found, events: list[Event]
+    recipe: Recipe,
+    settings: Synthesis,
+    row: InputRow,
+    made: Row | PreferenceRow | StepLabels | Found,
+    events: list[Event],
 ) -> dict[str, Any]:
-    if not isinstance(made, Row | StepLabels):
-        raise TypeError(f"a recipe returns a list of `Row` or `StepLabels`, and not of {type(made).__name__}")
+    if not isinstance(made, Row | PreferenceRow | StepLabels):
+        raise TypeError(
+            "a recipe returns a list of `Row`, `PreferenceRow` or `StepLabels`, and not of "
+            f"{type(made).__name__}"
+        )
     return made.as_json(
         {
             "recipe": recipe.name,

@@ -9,7 +9,9 @@ A recipe is a file:
 
     class Settings(Section): ...         # its own keys, under `settings` of the YAML (optional)
 
-    async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row | StepLabels]: ...
+    async def recipe(
+        row: dict[str, Any], task: Task[Settings]
+    ) -> list[Row | PreferenceRow | StepLabels]: ...
 
     def generations(seeds: list[dict[str, Any]], settings: Settings) -> Generator[Values, Values, None]:
         found = yield [{...}, ...]       # the input rows of a generation, from the rows of the input at first
@@ -36,7 +38,7 @@ from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.reading import did_you_mean, plain_file
 from megatron_post.synthesis import recipes
 from megatron_post.synthesis.prompts import Prompts
-from megatron_post.synthesis.row import Found, Row, StepLabels, check_texts
+from megatron_post.synthesis.row import Found, PreferenceRow, Row, StepLabels, check_texts
 
 Values = list[dict[str, Any]]
 _BUILT_IN = Path(recipes.__file__).parent
@@ -71,7 +73,7 @@ class Recipe:
     runs_programs: bool
     compares_answers: bool
     settings: type[Section]
-    run: Callable[[dict[str, Any], Any], Awaitable[Sequence[Row | StepLabels | Found]]]
+    run: Callable[[dict[str, Any], Any], Awaitable[Sequence[Row | PreferenceRow | StepLabels | Found]]]
     generations: Callable[[list[dict[str, Any]], Any], Generator[Values, Values, None]] | None
     prompts: Prompts
     checksums: dict[str, str]

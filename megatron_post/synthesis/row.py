@@ -1,4 +1,4 @@
-"""The rows that recipes make, which are dialogs for `data pack` or labelled steps. Each has an id."""
+"""The rows that recipes make: dialogs and preferences for `data pack`, and labelled steps. Each has an id."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,10 @@ from megatron_post.data.row_formats import example_of_row
 from megatron_post.inference.request import messages_as_json
 from megatron_post.storage.checksums import sha256_of_json
 
-_OWN = ("id", "messages", "tools", "prompt", "completions", "labels", "capability", "kind", "provenance")
+_OWN = (
+    *("id", "messages", "tools", "prompt", "completions", "labels", "chosen", "rejected"),
+    *("capability", "kind", "provenance"),
+)
 _SOURCE = Source(name="synthesis", path="rows.jsonl")
 
 
@@ -93,6 +96,30 @@ class Row(_Made):
 
 
 @dataclass(frozen=True)
+class PreferenceRow(_Made):
+    """A better and a worse response to a prompt. `data pack` takes it for the reward model and for DPO.
+
+    A run writes such rows to a file of their own, because SFT does not train them.
+    """
+
+    prompt: Sequence[Message]
+    chosen: Message
+    rejected: Message
+    capability: str
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "prompt": messages_as_json(self.prompt),
+            "chosen": messages_as_json([self.chosen]),
+            "rejected": messages_as_json([self.rejected]),
+            "capability": self.capability,
+        }
+
+    def _check(self, row: dict[str, Any]) -> None:
+        example_of_row(row, _SOURCE, reasoning="render")
+
+
+@dataclass(frozen=True)
 class StepLabels(_Made):
     """A solution whose steps are labelled as right or wrong, in TRL's format for stepwise supervision.
 
@@ -144,11 +171,23 @@ class Found:
         return dict(self.values)
 
 
+def is_preference(row: Mapping[str, Any]) -> bool:
+    """Whether a row in JSON is that of a `PreferenceRow`."""
+    return "chosen" in row
+
+
 def readable_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row in JSON. Labelled steps give the prompt and one message for each step."""
+    """The messages of a row in JSON.
+
+    A preference gives the prompt and both responses. Labelled steps give the prompt and one message for each
+    step.
+    """
     if "messages" in row:
         found: list[dict[str, Any]] = row["messages"]
         return found
+    if is_preference(row):
+        responses = ({**message, "role": name} for name in ("chosen", "rejected") for message in row[name])
+        return [*row["prompt"], *responses]
     steps = zip(row["completions"], row["labels"], strict=True)
     return [
         {"role": "user", "content": row["prompt"]},

@@ -34,12 +34,13 @@ from megatron_post.synthesis.recipe import Recipe, load_recipe
 from megatron_post.synthesis.record import record_of, summary_of, update_record
 from megatron_post.synthesis.report import write_report
 from megatron_post.synthesis.resources import Resources, open_resources
+from megatron_post.synthesis.row import is_preference
 from megatron_post.synthesis.settings import Synthesis, recipe_settings
 from megatron_post.synthesis.summary import Summary, read_summary, write_summary
 
 _SHOWN = 10  # failures in a message
 _SECONDS_BETWEEN_LOOKS = 0.25  # for the parts of other processes
-_NO_STEP = "(before the first step)"
+_ROWS, _PREFERENCES = "rows.jsonl", "preferences.jsonl"
 
 
 class TooManyFailures(ValueError):
@@ -100,7 +101,7 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
         lines = [f"{run.who}settings that changed since the last start:", *(f"  {line}" for line in changes)]
         _print(console, "\n".join(lines))
     if summary := _finished(run):
-        _print(console, f"{run.output} is finished: {_counts(summary)}. Nothing was asked")
+        _print(console, f"{run.output} is finished: {summary.in_words}. Nothing was asked")
         return
     if recipe.generations is not None:
         asyncio.run(_make_generations(run, console))
@@ -113,7 +114,7 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     with _turn(run.output):
         summary = _finished(run) or _put_together(run)
         shutil.rmtree(run.output / PARTS, ignore_errors=True)
-    _print(console, f"{run.output}: {_counts(summary)}. {run.output / 'report.html'} has the reasons")
+    _print(console, f"{run.output}: {summary.in_words}. {run.output / 'report.html'} has the reasons")
 
 
 def share_of(rank: int | None, size: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -146,14 +147,8 @@ def _turn(output: Path) -> Iterator[None]:
 def _finished(run: _Run) -> Summary | None:
     """The summary if the rows of this run have been written, otherwise None."""
     found = read_summary(run.output, run.fingerprint)
-    return found if (run.output / "rows.jsonl").exists() else None
-
-
-def _counts(summary: Summary) -> str:
-    return (
-        f"{summary.rows:,} rows from {summary.kept:,} of {summary.done:,} input rows, "
-        f"{summary.dropped:,} dropped, {summary.failed:,} failed"
-    )
+    files = [_ROWS, *([_PREFERENCES] if found and found.preferences else [])]
+    return found if all((run.output / file).exists() for file in files) else None
 
 
 async def _make_only_part(run: _Run, console: Console) -> None:
@@ -263,7 +258,12 @@ def _put_together(run: _Run) -> Summary:
     summary = summary_of(run.record)
     summary.input = run.num_rows
     counted = summary.counted(results_of(run.parts))
-    write_lines(run.output / "rows.jsonl", (row for result in counted for row in result.rows))
+    rows = (row for result in counted for row in result.rows)
+    write_lines(run.output / _ROWS, (row for row in rows if not is_preference(row)))
+    (run.output / _PREFERENCES).unlink(missing_ok=True)  # of earlier settings
+    if summary.preferences:
+        rows = (row for result in results_of(run.parts) for row in result.rows)
+        write_lines(run.output / _PREFERENCES, filter(is_preference, rows))
     write_lines(
         run.output / "dropped.jsonl", (_dropped(result) for result in results_of(run.parts) if result.dropped)
     )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from megatron_post.storage.files import write_json
 from megatron_post.storage.reading import read_object, reading
 from megatron_post.synthesis.parts import Result
-from megatron_post.synthesis.row import readable_messages
+from megatron_post.synthesis.row import is_preference, readable_messages
 
 _MOST_REASONS = 200  # reasons, or kinds, that are counted separately
 _SAMPLES = 3  # samples of each kind, and of each reason
@@ -78,7 +78,7 @@ class Summary(BaseModel):
     """Counts of a run.
 
     input: good input rows; None while more generations may follow. bad: bad ones. kept: input rows that gave
-    at least one row, or something for the next generation.
+    at least one row, or something for the next generation. preferences: how many of the rows are preferences.
     """
 
     recipe: str
@@ -91,6 +91,7 @@ class Summary(BaseModel):
     dropped: int = 0
     failed: int = 0
     rows: int = 0
+    preferences: int = 0
     kinds: Counter[str] = Field(default_factory=Counter)
     steps: dict[str, Step] = {}
     measures: dict[str, Measure] = {}
@@ -108,6 +109,14 @@ class Summary(BaseModel):
     @property
     def tokens(self) -> int:
         return sum(step.tokens for step in self.steps.values())
+
+    @property
+    def in_words(self) -> str:
+        preferences = f" ({self.preferences:,} of them preferences)" if self.preferences else ""
+        return (
+            f"{self.rows:,} rows{preferences} from {self.kept:,} of {self.done:,} input rows, "
+            f"{self.dropped:,} dropped, {self.failed:,} failed"
+        )
 
     def counted(self, results: Iterable[Result]) -> Iterator[Result]:
         """Count results and yield them unchanged. They must come in the order of the input."""
@@ -137,6 +146,7 @@ class Summary(BaseModel):
     def _add_rows(self, result: Result) -> None:
         self.kept += 1
         self.rows += len(result.rows)
+        self.preferences += sum(map(is_preference, result.rows))
         for name, value in result.measures:
             self.measures.setdefault(name, Measure()).add(value)
         for row in result.rows:

@@ -116,7 +116,7 @@ def test_a_first_generation_without_rows_is_an_error(place: Place) -> None:
         (
             "def generations",
             "def unused",
-            "a recipe returns a list of `Row` or `StepLabels`, and not of Found",
+            "a recipe returns a list of `Row`, `PreferenceRow` or `StepLabels`, and not of Found",
         ),
         ("number // 2})", "number // 2, 'other': {1}})", "a value of the row is not JSON"),
         ('task.measure("number", number)', 'task.measure("number", float("nan"))', "and not as nan"),

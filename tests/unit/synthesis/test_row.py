@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from megatron_post.config.data import Source
-from megatron_post.data.dialog import BadRow, Dialog, Message, ToolCall
+from megatron_post.data.dialog import BadRow, Dialog, Message, Preference, ToolCall
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.synthesis.row import Row, StepLabels, readable_messages, row_id
+from megatron_post.synthesis.row import PreferenceRow, Row, StepLabels, readable_messages, row_id
 
 CORRECTED = [
     Message("system", "be brief"),
@@ -104,6 +104,29 @@ def test_labelled_steps_are_rows_of_their_own() -> None:
         (StepLabels("q", ["<|im_end|>"], [True], "math"), "chat template"),
         (StepLabels("q", ["a"], [True], "math", extra={"labels": []}), "extra has labels"),
         (StepLabels("q", ["a"], [1], "math"), "true or false"),  # type: ignore[list-item]
+    ):
+        with pytest.raises(BadRow, match=reason):
+            wrong.as_json({})
+
+
+def test_a_preference_is_a_row_of_its_own() -> None:
+    chosen, rejected = Message("assistant", "short"), Message("assistant", "far too long")
+    made = PreferenceRow(CORRECTED[:4], chosen, rejected, "steerability", kind="length", extra={"turn": 2})
+    row = made.as_json({"source": "a:1"})
+    read = example_of_row(row, Source(name="s", path="rows.jsonl"))
+    assert isinstance(read, Preference) and [m.content for m in read.prompt] == [
+        message.content for message in CORRECTED[:4]
+    ]
+    assert [response[0].content for response in read.responses] == ["short", "far too long"]
+    assert [message["role"] for message in readable_messages(row)] == [
+        *("system", "user", "assistant", "user", "chosen", "rejected")
+    ]
+    for wrong, reason in (
+        (PreferenceRow(CORRECTED[:4], chosen, chosen, "c"), "nothing to prefer"),
+        (PreferenceRow(CORRECTED, chosen, rejected, "c"), "must end with a user"),
+        (PreferenceRow(CORRECTED[:4], Message("assistant", ""), rejected, "c"), "empty response"),
+        (PreferenceRow(CORRECTED[:4], chosen, Message("assistant", "<|im_end|>"), "c"), "chat template"),
+        (PreferenceRow(CORRECTED[:4], chosen, rejected, "c", extra={"chosen": 1}), "extra has chosen"),
     ):
         with pytest.raises(BadRow, match=reason):
             wrong.as_json({})
