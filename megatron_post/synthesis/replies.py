@@ -1,7 +1,10 @@
-"""Finds fenced blocks of code in a reply."""
+"""Reads replies: their whole text, and the fenced blocks of code in it."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from megatron_post.inference.request import Reply
+from megatron_post.synthesis.task import Task
 
 # As in Markdown, a fence has three marks or more. A fence that is as long closes it, and so does the end of
 # the text. A fence with a language cannot close a block.
@@ -52,3 +55,12 @@ def code_blocks(text: str, *languages: str) -> list[str]:
     """
     wanted = {"", *(language.lower() for language in languages)}
     return [block.code for block in blocks(text) if not languages or block.language in wanted]
+
+
+def whole_reply(task: Task[Any], step: str, reply: Reply) -> str:
+    """The text of a reply. If it is cut off or empty, this returns "" and the report counts it."""
+    text = reply.text.strip()
+    if reply.finish == "stop" and text:
+        return text
+    task.count(step, "empty" if reply.finish == "stop" else "cut off")
+    return ""

@@ -18,6 +18,7 @@ from megatron_post.synthesis.long.tokens import (
     trainable,
 )
 from megatron_post.synthesis.math.tries import column, unless_refused
+from megatron_post.synthesis.questions import points_at_passage
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
@@ -28,10 +29,6 @@ _PAIR = re.compile(
     r"<question>(.*?)</question>\s*<answer>(.*?)</answer>\s*<evidence>(.*?)</evidence>", re.DOTALL
 )
 _NONE = "NONE"
-# a reader of the whole document does not know which passage the author saw
-_POINTS_AT_PASSAGE = re.compile(
-    r"\b(?:this|the|given|above|provided) (?:\w+ )?(?:passage|excerpt|chunk|snippet|extract)\b", re.IGNORECASE
-)
 
 
 class Settings(DocumentSettings):
@@ -78,7 +75,7 @@ async def _checked(
         "question or answer is empty"
         if not question or not answer
         else "the question points at its passage"
-        if _POINTS_AT_PASSAGE.search(question)
+        if points_at_passage(question)
         else "the evidence is not in the chunk exactly once"
         if span is None
         else "the evidence is in the document several times"

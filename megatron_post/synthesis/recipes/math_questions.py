@@ -8,6 +8,7 @@ from pydantic import Field
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import Message
 from megatron_post.synthesis.math.tries import ask_judge, column, majority, tries_at, unless_refused
+from megatron_post.synthesis.questions import different, plain
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
@@ -39,27 +40,13 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
         raise Dropped("the reply is cut off")
     if reply.text.strip() == _NONE:
         raise Dropped("the document has nothing to ask about")
-    chosen = _different(task, _PROBLEM.findall(reply.text), count)
+    chosen = different(task, _PROBLEM.findall(reply.text), count, what="problem")
     if not chosen:
         raise Dropped("the reply has no problem")
     rows = [row for row in await unless_refused(task, *(_checked(task, each) for each in chosen)) if row]
     if not rows:
         raise Dropped("no problem of the document passes the checks")
     return rows
-
-
-def _different(task: Task[Settings], problems: list[str], count: int) -> list[str]:
-    """The first `count` different problems. The report counts the others."""
-    found: dict[str, str] = {}
-    for problem in problems:
-        plain = _plain(problem)
-        if not plain or plain in found:
-            task.count("write", "repeated problem" if plain else "blank problem")
-        elif len(found) == count:
-            task.count("write", "more problems than asked for")
-        else:
-            found[plain] = problem.strip()
-    return list(found.values())
 
 
 async def _checked(task: Task[Settings], problem: str) -> Row | None:
@@ -82,7 +69,7 @@ async def _checked(task: Task[Settings], problem: str) -> Row | None:
             "answer": agreed[0].answer,
             "agreement": len(agreed) / settings.samples,
         },
-        unique=_plain(problem),
+        unique=plain(problem),
     )
 
 
@@ -95,8 +82,3 @@ async def _is_answerable(task: Task[Settings], problem: str) -> bool:
     verdict = _VERDICTS.get(lines[-1].strip() if lines else "", "off scale")
     task.count("screen", verdict)
     return verdict == "answerable"
-
-
-def _plain(problem: str) -> str:
-    """A problem without case, white space and punctuation, to find repeats."""
-    return " ".join(re.findall(r"\w+|[^\w\s.,;?]", problem.casefold()))
