@@ -1,5 +1,6 @@
 """A recipe over a real Llama behind real HTTP, and its rows in a packed store."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,30 @@ def test_rows_are_packed_with_their_final_turn_trained(place: Place, model: Path
     answers = [f"Here it is.\n```python\nprint({number})\n```<|eot_id|>" for number in (0, 1, 3)]
     assert sorted(texts) == answers
     assert np.count_nonzero(pack.roles == TokenRole.MASKED) > 2 * 10  # the two first tries
+
+
+@pytest.mark.parametrize("recipe", ["factuality", "steerability"])
+def test_nonsense_gives_no_row_of_other_recipes(place: Place, tmp_path: Path, recipe: str) -> None:
+    """Over the same server, with a model of 4,096 positions that has random weights."""
+    if recipe == "steerability":
+        pytest.importorskip("py3langid")
+    model = tiny_policy(tmp_path / "model", text=TEXT)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    seed = {"kind": "length", "system": "Use 9 words.", "rules": {"most_words": 9}}
+    path = tmp_path / "input.jsonl"
+    path.write_text(json.dumps(seed if recipe == "steerability" else {"text": "A tower has 9 steps."}) + "\n")
+    names = ("author", "judge") if recipe == "steerability" else ("author", "policy", "judge")
+    with ChatServer(model) as server:
+        models = {name: _models(server.url, 16)["author"] for name in names}
+        values = {"recipe": recipe, "input": {"kind": "rows", "path": str(path)}, "models": models}
+        place.run(**values)
+        requests, before = server.requests, place.bytes()
+        (place.output / "summary.json").unlink()
+        place.run(**values)
+        assert server.requests == requests > 0 and place.bytes() == before
+    (dropped,) = place.rows("dropped.jsonl")
+    assert not dropped["failed"] and dropped["reason"] in {
+        *("the reply is cut off", "the reply has no question"),
+        *(f"the list of system prompts is {how}" for how in ("cut off", "missing", "empty")),
+    }
