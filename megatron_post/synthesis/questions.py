@@ -1,4 +1,4 @@
-"""Questions that a model writes on a text, and that are asked without it."""
+"""Questions that a model writes about a text, for a reader who does not have the text."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from megatron_post.synthesis.task import Task
 _PASSAGE = re.compile(
     r"\b(?:this|the|given|above|provided) (?:\w+ )?(?:passage|excerpt|chunk|snippet|extract)\b", re.IGNORECASE
 )
-# "the text" and "the article" may be those that the question names, so fewer forms of them count
+# A question may name a text or an article itself, so fewer forms of these words count.
 _DOCUMENT = re.compile(
     r"\b(?:this|given|above|provided) (?:text|document|article|page)\b"
     r"|\b(?:according to|mentioned in|described in) the (?:text|document|article|page|author)\b",
@@ -18,12 +18,12 @@ _DOCUMENT = re.compile(
 
 
 def points_at_passage(question: str) -> bool:
-    """Whether a question speaks of "this passage" or the like, which its reader does not know."""
+    """Whether a question refers to "this passage" or the like, which its reader does not have."""
     return _PASSAGE.search(question) is not None
 
 
 def points_at_document(question: str) -> bool:
-    """Whether a question speaks of "this article" or the like, or of a passage."""
+    """Whether a question refers to "this article" or the like, or to a passage."""
     return points_at_passage(question) or _DOCUMENT.search(question) is not None
 
 

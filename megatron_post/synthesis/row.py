@@ -172,7 +172,7 @@ class Found:
 
 
 def is_preference(row: Mapping[str, Any]) -> bool:
-    """Whether a row in JSON is that of a `PreferenceRow`."""
+    """Whether a row in JSON comes from a `PreferenceRow`."""
     return "chosen" in row
 
 

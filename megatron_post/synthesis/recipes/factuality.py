@@ -1,4 +1,4 @@
-"""Questions on snippets, asked without them: right answers are kept, and refusals where they are wrong."""
+"""Questions about snippets that a model answers without them. Rows hold correct answers, or refusals."""
 
 import re
 from typing import Any
@@ -24,14 +24,16 @@ _ROUNDING = 1e-9  # of a share times a number of answers
 
 class Settings(Section):
     text: Name = Field("text", description="column of the snippet")
-    questions: Count = Field(2, description="questions on a snippet, at most")
+    questions: Count = Field(2, description="largest number of questions about a snippet")
     samples: Count = Field(8, description="K, number of answers to each question")
-    informative: float = Field(0.75, gt=0, le=1, description="share of the answers that must be informative")
+    informative: float = Field(
+        0.75, gt=0, le=1, description="share of the K answers that must be informative"
+    )
     right: float = Field(
-        0.75, gt=0, le=1, description="share of the informative answers that are correct, where one is kept"
+        0.75, gt=0, le=1, description="share of the informative answers that must be correct to keep one"
     )
     wrong: float = Field(
-        0.75, gt=0, le=1, description="share of the informative answers that are incorrect, for a refusal"
+        0.75, gt=0, le=1, description="share of the informative answers that must be incorrect for a refusal"
     )
 
     @model_validator(mode="after")
@@ -58,14 +60,14 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     works = (_probed(task, snippet, question) for question in questions)
     rows = [row for row in await unless_refused(task, *works) if row]
     if not rows:
-        raise Dropped("no question on the snippet gives a row")
+        raise Dropped("no question about the snippet gives a row")
     return rows
 
 
 async def _probed(task: Task[Settings], snippet: str, question: str) -> Row | None:
     """The row of a question, if the policy's answers are right or wrong often enough."""
     if points_at_document(question):
-        task.count("write", "the question points at its snippet")
+        task.count("write", "the question refers to its snippet")
         return None
     prompt = task.prompt("screen", text=snippet, question=question)
     if await verdict(task, "screen", prompt, ("clear", "unclear", "unanswered")) != "clear":
@@ -80,7 +82,7 @@ async def _probed(task: Task[Settings], snippet: str, question: str) -> Row | No
 
 
 async def _judged(task: Task[Settings], snippet: str, question: str, answer: str) -> str:
-    """The verdict on the correctness of an informative answer. Empty for other answers."""
+    """The verdict on whether an informative answer is correct. Empty for any other answer."""
     prompt = task.prompt("informative", question=question, answer=answer)
     if await verdict(task, "informative", prompt, ("informative", "uninformative")) != "informative":
         return ""
@@ -89,7 +91,10 @@ async def _judged(task: Task[Settings], snippet: str, question: str, answer: str
 
 
 async def _row(task: Task[Settings], question: str, judged: list[tuple[str, str | None]]) -> Row | None:
-    """A right answer, or a refusal, as the shares decide. judged: answers with the verdicts on them."""
+    """The row with a correct answer or a refusal, or None. The shares of the verdicts decide.
+
+    judged: each answer with its verdict.
+    """
     settings = task.settings
     verdicts = [found for _, found in judged if found]
     right = [answer for answer, found in judged if found == "correct"]
@@ -102,7 +107,7 @@ async def _row(task: Task[Settings], question: str, judged: list[tuple[str, str 
     elif _reaches(wrong, settings.wrong, len(verdicts)):
         kind, given = "refusal", await _refusal(task, question)
     else:
-        task.count("outcome", "the answers are neither right nor wrong often enough")
+        task.count("outcome", "too few answers are correct, and too few are incorrect")
     if not given:
         return None
     task.count("outcome", kind)

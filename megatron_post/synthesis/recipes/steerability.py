@@ -27,8 +27,8 @@ Made = Row | PreferenceRow
 
 
 class Settings(Section):
-    variants: Count = Field(4, description="system prompts that the author writes from a seed, at most")
-    turns: Count = Field(2, description="messages of the user in a dialog, at most")
+    variants: Count = Field(4, description="largest number of system prompts written from a seed")
+    turns: Count = Field(2, description="largest number of the user's messages in a dialog")
     samples: Count = Field(4, description="K, number of answers to each message of the user")
 
     @model_validator(mode="after")
@@ -95,7 +95,7 @@ def _different(task: Task[Settings], values: list[Any], seed: SystemPrompt) -> l
 
 
 async def _dialog(task: Task[Settings], prompt: SystemPrompt) -> list[Made]:
-    """The rows of each turn, up to the first one that no answer follows."""
+    """The rows of the turns before the first turn without an answer that follows the system prompt."""
     if rules := described(prompt.rules):
         asked = task.prompt("agree", system=prompt.system, rules=rules)
         if await verdict(task, "agree", asked, ("same", "different")) != "same":
@@ -158,9 +158,9 @@ async def _answers(
 
 
 async def _verdict(task: Task[Settings], prompt: SystemPrompt, dialog: list[Message], text: str) -> str:
-    """`follows` or `breaks`, or another word for an answer that is used for neither.
+    """`follows` or `breaks`, or another word for an answer that is neither chosen nor rejected.
 
-    The judge is asked where no rule is broken, and where all results are certain.
+    The judge is asked only if the answer follows all rules with certainty.
     """
     found = checked(prompt.rules, text)
     for name, result in found.items():

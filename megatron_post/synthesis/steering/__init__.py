@@ -1,1 +1,1 @@
-"""What steerability checks without a model: rules on the length, format and language of a reply."""
+"""Checks that need no model: rules on the length, the format and the language of a reply."""

@@ -1,4 +1,4 @@
-"""Counts words, sentences and paragraphs of a text. Each count is a least and a greatest value."""
+"""Counts words, sentences and paragraphs of a text. Each count is a smallest and a largest value."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ _NO_BLANKS = regex.compile(
     r"[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}"
     r"\p{Script=Myanmar}]"
 )
-# the parts are possessive, so that a text of nothing but points takes no longer than others
+# The quantifiers are possessive, so that a text that is only points takes linear time.
 _END = regex.compile(r"(?<![.!?…؟।])[.!?…؟।]++[\"'”’»)\]*_]*+(?=\s|$)|[。！？]+[」』”’）]*")
 # of these scripts, those in which a blank may end a sentence
 _BLANK_ENDS = regex.compile(r"[\p{Script=Thai}\p{Script=Lao}\p{Script=Khmer}\p{Script=Myanmar}]")
-# what may stand before a point that ends no sentence: an initial, the number of a list, and abbreviations
+# These may come before a point that ends no sentence: an initial, the number of a list item, an abbreviation.
 _NO_END = regex.compile(
     r"(?:^\s*\d+|(?<!\w)(?:\p{L}|Mrs?|Ms|Dr|Prof|St|Jr|Sr|Inc|Ltd|Co|vs|etc|approx|cf|al|ca|bzw|usw|Nr|No)"
     r"|(?:\p{L}\.)+\p{L})\.[\"'”’»)\]*_]*$",
@@ -32,7 +32,7 @@ def _words(text: str) -> tuple[int, int]:
 
 
 def _sentences(text: str) -> tuple[int, int]:
-    """A mark may end no sentence, and a line without a mark, such as a heading, may be one."""
+    """A mark does not always end a sentence. A line without a mark, such as a heading, may be a sentence."""
     low = high = 0
     for line in text.splitlines():
         end = 0

@@ -18,9 +18,10 @@ _LIKE_MARKDOWN = re.compile(r"^ {0,3}(?:[-*+•] |\d{1,6}[.)] |>)|__|`|\*\S", re
 
 
 def verdict_on_format(name: Format, text: str) -> Literal["follows", "breaks", "unclear"]:
-    """A JSON value within a block of code is `unclear`, because some readers take it and some do not.
+    """Whether a reply has a format.
 
-    Lists in plain text are `unclear` too.
+    A JSON value within a block of code is `unclear`, because only some readers accept it. A list in plain
+    text is `unclear` too.
     """
     if name == "plain":
         return "breaks" if _MARKDOWN.search(text) else "unclear" if _LIKE_MARKDOWN.search(text) else "follows"
@@ -34,7 +35,7 @@ def verdict_on_format(name: Format, text: str) -> Literal["follows", "breaks", "
 def items_in(name: Format, text: str) -> int | None:
     """The number of items of a list, table or JSON array. None if the text does not have the format.
 
-    A list within an item does not count. A JSON value that is no array counts as 0 items.
+    The items of an inner list do not count. A JSON value that is not an array has 0 items.
     """
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     if name == "json":
@@ -65,7 +66,7 @@ _NO_JSON = object()
 
 
 def json_value(text: str) -> Any:
-    """The value of a JSON text, or an object of no JSON type if it is none."""
+    """The value of a JSON text, or `_NO_JSON` if the text is not JSON."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -73,4 +74,4 @@ def json_value(text: str) -> Any:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -1,4 +1,4 @@
-"""Rules on a reply that need no model to be checked.
+"""Rules on a reply that a program can check.
 
 A check has three results. If it cannot be certain, as with the number of sentences around "e.g.", the result
 is `unclear`. Such a reply is neither an example of following the rule nor one of breaking it.
@@ -39,7 +39,7 @@ _DESCRIBED = {
     "language": "The reply is in {}.",
 }
 _FORMATS: dict[Format, str] = {
-    "json": "one JSON value, with nothing before and behind it",
+    "json": "one JSON value, with nothing before and after it",
     "bullets": "a list with bullets, and nothing else",
     "numbers": "a numbered list, and nothing else",
     "table": "a Markdown table, and nothing else",
@@ -49,7 +49,7 @@ _WITH_JSON = {"format", "items", "keys", "most_characters", "contains", "avoids"
 
 
 class Rules(Section):
-    """Rules that hold at the same time. None: there is no such rule."""
+    """Rules that hold at the same time. None: this rule is not given."""
 
     least_words: Count | None = None
     most_words: Count | None = None
@@ -84,7 +84,7 @@ class Rules(Section):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The rules that there are, as JSON."""
+        """The rules that are given, as JSON."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
@@ -103,7 +103,7 @@ def described(rules: Rules) -> list[str]:
 
 
 def unstated(rules: Rules, system: str) -> str:
-    """The first rule whose number or words a system prompt does not have; empty if it has those of all."""
+    """The first rule whose number or words are not in a system prompt. Empty if there is no such rule."""
     plain = system.casefold()
     numbers = {found.replace(",", "") for found in _NUMBER.findall(plain)}
     for name, value in rules.given.items():
@@ -116,7 +116,7 @@ def unstated(rules: Rules, system: str) -> str:
 
 
 def checked(rules: Rules, text: str) -> dict[str, Verdict]:
-    """The result for each rule that there is. text: without white space around it."""
+    """The result for each rule that is given. text: without white space around it."""
     return {name: _checked(name, value, text, rules) for name, value in rules.given.items()}
 
 
@@ -171,7 +171,7 @@ def _has_word(text: str, word: str) -> bool:
 
 
 def _on_language(code: Code, text: str) -> Verdict:
-    """`unclear` for a text that is too short, whose language is not certain, or with letters of others."""
+    """`unclear` if the text is too short, its language is uncertain, or it mixes languages or scripts."""
     found = identified(prose_of(text))
     if found is None or found.confidence < _SURE:
         return "unclear"

@@ -1,4 +1,4 @@
-"""A system prompt with the rules that it states, as a seed or as a model writes it."""
+"""A system prompt with the rules that it states. It is a seed, or a model wrote it."""
 
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ _BY_KIND: dict[Kind, set[str]] = {
 
 
 class SystemPrompt(Section):
-    """kind: what it steers. Length, format and language need a rule of their kind. The others need none."""
+    """kind: what it steers. The kinds length, format and language need a rule of their kind."""
 
     kind: Kind
     system: str = Field(min_length=1)

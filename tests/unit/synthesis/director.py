@@ -1,4 +1,4 @@
-"""System prompts, and an author and a judge that act in the manner that a word of the system prompt says."""
+"""System prompts, and a scripted author and judge. A word of the system prompt selects how they act."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def _written(manner: str, kind: str) -> str | dict[str, Any]:
 
 
 def _answered(manner: str, turn: int, seed: int, *, is_steered: bool) -> str | dict[str, Any]:
-    """LONG breaks every rule on the length. Without the system prompt that is what the author answers."""
+    """LONG breaks every rule on the length. The author answers LONG without the system prompt."""
     if not is_steered:
         return SHORT if manner == "lasting" else LONG
     match manner:
@@ -96,7 +96,7 @@ def _answered(manner: str, turn: int, seed: int, *, is_steered: bool) -> str | d
 
 
 def _judged(prompt: str, manner: str) -> str:
-    """Kindly spoken are short answers. The second sample of an unhelpful answer is of no use."""
+    """Short answers have a kind tone. The second sample is unhelpful if the manner is `unhelpful`."""
     given = prompt.partition("The last reply:")[2]
     if manner == "off_scale":
         return "Verdict: maybe"

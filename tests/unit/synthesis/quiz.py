@@ -1,4 +1,4 @@
-"""Snippets on towers, with an author, a policy and a judge that act in the manner of the towers' names."""
+"""Snippets about towers, with a scripted author, policy and judge. A tower's name selects how they act."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ SAMPLES = 8
 _TOWER = re.compile(r"tower of (\w+) (\d+)")
 _STEPS = re.compile(r"has (\d+) steps")
 _UNKNOWN = "I do not know how many steps it has."
-# the number of right, wrong and declining answers among eight; the others are cut off
+# numbers of right, wrong and declining answers among eight; the others are cut off
 _ANSWERS = {
     "knows": (8, 0, 0),
     "mostly_right": (6, 2, 0),

@@ -14,7 +14,7 @@ from tests.unit.synthesis.code.running import check_that_it_goes_on, outcomes, r
 from tests.unit.synthesis.conftest import Place
 from tests.unit.synthesis.quiz import answer, fault, snippet
 
-NONE = "no question on the snippet gives a row"
+NONE = "no question about the snippet gives a row"
 EXPECTED = {
     "knows": "answer",
     "mostly_right": "answer",
@@ -56,7 +56,7 @@ def test_exactly_the_right_rows_come_out(place: Place) -> None:
     assert outcomes(place) == {n: outcome for n, outcome in enumerate(EXPECTED.values(), start=1)}
     steps = read_object(place.output / "summary.json", "summary")["summary"]["steps"]
     assert steps["write"]["results"] == {
-        "the question points at its snippet": 1,
+        "the question refers to its snippet": 1,
         "repeated question": 4,
         "blank question": 1,
     }
@@ -66,7 +66,7 @@ def test_exactly_the_right_rows_come_out(place: Place) -> None:
         "answer": 6,
         "refusal": 2,
         "too few answers are informative": 4,
-        "the answers are neither right nor wrong often enough": 3,
+        "too few answers are correct, and too few are incorrect": 3,
     }
     assert steps["declines"]["results"] == {"declines": 2, "answers": 1}
     rows = {row["provenance"]["source"].rpartition("/")[2].partition(":")[0]: row for row in place.rows()}
