@@ -1,8 +1,10 @@
-"""Reads replies: their whole text, and the fenced blocks of code in it."""
+"""Waits for replies, and reads their whole text and the fenced blocks of code in it."""
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Awaitable
+from typing import Any, NamedTuple, TypeVar
 
+from megatron_post.inference.model import Refused
 from megatron_post.inference.request import Reply
 from megatron_post.synthesis.task import Task
 
@@ -13,6 +15,7 @@ _FENCE = re.compile(
     r"(?P<code>.*?)(?:^ {0,3}(?P=fence)[`~]*[ \t]*$|(?P<end>\Z))",
     re.MULTILINE | re.DOTALL,
 )
+R = TypeVar("R")
 
 
 class Block(NamedTuple):
@@ -64,3 +67,24 @@ def whole_reply(task: Task[Any], step: str, reply: Reply) -> str:
         return text
     task.count(step, "empty" if reply.finish == "stop" else "cut off")
     return ""
+
+
+async def unless_refused(task: Task[Any], *work: Awaitable[R]) -> list[R | None]:
+    """The results of several requests in order. A request that the model refuses gives None.
+
+    Raises `Refused` if the model refuses all.
+    """
+
+    refusals: list[Refused] = []
+
+    async def result(one: Awaitable[R]) -> R | None:
+        try:
+            return await one
+        except Refused as refused:
+            refusals.append(refused)
+            return None
+
+    found = await task.together(*(result(one) for one in work))
+    if refusals and len(refusals) == len(found):
+        raise min(refusals, key=lambda refused: refused.key)  # the order of the list depends on timing
+    return found

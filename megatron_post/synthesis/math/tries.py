@@ -1,15 +1,17 @@
 """Shared parts of the recipes for mathematics, such as tries at a problem and verdicts of a judge."""
 
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from megatron_post.data.dialog import Message
-from megatron_post.inference.model import Refused
 from megatron_post.inference.request import Reply
+from megatron_post.synthesis.columns import column
+from megatron_post.synthesis.judge import ask_judge
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.task import Task
 
 _BOX = "\\boxed{"
@@ -27,7 +29,6 @@ class Try:
 
 
 T = TypeVar("T", bound=Try)
-R = TypeVar("R")
 
 
 def boxed_answer(text: str) -> str | None:
@@ -70,20 +71,6 @@ def step_verdicts(text: str, steps: int) -> list[bool] | None:
     return [match is not None and match[2] == "right" for match in found]
 
 
-def column(row: Mapping[str, Any], name: str, *, key: str) -> str:
-    """The text in a column, or its number as text. Raises `ValueError` if it has neither.
-
-    key: the key of the settings that names the column.
-    """
-    value = row.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        found = f"the row has {', '.join(row)}" if name not in row else f"it holds {value!r:.80}"
-        raise ValueError(f"settings.{key}={name}: this column has no text: {found}")
-    return value.strip()
-
-
 def known_answer(row: Mapping[str, Any], name: str | None, after: str, *, key: str) -> str | None:
     """The answer in a column, without its box. None if there is no such column, or no value in it.
 
@@ -105,36 +92,6 @@ def known_answer(row: Mapping[str, Any], name: str | None, after: str, *, key: s
             f"text that the answer follows in settings.{key}_after"
         )
     return text.strip().removeprefix("$").removesuffix("$").strip()
-
-
-async def unless_refused(task: Task[Any], *work: Awaitable[R]) -> list[R | None]:
-    """The results of several requests in order. A request that the model refuses gives None.
-
-    Raises `Refused` if the model refuses all.
-    """
-
-    refusals: list[Refused] = []
-
-    async def result(one: Awaitable[R]) -> R | None:
-        try:
-            return await one
-        except Refused as refused:
-            refusals.append(refused)
-            return None
-
-    found = await task.together(*(result(one) for one in work))
-    if refusals and len(refusals) == len(found):
-        raise min(refusals, key=lambda refused: refused.key)  # the order of the list depends on timing
-    return found
-
-
-async def ask_judge(task: Task[Any], step: str, prompt: str) -> str | None:
-    """The judge's reply. If it is cut off, this returns None and the report counts it. Raises `Refused`."""
-    reply = await task.ask(step, prompt, model="judge", temperature=0.0, top_p=1.0)
-    if reply.finish != "stop":
-        task.count(step, "cut off")
-        return None
-    return reply.text
 
 
 async def tries_at(

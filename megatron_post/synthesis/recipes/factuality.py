@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import Message
-from megatron_post.synthesis.long.judge import verdict
-from megatron_post.synthesis.math.tries import column, unless_refused
+from megatron_post.synthesis.columns import column
+from megatron_post.synthesis.judge import verdict
 from megatron_post.synthesis.questions import different, plain, points_at_document
 from megatron_post.synthesis.recipe import Dropped
-from megatron_post.synthesis.replies import whole_reply
+from megatron_post.synthesis.replies import unless_refused, whole_reply
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
 

@@ -5,12 +5,12 @@ from typing import Any, get_args
 from pydantic import Field
 
 from megatron_post.config.section import Name
+from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.languages.dialogs import DialogSettings, dialog_of
 from megatron_post.synthesis.languages.identify import identified
 from megatron_post.synthesis.languages.mix_ups import language_fault, script_fault
 from megatron_post.synthesis.languages.prose import prose_of
 from megatron_post.synthesis.languages.table import LANGUAGES, Code
-from megatron_post.synthesis.math.tries import column
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task

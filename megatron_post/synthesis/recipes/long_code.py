@@ -15,8 +15,8 @@ from megatron_post.synthesis.code.programs import block_in, fenced, program_in
 from megatron_post.synthesis.code.scripts import parse_python, script
 from megatron_post.synthesis.code.similarity import labels_of, similarity
 from megatron_post.synthesis.long.tokens import LongSettings, measured
-from megatron_post.synthesis.math.tries import unless_refused
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Files, Task
 

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from megatron_post.config.section import Count
 from megatron_post.data.dialog import Message
-from megatron_post.synthesis.long.judge import verdict
+from megatron_post.synthesis.columns import column
+from megatron_post.synthesis.judge import verdict
 from megatron_post.synthesis.long.tokens import (
     Chunk,
     DocumentSettings,
@@ -17,9 +18,9 @@ from megatron_post.synthesis.long.tokens import (
     token_span,
     trainable,
 )
-from megatron_post.synthesis.math.tries import column, unless_refused
 from megatron_post.synthesis.questions import points_at_passage
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
 

@@ -8,10 +8,11 @@ from pydantic import Field
 from megatron_post.config.section import Count
 from megatron_post.data.dialog import Message
 from megatron_post.synthesis.code.programs import whole_text
-from megatron_post.synthesis.long.judge import verdict
+from megatron_post.synthesis.columns import column
+from megatron_post.synthesis.judge import verdict
 from megatron_post.synthesis.long.tokens import DocumentSettings, chunks_of, measured, trainable
-from megatron_post.synthesis.math.tries import column, unless_refused
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
 

@@ -7,15 +7,10 @@ from pydantic import Field
 
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import CODE_INTERPRETER, Message, ToolCall
+from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.math.interpreter import code_of, has_ended, reached_limit, session, shown
-from megatron_post.synthesis.math.tries import (
-    Try,
-    agreeing,
-    column,
-    known_answer,
-    unless_refused,
-    whole_try,
-)
+from megatron_post.synthesis.math.tries import Try, agreeing, known_answer, whole_try
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
 

@@ -7,9 +7,12 @@ from pydantic import Field
 
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import Message
-from megatron_post.synthesis.math.tries import ask_judge, column, majority, tries_at, unless_refused
+from megatron_post.synthesis.columns import column
+from megatron_post.synthesis.judge import ask_judge
+from megatron_post.synthesis.math.tries import majority, tries_at
 from megatron_post.synthesis.questions import different, plain
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
 

@@ -6,9 +6,9 @@ from pydantic import Field
 
 from megatron_post.config.section import Count, Name, Section
 from megatron_post.data.dialog import Message
+from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.math.tries import (
     agreeing,
-    column,
     known_answer,
     passing_judge,
     tries_at,

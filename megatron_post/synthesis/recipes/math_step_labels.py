@@ -5,17 +5,17 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_post.config.section import Count, Name, Section
+from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.math.tries import (
     Try,
-    column,
     judged_steps,
     known_answer,
     tries_at,
-    unless_refused,
     with_answer,
     without_repeats,
 )
 from megatron_post.synthesis.recipe import Dropped
+from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.row import StepLabels
 from megatron_post.synthesis.task import Task
 

@@ -9,12 +9,11 @@ from megatron_post.config.section import Count, Section
 from megatron_post.data.dialog import Message
 from megatron_post.inference.model import Refused
 from megatron_post.synthesis.code.programs import block_in
+from megatron_post.synthesis.judge import verdict
 from megatron_post.synthesis.languages.identify import check_installed
-from megatron_post.synthesis.long.judge import verdict
-from megatron_post.synthesis.math.tries import unless_refused
 from megatron_post.synthesis.questions import plain
 from megatron_post.synthesis.recipe import Dropped
-from megatron_post.synthesis.replies import whole_reply
+from megatron_post.synthesis.replies import unless_refused, whole_reply
 from megatron_post.synthesis.row import PreferenceRow, Row
 from megatron_post.synthesis.steering.rules import checked, described
 from megatron_post.synthesis.steering.system_prompt import SystemPrompt, system_prompt

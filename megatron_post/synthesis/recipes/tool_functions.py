@@ -10,7 +10,7 @@ from megatron_post.config.section import Count, Distinct, Name, Section
 from megatron_post.data.dialog import BUILT_IN_TOOLS, BadRow, Message, ToolCall
 from megatron_post.data.row_keys import Keys
 from megatron_post.data.row_tools import tools_of
-from megatron_post.synthesis.math.tries import column
+from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task

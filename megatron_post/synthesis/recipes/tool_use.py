@@ -6,7 +6,7 @@ from pydantic import Field
 
 from megatron_post.config.section import Name
 from megatron_post.data.dialog import Message
-from megatron_post.synthesis.math.tries import column
+from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task

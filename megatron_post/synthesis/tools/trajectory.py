@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_post.data.dialog import Message
 from megatron_post.inference.request import Reply
-from megatron_post.synthesis.long.judge import verdict
+from megatron_post.synthesis.judge import verdict
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.task import Task
 from megatron_post.synthesis.tools.core import Toolbox, ToolSettings

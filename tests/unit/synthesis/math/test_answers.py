@@ -14,7 +14,12 @@ import pytest
 from megatron_post.inference.journal import Journal
 from megatron_post.synthesis.math import answers
 from megatron_post.synthesis.math.answers import BrokenComparison, MathAnswers
-from megatron_post.synthesis.math.tries import boxed_answer, known_answer, step_verdicts, steps_of
+from megatron_post.synthesis.math.tries import (
+    boxed_answer,
+    known_answer,
+    step_verdicts,
+    steps_of,
+)
 
 pytest.importorskip("math_verify")
 PAIRS = [

@@ -1,10 +1,18 @@
-"""A judge's verdict, which is the last line of its reply."""
+"""Asks a model for its verdict on a text."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_post.synthesis.math.tries import ask_judge
 from megatron_post.synthesis.task import Task
+
+
+async def ask_judge(task: Task[Any], step: str, prompt: str) -> str | None:
+    """The judge's reply. If it is cut off, this returns None and the report counts it. Raises `Refused`."""
+    reply = await task.ask(step, prompt, model="judge", temperature=0.0, top_p=1.0)
+    if reply.finish != "stop":
+        task.count(step, "cut off")
+        return None
+    return reply.text
 
 
 async def verdict(task: Task[Any], step: str, prompt: str, scale: Sequence[str]) -> str:
