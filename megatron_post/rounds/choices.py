@@ -31,9 +31,13 @@ from megatron_post.data.rows import raw_rows
 from megatron_post.data.template import render
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.display import make_console, make_progress
+from megatron_post.rounds.continued import append_lines, from_reporter, lines_done
 from megatron_post.rounds.segments import refuse_interleaved, rows_at_once, values_of_segments
 from megatron_post.rounds.trained_model import config_of_model, running_model
-from megatron_post.storage.files import write_json, write_lines
+from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.files import read_lines, write_json
+from megatron_post.storage.reading import reading
+from megatron_post.train.reference import reference_key
 
 
 class Row(Section):
@@ -72,19 +76,26 @@ def evaluate_choices(
 
     Writes one JSON line for each row with choices, with the log-probability of every choice, and
     `OUTPUT.report.json` with what is returned. The median and the quartiles are those of the prompts'
-    accuracies. Runs in any layout, and all ranks must call it.
+    accuracies. The same call continues after the last complete line. `OUTPUT.origin.json` identifies the
+    model and the rows. Runs in any layout, and all ranks must call it.
 
     Raises `ValueError` for a reward model, a row that cannot be used, a row that does not fit in
-    `data.pack_length`, and an interleaved schedule.
+    `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
     """
     config = _config(model, overrides)
     tokenizer = tokenizer_of(config)
-    lines: list[dict[str, Any]] = []
     found, open_rows = _read(Path(rows))
     with running_model(config) as (stepper, _, topology):
-        remaining = iter(found)
+        origin = {
+            "model": reference_key(model, config.precision, topology),
+            "tokenizer": tokenizer.fingerprint,
+            "rows": sha256_of_json([row.model_dump() for row in found]),
+        }
+        own = lines_done(Path(output), origin, key="logps") if topology.is_reporter else None
+        done = from_reporter(own, topology)
+        remaining = islice(found, done, None)
         with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
-            task = progress.add_task(f"ranking choices of {rows}", total=len(found))
+            task = progress.add_task(f"ranking choices of {rows}", total=len(found), completed=done)
             while batch := list(islice(remaining, rows_at_once(config, topology))):
                 first, last = batch[0], batch[-1]
                 dialogs = [_dialog(row, choice) for row in batch for choice in row.choices or ()]
@@ -98,13 +109,15 @@ def evaluate_choices(
                     config=config,
                     pad_id=tokenizer.pad_id,
                 )
-                lines += _lines(batch, values.tolist())
-                progress.update(task, completed=len(lines))
-        reports = _reports(lines, open_rows)
+                if topology.is_reporter:
+                    append_lines(Path(output), _lines(batch, values.tolist()))
+                progress.advance(task, len(batch))
+        reports = None
         if topology.is_reporter:
-            write_lines(Path(output), lines)
+            with reading(output, "log-probabilities of choices"):
+                reports = _reports(list(read_lines(Path(output))), open_rows)
             write_json(Path(f"{output}.report.json"), [dataclasses.asdict(each) for each in reports])
-    return reports
+        return from_reporter(reports, topology)
 
 
 def print_report(reports: Sequence[DatasetReport], *, console: Console) -> None:

@@ -1,13 +1,9 @@
 """`megatron-post score` writes a reward model's scores of responses, row by row, and can resume."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-
-import torch
 
 from megatron_post.config.data import Data, Source
 from megatron_post.config.schema import Config
@@ -18,12 +14,11 @@ from megatron_post.data.template import render
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.topology import Topology
+from megatron_post.rounds.continued import append_lines, from_reporter, lines_done
 from megatron_post.rounds.segments import refuse_interleaved, rows_at_once, values_of_segments
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.stages.reward import Reward
 from megatron_post.storage.checksums import sha256_of_file
-from megatron_post.storage.files import full_disk_explained, write_json
-from megatron_post.storage.reading import plain_file, read_object, reading
 from megatron_post.train.reference import reference_key
 from megatron_post.train.step import Stepper
 
@@ -58,9 +53,9 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
             "tokenizer": tokenizer.fingerprint,
             "rows": _rows_key(Path(rows)),
         }
-        done = _resume(Path(output), origin) if topology.is_reporter else 0
-        # Only the reporter has read the output, but all ranks must skip the same rows.
-        done = _from_reporter(done, topology)
+        # Only the reporter reads the output, but all ranks must skip the same rows.
+        own = lines_done(Path(output), origin, key="scores") if topology.is_reporter else None
+        done = from_reporter(own, topology)
         remaining = islice(_rows(source, config.data), done, None)
         scored = 0  # a crash loses at most one batch
         with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
@@ -68,9 +63,8 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
             while batch := list(islice(remaining, rows_at_once(config, topology))):
                 scores = _score(batch, stepper, stage, topology, config, tokenizer)
                 if topology.is_reporter:
-                    with full_disk_explained(Path(output)), Path(output).open("a") as file:
-                        for row, values_of_row in zip(batch, scores, strict=True):
-                            file.write(json.dumps({"row": row.number, "scores": values_of_row}) + "\n")
+                    pairs = zip(batch, scores, strict=True)
+                    append_lines(Path(output), ({"row": row.number, "scores": s} for row, s in pairs))
                 scored += len(batch)
                 progress.update(task, completed=done + scored)
     return scored
@@ -129,41 +123,6 @@ def _rows(source: Source, data: Data) -> Iterator[Row]:
             yield Row(number, (example,))
 
 
-def _resume(output: Path, origin: Mapping[str, str]) -> int:
-    """The number of complete lines in an output of this origin. An incomplete line of a crash is removed."""
-    sidecar = output.with_name(f"{output.name}.origin.json")
-    if not output.exists():
-        write_json(sidecar, origin)
-        with full_disk_explained(output):
-            output.touch()
-        return 0
-    try:
-        with reading(output, "scores"):
-            found = read_object(sidecar, "the origin of scores")
-            content = plain_file(output, "scores").read_bytes()
-            complete = content.rfind(b"\n") + 1
-            done = sum(1 for line in content[:complete].splitlines() if json.loads(line)["scores"])
-    except ValueError as error:
-        raise ValueError(f"{output} exists and holds no scores ({error}); give another --output") from None
-    other = [name for name in origin if found.get(name) != origin[name]]
-    if other and not done:
-        write_json(sidecar, origin)  # another call failed before its first score
-    elif other:
-        raise ValueError(
-            f"{output} holds {done} scores of another {' and '.join(other)}; give another --output, or "
-            "remove it"
-        )
-    # This comes after the check of the origin, so that no other file loses data.
-    os.truncate(output, complete)
-    return done
-
-
 def _rows_key(rows: Path) -> str:
     """SHA-256 of a file of rows, or the name of a directory or a dataset on the hub."""
     return sha256_of_file(rows) if rows.is_file() else str(rows)
-
-
-def _from_reporter(value: int, topology: Topology) -> int:
-    total = torch.tensor(value if topology.is_reporter else 0, device=topology.device)
-    torch.distributed.all_reduce(total)
-    return int(total)

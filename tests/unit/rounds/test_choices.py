@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_post.rounds import choices as module
+from megatron_post.rounds import segments
 from megatron_post.rounds.choices import DatasetReport, _read, _reports, evaluate_choices
+from megatron_post.storage.files import read_lines
 from tests.ranks import run_ranks
 from tests.unit.rounds.models import tiny_policy
 
@@ -88,6 +92,80 @@ def test_the_report_is_of_the_prompts_of_a_dataset() -> None:
         DatasetReport("d", "t", 20, 1, accuracies, 0.5, 0.25, 0.75),
         DatasetReport("open", None, 0, 2, {}, None, None, None),
     ]
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _interrupted(model: Path, rows: Path, output: Path) -> None:
+    """Rank the choices of four rows at a time, and end in the third batch after a half line."""
+    segments._ROWS_AT_ONCE = 4
+    real, batches = module.append_lines, [2]
+
+    def append(path: Path, lines: Any) -> None:
+        if batches[0] == 0:
+            with path.open("a") as file:
+                file.write(json.dumps(next(iter(lines)))[:40])
+            raise _Killed
+        batches[0] -= 1
+        real(path, lines)
+
+    module.append_lines = append  # this process ends after the call
+    with pytest.raises(_Killed):
+        evaluate_choices(model, rows, output, SETTINGS)
+
+
+def _counted(model: Path, rows: Path, output: Path, *settings: str) -> tuple[list[DatasetReport], int]:
+    """The report, and the number of segments whose log-probability was computed."""
+    segments._ROWS_AT_ONCE = 4
+    real, count = module.values_of_segments, [0]
+
+    def values(rendered: Any, *arguments: Any, **options: Any) -> Any:
+        count[0] += len(rendered)
+        return real(rendered, *arguments, **options)
+
+    module.values_of_segments = values
+    return evaluate_choices(model, rows, output, (*SETTINGS, *settings)), count[0]
+
+
+def test_an_interrupted_call_continues_after_its_last_line(tmp_path: Path) -> None:
+    """Eight rows are done, so one row of two choices and four rows of four choices remain."""
+    model, rows = tiny_policy(tmp_path / "model"), write(tmp_path / "rows.jsonl", rows_of_two_datasets())
+    whole, output, other = (tmp_path / f"{name}.jsonl" for name in ("whole", "output", "other"))
+    ((reports, count),) = run_ranks(_counted, 1, model, rows, whole)
+    assert count == 9 * 2 + 4 * 4
+    run_ranks(_interrupted, 1, model, rows, output)
+    assert output.read_text().count("\n") == 8 and not (tmp_path / "output.jsonl.report.json").exists()
+    for name in ("", ".origin.json"):
+        shutil.copy(f"{output}{name}", f"{other}{name}")
+    assert run_ranks(_counted, 1, model, rows, output) == [(reports, 1 * 2 + 4 * 4)]
+    assert output.read_bytes() == whole.read_bytes()
+    assert Path(f"{output}.report.json").read_bytes() == Path(f"{whole}.report.json").read_bytes()
+    assert run_ranks(_counted, 1, model, rows, output) == [(reports, 0)]
+    # Another layout continues it as well. Its reporter is not rank 0.
+    found = run_ranks(_counted, 2, model, rows, other, "parallel.pipeline=2")
+    assert [len(each) for each, _ in found] == [2, 2] and [count for _, count in found] == [18, 18]
+    logps = [[logp for line in read_lines(path) for logp in line["logps"]] for path in (other, whole)]
+    np.testing.assert_allclose(*logps, atol=1e-4)
+
+
+def _refused(model: Path, rows: Path, output: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_choices(model, rows, output, SETTINGS)
+
+
+def test_lines_of_other_rows_are_not_continued(tmp_path: Path) -> None:
+    model, rows = tiny_policy(tmp_path / "model"), write(tmp_path / "rows.jsonl", [row()])
+    output = tmp_path / "choices.jsonl"
+    run_ranks(evaluate_choices, 1, model, rows, output, SETTINGS)
+    before = output.read_bytes()
+    write(rows, [row(completion="bad")])
+    message = r"choices.jsonl holds 1 lines with logps of another rows; give another --output"
+    run_ranks(_refused, 1, model, rows, output, message)
+    (tmp_path / "choices.jsonl.origin.json").unlink()
+    run_ranks(_refused, 1, model, rows, output, r"choices.jsonl exists and holds no logps")
+    assert output.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_post.rounds.score import _resume, _rows_key, score_file
+from megatron_post.rounds.continued import lines_done
+from megatron_post.rounds.score import _rows_key, score_file
 from tests.unit.rounds.models import tiny_policy
 
 ORIGIN = {"model": "m", "tokenizer": "t", "rows": "r"}
@@ -14,10 +15,10 @@ LINE = json.dumps({"row": 1, "scores": [0.5]}) + "\n"
 
 def test_a_line_that_a_crash_cut_is_scored_again(tmp_path: Path) -> None:
     output = tmp_path / "new" / "scores.jsonl"
-    assert _resume(output, ORIGIN) == 0
-    assert _resume(output, ORIGIN) == 0  # killed before the first line
+    assert lines_done(output, ORIGIN, key="scores") == 0
+    assert lines_done(output, ORIGIN, key="scores") == 0  # killed before the first line
     output.write_text(LINE + LINE + LINE[:7])
-    assert _resume(output, ORIGIN) == 2
+    assert lines_done(output, ORIGIN, key="scores") == 2
     assert output.read_text() == LINE + LINE
 
 
@@ -25,20 +26,22 @@ def test_a_line_that_a_crash_cut_is_scored_again(tmp_path: Path) -> None:
 def test_another_origin_is_refused(tmp_path: Path, name: str) -> None:
     """Otherwise its lines would count as done, and the output would mix scores of two origins."""
     output = tmp_path / "scores.jsonl"
-    _resume(output, ORIGIN)
+    lines_done(output, ORIGIN, key="scores")
     output.write_text(LINE + LINE[:7])
-    with pytest.raises(ValueError, match=f"holds 1 scores of another {name}; give another --output"):
-        _resume(output, {**ORIGIN, name: "other"})
+    with pytest.raises(
+        ValueError, match=f"holds 1 lines with scores of another {name}; give another --output"
+    ):
+        lines_done(output, {**ORIGIN, name: "other"}, key="scores")
     assert output.read_text() == LINE + LINE[:7]
 
 
 def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
     """For example the name of the rows was mistyped. Without scores, the output may get another origin."""
     output = tmp_path / "scores.jsonl"
-    _resume(output, ORIGIN)
-    assert _resume(output, {**ORIGIN, "rows": "other"}) == 0
+    lines_done(output, ORIGIN, key="scores")
+    assert lines_done(output, {**ORIGIN, "rows": "other"}, key="scores") == 0
     output.write_text(LINE)
-    assert _resume(output, {**ORIGIN, "rows": "other"}) == 1
+    assert lines_done(output, {**ORIGIN, "rows": "other"}, key="scores") == 1
 
 
 def test_a_language_model_scores_nothing(tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_what_holds_no_scores_is_kept(tmp_path: Path, text: str) -> None:
     if text != LINE:
         (tmp_path / "precious.jsonl.origin.json").write_text(json.dumps(ORIGIN))
     with pytest.raises(ValueError, match=r"precious.jsonl exists and holds no scores"):
-        _resume(output, ORIGIN)
+        lines_done(output, ORIGIN, key="scores")
     assert output.read_text() == text
 
 
