@@ -10,6 +10,7 @@ import typer
 
 from megatron_post.bench.commands import bench_app
 from megatron_post.convert.commands import convert_app
+from megatron_post.curation.commands import curate_app
 from megatron_post.display import make_console, printable, say, say_json
 from megatron_post.errors import exit_status
 from megatron_post.launch.commands import ClusterPath, DryRun, launch_app
@@ -29,6 +30,7 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(launch_app, name="launch")
 app.add_typer(plan_app, name="plan")
 app.add_typer(synthesize_app, name="synthesize")
+app.add_typer(curate_app, name="curate")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(annotate_app, name="annotate")
 app.add_typer(rounds_app)
@@ -153,7 +155,18 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
 @config_app.command("schema")
 def config_schema(
     file: Annotated[
-        Literal["run", "round", "generate", "select", "merge", "cleaning", "cluster", "chain", "synthesis"],
+        Literal[
+            "run",
+            "round",
+            "generate",
+            "select",
+            "merge",
+            "cleaning",
+            "cluster",
+            "chain",
+            "synthesis",
+            "curation",
+        ],
         typer.Argument(help="kind of the file. `train` takes the kind `run`."),
     ] = "run",
 ) -> None:
@@ -162,6 +175,7 @@ def config_schema(
     from megatron_post.config.load import json_schema
     from megatron_post.config.schema import Config
     from megatron_post.config.section import Section
+    from megatron_post.curation.settings import Curation
     from megatron_post.inference.generate import Generate
     from megatron_post.launch.cluster import Cluster
     from megatron_post.rounds.cleaning import Rules
@@ -173,6 +187,7 @@ def config_schema(
     schemas: dict[str, type[Section]] = {
         "run": Config, "round": RoundSettings, "generate": Generate, "select": Select, "merge": Merge,
         "cleaning": Rules, "cluster": Cluster, "chain": Chain, "synthesis": Synthesis,
+        "curation": Curation,
     }  # fmt: skip
     say(json_schema(schemas[file]))
 

@@ -22,6 +22,7 @@ KINDS = {
     "generate": ("Generation", "`generate` reads it."),
     "select": ("Selection", "`select` reads it."),
     "merge": ("Merge", "`merge` reads it."),
+    "curation": ("Curation", "`curate` reads it."),
     "synthesis": ("Synthesis", "`synthesize run` reads it."),
     "cleaning": ("Cleaning rules", "`cleaning` of a selection names it."),
 }

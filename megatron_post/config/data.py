@@ -24,8 +24,8 @@ class Tokenizer(Section):
     )
 
 
-class Source(Section):
-    """One dataset: a local file or directory, or a hub name, read through `datasets`."""
+class Dataset(Section):
+    """The rows of a local file or directory, or of a dataset on the hub, read through `datasets`."""
 
     name: Name = Field(description="its name in statistics and messages")
     path: Name = Field(description="file, directory, or name of a dataset on the hub")
@@ -42,18 +42,23 @@ class Source(Section):
         default_factory=dict,
         description="the column of each role, for rows with one column per role, or {messages: column}",
     )
-    epochs: Positive | None = Field(None, description="how often each row is used. Excludes `weight`")
-    weight: Positive | None = Field(
-        None, description="share of the mixture's rows, relative to other weights"
-    )
     max_rows: Count | None = Field(None, description="use only this number of first rows. null: all rows")
-    train_on: TrainOn | None = Field(None, description="as data.train_on, for this source. null: the same")
     templated: Literal["refuse", "keep"] = Field(
         "refuse", description="what happens to texts with the markers of a chat template or a transcript"
     )
     ignore: tuple[str, ...] = Field(
         (), description="keys of rows and messages that are skipped, so neither used, refused nor listed"
     )
+
+
+class Source(Dataset):
+    """A dataset with its share of the training data."""
+
+    epochs: Positive | None = Field(None, description="how often each row is used. Excludes `weight`")
+    weight: Positive | None = Field(
+        None, description="share of the mixture's rows, relative to other weights"
+    )
+    train_on: TrainOn | None = Field(None, description="as data.train_on, for this source. null: the same")
     batch: Whole = Field(0, description="number of the preference batch. A higher number is newer")
 
     @model_validator(mode="after")

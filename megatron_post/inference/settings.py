@@ -1,13 +1,14 @@
 """The settings of backends, which are `transformers`, vLLM's offline engine, and servers."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from megatron_post.config.section import Count, Name, NonNegative, Positive, Section, Whole
+from megatron_post.config.section import Count, Line, Name, NonNegative, Positive, Section, Whole
 from megatron_post.inference.request import Sampling
+from megatron_post.storage.reading import did_you_mean
 
 PART = "prompts that a model in this process answers together. A crash loses those in progress"
 _MOST_SERVERS = 64
@@ -125,6 +126,32 @@ def check_url(url: str) -> str:
 
 
 BackendSettings = Annotated[TransformersBackend | VllmBackend | ServerBackend, Field(discriminator="kind")]
+
+
+class AskedModel(Section):
+    """A model that a run asks by a name of its own, such as `author` or `judge`."""
+
+    model: Name = Field(description="Hugging Face directory. With a server, only a name that rows record")
+    backend: BackendSettings = Field(description="server or process that answers the requests")
+    sampling: Sampling = Field(Sampling(), description="sampling where the caller sets no other values")
+
+
+def _names_stand_for_models(models: Any) -> Any:
+    """Resolve names, such as `judge: author`, which gives the judge the values of the author."""
+    if not isinstance(models, dict):
+        return models
+    models = {name: models.get(value, value) if isinstance(value, str) else value
+              for name, value in models.items()}  # fmt: skip
+    for name, value in models.items():
+        if isinstance(value, str):
+            described = [other for other, found in models.items() if not isinstance(found, str)]
+            raise ValueError(
+                f"{name}: {value!r} is not the name of a model here{did_you_mean(value, described)}"
+            )
+    return models
+
+
+AskedModels = Annotated[dict[Line, AskedModel], BeforeValidator(_names_stand_for_models)]
 
 
 def gpus_of(settings: BackendSettings) -> int:

@@ -37,6 +37,25 @@ def rank_from_environment() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def share_of(rank: int | None, size: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
+    """The given rank and size. By default they are those of the task of a Slurm array, or (0, 1).
+
+    Raises `ValueError` if only one is given, or if the rank is not in the range of the size.
+    """
+    if rank is None and size is None:
+        task, count = (environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "COUNT"))
+        if not (task.isdigit() and count.isdigit()):
+            return 0, 1
+        rank, size = int(task) - int(environment.get("SLURM_ARRAY_TASK_MIN", "0")), int(count)
+        if rank >= size:
+            raise ValueError(f"SLURM_ARRAY_TASK_ID={task}: give --rank and --size for an array with gaps")
+    if rank is None or size is None:
+        raise ValueError("give --rank and --size together")
+    if not 0 <= rank < size:
+        raise ValueError(f"--rank {rank} --size {size}: ranks are 0 to size - 1")
+    return rank, size
+
+
 def _check_launchers(env: Mapping[str, str], *, rank: int, world_size: int) -> None:
     """Check that the ranks fit the tasks that a launcher has started. Raises `ValueError`.
 

@@ -43,22 +43,31 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it. Raises `DiskFull`."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name. What is written there in this context is flushed to the disk and renamed.
+
+    After an error there is no file of either name. Raises `DiskFull`.
+    """
     with full_disk_explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in path.parent.glob(f".{glob.escape(path.name)}.*"):
             left_by_a_kill.unlink(missing_ok=True)
         growing = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with growing.open("w", encoding="utf-8") as file:
-                file.writelines(pieces)
-                file.flush()
+            yield growing
+            with growing.open("rb") as file:
                 os.fsync(file.fileno())
             growing.rename(path)
         except BaseException:
             growing.unlink(missing_ok=True)
             raise
+
+
+def write_pieces(path: Path, pieces: Iterable[str]) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it. Raises `DiskFull`."""
+    with whole_file(path) as growing, growing.open("w", encoding="utf-8") as file:
+        file.writelines(pieces)
 
 
 def write_whole(path: Path, content: str) -> None:

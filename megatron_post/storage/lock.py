@@ -47,6 +47,14 @@ def only_process_in(directory: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
+def turn_in(directory: Path) -> Iterator[None]:
+    """Wait until no other process of a run is in this context, in which files that they share are written."""
+    with (directory / ".lock").open("a") as file:
+        locked(file, wait=True)
+        yield
+
+
+@contextlib.contextmanager
 def sole_writer(path: Path, *, of: Path) -> Iterator[None]:
     """Hold the lock file `path` while something is written, and remove it afterwards.
 

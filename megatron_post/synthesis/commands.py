@@ -37,7 +37,8 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe on every row of the input. The same command resumes an interrupted run."""
-    from megatron_post.synthesis.run import share_of, synthesize
+    from megatron_post.parallel.environment import share_of
+    from megatron_post.synthesis.run import synthesize
     from megatron_post.synthesis.settings import load_synthesis
 
     settings = load_synthesis(config, overrides or ())

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from megatron_post.config.section import Section
 from megatron_post.data.rows import BadRows
 from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.files import write_lines
-from megatron_post.storage.lock import locked
+from megatron_post.storage.lock import turn_in
 from megatron_post.synthesis.attempt import attempt
 from megatron_post.synthesis.generations import GenerationRows
 from megatron_post.synthesis.inputs import InputRow, read_input
@@ -95,7 +95,7 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     record = record_of(settings, recipe)
     run = _Run(settings, recipe, own, record, sha256_of_json(record), rank, size, record["input"]["rows"])
     run.output.mkdir(parents=True, exist_ok=True)
-    with _turn(run.output):
+    with turn_in(run.output):
         changes = update_record(run.output / "run.json", record)
     if changes:
         lines = [f"{run.who}settings that changed since the last start:", *(f"  {line}" for line in changes)]
@@ -111,37 +111,10 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     if missing and not _finished(run):
         _print(console, f"{run.who}its part is finished, and {len(missing)} of {size} are not")
         return
-    with _turn(run.output):
+    with turn_in(run.output):
         summary = _finished(run) or _put_together(run)
         shutil.rmtree(run.output / PARTS, ignore_errors=True)
     _print(console, f"{run.output}: {summary.in_words}. {run.output / 'report.html'} has the reasons")
-
-
-def share_of(rank: int | None, size: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """The given rank and size. By default they are those of the task of a Slurm array, or (0, 1).
-
-    Raises `ValueError` if only one is given, or if the rank is not in the range of the size.
-    """
-    if rank is None and size is None:
-        task, count = (environment.get(f"SLURM_ARRAY_TASK_{name}", "") for name in ("ID", "COUNT"))
-        if not (task.isdigit() and count.isdigit()):
-            return 0, 1
-        rank, size = int(task) - int(environment.get("SLURM_ARRAY_TASK_MIN", "0")), int(count)
-        if rank >= size:
-            raise ValueError(f"SLURM_ARRAY_TASK_ID={task}: give --rank and --size for an array with gaps")
-    if rank is None or size is None:
-        raise ValueError("give --rank and --size together")
-    if not 0 <= rank < size:
-        raise ValueError(f"--rank {rank} --size {size}: ranks are 0 to size - 1")
-    return rank, size
-
-
-@contextlib.contextmanager
-def _turn(output: Path) -> Iterator[None]:
-    """Wait until no other process writes a file that all processes of the run share."""
-    with (output / ".lock").open("a") as file:
-        locked(file, wait=True)
-        yield
 
 
 def _finished(run: _Run) -> Summary | None:
@@ -169,7 +142,7 @@ async def _make_generations(run: _Run, console: Console) -> None:
                 own_rows = [pair for pair in rows if pair[0] % run.size == run.rank]
                 await _make_part(run, resources, iter(own_rows), len(own_rows), console)
             await _wait_for_others(run, console)
-            with _turn(run.output):  # so that no process removes the parts while they are read
+            with turn_in(run.output):  # so that no process removes the parts while they are read
                 if _finished(run):
                     return
                 results = results_of(run.parts_of(generations.number))

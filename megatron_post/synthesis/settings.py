@@ -4,26 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megatron_post.config.load import ConfigError, load_section, parse, raise_for
 from megatron_post.config.section import Count, Line, Name, Section, Whole
-from megatron_post.inference.request import Sampling
-from megatron_post.inference.settings import BackendSettings, ServerBackend
+from megatron_post.inference.settings import AskedModels, ServerBackend
 from megatron_post.sandbox.settings import Bubblewrap, SandboxSettings
 from megatron_post.storage.reading import did_you_mean
 from megatron_post.synthesis.inputs import InputSettings
 from megatron_post.synthesis.recipe import Recipe, built_in_recipes
 
 _SERVERS = "servers"  # a directory in the output
-
-
-class SynthesisModel(Section):
-    """One of the models that a recipe asks."""
-
-    model: Name = Field(description="Hugging Face directory. With a server, only a name that rows record")
-    backend: BackendSettings = Field(description="server or process that answers the requests")
-    sampling: Sampling = Field(Sampling(), description="sampling where the recipe sets no other values")
 
 
 class Serve(Section):
@@ -57,7 +48,7 @@ class Synthesis(Section):
     recipe: Name = Field(description="name of a built-in recipe, or path of a Python file")
     settings: dict[str, Any] = Field(default_factory=dict, description="the recipe's own keys")
     input: InputSettings
-    models: dict[Line, SynthesisModel] = Field(
+    models: AskedModels = Field(
         default_factory=dict,
         description="name -> model that the recipe asks by this name, or another name here",
     )
@@ -91,22 +82,6 @@ class Synthesis(Section):
                 directory = str(Path(str(values.get("output"))) / _SERVERS)
                 models[name] = {**model, "backend": {**backend, "urls_from": directory}}
         return {**values, "models": models} if models else values
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _names_stand_for_models(cls, models: Any) -> Any:
-        """Resolve names, such as `judge: author`, which gives the judge the values of the author."""
-        if not isinstance(models, dict):
-            return models
-        models = {name: models.get(value, value) if isinstance(value, str) else value
-                  for name, value in models.items()}  # fmt: skip
-        for name, value in models.items():
-            if isinstance(value, str):
-                described = [other for other, found in models.items() if not isinstance(found, str)]
-                raise ValueError(
-                    f"{name}: {value!r} is not the name of a model here{did_you_mean(value, described)}"
-                )
-        return models
 
     @model_validator(mode="after")
     def _servers_are_asked(self) -> "Synthesis":

@@ -94,6 +94,15 @@ ALLOWED = {
         "convert",
         "train",
     },
+    "curation": {
+        "config",
+        "data",
+        "display",
+        "inference",
+        "parallel.environment",
+        "plan.commands",
+        "storage",
+    },
     "synthesis": {
         "config",
         "data",
@@ -126,6 +135,7 @@ ALLOWED = {
         "inference",
         "rounds",
         "synthesis",
+        "curation",
         "launch",
         "demo",
         "bench",

@@ -104,6 +104,9 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "annotate export": ("pages samples.jsonl --key key.jsonl", ["samples.jsonl"], 40),
     "annotate import": ("annotate answers.jsonl --key annotate-key.jsonl --output preferences.jsonl",
                         ["annotate/pairs.jsonl", "annotate-key.jsonl", "answers.jsonl"], 40),
+    "curate run": ("curation.yaml", ["curation.yaml", "rows.jsonl", "rows.csv",
+                                     "curated/columns/*/*.parquet", "curated/columns/*/*.json"], 40),
+    "curate show": ("curated --source rows", ["curated/report.json", "curated/rows.jsonl"], 25),
     "select": ("select.yaml --output selected", SELECT, 40),
     "round": ("round.yaml --only round-01/report", ROUND, 40),
 }  # fmt: skip

@@ -15,6 +15,8 @@ from megatron_post.bench.record import Record, once, write_record
 from megatron_post.config.load import load_config
 from megatron_post.convert.jobs import convert
 from megatron_post.convert.to_megatron import ToMegatron
+from megatron_post.curation.run import curate
+from megatron_post.curation.settings import load_curation
 from megatron_post.data.build import build_store
 from megatron_post.display import make_console
 from megatron_post.rounds.annotation.export import export_pairs
@@ -77,6 +79,7 @@ def make_world(root: Path) -> None:
     _write_run(root)
     _write_synthesis(root)
     _write_answers(root)
+    curate(load_curation("curation.yaml"), console=make_console(quiet=True))
     _write_meta(root / "meta")
 
 
@@ -172,6 +175,9 @@ def _write_configs(root: Path) -> None:
                            "input": {"kind": "rows", "path": "prompts.jsonl"},
                            "models": {"author": {"model": "model", "backend": {"kind": "transformers"},
                                                  "sampling": {"max_tokens": 8}}}},
+        "curation.yaml": {"run": "curated", "steps": [{"kind": "lengths", "most_turns": 3}],
+                          "sources": [{"name": "rows", "path": "rows.jsonl"},
+                                      {"name": "csv", "path": "rows.csv", "columns": columns}]},
         "select.yaml": {"prompts": "prompts.jsonl", "verifier": verifier, "cleaning": "rules.yaml",
                         "samples": [{"responses": "samples.jsonl", "scores": "scores.jsonl"}]},
         "rules.yaml": {"rules": [{"name": "sorry", "pattern": "sorry", "max_share": 0.5}]},

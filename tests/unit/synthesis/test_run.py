@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_post.synthesis.run import TooManyFailures, share_of
+from megatron_post.parallel.environment import share_of
+from megatron_post.synthesis.run import TooManyFailures
 from tests.unit.synthesis.conftest import Place
 
 MANNERS = ("right", "mended", "wrong", "prose", "broken", "marked", "right")

@@ -1,0 +1,280 @@
+"""The rows of a run: their ids, their places, and how they are read again for each step.
+
+Rows stay in their sources. The first column of a run, the index, lists all good rows in the order of the
+sources. A part of it ends after `part_rows` rows or `_PART_CHARACTERS` characters, and every other column has
+the same parts. So a process holds the texts of one part at a time.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_post.config.data import Dataset, Reasoning, Source
+from megatron_post.curation.columns import REWRITTEN, Column
+from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
+from megatron_post.data.row_files import files_of
+from megatron_post.data.row_formats import RowReader
+from megatron_post.data.row_keys import KeyCounts
+from megatron_post.data.rows import BadRows, raw_rows
+from megatron_post.inference.request import messages_as_json
+from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
+
+INDEX_VERSION = 1
+INDEX = {
+    "source": pa.string(),
+    "number": pa.int64(),  # of the row in its source, from 1
+    "place": pa.string(),  # file and line
+    "turns": pa.int32(),  # messages of the user
+    "characters": pa.int64(),  # of all messages, and of all responses of a preference
+}
+ANNOTATIONS = "curation"  # the key of a written row that has its annotations
+_PART_CHARACTERS = 2**26
+_RESPONSES = {2: ("chosen", "rejected"), 3: ("edited", "chosen", "rejected")}
+_OWN = ("messages", "prompt", *_RESPONSES[3], "rating", "tools", ANNOTATIONS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A good row.
+
+    id: 16 bytes. values: the row as it is in its source. example: what `data pack` would make of it, with the
+    texts that earlier steps have rewritten. extra: the keys of `values` that the format does not use.
+    """
+
+    id: bytes
+    source: str
+    number: int
+    place: str
+    values: Mapping[str, Any]
+    example: Dialog | Preference
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The dialog. That of a preference is its prompt with the best response."""
+        example = self.example
+        return example.messages if isinstance(example, Dialog) else (*example.prompt, *example.responses[0])
+
+    @property
+    def texts(self) -> list[str]:
+        """The content of every message, in the order of `REWRITTEN`. A preference has all its responses."""
+        return [message.content for message in _all_messages(self.example)]
+
+    def rewritten(self, texts: Sequence[str]) -> "Row":
+        """The row with other texts. Raises `BadRow` if it cannot be trained on any more."""
+        remaining = iter(texts)
+
+        def with_texts(messages: Sequence[Message]) -> tuple[Message, ...]:
+            return tuple(replace(message, content=next(remaining)) for message in messages)
+
+        example = self.example
+        if isinstance(example, Dialog):
+            return replace(self, example=replace(example, messages=with_texts(example.messages)))
+        prompt = with_texts(example.prompt)
+        responses = tuple(with_texts(response) for response in example.responses)
+        return replace(self, example=replace(example, prompt=prompt, responses=responses))
+
+    def as_json(self, annotations: Mapping[str, Any]) -> dict[str, Any]:
+        """The row in the form that `data pack` reads without `columns`, with its annotations."""
+        example = self.example
+        values: dict[str, Any]
+        if isinstance(example, Dialog):
+            values = {"messages": _marked(example.messages)}
+        else:
+            values = {"prompt": messages_as_json(example.prompt)}
+            names = _RESPONSES[len(example.responses)]
+            values |= {n: _marked(r) for n, r in zip(names, example.responses, strict=True)}
+            values |= {"rating": example.rating} if example.rating else {}
+        values |= {"tools": list(example.tools)} if example.tools else {}
+        return {**values, **self.extra, ANNOTATIONS: dict(annotations)}
+
+
+def _all_messages(example: Dialog | Preference) -> Sequence[Message]:
+    if isinstance(example, Dialog):
+        return example.messages
+    return [*example.prompt, *chain.from_iterable(example.responses)]
+
+
+def _marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in JSON. Only those that are not trained have a mark, so that `data.train_on` still counts."""
+    found = messages_as_json(messages)
+    for message, values in zip(messages, found, strict=True):
+        if message.role == "assistant" and not message.trained:
+            values["train"] = False
+    return found
+
+
+class Rows:
+    """The rows of a run's sources."""
+
+    def __init__(self, sources: Sequence[Dataset], reasoning: Reasoning, *, part_rows: int) -> None:
+        self._sources, self._reasoning, self._part_rows = sources, reasoning, part_rows
+        self.counts = KeyCounts()  # of keys that the format does not use
+
+    def record(self) -> dict[str, Any]:
+        """What the index depends on: the settings and the contents of the sources.
+
+        The content of a dataset on the hub is not known. Raises `ValueError` for missing files.
+        """
+        return {
+            "version": INDEX_VERSION,
+            "reasoning": self._reasoning,
+            "part_rows": self._part_rows,
+            "sources": [
+                source.model_dump(mode="json") | {"files": _checksums(source)} for source in self._sources
+            ],
+        }
+
+    def write_index(self, column: Column, bad_rows: BadRows) -> int:
+        """Write the index. Returns the number of its parts.
+
+        This holds 16 bytes of each row in memory. Raises `ValueError` as `read_rows` does.
+        """
+        draft = Column(column.directory / "draft", INDEX)
+        hashes, num_parts = array("B"), 0
+        for table in self._parts(bad_rows):
+            draft.write(num_parts, table)
+            hashes.frombytes(b"".join(table["id"].to_pylist()))
+            num_parts += 1
+        ids = _distinct_ids(hashes)
+        start = 0
+        for part in range(num_parts):
+            table = draft.read(part, draft.schema.names)
+            own = ids[16 * start : 16 * (start + table.num_rows)]
+            values = [own[i : i + 16] for i in range(0, len(own), 16)]
+            column.write(part, table.set_column(0, "id", pa.array(values, pa.binary(16))))
+            start += table.num_rows
+        return num_parts
+
+    def read(
+        self, index: Column, parts: Sequence[int], rewrites: Sequence[Column] = ()
+    ) -> Iterator[tuple[int, list[Row]]]:
+        """Yield the number and the rows of some parts. parts: ascending.
+
+        rewrites: columns whose `REWRITTEN` is applied, in this order. Raises `ValueError` if a source has
+        changed since the index was written.
+        """
+        records, wanted_parts = self._records(), {*parts}
+        for part in range(max(parts, default=-1) + 1):
+            table = index.read(part, ["id", "source", "number", "place"])
+            wanted = zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
+            rows = []
+            for id_, name, number, place in wanted:
+                while True:
+                    source, found, _, raw = next(records, (None, 0, "", {}))
+                    if source is None:
+                        raise ValueError(f"{place}: this row is gone: a source changed while it was read")
+                    if (source.source.name, found) == (name, number):
+                        break
+                if part in wanted_parts:
+                    example, extra = source.read(raw)
+                    rows.append(Row(id_, name, number, place, raw, example, extra))
+            if part in wanted_parts:
+                for column in rewrites:
+                    rows = _apply(rows, column.read(part, [REWRITTEN])[REWRITTEN].to_pylist())
+                yield part, rows
+
+    def _records(self) -> Iterator[tuple["_Reader", int, str, Any]]:
+        for dataset in self._sources:
+            reader = _Reader(dataset, self._reasoning, self.counts)
+            for number, where, raw in raw_rows(reader.source):
+                yield reader, number, where, raw
+
+    def _parts(self, bad_rows: BadRows) -> Iterator[pa.Table]:
+        """Yield the parts of the index, whose ids are hashes of the rows alone."""
+        schema = Column(Path(), INDEX).schema
+        values: list[tuple[Any, ...]] = []
+        characters = 0
+        for reader, number, where, raw in self._records():
+            if reader.is_full:
+                continue
+            try:
+                example, _ = reader.read(raw)
+                id_ = _hash(reader.source.name, raw)
+            except (BadRow, RecursionError) as error:
+                reason = str(error) if isinstance(error, BadRow) else "its values are nested too deeply"
+                bad_rows.add(reader.source.name, where, reason)
+                continue
+            reader.num_good += 1
+            size = sum(len(message.text) for message in _all_messages(example))
+            values.append((id_, reader.source.name, number, where, example.turns, size))
+            characters += size
+            if len(values) == self._part_rows or characters >= _PART_CHARACTERS:
+                yield pa.table(list(map(list, zip(*values, strict=True))), schema=schema)
+                values, characters = [], 0
+        if values:
+            yield pa.table(list(map(list, zip(*values, strict=True))), schema=schema)
+
+
+class _Reader:
+    """Reads the rows of a source one at a time."""
+
+    def __init__(self, dataset: Dataset, reasoning: Reasoning, counts: KeyCounts) -> None:
+        self.source = Source(**dataset.model_dump())
+        self._own, self._counts = KeyCounts(), counts
+        self._read = RowReader(self.source, train_on="all_turns", reasoning=reasoning, counts=self._own)
+        self.num_good = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_good == self.source.max_rows
+
+    def read(self, raw: Any) -> tuple[Dialog | Preference, dict[str, Any]]:
+        """The example and the keys that it does not use. Raises `BadRow`."""
+        if isinstance(raw, BadRow):
+            raise raw
+        self._own.unused.clear()
+        example = self._read(raw)
+        self._counts.unused.update(self._own.unused)
+        self._counts.columns |= self._own.columns
+        return example, {key: raw[key] for key in raw if key in self._own.unused and key not in _OWN}
+
+
+def _apply(rows: list[Row], rewritten: Sequence[str | None]) -> list[Row]:
+    return [
+        row if texts is None else row.rewritten(json.loads(texts))
+        for row, texts in zip(rows, rewritten, strict=True)
+    ]
+
+
+def _hash(name: str, raw: Any) -> bytes:
+    try:
+        return bytes.fromhex(sha256_of_json([name, raw])[:32])
+    except (TypeError, ValueError) as error:
+        raise BadRow(f"a value of the row is not JSON: {error}") from None
+
+
+def _distinct_ids(hashes: "array[int]") -> bytes:
+    """The ids of rows with these hashes of 16 bytes. The n-th row of equal ones has n in its id, from 2."""
+    found = bytearray(hashes.tobytes())
+    pairs = np.frombuffer(bytes(found), "<u8").reshape(-1, 2)
+    order = np.lexsort((pairs[:, 0], pairs[:, 1]))  # stable, so equal rows keep their order
+    is_equal = (pairs[order[1:]] == pairs[order[:-1]]).all(axis=1)
+    occurrence = 1
+    for row, again in zip(order[1:].tolist(), is_equal.tolist(), strict=True):
+        occurrence = occurrence + 1 if again else 1
+        if again:
+            own = slice(16 * row, 16 * (row + 1))
+            found[own] = hashlib.sha256(bytes(found[own]) + str(occurrence).encode()).digest()[:16]
+    return bytes(found)
+
+
+def _checksums(source: Dataset) -> dict[str, str]:
+    """SHA-256 of each local file of a source."""
+    path = Path(source.path)
+    if path.is_file():
+        return {str(path): sha256_of_file(path)}
+    if not path.is_dir():
+        return {}
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    named = Source(**source.model_dump())
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if is_saved else files_of(path, named)
+    return {str(file): sha256_of_file(file) for file in files}

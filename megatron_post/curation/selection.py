@@ -1,0 +1,121 @@
+"""Writes the rows that every step keeps, the others with the step that dropped them, and the counts.
+
+The steps are applied in their order. A row is dropped by the first step that gives a reason.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_post.curation.columns import DROPPED, FAILED, REWRITTEN, rows_of
+from megatron_post.curation.plan import Plan
+from megatron_post.curation.rows import Row, Rows
+from megatron_post.curation.settings import Curation
+from megatron_post.curation.step import Step, View
+from megatron_post.storage.files import whole_file, write_json
+from megatron_post.storage.reading import read_object
+
+KEPT, LEFT, REPORT = "rows.jsonl", "dropped.jsonl", "report.json"
+
+
+def read_report(directory: Path, key: str) -> dict[str, Any] | None:
+    """The content of `report.json` if the run of this key is finished, otherwise None."""
+    path = directory / REPORT
+    if not path.exists() or not (directory / KEPT).exists() or not (directory / LEFT).exists():
+        return None
+    report = read_object(path, "the report of a curation; remove it, and it is written again")
+    return report if report.get("key") == key else None
+
+
+def write_selection(
+    settings: Curation, plan: Plan, rows: Rows, index: dict[str, Any], view: Callable[[], View]
+) -> dict[str, Any]:
+    """Write `rows.jsonl`, `dropped.jsonl` and `report.json`. Returns the content of the last one.
+
+    index: the counts of the index. view: gives a view of all columns and rows. A row has its annotations
+    under the key `curation`: `id`, `source`, `place`, `dropped_by` with step and reason if it is dropped, and
+    `steps` with the fields of each step that are not null.
+    """
+    counted = {step.column: _Counted(step) for step in settings.steps}
+    sources: Counter[str] = Counter()
+    kept_by_source: Counter[str] = Counter()
+    directory = Path(settings.run)
+    (directory / REPORT).unlink(missing_ok=True)  # it marks the other files as complete
+    with _line_writer(directory / KEPT) as keep, _line_writer(directory / LEFT) as leave:
+        for row, annotations in _annotated(settings.steps, plan, rows, index["parts"]):
+            sources[row.source] += 1
+            dropped_by = None
+            for name, counts in counted.items():
+                reason = annotations.get(name, {}).get(DROPPED)
+                counts.add(annotations.get(name, {}), is_kept=dropped_by is None)
+                dropped_by = dropped_by or (reason and {"step": name, "reason": reason})
+            kept_by_source[row.source] += dropped_by is None
+            notes: dict[str, Any] = {"id": row.id.hex(), "source": row.source, "place": row.place}
+            notes |= {"dropped_by": dropped_by} if dropped_by else {}
+            (leave if dropped_by else keep)(row.as_json({**notes, "steps": annotations}))
+    whole = view()
+    report = {
+        "key": plan.key,
+        "rows": index["rows"],
+        "bad_rows": index["bad_rows"],
+        "bad_examples": index["bad_examples"],
+        "kept": sum(kept_by_source.values()),
+        "sources": [
+            {"name": source.name, "rows": sources[source.name], "kept": kept_by_source[source.name]}
+            for source in settings.sources
+        ],
+        "steps": [counted[step.column].as_json() | {"report": step.report(whole)} for step in settings.steps],
+    }
+    write_json(directory / REPORT, report)
+    return report
+
+
+def _annotated(
+    steps: Sequence[Step], plan: Plan, rows: Rows, num_parts: int
+) -> Iterator[tuple[Row, dict[str, dict[str, Any]]]]:
+    """Yield each row with the annotations of each step that has any. Rows have their rewritten texts."""
+    columns = {step.column: plan.of_step(step).column for step in steps}
+    rewrites = [planned.column for planned in plan.rewrites]
+    for part, found in rows.read(plan.index, range(num_parts), rewrites):
+        tables = [
+            rows_of(column.read(part, [field for field in column.fields if field != REWRITTEN]))
+            for column in columns.values()
+        ]
+        for row, *values in zip(found, *tables, strict=True):
+            yield row, {name: value for name, value in zip(columns, values, strict=True) if value}
+
+
+class _Counted:
+    """The counts of a step."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._rows = self._failed = 0
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, values: dict[str, Any], *, is_kept: bool) -> None:
+        """is_kept: whether no earlier step has dropped the row."""
+        self._rows += is_kept
+        self._failed += FAILED in values
+        if is_kept and DROPPED in values:
+            self._reasons[values[DROPPED]] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self._step.column,
+            "kind": self._step.kind,
+            "rows": self._rows,
+            "dropped": self._reasons.total(),
+            "failed": self._failed,
+            "reasons": dict(sorted(self._reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
+        }
+
+
+@contextlib.contextmanager
+def _line_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Gives a function that writes a row as a line of JSON. The file is complete or absent."""
+    with whole_file(path) as growing, growing.open("w", encoding="utf-8") as file:
+        yield lambda row: file.write(json.dumps(row) + "\n")
