@@ -59,6 +59,7 @@ def time_rows(plan: Plan) -> dict[str, float]:
         "waiting, busiest rank": time.timeline.seconds - time.passes.total,
         "gradient reduction": time.reduce_gradients,
         "parameter gathering": time.gather_parameters,
+        "stragglers": time.stragglers,
         "optimizer": time.update,
         "frozen reference": time.reference,
     }

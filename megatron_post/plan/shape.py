@@ -92,3 +92,40 @@ def model_parameters(config: Config) -> int:
     embeddings = m.vocab_size * m.hidden_size
     head = m.hidden_size if config.traits.scalar_head else embeddings * (not m.tie_word_embeddings)
     return m.num_layers * layer + embeddings + m.hidden_size + head
+
+
+@dataclass(frozen=True)
+class LocalSizes:
+    """Sizes with which one rank computes.
+
+    t: tokens of a pack. s: tokens outside attention and MLP. h: hidden size. a, k, f: width of queries, of
+    keys, and of the MLP. rows: of the vocabulary. The other fields are the layout.
+    """
+
+    t: int
+    s: int
+    h: int
+    a: int
+    k: int
+    f: int
+    rows: int
+    tensor: int
+    context: int
+    sequence: bool
+
+    @staticmethod
+    def of(config: Config) -> "LocalSizes":
+        m, p = config.model, config.parallel
+        t = config.data.pack_length // p.context
+        return LocalSizes(
+            t=t,
+            s=t // p.tensor if p.sequence else t,
+            h=m.hidden_size,
+            a=m.num_attention_heads * m.head_dim // p.tensor,
+            k=m.num_key_value_heads * m.head_dim // p.tensor,
+            f=m.ffn_hidden_size // p.tensor,
+            rows=vocabulary_rows(config),
+            tensor=p.tensor,
+            context=p.context,
+            sequence=p.sequence,
+        )

@@ -1,5 +1,6 @@
 """Time of an optimizer step: the simulated pipeline, and the time outside it."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,16 @@ class StepTime:
     gather_parameters: float
     update: float
     reference: float
+    stragglers: float
 
     @property
     def seconds(self) -> float:
-        others = self.reduce_gradients + self.gather_parameters + self.update + self.reference
-        return self.timeline.seconds + others
+        return self.timeline.seconds + sum(self.around)
+
+    @property
+    def around(self) -> tuple[float, ...]:
+        """Seconds outside the pipeline."""
+        return self.reduce_gradients, self.gather_parameters, self.update, self.reference, self.stragglers
 
 
 def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
@@ -72,7 +78,10 @@ def step_time(costs: Costs, packs: Sequence[Sequence[Segment]]) -> StepTime:
     passes = sum((times[key] * count for key, count in counts.items()), PassTime())
     around = around_the_pipeline(costs, parts, passes=passes.total, microbatches=len(packs))
     reference = schedule(forward_only=True).seconds if config.runs_reference else 0.0
-    return StepTime(timeline, busiest, passes, *around, reference)
+    nodes = max(1.0, costs.data_size * p.model_size / costs.gpu.per_node)
+    alone = timeline.seconds + sum(around) + reference
+    stragglers = alone * costs.gpu.scale_cost * math.log2(nodes)
+    return StepTime(timeline, busiest, passes, *around, reference, stragglers)
 
 
 def _without_place(chunk: Chunk) -> Chunk:
@@ -93,7 +102,7 @@ def around_the_pipeline(
     config, p = costs.config, costs.config.parallel
     largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
     ranks = costs.data_size * p.context
-    reduce = costs.collective(4 * largest, ranks, spacing=p.tensor)
+    reduce = costs.collective(costs.software.gradient_bytes * largest, ranks, spacing=p.tensor)
     gathered = 2 * largest
     if config.precision.fp8_param_gather:
         gathered -= max(sum(c.layers for c in rank) for rank in parts) * sum(layer_matrices(config).values())

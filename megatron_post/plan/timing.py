@@ -18,18 +18,24 @@ from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Segment
 from megatron_post.plan.flops import ATTENTION_BACKWARD, attention_forward, loss_again
 from megatron_post.plan.hardware import GPU
-from megatron_post.plan.shape import Chunk, layer_matrices, vocabulary_rows
+from megatron_post.plan.shape import Chunk, LocalSizes, layer_matrices
 
 
 @dataclass(frozen=True)
 class Software:
-    """chunked_loss: logits of one chunk exist at a time, and are computed again in the backward pass."""
+    """What differs between trainers in the same layout.
+
+    chunked_loss: logits of one chunk exist at a time, and are computed again in the backward pass.
+    gradient_bytes: bytes of an accumulated gradient, which is also reduced in this form.
+    """
 
     chunked_loss: bool
+    gradient_bytes: int
 
 
-THIS_TRAINER = Software(chunked_loss=True)
-NEMO = Software(chunked_loss=False)
+THIS_TRAINER = Software(chunked_loss=True, gradient_bytes=4)
+# NVIDIA/NeMo, scripts/performance/helpers.py sets `grad_reduce_in_fp32 = False`.
+NEMO = Software(chunked_loss=False, gradient_bytes=2)
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ class Costs:
     software: Software = THIS_TRAINER
 
     @cached_property
-    def _z(self) -> "_Local":
-        return _Local.of(self.config)
+    def _z(self) -> LocalSizes:
+        return LocalSizes.of(self.config)
 
     def layer(self, segments: Sequence[Segment], kind: str) -> PassTime:
         """One layer. The backward pass includes recomputation."""
@@ -87,7 +93,7 @@ class Costs:
         return PassTime(
             matrices=matrices,
             attention=self._attention(segments, backward=backward),
-            elementwise=self._bytes(self._traffic(backward=backward)),
+            elementwise=self._bytes(self._traffic(backward=backward)) + self._casts(backward=backward),
             communication=sum(exposed for _, exposed in times) + self._exchange(),
         )
 
@@ -112,15 +118,16 @@ class Costs:
         if not backward:
             before = name in ("qkv", "fc1")
             return one, self._exposed(before=before, beside=one if gradients or not before else 0.0)
-        # the accumulated gradient is read and written in fp32
-        gradient = max(one, self._bytes(8 * parameters))
+        # the accumulated gradient is read and written
+        accumulated = 2 * self.software.gradient_bytes
+        gradient = max(one, self._bytes(accumulated * parameters))
         if not self.config.optimizer.gradient_accumulation_fusion:
-            gradient = one + self._bytes((2 + 2 + 8) * parameters)
-        gather = self._tensor_collective()
+            gradient = one + self._bytes((2 + 2 + accumulated) * parameters)
         if name in ("qkv", "fc1"):
             # The input is gathered again beside one multiplication. Its gradient is scattered beside the
             # other.
-            hidden = max(0.0, gather - one) * (2 if z.sequence else 1)
+            hidden = max(0.0, self._tensor_scatter() - one)
+            hidden += max(0.0, self._tensor_gather() - one) if z.sequence else 0.0
             return one + gradient, hidden
         return one + gradient, self._exposed(before=True, beside=one) if z.sequence else 0.0
 
@@ -134,22 +141,31 @@ class Costs:
         z = self._z
         if z.tensor == 1 or (before and not z.sequence):
             return 0.0
+        whole = self._tensor_gather() if before else self._tensor_scatter()
         if self.config.parallel.tp_comm_overlap and beside:
-            whole = self._tensor_collective()
             if before:
                 return max(0.0, whole - beside * (z.tensor - 1) / z.tensor)
             return whole / 4 + max(0.0, whole - beside) * 3 / 4
-        return self._tensor_collective() * (1 if z.sequence else 2)
+        return whole if z.sequence else 2 * whole
 
-    def _tensor_collective(self) -> float:
+    def _tensor_scatter(self) -> float:
         z = self._z
         return self.collective(z.t * z.h * 2, z.tensor, spacing=1)
+
+    def _tensor_gather(self, *, fp8: bool = True) -> float:
+        """Transformer Engine casts to FP8 before it gathers the input of a multiplication."""
+        z = self._z
+        size = 1 if fp8 and self.config.precision.fp8 and z.sequence else 2
+        return self.collective(z.t * z.h * size, z.tensor, spacing=1)
 
     def collective(self, size: float, ranks: int, *, spacing: int) -> float:
         """Seconds of a ring gather or scatter of `size` bytes over ranks that are `spacing` apart."""
         if ranks == 1:
             return 0.0
-        link = self.gpu.nvlink if ranks * spacing <= self.gpu.per_node else self.gpu.network
+        link = self.gpu.nvlink
+        if ranks * spacing > self.gpu.per_node:
+            # Each member of the group in a node sends through its own network card.
+            link = min(link, self.gpu.network * max(1, self.gpu.per_node // spacing))
         return size * (ranks - 1) / ranks / (link * self.gpu.link_efficiency) + self.gpu.latency
 
     def _attention(self, segments: Sequence[Segment], *, backward: bool) -> float:
@@ -181,16 +197,24 @@ class Costs:
         size = 2 * (norms_and_sums + inner + swiglu)
         if backward:
             size = 2 * (2 * norms_and_sums + inner + 5 * z.t * z.f)
-        if self.config.precision.fp8:
-            # Casts read bf16 and write FP8 and, if needed, its transpose. Forward they cast the inputs of
-            # matrices. Those of fc1 and QKV are cast within the norm. Backward they cast the gradients of the
-            # matrices' outputs.
-            written = 2 if self.gpu.transposed_fp8 else 1
-            if backward:
-                size += (2 + written) * (2 * stream + z.t * (z.a + 2 * z.k + 2 * z.f))
-            else:
-                size += written * 2 * stream + (2 + written) * z.t * (z.a + z.f)
         return size
+
+    def _casts(self, *, backward: bool) -> float:
+        """Seconds of a layer's casts to FP8.
+
+        A cast reads bf16, finds the largest value, and writes FP8 and, if needed, its transpose. Forward the
+        inputs of matrices are cast. Those of fc1 and QKV are cast within the norm. Backward the gradients of
+        the matrices' outputs are cast.
+        """
+        if not self.config.precision.fp8:
+            return 0.0
+        z = self._z
+        stream, written = z.s * z.h, 2 if self.gpu.transposed_fp8 else 1
+        if backward:
+            size = (2 + written) * (2 * stream + z.t * (z.a + 2 * z.k + 2 * z.f))
+        else:
+            size = written * 2 * stream + (2 + written) * z.t * (z.a + z.f)
+        return self._bytes(size) / self.gpu.cast_efficiency
 
     def _recomputed(self, forward: PassTime) -> PassTime:
         r = self.config.recompute
@@ -226,20 +250,21 @@ class Costs:
             return PassTime(
                 matrices=one,
                 elementwise=self._bytes(logits * (4 if self.software.chunked_loss else 16)),
-                communication=self._exposed(before=True),
+                communication=self._tensor_gather(fp8=False) if z.sequence else 0.0,
             )
+        written, accumulated = (4 if self.software.chunked_loss else 12), 2 * self.software.gradient_bytes
         again = loss_again(self.config) if self.software.chunked_loss else 0.0
-        gather = self._tensor_collective() if z.tensor > 1 else 0.0
+        gather = self._tensor_scatter() if z.tensor > 1 else 0.0
         return PassTime(
             matrices=(2 + again) * one,
-            elementwise=self._bytes(logits * (4 if self.software.chunked_loss else 12) + 8 * z.rows * z.h),
+            elementwise=self._bytes(logits * written + accumulated * z.rows * z.h),
             communication=2 * gather if self.software.chunked_loss else max(0.0, gather - one),
         )
 
     def embedding(self) -> PassTime:
         """The lookup or the sum of its gradient, and the scatter of the sequence."""
         z = self._z
-        gather = self._tensor_collective() if z.tensor > 1 else 0.0
+        gather = self._tensor_scatter() if z.tensor > 1 else 0.0
         return PassTime(elementwise=self._bytes(4 * z.t * z.h), communication=gather)
 
     def chunk(self, chunk: Chunk, segments: Sequence[Segment], kind: str) -> PassTime:
@@ -266,34 +291,3 @@ class Costs:
 
     def _bytes(self, size: float) -> float:
         return size / (self.gpu.memory_bandwidth * self.gpu.bandwidth_efficiency)
-
-
-@dataclass(frozen=True)
-class _Local:
-    t: int
-    s: int
-    h: int
-    a: int
-    k: int
-    f: int
-    rows: int
-    tensor: int
-    context: int
-    sequence: bool
-
-    @staticmethod
-    def of(config: Config) -> "_Local":
-        m, p = config.model, config.parallel
-        t = config.data.pack_length // p.context
-        return _Local(
-            t=t,
-            s=t // p.tensor if p.sequence else t,
-            h=m.hidden_size,
-            a=m.num_attention_heads * m.head_dim // p.tensor,
-            k=m.num_key_value_heads * m.head_dim // p.tensor,
-            f=m.ffn_hidden_size // p.tensor,
-            rows=vocabulary_rows(config),
-            tensor=p.tensor,
-            context=p.context,
-            sequence=p.sequence,
-        )

@@ -33,7 +33,7 @@ ROUND = GPU(
     link_efficiency=1.0,
     latency=0.0,
 )
-NOT_CHUNKED = Software(chunked_loss=False)
+NOT_CHUNKED = Software(chunked_loss=False, gradient_bytes=4)
 
 
 def test_matrices_of_a_layer() -> None:
@@ -74,6 +74,50 @@ def test_fp8_halves_the_layers_and_not_the_head() -> None:
     assert b.matrices == pytest.approx(a.matrices / 2) and b.attention == a.attention
     assert b.elementwise > a.elementwise  # casts
     assert fp8.head("forward") == bf16.head("forward")
+
+
+def test_casts_to_fp8_are_slower_than_other_memory_traffic() -> None:
+    """Forward 8,192 tokens of 8B cast the inputs of four matrices.
+
+    Each of 4,096 and 14,336 values of the output projection and fc2 is read in bf16 and written twice in FP8.
+    The norms write 2 x 4,096 values twice.
+    """
+    pack = [Segment(8192)]
+    size = 8192 * ((2 + 2) * (4096 + 14336) + 2 * 2 * 4096)
+    config = llama_config("llama3.1_8b", {}, precision={"fp8": "tensorwise"})
+    plain = Costs(llama_config("llama3.1_8b", {}), ROUND, 1).layer(pack, "forward").elementwise
+    for share in (1.0, 0.5):
+        costs = Costs(config, dataclasses.replace(ROUND, cast_efficiency=share), 1)
+        assert costs.layer(pack, "forward").elementwise - plain == pytest.approx(size / 1e12 / share)
+
+
+def test_a_ring_between_nodes_uses_every_card_of_its_members() -> None:
+    """A node has eight cards of 10 GB/s and NVLink of 100 GB/s. A ring of 16 ranks moves 15 / 16 of 1 GB."""
+    costs = Costs(llama_config("llama3.1_8b", {}), ROUND, 1)
+    rates = {1: 80e9, 2: 40e9, 4: 20e9, 8: 10e9, 16: 10e9}
+    for spacing, rate in rates.items():
+        assert costs.collective(1e9, 16, spacing=spacing) == pytest.approx(15 / 16 * 1e9 / rate)
+    assert costs.collective(1e9, 8, spacing=1) == pytest.approx(7 / 8 * 1e9 / 100e9)
+
+
+def test_fp8_inputs_are_gathered_in_fp8_and_scattered_in_bf16() -> None:
+    """Forward a layer gathers the inputs of QKV and fc1 and scatters two outputs, over NVLink."""
+    parallel = {"tensor": 8, "sequence": True}
+    slow = dataclasses.replace(ROUND, nvlink=1e9)
+    one = 8192 * 8192 * 7 / 8 / 1e9  # a byte for each value
+    for precision, size in (({}, 2 * 2 + 2 * 2), ({"fp8": "tensorwise"}, 2 * 1 + 2 * 2)):
+        costs = Costs(llama_config("llama3.1_70b", parallel, precision=precision), slow, 1)
+        assert costs.layer([Segment(8192)], "forward").communication == pytest.approx(size * one)
+        assert costs.head("forward").communication == pytest.approx(2 * one)
+
+
+def test_a_step_on_more_nodes_waits_for_slower_gpus() -> None:
+    packs = [(Segment(8192),)] * 4
+    config = llama_config("llama3.1_8b", {})
+    for data_size, nodes in ((4, 1), (8, 1), (32, 4)):
+        step = step_time(Costs(config, dataclasses.replace(ROUND, scale_cost=0.1), data_size), packs)
+        alone = step.seconds - step.stragglers
+        assert step.stragglers == pytest.approx(alone * 0.1 * {1: 0, 4: 2}[nodes])
 
 
 def test_attention_costs_what_its_segments_cost() -> None:
