@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.documentation import ROOT
 from tests.faults.conftest import FIGURES
-from tests.scripted_server import ScriptedServer, by_rates
-from tests.unit.synthesis.adding import answer
+from tests.scripted_server import Answer, ScriptedServer, by_rates
+from tests.unit.synthesis import adding, instructor
 
 _ALL = bool(os.environ.get("FAULT_TESTS"))
 KILLS = int(os.environ.get("SYNTHESIS_KILLS", 20 if _ALL else 3))
-ROWS, ROWS_IN_FLIGHT, SAMPLES = 60 if _ALL else 24, 6, 3
+ROWS_IN_FLIGHT = 6
 FAULTS = {
     **{"400": 0.04, "422": 0.02, "null": 0.03, "429": 0.1, "500": 0.08, "503": 0.05},
     **{"hang": 0.02, "hang up": 0.05, "half": 0.06, "nonsense": 0.04},
@@ -31,27 +33,62 @@ FAULTS = {
 _FAULT = by_rates(FAULTS, attempts=1)
 
 
+@dataclass(frozen=True)
+class _Recipe:
+    """A recipe with its settings, its input and the author that answers.
+
+    at_once: the largest number of requests that one input row sends at a time.
+    has_programs: whether it needs a sandbox.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    answer: Answer
+    at_once: int
+    has_programs: bool
+
+
+ADDING = _Recipe(
+    name=str(ROOT / "tests/unit/synthesis/adding.py"),
+    settings={"samples": 3},
+    rows=[{"number": number} for number in range(60 if _ALL else 24)],
+    answer=adding.answer,
+    at_once=3,
+    has_programs=True,
+)
+SELF_INSTRUCT = _Recipe(  # has generations, for which the processes wait for each other
+    name="self_instruct",
+    settings={"instructions": 120 if _ALL else 25, "batches": 6},
+    rows=instructor.seeds(20),
+    answer=instructor.answer,
+    at_once=1,
+    has_programs=False,
+)
+
+
 class _Run:
     """A run and its server. Every process of it is one of several, which share its input."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, recipe: _Recipe) -> None:
         directory.mkdir()
         self.output = directory / "output"
         self.log = directory / "server.jsonl"
-        self.server = ScriptedServer(answer, _FAULT, log=self.log, seconds=0.02)
+        self.server = ScriptedServer(recipe.answer, _FAULT, log=self.log, seconds=0.02)
         rows = directory.parent / "rows.jsonl"  # rows name their place: both runs have the same input
-        rows.write_text("".join(json.dumps({"number": number}) + "\n" for number in range(ROWS)))
+        rows.write_text("".join(json.dumps(row) + "\n" for row in recipe.rows))
         backend = {"kind": "server", "url": self.server.url, "served_model": "m", "timeout": 5.0}
         settings = {
-            "recipe": str(ROOT / "tests/unit/synthesis/adding.py"),
-            "settings": {"samples": SAMPLES},
+            "recipe": recipe.name,
+            "settings": recipe.settings,
             "input": {"kind": "rows", "path": str(rows)},
             "models": {"author": {"model": "m", "backend": {**backend, "parallel_requests": 8}}},
-            "sandbox": {"kind": "bubblewrap", "limits": {"seconds": 60.0}},
             "rows_in_flight": ROWS_IN_FLIGHT,
             "max_failed": 1.0,
             "output": str(self.output),
         }
+        if recipe.has_programs:
+            settings["sandbox"] = {"kind": "bubblewrap", "limits": {"seconds": 60.0}}
         self._config = directory / "run.yaml"
         self._config.write_text(yaml.safe_dump(settings))
 
@@ -96,11 +133,12 @@ def _identity(request: dict[str, Any]) -> str:
     return json.dumps([request["messages"], request["seed"]], sort_keys=True)
 
 
-def test_kills_change_no_byte_and_ask_nothing_twice(tmp_path: Path) -> None:
-    undisturbed, run = _Run(tmp_path / "undisturbed"), _Run(tmp_path / "killed")
+@pytest.mark.parametrize("recipe", [ADDING, SELF_INSTRUCT], ids=["rows", "generations"])
+def test_kills_change_no_byte_and_ask_nothing_twice(tmp_path: Path, recipe: _Recipe) -> None:
+    undisturbed, run = _Run(tmp_path / "undisturbed", recipe), _Run(tmp_path / "killed", recipe)
     undisturbed.finish(1)
     expected, total = undisturbed.bytes(), len(undisturbed.journalled())
-    assert 0 < expected["dropped.jsonl"].count(b"\n") < ROWS
+    assert expected["dropped.jsonl"] and expected["rows.jsonl"]
     assert undisturbed.requests_in_journal() == {_identity(body) for body in undisturbed.server.requests}
 
     rng = random.Random(KILLS)
@@ -122,7 +160,7 @@ def test_kills_change_no_byte_and_ask_nothing_twice(tmp_path: Path) -> None:
         assert not known & {*asked}, "a request was sent whose answer was in the journal"
         known = run.requests_in_journal()
         in_flight = {*asked} - known
-        assert len(in_flight) <= SAMPLES * ROWS_IN_FLIGHT * size
+        assert len(in_flight) <= recipe.at_once * ROWS_IN_FLIGHT * size
         lost.update(in_flight)
     before = len(run.server.requests)
     run.finish(rng.choice((1, 2, 3)))
@@ -132,8 +170,8 @@ def test_kills_change_no_byte_and_ask_nothing_twice(tmp_path: Path) -> None:
     assert all(count <= lost[request] for request, count in again.items())
     more = sum(count for count in again.values() if count > 0)
     FIGURES.append(
-        f"synthesize: {KILLS} kills in a run of {total} requests and programs, the same bytes; "
-        f"{more} requests were answered again, all of them in flight at a kill"
+        f"synthesize {Path(recipe.name).stem}: {KILLS} kills in a run of {total} requests and programs, the "
+        f"same bytes; {more} requests were answered again, all of them in flight at a kill"
     )
     for each in (undisturbed, run):
         each.server.close()

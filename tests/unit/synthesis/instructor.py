@@ -25,6 +25,19 @@ def word(chooser: random.Random) -> str:
     return "".join(chooser.choice(_LETTERS) + chooser.choice("aeiou") for _ in range(3))
 
 
+def seeds(count: int) -> list[dict[str, Any]]:
+    """Seed tasks of eight words. Every second one is a classification."""
+    chooser = random.Random(0)
+    return [
+        {
+            "instruction": " ".join(word(chooser) for _ in range(8)),
+            "instances": [{"input": "", "output": "one"}],
+            "is_classification": number % 2 == 0,
+        }
+        for number in range(count)
+    ]
+
+
 def answer(body: Body) -> str | dict[str, Any]:
     prompt = body["messages"][-1]["content"]
     if prompt.startswith("Here is a list"):

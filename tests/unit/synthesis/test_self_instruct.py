@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from megatron_post.storage.reading import read_object
 from megatron_post.synthesis.run import synthesize
 from megatron_post.synthesis.settings import load_synthesis
 from tests.scripted_server import ScriptedServer
-from tests.unit.synthesis.instructor import answer, word
+from tests.unit.synthesis.instructor import answer, seeds
 
 pytest.importorskip("rapidfuzz")
 
@@ -88,17 +87,8 @@ class Instructions:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Instructions]:
-    chooser = random.Random(0)
-    seeds = [
-        {
-            "instruction": " ".join(word(chooser) for _ in range(8)),
-            "instances": [{"input": "", "output": "one"}],
-            "is_classification": number % 2 == 0,
-        }
-        for number in range(20)
-    ]
     with ScriptedServer(answer) as server:
-        yield Instructions(tmp_path, server, seeds)
+        yield Instructions(tmp_path, server, seeds(20))
 
 
 def _instructions(place: Instructions) -> list[str]:
