@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import load_tokenizer
 from tests.chat_server import ChatServer
 from tests.unit.rounds.models import tiny_policy
+from tests.unit.synthesis import instructor
 from tests.unit.synthesis.conftest import Place
 
 TEXT = (
@@ -54,6 +56,30 @@ def test_a_model_that_writes_nonsense_is_dropped_where_it_does(place: Place, mod
     assert "1 failed at solve: refused by a model" in page
 
 
+def test_a_model_that_writes_no_instruction_ends_self_instruct(place: Place) -> None:
+    """Without a new instruction there is no second generation. A restart sends no request."""
+    pytest.importorskip("rapidfuzz")
+    lines = (json.dumps(seed) + "\n" for seed in instructor.seeds(10))
+    (place.directory / "seeds.jsonl").write_text("".join(lines))
+    with ChatServer(tiny_policy(place.directory / "model", text=TEXT, positions=4096)) as server:
+        values: dict[str, Any] = {
+            "recipe": "self_instruct",
+            "settings": {"batches": 5},
+            "input": {"kind": "rows", "path": str(place.directory / "seeds.jsonl")},
+            "models": _models(server.url, 24),
+            "max_failed": 0.0,
+        }
+        first = place.run(**values)
+        before = place.bytes()
+        (place.output / "summary.json").unlink()
+        place.run(**values)
+        assert server.requests == 5 and place.bytes() == before
+    assert "0 rows from 0 of 5 input rows, 5 dropped, 0 failed" in first
+    dropped = place.rows("dropped.jsonl")
+    assert {row["reason"] for row in dropped} == {"the reply has no numbered instruction"}
+    assert all(0 < row["journal"][0]["tokens"] <= 24 for row in dropped)
+
+
 def test_rows_are_packed_with_their_final_turn_trained(place: Place, model: Path) -> None:
     place.add_tasks("right", "mended", "wrong", "mended")
     place.run()
@@ -89,9 +115,7 @@ def test_nonsense_gives_no_row_of_other_recipes(place: Place, tmp_path: Path, re
     """Over the same server, with a model of 4,096 positions that has random weights."""
     if recipe == "steerability":
         pytest.importorskip("py3langid")
-    model = tiny_policy(tmp_path / "model", text=TEXT)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    model = tiny_policy(tmp_path / "model", text=TEXT, positions=4096)
     seed = {"kind": "length", "system": "Use 9 words.", "rules": {"most_words": 9}}
     path = tmp_path / "input.jsonl"
     path.write_text(json.dumps(seed if recipe == "steerability" else {"text": "A tower has 9 steps."}) + "\n")
