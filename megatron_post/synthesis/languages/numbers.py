@@ -1,8 +1,11 @@
 """Compares the numbers of a text with those of its translation."""
 
 import re
+import unicodedata
 from collections import Counter
 from decimal import Decimal
+
+import regex
 
 from megatron_post.synthesis.languages.prose import latin_digits
 
@@ -10,7 +13,12 @@ _NO_BREAK = "\u00a0"
 _SAME = str.maketrans(
     {"٫": ".", "٬": ",", "．": ".", "，": ",", "’": "'", "\u202f": _NO_BREAK, "\u2009": _NO_BREAK}
 )
-_TOKEN = re.compile(rf"\d+(?:[.,'{_NO_BREAK}]\d+)*")
+_MINUS = "\u2212"
+# Other hyphens and dashes are those of words and ranges, such as "a-1" and "1-2".
+_SIGN = re.compile(r"(?<![\w)\]}%.])[-\u2212\u2013]([$€£¥₹฿]?)(?=\d)")
+_POINT_FIRST = re.compile(r"(?<![\w.])\.(?=\d)")
+_OTHER_DIGITS = regex.compile(r"\p{No}+")  # such as "½" and the "²" of "x²"
+_TOKEN = re.compile(rf"{_MINUS}?\d+(?:[.,'{_NO_BREAK}]\d+)*")
 _SPACE_GROUPS = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 
 
@@ -19,7 +27,7 @@ def _form(group: str, point: str) -> re.Pattern[str]:
     mark = f"[{re.escape(group)}'{_NO_BREAK}]"
     grouped = rf"\d{{1,3}}(?P<mark>{mark})\d{{3}}(?:(?P=mark)\d{{3}})*"
     indian = rf"\d{{1,2}}(?:{mark}\d\d)+{mark}\d{{3}}"
-    return re.compile(rf"(?:{grouped}|{indian}|\d+)(?:{re.escape(point)}\d+)?")
+    return re.compile(rf"{_MINUS}?(?:{grouped}|{indian}|\d+)(?:{re.escape(point)}\d+)?")
 
 
 _POINT, _COMMA = _form(",", "."), _form(".", ",")
@@ -72,16 +80,20 @@ def _value(token: str, form: re.Pattern[str]) -> list[Decimal]:
         return []
     point = "." if form is _POINT else ","
     whole, _, fraction = token.partition(point)
-    return [Decimal(f"{re.sub(r'[^0-9]', '', whole)}.{fraction}")]
+    sign = "-" if whole.startswith(_MINUS) else ""
+    return [Decimal(f"{sign}{re.sub(r'[^0-9]', '', whole)}.{fraction}")]
 
 
 def _digits(token: str) -> list[Decimal]:
-    return [Decimal(part) for part in re.findall(r"\d+", token)]
+    return [Decimal(part.replace(_MINUS, "-")) for part in re.findall(rf"{_MINUS}?\d+", token)]
 
 
 def _plain(text: str) -> str:
-    """The text with the digits and marks of English, and without LaTeX's marks within numbers."""
+    """The text with the digits, marks and signs of English, and without LaTeX's marks within numbers."""
+    text = _OTHER_DIGITS.sub(lambda digits: f" {unicodedata.normalize('NFKC', digits[0])} ", text)
     text = latin_digits(text).translate(_SAME)
+    text = _SIGN.sub(rf"\1{_MINUS}", text.replace(_MINUS, "-"))
+    text = _POINT_FIRST.sub("0.", text)
     text = re.sub(r"\{([,.])\}", r"\1", text)
     text = re.sub(r"(?<=\d)\\[,;: ](?=\d)", _NO_BREAK, text)
     return re.sub(r"\\!(?=\d)", "", text)

@@ -17,6 +17,9 @@ from megatron_post.synthesis.languages.numbers import changed_numbers, numbers_o
         ("12,34,567 rupees", ["1234567"]),
         ("version 1.2.3", ["1", "2", "3"]),
         ("x_1^2 = 7%", ["1", "2", "7"]),
+        ("-5 and \u22126 or -$7, but 3-4 and a-1", ["-5", "-6", "-7", "3", "4", "1"]),
+        ("1½ cups, 10¹² and x₁", ["1", "1", "2", "10", "12", "1"]),
+        ("$.50 and .5", ["0.50", "0.5"]),
         ("none", []),
     ],
 )
@@ -42,6 +45,10 @@ def test_numbers_of_english(text: str, numbers: list[str]) -> None:
         ("the point (1, 2)", "der Punkt (1,2)"),
         ("half of them", "die Hälfte davon"),
         ("2 for $3.50", "2 für 3,50 $"),
+        ("2 for $.50", "2 für 0,50 $"),
+        ("at -5 and -$1,000", "bei \u22125 und \u20131.000 $"),
+        ("½ cup of 10^3", "1/2 Tasse von 10³"),
+        ("from 1-2", "von 1\u20132"),
     ],
 )
 def test_the_same_numbers(text: str, translation: str) -> None:
@@ -59,6 +66,9 @@ def test_the_same_numbers(text: str, translation: str) -> None:
         ("1,500 km", "1,5 km", "without 1500; added 1,5"),
         ("1,500.25 km", "1.500 km", "without 1500.25; added 1.500"),
         ("2 and 100", "2 100 100", "added 100"),
+        ("at -5", "bei 5", "without -5; added 5"),
+        ("x²", "x³", "without 2; added 3"),
+        ("½ cup", "¼ Tasse", "without 2; added 4"),
     ],
 )
 def test_other_numbers(text: str, translation: str, changes: str) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megatron_post.config.data import Source
 from megatron_post.config.load import ConfigError, load_config
+from megatron_post.data.build import build_store
 from megatron_post.data.dialog import Dialog
 from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.data.tokenizer import train_small_tokenizer
 from megatron_post.storage.reading import read_object
 from tests.documentation import ROOT
 from tests.scripted_server import ScriptedServer
@@ -216,6 +219,31 @@ def test_the_mixture_of_the_report() -> None:
     assert share is not None
     for source in config.data.sources:
         assert source.weight is not None and f"{source.weight * share / 100:.4f}" in text
+
+
+def test_a_packed_store_has_the_shares_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 24 rows of people are 2.4%, so a percent is 10 rows. The other sources have more rows than that."""
+    available = {
+        "data/multilingual/human.jsonl": 24,
+        "data/multilingual/tasks.jsonl": 500,
+        "runs/language_match/rows.jsonl": 200,
+        "runs/translated_reasoning/rows.jsonl": 400,
+        "data/multilingual/held_out.jsonl": 2,
+    }
+    for path, count in available.items():
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = (
+            {"prompt": f"{path} {number}?", "completion": "a " * (number % 7 + 1)} for number in range(count)
+        )
+        file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    train_small_tokenizer(["a b c 1 2 3"] * 5, 280).save(tmp_path / "tokenizer")
+    config = load_config(
+        ROOT / "configs/llama3_405b/sft_multilingual.yaml", [f"tokenizer.path={tmp_path / 'tokenizer'}"]
+    )
+    monkeypatch.chdir(tmp_path)
+    shares = build_store(config, console=Console(quiet=True))["train"].shares
+    assert [share.rows for share in shares] == [24, 442, 188, 346]
 
 
 def test_summary_has_the_measures(place: Place) -> None:
