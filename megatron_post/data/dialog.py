@@ -48,7 +48,7 @@ class ToolCall:
             return {"code": self.arguments}
         try:
             parameters = json.loads(self.arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise BadRow(f"arguments of tool call {self.name!r} are not JSON: {error}") from None
         if not isinstance(parameters, dict):
             raise BadRow(f"arguments of tool call {self.name!r} are not a JSON object but {parameters!r:.80}")

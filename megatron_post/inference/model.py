@@ -11,11 +11,14 @@ from megatron_post.inference.request import Refusal, Reply, Request, Sampling, r
 
 
 class Refused(Exception):
-    """A request is refused, or its answer cannot be used. After a restart it is refused again."""
+    """A request is refused, or its answer cannot be used. After a restart it is refused again.
 
-    def __init__(self, reason: str, key: str) -> None:
+    unusable: as in `Refusal`.
+    """
+
+    def __init__(self, reason: str, key: str, *, unusable: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.key = reason, key
+        self.reason, self.key, self.unusable = reason, key, unusable
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Model:
         self.usage.replayed += not asked
         answer = answer_in(entry, key)
         if isinstance(answer, Refusal):
-            raise Refused(answer.reason, key)
+            raise Refused(answer.reason, key, unusable=answer.unusable)
         return answer
 
     def key_of(self, request: Request) -> str:
@@ -103,10 +106,14 @@ class Model:
 
 def entry_of(request: Request, answer: Reply | Refusal) -> tuple[str, dict[str, Any]]:
     """The kind and the entry of an answer in the journal. The request in it is for people."""
-    kind, value = ("refusal", answer.reason) if isinstance(answer, Refusal) else ("reply", answer.as_json())
-    return kind, {"request": request.as_json(), kind: value}
+    if isinstance(answer, Refusal):
+        unusable = {"unusable": True} if answer.unusable else {}
+        return "refusal", {"request": request.as_json(), "refusal": answer.reason, **unusable}
+    return "reply", {"request": request.as_json(), "reply": answer.as_json()}
 
 
 def answer_in(entry: dict[str, Any], key: str) -> Reply | Refusal:
     """The answer in an entry that `entry_of` has made."""
-    return Refusal(entry["refusal"]) if "refusal" in entry else reply_from_json(entry["reply"], key)
+    if "refusal" in entry:
+        return Refusal(entry["refusal"], entry.get("unusable", False))
+    return reply_from_json(entry["reply"], key)

@@ -108,9 +108,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The reason why a request is refused or too long. Other requests may still be answered."""
+    """The reason why a request is refused or too long. Other requests may still be answered.
+
+    unusable: the model has replied, but not in a form that can be used, such as several calls in a message.
+    """
 
     reason: str
+    unusable: bool = False
 
 
 def reply_from_json(values: Mapping[str, Any], key: str = "") -> Reply:

@@ -61,7 +61,11 @@ class _BadAnswer(_TryAgain):
 
 
 class _Refused(Exception):
-    """The server refuses the request, so that another try would not help."""
+    """The server refuses the request, or its answer cannot be used. Another try would not help."""
+
+    def __init__(self, reason: str, *, unusable: bool = False) -> None:
+        super().__init__(reason)
+        self.unusable = unusable
 
 
 class Server:
@@ -112,7 +116,7 @@ class Server:
         try:
             return await tries(self._try, request)
         except _Refused as error:
-            return Refusal(self._shown(error))
+            return Refusal(self._shown(error), error.unusable)
         except _TryAgain as error:
             said, is_there = self._shown(error), isinstance(error, _BadAnswer)
         except ValueError:
@@ -191,7 +195,7 @@ class Server:
         except (NoAnswer, NoCompletion) as error:
             raise _BadAnswer(str(error)) from None
         except Unusable as error:
-            raise _Refused(str(error)) from None
+            raise _Refused(str(error), unusable=True) from None
 
     def _refuse(self, url: str, answer: Answer) -> NoReturn:
         # If there are several servers, another program may have got the port of one of them.
