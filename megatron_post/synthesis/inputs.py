@@ -80,19 +80,19 @@ class InputRow:
     source: str
 
 
-def read_input(settings: AnyInput, *, bad_rows: BadRows) -> Iterator[InputRow]:
+def read_input(settings: AnyInput, *, bad_rows: BadRows, key: str = "input") -> Iterator[InputRow]:
     """Yield the good rows in order. Raises `ValueError` (`TooManyBadRows`) for an input that cannot be read.
 
-    Bad rows are added to `bad_rows`.
+    Bad rows are added to `bad_rows`. key: of the settings, for messages.
     """
     if isinstance(settings, RowsInput):
         records = _from_rows(settings)
     elif isinstance(settings, DocumentsInput):
-        records = _from_documents(settings)
+        records = _from_documents(settings, key)
     elif isinstance(settings, FilesInput):
-        records = _from_files(settings)
+        records = _from_files(settings, key)
     else:
-        records = _from_repositories(settings)
+        records = _from_repositories(settings, key)
     return islice(_good(records, settings, bad_rows), settings.max_rows)
 
 
@@ -117,9 +117,9 @@ def _from_rows(settings: RowsInput) -> Iterator[tuple[str, Any]]:
         yield where, values
 
 
-def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
+def _from_documents(settings: DocumentsInput, key: str) -> Iterator[tuple[str, Any]]:
     path = Path(settings.path)
-    for file in _files(path, settings.pattern):
+    for file in _files(path, settings.pattern, key):
         try:
             _check_link(file, path)
             text = _text(file)
@@ -134,9 +134,9 @@ def _from_documents(settings: DocumentsInput) -> Iterator[tuple[str, Any]]:
                 yield f"{file}:{first}-{last}", values
 
 
-def _from_files(settings: FilesInput) -> Iterator[tuple[str, Any]]:
+def _from_files(settings: FilesInput, key: str) -> Iterator[tuple[str, Any]]:
     path, most = Path(settings.path), settings.largest_kib * 2**10
-    for file in _files(path, settings.pattern):
+    for file in _files(path, settings.pattern, key):
         try:
             _check_link(file, path)
             content = _bytes(file, most)
@@ -152,19 +152,19 @@ def _check_link(file: Path, directory: Path) -> None:
         raise BadRow(f"a link that leads out of {directory}, as in code of others: copy the file to use it")
 
 
-def _from_repositories(settings: RepositoriesInput) -> Iterator[tuple[str, Any]]:
+def _from_repositories(settings: RepositoriesInput, key: str) -> Iterator[tuple[str, Any]]:
     """Directories without a file of the pattern are passed over. Raises `ValueError` if all are."""
     path = Path(settings.path)
     if not path.is_dir():
-        raise ValueError(f"input.path: {path} is not a directory{did_you_mean_path(path)}")
+        raise ValueError(f"{key}.path: {path} is not a directory{did_you_mean_path(path)}")
     found = False
     for repository in sorted(path.iterdir()):
         is_one = repository.is_dir() and not repository.name.startswith(".")
-        if is_one and (names := list(_matching(repository, settings.pattern))):
+        if is_one and (names := list(_matching(repository, settings.pattern, key))):
             found = True
             yield str(repository), _repository(repository, names)
     if not found:
-        raise ValueError(f"input.pattern={settings.pattern}: no directory of {path} has such a file")
+        raise ValueError(f"{key}.pattern={settings.pattern}: no directory of {path} has such a file")
 
 
 def _repository(path: Path, names: list[Path]) -> dict[str, Any] | BadRow:
@@ -182,30 +182,30 @@ def _repository(path: Path, names: list[Path]) -> dict[str, Any] | BadRow:
     return {"repository": path.name, "files": files, "left_out": left_out}
 
 
-def _matching(path: Path, pattern: str) -> Iterator[Path]:
+def _matching(path: Path, pattern: str, key: str) -> Iterator[Path]:
     """Regular files of a directory in the order of their names. Raises `ValueError` for a wrong pattern."""
     try:
         names = sorted(path.glob(pattern))
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"input.pattern={pattern}: {error}") from None
+        raise ValueError(f"{key}.pattern={pattern}: {error}") from None
     for file in names:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
             yield file
 
 
-def _files(path: Path, pattern: str) -> Iterator[Path]:
+def _files(path: Path, pattern: str, key: str) -> Iterator[Path]:
     """Yield the regular files, sorted by name. Raises `ValueError` if there are none."""
     if path.is_file():
         yield path
         return
     if not path.is_dir():
-        raise ValueError(f"input.path: {path} does not exist{did_you_mean_path(path)}")
+        raise ValueError(f"{key}.path: {path} does not exist{did_you_mean_path(path)}")
     found = False
-    for file in _matching(path, pattern):
+    for file in _matching(path, pattern, key):
         found = True
         yield file
     if not found:
-        raise ValueError(f"input.pattern={pattern}: {path} has no such file")
+        raise ValueError(f"{key}.pattern={pattern}: {path} has no such file")
 
 
 def _text(file: Path) -> str:

@@ -17,7 +17,11 @@ A recipe is a file:
         found = yield [{...}, ...]       # the input rows of a generation, from the rows of the input at first
         ...                              # found: the values of each `Found` that `recipe` returned, in order
 
-`generations` may be left out, and usually is. Then the rows of the input are the only generation.
+    def prepare(settings: Settings) -> Prepared | None:
+        return Index(settings)           # made once in each process, before its first row: `task.prepared`
+
+`generations` and `prepare` may be left out, and usually are. Without `generations`, the rows of the input are
+the only generation.
 
 The first line of its docstring says what it makes. Its prompts are `NAME.j2` in a directory beside the file,
 which has the file's name without `.py`.
@@ -31,7 +35,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_post.config.section import Section
 from megatron_post.storage.checksums import sha256_of_file
@@ -57,6 +61,15 @@ class Dropped(Exception):
         self.reason, self.detail = reason, detail
 
 
+class Prepared(Protocol):
+    """What all rows of a recipe share, such as an index.
+
+    checksum: of everything in it that rows depend on. A run whose checksum changes makes its rows again.
+    """
+
+    checksum: str
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A recipe that has been loaded.
@@ -64,6 +77,7 @@ class Recipe:
     run: called with the values of an input row and a `Task`. checksums: of the recipe's file and its prompts.
     generations: called with the rows of the input and the recipe's settings. It yields the values of the
     input rows of each generation. None: the input is the only generation.
+    prepare: called with the recipe's settings, once in each process. It raises `ValueError` for wrong ones.
     """
 
     name: str
@@ -75,6 +89,7 @@ class Recipe:
     settings: type[Section]
     run: Callable[[dict[str, Any], Any], Awaitable[Sequence[Row | PreferenceRow | StepLabels | Found]]]
     generations: Callable[[list[dict[str, Any]], Any], Generator[Values, Values, None]] | None
+    prepare: Callable[[Any], Prepared | None] | None
     prompts: Prompts
     checksums: dict[str, str]
 
@@ -119,7 +134,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
     run, settings = getattr(module, "recipe", None), getattr(module, "Settings", Section)
     version, models = getattr(module, "VERSION", None), getattr(module, "MODELS", ("author",))
     sandbox, answers = getattr(module, "SANDBOX", False), getattr(module, "ANSWERS", False)
-    generations = getattr(module, "generations", None)
+    generations, prepare = getattr(module, "generations", None), getattr(module, "prepare", None)
     wrong = {
         "`async def recipe(row, task)`": not inspect.iscoroutinefunction(run)
         or len(inspect.signature(run).parameters) != 2,
@@ -133,6 +148,8 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
             not inspect.isgeneratorfunction(generations)
             or len(inspect.signature(generations).parameters) != 2
         ),
+        "prepare, a function with one argument": prepare is not None
+        and (not inspect.isfunction(prepare) or len(inspect.signature(prepare).parameters) != 1),
         "Settings, a `Section`": not (isinstance(settings, type) and issubclass(settings, Section)),
     }
     if missing := [what for what, is_wrong in wrong.items() if is_wrong]:
@@ -149,6 +166,7 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
         settings=settings,
         run=run,
         generations=generations,
+        prepare=prepare,
         prompts=prompts,
         checksums={file.name: sha256_of_file(file), **prompts.checksums},
     )

@@ -10,14 +10,14 @@ from megatron_post.data.rows import BadRows
 from megatron_post.storage.files import write_json
 from megatron_post.storage.reading import read_object
 from megatron_post.synthesis.inputs import read_input
-from megatron_post.synthesis.recipe import Recipe
+from megatron_post.synthesis.recipe import Prepared, Recipe
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.summary import Summary
 
 _LONGEST = 60  # characters of a value that is printed
 
 
-def record_of(settings: Synthesis, recipe: Recipe) -> dict[str, Any]:
+def record_of(settings: Synthesis, recipe: Recipe, prepared: Prepared | None) -> dict[str, Any]:
     """Everything that determines the rows. This reads the whole input once, before the first request.
 
     Raises `ValueError` if the input cannot be read, if it has too many bad rows (`TooManyBadRows`), or if no
@@ -36,6 +36,7 @@ def record_of(settings: Synthesis, recipe: Recipe) -> dict[str, Any]:
             "version": recipe.version,
             "files": recipe.checksums,
             **({"generations": True} if recipe.generations else {}),
+            **({"prepared": prepared.checksum} if prepared else {}),
         },
         "input": {
             "rows": rows,

@@ -1,5 +1,6 @@
 """The journal, models, sandbox and comparison of answers that all rows of a process share."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_post.sandbox.sandbox import open_sandbox
 from megatron_post.synthesis.math.answers import MathAnswers
 from megatron_post.synthesis.programs import JournalledSandbox
 from megatron_post.synthesis.progress import Spent
-from megatron_post.synthesis.recipe import Recipe
+from megatron_post.synthesis.recipe import Prepared, Recipe
 from megatron_post.synthesis.settings import Synthesis
 
 
@@ -39,6 +40,7 @@ class Resources:
         self,
         settings: Synthesis,
         recipe: Recipe,
+        prepared: Prepared | None,
         journal: Journal,
         answers: dict[str, Answers],
         sandbox: JournalledSandbox | None,
@@ -46,6 +48,7 @@ class Resources:
     ) -> None:
         """answers: a backend for each different model. Names of equal models share one."""
         self._settings, self._recipe, self._journal = settings, recipe, journal
+        self.prepared = prepared
         self._answers = {name: _Watched(each) for name, each in answers.items()}
         self._sandbox, self._compares = sandbox, compares
         self._models: dict[tuple[str, int | None], Model] = {}
@@ -87,7 +90,7 @@ class Resources:
         key = key_of(tool=tool, values=dict(values))
 
         async def once() -> tuple[str, dict[str, Any]]:
-            return "tool", {"tool": tool, "values": dict(values), "output": make()}
+            return "tool", {"tool": tool, "values": dict(values), "output": await asyncio.to_thread(make)}
 
         return (await self._journal.once(key, once))["output"], key
 
@@ -109,7 +112,9 @@ class Resources:
 
 
 @contextlib.asynccontextmanager
-async def open_resources(settings: Synthesis, recipe: Recipe, *, writer: int) -> AsyncIterator[Resources]:
+async def open_resources(
+    settings: Synthesis, recipe: Recipe, prepared: Prepared | None, *, writer: int
+) -> AsyncIterator[Resources]:
     """Open the journal as this writer, the backends of the recipe's models, and the sandbox.
 
     Raises `ValueError` if another process writes this journal, or if a backend or the sandbox cannot be
@@ -129,4 +134,4 @@ async def open_resources(settings: Synthesis, recipe: Recipe, *, writer: int) ->
         if recipe.compares_answers:
             compares = MathAnswers(journal)
             stack.push_async_callback(compares.close)
-        yield Resources(settings, recipe, journal, answers, sandbox, compares)
+        yield Resources(settings, recipe, prepared, journal, answers, sandbox, compares)

@@ -30,7 +30,7 @@ from megatron_post.synthesis.generations import GenerationRows
 from megatron_post.synthesis.inputs import InputRow, read_input
 from megatron_post.synthesis.parts import PARTS, Part, Result, is_part_of, part_path, results_of
 from megatron_post.synthesis.progress import RowProgress
-from megatron_post.synthesis.recipe import Recipe, load_recipe
+from megatron_post.synthesis.recipe import Prepared, Recipe, load_recipe
 from megatron_post.synthesis.record import record_of, summary_of, update_record
 from megatron_post.synthesis.report import write_report
 from megatron_post.synthesis.resources import Resources, open_resources
@@ -54,6 +54,7 @@ class _Run:
     settings: Synthesis
     recipe: Recipe
     own: Section
+    prepared: Prepared | None
     record: dict[str, Any]
     fingerprint: str
     rank: int
@@ -92,8 +93,10 @@ def synthesize(settings: Synthesis, *, rank: int = 0, size: int = 1, console: Co
     """
     recipe = load_recipe(settings.recipe)
     own = recipe_settings(settings, recipe)
-    record = record_of(settings, recipe)
-    run = _Run(settings, recipe, own, record, sha256_of_json(record), rank, size, record["input"]["rows"])
+    prepared = recipe.prepare(own) if recipe.prepare else None
+    record = record_of(settings, recipe, prepared)
+    rows = record["input"]["rows"]
+    run = _Run(settings, recipe, own, prepared, record, sha256_of_json(record), rank, size, rows)
     run.output.mkdir(parents=True, exist_ok=True)
     with turn_in(run.output):
         changes = update_record(run.output / "run.json", record)
@@ -125,7 +128,7 @@ def _finished(run: _Run) -> Summary | None:
 
 
 async def _make_only_part(run: _Run, console: Console) -> None:
-    async with open_resources(run.settings, run.recipe, writer=run.rank) as resources:
+    async with open_resources(run.settings, run.recipe, run.prepared, writer=run.rank) as resources:
         total = len(range(run.rank, run.num_rows, run.size))
         rows = (pair for pair in _input_rows(run) if pair[0] % run.size == run.rank)
         await _make_part(run, resources, rows, total, console)
@@ -135,7 +138,7 @@ async def _make_generations(run: _Run, console: Console) -> None:
     """Make this process's part of each generation. Returns when all parts of the last one are there, or when
     another process has finished the run."""
     generations = GenerationRows(run.recipe, run.own, [row.values for _, row in _input_rows(run)])
-    async with open_resources(run.settings, run.recipe, writer=run.rank) as resources:
+    async with open_resources(run.settings, run.recipe, run.prepared, writer=run.rank) as resources:
         while rows := generations.rows:
             run.num_generations, run.num_rows = generations.number, rows[-1][0] + 1
             if run.parts_of(generations.number)[run.rank] in run.missing(generations.number):

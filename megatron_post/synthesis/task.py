@@ -54,12 +54,14 @@ class _Branch:
 class Task(Generic[S]):
     """What a recipe uses to process one input row.
 
-    id, source: those of the input row. settings: the recipe's own. random: a generator whose seed is the
-    input row's id, so that its numbers are the same after a restart.
+    id, source: those of the input row. settings: the recipe's own. prepared: what the recipe's `prepare`
+    returned, or None. random: a generator whose seed is the input row's id, so that its numbers are the same
+    after a restart.
     """
 
     def __init__(self, row: InputRow, settings: S, prompts: Prompts, resources: Resources) -> None:
         self.id, self.source, self.settings = row.id, row.source, settings
+        self.prepared: Any = resources.prepared
         self.random = random.Random(row.id)
         self._prompts, self._resources = prompts, resources
         root = _Branch(asyncio.current_task())
@@ -129,7 +131,7 @@ class Task(Generic[S]):
         """The output of a tool that runs in this process, such as a search. The journal keeps it.
 
         step: the name under which the report counts it. values: everything that the output depends on, as
-        JSON. Equal values of a tool have the same output, which `make` gives once.
+        JSON. Equal values of a tool have the same output, which `make` gives once. It runs in another thread.
         """
         event = self._begin(step)
         output, event.key = await self._resources.output_of(tool, values, make)
