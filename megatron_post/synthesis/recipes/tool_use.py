@@ -11,6 +11,7 @@ from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
 from megatron_post.synthesis.task import Task
 from megatron_post.synthesis.tools.core import CoreSettings, Toolbox
+from megatron_post.synthesis.tools.search import Index
 from megatron_post.synthesis.tools.trajectory import Trajectory, asked_for, check_answer, trajectory
 
 VERSION = 1
@@ -24,6 +25,11 @@ class Settings(CoreSettings):
     several: float = Field(
         0.5, ge=0, le=1, description="share of the requests that must need several calls, drawn at random"
     )
+
+
+def prepare(settings: Settings) -> Index | None:
+    """The index of the documents. Raises `ValueError` if they cannot be read."""
+    return Index(settings.documents, bad=settings.bad_documents) if settings.documents else None
 
 
 async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:

@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from megatron_post.config.section import Count, Distinct, Section
-from megatron_post.data.dialog import CODE_INTERPRETER, ToolCall
+from megatron_post.config.section import Count, Distinct, Section, Whole
+from megatron_post.data.dialog import CODE_INTERPRETER, BadRow, ToolCall
 from megatron_post.synthesis.inputs import DocumentsInput
 from megatron_post.synthesis.math.interpreter import code_of, has_ended, reached_limit, session, shown
 from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.task import Task
 from megatron_post.synthesis.tools.scripts import run_script
-from megatron_post.synthesis.tools.search import index_of, results_page
+from megatron_post.synthesis.tools.search import Index, results_page
 
 CoreTool = Literal["brave_search", "wolfram_alpha", "code_interpreter"]
 CORE_TOOLS: tuple[CoreTool, ...] = get_args(CoreTool)  # in the order of Meta's system prompt
@@ -46,6 +46,9 @@ class CoreSettings(ToolSettings):
     )
     documents: DocumentsInput | None = Field(
         None, description="documents that brave_search finds passages of, as in `input`"
+    )
+    bad_documents: Whole = Field(
+        0, description="bad files among the documents that are allowed. They are skipped"
     )
     results: Count = Field(3, description="passages that a search returns, at most")
 
@@ -90,14 +93,13 @@ class Toolbox:
         if call.name not in self.offered:
             raise Dropped("a tool is called that is not offered", call.name[:100])
         name = _argument(call.name)
-        # a message with another argument of a search cannot be made
-        argument = code_of(call) if call.name == CODE_INTERPRETER else call.parameters.get(name)
-        if not isinstance(argument, str):
+        argument = code_of(call) if call.name == CODE_INTERPRETER else _query_of(call)
+        if argument is None:
             raise Dropped("the arguments of a call are wrong", f"{call.arguments!r:.200}")
         return ToolCall(call.name, {name: argument})
 
     async def call(self, call: ToolCall) -> Output:
-        """The output of a call that `read` returned. What runs in the sandbox runs twice.
+        """The output of a call that `read` returned. What runs in the sandbox is computed twice.
 
         Raises `Dropped` if the outputs differ, and if a program ends the interpreter.
         """
@@ -111,30 +113,26 @@ class Toolbox:
                 return await self._python(argument)
 
     async def _search(self, query: str) -> Output:
-        settings = self._settings
-        assert isinstance(settings, CoreSettings) and settings.documents is not None
-        index, most = index_of(settings.documents), settings.results
-        values = {"query": query, "most": most, "documents": index.checksum}
+        settings, index = self._settings, self._task.prepared
+        assert isinstance(settings, CoreSettings) and isinstance(index, Index)
+        most, longest = settings.results, settings.output // settings.results
+        values = {"query": query, "most": most, "longest": longest, "documents": index.checksum}
         text = await self._task.use(
-            _SEARCH, _SEARCH, values, lambda: results_page(query, index.best(query, most))
+            _SEARCH, _SEARCH, values, lambda: results_page(query, index.best(query, most, longest=longest))
         )
         return Output(text, ok=bool(json.loads(text)["top_k"]))
 
     async def _mathematics(self, query: str) -> Output:
-        found = []
-        for again in (False, True):
-            outcome = await run_script(
-                self._task, _MATHEMATICS, "mathematics.py", {"query.txt": query}, again=again
-            )
-            try:
-                result = json.loads(outcome.stdout)["queryresult"]
-                found.append(Output(outcome.stdout, ok=outcome.ok and result["success"] is True))
-            except (ValueError, KeyError, TypeError):
-                result = {"success": False, "inputstring": query, "error": outcome.kind}
-                found.append(
-                    Output(json.dumps({"queryresult": result}, indent=4, ensure_ascii=False), ok=False)
-                )
-        return _same(found, most=self._settings.output)
+        files: Files = {"query.txt": query}
+        outcome = await run_script(self._task, _MATHEMATICS, "mathematics.py", files, arguments=["query.txt"])
+        error = "the computation ended" if outcome.ok else outcome.kind
+        ended: dict[str, Any] = {"queryresult": {"success": False, "inputstring": query, "error": error}}
+        found = json.loads(outcome.stdout)[0] if outcome.ok else [None, None]
+        outputs = []
+        for result in (each or ended for each in found):
+            text = json.dumps(result, indent=4, ensure_ascii=False)
+            outputs.append(Output(text, ok=result["queryresult"]["success"]))
+        return _same(outputs, most=self._settings.output)
 
     async def _python(self, code: str) -> Output:
         files, command = session([*self._blocks, code])
@@ -149,6 +147,16 @@ class Toolbox:
         if not reached_limit(outcome):
             self._blocks.append(code)
         return _same(found)
+
+
+def _query_of(call: ToolCall) -> str | None:
+    """The one argument of a call, or None if it has others. Llama 3's format has no place for them."""
+    try:
+        values = call.parameters
+    except BadRow:
+        return None
+    query = values.get("query")
+    return query if isinstance(query, str) and len(values) == 1 else None
 
 
 def _argument(tool: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 from megatron_post.data.rows import BadRows
@@ -13,7 +13,10 @@ from megatron_post.synthesis.inputs import DocumentsInput, read_input
 _WORD = re.compile(r"\w+")
 _MOST_WORDS = 64  # of a query
 _TABLE = "CREATE VIRTUAL TABLE passages USING fts5(file UNINDEXED, place UNINDEXED, text, tokenize='porter')"
-_BEST = "SELECT file, place, text FROM passages WHERE passages MATCH ? ORDER BY bm25(passages), rowid LIMIT ?"
+_BEST = (
+    "SELECT file, place, text, snippet(passages, 2, '', '', ' ... ', 64) "  # 64 words, the most it can give
+    "FROM passages WHERE passages MATCH ? ORDER BY bm25(passages), rowid LIMIT ?"
+)
 
 
 class Index:
@@ -22,39 +25,41 @@ class Index:
     checksum: of all passages. Searches with equal checksum, query and number of results have equal results.
     """
 
-    def __init__(self, documents: DocumentsInput) -> None:
-        """Raises `ValueError` if the documents cannot be read, or one of them is not text."""
-        self._database = sqlite3.connect("")
+    def __init__(self, documents: DocumentsInput, *, bad: int = 0) -> None:
+        """bad: documents that may be bad, such as those that are not text.
+
+        Raises `ValueError` (`TooManyBadRows`) if the documents cannot be read, and if none has a passage.
+        """
+        self._database = sqlite3.connect("", check_same_thread=False)
+        self._lock = Lock()
         self._database.execute(_TABLE)
-        checksum = hashlib.sha256()
-        for row in read_input(documents, bad_rows=BadRows()):
+        checksum, bad_rows = hashlib.sha256(), BadRows(bad, key="settings.bad_documents")
+        rows = read_input(documents, bad_rows=bad_rows, key="settings.documents")
+        for row in rows:
             file, text = row.values["file"], row.values["text"].strip()
             place = f"{file}:{row.values['first_line']}-{row.values['last_line']}"
             self._database.execute("INSERT INTO passages VALUES (?, ?, ?)", (file, place, text))
             checksum.update(json.dumps([place, text]).encode())
+        if self._database.execute("SELECT 1 FROM passages LIMIT 1").fetchone() is None:
+            raise ValueError(f"settings.documents: {documents.path} has no passage that is taken")
         self.checksum = checksum.hexdigest()
 
-    def best(self, query: str, most: int) -> list[dict[str, str]]:
+    def best(self, query: str, most: int, *, longest: int) -> list[dict[str, str]]:
         """At most `most` passages that have a word of the query, the best first.
 
-        The words are compared by their stems. No part of the query is read as FTS5's syntax.
+        longest: characters of a passage. A longer one gives its part that has most words of the query. Words
+        are compared by their stems. No part of the query is read as FTS5's syntax.
         """
         words = list(dict.fromkeys(_WORD.findall(query.lower())))[:_MOST_WORDS]
         if not words:
             return []
         expression = " OR ".join(f'"{word}"' for word in words)
-        found = self._database.execute(_BEST, (expression, most)).fetchall()
-        return [dict(zip(("title", "url", "description"), each, strict=True)) for each in found]
-
-
-def index_of(documents: DocumentsInput) -> Index:
-    """The index of documents. It is made at the first call with the same settings."""
-    return _made(documents.model_dump_json())
-
-
-@lru_cache(maxsize=1)
-def _made(settings: str) -> Index:
-    return Index(DocumentsInput.model_validate_json(settings))
+        with self._lock:
+            found = self._database.execute(_BEST, (expression, most)).fetchall()
+        return [
+            {"title": file, "url": place, "description": text if len(text) <= longest else part[:longest]}
+            for file, place, text, part in found
+        ]
 
 
 def results_page(query: str, passages: list[dict[str, str]]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_post.data.dialog import Message
+from megatron_post.inference.model import Refused
 from megatron_post.inference.request import Reply
 from megatron_post.synthesis.judge import verdict
 from megatron_post.synthesis.recipe import Dropped
@@ -57,7 +58,7 @@ async def trajectory(task: Task[Any], box: Toolbox, prompt: str, settings: ToolS
     turns: list[Message] = []
     outputs: list[bool] = []
     for _ in range(settings.calls + settings.corrections + 1):
-        reply = await task.ask("solve", [Message("user", prompt), *turns], tools=box.asked)
+        reply = await _reply(task, [Message("user", prompt), *turns], box)
         if reply.finish not in ("stop", "tool_calls"):
             raise Dropped("a reply is cut off")
         if not reply.message.tool_calls:
@@ -81,6 +82,18 @@ async def trajectory(task: Task[Any], box: Toolbox, prompt: str, settings: ToolS
             Message("ipython", output.text),
         ]
     raise Dropped("tools are called too often")
+
+
+async def _reply(task: Task[Any], messages: Sequence[Message], box: Toolbox) -> Reply:
+    """The author's reply. Raises `Dropped` if it has calls that Llama 3's format cannot represent."""
+    try:
+        return await task.ask("solve", messages, tools=box.asked)
+    except Refused as refused:
+        if not refused.unusable:
+            raise
+        raise Dropped(
+            "the reply has no text, wrong arguments of a call, or several calls", refused.reason
+        ) from None
 
 
 def asked_for(reply: Reply) -> str:

@@ -15,10 +15,12 @@ _CASE = re.compile(r"case (\d+)")
 class Script:
     """What the author does with a case.
 
-    calls: pairs of a tool and its argument, in order. says: the text before each call.
+    calls: pairs of a tool and its argument, in order. at_once: the first reply has all of them. says: the
+    text before each call.
     """
 
     calls: Sequence[tuple[str, Any]] = ()
+    at_once: bool = False
     says: str = "I look."
     answer: str = "Done."
     request: str | None = None  # the whole reply to the prompt that asks for one
@@ -40,6 +42,9 @@ def author(scripts: Mapping[int, Script]) -> Answer:
             return script.request or f"<request>Do case {number[1]}.</request>"
         turn = sum(message["role"] == "tool" for message in body["messages"])
         finish = {"finish_reason": script.finish[turn]} if turn in script.finish else {}
+        if script.at_once:
+            messages = [call(*each) for each in script.calls]
+            return {"content": "", "tool_calls": [each["tool_calls"][0] for each in messages]}
         if turn < len(script.calls):
             return call(*script.calls[turn], says=script.says) | finish
         return {"content": script.answer, **finish}

@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +18,13 @@ from megatron_post.data.template import render
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.sandbox.outcome import Outcome
 from megatron_post.sandbox.sandbox import Sandbox, open_sandbox
-from megatron_post.sandbox.settings import SandboxSettings
+from megatron_post.sandbox.settings import Limits, SandboxSettings
 from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.task import Task
+from megatron_post.synthesis.tools import inside
 from megatron_post.synthesis.tools.core import CORE_TOOLS, CoreSettings, Toolbox
+from megatron_post.synthesis.tools.scripts import python
+from megatron_post.synthesis.tools.search import Index
 from tests.documentation import ROOT
 from tests.scripted_server import Body
 from tests.unit.synthesis.tools.author import call
@@ -58,25 +62,47 @@ def _answer(body: Body) -> str | dict[str, Any]:
 
 
 class _Again:
-    """Runs programs and tools without a journal, in place of a task."""
+    """Runs programs and tools without a journal, in place of a task.
 
-    def __init__(self, sandbox: Sandbox) -> None:
-        self._sandbox = sandbox
+    A program runs once here, where a task runs it twice to compare the outputs. mathematics: the outcome of
+    each query. All queries are answered by one program, because sympy takes long to import.
+    """
+
+    def __init__(self, sandbox: Sandbox, index: Index, mathematics: Mapping[str, Outcome]) -> None:
+        self._sandbox, self.prepared, self._mathematics = sandbox, index, mathematics
+        self._last: Outcome | None = None
 
     async def run(self, step: str, files: Files, command: Sequence[str]) -> Outcome:
+        if step == "wolfram_alpha":
+            return self._mathematics[str(files["query.txt"])]
+        if "RUN=2" in command:
+            assert self._last is not None
+            return self._last
         contents = {n: f.read_bytes() if isinstance(f, Path) else f for n, f in files.items()}
-        return await self._sandbox.run(contents, command)
+        self._last = await self._sandbox.run(contents, command)
+        return self._last
 
     async def use(self, step: str, tool: str, values: Mapping[str, Any], make: Callable[[], str]) -> str:
         return make()
 
 
-async def _outputs_of(row: dict[str, Any], sandbox: Sandbox, settings: CoreSettings) -> list[str]:
-    box = Toolbox(cast(Task[Any], _Again(sandbox)), settings, CORE_TOOLS)
+async def _answers_to(queries: Sequence[str], sandbox: Sandbox) -> dict[str, Outcome]:
+    script = Path(inside.__file__).with_name("mathematics.py")
+    files = {f"{number}.txt": query for number, query in enumerate(queries)}
+    limits = Limits(seconds=300, cpu_seconds=120)
+    whole = await sandbox.run(
+        {script.name: script.read_bytes(), **files}, python(script.name, *files), limits
+    )
+    answers = json.loads(whole.stdout)
+    return {
+        query: replace(whole, stdout=json.dumps([answer]))
+        for query, answer in zip(queries, answers, strict=True)
+    }
+
+
+def _calls_of(row: dict[str, Any]) -> list[ToolCall]:
     functions = [each["tool_calls"][0]["function"] for each in row["messages"] if "tool_calls" in each]
-    return [
-        (await box.call(ToolCall(each["name"], json.loads(each["arguments"])))).text for each in functions
-    ]
+    return [ToolCall(each["name"], json.loads(each["arguments"])) for each in functions]
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
@@ -98,11 +124,23 @@ def test_every_stored_output_is_reproduced_by_its_call(tool_place: ToolPlace, co
     assert {tool for row in kept for tool in row["called"]} == set(CORE_TOOLS)
 
     settings = CoreSettings.model_validate({"documents": documents})
+    assert settings.documents is not None
+    index = Index(settings.documents)
     sandboxes = TypeAdapter(SandboxSettings).validate_python(sandbox_with(*packages))
+
+    calls = [_calls_of(row) for row in kept]
+    queries = [call.parameters["query"] for row in calls for call in row if call.name == "wolfram_alpha"]
 
     async def again() -> list[list[str]]:
         with open_sandbox(sandboxes) as sandbox:
-            return await asyncio.gather(*(_outputs_of(row, sandbox, settings) for row in kept))
+            mathematics = await _answers_to(queries, sandbox)
+
+            async def outputs_of(row: list[ToolCall]) -> list[str]:
+                task = cast(Task[Any], _Again(sandbox, index, mathematics))
+                box = Toolbox(task, settings, CORE_TOOLS)
+                return [(await box.call(call)).text for call in row]
+
+            return await asyncio.gather(*map(outputs_of, calls))
 
     stored = [[m["content"] for m in row["messages"] if m["role"] == "tool"] for row in kept]
     assert asyncio.run(again()) == stored

@@ -18,7 +18,7 @@ def documents(tmp_path: Path) -> DocumentsInput:
 
 
 def _places(index: Index, query: str, most: int = 10) -> list[str]:
-    return [passage["url"] for passage in index.best(query, most)]
+    return [passage["url"] for passage in index.best(query, most, longest=1000)]
 
 
 def test_the_best_passage_is_the_first(documents: DocumentsInput) -> None:
@@ -51,12 +51,35 @@ def test_an_index_is_known_by_its_passages(documents: DocumentsInput) -> None:
 
 
 def test_a_page_of_results(documents: DocumentsInput) -> None:
-    page = json.loads(results_page("Aare", Index(documents).best("Aare", 3)))
+    page = json.loads(results_page("Aare", Index(documents).best("Aare", 3, longest=1000)))
     top = {"title": "rivers.txt", "url": "rivers.txt:1-1", "description": "The Aare is a river."}
     assert page == {"query": "Aare", "top_k": [top | {"type": "search_result"}]}
 
 
-def test_a_document_that_is_no_text_is_refused(documents: DocumentsInput) -> None:
+def test_a_long_passage_gives_the_part_with_the_words_of_the_query(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("sand " * 1000 + "with gold in it" + " sand" * 1000)
+    (tmp_path / "word.txt").write_text("silver " + "x" * 5000)
+    index = Index(DocumentsInput(kind="documents", path=str(tmp_path)))
+    (part,) = (passage["description"] for passage in index.best("gold", 3, longest=400))
+    assert "with gold in it" in part and len(part) <= 400
+    (part,) = (passage["description"] for passage in index.best("silver", 3, longest=400))
+    assert part.startswith("silver x") and len(part) == 400
+    (whole,) = (passage["description"] for passage in index.best("silver", 3, longest=5007))
+    assert whole == "silver " + "x" * 5000
+
+
+def test_a_document_that_is_no_text_is_refused_unless_it_is_allowed(documents: DocumentsInput) -> None:
     (Path(documents.path) / "bad.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TooManyBadRows, match=r"bad\.txt"):
+    with pytest.raises(TooManyBadRows, match=r"bad\.txt.*\n.*settings\.bad_documents"):
         Index(documents)
+    assert _places(Index(documents, bad=1), "volcano glaciers") == ["rivers.txt:2-2"]
+
+
+def test_documents_without_a_passage_are_refused(documents: DocumentsInput, tmp_path: Path) -> None:
+    missing = documents.model_copy(update={"path": str(tmp_path / "none")})
+    with pytest.raises(ValueError, match=r"settings\.documents\.path: .*none does not exist"):
+        Index(missing)
+    with pytest.raises(ValueError, match=r"settings\.documents\.pattern=\*\.md: .* has no such file"):
+        Index(documents.model_copy(update={"pattern": "*.md"}))
+    with pytest.raises(ValueError, match=r"settings\.documents: .* has no passage that is taken"):
+        Index(documents.model_copy(update={"least": 5}))

@@ -15,6 +15,7 @@ from megatron_post.synthesis.tools.core import CoreSettings
 from tests.unit.synthesis.tools.author import Script, author
 from tests.unit.synthesis.tools.conftest import ToolPlace
 
+UNUSABLE = "the reply has no text, wrong arguments of a call, or several calls"
 PYTHON, MATHEMATICS, SEARCH = "code_interpreter", "wolfram_alpha", "brave_search"
 
 
@@ -44,6 +45,10 @@ def test_one_step_takes_exactly_one_call_that_runs(tool_place: ToolPlace) -> Non
         18: Script(request="<request>case 18</request><request>case 18</request>"),
         19: Script([(PYTHON, "print('<|eot_id|>')")]),
         20: Script([(PYTHON, "import random; random.random()")]),  # the seed is fixed
+        21: Script([(PYTHON, {"code": 1})]),
+        22: Script([(PYTHON, {})]),
+        23: Script([(PYTHON, "print(1)"), (PYTHON, "print(2)")], at_once=True),
+        24: Script(calls=[], at_once=True, answer=""),
     }
     tool_place.run("tool_use", author(scripts), rows=_rows(scripts), tools=[PYTHON], several=0)
     dropped = tool_place.dropped()
@@ -55,7 +60,7 @@ def test_one_step_takes_exactly_one_call_that_runs(tool_place: ToolPlace) -> Non
         7: (PYTHON, "a call has another output when it runs again"),
         8: (PYTHON, "a program ended the interpreter"),
         9: ("solve", "a tool is called that is not offered"),
-        10: ("solve", "the arguments of a call are wrong"),
+        **dict.fromkeys((10, 21, 22), ("solve", "the arguments of a call are wrong")),
         11: ("judge", "the judge does not find the answer in the outputs"),
         12: ("judge", "the judge does not find the answer in the outputs"),
         13: ("solve", "the answer is empty"),
@@ -65,6 +70,8 @@ def test_one_step_takes_exactly_one_call_that_runs(tool_place: ToolPlace) -> Non
         17: ("write", "the reply has no request, or several"),
         18: ("write", "the reply has no request, or several"),
         19: ("judge", "`data pack` would refuse the row"),
+        23: ("solve", UNUSABLE),
+        24: ("solve", "no tool is called"),
     }
     first, second, last = tool_place.rows()
     assert [message.get("content") for message in first["messages"]] == [
@@ -115,6 +122,14 @@ def test_searches_and_mathematics(tool_place: ToolPlace) -> None:
         9: "Sum(1/n^2, (n, 1, oo)) + e",
         10: "print('hello')",
         11: "N(pi, 20)",
+        12: "object()",  # whose address would be another one in another run
+        13: "__import__('sys').exit(0)",
+        14: "Matrix([[1, 2], [3, 4]]).det()",
+        15: "sin",
+        16: "__import__('time').time_ns()",
+        17: "randMatrix(2)",
+        18: "isprime(10007)",
+        19: "(" * 500 + ")" * 500,
     }
     scripts = {number: Script([(MATHEMATICS, query)]) for number, query in queries.items()}
     tool_place.run(
@@ -126,7 +141,10 @@ def test_searches_and_mathematics(tool_place: ToolPlace) -> None:
         several=0,
         corrections=0,
     )
-    assert tool_place.dropped() == dict.fromkeys((4, 5, 6, 7, 10), ("call", "a call does not run"))
+    assert tool_place.dropped() == {
+        **dict.fromkeys((4, 5, 6, 7, 10, 12, 13, 15, 19), ("call", "a call does not run")),
+        **dict.fromkeys((16, 17), (MATHEMATICS, "a call has another output when it runs again")),
+    }
     answers = [json.loads(row["messages"][2]["content"])["queryresult"] for row in tool_place.rows()]
     texts = [{pod["title"]: pod["subpods"][0]["plaintext"] for pod in each["pods"]} for each in answers]
     assert texts[0]["Result"] == "2 - 17*exp(-3)"
@@ -137,6 +155,8 @@ def test_searches_and_mathematics(tool_place: ToolPlace) -> None:
         "3/4",
         "pi**2/6 + E",
         "3.1415926535897932385",
+        "-2",
+        "True",
     ]
     assert answers[0]["success"] is True and answers[0]["inputstring"] == queries[1]
 
@@ -144,13 +164,19 @@ def test_searches_and_mathematics(tool_place: ToolPlace) -> None:
         1: Script([(SEARCH, "chess champion")], answer="Ana Bole."),
         2: Script([(SEARCH, "volcano")]),
         3: Script([(SEARCH, "volcano"), (SEARCH, "championship")]),
+        4: Script([(SEARCH, {"query": "chess", "count": 5})]),
+        5: Script([(SEARCH, {"q": "chess"})]),
+        6: Script([(SEARCH, {"query": ["chess"]})]),
     }
     documents = {"kind": "documents", "path": str(corpus)}
     tool_place.output = tool_place.directory / "searches"
     tool_place.run(
         "tool_use", author(scripts), rows=_rows(scripts), tools=[SEARCH], documents=documents, several=0
     )
-    assert tool_place.dropped() == {2: ("solve", "the answer follows a call that does not run")}
+    assert tool_place.dropped() == {
+        2: ("solve", "the answer follows a call that does not run"),
+        **dict.fromkeys((4, 5, 6), ("solve", UNUSABLE)),
+    }
     found = json.loads(tool_place.rows()[0]["messages"][2]["content"])
     assert found["top_k"][0]["url"] == "chess.txt:1-1"
     assert tool_place.results("call") == {f"{SEARCH} runs": 2, f"{SEARCH} does not run": 2}
@@ -182,6 +208,25 @@ def test_a_replay_runs_nothing_and_writes_the_same_bytes(
     monkeypatch.setattr("megatron_post.synthesis.tools.search.Index.best", None)
     tool_place.run("tool_use", author(scripts), **values)
     assert tool_place.bytes() == before
+
+
+def test_changed_documents_make_the_rows_again(tool_place: ToolPlace) -> None:
+    corpus = tool_place.directory / "corpus"
+    documents = {"kind": "documents", "path": str(corpus)}
+    scripts = {1: Script([(SEARCH, "chess")]), 2: Script(request="NONE")}
+    values: dict[str, Any] = {"tools": [SEARCH], "documents": documents, "several": 0, "rows": _rows(scripts)}
+    with pytest.raises(ValueError, match=r"settings\.documents\.path: .*corpus does not exist"):
+        tool_place.run("tool_use", author(scripts), **values)
+    assert tool_place.requests == []
+    corpus.mkdir()
+    for champion in ("Ana Bole", "Ida Cern"):
+        (corpus / "chess.txt").write_text(f"{champion} won at chess.\n")
+        tool_place.run("tool_use", author(scripts), **values)
+        (row,) = tool_place.rows()
+        assert champion in row["messages"][2]["content"]
+    assert len(tool_place.requests) == 2  # the answer and the verdict, to which the outputs belong
+    tool_place.run("tool_use", author(scripts), **values)
+    assert tool_place.requests == []
 
 
 def test_a_missing_package_is_named(tool_place: ToolPlace) -> None:
