@@ -41,7 +41,8 @@ class Needs:
 NEEDS = (
     Needs("loss.trained_roles", "stage", ("sft",)),
     Needs("loss.impl", "stage", ("sft", "dpo")),
-    Needs("reward", "stage", ("reward",)),
+    Needs("reward.layout", "stage", ("reward",)),
+    Needs("reward.head_lr_multiplier", "stage", ("reward", "step_reward")),
     Needs("dpo", "stage", ("dpo",)),
     Needs("dpo.label_smoothing", "dpo.loss", ("robust",)),
     Needs("dpo.margin", "dpo.loss", ("simpo",)),
@@ -51,6 +52,7 @@ NEEDS = (
     Needs("data.sources.*.train_on", "stage", ("sft",)),
     Needs("data.eval_sources.*.train_on", "stage", ("sft",)),
     Needs("data.preferences", "stage", ("reward", "dpo")),
+    Needs("data.steps", "stage", ("step_reward",)),
     Needs("parallel.embedding_and_loss_as_layers", "parallel.pipeline", above=1),
     Needs("recompute.modules", "recompute.mode", ("selective",)),
     Needs("optimizer.min_lr", "optimizer.schedule", ("linear", "cosine")),

@@ -9,6 +9,7 @@ from megatron_post.config.section import Count, Distinct, Line, Name, Positive, 
 Rating = Literal["significantly_better", "better", "slightly_better", "marginally_better"]
 TrainOn = Literal["all_turns", "last_turn"]
 Reasoning = Literal["refuse", "drop", "render"]
+Neutral = Literal["right", "wrong", "unlabelled"]
 
 
 class Tokenizer(Section):
@@ -35,7 +36,7 @@ class Dataset(Section):
     subset: Name | None = Field(
         None, description="configuration of a dataset that has several; null: its default"
     )
-    format: Literal["auto", "messages", "preference", "columns", "transcript"] = Field(
+    format: Literal["auto", "messages", "preference", "columns", "transcript", "steps"] = Field(
         "auto", description="the form of the rows. auto: the keys of each row decide"
     )
     columns: dict[str, str] = Field(
@@ -76,6 +77,22 @@ class Preferences(Section):
         0.95, gt=0, le=1, description="drop pairs whose responses share a larger part of their token trigrams"
     )
     newest_batch_only: bool = Field(False, description="use only the sources of the highest `batch`")
+
+
+class Steps(Section):
+    """How the steps of a solution are read and rendered, for a reward model of steps."""
+
+    separator: str = Field(
+        "\n\n",
+        min_length=1,
+        max_length=64,
+        description="the text that is written between two steps, and at which `score` splits responses that "
+        "have no steps numbered as `Step 1:`",
+    )
+    neutral: Neutral = Field(
+        "right",
+        description="the label of a step that PRM800K rates 0. unlabelled: the step is only context",
+    )
 
 
 class PromptedSource(Section):
@@ -125,6 +142,7 @@ class Data(Section):
         "bad. drop: it is left out. render: it is written between <think> and </think> before the answer",
     )
     preferences: Preferences = Field(Preferences(), description="which comparisons are used")
+    steps: Steps = Field(Steps(), description="the labelled steps of stage=step_reward")
     prompted: Prompted = Field(Prompted(), description="prompt templates that are applied to sources")
     backend: Literal["torch", "dali"] = Field("torch", description="what copies packs to the device")
     prefetch: int = Field(4, gt=0, le=4096, description="microbatches prepared ahead in the background")

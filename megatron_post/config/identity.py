@@ -97,6 +97,7 @@ RULES = (
             *_keys("data", "pack_length overlong train_on reasoning"),
             *_keys("data.preferences", "min_rating max_similarity newest_batch_only"),
             *_keys("data.sources.*", f"name {_ROWS}"),
+            *_keys("data.steps", "separator neutral"),
             *_keys("data.prompted", "max_examples held_out_tasks"),
             *_keys("data.prompted.sources.*", "source names task"),
             "tokenizer.content_tokens",
@@ -118,7 +119,12 @@ RULES = (
         "the schedule, weight decay and Adam. The checkpoint only gives the position and the moments",
         _keys("optimizer", "lr min_lr schedule warmup_steps weight_decay beta1 beta2 eps clip_grad overlap"),
     ),
-    Rule("free", "a part of the schedule", ("reward.head_lr_multiplier",), applies=_is("reward")),
+    Rule(
+        "free",
+        "a part of the schedule",
+        ("reward.head_lr_multiplier",),
+        applies=_is("reward", "step_reward"),
+    ),
     Rule(
         "free",
         "the run's length and its batch. No sample is repeated or skipped",

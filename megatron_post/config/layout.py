@@ -10,8 +10,8 @@ from megatron_post.installation import install_command
 
 def store_layout(config: UncheckedConfig) -> str:
     """The layout of examples in the packed store that the stage's collate function expects."""
-    layouts = {"dialogs": "dialogs", "preferences": config.reward.layout, "pairs": "separate"}
-    return layouts[config.traits.examples]
+    layouts = {"preferences": config.reward.layout, "pairs": "separate"}
+    return layouts.get(config.traits.examples, config.traits.examples)
 
 
 def segment_multiple(config: UncheckedConfig) -> int:

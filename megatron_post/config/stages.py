@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-StageName = Literal["sft", "reward", "dpo"]
+StageName = Literal["sft", "reward", "step_reward", "dpo"]
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,16 @@ class Traits:
     """The properties of a stage.
 
     scalar_head: whether the model has a head with one score per token instead of the output layer.
-    examples: the kind of its rows. "preferences" have two or more ranked responses, and "pairs" have a better
-    and a worse one. has_reference: whether the loss can use a reference policy. trained_roles: the key that
-    lists the roles of trained tokens, or None if the loss is not over tokens.
+    scores_steps: whether this head scores steps. It then has a bias, as Hugging Face's token classification
+    has. examples: the kind of its rows. "preferences" have two or more ranked responses, "pairs" have a
+    better and a worse one, and "steps" have a label for each step. has_reference: whether the loss can use a
+    reference policy. trained_roles: the key that lists the roles of trained tokens, or None if the loss is
+    not over tokens.
     """
 
     scalar_head: bool = False
-    examples: Literal["dialogs", "preferences", "pairs"] = "dialogs"
+    scores_steps: bool = False
+    examples: Literal["dialogs", "preferences", "pairs", "steps"] = "dialogs"
     has_reference: bool = False
     trained_roles: str | None = None
 
@@ -29,5 +32,6 @@ class Traits:
 STAGES: Mapping[StageName, Traits] = {
     "sft": Traits(trained_roles="loss.trained_roles"),
     "reward": Traits(scalar_head=True, examples="preferences"),
+    "step_reward": Traits(scalar_head=True, scores_steps=True, examples="steps"),
     "dpo": Traits(examples="pairs", has_reference=True, trained_roles="dpo.trained_roles"),
 }

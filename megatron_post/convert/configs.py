@@ -56,7 +56,12 @@ def check_sizes(model: Model, *, origin: Path) -> None:
 
 
 def written_configs(
-    model: Model, tokenizer: Tokenizer | None, *, dtype: torch.dtype, scalar_head: bool
+    model: Model,
+    tokenizer: Tokenizer | None,
+    *,
+    dtype: torch.dtype,
+    scalar_head: bool,
+    scores_steps: bool = False,
 ) -> dict[str, bytes]:
     """`config.json`, `generation_config.json` and the tokenizer's files, by name.
 
@@ -76,6 +81,7 @@ def written_configs(
         eos_ids=eos_ids,
         pad_id=pad_id,
         scalar_head=scalar_head,
+        scores_steps=scores_steps,
     )
     generation = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     return {"config.json": _json(config), "generation_config.json": _json(generation), **files}

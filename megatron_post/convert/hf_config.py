@@ -29,17 +29,21 @@ def to_hf_config(
     eos_ids: list[int],
     pad_id: int | None,
     scalar_head: bool = False,
+    scores_steps: bool = False,
 ) -> dict[str, Any]:
     """The `config.json` with which plain `transformers` builds the same model.
 
-    dtype: "bfloat16" or "float32".
+    dtype: "bfloat16" or "float32". scores_steps: whether the scalar head scores steps.
     """
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
         rope = {"rope_type": "llama3", **model.rope_scaling.model_dump()}
+    classification = "LlamaForTokenClassification" if scores_steps else "LlamaForSequenceClassification"
     return {
-        "architectures": ["LlamaForSequenceClassification" if scalar_head else "LlamaForCausalLM"],
+        "architectures": [classification if scalar_head else "LlamaForCausalLM"],
         **({"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}} if scalar_head else {}),
+        # transformers trains a token classification with a dropout of 0.1 unless its config says otherwise.
+        **({"classifier_dropout": 0.0} if scores_steps else {}),
         "model_type": "llama",
         **{name: getattr(model, name) for name in _SAME_NAMES},
         "num_hidden_layers": model.num_layers,

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.contained import companion_files, contained_file
-from megatron_post.convert.mapping import SCORE, hf_shapes
+from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names, row_blocks
 from megatron_post.storage.checksums import sha256_of_json
@@ -37,12 +37,13 @@ class HuggingFaceDirectory:
         found = self._locate()
         self._places = {name: found[name] for name in needed_names(found, self.model)}
         self.scalar_head = SCORE[0] in self._places
+        self.scores_steps = SCORE_BIAS[0] in self._places
         if EMBEDDING.removeprefix("model.") in self._places and EMBEDDING not in self._places:
             raise ValueError(
                 f"{self.directory}: names of tensors lack the prefix `model.`, as in a LlamaModel, which has "
                 "no output layer; save a LlamaForCausalLM"
             )
-        expected = hf_shapes(self.model, scalar_head=self.scalar_head)
+        expected = hf_shapes(self.model, scalar_head=self.scalar_head, scores_steps=self.scores_steps)
         check_names(self._places, expected, origin=self.directory)
         for name, shape in expected.items():
             path, stored = self._places[name]

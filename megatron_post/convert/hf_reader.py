@@ -12,7 +12,7 @@ from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
-from megatron_post.convert.mapping import SCORE, hf_shapes, rule_for, shard_from_hf
+from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes, rule_for, shard_from_hf
 from megatron_post.models.llama import Llama
 
 
@@ -27,15 +27,20 @@ class RandomWeights:
     """Random initial weights. They are identical in every layout of ranks.
 
     Each tensor is drawn whole from (seed, name), and each rank then takes its slice. Values are normal with
-    `initializer_range`. Output projections are scaled by 1 / sqrt(2 layers), as in GPT-2 and Megatron.
+    `initializer_range`. Output projections are scaled by 1 / sqrt(2 layers), as in GPT-2 and Megatron. Norms
+    are 1, and the bias of a score is 0.
     """
 
-    def __init__(self, model: Model, *, seed: int, scalar_head: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, seed: int, scalar_head: bool = False, scores_steps: bool = False
+    ) -> None:
         self._model, self._seed = model, seed
-        self._shapes = hf_shapes(model, scalar_head=scalar_head)
+        self._shapes = hf_shapes(model, scalar_head=scalar_head, scores_steps=scores_steps)
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
         shape = self._shapes[name]
+        if name == SCORE_BIAS[0]:
+            return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
@@ -61,22 +66,36 @@ class SafetensorsDirectory:
         if self._directory.scalar_head and head is None:
             raise ValueError(f"{directory} is a reward model: it has {SCORE[0]} and no lm_head")
 
+    @property
+    def scores_steps(self) -> bool:
+        """Whether the directory holds a reward model of steps."""
+        return self._directory.scores_steps
+
     def read(self, name: str, dim: int | None, start: int, end: int) -> Tensor:
         if self._head is not None and name not in self._directory.tensors:
             return self._head.read(name, dim, start, end)
         return self._directory.read(name, dim, start, end)
 
 
-def open_weights(model: Model, *, seed: int, scalar_head: bool = False) -> WeightSource:
+def open_weights(
+    model: Model, *, seed: int, scalar_head: bool = False, scores_steps: bool = False
+) -> WeightSource:
     """The weights of `model.init_from` if it is set. Otherwise random weights from the seed.
 
     scalar_head: for a reward model. The directory may also hold a language model, to which a small random
-    score is added.
+    score is added. scores_steps: for one that scores steps. The directory may also hold a reward model of
+    whole responses, to whose score a bias of 0 is added.
     """
-    fresh = RandomWeights(model, seed=seed, scalar_head=scalar_head)
+    fresh = RandomWeights(model, seed=seed, scalar_head=scalar_head, scores_steps=scores_steps)
     if model.init_from is None:
         return fresh
-    return SafetensorsDirectory(model.init_from, model, head=fresh if scalar_head else None)
+    weights = SafetensorsDirectory(model.init_from, model, head=fresh if scalar_head else None)
+    if weights.scores_steps and not scores_steps:
+        raise ValueError(
+            f"{model.init_from} is a reward model of steps: it has {SCORE_BIAS[0]}, and only "
+            "stage=step_reward trains such a model"
+        )
+    return weights
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def export_hf(
     gathered: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(gathered, (names, kinds))
     if topology.rank == 0:
-        _finish(partial, gathered, model, tokenizer, scalar_head=chunks[0].scalar_head)
+        _finish(partial, gathered, model, tokenizer, chunks[0])
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()
@@ -115,7 +115,7 @@ def _kinds(chunks: list[Llama], model: Model) -> dict[str, Kind]:
     dtypes = {
         name: parameter.dtype for _, parameter, _, names in _parameters(chunks, model) for name in names
     }
-    shapes = hf_shapes(model, scalar_head=chunks[0].scalar_head)
+    shapes = hf_shapes(model, scalar_head=chunks[0].scalar_head, scores_steps=chunks[0].scores_steps)
     return {name: Kind(dtypes[name], shape) for name, shape in shapes.items() if name in dtypes}
 
 
@@ -135,10 +135,13 @@ def _finish(
     gathered: list[tuple[dict[str, list[str]], dict[str, Kind]]],
     model: Model,
     tokenizer: Tokenizer,
-    *,
-    scalar_head: bool,
+    chunk: Llama,
 ) -> None:
-    """Rename the files to Hugging Face's numbering, and write the index, the configs and the tokenizer."""
+    """Rename the files to Hugging Face's numbering, and write the index, the configs and the tokenizer.
+
+    chunk: any chunk of the model, which says what its head is.
+    """
+    head = {"scalar_head": chunk.scalar_head, "scores_steps": chunk.scores_steps}
     files = {file: names for part, _ in gathered for file, names in part.items()}
     kinds = {name: kind for _, part in gathered for name, kind in part.items()}
     weight_map = {}
@@ -146,10 +149,10 @@ def _finish(
         new = shard_name(number, len(files))
         (directory / old).rename(directory / new)
         weight_map.update(dict.fromkeys(names, new))
-    shapes = hf_shapes(model, scalar_head=scalar_head)
+    shapes = hf_shapes(model, **head)
     assert set(weight_map) == set(shapes), f"exported {len(weight_map)} tensors, the model has {len(shapes)}"
     (dtype,) = {kind.dtype for kind in kinds.values()}
-    companions = written_configs(model, tokenizer, dtype=dtype, scalar_head=scalar_head)
+    companions = written_configs(model, tokenizer, dtype=dtype, **head)
     if len(files) > 1:
         companions[INDEX] = index_of(weight_map, kinds)
     for name, content in companions.items():

@@ -37,7 +37,8 @@ def _source_summary(source: ModelSource) -> str:
     """The kind of a source, on one line."""
     if not isinstance(source, MegatronCheckpoint):
         kind = "Meta checkpoint" if isinstance(source, MetaDirectory) else "Hugging Face directory"
-        return kind + (", a reward model" if source.scalar_head else "")
+        steps = " of steps" if source.scores_steps else ""
+        return kind + (f", a reward model{steps}" if source.scalar_head else "")
     content = "weights only" if source.weights_only else "weights and optimizer"
     return f"megatron-core checkpoint, step {source.step}, {content}"
 

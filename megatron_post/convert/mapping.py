@@ -37,7 +37,7 @@ class Rule:
     layout: str
 
 
-SCORE = ("score.weight",)
+SCORE, SCORE_BIAS = ("score.weight",), ("score.bias",)
 _LAYER, _HF = "decoder.layers.{}.", "model.layers.{}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF + "self_attn."
 RULES = (
@@ -61,6 +61,7 @@ RULES = (
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
     Rule("output_layer.weight", ("lm_head.weight",), "vocabulary"),
     Rule("output_layer.weight", SCORE, "replicated"),  # of a reward model
+    Rule("output_layer.bias", SCORE_BIAS, "replicated"),  # of a reward model that scores steps
 )
 # Transformer Engine fuses these norms into the linear layer that follows. The portable layers keep them as
 # modules of their own, with other names.
@@ -104,10 +105,13 @@ def rule_for(core_name: str, *, layer_offset: int, scalar_head: bool = False) ->
     raise ValueError(f"parameter {core_name} has no counterpart in a Hugging Face Llama")
 
 
-def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int, ...]]:
+def hf_shapes(
+    model: Model, *, scalar_head: bool = False, scores_steps: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model with its shape, in the order of `transformers`' state dict.
 
-    A model with tied embeddings has no lm_head. A reward model has a score instead of an lm_head.
+    A model with tied embeddings has no lm_head. A reward model has a score instead of an lm_head,
+    and if it scores steps, the score has a bias.
     """
     h, f, d = model.hidden_size, model.ffn_hidden_size, model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, h)}
@@ -127,6 +131,7 @@ def hf_shapes(model: Model, *, scalar_head: bool = False) -> dict[str, tuple[int
     shapes["model.norm.weight"] = (h,)
     if scalar_head:
         shapes[SCORE[0]] = (1, h)
+        shapes |= {SCORE_BIAS[0]: (1,)} if scores_steps else {}
     elif not model.tie_word_embeddings:
         shapes["lm_head.weight"] = (model.vocab_size, h)
     return shapes
@@ -168,9 +173,11 @@ class RowRange:
     rows: int
 
 
-def core_tensors(model: Model, *, scalar_head: bool = False) -> Iterator[CoreTensor]:
+def core_tensors(
+    model: Model, *, scalar_head: bool = False, scores_steps: bool = False
+) -> Iterator[CoreTensor]:
     """Every parameter of the model as a checkpoint stores it, in the order of the layers."""
-    shapes = hf_shapes(model, scalar_head=scalar_head)
+    shapes = hf_shapes(model, scalar_head=scalar_head, scores_steps=scores_steps)
     in_layers = [rule for rule in RULES if rule.core.startswith(_LAYER)]
     outside = [rule for rule in RULES if rule not in in_layers and rule.hf[0] in shapes]
     places: list[tuple[Rule, int | None]] = [(outside[0], None)]

@@ -37,16 +37,19 @@ class MegatronCheckpoint:
             if self.weights_only:
                 self.model: Model = read_model(self.directory)
                 self.scalar_head: bool = self._manifest["state"]["scalar_head"]
+                self.scores_steps: bool = self._manifest["state"].get("scores_steps", False)
             else:
-                self.model, self.scalar_head = self._config.model, self._config.traits.scalar_head
+                self.model, traits = self._config.model, self._config.traits
+                self.scalar_head, self.scores_steps = traits.scalar_head, traits.scores_steps
             self.checkpoint = DistCheckpoint(self.directory)
         self._runs: dict[str, list[tuple[CoreTensor, RowRange]]] = {}
         dtypes: dict[str, torch.dtype] = {}
-        for core in core_tensors(self.model, scalar_head=self.scalar_head):
+        head = {"scalar_head": self.scalar_head, "scores_steps": self.scores_steps}
+        for core in core_tensors(self.model, **head):
             dtypes |= dict.fromkeys(core.hf, self._check(core))
             for run in row_ranges(core, self.model):
                 self._runs.setdefault(run.name, []).append((core, run))
-        shapes = hf_shapes(self.model, scalar_head=self.scalar_head)
+        shapes = hf_shapes(self.model, **head)
         self.tensors = {name: Kind(dtypes[name], shape) for name, shape in shapes.items()}
 
     @property
@@ -68,7 +71,13 @@ class MegatronCheckpoint:
             return {name: (self.directory / name).read_bytes() for name in names}
         (dtype,) = {kind.dtype for kind in self.tensors.values()}
         tokenizer = tokenizer_of(self._config)
-        return written_configs(self.model, tokenizer, dtype=dtype, scalar_head=self.scalar_head)
+        return written_configs(
+            self.model,
+            tokenizer,
+            dtype=dtype,
+            scalar_head=self.scalar_head,
+            scores_steps=self.scores_steps,
+        )
 
     @cached_property
     def _config(self) -> Config:

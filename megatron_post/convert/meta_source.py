@@ -29,6 +29,7 @@ class MetaDirectory:
     """
 
     scalar_head = False
+    scores_steps = False
 
     def __init__(self, directory: str | Path) -> None:
         self.directory, self._open = Path(directory), OpenFiles()

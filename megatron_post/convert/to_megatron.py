@@ -120,12 +120,17 @@ class ToMegatron:
         for name, content in small.items():
             (self.partial / name).write_bytes(content)
         files |= manifest.checksums(self.partial, sorted(small))
-        state = {"weights_only": True, "scalar_head": self._source.scalar_head}
+        state = {"weights_only": True, **self._head}
         manifest.publish(Path(self.root), 0, files=files, state=state, keep=1)
 
     @cached_property
     def _source(self) -> ModelSource:
         return open_weights_directory(Path(self.source))
+
+    @property
+    def _head(self) -> dict[str, bool]:
+        """The kind of the model's head, as the manifest records it."""
+        return {"scalar_head": self._source.scalar_head, "scores_steps": self._source.scores_steps}
 
     @cached_property
     def _companions(self) -> dict[str, bytes]:
@@ -147,7 +152,7 @@ class ToMegatron:
 
     def _all_chunks(self) -> Iterator[_Chunk]:
         dtypes: dict[str, torch.dtype] = {}
-        for core in core_tensors(self._source.model, scalar_head=self._source.scalar_head):
+        for core in core_tensors(self._source.model, **self._head):
             for name in core.hf:
                 own = DTYPE_NAMES[self.dtype] if self.dtype else self._source.tensors[name].dtype
                 if dtypes.setdefault(core.key, own) != own:
@@ -181,7 +186,7 @@ class ToMegatron:
 
     def _metadata(self, records: list[dict[str, Any]]) -> Metadata:
         """The index that torch.distributed.checkpoint reads first: the file and offset of every chunk."""
-        cores = {c.key: c for c in core_tensors(self._source.model, scalar_head=self._source.scalar_head)}
+        cores = {c.key: c for c in core_tensors(self._source.model, **self._head)}
         dtypes = {chunk.core.key: chunk.kind.dtype for chunks in self._chunks for chunk in chunks}
         tensors = {
             key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(core.stored_shape), [])

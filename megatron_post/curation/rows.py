@@ -24,6 +24,7 @@ from megatron_post.data.row_files import files_of
 from megatron_post.data.row_formats import RowReader
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, raw_rows
+from megatron_post.data.step_example import StepExample
 from megatron_post.inference.request import messages_as_json
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 
@@ -233,6 +234,8 @@ class _Reader:
             raise raw
         self._own.unused.clear()
         example = self._read(raw)
+        if isinstance(example, StepExample):
+            raise BadRow("the row has labelled steps; curation reads dialogs and preferences")
         self._counts.unused.update(self._own.unused)
         self._counts.columns |= self._own.columns
         return example, {key: raw[key] for key in raw if key in self._own.unused and key not in _OWN}

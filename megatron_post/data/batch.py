@@ -20,14 +20,14 @@ class PackedBatch:
     `trained` may already be on a GPU, if the loader copied them ahead.
 
     Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`. The other fields always
-    describe the whole pack. A token's label is its successor in the same segment, and `trained` marks the
-    labels that carry loss. Segment k sees itself and the real tokens of earlier segments, from segment
-    `seen[k, 0]` to below `seen[k, 1]`. So responses that share a prompt see the prompt's segment. If `seen`
-    is None, each segment sees only itself.
+    describe the whole pack. A token's label is its successor in the same segment, or 1 for a right step and 0
+    for a wrong one. `trained` marks the labels that carry loss. Segment k sees itself and the real tokens of
+    earlier segments, from segment `seen[k, 0]` to below `seen[k, 1]`. So responses that share a prompt see
+    the prompt's segment. If `seen` is None, each segment sees only itself.
     """
 
     tokens: Tensor  # int64
-    labels: Tensor  # int64, 0 for the last token of a segment
+    labels: Tensor  # int64, 0 for a token without a label
     trained: Tensor  # bool
     positions: Tensor  # int64, from 0 in each segment, or from the end of the segment that it continues
     segments: Tensor  # int64, the index of the token's segment

@@ -17,13 +17,13 @@ from megatron_post.config.data import Source
 from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
-from megatron_post.data.dialog import Dialog, Preference
-from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits
+from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits, SolutionUnits
 from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.sources import PackedSource, PromptedRows, packed_sources
+from megatron_post.data.step_example import Example
 from megatron_post.data.store_format import GROUPS, GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import texts_of
@@ -117,6 +117,7 @@ def _read(
             bad_rows=bad_rows,
             train_on=config.data.train_on,
             reasoning=config.data.reasoning,
+            neutral=config.data.steps.neutral,
             counts=None if prompted else keys[number],
             records=prompted,
         )
@@ -135,7 +136,7 @@ def _read(
 
 
 def _render(
-    rows: Iterator[tuple[int, Dialog | Preference]],
+    rows: Iterator[tuple[int, Example]],
     pile: UnitPile,
     source: Source,
     number: int,
@@ -154,10 +155,11 @@ def _render(
     example_units = _example_units(config, source, tokenizer)
     before, spelled = len(pile), Counter[str]()
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
-        for (row, example), unit in zip(batch, example_units(batch), strict=True):
-            fitting = None if unit is None else limit.fit(unit, row=row)
-            if fitting is not None:
-                pile.add(fitting, source=number, sample=row, turns=example.turns)
+        for (row, example), units in zip(batch, example_units(batch), strict=True):
+            fitting = [fit for unit in units if (fit := limit.fit(unit, row=row)) is not None]
+            for unit in fitting:
+                pile.add(unit, source=number, sample=row, turns=example.turns)
+            if fitting:
                 spelled += tokenizer.spelled(texts_of(example))
         advance(len(batch))
     limit.check()
@@ -175,7 +177,9 @@ def _render(
 
 def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:
     if config.traits.examples == "dialogs":
-        return DialogUnits(source.name, tokenizer)
+        return DialogUnits(source.name, tokenizer, stage=config.stage)
+    if config.traits.examples == "steps":
+        return SolutionUnits(source.name, tokenizer, separator=config.data.steps.separator)
     return PreferenceUnits(
         source.name,
         tokenizer,

@@ -1,4 +1,4 @@
-"""Turns dialogs and preferences into units of rendered segments, the input of packing."""
+"""Turns examples into units of rendered segments, the input of packing."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,9 +7,11 @@ from typing import Protocol, get_args
 import numpy as np
 
 from megatron_post.config.data import Preferences, Rating
+from megatron_post.config.stages import StageName
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.permutation import permutation
-from megatron_post.data.template import Rendered, render_batch, render_preferences
+from megatron_post.data.step_example import Example, StepExample
+from megatron_post.data.template import Rendered, render_batch, render_preferences, render_solutions
 from megatron_post.data.tokenizer import Tokenizer
 
 Unit = tuple[Rendered, ...]  # the segments of one example, which must stay in one pack
@@ -20,8 +22,8 @@ class ExampleUnits(Protocol):
 
     filtered: int
 
-    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[Unit | None]:
-        """A unit for each (row number, example), or None if a rule leaves the row out."""
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> list[list[Unit]]:
+        """The units of each (row number, example). There are none if a rule leaves the row out."""
 
 
 class DialogUnits:
@@ -29,19 +31,50 @@ class DialogUnits:
 
     filtered = 0
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        self._source, self._tokenizer = source, tokenizer
+    def __init__(self, source: str, tokenizer: Tokenizer, *, stage: StageName) -> None:
+        self._source, self._tokenizer, self._stage = source, tokenizer, stage
 
-    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[Unit | None]:
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> list[list[Unit]]:
         dialogs = []
         for _, example in rows:
+            if isinstance(example, StepExample):
+                raise ValueError(
+                    f"source {self._source!r} holds labelled steps, stage={self._stage} trains dialogs; "
+                    "stage=step_reward trains on such rows"
+                )
             if not isinstance(example, Dialog):
                 raise ValueError(
-                    f"source {self._source!r} holds preferences, stage=sft trains dialogs; give the chosen "
-                    "responses as dialogs, for example with columns={user: prompt, assistant: chosen}"
+                    f"source {self._source!r} holds preferences, stage={self._stage} trains dialogs; give "
+                    "the chosen responses as dialogs, as with columns={user: prompt, assistant: chosen}"
                 )
             dialogs.append(example)
-        return [(rendered,) for rendered in render_batch(dialogs, self._tokenizer)]
+        return [[(rendered,)] for rendered in render_batch(dialogs, self._tokenizer)]
+
+
+class SolutionUnits:
+    """Makes one segment of each solution with labelled steps. Raises `ValueError` for other examples.
+
+    separator: as `data.steps.separator`.
+    """
+
+    filtered = 0
+
+    def __init__(self, source: str, tokenizer: Tokenizer, *, separator: str) -> None:
+        self._source, self._tokenizer, self._separator = source, tokenizer, separator
+
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> list[list[Unit]]:
+        solutions, counts = [], []
+        for _, example in rows:
+            if not isinstance(example, StepExample):
+                raise ValueError(
+                    f"source {self._source!r} holds rows without labelled steps; stage=step_reward needs "
+                    "rows with prompt, completions and labels (map columns if they have other names, as "
+                    "{user: prompt, steps: completions, labels: labels}), or PRM800K's rows"
+                )
+            solutions += [(example.prompt, solution, example.tools) for solution in example.solutions]
+            counts.append(len(example.solutions))
+        rendered = iter(render_solutions(solutions, self._tokenizer, separator=self._separator))
+        return [[(next(rendered),) for _ in range(count)] for count in counts]
 
 
 class PreferenceUnits:
@@ -51,7 +84,7 @@ class PreferenceUnits:
     "concatenated" the prompt is the first segment, and each response is one more. The order of responses is
     drawn from (seed, source, row), because the reward model must not learn that the first one is the best.
     pair_only keeps the best and the worst response only, which DPO compares. Raises `ValueError` for a
-    dialog.
+    dialog and for labelled steps.
     """
 
     def __init__(
@@ -68,12 +101,12 @@ class PreferenceUnits:
         self._layout, self._rules, self._pair_only = layout, rules, pair_only
         self.filtered = 0
 
-    def __call__(self, rows: Sequence[tuple[int, Dialog | Preference]]) -> list[Unit | None]:
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> list[list[Unit]]:
         preferences = []
         for _, example in rows:
             if not isinstance(example, Preference):
                 raise ValueError(
-                    f"source {self._source!r} holds dialogs without ranked responses; this stage needs rows "
+                    f"source {self._source!r} holds rows without ranked responses; this stage needs rows "
                     "with chosen and rejected (map columns if they have other names)"
                 )
             preferences.append(example)
@@ -83,7 +116,7 @@ class PreferenceUnits:
             for (row, _), preference, (prompt, responses) in zip(rows, preferences, rendered, strict=True)
         ]
         self.filtered += units.count(None)
-        return units
+        return [[] if unit is None else [unit] for unit in units]
 
     def _unit(
         self, row: int, preference: Preference, prompt: Rendered, responses: tuple[Rendered, ...]

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_post.data.template import Rendered, TokenRole
+from megatron_post.data.template import STEP_ROLES, Rendered, TokenRole
 from megatron_post.data.units import round_up
 
 
@@ -58,4 +58,6 @@ def _shortened(unit: Sequence[Rendered], capacity: int) -> Sequence[Rendered] | 
     if len(unit) > 1:
         return None
     tokens, roles = unit[0].tokens[:capacity], unit[0].roles[:capacity]
-    return [Rendered(tokens, roles)] if np.isin(roles, (TokenRole.BODY, TokenRole.TERMINATOR)).any() else None
+    has_steps = np.isin(unit[0].roles, STEP_ROLES).any()
+    trained = STEP_ROLES if has_steps else (TokenRole.BODY, TokenRole.TERMINATOR)
+    return [Rendered(tokens, roles)] if np.isin(roles, trained).any() else None

@@ -9,11 +9,12 @@ from megatron_post.data.row_keys import KeyCounts, Keys, text_of
 _DIALOG = {"system", "user", "assistant", "history", "end_marker"}
 _PREFERENCE = {"system", "user", "chosen", "rejected", "edited", "rating", "end_marker"}
 _MESSAGES = {"system", "messages", "tools"}
+_STEPS = {"system", "user", "steps", "labels"}
 _OPTIONAL = ("system", "edited", "rating")
 
 
 def check_columns(source: Source) -> None:
-    """Raise `ValueError` if `source.columns` cannot make a dialog or a preference."""
+    """Raise `ValueError` if `source.columns` cannot make a dialog, a preference or labelled steps."""
     keys = set(source.columns)
     if source.format not in ("auto", "columns"):
         if keys:
@@ -23,12 +24,14 @@ def check_columns(source: Source) -> None:
             {"user", "assistant"} <= keys <= _DIALOG,
             {"user", "chosen", "rejected"} <= keys <= _PREFERENCE,
             {"messages"} <= keys <= _MESSAGES,
+            {"user", "steps", "labels"} <= keys <= _STEPS,
         ]
         if not any(fits):
             raise ValueError(
                 f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant, "
                 "and optionally system, history, end_marker, or messages, and optionally system, tools) nor "
-                "a preference (user, chosen, rejected, and optionally system, edited, rating, end_marker)"
+                "a preference (user, chosen, rejected, and optionally system, edited, rating, end_marker) "
+                "nor labelled steps (user, steps, labels, and optionally system)"
             )
 
 

@@ -5,12 +5,14 @@ messages    Messages of OpenAI's or ShareGPT's form, in `messages`, `conversatio
             "input", "output"}.
 preference  TRL's {"prompt", "chosen", "rejected"}, plain or conversational. chosen and rejected may also hold
             the whole conversation. "edited" (better than chosen), "rating" and "tools" are optional.
+steps       TRL's {"prompt", "completions", "labels"}, and PRM800K's {"question", "label"}.
 transcript  HH-RLHF's {"chosen", "rejected"} as "\\n\\nHuman: ...\\n\\nAssistant: ..." texts.
 columns     One column per role, which `source.columns` names, as in {user: question, assistant: answer}. A
             value may join columns ("instruction+input" joins those that are not blank with a blank line) and
             name nested ones ("instances.0.output"). With `chosen` and `rejected` instead of `assistant` the
-            row is a preference. {messages: dialog} names the column of messages. `end_marker` is not a
-            column. It is a text that is removed from the end of responses ("<|endoftext|>" in T0's data).
+            row is a preference, and with `steps` and `labels` it has labelled steps. {messages: dialog} names
+            the column of messages. `end_marker` is not a column. It is a text that is removed from the end of
+            responses ("<|endoftext|>" in T0's data).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +20,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from megatron_post.config.data import Reasoning, Source, TrainOn
-from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
+from megatron_post.config.data import Neutral, Reasoning, Source, TrainOn
+from megatron_post.data.dialog import BadRow, Dialog, Message
 from megatron_post.data.row_columns import Columns, check_columns
 from megatron_post.data.row_keys import KeyCounts, Keys, as_list, text_of
 from megatron_post.data.row_messages import MarkedMessages, read_messages
@@ -32,7 +34,9 @@ from megatron_post.data.row_preferences import (
     turns_of,
 )
 from megatron_post.data.row_refusals import SYSTEM, refuse_harmful, refuse_templated, refuse_unused_context
+from megatron_post.data.row_steps import from_step_columns, from_steps, is_prm800k
 from megatron_post.data.row_tools import tools_of
+from megatron_post.data.step_example import Example
 
 _MESSAGES = ("messages", "conversations")
 _NO_MESSAGES = ("prompt", "completion", "chosen", "rejected", "edited", "history", "query", "response")
@@ -46,30 +50,37 @@ def example_of_row(
     *,
     train_on: TrainOn = "all_turns",
     reasoning: Reasoning = "refuse",
+    neutral: Neutral = "right",
     counts: KeyCounts | None = None,
-) -> Dialog | Preference:
+) -> Example:
     """The example of a single row. See `RowReader`."""
-    return RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)(row)
+    return RowReader(source, train_on=train_on, reasoning=reasoning, neutral=neutral, counts=counts)(row)
 
 
 class RowReader:
     """Makes examples of one source's rows. `counts` collects the keys that nothing has read."""
 
     def __init__(
-        self, source: Source, *, train_on: TrainOn, reasoning: Reasoning, counts: KeyCounts | None = None
+        self,
+        source: Source,
+        *,
+        train_on: TrainOn,
+        reasoning: Reasoning,
+        neutral: Neutral = "right",
+        counts: KeyCounts | None = None,
     ) -> None:
-        """train_on: as `data.train_on`, which the source may override.
+        """train_on: as `data.train_on`, which the source may override. neutral: as `data.steps.neutral`.
 
         Raises `ValueError` if `source.columns` cannot make an example.
         """
         check_columns(source)
-        self._source, self._reasoning = source, reasoning
+        self._source, self._reasoning, self._neutral = source, reasoning, neutral
         self._train_on = source.train_on or train_on
         self._counts = KeyCounts() if counts is None else counts
         self._columns = Columns(source, self._counts)
 
-    def __call__(self, raw: Any) -> Dialog | Preference:
-        """The dialog or preference in a row, by the source's format. Raises `BadRow` with the reason."""
+    def __call__(self, raw: Any) -> Example:
+        """The example in a row, by the source's format. Raises `BadRow` with the reason."""
         if not isinstance(raw, Mapping):
             raise BadRow(f"a row must be a mapping, not {type(raw).__name__}")
         row = Keys(raw, ignore=self._source.ignore)
@@ -88,8 +99,10 @@ class RowReader:
         self._counts.unused.update(row.unused())
         return example
 
-    def _example(self, row: Keys) -> Dialog | Preference:
+    def _example(self, row: Keys) -> Example:
         columns = self._source.columns
+        if "steps" in columns:
+            return from_step_columns(row, self._columns, columns)
         if "user" in columns:
             return self._from_columns(row)
         if "messages" in columns:
@@ -98,6 +111,8 @@ class RowReader:
         chosen = self._source.format if self._source.format != "auto" else _detect(row)
         if chosen == "messages":
             return self._from_messages(row)
+        if chosen == "steps":
+            return from_steps(row, lambda value, name: self._read(value, row, name), neutral=self._neutral)
         make = from_preference if chosen == "preference" else from_transcripts
         return make(row, lambda value, name: self._read(value, row, name))
 
@@ -131,7 +146,7 @@ class RowReader:
         context = [*history_of(row.get("history")), *turns_of(asked, "user")]
         return self._completion(context, turns_of(row.require(response), "assistant"), row)
 
-    def _from_columns(self, row: Keys) -> Dialog | Preference:
+    def _from_columns(self, row: Keys) -> Example:
         asked = Message("user", self._columns.text("user", row))
         if "assistant" not in self._source.columns:
             return from_ranked_columns(row, self._columns, (asked,))
@@ -164,13 +179,16 @@ class RowReader:
 def _detect(row: Keys) -> str:
     if "chosen" in row and "rejected" in row:
         return "transcript" if "prompt" not in row and is_transcript(row.peek("chosen")) else "preference"
+    if is_prm800k(row) or ("completions" in row and "labels" in row):
+        return "steps"
     if "completion" in row or _pairs_in(row) or _message_columns(row):
         return "messages"
     raise BadRow(
         f"cannot tell the format from the columns {list(row)}: neither `messages`, `prompt` and "
-        "`completion`, nor `chosen` and `rejected`; name the columns in the source's `columns`, for example "
-        "{user: question, assistant: answer}, {user: instruction+input, assistant: output} or "
-        "{messages: dialog}. A single text with all turns must be split into messages first"
+        "`completion`, `chosen` and `rejected`, nor `completions` and `labels`; name the columns in the "
+        "source's `columns`, for example {user: question, assistant: answer}, {user: instruction+input, "
+        "assistant: output} or {messages: dialog}. A single text with all turns must be split into messages "
+        "first"
     )
 
 
@@ -221,7 +239,7 @@ def _system_of(row: Keys) -> str:
     return text_of(row.one_of(*names), names[0]).strip() if names else ""
 
 
-def _with_system(example: Dialog | Preference, text: str) -> Dialog | Preference:
+def _with_system(example: Example, text: str) -> Example:
     """The example with a system prompt before its messages. Raises `BadRow` if it has another."""
     messages = example.messages if isinstance(example, Dialog) else example.prompt
     if not text:

@@ -1,4 +1,4 @@
-"""Reads local datasets and datasets on the hub into `Dialog` and `Preference`, and counts bad rows.
+"""Reads local datasets and datasets on the hub into examples, and counts bad rows.
 
 Local JSON Lines (.jsonl, .json, also gzipped) are read here line by line, strictly as UTF-8. `datasets` would
 reject a whole file for one broken line without naming it, and Arrow would give all rows the same nested keys.
@@ -15,12 +15,13 @@ from typing import IO, Any
 
 import datasets
 
-from megatron_post.config.data import Reasoning, Source, TrainOn
-from megatron_post.data.dialog import MAX_CHARACTERS, BadRow, Dialog, Preference
+from megatron_post.config.data import Neutral, Reasoning, Source, TrainOn
+from megatron_post.data.dialog import MAX_CHARACTERS, BadRow
 from megatron_post.data.row_csv import csv_rows
 from megatron_post.data.row_files import CSV_SUFFIXES, JSON_SUFFIXES, SUFFIXES, files_of
 from megatron_post.data.row_formats import RowReader
 from megatron_post.data.row_keys import KeyCounts
+from megatron_post.data.step_example import Example
 from megatron_post.storage.reading import did_you_mean_path, plain_file, reading
 
 # JSON escapes a character with up to 6 bytes, or with 12 bytes outside Unicode's basic plane.
@@ -70,19 +71,21 @@ def read_rows(
     bad_rows: BadRows,
     train_on: TrainOn = "all_turns",
     reasoning: Reasoning = "refuse",
+    neutral: Neutral = "right",
     counts: KeyCounts | None = None,
     records: Iterable[Record] | None = None,
-) -> Iterator[tuple[int, Dialog | Preference]]:
-    """Yield (row number, dialog or preference) for each good row, at most `source.max_rows` of them.
+) -> Iterator[tuple[int, Example]]:
+    """Yield (row number, example) for each good row, at most `source.max_rows` of them.
 
-    train_on, reasoning: as in `Data`. `source.train_on` has priority. counts: collects unused keys.
-    records: rows in place of those of `raw_rows`, already in the form of a dialog or a preference.
+    train_on, reasoning: as in `Data`. `source.train_on` has priority. neutral: as `data.steps.neutral`.
+    counts: collects unused keys. records: rows in place of those of `raw_rows`, already in the form of a
+    dialog or a preference.
 
     Row numbers start at 1 and are line numbers in a local JSON Lines file. They continue over the files of a
     directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, and for
     columns that cannot make an example.
     """
-    read = RowReader(source, train_on=train_on, reasoning=reasoning, counts=counts)
+    read = RowReader(source, train_on=train_on, reasoning=reasoning, neutral=neutral, counts=counts)
     num_good = 0
     for number, where, row in raw_rows(source) if records is None else records:
         try:

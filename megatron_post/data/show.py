@@ -11,7 +11,7 @@ from rich.text import Text
 
 from megatron_post.data.store import open_store
 from megatron_post.data.store_format import GroupName
-from megatron_post.data.template import TokenRole
+from megatron_post.data.template import RESPONSE_ROLES, STEP_ROLES, TokenRole
 from megatron_post.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_post.display import printable
 
@@ -22,8 +22,9 @@ _COLOURS = {
     TokenRole.BODY: "green",
     TokenRole.TERMINATOR: "magenta",
     TokenRole.MASKED: "yellow",
+    TokenRole.RIGHT_STEP: "bright_green",
+    TokenRole.WRONG_STEP: "bright_red",
 }
-_TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
 
 
 def show_pack(
@@ -33,12 +34,13 @@ def show_pack(
     console: Console,
     group: GroupName = "train",
     tokenizer_path: str | None = None,
-    trained_roles: Collection[TokenRole] = _TRAINED,
+    trained_roles: Collection[TokenRole] | None = None,
 ) -> None:
     """Print pack `index` of a store. Each segment has a line with its source and row, and then its text.
 
-    tokenizer_path: by default the path of the tokenizer that packed the store. Raises `ValueError` for a pack
-    that does not exist, and for a tokenizer that did not pack the store.
+    trained_roles: by default those of the store's kind of examples. tokenizer_path: by default the path of
+    the tokenizer that packed the store. Raises `ValueError` for a pack that does not exist, and for a
+    tokenizer that did not pack the store.
     """
     store = open_store(path, group)
     if not 0 <= index < len(store):
@@ -54,6 +56,8 @@ def show_pack(
             f"{tokenizer_path or store.settings.tokenizer_path} is {tokenizer.fingerprint:.12}; "
             "name the right one"
         )
+    if trained_roles is None:
+        trained_roles = STEP_ROLES if store.settings.layout == "steps" else RESPONSE_ROLES
     pack = store.read(index)
     console.print(_legend(trained_roles))
     bounds = zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True)

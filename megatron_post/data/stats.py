@@ -11,9 +11,7 @@ from rich.table import Table
 
 from megatron_post.data.store import PackStore, open_store
 from megatron_post.data.store_format import GROUPS
-from megatron_post.data.template import TokenRole
-
-_TRAINED = (TokenRole.BODY, TokenRole.TERMINATOR)
+from megatron_post.data.template import RESPONSE_ROLES, STEP_ROLES, TokenRole
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def role_counts(store: PackStore) -> RoleCounts:
         tokens += np.bincount(source * len(TokenRole) + roles, minlength=tokens.size).reshape(tokens.shape)
         for role, count in messages.items():
             # A message is one run of tokens, because a header or the segment's start precedes every message.
-            inside = np.isin(roles, _TRAINED) if role is TokenRole.BODY else roles == role
+            inside = np.isin(roles, RESPONSE_ROLES) if role is TokenRole.BODY else roles == role
             begins = inside & ~np.concatenate([[False], inside])[:-1]
             begins[ends[:-1]] = inside[ends[:-1]]
             count += np.bincount(source[begins], minlength=sources)
@@ -106,7 +104,10 @@ def source_stats(store: PackStore) -> list[SourceStats]:
 
 
 def packing_stats(
-    store: PackStore, *, trained_roles: Collection[TokenRole] = _TRAINED, counts: RoleCounts | None = None
+    store: PackStore,
+    *,
+    trained_roles: Collection[TokenRole] = RESPONSE_ROLES,
+    counts: RoleCounts | None = None,
 ) -> PackingStats:
     """Real tokens and padding of a group. counts: the store's role counts, computed here if it is None."""
     real, padded = int(store.column("length").sum()), int(store.column("padded").sum())
@@ -124,23 +125,27 @@ def packing_stats(
 
 
 def print_stats(
-    path: str | Path, *, console: Console, trained_roles: Collection[TokenRole] = _TRAINED
+    path: str | Path, *, console: Console, trained_roles: Collection[TokenRole] | None = None
 ) -> None:
-    """Print the tables of each group that has packs."""
+    """Print the tables of each group that has packs.
+
+    trained_roles: by default those of the store's kind of examples.
+    """
     for group in GROUPS:
         store = open_store(path, group)
         if len(store):
             console.print(f"{path}/{group}", highlight=False)
-            counts = role_counts(store)
+            counts, has_steps = role_counts(store), store.settings.layout == "steps"
+            trained = trained_roles or (STEP_ROLES if has_steps else RESPONSE_ROLES)
             _print_sources(store, console)
-            _print_trained(counts, trained_roles, store, console)
-            _print_packing(packing_stats(store, trained_roles=trained_roles, counts=counts), store, console)
+            _print_trained(counts, trained, store, console)
+            _print_packing(packing_stats(store, trained_roles=trained, counts=counts), store, console)
 
 
 def _print_sources(store: PackStore, console: Console) -> None:
     table = Table(box=SIMPLE)
     table.add_column("source", overflow="fold")
-    dialogs = store.settings.layout == "dialogs"
+    dialogs = store.settings.layout in ("dialogs", "steps")
     rows = ("rows", "%", "turns", "tokens", "in context", "in final response")
     comparisons = ("comparisons", "%", "turns", "tokens an example", "in prompt", "in response")
     for heading in rows if dialogs else comparisons:
@@ -202,10 +207,11 @@ def _contexts_and_responses(store: PackStore, num_units: int) -> tuple[np.ndarra
     """
     unit, responses = store.column("unit"), store.column("response")
     contexts = store.column("length") - responses
-    ends = np.ones(len(unit)) if store.settings.layout == "dialogs" else store.column("rank") >= 0
+    dialogs = store.settings.layout in ("dialogs", "steps")
+    ends = np.ones(len(unit)) if dialogs else store.column("rank") >= 0
     count = np.bincount(unit, weights=ends, minlength=num_units)
     context = np.bincount(unit, weights=contexts, minlength=num_units)
-    copies = np.maximum(count, 1) if store.settings.layout in ("dialogs", "separate") else 1.0
+    copies = np.maximum(count, 1) if dialogs or store.settings.layout == "separate" else 1.0
     return context / copies, np.bincount(unit, weights=responses, minlength=num_units) / np.maximum(count, 1)
 
 

@@ -45,10 +45,10 @@ REFERENCE = "reference_logps"
 DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
 
 
-# With "dialogs" a unit is one segment. The others hold preferences. With "separate" a unit has a segment for
-# each response, which repeats the prompt. With "isolated" and "concatenated" the prompt is the first segment,
-# and each response is one more.
-StoreLayout = Literal["dialogs", "separate", "isolated", "concatenated"]
+# With "dialogs" a unit is one segment, and with "steps" it is one solution. The others hold preferences. With
+# "separate" a unit has a segment for each response, which repeats the prompt. With "isolated" and
+# "concatenated" the prompt is the first segment, and each response is one more.
+StoreLayout = Literal["dialogs", "steps", "separate", "isolated", "concatenated"]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from megatron_post.data.special_tokens import (
     PYTHON_TAG,
     START_HEADER,
 )
+from megatron_post.data.step_example import Example, Solution
 from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.data.tools import call_text, with_tools
 
@@ -41,6 +42,12 @@ class TokenRole(IntEnum):
     BODY = 3  # the assistant's text and calls, with <|python_tag|>
     TERMINATOR = 4  # the assistant's <|eot_id|> or <|eom_id|>
     MASKED = 5  # bodies and terminators of assistant messages that the row masks, which are never trained
+    RIGHT_STEP = 6  # the last token of a step that is labelled right
+    WRONG_STEP = 7  # the last token of a step that is labelled wrong
+
+
+STEP_ROLES = (TokenRole.RIGHT_STEP, TokenRole.WRONG_STEP)
+RESPONSE_ROLES = (TokenRole.BODY, TokenRole.TERMINATOR, *STEP_ROLES)  # of a response that is not masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def render_prompt(
     return _encode([segments], tokenizer)[0].tokens
 
 
-def texts_of(example: Dialog | Preference) -> Iterator[str]:
+def texts_of(example: Example) -> Iterator[str]:
     """Yield every text that `render` encodes for an example."""
     responses = () if isinstance(example, Dialog) else example.responses
     opening = example.messages if isinstance(example, Dialog) else example.prompt
@@ -112,6 +119,36 @@ def render_preferences(
     return [(next(rendered), tuple(next(rendered) for _ in range(count))) for count in counts]
 
 
+def render_solutions(
+    solutions: Iterable[tuple[Sequence[Message], Solution, Sequence[dict]]],
+    tokenizer: Tokenizer,
+    *,
+    separator: str,
+) -> list[Rendered]:
+    """Each prompt with the steps of a solution. The last token of a labelled step has one of `STEP_ROLES`.
+
+    solutions: (prompt, solution, tools). separator: the text between two steps, which belongs to the step
+    before it. A step is encoded separately, so no token spans two steps. All texts are encoded in one call.
+    """
+    template = _Template(tokenizer)
+    rows: list[list[_Segment]] = []
+    for messages, solution, tools in solutions:
+        prompt = template.opening(with_tools(tuple(messages), tuple(tools)))
+        *steps, last = solution.steps
+        texts = [*(step + separator for step in steps), last]
+        rows.append(
+            [(piece, _as_history(role)) for piece, role in prompt]
+            + [template.header("assistant")]
+            + [(text, _role_of_step(label)) for text, label in zip(texts, solution.labels, strict=True)]
+            + [template.end_of_turn]
+        )
+    return _encode(rows, tokenizer)
+
+
+def _role_of_step(label: bool | None) -> TokenRole:
+    return TokenRole.BODY if label is None else STEP_ROLES[not label]
+
+
 def _as_history(role: TokenRole) -> TokenRole:
     return TokenRole.PROMPT if role in (TokenRole.BODY, TokenRole.TERMINATOR) else role
 
@@ -133,6 +170,10 @@ class _Template:
 
     def header(self, role: str) -> _Segment:
         return self._headers[role], TokenRole.HEADER
+
+    @property
+    def end_of_turn(self) -> _Segment:
+        return [self._special(END_OF_TURN)], TokenRole.TERMINATOR
 
     def opening(self, messages: Sequence[Message]) -> Iterator[_Segment]:
         """The segments of begin-of-text and of the messages."""
@@ -171,6 +212,9 @@ def _encode(rows: Sequence[Sequence[_Segment]], tokenizer: Tokenizer) -> list[Re
         for piece, role in row:
             ids = ids_of[piece] if isinstance(piece, str) else piece
             tokens += ids
-            roles += bytes((role,)) * len(ids)
+            if role in STEP_ROLES:  # only the last token of a step carries its label
+                roles += bytes((TokenRole.BODY,)) * (len(ids) - 1) + bytes((role,))
+            else:
+                roles += bytes((role,)) * len(ids)
         rendered.append(Rendered(np.array(tokens, dtype=np.int32), np.frombuffer(roles, dtype=np.uint8)))
     return rendered

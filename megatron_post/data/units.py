@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_post.data.template import Rendered, TokenRole
+from megatron_post.data.template import RESPONSE_ROLES, Rendered
 
 Lengths = TypeVar("Lengths", int, np.ndarray)
 
@@ -15,7 +15,7 @@ Lengths = TypeVar("Lengths", int, np.ndarray)
 class Units:
     """U units with S segments and T tokens in total.
 
-    A dialog is a unit of one segment. A preference is a unit of several segments.
+    A dialog or a solution in steps is a unit of one segment. A preference is a unit of several segments.
     """
 
     tokens: np.ndarray  # int32 [T]
@@ -99,7 +99,7 @@ def response_length(roles: np.ndarray) -> int:
 
     roles: uint8 [n].
     """
-    others = np.flatnonzero(~np.isin(roles, (TokenRole.BODY, TokenRole.TERMINATOR)))
+    others = np.flatnonzero(~np.isin(roles, RESPONSE_ROLES))
     return len(roles) - 1 - int(others[-1]) if len(others) else len(roles)
 
 

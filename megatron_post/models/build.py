@@ -130,10 +130,12 @@ def _chunk(
         vp_stage=virtual_stage,
     )
     model.real_vocab_size = m.vocab_size
-    model.scalar_head = scalar
+    model.scalar_head, model.scores_steps = scalar, config.traits.scores_steps
     model.loss_impl = config.loss.impl
     if scalar and model.post_process:
-        model.output_layer = RewardHead(core, tensor_group=topology.groups.tp)
+        model.output_layer = RewardHead(
+            core, tensor_group=topology.groups.tp, has_bias=config.traits.scores_steps
+        )
     if config.optimizer.gradient_accumulation_fusion:
         fuse_weight_gradients(model)
     model.rotary_pos_emb = PositionRotary(m, device=topology.device, context_group=topology.groups.cp)

@@ -49,6 +49,7 @@ class Llama(GPTModel):
 
     real_vocab_size: int
     scalar_head: bool = False
+    scores_steps: bool = False
     loss_impl: Literal["fused", "unfused"] = "fused"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

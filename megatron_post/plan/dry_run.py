@@ -240,7 +240,8 @@ def _whole_model(config: Config, stages: Sequence[StageReport]) -> int:
     """
     m, p = config.model, config.parallel
     layers = sum(sum(stage.layers) for stage in stages)
-    copied = layers * 2 * m.hidden_size + m.hidden_size + (m.hidden_size if config.traits.scalar_head else 0)
+    score = m.hidden_size + config.traits.scores_steps
+    copied = layers * 2 * m.hidden_size + m.hidden_size + (score if config.traits.scalar_head else 0)
     sharded = (sum(stage.parameters for stage in stages) - copied) * p.tensor
     tables = sum(chunk.embedding for rank in chunks(config) for chunk in rank)
     tied_elsewhere = m.tie_word_embeddings and p.pipeline * p.virtual_pipeline > 1

@@ -78,7 +78,7 @@ def _head_parameters(config: Config, chunk: Chunk) -> int:
     """
     h = config.model.hidden_size
     if config.traits.scalar_head:
-        return h
+        return h + config.traits.scores_steps  # a reward model of steps has a bias
     tied = config.model.tie_word_embeddings and chunk.embedding
     return 0 if tied else vocabulary_rows(config) * h
 
@@ -90,7 +90,8 @@ def model_parameters(config: Config) -> int:
     attention = m.num_attention_heads * m.head_dim
     layer = m.hidden_size * (2 * attention + 2 * kv + 3 * m.ffn_hidden_size + 2)
     embeddings = m.vocab_size * m.hidden_size
-    head = m.hidden_size if config.traits.scalar_head else embeddings * (not m.tie_word_embeddings)
+    score = m.hidden_size + config.traits.scores_steps
+    head = score if config.traits.scalar_head else embeddings * (not m.tie_word_embeddings)
     return m.num_layers * layer + embeddings + m.hidden_size + head
 
 

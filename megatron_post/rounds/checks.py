@@ -3,13 +3,11 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from megatron_post.config.data import Source
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
-from megatron_post.config.stages import StageName
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
@@ -20,7 +18,7 @@ from megatron_post.inference.tokens import prompt_ids
 from megatron_post.installation import install_command
 from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.round import Round
-from megatron_post.rounds.settings import RoundSettings
+from megatron_post.rounds.settings import RoundSettings, Stages
 from megatron_post.rounds.verifier import ExactMatch
 
 _HEADER = 16  # the largest number of tokens of a message around its text
@@ -70,7 +68,7 @@ def check_files(settings: RoundSettings) -> None:
         _check_lengths(settings, key, prompts, pack_length=pack_length)
     if settings.select.cleaning is not None:
         load_rules(settings.select.cleaning)
-    configs = {stage: first.similar_run(stage) for stage in get_args(StageName)}
+    configs = {stage: first.similar_run(stage) for stage in Stages.trained}
     for stage, config in configs.items():
         _check_content_tokens(config, settings)
         ranks = settings.ranks or config.parallel.model_size

@@ -95,6 +95,7 @@ class MergedModel:
         first = sources[0]
         self.model: Model = first.model
         self.scalar_head: bool = first.scalar_head
+        self.scores_steps: bool = first.scores_steps
         self.tensors = {
             name: Kind(DTYPE_NAMES[plan.dtype] if plan.dtype else kind.dtype, kind.shape)
             for name, kind in first.tensors.items()
@@ -233,6 +234,8 @@ def _check_alike(paths: Sequence[str], sources: Sequence[ModelSource]) -> None:
         ]
         if source.scalar_head != first.scalar_head:
             found.append("one is a reward model, the other a language model")
+        elif source.scores_steps != first.scores_steps:
+            found.append("one reward model scores steps, the other whole responses")
         if not _same_tokenizer(companions, source.companions()):
             found.append("their tokenizers differ, so the same text would have different ids")
         if found:

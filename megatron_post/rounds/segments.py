@@ -1,4 +1,4 @@
-"""Computes one value for each segment with a model on these ranks. `score` and `evaluate choices` use it."""
+"""Computes values of segments with a model on these ranks. `score` and `evaluate choices` use it."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -45,25 +45,34 @@ def values_of_segments(
     topology: Topology,
     config: Config,
     pad_id: int,
+    places: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """One value for each segment, float64 [segments], the same on all ranks. All ranks must call it.
+    """The values of segments, float64 [values], the same on all ranks. All ranks must call it.
 
     values_of: makes the values [n] of a pack's n segments of the model's output and this rank's part of the
-    pack. copies: the number of ranks of a pack that have the same value of a segment, by whose sum the
-    result is divided. rows: names the rows of the segments in a message.
+    pack. There is one value for each segment. places: makes it one value for each of these tokens of a
+    segment, int64, counted from its first token. `values_of` then makes the values [t] of the pack's tokens.
+    copies: the number of ranks of a pack that have the same value, by whose sum the result is divided. rows:
+    names the rows of the segments in a message.
 
     Raises `ValueError` for a segment that is longer than a pack.
     """
-    found = np.zeros(len(segments))
+    counts = np.ones(len(segments), dtype=np.int64) if places is None else np.array([*map(len, places)])
+    ends = np.cumsum(counts)
+    found = np.zeros(int(ends[-1]))
     own = slice(topology.data_rank, None, topology.data_size)
     # With twice as many packs as stages, a stage is idle for at most a third of the time.
     at_once = 2 * config.parallel.pipeline if config.parallel.pipeline > 1 else 1
     share = at_once * topology.data_size
     for members, packs in _packs(segments, config, rows=rows, pad_id=pad_id, share=share):
         # Each data-parallel rank scores its own packs. `_packs` adds empty packs so that all have as many.
-        for index, (output, part) in zip(members[own], stepper.outputs(packs[own]), strict=False):
-            values = values_of(output, part).tolist()
-            found[index] = values[: len(index)]
+        outputs = zip(members[own], packs[own], stepper.outputs(packs[own]), strict=False)
+        for index, pack, (output, part) in outputs:
+            values = values_of(output, part).double().cpu().numpy()
+            for number, segment in enumerate(index):
+                start = pack.cu_seqlens[number]
+                taken = [number] if places is None else start + places[segment]
+                found[ends[segment] - counts[segment] : ends[segment]] = values[taken]
     total = torch.from_numpy(found).to(topology.device)
     # Only the last pipeline stage fills `found`.
     torch.distributed.all_reduce(total)

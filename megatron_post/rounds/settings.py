@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -11,6 +11,7 @@ from megatron_post.config.data import Data, Source
 from megatron_post.config.load import load_section
 from megatron_post.config.section import Count, Name, Positive, Section, Whole
 from megatron_post.config.sections import DPO, Parallel, Precision
+from megatron_post.config.stages import StageName
 from megatron_post.inference.settings import (
     PART,
     BackendSettings,
@@ -99,6 +100,8 @@ class RoundGenerate(Section):
 
 class Stages(Section):
     """Configs of the training runs. The round sets run_dir, model, tokenizer and data in them."""
+
+    trained: ClassVar[tuple[StageName, ...]] = ("reward", "sft", "dpo")
 
     reward: Name = Field(description="config of the reward model's training")
     sft: Name = Field(description="config of supervised fine-tuning")

@@ -123,7 +123,7 @@ class PreferenceRow(_Made):
 class StepLabels(_Made):
     """A solution whose steps are labelled as right or wrong, in TRL's format for stepwise supervision.
 
-    Such rows train a process reward model. They are not dialogs, so `data pack` refuses them.
+    Such rows train a reward model of steps, with stage=step_reward.
     """
 
     prompt: str

@@ -14,8 +14,10 @@ def check_weights(directory: Path, stored: dict[str, Any], config: Config) -> No
     stored: the `state` of the checkpoint's manifest.
     """
     wrong = differences(config.model, read_model(directory))
-    if stored["scalar_head"] != config.traits.scalar_head:
-        kind = "a reward model's" if stored["scalar_head"] else "a language model's"
+    scores_steps = stored.get("scores_steps", False)
+    if (stored["scalar_head"], scores_steps) != (config.traits.scalar_head, config.traits.scores_steps):
+        of_scores = "a reward model's of steps" if scores_steps else "a reward model's"
+        kind = of_scores if stored["scalar_head"] else "a language model's"
         wrong.append(f"stage={config.stage}, and the weights are {kind}")
     if config.needs_reference and config.model.init_from is None:
         wrong.append("the reference needs model.init_from, the directory that was converted")

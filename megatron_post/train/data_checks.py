@@ -46,7 +46,7 @@ def check_sources(config: Config, store: PackStore) -> None:
 def check_trained(
     config: Config, stage: Stage, stores: Iterable[PackStore | None], topology: Topology
 ) -> None:
-    """Raises `StoreError` on all ranks if a store has no trained token or no pair.
+    """Raises `StoreError` on all ranks if a store has no trained token, no labelled step or no pair.
 
     Only the held-out packs that are evaluated count. All ranks must call this function. Rank 0 reads packs of
     each store until it finds one that has something to train, and sends the result to the others.
@@ -69,7 +69,8 @@ def _check_trained(config: Config, stage: Stage, store: PackStore) -> None:
     if any(_is_trained(store.read(number), stage) for number in range(count)):
         return
     key = config.traits.trained_roles
-    what = "no pair" if key is None else f"no token with {key}=[{','.join(flatten(config)[key])}]"
+    untrained = "no labelled step" if config.traits.examples == "steps" else "no pair"
+    what = untrained if key is None else f"no token with {key}=[{','.join(flatten(config)[key])}]"
     raise StoreError(
         f"store {store.path}/{store.group} has {what} in any of its {count} packs, so there is nothing to "
         f"{'train' if store.group == 'train' else 'evaluate'}; `megatron-post data stats {store.path}` shows "

@@ -69,7 +69,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
     overrides = get_standard_config_overrides(settings)
     if config.traits.scalar_head:
         factor = config.reward.head_lr_multiplier
-        head = ParamKey(name="*output_layer.weight")
+        head = ParamKey(name="*output_layer.*")
         overrides[head] = ParamGroupOverride(max_lr=o.lr * factor, min_lr=o.min_lr * factor)
     optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides)
     core.grad_scale_func = optimizer.scale_loss

@@ -18,6 +18,7 @@ from megatron_post.stages.comparisons import SegmentSums
 from megatron_post.stages.dpo import DPO
 from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
+from megatron_post.stages.step_reward import StepReward
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.fence import claim_together
 from megatron_post.train.guard import Guard
@@ -39,6 +40,8 @@ def make_stage(config: Config, topology: Topology) -> Stage:
     """The stage that the config names."""
     if config.stage == "sft":
         return SFT(config.loss.trained_roles)
+    if config.stage == "step_reward":
+        return StepReward()
     group = topology.groups.cp
     # A segment's tokens are split over the context-parallel ranks, so its sum is too. Every rank of the group
     # then has the whole sum, and only the first one counts it: otherwise pairs would count CP times.
@@ -59,7 +62,12 @@ def load_model(config: Config, topology: Topology, *, trained: bool = False) -> 
         precision = config.precision.model_copy(update={"fp8_param_gather": False})
         config = config.model_copy(update={"precision": precision})
     chunks = build_model(config, topology)
-    weights = open_weights(config.model, seed=config.seed, scalar_head=config.traits.scalar_head)
+    weights = open_weights(
+        config.model,
+        seed=config.seed,
+        scalar_head=config.traits.scalar_head,
+        scores_steps=config.traits.scores_steps,
+    )
     load_weights(chunks, weights, config.model)
     return chunks
 

@@ -36,7 +36,12 @@ def train(config: Config) -> None:
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     # Opening checks that the weights belong to this model, before any rank joins a process group.
-    open_weights(config.model, seed=config.seed, scalar_head=config.traits.scalar_head)
+    open_weights(
+        config.model,
+        seed=config.seed,
+        scalar_head=config.traits.scalar_head,
+        scores_steps=config.traits.scores_steps,
+    )
     with StopRequest() as stop, joined_ranks(config) as topology:
         check_trained(config, make_stage(config, topology), [train_store, held_out], topology)
         start_from = config.model.init_from

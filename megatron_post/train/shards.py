@@ -85,7 +85,8 @@ def checkpoint_bytes(config: Config) -> int:
     parameter takes 14 bytes with bf16 and 16 with fp32.
     """
     model = config.model.model_copy(update={"vocab_size": padded_vocab_size(config)})
-    shapes = hf_shapes(model, scalar_head=config.traits.scalar_head).values()
+    traits = config.traits
+    shapes = hf_shapes(model, scalar_head=traits.scalar_head, scores_steps=traits.scores_steps).values()
     weight = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     return sum(map(prod, shapes)) * (weight.itemsize + len(_STATES) * torch.float32.itemsize)
 

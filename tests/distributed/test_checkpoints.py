@@ -51,7 +51,9 @@ def _train_or_resume_and_save(config: Config) -> None:
         trainer.checkpoints.wait()
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [("sft", "fp32"), ("sft", "bf16"), ("reward", "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [("sft", "fp32"), ("sft", "bf16"), ("reward", "fp32"), ("step_reward", "fp32")]
+)
 def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str) -> None:
     """Seven layouts in turn load the last one's checkpoint and save it again. No layout pads 256 ids."""
     saved: dict[str, Tensor] = {}
@@ -75,12 +77,12 @@ def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str) -> 
         assert whole.keys() == saved.keys()
         for key, value in saved.items():
             assert torch.equal(whole[key], value), (key, parallel)
-    if stage == "sft":  # the packs have no pairs, so a reward model has no gradient
+    if stage == "sft":  # the packs have no pairs and no steps, so a reward model has no gradient
         assert all(bool(value.any()) for key, value in saved.items() if ".exp_avg." in key)
 
 
 @pytest.mark.parametrize(("dtype", "each"), [("bf16", 14), ("fp32", 16)])
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "step_reward"])
 def test_bytes_that_launch_counts_are_those_that_are_written(
     tmp_path: Path, dtype: str, each: int, stage: str
 ) -> None:
@@ -93,7 +95,8 @@ def test_bytes_that_launch_counts_are_those_that_are_written(
     directory = manifest.step_directory(tmp_path / "run" / "checkpoints", 1)
     tensors = sum(kind.nbytes for kind in DistCheckpoint(directory).kinds.values())
     padded = config.model.model_copy(update={"vocab_size": 256})
-    parameters = sum(prod(shape) for shape in hf_shapes(padded, scalar_head=stage == "reward").values())
+    head = {"scalar_head": stage != "sft", "scores_steps": stage == "step_reward"}
+    parameters = sum(prod(shape) for shape in hf_shapes(padded, **head).values())
     assert checkpoint_bytes(config) == tensors == each * parameters
     written = sum(path.stat().st_size for path in directory.glob("*.distcp"))
     pieces = len(read_metadata(directory / ".metadata").storage_data)

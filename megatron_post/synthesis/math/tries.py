@@ -3,10 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeVar
 
 from megatron_post.data.dialog import Message
+from megatron_post.data.step_example import steps_of
 from megatron_post.inference.request import Reply
 from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.judge import ask_judge
@@ -15,7 +15,6 @@ from megatron_post.synthesis.replies import unless_refused
 from megatron_post.synthesis.task import Task
 
 _BOX = "\\boxed{"
-_STEP = re.compile(r"^(?:#+ *)?Step +(\d{1,4}):", re.MULTILINE)
 _VERDICT = re.compile(r"Step (\d{1,4}): (right|wrong)")
 
 
@@ -44,18 +43,6 @@ def boxed_answer(text: str) -> str | None:
         if depth == 0:
             return text[begin:place].strip() or None
     return None
-
-
-def steps_of(text: str) -> tuple[str, ...]:
-    """The steps of a text. They begin with "Step 1:", "Step 2:" and so on at the start of a line.
-
-    Text before the first step is a part of it. The result is empty if the numbers are not 1, 2 and so on.
-    """
-    found = list(_STEP.finditer(text))
-    if [int(match[1]) for match in found] != list(range(1, len(found) + 1)):
-        return ()
-    starts = [0, *(match.start() for match in found[1:]), len(text)]
-    return tuple(text[a:b].strip() for a, b in pairwise(starts)) if found else ()
 
 
 def step_verdicts(text: str, steps: int) -> list[bool] | None:

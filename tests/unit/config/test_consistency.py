@@ -8,6 +8,7 @@ import pytest
 from megatron_post.config.chain import Chain
 from megatron_post.config.consistency import NEEDS
 from megatron_post.config.load import ConfigError, load_config, parse, to_yaml
+from megatron_post.config.stages import STAGES
 from megatron_post.inference.request import Sampling
 from megatron_post.launch.cluster import Cluster
 from megatron_post.rounds.merge_settings import MethodMerge
@@ -45,6 +46,8 @@ SOURCES = [{"name": "math", "path": "math.jsonl"}, {"name": "chat", "path": "cha
             "data.preferences.min_rating=null has no effect with stage=sft: set stage to reward or dpo",
         ),
         ("reward", {"loss": {"impl": "unfused"}}, "loss.impl=unfused has no effect with stage=reward"),
+        ("step_reward", {"reward": {"layout": "separate"}}, "reward.layout=separate has no effect"),
+        ("reward", {"data": {"steps": {"neutral": "wrong"}}}, "data.steps.neutral=wrong has no effect"),
         (
             "sft",
             {"recompute": {"modules": ["mlp"]}},
@@ -120,7 +123,7 @@ def test_the_table_names_keys(need: Any) -> None:
 
 
 def test_a_saved_config_names_every_key_and_is_loaded_again(tmp_path: Path) -> None:
-    for stage in ("sft", "reward", "dpo"):
+    for stage in STAGES:
         (tmp_path / "config.yaml").write_text(to_yaml(tiny_config(stage=stage)))
         assert load_config(tmp_path / "config.yaml") == tiny_config(stage=stage)
 

@@ -85,6 +85,7 @@ def test_kinds_of_some_keys() -> None:
     [
         ("sft", {"loss.trained_roles"}),
         ("reward", {"reward.layout"}),
+        ("step_reward", set()),
         ("dpo", {"dpo.beta", "dpo.reference", "dpo.trained_roles", "precision.fp8"}),
     ],
 )

@@ -81,7 +81,10 @@ train: {steps: 10, global_batch: 4}
         ("optimizer=null", "optimizer: Input should be a mapping of keys (got None)"),
         ("model.preset=[a]", "model: preset ['a'] is unknown"),
         ("model.preset=tinny", "(did you mean 'tiny'?)"),
-        ("stage=sfft", "Input should be 'sft' or 'reward' or 'dpo' (did you mean 'sft'?) (got 'sfft')"),
+        (
+            "stage=sfft",
+            "Input should be 'sft' or 'reward' or 'step_reward' or 'dpo' (did you mean 'sft'?) (got 'sfft')",
+        ),
         ("optimizer.lrr=1", "optimizer.lrr: unknown key (value 1) (did you mean 'optimizer.lr'?)"),
         ("optimizr.lr=1", "optimizr: unknown key (value {'lr': 1}) (did you mean 'optimizer'?)"),
         ("warmup_step=1", "warmup_step: unknown key (value 1) (did you mean 'optimizer.warmup_steps'?)"),

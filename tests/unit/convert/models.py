@@ -39,22 +39,41 @@ def shaped_like(size: str, *, tied: bool = False) -> Model:
 
 
 def weights_of(
-    model: Model, *, scalar_head: bool = False, dtype: torch.dtype = torch.float32
+    model: Model,
+    *,
+    scalar_head: bool = False,
+    scores_steps: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Random tensors by Hugging Face's names. Norms are random too, so that swapped norms are noticed."""
-    source = RandomWeights(model, seed=7, scalar_head=scalar_head)
-    tensors = {name: source.read(name, None, 0, 0) for name in hf_shapes(model, scalar_head=scalar_head)}
+    head = {"scalar_head": scalar_head, "scores_steps": scores_steps}
+    source = RandomWeights(model, seed=7, **head)
+    tensors = {name: source.read(name, None, 0, 0) for name in hf_shapes(model, **head)}
     torch.manual_seed(8)
     return {name: (t + 0.05 * torch.randn(t.shape)).to(dtype) for name, t in tensors.items()}
 
 
 def write_hf(
-    directory: Path, model: Model, tensors: dict[str, Tensor], *, shards: int = 1, scalar_head: bool = False
+    directory: Path,
+    model: Model,
+    tensors: dict[str, Tensor],
+    *,
+    shards: int = 1,
+    scalar_head: bool = False,
+    scores_steps: bool = False,
 ) -> Path:
     """Write a Hugging Face directory of these tensors with the `safetensors` library."""
     directory.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    values = to_hf_config(model, dtype=dtype, bos_id=1, eos_ids=[2], pad_id=None, scalar_head=scalar_head)
+    values = to_hf_config(
+        model,
+        dtype=dtype,
+        bos_id=1,
+        eos_ids=[2],
+        pad_id=None,
+        scalar_head=scalar_head,
+        scores_steps=scores_steps,
+    )
     (directory / "config.json").write_text(json.dumps(values))
     (directory / "tokenizer.json").write_text("a tokenizer")
     names = list(tensors)

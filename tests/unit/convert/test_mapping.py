@@ -7,6 +7,7 @@ from megatron_post.convert.hf_reader import RandomWeights, SafetensorsDirectory
 from megatron_post.convert.mapping import (
     RULES,
     SCORE,
+    SCORE_BIAS,
     hf_from_shards,
     hf_shapes,
     interleave_qkv,
@@ -32,7 +33,8 @@ def test_qkv_by_hand() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.core)
 def test_shards_rejoin_to_the_tensor(rule, size: int) -> None:
     names = tuple(name.format(1) for name in rule.hf)
-    source, padded = RandomWeights(MODEL, seed=0, scalar_head=rule.hf == SCORE), 256
+    is_score = rule.hf in (SCORE, SCORE_BIAS)
+    source, padded = RandomWeights(MODEL, seed=0, scalar_head=is_score, scores_steps=is_score), 256
     shards = [
         shard_from_hf(rule, names, source.read, MODEL, rank=r, size=size, padded_vocab=padded)
         for r in range(size)

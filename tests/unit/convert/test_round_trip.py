@@ -17,13 +17,15 @@ from megatron_post.storage import manifest
 from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_of, write_hf
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "score", "tied, score"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "score", "tied, score", "score of steps"])
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
 def test_round_trip_is_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
     """HF -> Megatron -> HF returns identical files, configs and tokenizer included."""
-    model, scalar = shaped_like(size, tied="tied" in kind), "score" in kind
-    tensors = weights_of(model, scalar_head=scalar, dtype=torch.bfloat16)
-    write_hf(tmp_path / "hf", model, tensors, scalar_head=scalar)
+    model, head = shaped_like(size, tied="tied" in kind), {"scalar_head": "score" in kind}
+    head["scores_steps"] = "steps" in kind
+    tensors = weights_of(model, dtype=torch.bfloat16, **head)
+    assert ("score.bias" in tensors) == ("steps" in kind)
+    write_hf(tmp_path / "hf", model, tensors, **head)
     to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
     to_hf(tmp_path / "checkpoints", tmp_path / "back")
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}

@@ -74,7 +74,7 @@ def test_recomputed_norms() -> None:
     assert recomputed.activation_bytes < kept.activation_bytes
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "step_reward"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_stages_hold_the_model(stage: str, mode: str) -> None:
     """Each stage has the parameters that the planner computes.

@@ -8,7 +8,12 @@ from tests.unit.convert.models import weights_of, write_hf
 
 
 def tiny_policy(
-    directory: Path, *, scalar_head: bool = False, text: str = "a b c 1 2 3", positions: int = 256
+    directory: Path,
+    *,
+    scalar_head: bool = False,
+    scores_steps: bool = False,
+    text: str = "a b c 1 2 3",
+    positions: int = 256,
 ) -> Path:
     """A Hugging Face directory of two layers with a tokenizer of bytes, made of `text`.
 
@@ -17,6 +22,7 @@ def tiny_policy(
     tokenizer = train_small_tokenizer([text] * 5, 280)
     shape = {"num_layers": 2, "vocab_size": 288, "rope_scaling": None, "max_position_embeddings": positions}
     model = tiny_config().model.model_copy(update=shape)
-    write_hf(directory, model, weights_of(model, scalar_head=scalar_head), scalar_head=scalar_head)
+    head = {"scalar_head": scalar_head, "scores_steps": scores_steps}
+    write_hf(directory, model, weights_of(model, **head), **head)
     tokenizer.save(directory)
     return directory

@@ -11,6 +11,7 @@ from megatron_post.data.dialog import BadRow, Dialog, Message, Preference, ToolC
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
+from megatron_post.data.step_example import Solution, StepExample
 from megatron_post.synthesis.row import PreferenceRow, Row, StepLabels, readable_messages, row_id
 
 CORRECTED = [
@@ -96,8 +97,9 @@ def test_labelled_steps_are_rows_of_their_own() -> None:
         **{"prompt": "q", "completions": ["a", "b"], "labels": [True, False], "soft_labels": [0.5, 0.0]}
     }
     assert [message["role"] for message in readable_messages(row)] == ["user", "step, right", "step, wrong"]
-    with pytest.raises(BadRow, match="cannot tell the format"):  # it is no dialog
-        example_of_row(row, Source(name="s", path="rows.jsonl"))
+    example = example_of_row(row, Source(name="s", path="rows.jsonl"))
+    assert isinstance(example, StepExample)
+    assert example.solutions == (Solution(("a", "b"), (True, False)),)
     for wrong, reason in (
         (StepLabels("q", ["a"], [True, False], "math"), "1 steps have 2 labels"),
         (StepLabels("q", [], [], "math"), "0 steps have 0 labels"),
