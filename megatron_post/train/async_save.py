@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from blake3 import blake3
@@ -36,6 +36,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_post.convert.safetensors_file import raw_bytes
+from megatron_post.convert.source import Kind
+from megatron_post.convert.torch_archive import ArchiveFile, blocks_of
 from megatron_post.train.shards import Shard
 
 
@@ -198,9 +201,10 @@ def _write_files(save: Save, values: Any, *, name: str) -> dict[str, Any]:
     tensors, objects = [], []
     with (save.partial / name).open("wb", buffering=0) as file:
         stream = _Hashed(file)
+        archives = ArchiveFile(stream)
         for shard, saved in zip(save.shards, values, strict=True):
             begin = stream.position
-            stream.save(saved)
+            archives.append(Kind(saved.dtype, tuple(saved.shape)), blocks_of(raw_bytes(saved)))
             place = [begin, stream.position - begin]
             dtype = str(saved.dtype).removeprefix("torch.")
             tensors.append([shard.key, dtype, shard.shape, shard.offsets, list(saved.shape), name, place])
@@ -243,34 +247,17 @@ def _metadata(notes: Sequence[dict[str, Any]]) -> Metadata:
 class _Hashed:
     """An unbuffered file that counts and hashes the bytes written to it, so that no file is read again."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest, self.position = file, blake3(), 0
-        self._error: OSError | None = None
 
     @property
     def entry(self) -> dict[str, Any]:
         """The manifest's entry of the file."""
         return {"bytes": self.position, "blake3": self._digest.hexdigest()}
 
-    def save(self, values: Tensor) -> None:
-        """Write values with `torch.save`. Raises the disk's error, which `torch.save` would replace."""
-        try:
-            torch.save(values, cast(IO[bytes], self))
-        except RuntimeError as error:
-            raise self._error or error from error
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
+    def write(self, block: bytes | memoryview) -> None:
+        view, written = memoryview(block), 0
         self._digest.update(view)
-        written = 0
-        try:
-            while written < len(view):
-                written += self._file.write(view[written:])
-        except OSError as error:
-            self._error = self._error or error
-            raise
+        while written < len(view):
+            written += self._file.write(view[written:])
         self.position += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Do nothing. The file is unbuffered."""

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from megatron_post.convert import torch_archive
 from megatron_post.convert.part_file import PartFile
 from megatron_post.convert.safetensors_file import raw_bytes
 from megatron_post.convert.source import Kind
-from megatron_post.convert.torch_archive import ArchiveFile, _description
+from megatron_post.convert.torch_archive import ArchiveFile, blocks_of
 from megatron_post.convert.torch_file import BadTorchFile, saved_tensors
 
 
@@ -43,10 +45,18 @@ def test_torch_reads_the_archives(tmp_path: Path, shape: tuple[int, ...], dtype:
         assert content[begin : begin + tensor.nbytes] == bytes(raw_bytes(tensor))
 
 
-def test_the_archives_are_those_of_zipfile(tmp_path: Path) -> None:
-    tensor = torch.randn(5, 3)
+@pytest.mark.parametrize("large", [False, True])
+def test_the_archives_are_those_of_zipfile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """A limit of 1,000 bytes in place of 2 GiB makes both write ZIP64."""
+    if large:
+        monkeypatch.setattr(torch_archive, "_LARGEST", 1000)
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    tensor = torch.randn(100, 3)
     with PartFile(tmp_path / "file") as file:
-        ArchiveFile(file).append(Kind(tensor.dtype, (5, 3)), [raw_bytes(tensor)])
+        ArchiveFile(file).append(Kind(tensor.dtype, (100, 3)), [raw_bytes(tensor)])
+    description = zipfile.ZipFile(tmp_path / "file").read("archive/data.pkl")
 
     class Stream(io.BytesIO):  # as it cannot seek, `zipfile` writes sizes and checksums behind the data
         def seekable(self) -> bool:
@@ -57,11 +67,21 @@ def test_the_archives_are_those_of_zipfile(tmp_path: Path) -> None:
 
     stream = Stream()
     with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _description(Kind(tensor.dtype, (5, 3))))
-        with archive.open(zipfile.ZipInfo("archive/data/0"), "w") as member:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), description)
+        with archive.open(zipfile.ZipInfo("archive/data/0"), "w", force_zip64=large) as member:
             member.write(raw_bytes(tensor))
         archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
-    assert (tmp_path / "file").read_bytes() == stream.getvalue()
+    content = (tmp_path / "file").read_bytes()
+    assert content == stream.getvalue()
+    assert torch.equal(torch.load(io.BytesIO(content), weights_only=True), tensor)
+
+
+@pytest.mark.parametrize("values", [torch.tensor(3), torch.arange(5, dtype=torch.int32), torch.zeros(0, 2)])
+def test_other_types_and_shapes(tmp_path: Path, values: Tensor) -> None:
+    with PartFile(tmp_path / "file") as file:
+        ArchiveFile(file).append(Kind(values.dtype, tuple(values.shape)), blocks_of(raw_bytes(values)))
+    loaded = torch.load(tmp_path / "file", weights_only=True)
+    assert torch.equal(loaded, values) and loaded.dtype == values.dtype
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

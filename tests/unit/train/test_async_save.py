@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_post.convert.safetensors_file import raw_bytes
+from megatron_post.convert.source import Kind
+from megatron_post.convert.torch_archive import ArchiveFile
 from megatron_post.train.async_save import Save, SaveFailed, Saver, _Hashed
 from megatron_post.train.shards import Shard
 
@@ -28,13 +31,16 @@ class _Full:
 
 
 def test_a_full_disk_is_reported_at_every_position() -> None:
-    """torch's archive writer would report "unexpected pos" if the disk is full for its last bytes."""
     values = torch.arange(300.0)
-    whole = _Hashed(_Full(10**6))
-    whole.save(values)
-    for room in range(0, whole.position, 13):
+
+    def save(room: int) -> int:
+        stream = _Hashed(_Full(room))
+        ArchiveFile(stream).append(Kind(values.dtype, (300,)), [raw_bytes(values)])
+        return stream.position
+
+    for room in range(0, save(10**6), 13):
         with pytest.raises(OSError, match="No space left on device"):
-            _Hashed(_Full(room)).save(values)
+            save(room)
 
 
 def _save(partial: Path, published: list[dict] | None) -> Save:
