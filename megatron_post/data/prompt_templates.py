@@ -132,6 +132,9 @@ class _Missing(StrictUndefined):
     def __bool__(self) -> bool:  # type: ignore[override]
         return False
 
+    # Otherwise `answer_choices[label]` would report an element that is missing, and not the column.
+    __index__ = StrictUndefined._fail_with_undefined_error
+
 
 def _environment() -> SandboxedEnvironment:
     environment = SandboxedEnvironment(undefined=_Missing, finalize=_printable)
