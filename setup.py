@@ -4,6 +4,7 @@ PEERS = ["transformers>=4.56", "trl>=1.16"]  # what tests and benchmarks compare
 MATH = "math-verify>=0.8"  # compares mathematical answers
 ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
 LANGUAGE = "py3langid>=0.4"  # identifies languages
+CURATION = [LANGUAGE, "ftfy>=6.3"]  # ftfy repairs texts that were decoded in a wrong encoding
 BROWSER = "playwright>=1.50"  # drives the Chromium of the machine in a test
 # What programs of the recipes for tools import. They run in the sandbox, where users install these.
 TOOLS = ["sympy", "jsonschema", "docstring-parser", "pypdf", "python-docx", "openpyxl"]
@@ -50,6 +51,7 @@ setup(
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
+        "curate": CURATION,
         "synthesize": ["ruff", MATH, ROUGE, LANGUAGE],
         "bench": PEERS,
         "dev": [
@@ -62,7 +64,7 @@ setup(
             TRITON,
             MATH,
             ROUGE,
-            LANGUAGE,
+            *CURATION,
             BROWSER,
             *TOOLS,
             *PEERS,

@@ -175,10 +175,10 @@ def config_schema(
     from megatron_post.config.load import json_schema
     from megatron_post.config.schema import Config
     from megatron_post.config.section import Section
+    from megatron_post.curation.rules import Rules
     from megatron_post.curation.settings import Curation
     from megatron_post.inference.generate import Generate
     from megatron_post.launch.cluster import Cluster
-    from megatron_post.rounds.cleaning import Rules
     from megatron_post.rounds.merge_settings import Merge
     from megatron_post.rounds.select_settings import Select
     from megatron_post.rounds.settings import RoundSettings

@@ -81,6 +81,7 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
                     "kind": step.kind,
                     "version": work.version,
                     "settings": dict(work.settings),
+                    "sources": list(step.sources),
                     "fields": {name: str(kind) for name, kind in work.fields.items()},
                     "rows": index_key,
                     "reads": [keys[name] for name in work.reads],

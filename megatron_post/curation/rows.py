@@ -66,15 +66,34 @@ class Row:
 
     @property
     def texts(self) -> list[str]:
-        """The content of every message, in the order of `REWRITTEN`. A preference has all its responses."""
-        return [message.content for message in _all_messages(self.example)]
+        """The content of every message and then its reasoning, if it has any, as `REWRITTEN` has them.
+
+        A preference has all its responses.
+        """
+        return [text for message in _all_messages(self.example) for text in _parts(message)]
+
+    @property
+    def roles(self) -> list[str]:
+        """The role of each text in `texts`."""
+        return [message.role for message in _all_messages(self.example) for _ in _parts(message)]
+
+    @property
+    def calls(self) -> list[str]:
+        """The arguments of all calls of tools."""
+        calls = [call for message in _all_messages(self.example) for call in message.tool_calls]
+        return [c.arguments if isinstance(c.arguments, str) else json.dumps(c.arguments) for c in calls]
 
     def rewritten(self, texts: Sequence[str]) -> "Row":
         """The row with other texts. Raises `BadRow` if it cannot be trained on any more."""
         remaining = iter(texts)
 
         def with_texts(messages: Sequence[Message]) -> tuple[Message, ...]:
-            return tuple(replace(message, content=next(remaining)) for message in messages)
+            return tuple(
+                replace(message, content=next(remaining), reasoning=next(remaining))
+                if message.reasoning
+                else replace(message, content=next(remaining))
+                for message in messages
+            )
 
         example = self.example
         if isinstance(example, Dialog):
@@ -96,6 +115,10 @@ class Row:
             values |= {"rating": example.rating} if example.rating else {}
         values |= {"tools": list(example.tools)} if example.tools else {}
         return {**values, **self.extra, ANNOTATIONS: dict(annotations)}
+
+
+def _parts(message: Message) -> tuple[str, ...]:
+    return (message.content, message.reasoning) if message.reasoning else (message.content,)
 
 
 def _all_messages(example: Dialog | Preference) -> Sequence[Message]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 
 from megatron_post.curation.columns import DROPPED, FAILED, Column, aligned, read_table, write_table
@@ -138,7 +139,7 @@ class _Run:
         own = [part for part in column.missing(self.num_parts) if part % self.size == self.rank]
         rewrites = [each.column for each in planned.rewrites]
         for part, rows in self.rows.read(index, own, rewrites):
-            kept = np.flatnonzero(~self._is_dropped(planned, part)) if work.kept_only else None
+            kept = np.flatnonzero(self._is_seen(planned, part)) if _sees_some(planned) else None
             tables = {name: self.plan.column(name).read(part) for name in (ROWS, *work.reads)}
             if kept is not None:
                 rows = [rows[position] for position in kept]
@@ -216,19 +217,21 @@ class _Run:
         return View(self.num_rows if kept is None else len(kept), read, scratch, tools)
 
     def _kept(self, planned: Planned) -> np.ndarray | None:
-        """The places of all rows that no earlier pass drops, int64. None: the pass sees all rows."""
-        if not planned.work.kept_only:
+        """The places of the rows that a pass sees, int64. None: it sees all rows."""
+        if not _sees_some(planned):
             return None
         return np.flatnonzero(
-            np.concatenate([~self._is_dropped(planned, part) for part in range(self.num_parts)])
+            np.concatenate([self._is_seen(planned, part) for part in range(self.num_parts)])
         )
 
-    def _is_dropped(self, planned: Planned, part: int) -> np.ndarray:
-        """Whether an earlier pass drops each row of a part, bool."""
-        dropped = np.zeros(self.plan.index.read(part, ["number"]).num_rows, bool)
-        for each in planned.drops:
-            dropped |= each.column.read(part, [DROPPED])[DROPPED].is_valid().to_numpy()
-        return dropped
+    def _is_seen(self, planned: Planned, part: int) -> np.ndarray:
+        """Whether a pass sees each row of a part, bool."""
+        sources = self.plan.index.read(part, ["source"])["source"]
+        names = pa.array(planned.step.sources, pa.string())
+        seen = np.array(pc.is_in(sources, names)) if planned.step.sources else np.ones(len(sources), bool)
+        for each in planned.drops if planned.work.kept_only else ():
+            seen &= each.column.read(part, [DROPPED])[DROPPED].is_null().to_numpy()
+        return seen
 
     def _check_failures(self, planned: Planned) -> None:
         """Raise `TooManyFailures` if a column has more failures than `max_failed` allows."""
@@ -244,6 +247,11 @@ class _Run:
                 f"max_failed={share} allows {allowed:,}. The first reasons:{first}\nMend the step, its model "
                 f"or its prompt. Or raise max_failed, and run the same command again"
             )
+
+
+def _sees_some(planned: Planned) -> bool:
+    """Whether there may be rows that a pass does not see."""
+    return planned.work.kept_only or bool(planned.step.sources)
 
 
 def _joined(paths: Sequence[Path], schema: pa.Schema, num_rows: int) -> dict[str, Any]:

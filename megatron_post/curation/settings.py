@@ -46,6 +46,7 @@ class Curation(Section):
             for name in dict.fromkeys(names) if names.count(name) > 1
         ]  # fmt: skip
         used: set[str] = set()
+        sources = [source.name for source in self.sources]
         for number, step in enumerate(self.steps):
             before = [earlier.column for earlier in self.steps[:number]]
             errors += [
@@ -59,6 +60,12 @@ class Curation(Section):
                 + did_you_mean(name, list(self.models))
                 for name in step.models
                 if name not in self.models
+            ]
+            errors += [
+                f"steps.{number}: {step.column} names the source {name!r}, which is not in sources"
+                + did_you_mean(name, sources)
+                for name in dict.fromkeys(step.named_sources)
+                if name not in sources
             ]
             used |= {*step.models}
         used_models = [self.models[name] for name in used if name in self.models]

@@ -19,8 +19,10 @@ for the written rows and for reports. All of them may be null.
 dropped    The reason why the row is not selected. null: this step keeps the row.
 failed     The reason why the row has no annotation, such as an answer of a judge that cannot be read. The run
            ends with an error if there are more of them than `max_failed` allows.
-rewritten  A JSON list with the new content of each message, see `Row.texts`. null: the row is as it was.
+rewritten  A JSON list with the new texts of the row, see `Row.texts`. null: the row is as it was.
            Later passes and the written rows have the new texts.
+
+Every step has the key `sources`. Its passes do not see the rows of other sources, whose fields are null.
 
 A pass with `kept_only` does not see the rows that an earlier step drops. Their fields are null. It is meant
 for passes whose result depends on the other rows, such as quartiles and duplicates, and for passes that cost
@@ -130,6 +132,15 @@ class Step(Section):
 
     kind: str
     name: StepName | None = Field(None, description="name of its column and in reports. null: its kind")
+
+    sources: tuple[Line, ...] = Field(
+        (), description="names of the sources whose rows the step sees. Empty: all sources"
+    )
+
+    @property
+    def named_sources(self) -> Sequence[str]:
+        """Names of sources in the settings."""
+        return self.sources
 
     @property
     def column(self) -> str:

@@ -8,6 +8,7 @@ from megatron_post.config.data import Source
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
 from megatron_post.config.schema import Config
+from megatron_post.curation.rules import load_response_rules
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
 from megatron_post.display import make_console
@@ -16,7 +17,6 @@ from megatron_post.inference.request import Request
 from megatron_post.inference.settings import VllmBackend
 from megatron_post.inference.tokens import prompt_ids
 from megatron_post.installation import install_command
-from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings, Stages
 from megatron_post.rounds.verifier import ExactMatch
@@ -67,7 +67,7 @@ def check_files(settings: RoundSettings) -> None:
             raise ValueError(f"data.{key}={path}: line {unanswered} has no `answer` for the exact verifier")
         _check_lengths(settings, key, prompts, pack_length=pack_length)
     if settings.select.cleaning is not None:
-        load_rules(settings.select.cleaning)
+        load_response_rules(settings.select.cleaning)
     configs = {stage: first.similar_run(stage) for stage in Stages.trained}
     for stage, config in configs.items():
         _check_content_tokens(config, settings)

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from megatron_post.config.data import Rating
 from megatron_post.config.section import NonNegative
+from megatron_post.curation.rules import RuleCounts, balance, load_response_rules
 from megatron_post.inference.failures import failed_prompts, read_failures
 from megatron_post.rounds.candidates import Candidate, best_of, candidates
-from megatron_post.rounds.cleaning import RuleCounts, balance, load_rules
 from megatron_post.rounds.select_settings import Select
 from megatron_post.storage.files import write_json, write_lines
 
@@ -31,7 +31,7 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
         for (best, tied), found in zip(chosen, by_prompt.values(), strict=True)
         if best is not None and (row := _sft_row(best, len(found), tied, settings)) is not None
     ]
-    rules = () if settings.cleaning is None else load_rules(settings.cleaning)
+    rules = () if settings.cleaning is None else load_response_rules(settings.cleaning)
     kept, cleaned = balance([row["messages"][-1]["content"] for row in rows], rules, seed=settings.seed)
     sft = [rows[i] for i in kept]
     preferences = [

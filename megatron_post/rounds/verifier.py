@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from megatron_post.config.section import Positive, Section
+from megatron_post.curation.patterns import check_pattern, first_group
 from megatron_post.inference.prompts import Prompt
 from megatron_post.inference.request import messages_as_json
-from megatron_post.rounds.patterns import check_pattern, first_group
 
 
 class ExactMatch(Section):

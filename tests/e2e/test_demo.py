@@ -50,7 +50,7 @@ def _shrunk_configs(directory: Path) -> None:
     """The shipped files with four steps in each stage. The trained model has learned nothing."""
     target = directory / "configs" / "tiny"
     target.mkdir(parents=True)
-    shutil.copy(ROOT / "configs" / "cleaning.yaml", directory / "configs")
+    shutil.copytree(ROOT / "configs" / "curation", directory / "configs" / "curation")
     for path in (ROOT / "configs" / "tiny").glob("*.yaml"):
         text = re.sub(r"(?m)^  steps: \d+$", "  steps: 4", path.read_text())
         text = re.sub(r"(?m)^  warmup_steps: \d+$", "  warmup_steps: 2", text)

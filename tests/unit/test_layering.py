@@ -83,6 +83,7 @@ ALLOWED = {
     },
     "rounds": {
         "config",
+        "curation",
         "data",
         "display",
         "inference",
@@ -99,9 +100,11 @@ ALLOWED = {
         "data",
         "display",
         "inference",
+        "installation",
         "parallel.environment",
         "plan.commands",
         "storage",
+        "synthesis.languages",
     },
     "synthesis": {
         "config",

@@ -16,9 +16,10 @@ from megatron_post.config.schema import Config
 from megatron_post.config.section import MOST
 from megatron_post.config.validation_errors import _inside, _members
 from megatron_post.config.yaml_text import write_yaml
+from megatron_post.curation.rules import Rules, load_rules
+from megatron_post.curation.settings import Curation
 from megatron_post.inference.generate import Generate
 from megatron_post.launch.cluster import Cluster, load_cluster
-from megatron_post.rounds.cleaning import Rules, load_rules
 from megatron_post.rounds.merge_settings import MethodMerge, load_merge
 from megatron_post.rounds.select_settings import Select
 from megatron_post.rounds.settings import RoundSettings, load_round
@@ -33,6 +34,7 @@ FILES: tuple[type[BaseModel], ...] = (
     Select,
     MethodMerge,
     Rules,
+    Curation,
 )
 BASE = """
 run_dir: runs/x
@@ -153,7 +155,17 @@ def _properties(schema: Any, name: str = "") -> Iterator[tuple[str, dict[str, An
 
 
 # keys that are paths or names and must be one line. Other texts may be anything
-FREE_TEXTS = {"pattern", "system", "stop", "columns", "ignore", "command", "api_key_variable", "url"}
+FREE_TEXTS = {
+    "pattern",
+    "replace",
+    "system",
+    "stop",
+    "columns",
+    "ignore",
+    "command",
+    "api_key_variable",
+    "url",
+}
 
 
 @pytest.mark.parametrize("model", FILES, ids=lambda model: model.__name__)
@@ -221,13 +233,14 @@ LOADERS: dict[str, Callable[[Path, list[str]], Any]] = {
     "MethodMerge": lambda path, _: load_merge(path, "ties"),
     "Generate": lambda path, overrides: load_section(Generate, path, overrides),
     "Select": lambda path, overrides: load_section(Select, path, overrides),
+    "Curation": lambda path, overrides: load_section(Curation, path, overrides),
 }
 EXAMPLES: dict[str, dict[str, Any]] = {
     "Config": read_tree(ROOT / "configs/llama3_405b/dpo.yaml"),
     "RoundSettings": read_tree(ROOT / "configs/tiny/round.yaml"),
     "Cluster": read_tree(ROOT / "configs/clusters/h100.yaml"),
     "Chain": {"run_dir": "r", "steps": [{"name": "a", "command": ["train", "x.yaml"], "after": []}]},
-    "Rules": read_tree(ROOT / "configs/cleaning.yaml"),
+    "Rules": read_tree(ROOT / "configs/curation/cleaning.yaml"),
     "MethodMerge": {"models": [{"model": "a"}, {"model": "b"}], "base_model": "c"},
     "Generate": {
         "model": "a",
@@ -236,6 +249,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "sampling": {"samples": 2},
     },
     "Select": {"prompts": "a", "samples": [{"responses": "b", "scores": "c"}]},
+    "Curation": {"run": "a", "sources": [{"name": "b", "path": "c"}], "steps": [{"kind": "repeats"}]},
 }
 # the config of a run inside a chain is that of a run
 SCHEMAS = {model.__name__: [key for key, _ in _keys(model) if ".like." not in key] for model in FILES}

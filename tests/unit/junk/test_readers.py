@@ -19,6 +19,7 @@ from megatron_post.convert.meta_source import MetaDirectory
 from megatron_post.convert.metadata_file import read_metadata
 from megatron_post.convert.safetensors_file import read_header
 from megatron_post.convert.source import read_rows as read_weights
+from megatron_post.curation.rules import load_rules
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.store import open_store
 from megatron_post.data.tokenizer import load_tokenizer
@@ -27,7 +28,6 @@ from megatron_post.inference.prompts import read_prompts
 from megatron_post.inference.samples import read_samples
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_message, submitted_jobs
-from megatron_post.rounds.cleaning import load_rules
 from megatron_post.rounds.merge_settings import load_merge
 from megatron_post.rounds.report import metrics_of
 from megatron_post.rounds.settings import load_round

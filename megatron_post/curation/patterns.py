@@ -11,6 +11,8 @@ from itertools import islice
 import regex
 
 SECONDS = 2.0  # processor time for one text. A normal pattern takes milliseconds
+# A backslash in a replacement, with the group that it names if it names one.
+_GROUP = regex.compile(r"\\(?:(?P<number>[1-9]\d?)|g<(?P<name>\w+)>|[nrt\\]|(?P<other>.?))")
 LONGEST = 10_000  # characters of a pattern. Longer ones take seconds to compile
 
 
@@ -37,6 +39,27 @@ def occurs(pattern: str, text: str, *, times: int) -> bool:
     with _time_limit(pattern, text):
         matches = regex.finditer(pattern, text, regex.IGNORECASE, timeout=SECONDS)
         return sum(1 for _ in islice(matches, times)) == times
+
+
+def replaced(pattern: str, replacement: str, text: str) -> str:
+    """The text with a replacement for each match, ignoring case. Raises as `first_group` does."""
+    with _time_limit(pattern, text):
+        return str(regex.sub(pattern, replacement, text, flags=regex.IGNORECASE, timeout=SECONDS))
+
+
+def check_replacement(pattern: str, replacement: str) -> None:
+    r"""Raises `ValueError` if a replacement names a group that the pattern does not have, such as \2."""
+    compiled = regex.compile(pattern)
+    for match in _GROUP.finditer(replacement):
+        if match["number"] is match["name"] is match["other"] is None:
+            continue  # a newline, a tab or a backslash
+        name = match["number"] or match["name"]
+        known = int(name) <= compiled.groups if name and name.isdigit() else name in compiled.groupindex
+        if not known:
+            raise ValueError(
+                f"{replacement!r}: {match[0]} is no group of the pattern, which has {compiled.groups} "
+                f"and the names {list(compiled.groupindex)}; write a backslash as two"
+            )
 
 
 @contextlib.contextmanager

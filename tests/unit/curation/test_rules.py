@@ -6,9 +6,9 @@ import pytest
 import regex
 
 from megatron_post.config.load import ConfigError
-from megatron_post.rounds.cleaning import Rule, balance, load_rules
+from megatron_post.curation.rules import Rule, balance, load_rules
 
-RULES = load_rules(Path(__file__).resolve().parents[3] / "configs" / "cleaning.yaml")
+RULES = load_rules(Path(__file__).resolve().parents[3] / "configs/curation/cleaning.yaml")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_post.curation import patterns
+from megatron_post.curation.patterns import check_pattern, first_group, occurs
+from megatron_post.curation.rules import Rule
 from megatron_post.inference.prompts import Prompt
-from megatron_post.rounds import patterns
-from megatron_post.rounds.cleaning import Rule
-from megatron_post.rounds.patterns import check_pattern, first_group, occurs
 from megatron_post.rounds.verifier import ExactMatch, judge
-from tests.unit.rounds.test_cleaning import RULES
+from tests.unit.curation.test_rules import RULES
 
 HOSTILE = (r"((a|aa)+)$", r"((a|a)*)b", r"(?:(a?){40})c", r"^((?:a|a|a)+)+$")
 TEXT = "a" * 60 + "!"
