@@ -9,8 +9,9 @@ logits. The backward pass begins with that chunk and computes the logits of the 
 them with their gradient dx, and adds
     dh_t = W^T dx_t         dW = sum_t dx_t h_t^T   (in fp32 over several chunks)
 With n chunks this takes (8 - 2/n) t v h floating-point operations. Keeping all logits takes 6 t v h and 2 t v
-bytes of memory. If all tokens fit in one chunk, such as 8,192 tokens on 8 tensor-parallel ranks, no
-multiplication is repeated.
+bytes of memory in bf16. All tokens are one chunk, and no multiplication is repeated, if their logits are not
+larger than the logits of one of several chunks and the fp32 sum, which is the case for up to 10,284 tokens of
+h 4,096 and v 128,256.
 Shapes: t tokens, h hidden, v padded vocabulary, tp ranks.
 """
 
@@ -33,7 +34,8 @@ from megatron_post_kernels.vocabulary_softmax import (
     write_gradient,
 )
 
-# Size of a chunk's logits. They have enough rows to fill a GPU, and are small beside weights and gradients.
+# Size of the logits of one of several chunks. They have enough rows to fill a GPU, and are small beside
+# weights and gradients.
 _CHUNK_BYTES = 512 * 2**20
 
 
@@ -59,19 +61,17 @@ class _LinearLogprob(torch.autograd.Function):
         labels: Tensor,
         shard: VocabularyShard,
         chunk_tokens: int,
-        sequence_parallel: bool,
         weight_grad: Tensor | None,
     ) -> Tensor:
-        all_hidden = _gathered(hidden, shard) if sequence_parallel else hidden
         statistics = hidden.new_empty(3, len(labels), dtype=accumulation_dtype(hidden))
         chunks = _chunks(len(labels), chunk_tokens)
-        buffer = _logits_buffer(all_hidden, weight, chunk_tokens, shard)
+        buffer = _logits_buffer(hidden, weight, chunk_tokens, shard)
         for chunk in chunks:
-            logits = _write_logits(buffer, all_hidden[chunk], weight, shard)
+            logits = _write_logits(buffer, hidden[chunk], weight, shard)
             compute_statistics(logits, labels[chunk], statistics[:, chunk], shard)
         logps, _, normalizers = combine_statistics(statistics, labels, shard)
         ctx.save_for_backward(hidden, weight, labels, normalizers)
-        ctx.shard, ctx.chunk_tokens, ctx.sequence_parallel = shard, chunk_tokens, sequence_parallel
+        ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
         ctx.weight_grad, ctx.buffer = weight_grad, buffer
         return logps
 
@@ -81,8 +81,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, labels, normalizers = ctx.saved_tensors
         shard, weight_grad = ctx.shard, ctx.weight_grad
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        all_hidden = _gathered(hidden, shard) if ctx.sequence_parallel else hidden
-        hidden_grad = all_hidden.new_empty(all_hidden.shape) if needs_hidden else None
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         chunks = _chunks(len(labels), ctx.chunk_tokens)
         is_whole = weight_grad is None and len(chunks) == 1  # then one product is the weight's whole gradient
         if needs_weight and weight_grad is None:
@@ -92,24 +91,24 @@ class _LinearLogprob(torch.autograd.Function):
         buffer, ctx.buffer = ctx.buffer, None
         written = buffer is not None
         if buffer is None:
-            buffer = _logits_buffer(all_hidden, weight, ctx.chunk_tokens, shard)
+            buffer = _logits_buffer(hidden, weight, ctx.chunk_tokens, shard)
         for chunk in reversed(chunks):
             logits = buffer[: chunk.stop - chunk.start]
             if not written:
-                _write_logits(buffer, all_hidden[chunk], weight, shard)
+                _write_logits(buffer, hidden[chunk], weight, shard)
             written = False
             write_gradient(logits, labels[chunk], normalizers[:, chunk], logps_grad[chunk], shard)
             if hidden_grad is not None:
                 torch.mm(logits, weight[: shard.valid_rows], out=hidden_grad[chunk])
             if needs_weight and is_whole:
-                torch.mm(logits.T, all_hidden[chunk], out=weight_grad[: shard.valid_rows])
+                torch.mm(logits.T, hidden[chunk], out=weight_grad[: shard.valid_rows])
                 weight_grad[shard.valid_rows :].zero_()
             elif needs_weight:
-                _add_product(weight_grad[: shard.valid_rows], logits.T, all_hidden[chunk])
-        if hidden_grad is not None and shard.group_size > 1:
-            hidden_grad = _summed(hidden_grad, hidden.shape, ctx.sequence_parallel, shard)
+                _add_product(weight_grad[: shard.valid_rows], logits.T, hidden[chunk])
+        if hidden_grad is not None and shard.group_size > 1 and len(labels):
+            torch.distributed.all_reduce(hidden_grad, group=shard.group)
         returned = weight_grad.to(weight.dtype) if needs_weight and ctx.weight_grad is None else None
-        return hidden_grad, returned, None, None, None, None, None
+        return hidden_grad, returned, None, None, None, None
 
 
 def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
@@ -126,12 +125,21 @@ def _write_logits(buffer: Tensor, hidden: Tensor, weight: Tensor, shard: Vocabul
 
 
 def _chunk_tokens(tokens: int, weight: Tensor) -> int:
-    """Tokens of equal chunks within `_CHUNK_BYTES`, a multiple of 128, the tile of a matrix multiplication.
+    """All tokens if one chunk takes no more memory than several. Otherwise the tokens of equal chunks.
 
-    Padding rows count, so that every rank of a group has the same chunks.
+    Several chunks have `_CHUNK_BYTES` of logits, and if the weight is narrower than fp32 they also sum its
+    gradient in an fp32 buffer. One chunk has neither that buffer nor a repeated multiplication. The tokens of
+    several chunks are a multiple of 128, the tile of a matrix multiplication. The result depends on shapes
+    and the dtype alone, so that a policy and its reference compute the same numbers. Padding rows count, so
+    that every rank of a group has the same chunks.
     """
-    most = max(128, _CHUNK_BYTES // (len(weight) * weight.element_size()) // 128 * 128)
-    chunks = max(1, -(-tokens // most))
+    row = max(1, len(weight)) * weight.element_size()
+    is_narrow = weight.dtype != accumulation_dtype(weight)
+    wide = weight.numel() * accumulation_dtype(weight).itemsize if is_narrow else 0
+    if tokens <= max(128, (_CHUNK_BYTES + wide) // row):
+        return max(1, tokens)
+    most = max(128, _CHUNK_BYTES // row // 128 * 128)
+    chunks = -(-tokens // most)
     return max(128, -(-tokens // (chunks * 128)) * 128)
 
 
@@ -151,26 +159,6 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(out, left.to(out.dtype), right.to(out.dtype), out=out)
 
 
-def _gathered(hidden: Tensor, shard: VocabularyShard) -> Tensor:
-    if shard.group_size == 1:
-        return hidden
-    result = hidden.new_empty(shard.group_size * len(hidden), hidden.shape[1])
-    torch.distributed.all_gather_into_tensor(result, hidden.contiguous(), group=shard.group)
-    return result
-
-
-def _summed(
-    hidden_grad: Tensor, shape: torch.Size, sequence_parallel: bool, shard: VocabularyShard
-) -> Tensor:
-    """The gradient summed over the ranks. With sequence parallelism it has only the rows of this rank."""
-    if not sequence_parallel:
-        torch.distributed.all_reduce(hidden_grad, group=shard.group)
-        return hidden_grad
-    own = hidden_grad.new_empty(shape)
-    torch.distributed.reduce_scatter_tensor(own, hidden_grad, group=shard.group)
-    return own
-
-
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -178,7 +166,6 @@ def linear_logprob(
     *,
     group: ProcessGroup | None = None,
     valid_rows: int | None = None,
-    sequence_parallel: bool = False,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     weight_grad: Tensor | None = None,
@@ -186,27 +173,28 @@ def linear_logprob(
 ) -> Tensor:
     """Log-probability of each label, in nats, without the logits [t, v/tp] of all tokens in memory.
 
-    hidden: [t, h], or this rank's [t/tp, h] with `sequence_parallel`. bf16, fp16 or fp32 (float64 with
-      impl="torch").
+    hidden: [t, h], identical on every rank of `group`. bf16, fp16 or fp32 (float64 with impl="torch"). Its
+      gradient is summed over the ranks.
     weight: [v/tp, h] of hidden's dtype, this rank's vocabulary rows. labels: int64 [t], ids of the whole
     vocabulary, identical on every rank of `group`. group: tensor-parallel ranks in the order of their rows.
     Each has the same number of rows. All of them must
       call this function with the same settings.
     valid_rows: number of this shard's rows that are real. The rows after them are padding and are never read.
-    sequence_parallel: gather hidden over `group`, here and again in the backward pass, and scatter its
-      gradient. Otherwise the gradient is all-reduced. In both cases the ranks' gradients are summed.
-    chunk_tokens: number of tokens whose logits are in memory together. By default chunks are equal and have
-    at
-      most 512 MiB of logits (2,048 tokens of 128,256 rows in bf16). The last chunk's logits stay until the
-      backward pass. Small chunks are slow, because each one reads the weight three times, and reads and
-      writes the weight's gradient. weight_grad: fp32 [v/tp, h], such as Megatron's `main_grad`. The backward
-      pass adds the weight's gradient to it, and autograd gets None for the weight. Without it, several chunks
-      are summed in an fp32 buffer, which is rounded once to the weight's dtype, and the gradient of a single
-      chunk is written in that dtype. It does not change if the weight is frozen. The gradient of a frozen
-      weight or of a frozen hidden is neither computed nor allocated. Under `torch.no_grad` nothing is kept.
-      Returns fp32 [t] (float64 for float64), with 0 for labels equal to `ignore_index` and -inf for a label
-      that no rank has. The result is deterministic if the matrix multiplications are. The upstream gradients
-      of ignored tokens may be NaN. Raises `ValueError` for shapes and types that do not fit.
+    chunk_tokens: number of tokens whose logits are in memory together. By default there is one chunk, unless
+      its logits are larger than 512 MiB and an fp32 copy of a bf16 or fp16 weight. Then chunks are equal and
+      have at most 512 MiB of logits (2,048 tokens of 128,256 rows in bf16). The last chunk's logits stay
+      until the backward pass. Small chunks are slow, because each one reads the weight three times, and reads
+      and writes the weight's gradient.
+    weight_grad: fp32 [v/tp, h], such as Megatron's `main_grad`. The backward pass adds the weight's gradient
+      to it, and autograd gets None for the weight. Without it, several chunks are summed in an fp32 buffer,
+      which is rounded once to the weight's dtype, and the gradient of a single chunk is written in that
+      dtype. It does not change if the weight is frozen.
+
+    The gradient of a frozen weight or of a frozen hidden is neither computed nor allocated. Under
+    `torch.no_grad` nothing is kept. Returns fp32 [t] (float64 for float64), with 0 for labels equal to
+    `ignore_index` and -inf for a label that no rank has. The result is deterministic if the matrix
+    multiplications are. The upstream gradients of ignored tokens may be NaN. Raises `ValueError` for shapes
+    and types that do not fit.
     """
     shard = VocabularyShard(
         len(weight),
@@ -215,13 +203,12 @@ def linear_logprob(
         ignore_index,
         resolve(impl, hidden),
     )
-    ranks = shard.group_size if sequence_parallel else 1
     if hidden.dim() != 2 or weight.shape[1:] != hidden.shape[1:]:
         raise ValueError(f"hidden {list(hidden.shape)}, weight {list(weight.shape)}: want [t, h], [v/tp, h]")
-    if labels.shape != (ranks * len(hidden),) or labels.dtype != torch.int64:
+    if labels.shape != (len(hidden),) or labels.dtype != torch.int64:
         raise ValueError(
-            f"labels {list(labels.shape)} of {labels.dtype}: want int64 [{ranks * len(hidden)}], one for "
-            f"each of {len(hidden)} hidden states on {ranks} rank(s)"
+            f"labels {list(labels.shape)} of {labels.dtype}: want int64 [{len(hidden)}], one for each hidden "
+            "state"
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: want one type")
@@ -233,6 +220,4 @@ def linear_logprob(
         chunk_tokens = _chunk_tokens(len(labels), weight)
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens}: want at least 1")
-    return _LinearLogprob.apply(
-        hidden, weight, labels.contiguous(), shard, chunk_tokens, sequence_parallel, weight_grad
-    )
+    return _LinearLogprob.apply(hidden, weight, labels.contiguous(), shard, chunk_tokens, weight_grad)

@@ -102,7 +102,8 @@ def combine_statistics(
     gathered = statistics
     if shard.group_size > 1:
         gathered = statistics.new_empty(shard.group_size * len(statistics), len(labels))
-        torch.distributed.all_gather_into_tensor(gathered, statistics, group=shard.group)
+        if len(labels):
+            torch.distributed.all_gather_into_tensor(gathered, statistics, group=shard.group)
     gathered = gathered.view(shard.group_size, *statistics.shape)
     ignored = labels == shard.ignore_index
     maxima, totals, targets = gathered[:, 0], gathered[:, 1], gathered[:, 2]

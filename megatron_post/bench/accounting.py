@@ -9,7 +9,7 @@ from megatron_post.plan.activations import Segment
 from megatron_post.plan.flops import Load
 from megatron_post.stages.base import Stage
 
-_NONE = Load(0, 0)
+_NONE = Load(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def _count(pack: Pack, batch: PackedBatch, *, scores: bool) -> Counts:
     lengths, padded = pack.lengths.tolist(), batch.cu_seqlens.diff().tolist()
     spans = [(0, 0)] * len(lengths) if batch.seen is None else batch.seen.tolist()
     seen = [sum(lengths[first:last]) for first, last in spans]
-    pairs = batch.comparisons
+    pairs, trained = batch.comparisons, int(batch.trained.sum())
     return Counts(
         capacity=sum(padded),
         real=sum(lengths),
-        trained=int((pack.ranks >= 0).sum()) if scores else int(batch.trained.sum()),
+        trained=int((pack.ranks >= 0).sum()) if scores else trained,
         examples=sum(n > 0 for n in lengths) if pairs is None else int(pairs.examples),
-        useful=Load.of(map(Segment, lengths, seen)),
-        computed=Load.of(map(Segment, padded, seen)),
+        useful=Load.of(map(Segment, lengths, seen), trained=trained),
+        computed=Load.of(map(Segment, padded, seen), trained=trained),
     )

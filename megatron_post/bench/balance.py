@@ -139,8 +139,8 @@ def evenness(found: Examples, *, ranks: int, packs_per_rank: int) -> Evenness:
     The cost of a pack is the FLOPs of its tokens plus the FLOPs of its squares.
     """
     config = found.config(ranks * packs_per_rank)
-    tokens = step_flops(config, Load(found.pack_length, 0)).model
-    square = step_flops(config, Load(0, 1)).model
+    tokens = step_flops(config, Load(found.pack_length, 0, found.pack_length)).model
+    square = step_flops(config, Load(0, 1, 0)).model
     rows = []
     for batch in _batches(found, ranks * packs_per_rank):
         costs = tokens + square * found.squares[batch]

@@ -8,13 +8,14 @@ log-probabilities or scores. The result is the speed that a GPU reaches on the a
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_post.bench.accounting import count_packs
+from megatron_post.bench.accounting import Counts, count_packs
 from megatron_post.bench.environment import environment
 from megatron_post.bench.memory import peak_memory
 from megatron_post.bench.proxy_figures import Passes, Share, proxy_figures, share_summary
@@ -29,6 +30,7 @@ from megatron_post.parallel.topology import Topology
 from megatron_post.plan.estimate import layout_line
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.shape import chunks
+from megatron_post.stages.base import Stage
 from megatron_post.train.inputs import rank_errors
 from megatron_post.train.optimizer import wrap_data_parallel
 from megatron_post.train.parts import make_stage
@@ -116,10 +118,7 @@ def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tupl
     wrapped = wrap_data_parallel(models, config, topology)
     stepper = Stepper(wrapped, stage, topology, portable=uses_portable_attention(config))
     packs = _packs(config, count=min(_PACKS, steps + warmup))
-    batches = [
-        (stepper.prepare(pack), count_packs([pack], stage, scalar_head=config.traits.scalar_head))
-        for pack in packs
-    ]
+    batches = [_counted(stepper.prepare(pack), pack, stage, config) for pack in packs]
     taken = []
     for number in range(warmup + steps):
         if number == warmup and topology.device.type == "cuda":
@@ -129,6 +128,17 @@ def _run(config: Config, topology: Topology, *, steps: int, warmup: int) -> tupl
         if number >= warmup:
             taken.append(Passes(forward, backward, counts))
     return share, taken
+
+
+def _counted(microbatch: Microbatch, pack: Pack, stage: Stage, config: Config) -> tuple[Microbatch, Counts]:
+    """A microbatch and its counts. The load is that of this rank, times the context-parallel ranks.
+
+    The ranks have equally many tokens, but not equally many trained ones.
+    """
+    counts = count_packs([pack], stage, scalar_head=config.traits.scalar_head)
+    trained = len(microbatch.trained.tokens) * config.parallel.context
+    useful, computed = (replace(load, trained=trained) for load in (counts.useful, counts.computed))
+    return microbatch, replace(counts, useful=useful, computed=computed)
 
 
 def _pass(

@@ -16,8 +16,8 @@ from megatron_post.data.template import TokenRole
 class PackedBatch:
     """One pack of t tokens in n segments, or a context-parallel rank's part of it.
 
-    A whole pack is on the host, because the layout of its segments is read there. Its tokens, labels and
-    `trained` may already be on a GPU, if the loader copied them ahead.
+    A whole pack is on the host, because the layout of its segments and the number of its trained tokens are
+    read there. Its tokens and labels may already be on a GPU, if the loader copied them ahead.
 
     Per-token fields are `[t]` for the whole pack and `[t / cp]` after `part`. The other fields always
     describe the whole pack. A token's label is its successor in the same segment, or 1 for a right step and 0
@@ -46,7 +46,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch on a device. The host does not wait for the copies."""
-        return _moved(self, device)
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,19 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
     """`value` on a device. It is a tensor, or a dataclass that holds tensors and such dataclasses."""
     if isinstance(value, Tensor):
         return on_device(value, device)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     names = [field.name for field in dataclasses.fields(value)]
-    return dataclasses.replace(value, **{name: _moved(getattr(value, name), device) for name in names})
+    return dataclasses.replace(value, **{name: moved(getattr(value, name), device) for name in names})
 
 
 def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
     """Tensors of a whole pack. `trained` marks labels of the given roles (int64 [k], of `TokenRole`)."""
-    # Tokens and roles are arrays, or tensors on the device to which the loader copied them ahead.
+    # Tokens are an array, or a tensor on the device to which the loader copied them ahead.
     tokens, roles = torch.as_tensor(pack.tokens).long(), torch.as_tensor(pack.roles)
     cu_seqlens = torch.as_tensor(pack.cu_seqlens)
     label_roles = _next_in_segment(roles, cu_seqlens, fill=int(TokenRole.PADDING))
@@ -98,7 +98,7 @@ def batch_of_pack(pack: Pack, trained_roles: Tensor) -> PackedBatch:
     return PackedBatch(
         tokens=tokens,
         labels=_next_in_segment(tokens, cu_seqlens, fill=0),
-        trained=torch.isin(label_roles, on_device(trained_roles, roles.device)),
+        trained=torch.isin(label_roles, trained_roles),
         positions=torch.arange(len(tokens)) - cu_seqlens[:-1].long()[segments],
         segments=segments,
         cu_seqlens=cu_seqlens,

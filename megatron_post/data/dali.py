@@ -15,16 +15,17 @@ from megatron_post.data.pack import Pack
 from megatron_post.installation import install_command
 
 # What the model needs on the device, and DALI's names of their types. The rest of a pack does not pass DALI.
-# The host reads `cu_seqlens` of every pack, and on the device it would wait for all work before the copy.
-_MOVED = {"tokens": "INT32", "roles": "UINT8"}
+# The host reads the other arrays of every pack. If they were on the device, it would wait for all work before
+# the copy.
+_MOVED = {"tokens": "INT32"}
 
 
 class DaliLoader:
     """The same packs as `PackLoader` gives, in the same order.
 
-    device_id None: a CPU-only pipeline and NumPy arrays, as `PackLoader`'s. A GPU's number: `tokens` and
-    `roles` are torch tensors on that GPU, `prefetch` packs of them copied ahead on DALI's own stream. Raises
-    `ValueError` where DALI is not installed, or is older than 1.53.
+    device_id None: a CPU-only pipeline and NumPy arrays, as `PackLoader`'s. A GPU's number: `tokens` is a
+    torch tensor on that GPU, and `prefetch` packs are copied ahead on DALI's own stream. Raises `ValueError`
+    where DALI is not installed, or is older than 1.53.
     """
 
     def __init__(self, loader: PackLoader, *, device_id: int | None = None, prefetch: int = 2) -> None:

@@ -13,8 +13,8 @@ from megatron_post.data.units import round_up
 class Pack:
     """One pack of t tokens in n segments. Padding at the pack's end is one more segment without real tokens.
 
-    That last segment has the source and the unit -1. With the DALI backend the first two fields are tensors
-    on the GPU.
+    That last segment has the source and the unit -1. With the DALI backend `tokens` is a tensor on the
+    GPU.
     """
 
     tokens: np.ndarray  # int32 [t]

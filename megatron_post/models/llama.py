@@ -9,6 +9,8 @@ from megatron_post_kernels.linear_logprob import linear_logprob
 from megatron_post_kernels.logprob import logprob
 from torch import Tensor
 
+from megatron_post.parallel.selection import Selection
+
 
 class OutputLayer(ColumnParallelLinear):
     """megatron-core's output layer, which can also compute log-probabilities.
@@ -24,24 +26,27 @@ class OutputLayer(ColumnParallelLinear):
         weight: Tensor | None = None,
         *,
         labels: Tensor | None = None,
+        trained: Selection | None = None,
         valid_rows: int = 0,
     ) -> Tensor:
         """Returns logps fp32 [t] of the labels, or the logits [t, 1, v/tp] if there are no labels.
 
-        hidden_states: [t (/ tp with SP), 1, h]. weight: that of tied embeddings. labels: int64 [t]. With
-        labels the logits of all tokens are never in memory together.
+        hidden_states: [t (/ tp with SP), 1, h]. weight: that of tied embeddings. labels: int64 [t]. trained:
+        the tokens whose logps are computed. The logps of the others are 0. With labels the logits of all
+        tokens are never in memory together.
         """
         if labels is None:
             logits: Tensor = super().forward(hidden_states, weight)[0]
             return logits
-        return linear_logprob(
-            hidden_states.squeeze(1),
+        assert trained is not None
+        logps = linear_logprob(
+            trained.rows(hidden_states.squeeze(1), self.tp_group),
             self.weight if weight is None else weight,
-            labels,
+            labels[trained.tokens],
             group=self.tp_group,
             valid_rows=valid_rows,
-            sequence_parallel=self.config.sequence_parallel,
         )
+        return logps.new_zeros(len(labels)).index_copy(0, trained.tokens, logps)
 
 
 class Llama(GPTModel):
@@ -58,12 +63,15 @@ class Llama(GPTModel):
             # GPTModel does not let its caller choose this layer's class. OutputLayer has the same attributes.
             self.output_layer.__class__ = OutputLayer
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Selection | None = None, **_: Any
+    ) -> Tensor:
         """Compute the output from hidden_states [t (/ tp with SP), 1, h]. labels: int64 [1, t] or None.
 
-        With labels this returns their logps fp32 [t]. The loss "fused" never has the logits of all tokens in
-        memory. Without labels it returns the vocabulary-parallel logits [t, 1, v/tp], and with a scalar head
-        the score fp32 [t] of every token.
+        With labels this returns their logps fp32 [t]. The loss "fused" computes those of the tokens in
+        `loss_mask` and never has the logits of all tokens in memory. GPTModel passes this argument through.
+        Without labels this returns the vocabulary-parallel logits [t, 1, v/tp], and with a scalar head the
+        score fp32 [t] of every token.
         """
         if not self.post_process:
             return hidden_states
@@ -72,7 +80,9 @@ class Llama(GPTModel):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         rows = self._real_rows
         if labels is not None and self.loss_impl == "fused":
-            return self.output_layer(hidden_states, tied, labels=labels.flatten(), valid_rows=rows)
+            return self.output_layer(
+                hidden_states, tied, labels=labels.flatten(), trained=loss_mask, valid_rows=rows
+            )
         logits = self.output_layer(hidden_states, tied)
         if labels is not None:
             return logprob(logits.squeeze(1), labels.flatten(), group=self.pg_collection.tp, valid_rows=rows)

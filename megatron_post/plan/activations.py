@@ -22,7 +22,7 @@ from megatron_post.plan.shape import vocabulary_rows
 
 Layers = Literal["portable", "transformer_engine", "mixed"]
 FP32, INT64 = 4, 8
-CHUNK_BYTES = 512 * 2**20  # bytes of logits in a chunk of megatron_post_kernels.linear_logprob
+CHUNK_BYTES = 512 * 2**20  # bytes of logits in one of several chunks of linear_logprob
 CPU_BLOCK = 2**22  # logits that its torch implementation computes at a time
 
 
@@ -157,31 +157,44 @@ class Activations:
             # The head reads the portable norm's output in fp32.
             copy = 0 if z.element == FP32 else z.s * z.h * FP32
             return {"norms": self.norm(), "loss": copy + 4 * z.t * FP32}
-        logits = z.t * z.rows if self.config.loss.impl == "unfused" else self.loss_chunk() * z.rows
-        return {"norms": self.norm(), "loss": logits * z.element + 8 * z.t * FP32}
+        if self.config.loss.impl == "unfused":
+            return {"norms": self.norm(), "loss": z.t * z.rows * z.element + 8 * z.t * FP32}
+        # The hidden states of the trained tokens are copied, and these may be all tokens.
+        size = (self.loss_chunk(z.t) * z.rows + z.t * z.h) * z.element
+        return {"norms": self.norm(), "loss": size + 8 * z.t * FP32}
 
-    def loss_chunk(self) -> int:
-        """Tokens whose logits exist at one time, as megatron_post_kernels.linear_logprob chunks them."""
+    def loss_chunk(self, tokens: int) -> int:
+        """Tokens whose logits exist at one time, as megatron_post_kernels.linear_logprob chunks them.
+
+        tokens: trained tokens of this rank.
+        """
         z = self._sizes
-        most = max(128, CHUNK_BYTES // (z.rows * z.element) // 128 * 128)
-        count = max(1, -(-z.t // most))
-        return min(z.t, max(128, -(-z.t // (count * 128)) * 128))
+        row = z.rows * z.element
+        wide = z.rows * z.h * FP32 if z.element < FP32 else 0
+        most = max(128, (CHUNK_BYTES + wide) // row)
+        if tokens <= most:
+            return tokens
+        most = max(128, CHUNK_BYTES // row // 128 * 128)
+        count = -(-tokens // most)
+        return min(tokens, max(128, -(-tokens // (count * 128)) * 128))
 
     def loss_backward(self) -> int:
         """Working memory of the head's backward pass, beyond what is kept."""
         z = self._sizes
         if self.config.traits.scalar_head:
             return 2 * z.s * z.h * FP32
-        hidden = z.t * z.h * z.element * (2 if z.sequence else 1)
         if self.config.loss.impl == "unfused":
+            hidden = z.t * z.h * z.element * (2 if z.sequence else 1)
             return max(self._softmax(z.t), hidden + z.rows * z.h * z.element)
+        hidden = z.t * z.h * z.element
         weight = z.rows * z.h * z.element
-        # the sum over chunks is kept in fp32 and rounded at the end
-        if self.loss_chunk() < z.t and z.element != FP32:
+        chunk = self.loss_chunk(z.t)
+        # The sum over chunks is kept in fp32 and rounded at the end.
+        if chunk < z.t and z.element != FP32:
             weight += z.rows * z.h * FP32
             if self.layers == "portable":
-                weight += self.loss_chunk() * (z.rows + z.h) * FP32  # the CPU multiplies in fp32
-        return hidden + max(weight, self._softmax(self.loss_chunk()))
+                weight += chunk * (z.rows + z.h) * FP32  # the CPU multiplies in fp32
+        return hidden + max(weight, self._softmax(chunk))
 
     def _softmax(self, tokens: int) -> int:
         """Working memory of the vocabulary's softmax: none in Triton, four fp32 blocks of logits in torch."""

@@ -44,6 +44,9 @@ Gpu = Annotated[str, typer.Option(help="h100-80gb, h200-141gb or b200-180gb.")]
 SegmentLength = Annotated[
     int | None, typer.Option(help="Tokens of the segments that fill a pack. By default one segment.")
 ]
+TrainedShare = Annotated[
+    float, typer.Option(help="Share of the tokens that carry loss, from `data stats`. By default all.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -54,6 +57,7 @@ def show(
     overrides: Overrides = None,
     gpu: Gpu = "h100-80gb",
     segment_length: SegmentLength = None,
+    trained_share: TrainedShare = 1.0,
     as_json: AsJson = False,
     html: Annotated[str | None, typer.Option(help="Also write a page with charts.")] = None,
 ) -> None:
@@ -68,7 +72,11 @@ def show(
     from megatron_post.plan.page import page
 
     plan = make_plan(
-        load_config(config, overrides or ()), gpus=gpus, gpu=gpu_of(gpu), segment_length=segment_length
+        load_config(config, overrides or ()),
+        gpus=gpus,
+        gpu=gpu_of(gpu),
+        segment_length=segment_length,
+        trained_share=trained_share,
     )
     if html is not None:
         write_text(html, page(plan))
@@ -86,6 +94,7 @@ def search(
     overrides: Overrides = None,
     gpu: Gpu = "h100-80gb",
     segment_length: SegmentLength = None,
+    trained_share: TrainedShare = 1.0,
     as_json: AsJson = False,
     fp8: Annotated[
         str | None,
@@ -106,6 +115,7 @@ def search(
         gpus=gpus,
         gpu=gpu_of(gpu),
         segment_length=segment_length,
+        trained_share=trained_share,
         fp8=fp8,
     )
     if output is not None:

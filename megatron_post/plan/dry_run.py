@@ -29,6 +29,7 @@ from megatron_post.data.batch import PackedBatch
 from megatron_post.models.build import build_model
 from megatron_post.models.packing import portable_segments
 from megatron_post.parallel.context import ContextSplit
+from megatron_post.parallel.selection import Selection, select
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.fake_ranks import fake_rank
 from megatron_post.plan.shape import chunks, model_parameters
@@ -143,7 +144,7 @@ def _stage(
 ) -> StageReport:
     """Build all chunks of a rank. Of identical chunks only one is traced."""
     with fake_rank(config.parallel, rank=rank, world_size=world_size) as topology:
-        packed = _packed(config, topology)
+        packed, trained = _packed(config, topology), _all_tokens(config, topology)
         collectives: Counter[tuple[str, str, str]] = Counter()
         peak = 0
         with _fake_modules(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -151,7 +152,7 @@ def _stage(
             parameters = sum(p.numel() for model in models for p in model.parameters())
             for kind, times in Counter(shape).items():
                 with Tracker() as tracker:
-                    _trace(models[shape.index(kind)], config, topology, packed)
+                    _trace(models[shape.index(kind)], config, topology, packed, trained)
                 peak = max(peak, tracker.peak)
                 for name, axis, calls, size in _collectives_by_axis(tracker, topology):
                     collectives[name, axis, "calls"] += times * calls
@@ -208,7 +209,19 @@ def _packed(config: Config, topology: Topology) -> PackedSeqParams:
     return portable_segments(whole, split, rank=topology.context_rank, device=tokens.device)
 
 
-def _trace(model: Any, config: Config, topology: Topology, packed: PackedSeqParams) -> None:
+def _all_tokens(config: Config, topology: Topology) -> Selection:
+    """All tokens of this rank, which take the most memory if they are trained."""
+    return select(
+        torch.ones(config.data.pack_length // topology.groups.cp.size(), dtype=torch.bool),
+        rank=topology.tensor_rank,
+        size=topology.groups.tp.size(),
+        sequence_parallel=config.parallel.sequence,
+    )
+
+
+def _trace(
+    model: Any, config: Config, topology: Topology, packed: PackedSeqParams, trained: Selection
+) -> None:
     """Run this rank's part of one pack forward and backward through a chunk."""
     t = config.data.pack_length // topology.groups.cp.size()
     shard = t // topology.groups.tp.size() if config.parallel.sequence else t
@@ -217,7 +230,7 @@ def _trace(model: Any, config: Config, topology: Topology, packed: PackedSeqPara
     if not model.pre_process:
         hidden = torch.empty(shard, 1, config.model.hidden_size, dtype=dtype, requires_grad=True)
         model.set_input_tensor(hidden)
-    output = model(tokens, tokens, None, labels=tokens, packed_seq_params=packed)
+    output = model(tokens, tokens, None, labels=tokens, packed_seq_params=packed, loss_mask=trained)
     torch.autograd.backward(output, torch.empty_like(output))
     model.zero_grad(set_to_none=True)
 

@@ -29,12 +29,15 @@ class Plan:
     """Memory and time of a step of a config.
 
     segment_length: tokens of the segments that fill a pack. By default the pack is one segment.
+    trained_share: share of the tokens that carry loss. Times depend on it. Memory is that of a pack whose
+    tokens are all trained, because one such pack is enough to exceed it.
     """
 
     config: Config
     gpus: int
     gpu: GPU
     segment_length: int | None = None
+    trained_share: float = 1.0
 
     @cached_property
     def pack(self) -> tuple[Segment, ...]:
@@ -75,7 +78,7 @@ class Plan:
 
     @property
     def costs(self) -> Costs:
-        return Costs(self.config, self.gpu, self.data_size)
+        return Costs(self.config, self.gpu, self.data_size, trained_share=self.trained_share)
 
     @property
     def shortfall(self) -> int:
@@ -110,9 +113,8 @@ class Plan:
     @property
     def model_flops(self) -> float:
         """FLOPs of a step, without recomputation."""
-        pack = Load.of(self.pack)
-        packs = self.config.train.global_batch
-        return step_flops(self.config, Load(pack.tokens * packs, pack.squares * packs)).model
+        pack = Load.of(self.pack, trained=self.trained_share * self.config.data.pack_length)
+        return step_flops(self.config, pack * self.config.train.global_batch).model
 
     @property
     def model_flops_utilization(self) -> float:
@@ -120,17 +122,31 @@ class Plan:
         return self.model_flops / self.time.seconds / self.gpus / self.gpu.bf16
 
 
-def make_plan(config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    *,
+    gpus: int,
+    gpu: GPU,
+    segment_length: int | None = None,
+    trained_share: float = 1.0,
+) -> Plan:
     """The plan of a config.
 
     Raises `ConfigError` with every reason why it cannot run on this number of GPUs, and `ValueError` for a
-    length that no pack has.
+    length that no pack has and for a share that is not above 0 and at most 1.
     """
     errors = _errors(config, gpus, gpu)
     raise_for(errors)
-    plan = Plan(config, gpus, gpu, segment_length)
+    check_share(trained_share)
+    plan = Plan(config, gpus, gpu, segment_length, trained_share)
     assert plan.pack  # computing the pack refuses a wrong length
     return plan
+
+
+def check_share(trained_share: float) -> None:
+    """Raise `ValueError` if this is not a share of tokens that carry loss."""
+    if not 0 < trained_share <= 1:
+        raise ValueError(f"a trained share of {trained_share}: want above 0 and at most 1")
 
 
 def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:
@@ -228,7 +244,7 @@ def _variants(plan: Plan) -> Iterator[tuple[dict[str, Any], Plan]]:
         if config is None or _errors(config, plan.gpus, plan.gpu):
             continue
         length = None if plan.segment_length is None else min(plan.segment_length, config.data.pack_length)
-        yield change, Plan(config, plan.gpus, plan.gpu, length)
+        yield change, replace(plan, config=config, segment_length=length)
     for gpus in (plan.gpus * times for times in (2, 4, 8, 16)):
         if not _errors(plan.config, gpus, plan.gpu):
             yield {"--gpus": gpus}, replace(plan, gpus=gpus)

@@ -1,7 +1,7 @@
 """Floating-point operations of packs: those that the model needs, and those that are computed in addition.
 
 A multiply-add is two operations. A matrix of P parameters takes 2 P t forward. It takes twice that backward,
-for the gradients of its input and of itself.
+for the gradients of its input and of itself. Only trained tokens need the output projection.
 
 Causal attention computes half of every segment's square. Scores and weighted values take 2 a L^2 forward,
 with a = heads x head_dim, and 4 a L^2 backward. Fused attention computes the scores again in its backward
@@ -25,18 +25,26 @@ ATTENTION_BACKWARD, ATTENTION_GRADIENTS = 2.5, 2.0
 
 @dataclass(frozen=True)
 class Load:
-    """The work of packs: tokens, and the sum over their segments of L^2 + 2 L seen."""
+    """The work of packs.
+
+    squares: the sum over their segments of L^2 + 2 L seen. trained: tokens that carry loss. The fused loss
+    multiplies the vocabulary's matrix with these alone.
+    """
 
     tokens: float
     squares: float
+    trained: float
 
     @staticmethod
-    def of(segments: Iterable[Segment]) -> "Load":
+    def of(segments: Iterable[Segment], *, trained: float) -> "Load":
         lengths = [(s.length, s.seen) for s in segments]
-        return Load(sum(n for n, _ in lengths), sum(n * (n + 2 * seen) for n, seen in lengths))
+        return Load(sum(n for n, _ in lengths), sum(n * (n + 2 * seen) for n, seen in lengths), trained)
 
     def __add__(self, other: "Load") -> "Load":
-        return Load(self.tokens + other.tokens, self.squares + other.squares)
+        return Load(self.tokens + other.tokens, self.squares + other.squares, self.trained + other.trained)
+
+    def __mul__(self, times: float) -> "Load":
+        return Load(self.tokens * times, self.squares * times, self.trained * times)
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ def chunk_flops(config: Config, chunk: Chunk, load: Load, *, tensor_rank: int = 
     tokens = load.tokens / config.parallel.context
     matrices = {name: 2 * tokens * size * chunk.layers for name, size in layer_matrices(config).items()}
     attention = attention_forward(config, load.squares) * chunk.layers
-    head, extra = _head(config, tokens, tensor_rank) if chunk.head else (0.0, 0.0)
+    head, extra = _head(config, load, tensor_rank) if chunk.head else (0.0, 0.0)
     forward = sum(matrices.values()) + head
     return Flops(
         matrices=3 * forward,
@@ -115,31 +123,32 @@ def attention_forward(config: Config, squares: float) -> float:
     return 2 * squares * m.num_attention_heads * m.head_dim / p.tensor / p.context
 
 
-def loss_again(config: Config) -> float:
+def loss_again(config: Config, trained_share: float) -> float:
     """Share of the fused loss' logits that its backward pass computes again.
 
-    These are the logits of all chunks except the last.
+    These are the logits of all chunks except the last. trained_share: of a pack's tokens, from 0 to 1.
     """
-    if config.traits.scalar_head or config.loss.impl != "fused":
+    tokens = round(config.data.pack_length // config.parallel.context * trained_share)
+    if config.traits.scalar_head or config.loss.impl != "fused" or not tokens:
         return 0.0
-    tokens = config.data.pack_length // config.parallel.context
-    chunk = Activations(config, "transformer_engine", ()).loss_chunk()
+    chunk = Activations(config, "transformer_engine", ()).loss_chunk(tokens)
     return (tokens - 1) // chunk * chunk / tokens
 
 
-def _head(config: Config, tokens: float, tensor_rank: int) -> tuple[float, float]:
-    """FLOPs of the output projection of the real vocabulary, and FLOPs beyond three times that.
+def _head(config: Config, load: Load, tensor_rank: int) -> tuple[float, float]:
+    """FLOPs of the output projection that the model needs, and FLOPs beyond three times that.
 
-    The first is of the forward pass.
+    The first is of the forward pass. It has the trained tokens and the real vocabulary.
     """
-    h, rows = config.model.hidden_size, vocabulary_rows(config)
+    h, rows, context = config.model.hidden_size, vocabulary_rows(config), config.parallel.context
+    tokens, trained = load.tokens / context, load.trained / context
     if config.traits.scalar_head:
         return 2 * tokens * h / config.parallel.tensor, 0.0
     real = min(max(config.model.vocab_size - tensor_rank * rows, 0), rows)
-    one = 2 * tokens * h
+    one = 2 * trained * h * real
     if config.loss.impl == "unfused":
-        return one * real, 3 * one * (rows - real)
-    return one * real, loss_again(config) * one * real
+        return one, 3 * (2 * tokens * h * rows - one)
+    return one, loss_again(config, load.trained / load.tokens if load.tokens else 0.0) * one
 
 
 def _recomputed(config: Config, matrices: dict[str, float], attention: float) -> float:

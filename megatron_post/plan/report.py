@@ -31,6 +31,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "precision": plan.config.precision.model_dump(),
         "parameters": model_parameters(plan.config),
         "segments": [segment.length for segment in plan.pack],
+        "trained_share": plan.trained_share,
         "microbatches": plan.microbatches,
         "fits": plan.shortfall <= 0,
         "verdict": verdict(plan),
@@ -97,9 +98,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _segments(plan: Plan) -> str:
     lengths = [segment.length for segment in plan.pack]
-    if len(lengths) == 1:
-        return "one segment each"
-    return f"{len(lengths)} segments of up to {max(lengths):,} each"
+    text = "one segment each"
+    if len(lengths) > 1:
+        text = f"{len(lengths)} segments of up to {max(lengths):,} each"
+    return text if plan.config.traits.scalar_head else f"{text}, {plan.trained_share:.0%} trained"
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -13,7 +13,7 @@ from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError, parse, raise_for
 from megatron_post.config.schema import Config
 from megatron_post.config.sections import Precision
-from megatron_post.plan.estimate import Plan, changed, layout_line, verdict
+from megatron_post.plan.estimate import Plan, changed, check_share, layout_line, verdict
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import chunks
 from megatron_post.plan.step import around_the_pipeline
@@ -38,14 +38,16 @@ def search(
     gpus: int,
     gpu: GPU,
     segment_length: int | None = None,
+    trained_share: float = 1.0,
     fp8: str | None = None,
     keep: int = 10,
 ) -> SearchResult:
     """The fastest layouts that fit. fp8: a recipe to try as well as the config's own and none.
 
     Raises `ConfigError` for an unknown recipe, for a recipe that the GPU does not have, and if no layout
-    fits. In the last case the message has the layout that is closest.
+    fits. In the last case the message has the layout that is closest. Raises `ValueError` for a wrong share.
     """
+    check_share(trained_share)
     precision = parse(Precision, {"fp8": fp8}, origin="--fp8")
     for asked in (config, config.model_copy(update={"precision": precision})):
         raise_for(device_errors(asked, capability=gpu.capability, cuda=None))
@@ -63,7 +65,7 @@ def search(
                 if candidate is None:
                     continue
                 possible += 1
-                plan = Plan(candidate, gpus, gpu, segment_length)
+                plan = Plan(candidate, gpus, gpu, segment_length, trained_share)
                 if plan.shortfall <= 0:
                     fitting.append((closed_form_seconds(plan), plan))
                 elif closest is None or plan.shortfall < closest.shortfall:

@@ -64,12 +64,16 @@ class PassTime:
 
 @dataclass(frozen=True)
 class Costs:
-    """Times of passes through the chunks of a layout, for packs of given segments."""
+    """Times of passes through the chunks of a layout, for packs of given segments.
+
+    trained_share: share of a pack's tokens that carry loss, from 0 to 1. Only these have logits.
+    """
 
     config: Config
     gpu: GPU
     data_size: int
     software: Software = THIS_TRAINER
+    trained_share: float = 1.0
 
     @cached_property
     def _z(self) -> LocalSizes:
@@ -244,17 +248,18 @@ class Costs:
         z = self._z
         if self.config.traits.scalar_head:
             return PassTime(elementwise=self._bytes(4 * z.s * z.h))
-        one = self._multiply(z.rows * z.h, fp8=False)
-        logits = z.t * z.rows
+        share = self.trained_share if self.config.loss.impl == "fused" else 1.0
+        one = self._multiply(z.rows * z.h, fp8=False, share=share)
+        logits = share * z.t * z.rows
         if kind == "forward":
             return PassTime(
                 matrices=one,
                 elementwise=self._bytes(logits * (4 if self.software.chunked_loss else 16)),
-                communication=self._tensor_gather(fp8=False) if z.sequence else 0.0,
+                communication=share * self._tensor_gather(fp8=False) if z.sequence else 0.0,
             )
         written, accumulated = (4 if self.software.chunked_loss else 12), 2 * self.software.gradient_bytes
-        again = loss_again(self.config) if self.software.chunked_loss else 0.0
-        gather = self._tensor_scatter() if z.tensor > 1 else 0.0
+        again = loss_again(self.config, share) if self.software.chunked_loss else 0.0
+        gather = share * self._tensor_scatter() if z.tensor > 1 else 0.0
         return PassTime(
             matrices=(2 + again) * one,
             elementwise=self._bytes(logits * written + accumulated * z.rows * z.h),
@@ -283,11 +288,14 @@ class Costs:
         link = self.gpu.nvlink if inside else self.gpu.network
         return 2 * z.s * z.h / (link * self.gpu.link_efficiency) + self.gpu.latency
 
-    def _multiply(self, parameters: int, *, fp8: bool) -> float:
-        """Seconds of all this rank's tokens times one matrix, limited by arithmetic or by memory."""
-        z = self._z
+    def _multiply(self, parameters: int, *, fp8: bool, share: float = 1.0) -> float:
+        """Seconds of this rank's tokens times one matrix, limited by arithmetic or by memory.
+
+        share: of the tokens, from 0 to 1.
+        """
+        tokens = share * self._z.t
         peak = self.gpu.fp8_measured if fp8 and self.config.precision.fp8 else self.gpu.bf16_measured
-        return max(2 * z.t * parameters / (peak * self.gpu.matrix_efficiency), self._bytes(2 * parameters))
+        return max(2 * tokens * parameters / (peak * self.gpu.matrix_efficiency), self._bytes(2 * parameters))
 
     def _bytes(self, size: float) -> float:
         return size / (self.gpu.memory_bandwidth * self.gpu.bandwidth_efficiency)

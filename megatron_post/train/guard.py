@@ -37,7 +37,7 @@ class Guard:
         lines = StepLines(Path(config.run_dir) / "spikes.jsonl", may_write=lambda: fence.is_current)
         self._spikes = Spikes(lines, topology, self.sources, threshold=train.spike)
         self._began, self.step, self.leaving = time.perf_counter(), 0, False
-        self.load = Load(0, 0)
+        self.load = Load(0, 0, 0)
 
     @property
     def asked(self) -> str:
@@ -73,13 +73,14 @@ class Guard:
         # Reducing gradients is left out: a rank waits there for the slowest one, so the time says nothing.
         seconds = sections.get("data", 0.0) + sections.get("forward and backward", 0.0)
         asked = self._stop.received is not None
-        own = RankStatus(bad_loss, asked, save_failed, seconds, load.tokens, load.squares)
+        own = RankStatus(bad_loss, asked, save_failed, seconds, load.tokens, load.squares, load.trained)
         statuses = gather_statuses(own, self._topology)
         self.leaving = any(status.leaving for status in statuses)
         replica = self._topology.world_size // self._topology.data_size
         self.load = Load(
             sum(status.tokens for status in statuses) / replica,
             sum(status.squares for status in statuses) / replica,
+            sum(status.trained for status in statuses) / replica,
         )
         slow = self._stragglers.add([status.seconds for status in statuses])
         if slow and self._topology.is_reporter:

@@ -17,7 +17,7 @@ class RankStatus:
 
     bad_loss: a loss of this rank is not finite. leaving: this rank was asked to stop. save_failed: it could
     not write its part of a checkpoint. seconds: its own work in this step, without waiting for other ranks.
-    tokens, squares: the `Load` of its packs, which all ranks of a data-parallel replica have alike.
+    tokens, squares, trained: the `Load` of its packs, which all ranks of a data-parallel replica have alike.
     """
 
     bad_loss: bool
@@ -26,6 +26,7 @@ class RankStatus:
     seconds: float
     tokens: float
     squares: float
+    trained: float
 
 
 def gather_statuses(own: RankStatus, topology: Topology) -> list[RankStatus]:

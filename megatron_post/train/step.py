@@ -13,27 +13,37 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_post.data.batch import PackedBatch
+from megatron_post.data.batch import PackedBatch, moved
 from megatron_post.data.pack import Pack
 from megatron_post.models.packing import portable_segments, transformer_engine_segments
 from megatron_post.parallel.context import ContextSplit
+from megatron_post.parallel.selection import Selection, select
 from megatron_post.parallel.topology import Topology
 from megatron_post.stages.base import Metrics, Stage
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """This rank's part of a pack, and the boundaries of the whole pack's segments, for attention."""
+    """This rank's part of a pack, and the boundaries of the whole pack's segments, for attention.
+
+    trained: the part's tokens that carry loss. The vocabulary's product is computed for them alone.
+    """
 
     batch: PackedBatch
     packed: PackedSeqParams
+    trained: Selection
 
     def through(self, chunk: Any) -> Tensor:
         """Run a model chunk. Returns hidden states, or the head's output on the last pipeline stage."""
         batch = self.batch
         labels, positions = batch.labels[None], batch.positions[None]
         output: Tensor = chunk(
-            batch.tokens[None], positions, None, labels=labels, packed_seq_params=self.packed
+            batch.tokens[None],
+            positions,
+            None,
+            labels=labels,
+            packed_seq_params=self.packed,
+            loss_mask=self.trained,
         )
         return output
 
@@ -44,7 +54,7 @@ class Stepper:
     portable: the chunks use the portable attention, which takes another description of a pack's segments than
     Transformer Engine's attention. reference: a frozen policy. Its log-probabilities are added to each batch
     before the loss is computed. `losses` has the mean loss of each pack of the last call, on the last
-    pipeline stage.
+    pipeline stage. `trained` is the number of trained tokens of these packs.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class Stepper:
         self._reference = None if reference is None else list(reference)
         self._run = get_forward_backward_func()
         self.losses: list[float] = []
+        self.trained = 0
 
     def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
         """Sum every metric of the stage over all ranks and packs, as `name` and `name_count`.
@@ -69,6 +80,7 @@ class Stepper:
         """
         # Every pipeline stage prepares every pack. The middle stages need no tokens, but their attention
         # needs the boundaries of segments, which megatron-core does not send from stage to stage.
+        self.trained = 0
         microbatches = [self.prepare(pack) for pack in packs]
         if self._reference is not None:
             microbatches = self._with_reference(microbatches, self._reference)
@@ -111,13 +123,21 @@ class Stepper:
         """Collate a pack, take this context-parallel rank's tokens, and move them to the device."""
         groups, device = self._topology.groups, self._topology.device
         whole = self._stage.collate(pack)
+        self.trained += int(whole.trained.sum())
         split = ContextSplit(whole.cu_seqlens, groups.cp.size())
-        batch = whole.part(split.indices(groups.cp.rank())).to(device)
+        part = whole.part(split.indices(groups.cp.rank()))
+        trained = select(
+            part.trained,
+            rank=groups.tp.rank(),
+            size=groups.tp.size(),
+            sequence_parallel=get_model_config(self._chunks[0]).sequence_parallel,
+        )
+        batch = part.to(device)
         if self._portable:
             packed = portable_segments(whole, split, rank=groups.cp.rank(), device=device)
         else:
             packed = transformer_engine_segments(whole.cu_seqlens, context_size=split.size, device=device)
-        return Microbatch(batch, packed)
+        return Microbatch(batch, packed, moved(trained, device))
 
     def _with_reference(self, microbatches: list[Microbatch], chunks: list[Any]) -> list[Microbatch]:
         logps = self._forward_all(chunks, microbatches)

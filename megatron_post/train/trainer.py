@@ -188,10 +188,11 @@ class Trainer:
             self.metrics.console(train_line(step, self.config.train.steps, values))
 
     def _load(self, packs: Sequence[Pack]) -> Load:
-        """The real tokens of packs, and their pairs of a token and a key that it attends to."""
+        """The work of the packs of the last step. Only real tokens count."""
         layout = store_layout(self.config)
         squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
-        return Load(float(sum(pack.lengths.sum() for pack in packs)), float(squares))
+        tokens = sum(pack.lengths.sum() for pack in packs)
+        return Load(float(tokens), float(squares), float(self.stepper.trained))
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,6 +8,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import gathered_tensors
+from megatron_post.data.pack import Pack
 from megatron_post.models.build import build_model
 from megatron_post.stages.sft import SFT
 from megatron_post.train.optimizer import build_optimizer, wrap_data_parallel
@@ -45,8 +46,9 @@ def gradients(
     *,
     portable: bool = True,
     frees_outputs: bool = False,
+    packs: list[Pack] | None = None,
 ) -> tuple[dict[str, Any], float, dict[str, Any]]:
-    """(metrics, gradient norm, gradients by Hugging Face name) of one step over four packs.
+    """(metrics, gradient norm, gradients by Hugging Face name) of one step over `packs`, by default four.
 
     switches: performance switches. frees_outputs: free what was sent to the next pipeline stage, as runs on
     GPUs do.
@@ -60,7 +62,8 @@ def gradients(
         chunks = wrap_data_parallel(models, config, topology)
         optimizer = build_optimizer(chunks, config)
         stepper = Stepper(chunks, SFT(config.loss.trained_roles), topology, portable=portable)
-        metrics = stepper(tiny_packs()[topology.data_rank :: topology.data_size])
+        packs = tiny_packs() if packs is None else packs
+        metrics = stepper(packs[topology.data_rank :: topology.data_size])
         optimizer.prepare_grads()
         norm = optimizer.get_grad_norm()
         for chunk in chunks:

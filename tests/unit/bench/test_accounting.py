@@ -31,9 +31,9 @@ def test_dialogs() -> None:
     """
     (pack,) = packs_of([12, 8, 12], [-1, -1, -1], count=1)
     found = count_packs([_padded(pack, [10, 5, 0])], SFT(["body"]))
-    assert found == Counts(32, 15, 13, 2, Load(15, 125), Load(32, 352))
+    assert found == Counts(32, 15, 13, 2, Load(15, 125, 13), Load(32, 352, 13))
     twice = count_packs([_padded(pack, [10, 5, 0])] * 2, SFT(["body"]))
-    assert twice == found + found and twice.useful == Load(30, 250)
+    assert twice == found + found and twice.useful == Load(30, 250, 26)
 
 
 def test_responses_see_their_prompt() -> None:
@@ -45,4 +45,4 @@ def test_responses_see_their_prompt() -> None:
     (pack,) = packs_of([8, 4, 4], [-1, 0, 1], count=1)
     stage = Reward(RewardConfig(layout="isolated"), SegmentSums())
     found = count_packs([_padded(pack, [6, 4, 4])], stage, scalar_head=True)
-    assert found == Counts(16, 14, 2, 1, Load(14, 164), Load(16, 192))
+    assert found == Counts(16, 14, 2, 1, Load(14, 164, 3), Load(16, 192, 3))

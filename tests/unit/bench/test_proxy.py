@@ -82,7 +82,7 @@ def test_figures_by_hand() -> None:
     """A pack takes 1 s forward and 3 s backward."""
     config = tiny_config()
     share = Share(config, 0, 1, 0, 1, tuple(chunks(config)[0]), 7)
-    counts = Counts(128, 64, 10, 2, Load(64, 4096), Load(128, 8192))
+    counts = Counts(128, 64, 10, 2, Load(64, 4096, 10), Load(128, 8192, 10))
     found = {n: f.median for n, f in proxy_figures(share, [Passes(1.0, 3.0, counts)], memory=2**30).items()}
     assert (
         found["pack, compute only"] == 4.0 and found["packing efficiency"] == 50.0 and found["memory"] == 1.0

@@ -86,8 +86,8 @@ def test_figures_by_hand() -> None:
     is 1.5 and 0.5 s, so the slower rank's is 1.5 times the mean.
     """
     config = tiny_config()
-    first = Counts(128, 100, 30, 4, Load(100, 5000), Load(128, 6000))
-    second = Counts(128, 60, 10, 1, Load(60, 3600), Load(128, 9000))
+    first = Counts(128, 100, 30, 4, Load(100, 5000, 30), Load(128, 6000, 30))
+    second = Counts(128, 60, 10, 1, Load(60, 3600, 10), Load(128, 9000, 10))
     ranks = (
         Rank(0, True, (_step(2.0, 0.5, 1.0, first),), 2**30),
         Rank(1, True, (_step(1.9, 0.1, 0.4, second),), 2**31),
@@ -103,8 +103,8 @@ def test_figures_by_hand() -> None:
     assert found["examples/s"] == 2.5 and found["packing efficiency"] == 62.5
     assert found["phase: data"] == 0.3 and found["own work, slowest / mean"] == 1.5
     assert found["memory, fullest rank"] == 2.0 and "MFU" not in found
-    model = step_flops(config, Load(160, 8600)).model / 2 / 2 / 1e12
-    executed = step_flops(config, Load(256, 15000)).executed / 2 / 2 / 1e12
+    model = step_flops(config, Load(160, 8600, 40)).model / 2 / 2 / 1e12
+    executed = step_flops(config, Load(256, 15000, 40)).executed / 2 / 2 / 1e12
     assert found["model TFLOP/s/rank"] == model and found["executed TFLOP/s/rank"] == executed > model
     assert "slowest by its own work: rank 0; fullest: rank 1" in step_notes(measured)
 

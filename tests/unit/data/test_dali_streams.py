@@ -115,13 +115,13 @@ def _is_right(store: PackStore, device: FakeDevice) -> bool:
     for pack, other in zip(taken, wanted, strict=True):
         assert np.array_equal(pack.lengths, other.lengths)
         # The host reads these, and on the device it would wait for all work that was launched before.
-        assert isinstance(pack.cu_seqlens, np.ndarray)
-        assert np.array_equal(pack.cu_seqlens, other.cu_seqlens)
-        for name in ("tokens", "roles"):
-            moved: Any = getattr(pack, name)
-            assert isinstance(moved, torch.Tensor)
-            if not np.array_equal(moved.numpy(), getattr(other, name)):
-                return False
+        for name in ("cu_seqlens", "roles"):
+            assert isinstance(getattr(pack, name), np.ndarray)
+            assert np.array_equal(getattr(pack, name), getattr(other, name))
+        moved: Any = pack.tokens
+        assert isinstance(moved, torch.Tensor)
+        if not np.array_equal(moved.numpy(), other.tokens):
+            return False
     return True
 
 

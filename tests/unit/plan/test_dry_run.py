@@ -54,11 +54,11 @@ def test_collectives_of_a_layer() -> None:
     # Keys and values are gathered: 128 tokens x 16 (one of two groups, on two ranks) x 4 bytes.
     assert rows["all-gather", "context"] == (2, 2 * 128 * 16 * 4)
     assert rows["reduce-scatter", "context"] == (2, 2 * 128 * 16 * 4)
-    # The head gathers its input in both directions and three statistics of each token, and scatters a
-    # gradient.
+    # The head gathers its input and three statistics of each token, and sums a gradient.
     rows = {(name, axis): (calls, size) for name, axis, calls, size in last.collectives}
-    assert rows["all-gather", "tensor"] == (9, 8 * one + 2 * 3 * 64 * 4)
-    assert rows["reduce-scatter", "tensor"] == (5, 5 * one)
+    assert rows["all-gather", "tensor"] == (8, 7 * one + 2 * 3 * 64 * 4)
+    assert rows["reduce-scatter", "tensor"] == (4, 4 * one)
+    assert rows["all-reduce", "tensor"] == (1, one)
 
 
 def test_recomputed_norms() -> None:

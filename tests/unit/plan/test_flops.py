@@ -28,7 +28,9 @@ from tests.unit.plan.test_memory import llama_config
 
 # Unequal packs of 128 have squares 100^2 + 28^2 = 10,784 and 64^2 + 40^2 + 24^2 = 6,272.
 LENGTHS = ([100, 28], [64, 40, 24])
-LOAD = Load(256, 10_784 + 6_272)
+LOAD = Load(256, 10_784 + 6_272, 256)
+# The last token of each of the five segments has no label.
+LABELLED = dataclasses.replace(LOAD, trained=251)
 
 
 def test_by_hand() -> None:
@@ -38,7 +40,7 @@ def test_by_hand() -> None:
     12,288 + 6,144 = 30,720. The head has 16,000. So matrices take 6 x 256 tokens x (4 x 30,720 + 16,000) =
     213,319,680, and attention takes 6 x 4 layers x 64 x 17,056 = 26,198,016.
     """
-    assert Load.of(Segment(n) for pack in LENGTHS for n in pack) == LOAD
+    assert Load.of((Segment(n) for pack in LENGTHS for n in pack), trained=256) == LOAD
     found = step_flops(tiny_config(), LOAD)
     assert (found.matrices, found.attention) == (213_319_680, 26_198_016)
     # The model's attention is two parts forward and four backward. Computing the scores again is a seventh
@@ -63,7 +65,7 @@ def test_grouped_queries_by_hand() -> None:
         "num_key_value_heads": 1,
         "vocab_size": 10,
     }
-    assert step_flops(tiny_config(model=model), Load(7, 25)).model == 27552 + 1200
+    assert step_flops(tiny_config(model=model), Load(7, 25, 7)).model == 27552 + 1200
 
 
 def test_405b_is_six_p() -> None:
@@ -74,9 +76,21 @@ def test_405b_is_six_p() -> None:
     """
     norms = (2 * 126 + 1) * 16384
     expected = 6 * (405_853_388_800 - 128256 * 16384 - norms)
-    assert step_flops(llama_config("llama3.1_405b", {}), Load(1, 0)).model == expected
+    assert step_flops(llama_config("llama3.1_405b", {}), Load(1, 0, 1)).model == expected
     reward = llama_config("llama3.1_405b", {}, stage="reward")
-    assert step_flops(reward, Load(1, 0)).model == expected - 6 * 128255 * 16384
+    assert step_flops(reward, Load(1, 0, 1)).model == expected - 6 * 128255 * 16384
+
+
+def test_only_trained_tokens_have_logits() -> None:
+    """With 100 of 256 tokens trained, the head of 16,000 parameters takes 6 x 100 x 16,000 operations.
+
+    The unfused loss computes the other 156 as well.
+    """
+    load = dataclasses.replace(LOAD, trained=100)
+    every, some = step_flops(tiny_config(), LOAD), step_flops(tiny_config(), load)
+    assert every.matrices - some.matrices == 6 * 156 * 16_000
+    unfused = step_flops(tiny_config(loss={"impl": "unfused"}), load)
+    assert unfused.matrices == some.matrices and unfused.loss == 6 * 156 * 16_000
 
 
 def test_a_response_sees_its_prompt() -> None:
@@ -84,7 +98,7 @@ def test_a_response_sees_its_prompt() -> None:
 
     The prompt adds 100.
     """
-    assert Load.of([Segment(10), Segment(20, seen=10)]) == Load(30, 900)
+    assert Load.of([Segment(10), Segment(20, seen=10)], trained=9) == Load(30, 900, 9)
 
 
 def test_additional_operations() -> None:
@@ -115,10 +129,10 @@ def test_chunks_of_the_fused_loss() -> None:
     layout = {"tensor": 8, "sequence": True}
     sizes = {context: llama_config("llama3.1_405b", layout | {"context": context}, pack_length=131072)
              for context in (1, 8)}  # fmt: skip
-    assert loss_again(sizes[8]) == 0 and loss_again(sizes[1]) == 7 / 8
-    assert loss_again(tiny_config(loss={"impl": "unfused"})) == 0
+    assert loss_again(sizes[8], 1.0) == 0 and loss_again(sizes[1], 1.0) == 7 / 8
+    assert loss_again(tiny_config(loss={"impl": "unfused"}), 1.0) == 0
     head = 2.0 * 131072 * 128256 * 16384
-    assert step_flops(sizes[1], Load(131072, 0)).loss == head * 7 / 8
+    assert step_flops(sizes[1], Load(131072, 0, 131072)).loss == head * 7 / 8
 
 
 def test_ranks_add_up_to_the_model() -> None:
@@ -163,21 +177,21 @@ def test_beside_torchs_counter(sections: dict[str, Any]) -> None:
     for rank in range(size):
         matrices, attended = _counted(config, rank, size, packs=[_pack(n, config.stage) for n in LENGTHS])
         (part,) = chunks(config)[rank // config.parallel.tensor]
-        found = chunk_flops(config, part, LOAD, tensor_rank=rank % config.parallel.tensor)
+        found = chunk_flops(config, part, LABELLED, tensor_rank=rank % config.parallel.tensor)
         assert matrices + attended + 2.5 * found.attention / 3 == found.executed
         assert matrices >= found.matrices and attended >= found.attention / 3
 
 
 def test_beside_torchs_counter_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pack of 384 tokens has logits of 128 at a time. Two of three chunks are computed again."""
+    """One pack of 382 labels has logits of 128 at a time. Two of three chunks are computed again."""
     monkeypatch.setattr(linear_logprob, "_CHUNK_BYTES", 128 * 250 * 4)
     monkeypatch.setattr(activations, "CHUNK_BYTES", 128 * 250 * 4)
     config = tiny_config(data={"pack_length": 384})
     matrices, _ = _counted(config, 0, 1, packs=[_pack([200, 184], "sft")])
     (part,) = chunks(config)[0]
-    found = chunk_flops(config, part, Load(384, 200**2 + 184**2))
-    assert found.loss == 2 * 256 * 250 * 64
-    assert matrices == found.matrices + found.loss
+    found = chunk_flops(config, part, Load(384, 200**2 + 184**2, 382))
+    assert found.loss == pytest.approx(2 * 256 * 250 * 64, rel=1e-12)
+    assert matrices == pytest.approx(found.matrices + found.loss, rel=1e-12)
 
 
 def _counted(config: Config, rank: int, size: int, *, packs: list[Pack]) -> tuple[float, float]:

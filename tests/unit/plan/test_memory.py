@@ -198,19 +198,20 @@ def test_weights_in_fp8_by_hand() -> None:
     assert "fp8 weights" not in blackwell.kinds
 
 
-def test_fused_loss_chunk_is_512_mib() -> None:
+def test_chunks_of_the_fused_loss() -> None:
     """128,256 rows over 8 ranks are 16,128 with padding. 512 MiB hold 16,640 tokens of them in bf16.
 
-    Chunks have a multiple of 128 tokens, and 131,072 / 8 = 16,384 tokens are one chunk. On one rank with
-    128,256 rows, 2,048 tokens fit.
+    131,072 / 8 = 16,384 tokens are one chunk. On one rank with 128,256 rows and h 4,096, 8,192 tokens are one
+    chunk as well, because their 2.1 GB of logits are less than 512 MiB and an fp32 gradient of 2.1 GB. 10,285
+    tokens are more, and become six chunks of 1,792.
     """
     config = llama_config("llama3.1_405b", {"tensor": 8, "context": 8, "sequence": True}, pack_length=131072)
     ledger = Activations(config, "transformer_engine", (Segment(131072),))
-    assert ledger.loss_chunk() == 16384
+    assert ledger.loss_chunk(16384) == 16384
     one = llama_config("llama3.1_8b", {}, pack_length=8192)
     ledger = Activations(one, "transformer_engine", (Segment(8192),))
-    assert ledger.loss_chunk() == 2048
-    assert ledger.loss()["loss"] == 2048 * 128256 * 2 + 8 * 8192 * 4
+    assert [ledger.loss_chunk(n) for n in (100, 8192, 10_284, 10_285)] == [100, 8192, 10_284, 1792]
+    assert ledger.loss()["loss"] == 8192 * (128256 + 4096) * 2 + 8 * 8192 * 4
     unfused = one.model_copy(update={"loss": one.loss.model_copy(update={"impl": "unfused"})})
     ledger = Activations(unfused, "transformer_engine", (Segment(8192),))
     assert ledger.loss()["loss"] == 8192 * 128256 * 2 + 8 * 8192 * 4

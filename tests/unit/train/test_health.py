@@ -1,6 +1,7 @@
 """Outlier scores worked out by hand, names of samples, and slow ranks."""
 
 import math
+from dataclasses import astuple
 from pathlib import Path
 from unittest import mock
 
@@ -63,8 +64,8 @@ def test_the_slow_rank_is_named_once_a_window() -> None:
 def test_the_load_of_all_ranks(tmp_path: Path) -> None:
     """Two replicas of two ranks have packs of 100 and 60 tokens. A rank's packs are its peer's too."""
     config = tiny_config(tmp_path, parallel={"tensor": 2})
-    loads = [Load(100, 5000), Load(100, 5000), Load(60, 1800), Load(60, 1800)]
-    statuses = [RankStatus(False, False, False, 1.0, load.tokens, load.squares) for load in loads]
+    loads = [Load(100, 5000, 40), Load(100, 5000, 40), Load(60, 1800, 9), Load(60, 1800, 9)]
+    statuses = [RankStatus(False, False, False, 1.0, *astuple(load)) for load in loads]
     with (
         fake_rank(config.parallel, rank=0, world_size=4) as topology,
         mock.patch.object(guard, "gather_statuses", lambda own, _: statuses),
@@ -72,4 +73,4 @@ def test_the_load_of_all_ranks(tmp_path: Path) -> None:
     ):
         found = Guard(config, topology, StopRequest(), [], mock.Mock())
         found.exchange_status(bad_loss=False, save_failed=False, load=loads[0])
-    assert found.load == Load(160, 6800)
+    assert found.load == Load(160, 6800, 49)
