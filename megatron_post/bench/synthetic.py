@@ -71,7 +71,7 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
     )
     if config.stores_reference:
         writer = ReferenceWriter(store)
-        writer.create(REFERENCE_KEY)
+        writer.create(REFERENCE_KEY, config.dpo.trained_roles)
         row = np.full(settings.pack_length, -np.log(config.model.vocab_size), np.float32)
         for pack in range(len(store)):
             writer.write(pack, row)

@@ -5,6 +5,7 @@ The array has a temporary name until all rows are written, so that a reader neve
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ class ReferenceWriter:
         self._partial = f".{REFERENCE}.partial"
         self._in_chunk = store.packs_in_chunk("tokens")
 
-    def create(self, key: str) -> None:
-        """Create the files for all packs. One rank calls this, before any rank writes a row."""
+    def create(self, key: str, roles: Sequence[str]) -> None:
+        """Create the files for all packs. One rank calls this, before any rank writes a row.
+
+        roles: names of the token roles whose log-probabilities will be written. Other tokens get 0.
+        """
         shutil.rmtree(self._group / self._partial, ignore_errors=True)
         node: Any = zarr.open_group(self._store.path, mode="r+", path=self._store.group)
         length = self._store.settings.pack_length
@@ -38,7 +42,7 @@ class ReferenceWriter:
             dtype="<f4",
             compressors=None,
             dimension_names=("pack", "token"),
-            attributes={"key": key},
+            attributes={"key": key, "trained_roles": list(roles)},
         )
         # Create the chunk files in full size, so that no rank has to create or extend a file that others
         # write.

@@ -7,6 +7,7 @@ never a mixture of two stores.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,11 @@ class PackStore:
         """Packs in a chunk file of a per-token array."""
         return self._packs_in_chunk[name]
 
-    def read_reference(self, key: str) -> None:
-        """Let `read` add reference log-probabilities. Raises `StoreError` if they have another key."""
+    def read_reference(self, key: str, roles: Sequence[str] = ()) -> None:
+        """Let `read` add reference log-probabilities of tokens of these roles.
+
+        Raises `StoreError` if they have another key or lack a role.
+        """
         name = f"{self.path}/{self.group}"
         remedy = (
             f"run `megatron-post reference {self.path} --model DIR` with the model that training starts "
@@ -168,7 +172,7 @@ class PackStore:
             raise StoreError(f"store {name} has no reference log-probabilities; {remedy}")
         with damage(self.path / self.group / REFERENCE, remedy):
             array = self._node[REFERENCE]
-            stored = str(array.attrs["key"])
+            stored, held = str(array.attrs["key"]), list(array.attrs.get("trained_roles", roles))
             in_chunk = _check_plain(array, self.settings, self.path)
             checksums = np.fromfile(self.path / self.group / REFERENCE / CHECKSUMS, dtype="<u4")
             if len(checksums) == array.shape[0] and array_digest(checksums) != array.attrs[CHECKSUMS]:
@@ -178,6 +182,11 @@ class PackStore:
                 f"the reference log-probabilities in store {name} are of another model, precision, tokenizer "
                 f"or data (key {stored:.12}, {array.shape[0]} packs; wanted {key:.12}, "
                 f"{len(self)} packs); {remedy}"
+            )
+        if not set(roles) <= set(held):
+            raise StoreError(
+                f"the reference log-probabilities in store {name} are of the roles {', '.join(held)}, and "
+                f"dpo.trained_roles is {', '.join(roles)}; {remedy}, and its dpo.trained_roles"
             )
         self._packs_in_chunk[REFERENCE] = in_chunk
         self._reference_checksums = checksums

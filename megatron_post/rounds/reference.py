@@ -14,8 +14,10 @@ from megatron_post.train.reference import compute_reference, reference_key
 def write_reference(store: str | Path, model: str | Path, overrides: Sequence[str] = ()) -> None:
     """Compute the log-probabilities of both groups of a store with a Hugging Face model, in any layout.
 
-    `precision` must be that of the training run, so that policy and reference agree at step 0. Raises
-    `ValueError` for a store without pairs, and if store, tokenizer and layout do not fit together.
+    `precision` must be that of the training run, so that policy and reference agree at step 0. Only tokens
+    of `dpo.trained_roles` are computed.
+
+    Raises `ValueError` for a store without pairs, and if store, tokenizer and layout do not fit together.
     """
     settings = read_settings(store)
     if settings.layout != "separate":
@@ -40,4 +42,11 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
                 layout="separate",
             )
             if len(packs):
-                compute_reference(stepper, packs, topology, key=key, group_size=2 * config.parallel.pipeline)
+                compute_reference(
+                    stepper,
+                    packs,
+                    topology,
+                    key=key,
+                    roles=config.dpo.trained_roles,
+                    group_size=2 * config.parallel.pipeline,
+                )

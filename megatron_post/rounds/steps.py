@@ -107,7 +107,9 @@ def _steps(r: Round) -> list[RoundStep]:
             "--model",
             str(r.directory / "sft" / "hf"),
         )
-        steps.append(_command(r, "reference", "dpo", (*arguments, *_layout(r, "dpo")), "reference.log"))
+        roles = f"dpo.trained_roles=[{','.join(r.stage('dpo').dpo.trained_roles)}]"
+        overrides = (*_layout(r, "dpo"), roles)
+        steps.append(_command(r, "reference", "dpo", (*arguments, *overrides), "reference.log"))
     held_out = ("held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl")
     validation = (f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))
     return [

@@ -43,7 +43,7 @@ def attach_reference(
     key = reference_key(config.model.init_from, config.precision, topology, digests=digests)
     for store in stores:
         if store is not None:
-            store.read_reference(key)
+            store.read_reference(key, config.dpo.trained_roles)
 
 
 def weights_digests(directory: str | Path, topology: Topology) -> dict[str, str]:
@@ -67,7 +67,7 @@ def reference_key(
 
     directory: a Hugging Face model. digests: its `weights_digests`, if already computed. All ranks must call
     this function. The key needs no tokenizer, because the store's own settings name it. It needs no trained
-    roles, because the log-probabilities of all tokens are stored.
+    roles, because these are stored beside it.
     """
     weights = weights_digests(directory, topology) if digests is None else digests
     shape = read_object(Path(directory) / "config.json", "the config of a Llama")
@@ -93,15 +93,16 @@ def reference_key(
 
 
 def compute_reference(
-    stepper: Stepper, store: PackStore, topology: Topology, *, key: str, group_size: int
+    stepper: Stepper, store: PackStore, topology: Topology, *, key: str, roles: Sequence[str], group_size: int
 ) -> None:
-    """Compute the log-probability of every label of a store's group, and write them into the store.
+    """Compute the log-probability of every trained label of a store's group, and write them into the store.
 
-    All ranks must call this function. group_size: number of packs that go through the pipeline together.
+    All ranks must call this function. roles: those that the stage of `stepper` trains. group_size: number of
+    packs that go through the pipeline together.
     """
     writer = ReferenceWriter(store)
     if topology.rank == 0:
-        writer.create(key)
+        writer.create(key, roles)
     torch.distributed.barrier()  # the other ranks write into the files that rank 0 creates
     rounds = range(0, len(store), group_size * topology.data_size)
     with make_progress(make_console(quiet=not topology.is_reporter)) as progress:

@@ -68,6 +68,7 @@ class Stepper:
     ) -> None:
         self._chunks, self._stage, self._topology, self._portable = list(chunks), stage, topology, portable
         self._reference = None if reference is None else list(reference)
+        self._sequence_parallel = any(get_model_config(chunk).sequence_parallel for chunk in self._chunks)
         self._run = get_forward_backward_func()
         self.losses: list[float] = []
         self.trained = 0
@@ -130,7 +131,7 @@ class Stepper:
             part.trained,
             rank=groups.tp.rank(),
             size=groups.tp.size(),
-            sequence_parallel=get_model_config(self._chunks[0]).sequence_parallel,
+            sequence_parallel=self._sequence_parallel,
         )
         batch = part.to(device)
         if self._portable:

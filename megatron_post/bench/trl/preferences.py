@@ -167,7 +167,8 @@ def _store_reference(config: Config, topology: Topology, store: PackStore) -> No
     assert config.model.init_from is not None
     trainer, _ = build_trainer(config, topology)
     key = reference_key(config.model.init_from, config.precision, topology)
-    compute_reference(trainer.stepper, store, topology, key=key, group_size=2)
+    roles = config.dpo.trained_roles
+    compute_reference(trainer.stepper, store, topology, key=key, roles=roles, group_size=2)
     attach_reference(config, topology, [store])
 
 

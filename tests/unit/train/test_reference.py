@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import zarr
 
 from megatron_post.config.sections import Precision
+from megatron_post.data.reference_writer import ReferenceWriter
+from megatron_post.data.store import open_store
+from megatron_post.data.store_checksums import StoreError
 from megatron_post.train.reference import reference_key
 from tests.ranks import run_ranks
+from tests.unit.data.small_store import small_store
 
 SHAPE = {
     "hidden_size": 64,
@@ -60,3 +67,23 @@ def test_the_key_depends_on_everything_that_decides_log_probabilities(tmp_path: 
 def test_a_directory_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no safetensors files"):
         reference_key(tmp_path, Precision(), SimpleNamespace(rank=0, world_size=1))  # type: ignore[arg-type]
+
+
+def test_a_reference_of_other_roles_is_refused(tmp_path: Path) -> None:
+    """A store names the roles that it has log-probabilities of. Earlier stores have those of all tokens."""
+    store = small_store(tmp_path / "s", 2)
+    writer = ReferenceWriter(store)
+    writer.create("key", ("body",))
+    for pack in range(2):
+        writer.write(pack, np.full(16, -1.0))
+    writer.publish()
+    opened = open_store(tmp_path / "s", "train")
+    opened.read_reference("key", ("body",))
+    assert opened.read(1).reference_logps is not None
+    with pytest.raises(
+        StoreError, match=r"of the roles body, and dpo.trained_roles is body, terminator; run"
+    ):
+        opened.read_reference("key", ("body", "terminator"))
+    node: Any = zarr.open_group(tmp_path / "s", mode="r+")["train/reference_logps"]
+    del node.attrs["trained_roles"]
+    open_store(tmp_path / "s", "train").read_reference("key", ("body", "terminator"))
