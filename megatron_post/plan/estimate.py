@@ -29,8 +29,7 @@ class Plan:
     """Memory and time of a step of a config.
 
     segment_length: tokens of the segments that fill a pack. By default the pack is one segment.
-    trained_share: share of the tokens that carry loss. Times depend on it. Memory is that of a pack whose
-    tokens are all trained, because one such pack is enough to exceed it.
+    trained_share: share of the tokens that carry loss, for times. Memory is that of a pack of trained tokens.
     """
 
     config: Config
@@ -38,6 +37,10 @@ class Plan:
     gpu: GPU
     segment_length: int | None = None
     trained_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.trained_share <= 1:
+            raise ValueError(f"--trained-share {self.trained_share}: want above 0 and at most 1")
 
     @cached_property
     def pack(self) -> tuple[Segment, ...]:
@@ -123,30 +126,16 @@ class Plan:
 
 
 def make_plan(
-    config: Config,
-    *,
-    gpus: int,
-    gpu: GPU,
-    segment_length: int | None = None,
-    trained_share: float = 1.0,
+    config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None, trained_share: float = 1.0
 ) -> Plan:
     """The plan of a config.
 
-    Raises `ConfigError` with every reason why it cannot run on this number of GPUs, and `ValueError` for a
-    length that no pack has and for a share that is not above 0 and at most 1.
+    Raises `ConfigError` with every reason why it cannot run here, and `ValueError` for a wrong length.
     """
-    errors = _errors(config, gpus, gpu)
-    raise_for(errors)
-    check_share(trained_share)
+    raise_for(_errors(config, gpus, gpu))
     plan = Plan(config, gpus, gpu, segment_length, trained_share)
     assert plan.pack  # computing the pack refuses a wrong length
     return plan
-
-
-def check_share(trained_share: float) -> None:
-    """Raise `ValueError` if this is not a share of tokens that carry loss."""
-    if not 0 < trained_share <= 1:
-        raise ValueError(f"a trained share of {trained_share}: want above 0 and at most 1")
 
 
 def _errors(config: Config, gpus: int, gpu: GPU) -> list[str]:

@@ -13,7 +13,7 @@ from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError, parse, raise_for
 from megatron_post.config.schema import Config
 from megatron_post.config.sections import Precision
-from megatron_post.plan.estimate import Plan, changed, check_share, layout_line, verdict
+from megatron_post.plan.estimate import Plan, changed, layout_line, verdict
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import chunks
 from megatron_post.plan.step import around_the_pipeline
@@ -47,7 +47,6 @@ def search(
     Raises `ConfigError` for an unknown recipe, for a recipe that the GPU does not have, and if no layout
     fits. In the last case the message has the layout that is closest. Raises `ValueError` for a wrong share.
     """
-    check_share(trained_share)
     precision = parse(Precision, {"fp8": fp8}, origin="--fp8")
     for asked in (config, config.model_copy(update={"precision": precision})):
         raise_for(device_errors(asked, capability=gpu.capability, cuda=None))

@@ -289,10 +289,7 @@ class Costs:
         return 2 * z.s * z.h / (link * self.gpu.link_efficiency) + self.gpu.latency
 
     def _multiply(self, parameters: int, *, fp8: bool, share: float = 1.0) -> float:
-        """Seconds of this rank's tokens times one matrix, limited by arithmetic or by memory.
-
-        share: of the tokens, from 0 to 1.
-        """
+        """Seconds of a share of this rank's tokens times one matrix, limited by arithmetic or by memory."""
         tokens = share * self._z.t
         peak = self.gpu.fp8_measured if fp8 and self.config.precision.fp8 else self.gpu.bf16_measured
         return max(2 * tokens * parameters / (peak * self.gpu.matrix_efficiency), self._bytes(2 * parameters))

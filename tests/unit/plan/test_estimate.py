@@ -199,6 +199,18 @@ def test_model_flops() -> None:
     assert plan.model_flops == pytest.approx(6 * matrices * 4 * 8192 + 6 * 32 * 4096 * 4 * 4 * 2048**2)
 
 
+def test_untrained_tokens_have_no_logits() -> None:
+    """With half of the tokens trained, half of the head's FLOPs go. The memory of the fullest pack stays."""
+    config = llama_config("llama3.1_8b", {"tensor": 2})
+    every, half = (make_plan(config, gpus=8, gpu=H100, trained_share=share) for share in (1.0, 0.5))
+    head = 6 * 128256 * 4096 * 4 * 8192
+    assert every.model_flops - half.model_flops == pytest.approx(head / 2)
+    assert half.time.passes.matrices < every.time.passes.matrices
+    assert half.fullest == every.fullest
+    with pytest.raises(ValueError, match=r"--trained-share 0: want above 0 and at most 1"):
+        make_plan(config, gpus=8, gpu=H100, trained_share=0)
+
+
 def test_time_adds_up() -> None:
     plan = make_plan(
         llama_config("llama3.1_70b", {"tensor": 8, "sequence": True, "pipeline": 4}), gpus=32, gpu=H100
