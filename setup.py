@@ -5,6 +5,8 @@ MATH = "math-verify>=0.8"  # compares mathematical answers
 ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
 LANGUAGE = "py3langid>=0.4"  # identifies languages
 CURATION = [LANGUAGE, "ftfy>=6.3"]  # ftfy repairs texts that were decoded in a wrong encoding
+# signatures, k-means and encoders of the steps that find duplicates
+DUPLICATES = ["rensa>=0.5", "faiss-cpu>=1.9", "sentence-transformers>=5.1"]
 BROWSER = "playwright>=1.50"  # drives the Chromium of the machine in a test
 # What programs of the recipes for tools import. They run in the sandbox, where users install these.
 TOOLS = ["sympy", "jsonschema", "docstring-parser", "pypdf", "python-docx", "openpyxl"]
@@ -46,12 +48,13 @@ setup(
         "jinja2>=3.1",
         "datasets>=2.20",
         "tensorboard",
+        "xxhash",  # hashes of words; datasets requires it too
     ],
     extras_require={
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
-        "curate": CURATION,
+        "curate": [*CURATION, *DUPLICATES],
         "synthesize": ["ruff", MATH, ROUGE, LANGUAGE],
         "bench": PEERS,
         "dev": [
@@ -68,6 +71,7 @@ setup(
             BROWSER,
             *TOOLS,
             *PEERS,
+            *DUPLICATES,
         ],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},
