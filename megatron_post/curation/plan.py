@@ -1,6 +1,6 @@
 """Which columns a run has: their keys, and what each depends on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from megatron_post.curation.rows import INDEX
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import ROWS, Pass, Step
 from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.reading import did_you_mean
 
 _KEY_DIGITS = 16
 
@@ -72,6 +73,7 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
     for step in settings.steps:
         passes = step.passes(seed=settings.seed)
         assert passes and passes[-1].name == step.column, f"{step.column}: the last pass has another name"
+        _check_fields(step, planned)
         for work in passes:
             assert work.name not in keys, f"{step.column}: two passes have the name {work.name}"
             drops = tuple(each for each in planned if DROPPED in each.work.fields)
@@ -95,3 +97,14 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
     everything = sha256_of_json([index_key, [[each.work.name, each.key] for each in planned]])
     index = Column(directory / f"{ROWS}-{index_key}", INDEX)
     return Plan(everything[:_KEY_DIGITS], index, index_record, tuple(planned))
+
+
+def _check_fields(step: Step, before: Sequence[Planned]) -> None:
+    """Raise `ValueError` if an earlier step has no field that this step reads."""
+    for name, field in step.needed_fields:
+        fields = next(list(each.work.fields) for each in reversed(before) if each.work.name == name)
+        if field not in fields:
+            raise ValueError(
+                f"{step.column} reads {name}.{field}, and the step {name} has {', '.join(fields)}"
+                + did_you_mean(field, fields)
+            )

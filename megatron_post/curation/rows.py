@@ -153,7 +153,7 @@ class Rows:
             "reasoning": self._reasoning,
             "part_rows": self._part_rows,
             "sources": [
-                source.model_dump(mode="json") | {"files": _checksums(source)} for source in self._sources
+                source.model_dump(mode="json") | {"files": checksums(source)} for source in self._sources
             ],
         }
 
@@ -293,7 +293,7 @@ def _distinct_ids(hashes: "array[int]") -> bytes:
     return bytes(found)
 
 
-def _checksums(source: Dataset) -> dict[str, str]:
+def checksums(source: Dataset) -> dict[str, str]:
     """SHA-256 of each local file of a source."""
     path = Path(source.path)
     if path.is_file():

@@ -11,6 +11,8 @@ import inspect
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +197,9 @@ class _Run:
         """Write a column from the values of all rows that a pass sees."""
         ids = pa.concat_tables([self.plan.index.read(part, ["id"]) for part in range(self.num_parts)])["id"]
         table = aligned(values, column.schema, kept, ids)
-        start = 0
-        for part in range(self.num_parts):
-            count = self.plan.index.read(part, ["number"]).num_rows
+        for part, (start, stop) in enumerate(pairwise(self._starts)):
             if not column.path(part).exists():
-                column.write(part, table.slice(start, count))
-            start += count
+                column.write(part, table.slice(start, stop - start))
 
     def _read_by(self, planned: Planned) -> list[Planned]:
         return [each for each in self.plan.passes if each.work.name in planned.work.reads]
@@ -214,7 +213,22 @@ class _Run:
             table = columns[name].read_all(self.num_parts, fields)
             return table if kept is None else table.take(kept)
 
-        return View(self.num_rows if kept is None else len(kept), read, scratch, tools)
+        def part(number: int, name: str, fields: Sequence[str]) -> tuple[int, pa.Table]:
+            start, stop = self._starts[number : number + 2]
+            table = columns[name].read(number, fields)
+            if kept is None:
+                return start, table
+            first, last = np.searchsorted(kept, [start, stop]).tolist()
+            return first, table.take(kept[first:last] - start)
+
+        num_rows = self.num_rows if kept is None else len(kept)
+        return View(num_rows, self.num_parts, read, part, scratch, tools)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The place of the first row of each part, and the number of rows."""
+        sizes = [self.plan.index.read(part, ["number"]).num_rows for part in range(self.num_parts)]
+        return [0, *np.cumsum(sizes).tolist()]
 
     def _kept(self, planned: Planned) -> np.ndarray | None:
         """The places of the rows that a pass sees, int64. None: it sees all rows."""

@@ -29,7 +29,7 @@ for passes whose result depends on the other rows, such as quartiles and duplica
 much for each row, such as questions to a judge.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,13 +63,21 @@ class View:
     """All rows that a pass sees, without their texts.
 
     read: gives a table of these rows, from the name of a column in `reads` (or `ROWS`) and names of its
-    fields. scratch: a directory for files that the blocks of a `BlockPass` share. It is removed afterwards.
+    fields. part: gives those of one part, from its number, a name and fields, with the place of its first
+    row. scratch: a directory for files that the blocks of a `BlockPass` share. It is removed afterwards.
     """
 
     num_rows: int
+    num_parts: int
     read: Callable[[str, Sequence[str]], pa.Table]
+    part: Callable[[int, str, Sequence[str]], tuple[int, pa.Table]]
     scratch: Path
     tools: "Tools"
+
+    def parts(self, name: str, fields: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Yield what `part` gives for each part, where `read` would need too much memory."""
+        for number in range(self.num_parts):
+            yield self.part(number, name, fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +158,11 @@ class Step(Section):
     @property
     def needs(self) -> Sequence[str]:
         """Names of earlier steps whose columns it reads."""
+        return ()
+
+    @property
+    def needed_fields(self) -> Sequence[tuple[str, str]]:
+        """Pairs of the name of an earlier step and a field of its column, which must have it."""
         return ()
 
     @property
