@@ -5,9 +5,24 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_post.curation.cleaning import Clean
+from megatron_post.curation.duplicates.contamination_step import Contamination
+from megatron_post.curation.duplicates.exact import ExactDuplicates
+from megatron_post.curation.duplicates.near_step import NearDuplicateRows
+from megatron_post.curation.duplicates.semantic_step import SemanticDuplicates
 from megatron_post.curation.encoding import Encoding
 from megatron_post.curation.languages import Languages
 from megatron_post.curation.lengths import Lengths
 from megatron_post.curation.repeats import Repeats
 
-AnyStep = Annotated[Clean | Encoding | Languages | Lengths | Repeats, Field(discriminator="kind")]
+AnyStep = Annotated[
+    Clean
+    | Contamination
+    | Encoding
+    | ExactDuplicates
+    | Languages
+    | Lengths
+    | NearDuplicateRows
+    | Repeats
+    | SemanticDuplicates,
+    Field(discriminator="kind"),
+]

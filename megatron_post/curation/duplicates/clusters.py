@@ -1,0 +1,62 @@
+"""Clusters of embeddings, by the k-means of faiss."""
+
+import importlib.util
+import math
+
+import numpy as np
+
+from megatron_post.data.permutation import permutation
+from megatron_post.installation import install_command
+
+_ITERATIONS = 20
+_ROWS_PER_CLUSTER = 256  # of the sample. faiss recommends 39 to 256
+
+
+def default_clusters(num_rows: int) -> int:
+    """The square root of the rows. Clusters and the rows in each of them then grow at the same rate."""
+    return max(1, math.isqrt(num_rows))
+
+
+def sample_rows(rows: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
+    """The rows that k-means is trained on, ascending int64. The same seed draws the same ones everywhere."""
+    wanted = min(len(rows), clusters * _ROWS_PER_CLUSTER)
+    return np.sort(rows[permutation(len(rows), seed, "k-means")[:wanted]])
+
+
+def train_centroids(sample: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
+    """Unit vectors, float32 [clusters, dimensions]. There are never more clusters than rows in the sample.
+
+    sample: unit vectors, float [rows, dimensions]. Raises `ValueError` if faiss is not installed.
+    """
+    faiss = _faiss()
+    clusters = min(clusters, len(sample))
+    if clusters <= 1:
+        mean = sample.astype(np.float32).mean(axis=0, keepdims=True)
+        return mean / np.maximum(np.linalg.norm(mean), 1e-12)
+    kmeans = faiss.Kmeans(
+        sample.shape[1],
+        clusters,
+        niter=_ITERATIONS,
+        seed=seed % 2**31,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=_ROWS_PER_CLUSTER,
+    )
+    kmeans.train(np.ascontiguousarray(sample, np.float32))
+    return np.asarray(kmeans.centroids, np.float32)
+
+
+def assign(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """The cluster of each row, int32 [rows]: that of the centroid with the largest cosine."""
+    index = _faiss().IndexFlatIP(centroids.shape[1])
+    index.add(np.ascontiguousarray(centroids, np.float32))
+    _, nearest = index.search(np.ascontiguousarray(vectors, np.float32), 1)
+    return nearest[:, 0].astype(np.int32)
+
+
+def _faiss():  # type: ignore[no-untyped-def]  # faiss has no types
+    if importlib.util.find_spec("faiss") is None:
+        raise ValueError(f"clusters need faiss: {install_command('curate')}")
+    import faiss
+
+    return faiss

@@ -1,0 +1,77 @@
+"""Which of several duplicates is kept."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+from pydantic import AfterValidator, Field
+
+from megatron_post.config.section import Distinct, Line
+from megatron_post.curation.step import ROWS, Step, View
+
+
+def _names_a_field(text: str) -> str:
+    step, _, field = text.partition(".")
+    if not step or not field:
+        raise ValueError(f"{text!r}: write STEP.FIELD, such as quality.score")
+    return text
+
+
+FieldOfStep = Annotated[Line, AfterValidator(_names_a_field)]
+
+
+class Duplicates(Step):
+    """Base class of the steps that keep one of several rows."""
+
+    order_by: Annotated[tuple[FieldOfStep, ...], Distinct] = Field(
+        (),
+        description="fields of earlier steps, such as quality.score. Of several duplicates the row with the "
+        "largest product is kept. Empty, and for equal products: the first row of the first source",
+    )
+
+    @property
+    def needs(self) -> Sequence[str]:
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.order_by))
+
+    @property
+    def needed_fields(self) -> Sequence[tuple[str, str]]:
+        return [tuple(name.split(".", 1)) for name in self.order_by]  # type: ignore[misc]
+
+    def order(self, view: View) -> np.ndarray:
+        """The rows from the one that is kept first to the one that is kept last, int64 [rows]."""
+        columns = [_numbers(view, *name.split(".", 1)) for name in self.order_by]
+        return order_by_priority(view.num_rows, columns)
+
+
+def order_by_priority(count: int, columns: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """The rows from the one that is kept first to the one that is kept last, int64 [count].
+
+    columns: float [count] each. Rows with the larger product come first, and rows with a missing value (NaN)
+    come last. Equal rows, and all rows if there are no columns, stay in the order of the sources.
+    """
+    if not columns:
+        return np.arange(count)
+    product = np.prod(np.stack([np.asarray(column, np.float64) for column in columns]), axis=0)
+    return np.argsort(np.where(np.isnan(product), np.inf, -product), kind="stable")
+
+
+def reasons(is_dropped: np.ndarray, reason: str) -> pa.Array:
+    """The values of the field `dropped`. is_dropped: bool [rows]."""
+    return pa.array([reason if dropped else None for dropped in is_dropped.tolist()], pa.string())
+
+
+def row_names(view: View, rows: np.ndarray) -> pa.Array:
+    """The ids of rows in hexadecimal, null where a row is -1."""
+    ids = view.read(ROWS, ["id"])["id"]
+    found = ids.take(pa.array(rows, mask=rows < 0)).to_pylist()
+    return pa.array([None if name is None else name.hex() for name in found], pa.string())
+
+
+def _numbers(view: View, step: str, field: str) -> np.ndarray:
+    """A field as float64, NaN for null. Raises `ValueError` if it is no number."""
+    column = view.read(step, [field])[field]
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(f"order_by: {step}.{field} is no number but {kind}")
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
