@@ -183,7 +183,7 @@ def _from_json(file: Path) -> Iterator[Record]:
                     raise ValueError(
                         f"an array of {_MAX_ARRAY_BYTES:,} bytes or more; write one row per line"
                     )
-            rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+            rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=json_object)
             for number, row in enumerate(rows, start=1):
                 yield number, f"{file}:{number}", row
             return
@@ -202,7 +202,7 @@ def _decode(line: bytes) -> Any:
         return BadRow(f"huge: a line of {_MAX_LINE_BYTES} bytes or more")
     try:
         text = line.decode()
-        return json.loads(text, object_pairs_hook=_object) if text.strip() else None
+        return json.loads(text, object_pairs_hook=json_object) if text.strip() else None
     except UnicodeDecodeError as error:
         return BadRow(f"invalid UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -211,7 +211,7 @@ def _decode(line: bytes) -> Any:
         return BadRow(f"broken JSON: {error}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for a duplicate key, whose first value would be lost silently."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -10,6 +10,7 @@ from megatron_post.config.section import Count, Distinct, Name, Section
 from megatron_post.data.dialog import BUILT_IN_TOOLS, BadRow, Message, ToolCall
 from megatron_post.data.row_keys import Keys
 from megatron_post.data.row_tools import tools_of
+from megatron_post.data.rows import json_object
 from megatron_post.synthesis.columns import column
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.row import Row
@@ -36,6 +37,7 @@ class Settings(Section):
         min_length=1,
         description="kinds of calls, of which one is drawn for each row. nested needs functions with a body",
     )
+    output: Count = Field(2000, description="largest number of characters of a function's output")
     calls: Count = Field(4, ge=2, le=100, description="calls that answer one request, at most")
     corrections: int = Field(
         1, ge=0, le=100, description="times that wrong calls may be written again. They are not in the row"
@@ -123,6 +125,8 @@ async def _written(
             fault = str(error)
         task.count("calls", "wrong" if fault else "right")
         if not fault:
+            if any(len(_output_of(call)) > task.settings.output for call in result.calls):
+                raise Dropped("the output of a call is too long")
             names = [call["name"] for call in calls]
             return request, [{"name": name, **call} for name, call in zip(names, result.calls, strict=True)]
         dialog += [reply.message, Message("user", task.prompt("correct", fault=fault))]
@@ -135,7 +139,8 @@ def _parsed(text: str, kind: Kind, most: int) -> Calls:
     if len(found) != 1:
         raise ValueError("the calls are not between <calls> and </calls>")
     try:
-        calls = json.loads(found[0])
+        calls = json.loads(found[0], object_pairs_hook=json_object)
+        json.dumps(calls, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the calls are not JSON: {error}") from None
     if not isinstance(calls, list) or not all(
@@ -166,7 +171,7 @@ def _turns(calls: Calls, kind: Kind) -> list[Message]:
     ]
     if any("output" not in call for call in calls):
         return messages
-    outputs = [Message("ipython", json.dumps(call["output"], ensure_ascii=False)) for call in calls]
+    outputs = [Message("ipython", _output_of(call)) for call in calls]
     if kind == "parallel":
         return [*messages, *outputs]
     return [message for pair in zip(messages, outputs, strict=True) for message in pair]
@@ -174,4 +179,9 @@ def _turns(calls: Calls, kind: Kind) -> list[Message]:
 
 def _shown(call: dict[str, Any]) -> str:
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    return f"{call['name']}({arguments}) -> {json.dumps(call['output'], ensure_ascii=False)}"
+    return f"{call['name']}({arguments}) -> {_output_of(call)}"
+
+
+def _output_of(call: dict[str, Any]) -> str:
+    """The output as the model gets it, or nothing if the call was not executed."""
+    return json.dumps(call["output"], ensure_ascii=False) if "output" in call else ""

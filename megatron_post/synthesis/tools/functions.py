@@ -7,7 +7,7 @@ from typing import Any
 from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.recipe import Dropped
 from megatron_post.synthesis.task import Task
-from megatron_post.synthesis.tools.scripts import run_script
+from megatron_post.synthesis.tools.scripts import run_script, script
 
 Tool = dict[str, Any]
 
@@ -43,7 +43,11 @@ async def called(task: Task[Any], tools: list[Tool], calls: list[Any], source: s
 
     Raises `Dropped` if the definitions are wrong, if the outputs differ, and if the program exceeds a limit.
     """
-    files: Files = {"tools.json": json.dumps(tools), "calls.json": json.dumps(calls)}
+    files: Files = {
+        "tools.json": json.dumps(tools),
+        "calls.json": json.dumps(calls),
+        "schemas.py": script("schemas.py"),
+    }
     if source is not None:
         files = {**files, "functions.py": source}
     found = []
@@ -51,7 +55,7 @@ async def called(task: Task[Any], tools: list[Tool], calls: list[Any], source: s
         outcome = await run_script(task, "call", "call_functions.py", files, again=again)
         try:
             result = json.loads(outcome.stdout)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Dropped("the functions do not end as they should", outcome.kind) from None
         if result["definitions"]:
             raise Dropped("the definitions are wrong", result["definitions"][0])

@@ -25,7 +25,7 @@ async def run_script(
 
     Raises `ValueError` if the sandbox does not have a package that the script imports.
     """
-    own: Files = {name: Path(inside.__file__).with_name(name), **files}
+    own: Files = {name: script(name), **files}
     outcome = await task.run(step, own, python(name, *arguments, again=again))
     if outcome.kind == "failed" and _MISSING in outcome.stderr:
         package = outcome.stderr.partition(_MISSING)[2].partition("\n")[0]
@@ -35,6 +35,11 @@ async def run_script(
             "sandbox.environment.PYTHONPATH"
         )
     return outcome
+
+
+def script(name: str) -> Path:
+    """A file of `inside`."""
+    return Path(inside.__file__).with_name(name)
 
 
 def python(*arguments: str, again: bool = False) -> tuple[str, ...]:

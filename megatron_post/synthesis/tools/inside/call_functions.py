@@ -8,6 +8,7 @@ The output is JSON: `definitions` are what is wrong with them, and `calls` have 
 """
 
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -20,46 +21,36 @@ _FUNCTIONS = Path("functions.py")
 _REFERENCE = "$output"
 
 
-def faults_of(tools: list[dict[str, Any]], functions: dict[str, Any] | None) -> list[str]:
-    """What is wrong with the definitions. functions: by name, or None if only the definitions are there."""
-    import jsonschema
+def faults_of(schemas: list[tuple[str, Any]], functions: dict[str, Any] | None) -> list[str]:
+    """What is wrong with the definitions, and how they differ from the functions.
 
-    found = []
-    names = [tool["function"]["name"] for tool in tools]
-    for tool in tools:
-        name, schema = tool["function"]["name"], tool["function"].get("parameters") or {}
+    schemas: pairs of a name and the schema of its parameters. functions: by name, or None if only the
+    definitions are there.
+    """
+    from schemas import fault_of  # the file beside this one
+
+    names = [name for name, _ in schemas]
+    found = [f"{name} is defined twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    for name, schema in schemas:
         try:
-            jsonschema.Draft202012Validator.check_schema(schema)
-        except jsonschema.SchemaError as error:
-            found.append(f"{name}: {error.message}")
-        if schema.get("type", "object") != "object":
-            found.append(f"{name}: its parameters are no object")
-        if missing := set(schema.get("required") or ()) - set(schema.get("properties") or ()):
-            found.append(f"{name}: {sorted(missing)[0]} is required and not described")
-        if names.count(name) > 1:
-            found.append(f"{name} is defined twice")
-        if functions is not None and not callable(functions.get(name)):
-            found.append(f"{name} is not defined in the file")
+            fault = fault_of(schema) or ("" if functions is None else _misfit(schema, functions.get(name)))
+        except RecursionError:
+            fault = "its schema is nested too deeply"
+        found += [f"{name}: {fault}"] if fault else []
     return found
 
 
-def check_call(tools: list[dict[str, Any]], name: str, arguments: Any) -> None:
-    """Raises `ValueError` for a call that does not fit its definition."""
-    import jsonschema
-
-    found = next((tool["function"] for tool in tools if tool["function"]["name"] == name), None)
-    if found is None:
-        raise ValueError(f"there is no function {name}")
-    schema = found.get("parameters") or {}
-    properties = schema.get("properties") or {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f"the arguments of {name} are no object")
-    if unknown := sorted(arguments.keys() - properties.keys()):
-        raise ValueError(f"{name} has no parameter {unknown[0]}")
-    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(arguments), key=str)
-    if errors:
-        place = "".join(f"[{part!r}]" for part in errors[0].absolute_path)
-        raise ValueError(f"{name}: the arguments{place}: {errors[0].message}"[:500])
+def _misfit(schema: dict[str, Any], function: Any) -> str:
+    """Why a function cannot be called as its schema says, or nothing."""
+    if not callable(function):
+        return "it is not defined in the file"
+    try:
+        signature = inspect.signature(function)
+        for names in (schema.get("required", ()), schema.get("properties", ())):
+            signature.bind(**dict.fromkeys(names))
+    except (TypeError, ValueError) as error:
+        return f"its schema does not fit its signature: {error}"
+    return ""
 
 
 def resolved(value: Any, outputs: list[Any]) -> Any:
@@ -83,16 +74,20 @@ def resolved(value: Any, outputs: list[Any]) -> Any:
 
 
 def run_all(
-    tools: list[dict[str, Any]], calls: list[Any], functions: dict[str, Any] | None
+    schemas: dict[str, Any], calls: list[Any], functions: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """The results of the calls, up to the first error."""
+    from schemas import check_arguments
+
     found: list[dict[str, Any]] = []
     for call in calls:
         result: dict[str, Any] = {}
         found.append(result)
         try:
             arguments = resolved(call["arguments"], [each.get("output") for each in found[:-1]])
-            check_call(tools, call["name"], arguments)
+            if call["name"] not in schemas:
+                raise ValueError(f"there is no function {call['name']}")
+            check_arguments(call["name"], schemas[call["name"]], arguments)
             result["arguments"] = json.loads(json.dumps(arguments))  # a function may change them
             if functions is not None:
                 output = functions[call["name"]](**arguments)
@@ -118,6 +113,9 @@ def main() -> None:
     import jsonschema  # noqa: F401  # if it is missing, this fails before errors are hidden
 
     tools, calls = (json.loads(Path(f"{name}.json").read_bytes()) for name in ("tools", "calls"))
+    schemas = [
+        (tool["function"]["name"], tool["function"].get("parameters", {"type": "object"})) for tool in tools
+    ]
     random.seed(0)
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1), os.dup2(nowhere, 2)  # what the functions print is no output
@@ -128,8 +126,8 @@ def main() -> None:
         except BaseException as error:
             result = {"definitions": [f"the file cannot be run: {type(error).__name__}: {error}"[:500]]}
         else:
-            result = {"definitions": faults_of(tools, functions)}
-            result["calls"] = [] if result["definitions"] else run_all(tools, calls, functions)
+            result = {"definitions": faults_of(schemas, functions)}
+            result["calls"] = [] if result["definitions"] else run_all(dict(schemas), calls, functions)
     os.write(kept, json.dumps(result).encode())
     os._exit(0)  # no thread or handler of the functions runs on
 

@@ -54,7 +54,7 @@ def _generic(name: str, inner: list[ast.expr]) -> dict[str, Any]:
         case "Union", _:
             return _any_of([schema_of(each) for each in inner])
         case "Literal", _:
-            return {"enum": [ast.literal_eval(each) for each in inner]}
+            return {"enum": [_constant(each) for each in inner]}
         case _, [one] if name in _ARRAYS:
             return {"type": "array", "items": schema_of(one)}
         case "tuple" | "Tuple", [one, ast.Constant(value=value)] if value is ...:
@@ -78,11 +78,13 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def definition(function: ast.FunctionDef) -> dict[str, Any]:
+def definition(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
     """The definition of a function in OpenAI's form. Raises `NoSchema`."""
     import docstring_parser
 
     arguments = function.args
+    if isinstance(function, ast.AsyncFunctionDef):
+        raise NoSchema("it is a coroutine")
     if arguments.posonlyargs or arguments.vararg or arguments.kwarg:
         raise NoSchema("a parameter cannot be given by its name")
     text = ast.get_docstring(function)
@@ -106,7 +108,7 @@ def definition(function: ast.FunctionDef) -> dict[str, Any]:
         if described.get(each.arg):
             schema["description"] = described.pop(each.arg)
         if (default := defaults[each.arg]) is not None:
-            schema["default"] = _default(default)
+            schema["default"] = _constant(default)
         properties[each.arg] = schema
     if unknown := described.keys() - properties.keys():
         raise NoSchema(f"the docstring describes {sorted(unknown)[0]!r}, which is no parameter")
@@ -125,26 +127,29 @@ def definition(function: ast.FunctionDef) -> dict[str, Any]:
     }
 
 
-def _default(value: ast.expr) -> Any:
+def _constant(value: ast.expr) -> Any:
     try:
         found = ast.literal_eval(value)
         json.dumps(found, allow_nan=False)
     except (ValueError, TypeError):
-        raise NoSchema(f"the default {ast.unparse(value)} is no JSON") from None
+        raise NoSchema(f"{ast.unparse(value)} is no JSON") from None
     return found
 
 
 def main() -> None:
     with open("functions.py", encoding="utf-8", errors="surrogatepass") as file:
         tree = ast.parse(file.read())
-    tools, left_out = [], {}
+    tools: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            tools.pop(node.name, None)  # a function replaces an earlier one of its name
+            left_out.pop(node.name, None)
             try:
-                tools.append(definition(node))
-            except (NoSchema, SyntaxError, ValueError, TypeError) as error:
+                tools[node.name] = definition(node)
+            except (NoSchema, SyntaxError, ValueError, TypeError, RecursionError) as error:
                 left_out[node.name] = str(error).partition("\n")[0]
-    print(json.dumps({"tools": tools, "left_out": left_out}))
+    print(json.dumps({"tools": list(tools.values()), "left_out": left_out}))
 
 
 if __name__ == "__main__":

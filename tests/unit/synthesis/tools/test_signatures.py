@@ -123,19 +123,28 @@ def nested(a: typing.List[int], b: Union[list[int], None], c: tuple[int, ...], d
         ('def f(a: int, /):\n    """Do it."""', "cannot be given by its name"),
         ('def f(a: Path):\n    """Do it."""', "the annotation Path has no JSON schema"),
         ('def f(a: dict[int, str]):\n    """Do it."""', "the annotation dict[...] has no JSON schema"),
-        ('def f(a: int = now()):\n    """Do it."""', "the default now() is no JSON"),
+        ('def f(a: int = now()):\n    """Do it."""', "now() is no JSON"),
         ('def f(a: bytes = b"x"):\n    """Do it."""', "the annotation bytes has no JSON schema"),
         ('@cache\ndef f(a: int):\n    """Do it."""', "it has a decorator"),
         (
             'def f(a: int):\n    """Do it.\n\n    Args:\n        b: The other.\n    """',
             "which is no parameter",
         ),
+        ('from typing import Literal\ndef f(a: Literal[b"x"]):\n    """Do it."""', "b'x' is no JSON"),
+        ('async def f(a: int):\n    """Do it."""', "it is a coroutine"),
+        ('def f(a: int):\n    """Do it."""\ndef f(a):\n    """Do it."""', "a parameter has no annotation"),
         ('def f(a: "int |"):\n    """Do it."""', "invalid syntax"),
     ],
 )
 def test_functions_without_a_schema_are_left_out(tmp_path: Path, function: str, reason: str) -> None:
     found = _schemas(tmp_path, function)
     assert found["tools"] == [] and reason in found["left_out"]["f"]
+
+
+def test_the_last_function_of_a_name_counts(tmp_path: Path) -> None:
+    source = 'def f(a: int):\n    """Do it."""\ndef f(b: str):\n    """Do that."""\n'
+    (tool,) = _schemas(tmp_path, source)["tools"]
+    assert tool["function"]["parameters"]["properties"] == {"b": {"type": "string"}}
 
 
 def test_private_and_nested_functions_are_no_tools(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Calls of functions: which fit their definitions and their kind, and what their outputs are."""
 
 import json
+import re
 from typing import Any
 
 import pytest
 
+from megatron_post.synthesis.tools.inside.schemas import check_arguments, fault_of
 from tests.scripted_server import Answer, Body
 from tests.unit.synthesis.tools.conftest import ToolPlace
 
@@ -36,6 +38,10 @@ def to_fahrenheit(celsius: float) -> float:
 def now() -> int:
     """The time."""
     return time.time_ns()
+
+def long(n: int) -> str:
+    """A text of n letters."""
+    return n * "x"
 
 def nothing() -> object:
     """An object that is no JSON."""
@@ -71,13 +77,19 @@ def author(replies: dict[int, list[Any]]) -> Answer:
     return answer
 
 
+def _text(number: int, calls: str) -> str:
+    return f"<request>Do case {number}.</request>\n<calls>{calls}</calls>"
+
+
 def _rows(replies: dict[int, list[Any]]) -> list[dict[str, Any]]:
     return [{"text": SOURCE.format(case=f"case {number}")} for number in replies]
 
 
 def _run(place: ToolPlace, kind: str, replies: dict[int, list[Any]], **values: Any) -> None:
     rows = values.pop("rows", _rows(replies))
-    place.run("tool_functions", author(replies), rows=rows, packages=PACKAGES, kinds=[kind], **values)
+    place.run(
+        "tool_functions", author(replies), rows=rows, packages=PACKAGES, kinds=[kind], functions=5, **values
+    )
 
 
 def test_single_calls_fit_their_definitions_and_run(tool_place: ToolPlace) -> None:
@@ -96,11 +108,18 @@ def test_single_calls_fit_their_definitions_and_run(tool_place: ToolPlace) -> No
         12: ["<request>case 12</request><calls>[{</calls>"],
         13: [[{"name": "temperature"}]],
         14: ["NONE"],
+        15: [_text(15, '[{"name": "temperature", "arguments": {"city": "Rome", "city": "Oslo"}}]')],
+        16: [_text(16, '[{"name": "to_fahrenheit", "arguments": {"celsius": 1e999}}]')],
+        17: [_text(17, '[{"name": "to_fahrenheit", "arguments": {"celsius": NaN}}]')],
+        18: [_text(18, '[{"name": "temperature", "arguments": "Oslo"}]')],
+        19: [_text(19, "[" * 5000)],
+        20: [[_call("long", n=3000)]],
     }
     _run(tool_place, "single", replies)
     wrong = ("calls", "the calls are wrong")
     assert tool_place.dropped() == {
-        **dict.fromkeys((3, 4, 5, 6, 7, 9, 10, 11, 12, 13), wrong),
+        **dict.fromkeys((3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19), wrong),
+        20: ("calls", "the output of a call is too long"),
         8: ("call", "a call has another output when it runs again"),
         14: ("write", "nothing to ask for"),
     }
@@ -108,16 +127,12 @@ def test_single_calls_fit_their_definitions_and_run(tool_place: ToolPlace) -> No
     assert first["messages"][2]["content"] == '{"city": "Oslo", "celsius": 10}'
     assert [m["role"] for m in first["messages"]] == ["user", "assistant", "tool", "assistant"]
     assert first["kind"] == second["kind"] == "single"
-    assert {tool["function"]["name"] for tool in first["tools"]} == {
-        "temperature",
-        "to_fahrenheit",
-        "now",
-        "nothing",
-    }
+    names = [tool["function"]["name"] for tool in first["tools"]]
+    assert names == ["temperature", "to_fahrenheit", "now", "long", "nothing"]
     details = [json.loads(line) for line in (tool_place.output / "dropped.jsonl").read_text().splitlines()]
     found = {int(line["source"].rpartition(":")[2]): line["detail"] for line in details}
     assert "3 is not of type 'string'" in found[3] and "'city' is a required property" in found[4]
-    assert "there is no function weather" in found[5] and "has no parameter unit" in found[6]
+    assert "there is no function weather" in found[5] and "('unit' was unexpected)" in found[6]
     assert found[7] == "KeyError: 'Paris'" and "JSON serializable" in found[9]
 
 
@@ -183,6 +198,102 @@ def test_definitions_without_bodies_are_not_executed(tool_place: ToolPlace) -> N
     tool_place.output = tool_place.directory / "nested"
     _run(tool_place, "nested", replies, rows=rows[:1])
     assert tool_place.dropped()[1][1] == "functions without a body cannot be nested"
+
+
+TREE = {"type": "object", "properties": {"name": {"type": "string"}, "child": {"$ref": "#/$defs/tree"}}}
+SCHEMAS: dict[str, tuple[Any, str]] = {  # of the parameters, and what is wrong with them
+    "a reference to itself": ({"$ref": "#"}, "refers to itself without an end"),
+    "a circle": (
+        {
+            "type": "object",
+            "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"not": {"$ref": "#/$defs/a"}}},
+        },
+        "refers to itself without an end",
+    ),
+    "a missing reference": ({"properties": {"a": {"items": {"$ref": "#/$defs/none"}}}}, "leads nowhere"),
+    "a reference to the web": ({"properties": {"a": {"$ref": "http://a.example/x"}}}, "leads nowhere"),
+    "no object": ({"type": "array"}, "its parameters are no object"),
+    "a nested error": ({"properties": {"a": {"properties": {"b": {"type": "int"}}}}}, "'int' is not valid"),
+    "a nested requirement": (
+        {"properties": {"a": {"properties": {"b": {}}, "required": ["c"]}}},
+        "c is required and not described",
+    ),
+    "required is no list": ({"required": 5}, "5 is not of type 'array'"),
+    "properties are no object": ({"properties": ["a"]}, "['a'] is not of type 'object'"),
+    "a tree": ({"properties": {"a": {"$ref": "#/$defs/tree"}}, "$defs": {"tree": TREE}}, ""),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_faults_of_schemas(name: str) -> None:
+    pytest.importorskip("jsonschema")
+    schema, fault = SCHEMAS[name]
+    found = fault_of(schema)
+    assert (fault in found) if fault else (found == "")
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "tags": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["name"],
+}
+CALLS: list[tuple[dict[str, Any], Any, str]] = [  # parameters, arguments, and what is wrong with these
+    ({"properties": {"person": PERSON}}, {"person": {"name": "A", "tags": [1]}}, ""),
+    ({"properties": {"person": PERSON}}, {"person": {"name": "A", "age": 3}}, "('age' was unexpected)"),
+    ({"properties": {"person": PERSON}}, {"person": {}}, "'name' is a required property"),
+    ({"properties": {"person": PERSON}}, {"person": {"name": "A", "tags": ["x"]}}, "['tags'][0]"),
+    (
+        {"properties": {"all": {"type": "array", "items": PERSON}}},
+        {"all": [{"name": "A", "x": 1}]},
+        "['all'][0]",
+    ),
+    ({"properties": {"a": {"type": "object"}}}, {"a": {"any": 1}}, ""),
+    ({"properties": {"a": {"type": "integer"}}}, {"a": True}, "True is not of type 'integer'"),
+    ({"properties": {"a": {}}, "additionalProperties": True}, {"b": 1}, ""),
+    ({}, {"b": 1}, "('b' was unexpected)"),
+    ({}, {}, ""),
+    ({}, ["b"], "are no object"),
+    ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"a": 1, "b": 2}, ""),
+    ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, {"c": 1}, "('c' was unexpected)"),
+    (
+        {"properties": {"a": {"$ref": "#/$defs/tree"}}, "$defs": {"tree": TREE}},
+        {"a": {"name": "A", "child": {"name": "B", "child": {"size": 1}}}},
+        "['a']['child']['child']",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "arguments", "fault"), CALLS)
+def test_arguments_fit_their_schema_at_any_depth(schema: dict[str, Any], arguments: Any, fault: str) -> None:
+    pytest.importorskip("jsonschema")
+    assert fault_of(schema) == ""
+    if not fault:
+        check_arguments("f", schema, arguments)
+        return
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        check_arguments("f", schema, arguments)
+
+
+def test_definitions_fit_the_bodies(tool_place: ToolPlace) -> None:
+    def tool(**properties: Any) -> list[dict[str, Any]]:
+        parameters = {"type": "object", "properties": properties, "required": ["a"]}
+        return [{"name": "f", "description": "case 1", "parameters": parameters}]
+
+    source = 'def f(a: int, b: int):\n    """case 1"""\n    return a\n'
+    optional, number = source.replace("b: int", "b: int = 1"), {"type": "integer"}
+    rows = [
+        {"text": source, "tools": tool(a=number)},
+        {"text": optional, "tools": tool(a=number, b=number, c=number)},
+        {"text": optional, "tools": tool(a=number, b=number)},
+    ]
+    _run(tool_place, "single", {1: [[_call("f", a=1)]]}, rows=rows)
+    details = [json.loads(line)["detail"] for line in (tool_place.output / "dropped.jsonl").open()]
+    assert details == [
+        "f: its schema does not fit its signature: missing a required argument: 'b'",
+        "f: its schema does not fit its signature: got an unexpected keyword argument 'c'",
+    ]
+    assert len(tool_place.rows()) == 1
 
 
 @pytest.mark.parametrize("body", ["import os; os._exit(0)", "import sys; sys.exit(3)"])
