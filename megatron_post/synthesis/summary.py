@@ -1,5 +1,6 @@
 """Counts the results of all input rows by step and by reason, for the report."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from megatron_post.storage.files import write_json
 from megatron_post.storage.reading import read_object, reading
+from megatron_post.synthesis.histogram import Histogram, histogram
 from megatron_post.synthesis.parts import Result
 from megatron_post.synthesis.row import is_preference, readable_messages
 
@@ -16,7 +18,6 @@ _MOST_REASONS = 200  # reasons, or kinds, that are counted separately
 _SAMPLES = 3  # samples of each kind, and of each reason
 _LONGEST = 6000  # characters of a text in a sample
 _OTHERS = "(others)"
-_BINS = 20  # of a distribution
 
 
 class Step(BaseModel):
@@ -47,7 +48,7 @@ class Reason(BaseModel):
 
 
 class Measure(BaseModel):
-    """The distribution of a number. counts: how often each value comes, rounded to two decimals."""
+    """The distribution of a number. counts: how often each value comes, rounded down to two decimals."""
 
     number: int = 0
     total: float = 0.0
@@ -55,23 +56,16 @@ class Measure(BaseModel):
 
     def add(self, value: float) -> None:
         self.number, self.total = self.number + 1, self.total + value
-        self.counts[round(value, 2)] += 1
+        # The small number is larger than the error of the product, so that 0.29 stays 0.29.
+        self.counts[math.floor(value * 100 + 1e-7) / 100] += 1
 
     @property
     def mean(self) -> float:
         return self.total / self.number
 
-    def bins(self) -> list[tuple[float, float, int]]:
-        """Lower end, upper end and count of equal intervals from the least to the greatest value.
-
-        An interval has its lower end in it. The last one has both.
-        """
-        low, high = min(self.counts), max(self.counts)
-        width = (high - low) / _BINS or 1.0
-        counts = [0] * _BINS
-        for value, count in self.counts.items():
-            counts[min(int((value - low) / width), _BINS - 1)] += count
-        return [(low + i * width, low + (i + 1) * width, count) for i, count in enumerate(counts)]
+    @property
+    def histogram(self) -> Histogram:
+        return histogram(self.counts)
 
 
 class Summary(BaseModel):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ def test_statistics_equal_counts_by_hand(place: Instructions) -> None:
     for name, values in by_hand.items():
         assert measures[name]["number"] == len(values)
         assert measures[name]["total"] == pytest.approx(sum(values))
-        counts = Counter(round(value, 2) for value in values)
+        counts = Counter(math.floor(value * 100 + 1e-7) / 100 for value in values)
         assert {float(value): count for value, count in measures[name]["counts"].items()} == counts
     kept = place.summary()["steps"]["kept"]["results"]
     assert sum(kept.values()) == len(instructions)
