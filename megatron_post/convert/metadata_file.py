@@ -1,6 +1,9 @@
 """Reads `.metadata`, the pickled index of torch.distributed.checkpoint, without running it."""
 
+import contextlib
+import gc
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import IO, Any
@@ -43,7 +46,7 @@ def read_metadata(path: Path) -> Any:
     Raises `DamagedCheckpoint` if it refers to any other class, or to a file outside its directory.
     """
     try:
-        with plain_file(path, "file").open("rb") as file:
+        with plain_file(path, "file").open("rb") as file, collector_paused():
             metadata = _PlainUnpickler(file).load()
         names = {entry.relative_path for entry in metadata.storage_data.values()}
     except Exception as error:  # a malformed pickle can raise any exception
@@ -52,6 +55,22 @@ def read_metadata(path: Path) -> Any:
     if outside:
         raise DamagedCheckpoint(f"{path}: names the file {outside[0]!r}, which is outside the checkpoint")
     return metadata
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Let Python's garbage collector wait while millions of small objects are made.
+
+    It would visit all of them again and again, which takes several times as long as making them.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class _PlainUnpickler(pickle.Unpickler):
