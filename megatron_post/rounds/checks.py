@@ -7,7 +7,9 @@ from pathlib import Path
 from megatron_post.config.data import Source
 from megatron_post.config.layout import world_errors
 from megatron_post.config.load import ConfigError
+from megatron_post.config.rewards import TRAINED, check_capabilities
 from megatron_post.config.schema import Config
+from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.curation.rules import load_response_rules
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.tokenizer import load_tokenizer
@@ -27,17 +29,27 @@ _HEADER = 16  # the largest number of tokens of a message around its text
 def check_models(settings: RoundSettings) -> None:
     """Raise `ValueError` unless all models that a run starts with have the same tokenizer."""
     start = settings.start
-    others = (("previous", start.previous), ("base", start.base), ("reward", start.reward))
-    for key, path in (("policy", start.policy), *others):
+    others = [(f"start.{key}", getattr(start, key)) for key in ("previous", "base", "reward")]
+    listed = [(n, r, m) for n, r in enumerate(settings.reward) for m in r.models if m != TRAINED]
+    others += [(f"reward.{number}.models", model) for number, _, model in listed]
+    for key, path in (("start.policy", start.policy), *others):
         if path is not None and not Path(path).is_dir():
-            raise ValueError(f"start.{key}={path}: no such directory; the first round begins with that model")
+            raise ValueError(f"{key}={path}: no such directory; the first round begins with that model")
     policy = load_tokenizer(start.policy).fingerprint
     for key, path in others:
         if path is not None and load_tokenizer(path).fingerprint != policy:
             raise ValueError(
-                f"start.{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "
+                f"{key}={path} has another tokenizer than start.policy={start.policy}; its ids mean "
                 "other words there, so use models of one family"
             )
+    for number, reward, model in listed:
+        weights = open_weights_directory(Path(model))
+        if not weights.scalar_head:
+            raise ValueError(f"reward.{number}.models={model} is a language model, and no reward model")
+        if weights.scores_steps != (reward.of_steps is not None):
+            remedy = "set of_steps" if weights.scores_steps else "leave out of_steps"
+            kind = "steps" if weights.scores_steps else "whole responses"
+            raise ValueError(f"reward.{number}.models={model} is a reward model of {kind}; {remedy}")
 
 
 def check_backend(settings: RoundSettings) -> None:
@@ -66,6 +78,8 @@ def check_files(settings: RoundSettings) -> None:
         if isinstance(verifier, ExactMatch) and unanswered is not None:
             raise ValueError(f"data.{key}={path}: line {unanswered} has no `answer` for the exact verifier")
         _check_lengths(settings, key, prompts, pack_length=pack_length)
+        if key == "prompts":
+            check_capabilities(settings.reward, {p.capability for p in prompts}, origin=path)
     if settings.select.cleaning is not None:
         load_response_rules(settings.select.cleaning)
     configs = {stage: first.similar_run(stage) for stage in Stages.trained}

@@ -11,6 +11,7 @@ from rich.console import Console
 from megatron_post.config.load import load_config, parse, read_tree, validate
 from megatron_post.config.overrides import merged
 from megatron_post.config.references import escaped
+from megatron_post.config.rewards import TRAINED, models_of
 from megatron_post.config.schema import Config
 from megatron_post.config.settings import flatten
 from megatron_post.config.stages import StageName
@@ -18,6 +19,7 @@ from megatron_post.convert.configs import read_model
 from megatron_post.inference.prompts import read_prompts
 from megatron_post.rounds.merge_settings import MethodMerge
 from megatron_post.rounds.select import PREFERENCES, SFT
+from megatron_post.rounds.select_settings import Samples
 from megatron_post.rounds.settings import RoundSettings, StageFile
 from megatron_post.storage.reading import read_object
 
@@ -85,8 +87,30 @@ class Round:
         return self.directory / "selection" / PREFERENCES
 
     @property
-    def reward(self) -> str:
-        return self.settings.start.reward or str(self.directory / "reward" / "hf")
+    def reward_models(self) -> dict[str, str]:
+        """The directory of each reward model, by its name in the list `reward`.
+
+        Without a list there is one model, with the name "".
+        """
+        trained = str(self.directory / "reward" / "hf")
+        if not self.settings.reward:
+            return {"": self.settings.start.reward or trained}
+        return {name: trained if name == TRAINED else name for name in models_of(self.settings.reward)}
+
+    def samples(self, responses: str, scores: str) -> Samples:
+        """A file of responses with the scores of each reward model, as `select` reads them."""
+        files = {name: str(file) for name, file in self.score_files(scores).items()}
+        return Samples(
+            responses=str(self.directory / responses), scores=files if self.settings.reward else files[""]
+        )
+
+    def score_files(self, scores: str) -> dict[str, Path]:
+        """The file of each reward model's scores. With a list `reward` their names are numbered."""
+        stem = scores.removesuffix(".jsonl")
+        return {
+            name: self.directory / (f"{stem}-{number}.jsonl" if self.settings.reward else scores)
+            for number, name in enumerate(self.reward_models, start=1)
+        }
 
     def stage(self, name: StageName) -> StageFile:
         """The part of a stage's config that is known before its model and data exist."""

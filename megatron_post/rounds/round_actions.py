@@ -70,8 +70,7 @@ def import_comparisons(r: Round) -> None:
 
 
 def select_samples(r: Round) -> None:
-    samples = Samples(responses=str(r.directory / "samples.jsonl"), scores=str(r.directory / "scores.jsonl"))
-    found = _select(r, samples, "selection")
+    found = _select(r, r.samples("samples.jsonl", "scores.jsonl"), "selection")
     r.console.print(
         f"{found['sft_rows']} rows to train on, {found['preferences']} preferences, {found['ties']} ties",
         highlight=False,
@@ -141,12 +140,10 @@ def evaluate(r: Round) -> None:
         files = {"greedy": "held_out.jsonl"} | ({"start": "held_out-start.jsonl"} if r.number == 1 else {})
         for name, file in files.items():
             result[name] = vars(_accuracy(r, r.directory / file, held_out))
-        samples = Samples(
-            responses=str(r.directory / "held_out-samples.jsonl"),
-            scores=str(r.directory / "held_out-scores.jsonl"),
-        )
+        samples = r.samples("held_out-samples.jsonl", "held_out-scores.jsonl")
         # With a weight of 0 the verifier only judges the best response, and does not help to choose it.
         options: dict[str, Any] = {"verifier": verifier, "verifier_weight": 0.0}
+        options["reward"] = r.settings.reward
         options["max_bad_rows"] = r.settings.data.max_bad_rows
         found = candidates(
             parse(Select, {"prompts": held_out, "samples": [samples], **options}, origin="evaluate")
@@ -226,6 +223,7 @@ def _select(r: Round, samples: Samples, name: str) -> dict[str, Any]:
     data = r.settings.data
     values = r.settings.select.model_dump() | {"prompts": data.prompts, "samples": [samples]}
     values["max_bad_rows"] = data.max_bad_rows
+    values["reward"] = () if samples.scores is None else r.settings.reward
     return select(parse(Select, values, origin="select"), r.directory / name)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_post.config.data import Rating
+from megatron_post.config.rewards import check_capabilities
 from megatron_post.config.section import NonNegative
 from megatron_post.curation.rules import RuleCounts, balance, load_response_rules
 from megatron_post.inference.failures import failed_prompts, read_failures
+from megatron_post.inference.prompts import read_prompts
 from megatron_post.rounds.candidates import Candidate, best_of, candidates
 from megatron_post.rounds.select_settings import Select
 from megatron_post.storage.files import write_json, write_lines
@@ -24,6 +26,8 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
     Raises `ValueError` for files that do not belong together.
     """
     target = Path(directory)
+    prompts = read_prompts(settings.prompts, max_bad_rows=settings.max_bad_rows)
+    check_capabilities(settings.reward, {p.capability for p in prompts}, origin=settings.prompts)
     by_prompt = candidates(settings)
     chosen = [best_of(found, tie=settings.tie) for found in by_prompt.values()]
     rows = [
@@ -75,7 +79,8 @@ def _training_row(best: Candidate, text: str, provenance: dict[str, Any]) -> dic
 def preference(best: Candidate | None, found: Sequence[Candidate], settings: Select) -> dict[str, Any] | None:
     """A preference of the best response over the worst, or None if there is none.
 
-    The worst one is from another checkpoint if that has a worse response. If the best is wrong and the
+    The worst one is a response with a reward below its threshold, if there is one. Otherwise it is from
+    another checkpoint if that has a worse response. If the best is wrong and the
     verifier has a solution, the solution is `edited`. If all responses tie, the solution is `chosen`.
     """
     others = [c for c in found if c.text and best and c.text != best.text and not c.is_templated]
@@ -83,15 +88,18 @@ def preference(best: Candidate | None, found: Sequence[Candidate], settings: Sel
         return None
     elsewhere = [c for c in others if c.row["checkpoint"] != best.row["checkpoint"]]
     worse = [c for c in elsewhere if best.score - c.score > settings.tie]
-    worst = min(worse or others, key=lambda c: c.score)
+    below = [c for c in others if c.is_below]
+    worst = min(below or worse or others, key=lambda c: c.score)
     margin = best.score - worst.score
     mended = None
     if best.verdict is not None and not best.verdict.correct and best.verdict.edited not in (None, ""):
         mended = best.verdict.edited
     row: dict[str, Any] = {"prompt": best.row["messages"][:-1], "rejected": _assistant_message(worst.text)}
     provenance: dict[str, Any] = {"rejected": worst.provenance(), "margin": margin}
-    if margin > settings.tie:
-        row |= {"chosen": _assistant_message(best.text), "rating": rating(margin, settings.ratings)}
+    if margin > settings.tie or below:
+        # A threshold decides more than a margin does, which may even be negative there.
+        label = get_args(Rating)[0] if below else rating(margin, settings.ratings)
+        row |= {"chosen": _assistant_message(best.text), "rating": label}
         provenance["chosen"] = best.provenance()
         if mended is not None:
             row["edited"] = _assistant_message(mended)
@@ -129,6 +137,7 @@ def _summary(
         "templated": sum(c.is_templated for c in every),
         "tool_calls": sum(c.row["finish"] == "tool_calls" for c in every),
         "without_a_whole_response": len(chosen) - len(best),
+        "below_threshold": sum(c.is_below for c in every),
         "ties": sum(tied > 0 for _, tied in chosen),
         "correct": sum(known) if known else None,
         "best_correct": sum(known_best) if known_best else None,

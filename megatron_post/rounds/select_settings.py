@@ -4,6 +4,7 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.data import Rating
+from megatron_post.config.rewards import Reward, list_errors, models_of
 from megatron_post.config.section import Name, NonNegative, Section, Whole
 from megatron_post.rounds.verifier import VerifierSettings
 
@@ -20,7 +21,11 @@ class Samples(Section):
     """A file of `generate` with its scores."""
 
     responses: Name = Field(description="a file that `generate` wrote")
-    scores: Name | None = Field(None, description="the scores that `score` wrote. null: the verifier selects")
+    scores: Name | dict[Name, Name] | None = Field(
+        None,
+        description="the scores that `score` wrote. With a list `reward`: the file of each of its models. "
+        "null: the verifier selects",
+    )
 
 
 class Selection(Section):
@@ -53,11 +58,15 @@ class Select(Selection):
 
     prompts: Name = Field(description="the file of prompts that `generate` has answered")
     samples: tuple[Samples, ...] = Field(min_length=1)
+    reward: tuple[Reward, ...] = Field(
+        (), description="rewards whose weighted sum ranks the responses. none: the scores of one reward model"
+    )
     max_bad_rows: Whole = Field(0, description="bad rows of prompts that are allowed, as in `generate`")
 
     @model_validator(mode="after")
     def _can_rank(self) -> "Select":
-        errors = without_effect(self, SELECTION_NEEDS)
+        errors = without_effect(self, SELECTION_NEEDS) + list_errors(self.reward)
+        errors += self._score_errors()
         scored = [s.scores is not None for s in self.samples]
         if not any(scored) and self.verifier is None:
             errors.append("without scores and a verifier there is no rule for the selection; give one")
@@ -66,3 +75,23 @@ class Select(Selection):
         if errors:
             raise ValueError("\n".join(errors))
         return self
+
+    def _score_errors(self) -> list[str]:
+        """A line for each file of samples whose scores do not fit the list of rewards."""
+        models, errors = set(models_of(self.reward)), []
+        for number, samples in enumerate(self.samples):
+            key, scores = f"samples.{number}.scores", samples.scores
+            if not models and isinstance(scores, dict):
+                errors.append(f"{key} has a file for each model, and there is no list `reward`; give it")
+            if not models:
+                continue
+            if not isinstance(scores, dict):
+                errors.append(f"{key}: with a list `reward`, give the file of each model as {{model: file}}")
+                continue
+            if missing := sorted(models - scores.keys()):
+                errors.append(f"{key} has no file of {', '.join(missing)}, which `reward` names")
+            if unused := sorted(scores.keys() - models):
+                errors.append(
+                    f"{key} has a file of {', '.join(unused)}, which `reward` does not name; remove it"
+                )
+        return errors

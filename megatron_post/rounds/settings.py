@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.data import Data, Source
 from megatron_post.config.load import load_section
+from megatron_post.config.rewards import TRAINED, Reward, list_errors, models_of
 from megatron_post.config.section import Count, Name, Positive, Section, Whole
 from megatron_post.config.sections import DPO, Parallel, Precision
 from megatron_post.config.stages import StageName
@@ -162,6 +163,11 @@ class RoundSettings(Section):
         "does, and DPO uses the pairs of `select`",
     )
     select: Selection = Selection()
+    reward: tuple[Reward, ...] = Field(
+        (),
+        description="rewards whose weighted sum ranks the responses, as in `select`. none: the reward model "
+        "that the round trains, or start.reward",
+    )
     stages: Stages
     ranks: Count | None = Field(
         None,
@@ -172,9 +178,28 @@ class RoundSettings(Section):
     )
     average: Average
 
+    @property
+    def trains_reward(self) -> bool:
+        """Whether each round trains a reward model."""
+        return self.start.reward is None and (not self.reward or TRAINED in models_of(self.reward))
+
     @model_validator(mode="after")
     def _can_begin(self) -> "RoundSettings":
-        errors = without_effect(self, _NEEDS)
+        errors = without_effect(self, _NEEDS) + list_errors(self.reward)
+        if self.start.reward is not None and self.reward:
+            errors.append("start.reward has no effect with a list `reward`; name it there, among `models`")
+        collects = self.generate.collected_samples != RoundGenerate.model_fields["collected_samples"].default
+        for key, is_set in (
+            ("generate.collected_samples", collects),
+            ("start.preferences", self.start.preferences),
+        ):
+            if is_set and self.reward and not self.trains_reward:
+                errors.append(f"{key} has no effect, because no entry of `reward` names {TRAINED!r}")
+        errors += [
+            f"reward {reward.name!r}: the round trains a reward model of responses, which has no of_steps"
+            for reward in self.reward
+            if reward.of_steps and TRAINED in reward.models
+        ]
         if isinstance(self.generate.backend, ServerBackend):
             errors.append(
                 "generate.backend: a server has one model, and a round needs several; choose "
@@ -183,8 +208,8 @@ class RoundSettings(Section):
         if "seed" in self.generate.sampling.model_fields_set:
             errors.append("generate.sampling.seed: a round uses its own `seed`; set that")
         if self.select.verifier is None:
-            known = self.start.preferences or self.start.reward or self.annotate
-            if not known:
+            known = self.start.preferences or self.annotate
+            if self.trains_reward and not known:
                 errors.append(
                     "the first reward model has no data: give start.preferences, start.reward, annotate or a "
                     "select.verifier"

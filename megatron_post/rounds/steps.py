@@ -1,5 +1,6 @@
 """The steps of a round in their order, each with its command or its action and what it writes."""
 
+import json
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_post.config.rewards import models_of
 from megatron_post.config.schema import Config
 from megatron_post.config.stages import StageName
 from megatron_post.inference.settings import gpus_of
@@ -86,13 +88,13 @@ def _steps(r: Round) -> list[RoundStep]:
     # People compare responses before the reward model is trained, because it is trained on what they prefer.
     if settings.annotate is not None:
         steps += [generating, *_comparing(r)]
-    if settings.start.reward is None:
+    if settings.trains_reward:
         if r.number == 1 and not settings.start.preferences and settings.annotate is None:
             steps.append(_drawing(r, "collect", collect, "collected.jsonl", "collected"))
         steps += [_packing(r, "reward"), _training(r, "reward")]
     steps += [
         *([generating] if settings.annotate is None else []),
-        _scoring(r, "score", "samples.jsonl", "scores.jsonl"),
+        *_scoring(r, "score", "samples.jsonl", "scores.jsonl"),
         _action(r, "select", select_samples, "selection"),
         _packing(r, "sft"),
         _training(r, "sft"),
@@ -117,7 +119,7 @@ def _steps(r: Round) -> list[RoundStep]:
         _training(r, "dpo"),
         _action(r, "average", average, "average"),
         _drawing(r, "choose", choose_best, "choice.json", *held_out, *validation),
-        _scoring(r, "score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl"),
+        *_scoring(r, "score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl"),
         _action(r, "evaluate", evaluate, "evaluation.json"),
         _action(r, "report", report, "report.html"),
     ]
@@ -168,10 +170,18 @@ def _training(r: Round, stage: StageName) -> RoundStep:
     )
 
 
-def _scoring(r: Round, name: str, rows: str, output: str) -> RoundStep:
-    paths = (str(r.directory / rows), "--output", str(r.directory / output))
-    arguments = ("score", r.reward, *paths, _ANY_BAD_ROWS, *_layout(r, "reward"))
-    return _command(r, name, "reward", arguments, output)
+def _scoring(r: Round, name: str, rows: str, output: str) -> list[RoundStep]:
+    """A step for each reward model. With a list `reward` their names are numbered."""
+    steps, separators = [], models_of(r.settings.reward)
+    files = r.score_files(output)
+    for number, (model, directory) in enumerate(r.reward_models.items(), start=1):
+        separator = separators.get(model)
+        own = () if separator is None else (f"data.steps.separator={json.dumps(separator)}",)
+        paths = (str(r.directory / rows), "--output", str(files[model]))
+        arguments = ("score", directory, *paths, _ANY_BAD_ROWS, *_layout(r, "reward"), *own)
+        step = f"{name}-{number}" if r.settings.reward else name
+        steps.append(_command(r, step, "reward", arguments, files[model].name))
+    return steps
 
 
 def _layout(r: Round, stage: StageName) -> tuple[str, ...]:

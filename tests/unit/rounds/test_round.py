@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron_post.config.load import ConfigError
 from megatron_post.inference.failures import read_failures, write_failures
 from megatron_post.inference.generate import Generate
 from megatron_post.rounds import round_actions
@@ -34,6 +35,54 @@ def test_what_the_shipped_rounds_ask_of_score(size: str, monkeypatch: pytest.Mon
     assert "parallel.virtual_pipeline=5" in commands["round-01/reference"] or size != "70b"
 
 
+REWARDS = [
+    {"name": "helpful", "models": ["trained", "models/other"], "combine": "min"},
+    {"name": "steps", "models": ["models/prm"], "of_steps": "min", "separator": "\n", "weight": {"math": 1}},
+]
+
+
+def test_a_list_of_rewards_scores_with_each_model(tmp_path: Path) -> None:
+    """Each model has a step and a file of its own. `select` gets all files by the names in the list."""
+    values = [f"run_dir={tmp_path}", f"reward={json.dumps(REWARDS)}"]
+    settings = load_round(CONFIGS / "tiny" / "round.yaml", values)
+    steps = {step.name: step for step in all_steps(settings, Console(quiet=True))}
+    scoring = [name for name in steps if "/score" in name]
+    assert scoring == [f"round-01/{name}-{n}" for name in ("score", "score-held-out") for n in range(1, 4)]
+    trained = str(tmp_path / "round-01" / "reward" / "hf")
+    models = [steps[f"round-01/score-{number}"].command[1] for number in (1, 2, 3)]
+    assert models == [trained, "models/other", "models/prm"]
+    assert 'data.steps.separator="\\n"' in steps["round-01/score-3"].command
+    assert "round-01/reward-train" in steps
+    samples = Round(settings, 1, Console(quiet=True)).samples("samples.jsonl", "scores.jsonl")
+    directory = tmp_path / "round-01"
+    assert samples.scores == {
+        name: str(directory / f"scores-{number}.jsonl")
+        for number, name in enumerate(("trained", "models/other", "models/prm"), start=1)
+    }
+
+
+def test_a_list_without_the_rounds_own_reward_model(tmp_path: Path) -> None:
+    """No reward model is trained then, and preferences for it are not needed."""
+    values = [f"run_dir={tmp_path}", f"reward={json.dumps(REWARDS[1:])}", "generate.collected_samples=4"]
+    settings = load_round(CONFIGS / "tiny" / "round.yaml", values)
+    names = [step.name for step in all_steps(settings, Console(quiet=True))]
+    assert not [name for name in names if "reward" in name or "collect" in name]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([f"reward={json.dumps(REWARDS)}", "start.reward=r"], "start.reward has no effect with a list"),
+        (["reward=[{name: a, models: [trained], of_steps: min}]"], "'a': the round trains a reward model of"),
+        (["reward=[{name: a, models: [x]}, {name: a, models: [y]}]"], "'a' is there twice"),
+        (["reward=[{name: a, models: [x]}]"], "generate.collected_samples has no effect, because no entry"),
+    ],
+)
+def test_wrong_lists_of_rewards(values: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_round(CONFIGS / "tiny" / "round.yaml", values)
+
+
 def test_what_failed_is_not_right(tmp_path: Path) -> None:
     """One of two held-out prompts failed. So greedy has 1 of 2, one sample 1 of 4, best of K 1 of 2."""
     prompts = [{"prompt": f"{i}?", "answer": str(i)} for i in (1, 2)]
@@ -44,6 +93,8 @@ def test_what_failed_is_not_right(tmp_path: Path) -> None:
         select=SimpleNamespace(verifier=verifier, tie=0.0),
         data=SimpleNamespace(held_out=str(tmp_path / "prompts.jsonl"), max_bad_rows=0),
         generate=SimpleNamespace(sampling=SimpleNamespace(samples=2)),
+        reward=(),
+        start=SimpleNamespace(reward=None),
     )
     r = Round(settings, 2, Console(quiet=True))
     write_json(r.directory / "choice.json", {"best": "p", "stage": "sft", "validation": {}})

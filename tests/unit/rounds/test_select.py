@@ -312,3 +312,75 @@ def test_bad_verifiers(program: str, message: str) -> None:
         judge(command, [(Prompt(1, ()), "x"), (Prompt(2, ()), "y")])
     with pytest.raises(ValueError, match="No such file"):
         judge(Command(kind="command", command=("/no/program",)), [])
+
+
+def _scored(directory: Path, name: str, scores: list[Any]) -> str:
+    """A file of scores. A mapping is the line of a reward model of steps."""
+    lines = [
+        {"row": row, **(score if isinstance(score, dict) else {"scores": [score]})}
+        for row, score in enumerate(scores, start=1)
+    ]
+    (directory / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(directory / f"{name}.jsonl")
+
+
+def test_a_list_of_rewards(tmp_path: Path) -> None:
+    """Two models of helpfulness and one of safety, which has a threshold of 0.
+
+    The means are 2, 3 and 4. The response of 4 has a safety of -1, so that the one of 3 is the best, and the
+    unsafe one is rejected, although its reward is higher.
+    """
+    files: dict[str, Any] = _files(tmp_path, [(1, "low", 0.0), (1, "high", 0.0), (1, "unsafe", 0.0)])
+    files["scores"] = {
+        "a": _scored(tmp_path, "a", [1.0, 2.0, 3.0]),
+        "b": _scored(tmp_path, "b", [3.0, 4.0, 5.0]),
+        "s": _scored(tmp_path, "s", [1.0, 0.0, -1.0]),
+    }
+    reward = [
+        {"name": "helpful", "models": ["a", "b"]},
+        {"name": "safe", "models": ["s"], "weight": 0, "at_least": 0},
+    ]
+    summary, sft, preferences = _select(tmp_path, files, reward=reward)
+    assert [_text(row["messages"]) for row in sft] == ["high"] and summary["below_threshold"] == 1
+    assert sft[0]["provenance"]["rewards"] == {"helpful": 3.0, "safe": 0.0}
+    assert [(_text(r["chosen"]), _text(r["rejected"]), r["rating"]) for r in preferences] == [
+        ("high", "unsafe", "significantly_better")
+    ]
+    assert preferences[0]["provenance"]["rejected"]["below"] == ["safe"]
+    assert preferences[0]["provenance"]["margin"] == -1.0
+
+
+@pytest.mark.parametrize(("of_steps", "best"), [("min", "even"), ("product", "short"), ("last", "ends well")])
+def test_step_scores_rank(tmp_path: Path, of_steps: str, best: str) -> None:
+    """The minima are 0.5, 0.4 and 0.1, the products 0.25, 0.4 and 0.09, the last ones 0.5, 0.4 and 0.9."""
+    files: dict[str, Any] = _files(tmp_path, [(1, "even", 0.0), (1, "short", 0.0), (1, "ends well", 0.0)])
+    scores = [
+        {"steps": [steps], "min": [min(steps)], "product": [product], "last": [steps[-1]]}
+        for steps, product in (([0.5, 0.5], 0.25), ([0.4], 0.4), ([0.1, 0.9], 0.09))
+    ]
+    files["scores"] = {"prm": _scored(tmp_path, "prm", scores)}
+    reward = [{"name": "steps", "models": ["prm"], "of_steps": of_steps}]
+    _, sft, _ = _select(tmp_path, files, reward=reward)
+    assert [_text(row["messages"]) for row in sft] == [best]
+    with pytest.raises(ValueError, match="the model scores steps, so set of_steps"):
+        _select(tmp_path, files, reward=[{"name": "steps", "models": ["prm"]}])
+
+
+@pytest.mark.parametrize(
+    ("scores", "reward", "reason"),
+    [
+        ({"a": "a.jsonl"}, [], "has a file for each model, and there is no list `reward`"),
+        ("a.jsonl", [{"name": "r", "models": ["a"]}], "give the file of each model as {model: file}"),
+        ({"a": "a.jsonl"}, [{"name": "r", "models": ["a", "b"]}], "has no file of b"),
+        (
+            {"a": "a.jsonl", "b": "b.jsonl"},
+            [{"name": "r", "models": ["a"]}],
+            "has a file of b, which `reward`",
+        ),
+        ({"a": "a.jsonl"}, [{"name": "r", "models": ["a"]}] * 2, "'r' is there twice"),
+    ],
+)
+def test_lists_that_do_not_fit_the_scores(tmp_path: Path, scores: Any, reward: Any, reason: str) -> None:
+    samples = [{"responses": "r.jsonl", "scores": scores}]
+    with pytest.raises(ConfigError, match=reason):
+        parse(Select, {"prompts": "p.jsonl", "samples": samples, "reward": reward}, origin="test")
