@@ -9,6 +9,8 @@ from typing import Any
 from tests.scripted_server import Answer, Body
 
 _CASE = re.compile(r"case (\d+)")
+_NEED = re.compile(r"must need (\w+),.*?(\d+) towns", re.DOTALL)
+_REQUEST = re.compile(r"Use (\w+) on the (\d+) towns(, twice)?")
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,29 @@ def call(tool: str, argument: Any, *, says: str = "") -> dict[str, Any]:
         argument = {"code" if tool == "code_interpreter" else "query": argument}
     function = {"name": tool, "arguments": json.dumps(argument)}
     return {"content": says, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+
+
+def towns(body: Body) -> str | dict[str, Any]:
+    """Requests and calls that follow from the number of the text."""
+    first = body["messages"][0]["content"]
+    if "Verdict:" in first:
+        return "Verdict: supported"
+    if "tools" not in body:
+        found = _NEED.search(first)
+        assert found is not None, first
+        twice = ", twice" if "at least two calls" in first else ""
+        return f"<request>Use {found[1]} on the {found[2]} towns{twice}.</request>"
+    asked = _REQUEST.search(first)
+    assert asked is not None, first
+    number, turn = int(asked[2]), sum(message["role"] == "tool" for message in body["messages"])
+    if turn >= (2 if asked[3] else 1):
+        return "That is it."
+    arguments = {
+        "code_interpreter": [
+            f"import random\nx = {{str(n) for n in range({number})}}\nprint(list(x)[:3], random.random())",
+            "print(len(x), random.random())",
+        ],
+        "wolfram_alpha": [f"integrate(x^{number}, (x, 0, 2))", f"factorint({number} + 100)"],
+        "brave_search": [f"town {number}", f"mayor of {number}"],
+    }[asked[1]]
+    return call(asked[1], arguments[turn], says="Now this.")

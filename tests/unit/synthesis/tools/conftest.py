@@ -60,23 +60,40 @@ class ToolPlace:
         **settings: Any,
     ) -> None:
         """rows: the input, unless `input` names another one."""
+        with ScriptedServer(answer) as server:
+            path = self.write(
+                recipe, server.url, rows=rows, packages=packages, input=input, settings=settings
+            )
+            try:
+                synthesize(load_synthesis(str(path)), console=Console(file=io.StringIO()))
+            finally:
+                self.requests = server.requests
+
+    def write(
+        self,
+        recipe: str,
+        url: str,
+        *,
+        rows: Sequence[dict[str, Any]] = (),
+        packages: Sequence[str] = (),
+        input: dict[str, Any] | None = None,
+        settings: dict[str, Any],
+    ) -> Path:
+        """Write the settings of a run, which asks the server at `url`. Returns their path."""
         path = self.directory / "input.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with ScriptedServer(answer) as server:
-            backend = {"kind": "server", "url": server.url, "served_model": "author", "retries": 1}
-            values = {
-                "recipe": recipe,
-                "settings": settings,
-                "input": input or {"kind": "rows", "path": str(path)},
-                "models": {"author": {"model": "author", "backend": backend}, "judge": "author"},
-                "sandbox": sandbox_with(*packages),
-                "max_failed": 1.0,
-                "output": str(self.output),
-            }
-            (self.directory / "run.yaml").write_text(yaml.safe_dump(values))
-            found = load_synthesis(str(self.directory / "run.yaml"))
-            synthesize(found, rank=0, size=1, console=Console(file=io.StringIO()))
-            self.requests = server.requests
+        backend = {"kind": "server", "url": url, "served_model": "author", "retries": 1}
+        values = {
+            "recipe": recipe,
+            "settings": settings,
+            "input": input or {"kind": "rows", "path": str(path)},
+            "models": {"author": {"model": "author", "backend": backend}, "judge": "author"},
+            "sandbox": sandbox_with(*packages),
+            "max_failed": 1.0,
+            "output": str(self.output),
+        }
+        (self.directory / "run.yaml").write_text(yaml.safe_dump(values))
+        return self.directory / "run.yaml"
 
     def rows(self) -> list[dict[str, Any]]:
         return list(read_lines(self.output / "rows.jsonl"))

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,39 +25,10 @@ from megatron_post.synthesis.tools.core import CORE_TOOLS, CoreSettings, Toolbox
 from megatron_post.synthesis.tools.scripts import python
 from megatron_post.synthesis.tools.search import Index
 from tests.documentation import ROOT
-from tests.scripted_server import Body
-from tests.unit.synthesis.tools.author import call
+from tests.unit.synthesis.tools.author import towns
 from tests.unit.synthesis.tools.conftest import ToolPlace, sandbox_with
 
-_NEED = re.compile(r"must need (\w+),.*?(\d+) towns", re.DOTALL)
-_REQUEST = re.compile(r"Use (\w+) on the (\d+) towns(, twice)?")
 _PUBLISHED = ROOT / "../shared/data/llama3_tokenizer/tokenizer.model"
-
-
-def _answer(body: Body) -> str | dict[str, Any]:
-    """Requests and calls that follow from the number of the text."""
-    first = body["messages"][0]["content"]
-    if "Verdict:" in first:
-        return "Verdict: supported"
-    if "tools" not in body:
-        found = _NEED.search(first)
-        assert found is not None, first
-        twice = ", twice" if "at least two calls" in first else ""
-        return f"<request>Use {found[1]} on the {found[2]} towns{twice}.</request>"
-    asked = _REQUEST.search(first)
-    assert asked is not None, first
-    number, turn = int(asked[2]), sum(message["role"] == "tool" for message in body["messages"])
-    if turn >= (2 if asked[3] else 1):
-        return "That is it."
-    arguments = {
-        "code_interpreter": [
-            f"import random\nx = {{str(n) for n in range({number})}}\nprint(list(x)[:3], random.random())",
-            "print(len(x), random.random())",
-        ],
-        "wolfram_alpha": [f"integrate(x^{number}, (x, 0, 2))", f"factorint({number} + 100)"],
-        "brave_search": [f"town {number}", f"mayor of {number}"],
-    }[asked[1]]
-    return call(asked[1], arguments[turn], says="Now this.")
 
 
 class _Again:
@@ -109,14 +79,14 @@ def _calls_of(row: dict[str, Any]) -> list[ToolCall]:
 def test_every_stored_output_is_reproduced_by_its_call(tool_place: ToolPlace, count: int) -> None:
     corpus = tool_place.directory / "corpus"
     corpus.mkdir()
-    towns = random.Random(0)
+    mayors = random.Random(0)
     for number in range(count):
-        mayor = towns.choice(["Ada", "Bo", "Cy"])
+        mayor = mayors.choice(["Ada", "Bo", "Cy"])
         (corpus / f"{number}.txt").write_text(f"The mayor of town {number} is {mayor}.\n")
     documents = {"kind": "documents", "path": str(corpus)}
     rows = [{"text": f"A text about {number} towns."} for number in range(count)]
     packages = ["sympy", "mpmath"]
-    tool_place.run("tool_use", _answer, rows=rows, packages=packages, documents=documents)
+    tool_place.run("tool_use", towns, rows=rows, packages=packages, documents=documents)
     kept = tool_place.rows()
     assert len(kept) == count and tool_place.dropped() == {}
     kinds = Counter(row["kind"] for row in kept)
@@ -152,7 +122,7 @@ def test_rows_are_rendered_as_metas_examples_are(tool_place: ToolPlace) -> None:
         pytest.skip("../shared/data has no tokenizer.model of Llama 3")
     rows = [{"text": "A text about 6 towns."}]
     values = {"tools": ["wolfram_alpha"], "several": 0, "packages": ["sympy", "mpmath"]}
-    tool_place.run("tool_use", _answer, rows=rows, **values)  # type: ignore[arg-type]
+    tool_place.run("tool_use", towns, rows=rows, **values)  # type: ignore[arg-type]
     (dialog,), (row,) = tool_place.dialogs(), tool_place.rows()
     output = row["messages"][2]["content"]
     expected = (
