@@ -21,7 +21,7 @@ _LETTER = regex.compile(r"\p{L}")
 # The replacement character, control characters, code points without a character, and invisible ones that
 # no language needs. Joiners and the marks of direction are needed, as in Persian.
 _BROKEN = regex.compile(r"[[\uFFFD\p{Cc}\p{Cn}\p{Co}\u200B\u202A-\u202E\u2060-\u2064\uFEFF]--\s]", regex.V1)
-_END_OF_SENTENCE = regex.compile(r"(?<=[.!?…؟।][\"'”’»)\]*_]*)\s+|(?<=[。！？])|\n")
+_END_OF_SENTENCE = regex.compile(r"(?<=[.!?…؟।][\"'”’»)\]*_]{0,3})\s+|(?<=[。！？])|\n")
 
 
 def script_fault(text: str, code: Code, *, also: str = "") -> str:
