@@ -2,6 +2,7 @@
 
 import asyncio
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_post.synthesis.resources import Resources
 from megatron_post.synthesis.row import Found, PreferenceRow, Row, StepLabels
 from megatron_post.synthesis.settings import Synthesis
 from megatron_post.synthesis.task import Event, Task
+
+_REFUSED = "`data pack` would refuse the row"
 
 
 async def attempt(
@@ -35,13 +38,13 @@ async def attempt(
         if recipe.generations is not None:
             found = [each.as_json() for each in made if isinstance(each, Found)]
             made = [each for each in made if not isinstance(each, Found)]
-        rows = [_as_json(recipe, settings, row, each, task.events) for each in made]
+        rows = _good_rows(recipe, settings, row, made, task, has_found=bool(found))
         if not rows and not found:
             raise Dropped("the recipe made no row")
     except Dropped as error:
         dropped = Drop(task.step_of(error), error.reason, error.detail)
     except BadRow as error:
-        dropped = Drop(task.step_of(error), "`data pack` would refuse the row", str(error))
+        dropped = Drop(task.step_of(error), _REFUSED, str(error))
     except Refused as error:
         dropped = Drop(task.step_of(error), "refused by a model", error.reason, failed=True)
     except DiskFull:
@@ -58,6 +61,32 @@ async def attempt(
     if dropped:
         return Result(number, row.id, row.source, [], dropped, task.events)
     return Result(number, row.id, row.source, rows, None, task.events, found, task.measures)
+
+
+def _good_rows(
+    recipe: Recipe,
+    settings: Synthesis,
+    row: InputRow,
+    made: Sequence[Any],
+    task: Task[Any],
+    *,
+    has_found: bool,
+) -> list[dict[str, Any]]:
+    """The rows in JSON. The report counts those that `data pack` would refuse.
+
+    Raises `BadRow` if it would refuse all of them, and the recipe found nothing for the next generation.
+    """
+    rows, errors = [], []
+    for each in made:
+        try:
+            rows.append(_as_json(recipe, settings, row, each, task.events))
+        except BadRow as error:
+            errors.append(error)
+    if errors and not rows and not has_found:
+        raise errors[0]
+    for _ in errors:
+        task.count("rows", _REFUSED)
+    return rows
 
 
 def _as_json(

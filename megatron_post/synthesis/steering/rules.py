@@ -19,6 +19,7 @@ from megatron_post.synthesis.steering.formats import Format, items_in, json_valu
 
 Verdict = Literal["follows", "breaks", "unclear"]
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+")
+_NO_LESS, _NO_MORE = r"(?<!\w)", r"(?!\w)"  # before and after a whole word
 _SURE = 0.9  # least confidence in the language of a reply
 _DESCRIBED = {
     "least_words": "The reply has at least {} words.",
@@ -130,10 +131,12 @@ def _checked(name: str, value: Any, text: str, rules: Rules) -> Verdict:
     match name:
         case "format":
             return verdict_on_format(value, text)
-        case "items":
+        case "items" | "keys":
             assert rules.format is not None
-            return _verdict(items_in(rules.format, text) == value)
-        case "keys":
+            if verdict_on_format(rules.format, text) == "unclear":
+                return "unclear"
+            if name == "items":
+                return _verdict(items_in(rules.format, text) == value)
             found = json_value(text)
             return _verdict(isinstance(found, dict) and sorted(found) == sorted(value))
         case "case":
@@ -141,9 +144,11 @@ def _checked(name: str, value: Any, text: str, rules: Rules) -> Verdict:
                 return "unclear"
             return _verdict(text == (text.lower() if value == "lower" else text.upper()))
         case "begins":
-            return _verdict(text.startswith(value), _letters(text).startswith(_letters(value)))
+            starts = re.match(rf"{re.escape(value)}{_NO_MORE if value[-1].isalnum() else ''}", text)
+            return _verdict(starts is not None, _letters(text).startswith(_letters(value)))
         case "ends":
-            return _verdict(text.endswith(value), _letters(text).endswith(_letters(value)))
+            ends = re.search(rf"{_NO_LESS if value[0].isalnum() else ''}{re.escape(value)}\Z", text)
+            return _verdict(ends is not None, _letters(text).endswith(_letters(value)))
         case "contains":
             whole, parts = ([has(text, word) for word in value] for has in (_has_word, _has))
             return _verdict(all(whole), all(parts))
@@ -167,7 +172,7 @@ def _has(text: str, word: str) -> bool:
 
 
 def _has_word(text: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word.casefold())}(?!\w)", text.casefold()) is not None
+    return re.search(f"{_NO_LESS}{re.escape(word.casefold())}{_NO_MORE}", text.casefold()) is not None
 
 
 def _on_language(code: Code, text: str) -> Verdict:

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_post.config.load import ConfigError
 from megatron_post.inference.server import BadServer
+from megatron_post.storage.reading import read_object
 from megatron_post.synthesis.recipe import built_in_recipes, load_recipe
 from megatron_post.synthesis.replies import code_blocks
 from megatron_post.synthesis.run import TooManyFailures
@@ -116,6 +117,16 @@ def test_a_recipe_without_rows_and_one_with_bad_rows_drop_theirs(place: Place) -
     place.run(recipe=_recipe(place, 'return [Row([Message("user", "q")], "c")]', name="other"))
     (dropped,) = place.rows("dropped.jsonl")
     assert "no assistant message" in dropped["detail"] and not dropped["failed"]
+
+
+def test_a_bad_row_does_not_drop_the_other_rows(place: Place) -> None:
+    place.add_tasks("right")
+    body = """asked = Message("user", "q")
+return [Row([asked, Message("assistant", text)], "c") for text in ("a", "<|im_end|>", "b")]"""
+    place.run(recipe=_recipe(place, body))
+    assert [row["messages"][1]["content"] for row in place.rows()] == ["a", "b"]
+    steps = read_object(place.output / "summary.json", "summary")["summary"]["steps"]
+    assert steps["rows"]["results"] == {"`data pack` would refuse the row": 1}
 
 
 def test_a_refusal_fails_its_row_and_is_not_asked_again(place: Place) -> None:

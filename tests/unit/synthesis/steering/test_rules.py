@@ -33,6 +33,9 @@ GERMAN = "Der Himmel ist blau, weil das Licht der Sonne in der Luft gestreut wir
         ({"begins": "Ahoy"}, "**Ahoy**, it is blue.", "unclear"),
         ({"ends": "Ask me more!"}, "It is blue. Ask me more!", "follows"),
         ({"ends": "Ask me more!"}, "It is blue.", "breaks"),
+        ({"begins": "Hi"}, "Hill, it is blue.", "unclear"),
+        ({"begins": "¡Hi!"}, "¡Hi!there, it is blue.", "follows"),
+        ({"ends": "art"}, "It is smart", "unclear"),
         ({"contains": ["sea", "sky"]}, "The Sea and the sky.", "follows"),
         ({"contains": ["sea"]}, "All seas.", "unclear"),
         ({"contains": ["sea"]}, "The sky.", "breaks"),
@@ -58,6 +61,10 @@ def test_a_rule_is_followed_or_broken_for_certain(rules: dict[str, Any], text: s
 def test_keys_and_items_of_json(text: str, keys: str, items: str) -> None:
     assert checked(Rules(format="json", keys=("a", "b")), text)["keys"] == keys
     assert checked(Rules(format="json", items=2), text)["items"] == items
+    if text.startswith(("{", "[")):
+        block = f"```json\n{text}\n```"
+        assert checked(Rules(format="json", keys=("a", "b")), block)["keys"] == "unclear"
+        assert checked(Rules(format="json", items=2), block)["items"] == "unclear"
 
 
 def test_a_language_is_identified() -> None:
