@@ -16,6 +16,7 @@ from megatron_post.bench.synthetic import long_tailed_lengths
 from megatron_post.config.load import validate
 from megatron_post.config.schema import Config
 from megatron_post.data.balance import deal
+from megatron_post.data.pack import tail_lengths
 from megatron_post.data.packing import pack_units
 from megatron_post.data.permutation import permutation
 from megatron_post.plan.activations import Segment
@@ -71,9 +72,10 @@ class Examples:
 
     @cached_property
     def squares(self) -> np.ndarray:
-        """int64 [packs], sums of length^2. The padding at the end of a pack counts as a segment."""
+        """int64 [packs], sums of length^2. The padding at the end of a pack counts as short segments."""
         room = [self.pack_length - int(self.segments[units].sum()) for units in self.packs]
-        return np.array([self.unit_squares[units].sum() for units in self.packs]) + np.array(room) ** 2
+        tails = [sum(length**2 for length in tail_lengths(tail, 1)) for tail in room]
+        return np.array([self.unit_squares[units].sum() for units in self.packs]) + np.array(tails)
 
     @cached_property
     def costliest_units(self) -> np.ndarray:
@@ -230,4 +232,4 @@ def _batches(found: Examples, size: int) -> list[np.ndarray]:
 def _segments(found: Examples, pack: int) -> tuple[Segment, ...]:
     lengths = found.segments[found.packs[pack]].ravel().tolist()
     tail = found.pack_length - sum(lengths)
-    return tuple(Segment(length) for length in (*lengths, *([tail] if tail else [])))
+    return tuple(Segment(length) for length in (*lengths, *tail_lengths(tail, 1)))

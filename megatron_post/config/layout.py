@@ -33,6 +33,11 @@ def pack_multiple(config: UncheckedConfig) -> int:
     return math.lcm(segment_multiple(config), shards * fp8.multiple_of(config.precision.fp8))
 
 
+def microbatch_multiple(config: UncheckedConfig) -> int:
+    """The number that must divide a rank's microbatches. The interleaved schedule runs them in groups."""
+    return config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+
+
 def layout_errors(config: UncheckedConfig) -> list[str]:
     """Every reason why the layout cannot work on any number of ranks. Empty if it can."""
     m, p = config.model, config.parallel

@@ -9,15 +9,16 @@ import heapq
 
 import numpy as np
 
+from megatron_post.data.pack import tail_length
 from megatron_post.data.store import PackStore
 
 
 def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
     """The cost of attention in each of `packs` (int64 [n]), int64 [n], which is the sum of length^2.
 
-    Lengths include padding. The padding at a pack's end counts too, because it is a segment to the attention
-    kernel. A response that sees a prompt of s tokens counts length^2 + 2 length s. The function reads only
-    the lengths of these packs.
+    Lengths include padding. The padding at a pack's end counts too, because it is short segments to the
+    attention kernel. A response that sees a prompt of s tokens counts length^2 + 2 length s. The function
+    reads only the lengths of these packs.
     """
     starts = store.segment_offsets[packs]
     counts = store.segment_offsets[packs + 1] - starts
@@ -26,7 +27,8 @@ def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
     padded = store.column("padded")[segments].astype(np.int64)
     each = attended(padded, store.column("rank")[segments], store.settings.layout)
     tails = store.settings.pack_length - _sums(padded, ends, counts)
-    return _sums(each, ends, counts) + tails * tails
+    length = tail_length(store.settings.segment_multiple)
+    return _sums(each, ends, counts) + tails // length * length**2 + (tails % length) ** 2
 
 
 def attended(lengths: np.ndarray, ranks: np.ndarray, layout: str) -> np.ndarray:

@@ -112,12 +112,13 @@ def eval_packs(
 ) -> Iterator[Pack]:
     """This rank's share of the first `limit` packs of the store, in its order. Ranks take them in turn.
 
-    Every rank gets the same number of microbatches. It is a multiple of `multiple`, because the interleaved
-    schedule requires a multiple of the pipeline ranks. Missing packs are replaced by packs of padding, which
-    add nothing to a sum over counts. With 5 packs on 2 ranks, rank 0 gets 0, 2, 4 and rank 1 gets 1, 3 and an
-    empty one.
+    With 5 packs on 2 ranks, rank 0 gets 0, 2 and 4, and rank 1 gets 1 and 3. A rank gets a multiple of
+    `multiple`, because the interleaved schedule requires a multiple of the pipeline ranks, and at least one
+    microbatch, because its first forward pass gathers parameters together with the other ranks. Packs of
+    padding are used only to reach these numbers. They add nothing to a sum over counts.
     """
-    count = min(limit, len(store))
-    rounds = -(-count // (data_size * multiple)) * multiple
-    for index in range(data_rank, rounds * data_size, data_size):
-        yield store.read(index) if index < count else store.empty()
+    own = range(data_rank, min(limit, len(store)), data_size)
+    yield from map(store.read, own)
+    if limit and len(store):
+        wanted = max(multiple, -(-len(own) // multiple) * multiple)
+        yield from (store.empty() for _ in range(wanted - len(own)))

@@ -11,9 +11,9 @@ from megatron_post.data.units import round_up
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One pack of t tokens in n segments. Padding at the pack's end is one more segment without real tokens.
+    """One pack of t tokens in n segments. Padding at the pack's end is further segments without real tokens.
 
-    That last segment has the source and the unit -1. With the DALI backend `tokens` is a tensor on the
+    These last segments have the source and the unit -1. With the DALI backend `tokens` is a tensor on the
     GPU.
     """
 
@@ -28,6 +28,24 @@ class Pack:
     reference_logps: np.ndarray | None = None  # float32 [t], of each token's successor, if they are needed
 
 
+def tail_length(multiple: int) -> int:
+    """Tokens of a segment of the padding at a pack's end.
+
+    Attention kernels do not skip padding, and the cost of a causal segment grows with the square of its
+    length. So these segments are as short as a tile of the kernels.
+    """
+    return round_up(128, multiple)
+
+
+def tail_lengths(tail: int, multiple: int) -> list[int]:
+    """Tokens of the segments into which `tail` tokens of padding at a pack's end are cut.
+
+    multiple: that of the pack's other segments.
+    """
+    size = tail_length(multiple)
+    return [size] * (tail // size) + [tail % size] * (tail % size > 0)
+
+
 def pack_of_segments(
     segments: Sequence[Rendered], *, pack_length: int, segment_multiple: int = 1, pad_id: int = 0
 ) -> Pack:
@@ -38,7 +56,7 @@ def pack_of_segments(
     padded = [round_up(len(segment), segment_multiple) for segment in segments]
     if sum(padded) > pack_length:
         raise ValueError(f"segments of {sum(padded)} tokens do not fit in a pack of {pack_length}")
-    tail = [pack_length - sum(padded)] if sum(padded) < pack_length else []
+    tail = tail_lengths(pack_length - sum(padded), segment_multiple)
     cu_seqlens = np.cumsum([0, *padded, *tail], dtype=np.int32)
     tokens = np.full(pack_length, pad_id, dtype=np.int32)
     roles = np.full(pack_length, TokenRole.PADDING, dtype=np.uint8)

@@ -63,6 +63,8 @@ def show_pack(
     bounds = zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True)
     for number, (start, end) in enumerate(bounds):
         source = pack.sources[number]
+        if source < 0:
+            end = len(pack.tokens)  # the padding is several segments
         name = f"{store.sources[source].name}, row {pack.sample_ids[number]}" if source >= 0 else "padding"
         trained = int(np.isin(pack.roles[start:end], list(trained_roles)).sum())
         title = Text(printable(f"{number}: {name}, tokens {start}-{end - 1}, {trained} trained"))
@@ -70,6 +72,8 @@ def show_pack(
         console.print(
             _text(pack.tokens[start:end].tolist(), pack.roles[start:end].tolist(), tokenizer, trained_roles)
         )
+        if source < 0:
+            break
 
 
 def _text(

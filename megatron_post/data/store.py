@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from megatron_post.data.pack import Pack, pack_of_segments
+from megatron_post.data.pack import Pack, pack_of_segments, tail_lengths
 from megatron_post.data.store_checksums import (
     StoreChecksums,
     StoreError,
@@ -128,16 +128,16 @@ class PackStore:
         padded, lengths = self.column("padded")[segments], self.column("length")[segments]
         sources = self.column("source")[segments]
         tail = self.settings.pack_length - int(padded.sum())
-        padding = [tail] if tail else []
+        padding = tail_lengths(tail, self.settings.segment_multiple)
         pack = Pack(
             tokens=self.read_row("tokens", index),
             roles=self.read_row("roles", index),
             cu_seqlens=np.cumsum([0, *padded.tolist(), *padding], dtype=np.int32),
-            lengths=_with_tail(lengths, 0, tail),
-            sources=_with_tail(sources, -1, tail),
-            sample_ids=_with_tail(self.column("sample")[segments], 0, tail),
-            unit_ids=_with_tail(self.column("unit")[segments], -1, tail),
-            ranks=_with_tail(self.column("rank")[segments], -1, tail),
+            lengths=_with_tail(lengths, 0, len(padding)),
+            sources=_with_tail(sources, -1, len(padding)),
+            sample_ids=_with_tail(self.column("sample")[segments], 0, len(padding)),
+            unit_ids=_with_tail(self.column("unit")[segments], -1, len(padding)),
+            ranks=_with_tail(self.column("rank")[segments], -1, len(padding)),
             reference_logps=None if self._reference_checksums is None else self.read_row(REFERENCE, index),
         )
         possible = (
@@ -159,10 +159,7 @@ class PackStore:
         return self._packs_in_chunk[name]
 
     def read_reference(self, key: str, roles: Sequence[str] = ()) -> None:
-        """Let `read` add reference log-probabilities of tokens of these roles.
-
-        Raises `StoreError` if they have another key or lack a role.
-        """
+        """Let `read` add reference logps of these roles. Raises `StoreError` if their key or roles differ."""
         name = f"{self.path}/{self.group}"
         remedy = (
             f"run `megatron-post reference {self.path} --model DIR` with the model that training starts "
@@ -298,5 +295,5 @@ def _check_plain(array: Any, settings: StoreSettings, path: Path) -> int:
     return int(array.chunks[0])
 
 
-def _with_tail(values: np.ndarray, fill: int, tail: int) -> np.ndarray:
-    return np.append(values, values.dtype.type(fill)) if tail else values.copy()
+def _with_tail(values: np.ndarray, fill: int, count: int) -> np.ndarray:
+    return np.append(values, np.full(count, fill, values.dtype))

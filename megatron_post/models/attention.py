@@ -73,6 +73,9 @@ def block_attention(
     queries = query.split([block.queries for block in packed.blocks], dim=1)
     outputs = []
     for block, q in zip(packed.blocks, queries, strict=True):
+        if not block.keys:
+            outputs.append(torch.zeros_like(q))
+            continue
         k, v = (_joined([x[segment][:, :count] for segment, count in block.keys]) for x in (keys, values))
         square = q.shape[1] == k.shape[1]
         mask = None

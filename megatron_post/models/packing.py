@@ -15,6 +15,8 @@ from megatron_post.parallel.context import ContextSplit
 class AttentionBlock:
     """The next `queries` tokens of this rank, which attend causally to the first tokens of some segments.
 
+    Padding at the pack's end has no keys, and its output is 0.
+
     keys: (segment, number of its first tokens), in pack order. The causal mask is aligned at the lower right,
     so the last query attends to the last key. With context parallelism a rank has two blocks of each segment.
     A response with a shared prompt attends to the prompt's segment and to its own.
@@ -101,10 +103,13 @@ def transformer_engine_segments(
 def _blocks(whole: PackedBatch, split: ContextSplit, *, rank: int) -> tuple[AttentionBlock, ...]:
     real = whole.lengths.tolist()
     seen = whole.seen.tolist() if whole.seen is not None else [(0, 0)] * len(real)
-    blocks = []
+    blocks, padding = [], 0
     for segment, start, end in split.chunks(rank):
+        if not real[segment]:
+            padding += end - start
+            continue
         # Only the real tokens of earlier segments are keys. Their padding lies between the prompt and the
         # response that continues it.
         earlier = tuple((other, real[other]) for other in range(*seen[segment]))
         blocks.append(AttentionBlock(end - start, (*earlier, (segment, end))))
-    return tuple(blocks)
+    return (*blocks, AttentionBlock(padding, ())) if padding else tuple(blocks)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_post.config.layout import segment_multiple
+from megatron_post.config.layout import microbatch_multiple, segment_multiple
 from megatron_post.config.load import ConfigError
 from megatron_post.data.store import open_store
 from megatron_post.data.store_metadata import read_settings
@@ -49,4 +49,5 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
                     key=key,
                     roles=config.dpo.trained_roles,
                     group_size=2 * config.parallel.pipeline,
+                    multiple=microbatch_multiple(config),
                 )

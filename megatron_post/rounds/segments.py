@@ -65,9 +65,9 @@ def values_of_segments(
     at_once = 2 * config.parallel.pipeline if config.parallel.pipeline > 1 else 1
     share = at_once * topology.data_size
     for members, packs in _packs(segments, config, rows=rows, pad_id=pad_id, share=share):
-        # Each data-parallel rank scores its own packs. `_packs` adds empty packs so that all have as many.
-        outputs = zip(members[own], packs[own], stepper.outputs(packs[own]), strict=False)
-        for index, pack, (output, part) in outputs:
+        # Each data-parallel rank scores its own packs, and some ranks may have none.
+        outputs = stepper.outputs(packs[own]) if packs[own] else []
+        for index, pack, (output, part) in zip(members[own], packs[own], outputs, strict=False):
             values = values_of(output, part).double().cpu().numpy()
             for number, segment in enumerate(index):
                 start = pack.cu_seqlens[number]
@@ -92,7 +92,6 @@ def _packs(
             f"give data.pack_length={round_up(int(lengths.max()), 128)}"
         )
     members = pack_units(lengths, capacity=capacity)
-    members += [np.zeros(0, dtype=np.int64)] * (-len(members) % share)
     for start in range(0, len(members), share):
         group = members[start : start + share]
         yield (

@@ -93,12 +93,20 @@ def reference_key(
 
 
 def compute_reference(
-    stepper: Stepper, store: PackStore, topology: Topology, *, key: str, roles: Sequence[str], group_size: int
+    stepper: Stepper,
+    store: PackStore,
+    topology: Topology,
+    *,
+    key: str,
+    roles: Sequence[str],
+    group_size: int,
+    multiple: int = 1,
 ) -> None:
     """Compute the log-probability of every trained label of a store's group, and write them into the store.
 
     All ranks must call this function. roles: those that the stage of `stepper` trains. group_size: number of
-    packs that go through the pipeline together.
+    packs that go through the pipeline together. multiple: the interleaved schedule takes a multiple of this
+    number, so packs of padding are added at the end.
     """
     writer = ReferenceWriter(store)
     if topology.rank == 0:
@@ -108,10 +116,13 @@ def compute_reference(
     with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
         for start in progress.track(rounds, description=f"{store.group}: reference log-probabilities"):
             numbers = [start + i * topology.data_size + topology.data_rank for i in range(group_size)]
-            packs = [store.read(n) if n < len(store) else store.empty() for n in numbers]
-            for number, (logps, batch) in zip(numbers, stepper.outputs(packs), strict=False):
+            numbers = [number for number in numbers if number < len(store)]
+            packs = [store.read(number) for number in numbers]
+            packs += [store.empty()] * (-len(packs) % multiple)
+            outputs = stepper.outputs(packs) if packs else []
+            for number, (logps, batch) in zip(numbers, outputs, strict=False):
                 row = _whole_pack(logps, batch.cu_seqlens, topology)
-                if number < len(store) and topology.tensor_rank == topology.context_rank == 0:
+                if topology.tensor_rank == topology.context_rank == 0:
                     writer.write(number, row.cpu().numpy())
     torch.distributed.barrier()  # rank 0 must not publish before every rank has written its packs
     if topology.rank == 0:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron.core.utils import unwrap_model
 
+from megatron_post.config.layout import microbatch_multiple
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_reader import open_weights
 from megatron_post.convert.hf_writer import export_hf
@@ -82,8 +83,7 @@ def _held_out_packs(config: Config, store: PackStore, topology: Topology) -> lis
             config.train.eval_packs,
             data_rank=topology.data_rank,
             data_size=topology.data_size,
-            # The interleaved schedule needs a number of microbatches that the pipeline size divides.
-            multiple=config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1,
+            multiple=microbatch_multiple(config),
         )
     )
 

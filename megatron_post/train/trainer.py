@@ -51,7 +51,7 @@ class Trainer:
         """Train from `start` to the last step of the config.
 
         train: this rank's packs, one list for each optimizer step. held_out: this rank's evaluation packs.
-        Every data-parallel rank has the same number of them.
+        Every data-parallel rank has at least one if any rank has.
 
         Raises `Requeue` if the run was asked to stop and has saved. Raises `RollBack`, `NotFinite` or
         `SaveFailed`. All ranks raise the same error at the same step.
@@ -152,7 +152,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, step: int, packs: Sequence[Pack]) -> None:
         """Report the mean metrics over the held-out packs."""
-        patience = len(packs) * self.topology.data_size / self.config.train.global_batch
+        # Other ranks may have more packs, by at most one group of the pipeline.
+        most = len(packs) + self.config.parallel.pipeline
+        patience = most * self.topology.data_size / self.config.train.global_batch
         self.guard.begin(step, "evaluation", patience=max(1.0, patience))
         for chunk in self.chunks:
             chunk.eval()

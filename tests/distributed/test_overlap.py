@@ -81,7 +81,8 @@ def _train(
             beside = config.optimizer.overlap_param_gather_with_optimizer_step
             assert under_way == [beside] + [False] * (len(chunks) - 1)
             if step != 3:
-                stepper(packs, forward_only=True)
+                # The first data-parallel rank has twice as many held-out packs as the second one.
+                stepper(packs * (2 - topology.data_rank), forward_only=True)
         gather_weights(chunks)
         weights = dict(gathered_tensors(unwrap_model(chunks), config.model))
         return topology.data_rank, bad, {name: value.clone().numpy() for name, value in weights.items()}

@@ -202,17 +202,20 @@ def numbers_or_empty(packs: list[Pack]) -> list[int | None]:
     return [number(pack) if pack.roles.any() or pack.sources[0] >= 0 else None for pack in packs]
 
 
-def test_evaluation_deals_packs_in_turn_and_fills_up(store: PackStore) -> None:
+def test_evaluation_deals_packs_in_turn(store: PackStore) -> None:
+    """A rank runs a pack of padding only if it has no other, or for the interleaved schedule."""
     ranks = [numbers_or_empty(list(eval_packs(store, 5, data_rank=r, data_size=2))) for r in range(2)]
-    assert ranks == [[0, 2, 4], [1, 3, None]]
+    assert ranks == [[0, 2, 4], [1, 3]]
+    ranks = [numbers_or_empty(list(eval_packs(store, 2, data_rank=r, data_size=4))) for r in range(4)]
+    assert ranks == [[0], [1], [None], [None]]
 
 
 def test_evaluation_rounds_up_for_the_interleaved_schedule(store: PackStore) -> None:
-    # 5 packs on 2 ranks need 3 microbatches, which are rounded up to 4
+    """5 packs on 2 ranks are 3 and 2 microbatches. Groups of 2 make them 4 and 2."""
     ranks = [
-        numbers_or_empty(list(eval_packs(store, 5, data_rank=r, data_size=2, multiple=4))) for r in range(2)
+        numbers_or_empty(list(eval_packs(store, 5, data_rank=r, data_size=2, multiple=2))) for r in range(2)
     ]
-    assert ranks == [[0, 2, 4, None], [1, 3, None, None]]
+    assert ranks == [[0, 2, 4, None], [1, 3]]
 
 
 def test_evaluation_of_fewer_packs_than_asked(store: PackStore, tmp_path: Path) -> None:

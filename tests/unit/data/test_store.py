@@ -16,10 +16,12 @@ from rich.console import Console
 
 from megatron_post.data import store_writer
 from megatron_post.data.check_store import check_store
+from megatron_post.data.pack import pack_of_segments, tail_lengths
 from megatron_post.data.store import open_store
 from megatron_post.data.store_checksums import StoreError
 from megatron_post.data.store_format import COLUMNS, GROUPS
 from megatron_post.data.store_writer import StoreWriter
+from megatron_post.data.template import Rendered
 from tests.unit.data.small_store import SETTINGS, seal, small_store, tokens_of, write_packs
 
 
@@ -77,6 +79,19 @@ def test_the_empty_pack_is_padding_alone(tmp_path: Path) -> None:
     assert (pack.tokens == 99).all()
     assert not pack.roles.any()
     assert pack.cu_seqlens.tolist() == [0, 16]
+
+
+def test_padding_at_the_end_is_short_segments() -> None:
+    """300 tokens of padding are segments of 128, 128 and 44. A multiple of 48 makes them 144, 144 and 12.
+
+    As one causal segment they would cost 300^2 instead of 2 x 128^2 + 44^2.
+    """
+    assert tail_lengths(300, 1) == tail_lengths(300, 4) == [128, 128, 44]
+    assert tail_lengths(300, 48) == [144, 144, 12]
+    assert tail_lengths(0, 4) == []
+    pack = pack_of_segments([Rendered(np.ones(3, np.int32), np.ones(3, np.uint8))], pack_length=304)
+    assert np.diff(pack.cu_seqlens).tolist() == [3, 128, 128, 45]
+    assert pack.lengths.tolist() == [3, 0, 0, 0] and pack.unit_ids.tolist() == [0, -1, -1, -1]
 
 
 def test_append_adds_packs_and_leaves_the_others(tmp_path: Path, small_chunks: None) -> None:

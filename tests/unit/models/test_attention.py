@@ -1,14 +1,17 @@
 """Packed attention is compared with a dense mask in float64."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from megatron_post.data.batch import PackedBatch, segment_numbers
+from megatron_post.data.pack import pack_of_segments
+from megatron_post.data.template import Rendered
 from megatron_post.models import attention
 from megatron_post.models.attention import block_attention, flex_attention
-from megatron_post.models.packing import PackedSegments, portable_segments
+from megatron_post.models.packing import PackedSegments, portable_segments, transformer_engine_segments
 from megatron_post.parallel.context import ContextSplit
 
 CU_SEQLENS = torch.tensor([0, 4, 24, 32, 64], dtype=torch.int32)
@@ -19,11 +22,16 @@ SEEN = torch.tensor([[0, 0], [0, 0], [1, 2], [1, 2]])
 LENGTHS = torch.tensor([4, 17, 6, 32], dtype=torch.int32)
 
 
-def _packed(rank: int, size: int, *, shared_prompt: bool, more: int = 0) -> PackedSegments:
-    """This rank's part of a pack. more: number of responses of 4 tokens that are cut from the last one."""
+def _packed(
+    rank: int, size: int, *, shared_prompt: bool, more: int = 0, real: Tensor | None = None
+) -> PackedSegments:
+    """This rank's part of a pack.
+
+    more: number of responses of 4 tokens that are cut from the last one. real: the real tokens of segments.
+    """
     cuts = torch.arange(64 - 4 * more, 64, 4, dtype=torch.int32)
     cu_seqlens = torch.cat([CU_SEQLENS[:-1], cuts, CU_SEQLENS[-1:]])
-    lengths = torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]])
+    lengths = torch.cat([LENGTHS[:-1], cu_seqlens.diff()[3:]]) if real is None else real
     seen = torch.cat([SEEN, SEEN[-1:].expand(more, 2)])
     nothing, segments = torch.zeros(64, dtype=torch.long), segment_numbers(cu_seqlens)
     batch = PackedBatch(
@@ -76,6 +84,32 @@ def test_blocks_equal_a_dense_mask(size: int, shared_prompt: bool) -> None:
             sum_ += part
     for sum_, gradient in zip(total, wanted, strict=True):
         torch.testing.assert_close(sum_, gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_padding_is_skipped(size: int) -> None:
+    """The last segments are padding. Their output is 0, and that of the others is what it was."""
+    q, k, v = (x.detach() for x in _tensors(torch.float64))
+    for rank in range(size):
+        plain = _packed(rank, size, shared_prompt=False, more=2)
+        padded = _packed(rank, size, shared_prompt=False, more=2, real=torch.tensor([4, 17, 6, 0, 0, 0]))
+        expected = block_attention(q[:, plain.indices], k, v, plain, scale=0.3)
+        output = block_attention(q[:, padded.indices], k, v, padded, scale=0.3)
+        is_padding = padded.segments[padded.indices] >= 3
+        assert is_padding.sum() == 32 // size and output[:, is_padding].eq(0).all()
+        assert torch.equal(output[:, ~is_padding], expected[:, ~is_padding])
+        assert len(padded.blocks) == 3 * (1 if size == 1 else 2) + 1
+
+
+def test_a_short_tail_does_not_lengthen_the_longest_segment() -> None:
+    """Transformer Engine gets padding as short segments, so a pack's longest segment is a real one."""
+    pack = pack_of_segments(
+        [Rendered(np.ones(40, np.int32), np.ones(40, np.uint8))], pack_length=2048, segment_multiple=8
+    )
+    cu_seqlens = torch.as_tensor(pack.cu_seqlens)
+    packed = transformer_engine_segments(cu_seqlens, context_size=4, device=torch.device("cpu"))
+    assert packed.max_seqlen_q == 128 and packed.cu_seqlens_q.tolist() == pack.cu_seqlens.tolist()
+    assert (cu_seqlens.diff() % 8 == 0).all()
 
 
 @pytest.mark.parametrize("shared_prompt", [False, True])
