@@ -121,10 +121,10 @@ def _from_documents(settings: DocumentsInput, key: str) -> Iterator[tuple[str, A
     path = Path(settings.path)
     for file in _files(path, settings.pattern, key):
         try:
-            _check_link(file, path)
+            _check_place(file, path)
             text = _text(file)
         except BadRow as error:
-            yield str(file), error
+            yield _where(file), error
             continue
         name = str(file.relative_to(path)) if path.is_dir() else file.name
         for first, last, piece in _pieces(text, settings):
@@ -138,16 +138,23 @@ def _from_files(settings: FilesInput, key: str) -> Iterator[tuple[str, Any]]:
     path, most = Path(settings.path), settings.largest_kib * 2**10
     for file in _files(path, settings.pattern, key):
         try:
-            _check_link(file, path)
+            _check_place(file, path)
             content = _bytes(file, most)
         except BadRow as error:
-            yield str(file), error
+            yield _where(file), error
             continue
         yield str(file), {"file": file.name, "base64": base64.b64encode(content).decode()}
 
 
-def _check_link(file: Path, directory: Path) -> None:
-    """Raises `BadRow` for a link that leads out of the directory."""
+def _where(file: Path) -> str:
+    """The path of a file, with question marks in place of bytes that are not UTF-8."""
+    return str(file).encode(errors="replace").decode()
+
+
+def _check_place(file: Path, directory: Path) -> None:
+    """Raises `BadRow` for a link that leads out of the directory, and for a name that rows cannot have."""
+    if _where(file) != str(file):
+        raise BadRow("its name is not text in UTF-8")
     if directory.is_dir() and not file.resolve().is_relative_to(directory.resolve()):
         raise BadRow(f"a link that leads out of {directory}, as in code of others: copy the file to use it")
 

@@ -20,6 +20,7 @@ VERSION = 1
 MODELS = ("author", "judge")
 SANDBOX = True
 _SCRIPT = "read_file.py"
+_LONGEST_NAME = 255  # bytes, as in the sandbox
 _UNKNOWN = 3  # the script's exit status for a kind of file that it cannot read
 
 
@@ -47,7 +48,8 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     name, content = _file(row)
     files: Files = {name: content}
     excerpt = await _excerpt(task, name, files)
-    kinds = settings.code_tasks if name.endswith(".py") else settings.tasks
+    kind = PurePosixPath(name).suffix[1:].lower()
+    kinds = settings.code_tasks if kind == "py" else settings.tasks
     asked = task.prompt("write", file=name, excerpt=excerpt, task=task.random.choice(kinds))
     wanted = asked_for(await task.ask("write", asked))
     request = task.prompt("ask", file=name, request=wanted)
@@ -56,12 +58,11 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
     if not any(name in code for code in found.codes):
         raise Dropped("no program names the file")
     await check_answer(task, request, found.turns)
-    kind = PurePosixPath(name).suffix[1:].lower() + (", corrected" if found.failed else "")
     return [
         Row(
             [Message("user", request), *found.turns],
             capability="tools",
-            kind=kind,
+            kind=kind + (", corrected" if found.failed else ""),
             tools=box.announced,
             extra={"file": name},
             unique=request,
@@ -70,7 +71,10 @@ async def recipe(row: dict[str, Any], task: Task[Settings]) -> list[Row]:
 
 
 def _file(row: dict[str, Any]) -> tuple[str, bytes]:
-    """The name and the content of the file of a row. Raises `ValueError` for a row without one."""
+    """The name and the content of the file of a row.
+
+    Raises `ValueError` for a row without one, and `Dropped` if the sandbox cannot have a file of the name.
+    """
     try:
         name, content = row["file"], base64.b64decode(row["base64"], validate=True)
     except (KeyError, TypeError, ValueError):
@@ -79,6 +83,8 @@ def _file(row: dict[str, Any]) -> tuple[str, bytes]:
         ) from None
     if not isinstance(name, str) or PurePosixPath(name).name != name:
         raise ValueError(f"file: {name!r:.80} is not the name of a file")
+    if not name.isprintable() or len(name.encode(errors="replace")) > _LONGEST_NAME:
+        raise Dropped("the name of the file is too long or has characters that cannot be printed")
     return name, content
 
 

@@ -1,13 +1,20 @@
 """Input rows have an id and a place, in an order that is always the same."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_post.data.rows import BadRows, TooManyBadRows
-from megatron_post.synthesis.inputs import DocumentsInput, RepositoriesInput, RowsInput, read_input
+from megatron_post.synthesis.inputs import (
+    DocumentsInput,
+    FilesInput,
+    RepositoriesInput,
+    RowsInput,
+    read_input,
+)
 
 
 def _documents(path: Path, **values: Any) -> list[tuple[str, str]]:
@@ -79,6 +86,18 @@ def test_what_is_no_text_is_a_bad_row(tmp_path: Path) -> None:
     settings = DocumentsInput(kind="documents", path=str(tmp_path))
     assert [row.values["file"] for row in read_input(settings, bad_rows=bad_rows)] == ["c"]
     assert "not text in UTF-8" in bad_rows.examples[0] and "null character" in bad_rows.examples[1]
+
+
+@pytest.mark.parametrize("settings", [DocumentsInput, FilesInput])
+def test_a_name_that_is_not_text_is_a_bad_row(
+    tmp_path: Path, settings: type[DocumentsInput | FilesInput]
+) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / os.fsdecode(b"bad\xff.txt")).write_text("bad")
+    bad_rows, kind = BadRows(1), "documents" if settings is DocumentsInput else "files"
+    rows = read_input(settings(kind=kind, path=str(tmp_path)), bad_rows=bad_rows)  # type: ignore[arg-type]
+    assert [row.values["file"] for row in rows] == ["good.txt"]
+    assert bad_rows.examples == [f"{tmp_path}/bad?.txt: its name is not text in UTF-8"]
 
 
 def test_a_link_in_the_code_of_others_leads_to_no_file_of_this_machine(tmp_path: Path) -> None:

@@ -61,12 +61,17 @@ def test_files_and_programs_that_do_not_fit(tool_place: ToolPlace) -> None:
         _row("../f.txt", b"case 7"),
         {"file": "g.txt", "text": "case 8"},
         _row("random.py", b"case 9"),
+        _row("a\nb.txt", b"case 10"),
+        _row("bad\udcff.txt", b"case 11"),
+        _row("\u00e9" * 127 + ".txt", b"case 12"),
     ]
     tool_place.run("tool_files", author(scripts), rows=rows)
     found = tool_place.dropped()
     assert found.pop(7)[1].startswith("ValueError in the recipe: ValueError: file: '../f.txt'")
     assert "use `input.kind: files`" in found.pop(8)[1]
+    name = "the name of the file is too long or has characters that cannot be printed"
     assert found == {
+        **dict.fromkeys((10, 11, 12), ("(before the first step)", name)),
         1: ("solve", "no program names the file"),
         2: ("judge", "the judge does not find the answer in the outputs"),
         3: ("read", "files of this kind are not read"),
