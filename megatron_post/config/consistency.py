@@ -88,7 +88,7 @@ def contradictions(config: UncheckedConfig) -> list[str]:
         found.append(
             f"optimizer.warmup_steps={o.warmup_steps} is longer than the run, train.steps={steps}; lower it"
         )
-    found += _of_prompts(config)
+    found += [*_of_adapter(config), *_of_prompts(config)]
     for key in ("sources", "eval_sources"):
         names = [source.name for source in getattr(config.data, key)]
         for number, name in enumerate(names):
@@ -96,6 +96,36 @@ def contradictions(config: UncheckedConfig) -> list[str]:
                 found.append(
                     f"data.{key}.{number}.name: {name!r} is also data.{key}.{first}'s; names must be unique"
                 )
+    return found
+
+
+def _of_adapter(config: UncheckedConfig) -> list[str]:
+    """A line for every setting that does not fit `adapter`, or its absence."""
+    a, m, found = config.adapter, config.model, []
+    if a is None:
+        if config.stage == "dpo" and config.dpo.reference == "base":
+            found.append("dpo.reference=base needs an adapter; set dpo.reference to store or frozen")
+        return found
+    smallest = min(m.hidden_size, m.num_key_value_heads * m.head_dim)
+    if a.rank > smallest:
+        found.append(
+            f"adapter.rank={a.rank} is above {smallest}, the smallest side of an adapted matrix; lower it"
+        )
+    if a.kind == "dora" and a.dropout:
+        found.append(
+            f"adapter.dropout={a.dropout:g} is not supported with adapter.kind=dora: PEFT's definition "
+            "multiplies the frozen weights a second time; set adapter.dropout=0"
+        )
+    if config.runs_reference and config.dpo.reference == "frozen":
+        found.append(
+            "dpo.reference=frozen keeps a second copy of the model, which the adapter's base already is; set "
+            "dpo.reference=base"
+        )
+    for key in ("precision.fp8_param_gather", "optimizer.gradient_accumulation_fusion"):
+        if _at(config, key):
+            found.append(
+                f"{key}=true has no effect with an adapter, whose base weights are frozen; set {key}=false"
+            )
     return found
 
 

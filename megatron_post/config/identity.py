@@ -103,6 +103,11 @@ RULES = (
             "tokenizer.content_tokens",
         ),
     ),
+    Rule(
+        "identity",
+        "the trained parameters. The adapter that a run began with is compared by content",
+        _keys("adapter", "kind rank alpha targets dropout init_from"),
+    ),
     Rule("identity", "the loss of SFT", ("loss.trained_roles",), applies=_is("sft")),
     Rule("identity", "the loss of a reward model", ("reward.layout",), applies=_is("reward")),
     Rule(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_post.config.adapter import Adapter
 from megatron_post.config.data import Data, Tokenizer
 from megatron_post.config.presets import PRESETS
 from megatron_post.config.rope import RopeScaling
@@ -189,9 +190,10 @@ class DPO(Section):
     trained_roles: Annotated[tuple[RoleName, ...], Distinct] = Field(
         ("body",), min_length=1, description="roles in both terms. The report masks headers and terminators"
     )
-    reference: Literal["store", "frozen"] = Field(
+    reference: Literal["store", "frozen", "base"] = Field(
         "store",
-        description="store: log-probabilities from `megatron-post reference`. frozen: a model copy in memory",
+        description="store: log-probabilities from `megatron-post reference`. frozen: a model copy in memory. "
+        "base: the model without its adapter, which needs neither",
     )
 
     @property
@@ -242,6 +244,7 @@ class UncheckedConfig(Section):
     run_dir: Name = Field(description="checkpoints, metrics and exports of this run")
     seed: Whole = Field(1234, description="seed of random weights and of the order of the data")
     model: Model
+    adapter: Adapter | None = Field(None, description="null: all weights of the model are trained")
     tokenizer: Tokenizer
     data: Data
     parallel: Parallel = Parallel()
@@ -275,6 +278,11 @@ class UncheckedConfig(Section):
         return self.needs_reference and self.dpo.reference == "store"
 
     @property
-    def runs_reference(self) -> bool:
-        """Whether a frozen copy of the first weights runs at every step."""
+    def copies_reference(self) -> bool:
+        """Whether a frozen copy of the first weights is in memory."""
         return self.needs_reference and self.dpo.reference == "frozen"
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a reference runs forward at every step: a frozen copy, or the model without its adapter."""
+        return self.needs_reference and self.dpo.reference != "store"

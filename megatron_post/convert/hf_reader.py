@@ -13,6 +13,7 @@ from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes, rule_for, shard_from_hf
+from megatron_post.models.adapters import base_parameters
 from megatron_post.models.llama import Llama
 
 
@@ -100,10 +101,10 @@ def open_weights(
 
 @torch.no_grad()
 def load_weights(chunks: list[Llama], source: WeightSource, model: Model) -> None:
-    """Fill this rank's parameters from a source. Values are cast to the dtype of the parameters."""
+    """Fill this rank's parameters, without those of adapters. Values are cast to the parameters' dtype."""
     for chunk in chunks:
         group = chunk.pg_collection.tp
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in base_parameters(chunk):
             rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
             # If embeddings are tied, the last pipeline stage holds a copy of them that is named as the output
             # layer.

@@ -21,6 +21,7 @@ from megatron_post.convert.safetensors_file import header_of, raw_bytes
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
+from megatron_post.models.adapters import base_parameters
 from megatron_post.models.llama import Llama
 from megatron_post.parallel.topology import Topology
 
@@ -103,7 +104,7 @@ def gathered_tensors(
 def _parameters(chunks: list[Llama], model: Model) -> Iterator[tuple[Llama, Tensor, Rule, tuple[str, ...]]]:
     """The parameters that this stage exports, each with its rule and names."""
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in base_parameters(chunk):
             rule, names = rule_for(name, layer_offset=layer_offset(chunk), scalar_head=chunk.scalar_head)
             if model.tie_word_embeddings and not chunk.pre_process and rule.layout == "vocabulary":
                 continue  # the first stage writes tied embeddings

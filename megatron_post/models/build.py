@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_post.config import layout
 from megatron_post.config.schema import Config
+from megatron_post.models.adapters import attach_adapters
 from megatron_post.models.llama import Llama
 from megatron_post.models.reward_head import RewardHead
 from megatron_post.models.rotary import PositionRotary
@@ -117,7 +118,11 @@ def _chunk(
     model = Llama(
         config=core,
         transformer_layer_spec=block_spec(
-            core, portable=portable, shares_prompts=config.shares_prompts, virtual_stage=virtual_stage
+            core,
+            portable=portable,
+            shares_prompts=config.shares_prompts,
+            adapted=config.adapter is not None,
+            virtual_stage=virtual_stage,
         ),
         vocab_size=padded_vocab_size(config),
         max_sequence_length=m.max_position_embeddings,
@@ -139,4 +144,6 @@ def _chunk(
     if config.optimizer.gradient_accumulation_fusion:
         fuse_weight_gradients(model)
     model.rotary_pos_emb = PositionRotary(m, device=topology.device, context_group=topology.groups.cp)
+    if config.adapter is not None:
+        attach_adapters(model, config.adapter, m)
     return model.to(topology.device)

@@ -103,16 +103,22 @@ class RMSNorm(torch.nn.Module):
 
 
 def block_spec(
-    config: TransformerConfig, *, portable: bool, shares_prompts: bool, virtual_stage: int | None
+    config: TransformerConfig,
+    *,
+    portable: bool,
+    shares_prompts: bool,
+    adapted: bool = False,
+    virtual_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline chunk, and the final norm.
 
     shares_prompts: rows have several responses to one prompt. Only the portable attention can compute this.
+    adapted: linear layers have adapters.
     """
     if portable:
         layer, norm = _portable_layer(), RMSNorm
     else:
-        layer, norm = _transformer_engine_layer(config, shares_prompts=shares_prompts)
+        layer, norm = _transformer_engine_layer(config, shares_prompts=shares_prompts, adapted=adapted)
     layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
@@ -157,12 +163,15 @@ def _portable_layer() -> ModuleSpec:
     )
 
 
-def _transformer_engine_layer(config: TransformerConfig, *, shares_prompts: bool) -> tuple[ModuleSpec, Any]:
+def _transformer_engine_layer(
+    config: TransformerConfig, *, shares_prompts: bool, adapted: bool
+) -> tuple[ModuleSpec, Any]:
     """megatron-core's layer with Transformer Engine's parts, and the final norm.
 
     If rows share prompts, the layer has the portable attention. This costs no FP8 speed, because only linear
     layers use FP8. If norms are recomputed, they are modules of their own. megatron-core cannot recompute a
-    norm that is fused into a linear layer, and would ignore the setting.
+    norm that is fused into a linear layer, and would ignore the setting. The same holds if linear layers have
+    adapters, which multiply the norm's output too.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -171,7 +180,8 @@ def _transformer_engine_layer(config: TransformerConfig, *, shares_prompts: bool
     parts = layer.submodules
     if shares_prompts:
         parts.self_attention.submodules.core_attention = PackedAttention
-    if config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules:
+    recomputes_norms = config.recompute_granularity == "selective" and "layernorm" in config.recompute_modules
+    if recomputes_norms or adapted:
         parts.input_layernorm = parts.pre_mlp_layernorm = TENorm
         parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
         parts.mlp.submodules.linear_fc1 = TEColumnParallelLinear

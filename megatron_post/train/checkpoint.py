@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_post.config.load import to_yaml
 from megatron_post.config.schema import Config
 from megatron_post.display import say
+from megatron_post.models.adapter_state import checkpoint_state
 from megatron_post.parallel.topology import Topology
 from megatron_post.storage import manifest
 from megatron_post.train.async_save import Save, SaveFailed, Saver
@@ -77,7 +78,7 @@ class Checkpoints:
         # After a rollback a step can be saved twice. Each attempt has its own partial directory.
         self._attempts += 1
         partial = manifest.partial_directory(self.root, step, epoch=self._fence.epoch, attempt=self._attempts)
-        models = [chunk.sharded_state_dict(metadata=METADATA) for chunk in unwrap_model(chunks)]
+        models = [checkpoint_state(chunk, METADATA) for chunk in unwrap_model(chunks)]
         model_state = {str(i): state for i, state in enumerate(models)}
         small = {f"generators-{rank}.safetensors": save_bytes(_generator_states())}
         publish = None

@@ -13,6 +13,7 @@ from megatron.core.utils import unwrap_model
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.source import Kind
 from megatron_post.convert.torch_file import load_plain
+from megatron_post.models.adapter_state import checkpoint_state
 from megatron_post.storage.manifest import DamagedCheckpoint
 from megatron_post.train.fp8_weights import has_fp8_weights, round_weights
 from megatron_post.train.optimizer import gather_weights, load_optimizer_state
@@ -42,7 +43,7 @@ def load_checkpoint(
     Raises `DamagedCheckpoint` on all ranks if the checkpoint belongs to another model.
     """
     models = unwrap_model(chunks)
-    states = {str(i): model.sharded_state_dict(metadata=METADATA) for i, model in enumerate(models)}
+    states = {str(i): checkpoint_state(model, METADATA) for i, model in enumerate(models)}
     objects: list[dict[str, Any]] = []
     rounds, error = has_fp8_weights(chunks), None
     try:

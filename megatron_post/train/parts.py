@@ -7,6 +7,7 @@ from functools import partial
 from megatron.core.utils import get_model_config
 
 from megatron_post.config.schema import Config
+from megatron_post.convert.adapter_weights import RandomAdapter, load_adapters
 from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.models.build import build_model, uses_portable_attention
 from megatron_post.models.llama import Llama
@@ -56,11 +57,12 @@ def make_stage(config: Config, topology: Topology) -> Stage:
 def load_model(config: Config, topology: Topology, *, trained: bool = False) -> list[Llama]:
     """Build this rank's model chunks and load the initial weights into them.
 
-    trained: an optimizer will update the weights. Only such weights are kept in FP8.
+    trained: an optimizer will update the weights. Only such weights are kept in FP8, and only such models have
+    adapters.
     """
     if not trained:
         precision = config.precision.model_copy(update={"fp8_param_gather": False})
-        config = config.model_copy(update={"precision": precision})
+        config = config.model_copy(update={"precision": precision, "adapter": None})
     chunks = build_model(config, topology)
     weights = open_weights(
         config.model,
@@ -69,6 +71,8 @@ def load_model(config: Config, topology: Topology, *, trained: bool = False) -> 
         scores_steps=config.traits.scores_steps,
     )
     load_weights(chunks, weights, config.model)
+    if config.adapter is not None:
+        load_adapters(chunks, RandomAdapter(config.adapter, config.model, seed=config.seed))
     return chunks
 
 
@@ -95,7 +99,7 @@ def build_trainer(
     guard = Guard(config, topology, stop or StopRequest(), sources, fence)
     stage = make_stage(config, topology)
     models = load_model(config, topology, trained=True)
-    reference = _load_reference(config, topology) if config.runs_reference else None
+    reference = _load_reference(config, topology) if config.copies_reference else None
     chunks = wrap_data_parallel(models, config, topology)
     optimizer = build_optimizer(chunks, config)
     scheduler = build_scheduler(optimizer, config)
