@@ -192,8 +192,8 @@ class DPO(Section):
     )
     reference: Literal["store", "frozen", "base"] = Field(
         "store",
-        description="store: log-probabilities from `megatron-post reference`. frozen: a model copy in memory. "
-        "base: the model without its adapter, which needs neither",
+        description="store: log-probabilities from `megatron-post reference`. frozen: a model copy in "
+        "memory. base: the model without its adapter, which needs neither",
     )
 
     @property

@@ -95,6 +95,9 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     field = schema_keys().get(_pattern(key))
     if field is None or field.is_required():
         return None
+    section = Config.model_fields[key.partition(".")[0]]
+    if section.default is None:
+        return None  # without the section none of its keys has a value
     return _plain(field.get_default(call_default_factory=True))
 
 

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from megatron_post.config.adapter import Adapter
 from megatron_post.config.sections import Model
-from megatron_post.models.adapters import LINEARS, linear_columns, places, split_dimension
+from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes
+from megatron_post.models.adapted import places
+from megatron_post.models.adapters import LINEARS, linear_columns, split_dimension
 from megatron_post.models.llama import Llama
 
 PREFIX = "base_model.model."
+HEAD = (*SCORE, *SCORE_BIAS)  # a reward model's head, which is trained in full
 SUFFIXES = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-_MODULES = {
+MODULES = {
     target: ("self_attn." if linear.startswith("self_attention") else "mlp.") + target
     for linear, targets in LINEARS.items()
     for target in targets
@@ -30,11 +33,13 @@ class AdapterSource(Protocol):
 
 def peft_name(layer: int, target: str, part: str) -> str:
     """The name of a part of an adapter in PEFT's files."""
-    return f"{PREFIX}model.layers.{layer}.{_MODULES[target]}.{SUFFIXES[part]}"
+    return f"{PREFIX}model.layers.{layer}.{MODULES[target]}.{SUFFIXES[part]}"
 
 
-def peft_shapes(settings: Adapter, model: Model) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an adapter with its shape, by PEFT's name."""
+def peft_shapes(
+    settings: Adapter, model: Model, *, scalar_head: bool = False, scores_steps: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of an adapter and of a trained head with its shape, by PEFT's name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(model.num_layers):
         for target in settings.targets:
@@ -43,7 +48,8 @@ def peft_shapes(settings: Adapter, model: Model) -> dict[str, tuple[int, ...]]:
             shapes[peft_name(layer, target, "B")] = (rows, settings.rank)
             if settings.kind == "dora":
                 shapes[peft_name(layer, target, "magnitude")] = (rows,)
-    return shapes
+    whole = hf_shapes(model, scalar_head=scalar_head, scores_steps=scores_steps)
+    return shapes | {PREFIX + name: whole[name] for name in HEAD if name in whole}
 
 
 def target_shape(target: str, model: Model) -> tuple[int, int]:
@@ -60,8 +66,8 @@ def target_shape(target: str, model: Model) -> tuple[int, int]:
 class RandomAdapter:
     """PEFT's initial values. They are identical in every layout of ranks.
 
-    B is zero, so the model is unchanged. A is uniform within 1 / sqrt(columns). Each tensor is drawn whole from
-    (seed, name).
+    B is zero, so the model is unchanged. A is uniform within 1 / sqrt(columns). Each tensor is drawn whole
+    from (seed, name).
     """
 
     def __init__(self, settings: Adapter, model: Model, *, seed: int) -> None:

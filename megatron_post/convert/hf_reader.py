@@ -13,7 +13,7 @@ from megatron_post.convert.configs import read_model
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes, rule_for, shard_from_hf
-from megatron_post.models.adapters import base_parameters
+from megatron_post.models.adapted import base_parameters
 from megatron_post.models.llama import Llama
 
 

@@ -3,7 +3,6 @@
 Each pipeline stage writes its own files, and its data-parallel replicas share the work.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +16,11 @@ from megatron_post.convert.configs import index_of, written_configs
 from megatron_post.convert.hf_directory import INDEX
 from megatron_post.convert.hf_reader import layer_offset
 from megatron_post.convert.mapping import Rule, hf_from_shards, hf_shapes, rule_for
-from megatron_post.convert.safetensors_file import header_of, raw_bytes
+from megatron_post.convert.safetensors_file import write_file
 from megatron_post.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from megatron_post.convert.source import Kind
 from megatron_post.data.tokenizer import Tokenizer
-from megatron_post.models.adapters import base_parameters
+from megatron_post.models.adapted import base_parameters
 from megatron_post.models.llama import Llama
 from megatron_post.parallel.topology import Topology
 
@@ -59,7 +58,7 @@ def export_hf(
         names[file_name] = shards[i]
         tensors = gathered_tensors(chunks, model, value_of=value_of, only=set(shards[i]))
         if topology.tensor_rank == 0:
-            _write_shard(tensors, {name: kinds[name] for name in shards[i]}, partial / file_name)
+            write_file(partial / file_name, {name: kinds[name] for name in shards[i]}, tensors)
         else:
             # Gathering is a collective, so the other tensor-parallel ranks must iterate as well.
             for _ in tensors:
@@ -118,17 +117,6 @@ def _kinds(chunks: list[Llama], model: Model) -> dict[str, Kind]:
     }
     shapes = hf_shapes(model, scalar_head=chunks[0].scalar_head, scores_steps=chunks[0].scores_steps)
     return {name: Kind(dtypes[name], shape) for name, shape in shapes.items() if name in dtypes}
-
-
-def _write_shard(tensors: Iterator[tuple[str, Tensor]], kinds: dict[str, Kind], path: Path) -> None:
-    header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
-    with path.open("wb") as file:
-        file.write(header)
-        for name, tensor in tensors:
-            file.seek(places[name].offset)
-            file.write(raw_bytes(tensor.contiguous()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _finish(

@@ -39,6 +39,11 @@ class MegatronCheckpoint:
                 self.scalar_head: bool = self._manifest["state"]["scalar_head"]
                 self.scores_steps: bool = self._manifest["state"].get("scores_steps", False)
             else:
+                if self._config.adapter is not None:
+                    raise ValueError(
+                        f"{self.directory} holds an adapter and not a model; use the exports of its run, "
+                        f"{self._config.run_dir}/adapter or {self._config.run_dir}/hf"
+                    )
                 self.model, traits = self._config.model, self._config.traits
                 self.scalar_head, self.scores_steps = traits.scalar_head, traits.scores_steps
             self.checkpoint = DistCheckpoint(self.directory)

@@ -6,7 +6,7 @@ process holds only the buffer that it requested, however large the file is.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -90,6 +90,18 @@ def header_of(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tup
     return len(text).to_bytes(8, "little") + text, places
 
 
+def write_file(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a file of tensors, which may come in any order and one at a time, and flush it to the disk."""
+    header, places = header_of({name: (kind.dtype, kind.shape) for name, kind in kinds.items()})
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            file.seek(places[name].offset)
+            file.write(raw_bytes(tensor.contiguous()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor. Writing to the view writes to the tensor."""
     assert tensor.is_contiguous()
@@ -118,6 +130,13 @@ class OpenFiles:
             if count == 0:
                 raise BadSafetensors(f"{path}: ends at byte {offset + done}, while it was read")
             done += count
+
+
+def read_tensor(files: OpenFiles, path: Path, stored: Stored) -> Tensor:
+    """A whole tensor of a file in its own dtype."""
+    values = torch.empty(stored.shape, dtype=stored.dtype)
+    files.read(path, stored.offset, raw_bytes(values))
+    return values
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

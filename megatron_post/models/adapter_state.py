@@ -4,7 +4,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from megatron_post.models.adapters import NAME, places, split_dimension
+from megatron_post.models.adapted import NAME, places
+from megatron_post.models.adapters import split_dimension
 
 
 def checkpoint_state(chunk: Any, metadata: dict[str, Any]) -> dict[str, Any]:

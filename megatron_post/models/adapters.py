@@ -2,10 +2,10 @@
 
 For a matrix W [out, in] the adapted layer computes
     LoRA (Hu et al., arXiv:2106.09685):  y = W x + s B A x,  s = alpha / rank
-    DoRA (Liu et al., arXiv:2402.09353): y = m / |W + s B A| * (W x + s B A x), where |.| is the length of each
-                                         row, through which no gradient flows
-A is [rank, in] and B is [out, rank]. megatron-core fuses several of Hugging Face's matrices into one layer. Each
-of them has an adapter of its own, as in PEFT.
+    DoRA (Liu et al., arXiv:2402.09353): y = m / |W + s B A| * (W x + s B A x), where |.| is the length of
+                                         each row, through which no gradient flows
+A is [rank, in] and B is [out, rank]. megatron-core fuses several of Hugging Face's matrices into one layer.
+Each of them has an adapter of its own, as in PEFT.
 
 Tensor parallelism divides the rows of q, k, v, gate and up. Their A is replicated, and B has the rank's rows.
 It divides the columns of o and down. Their A has the rank's columns, and B is replicated. The ranks exchange
@@ -13,9 +13,6 @@ only A x, which has `rank` columns. With sequence parallelism a replicated matri
 each rank, so megatron-core sums its gradient over the ranks.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from torch import Tensor
 
 from megatron_post.config.adapter import Adapter as Settings
 from megatron_post.config.sections import Model
+from megatron_post.models.adapter_dropout import drop, tokens_of_microbatch
 
 # The linear layers of a transformer layer, and the targets that each of them fuses.
 LINEARS = {
@@ -42,7 +40,6 @@ LINEARS = {
 }
 ROW_PARALLEL = ("o_proj", "down_proj")
 PARTS = ("A", "B", "magnitude")  # the last one is DoRA's
-NAME = "adapter"  # of the module within its linear layer
 
 
 def split_dimension(target: str, part: str) -> int | None:
@@ -59,14 +56,16 @@ class Adapter(torch.nn.Module):
     """
 
     def __init__(
-        self, settings: Settings, model: Model, config: TransformerConfig, linear: str, *, group: Any
+        self, settings: Settings, model: Model, config: TransformerConfig, name: str, *, group: Any
     ) -> None:
+        """name: of the linear layer, with the number of its layer in the model before it."""
         super().__init__()
+        self._name, self._dropout, linear = name, settings.dropout, name.partition(".")[2]
         self.enabled, self._group, self._sequence = True, group, config.sequence_parallel
         self._scale, self.is_dora = settings.scale, settings.kind == "dora"
         self._row_parallel = LINEARS[linear][0] in ROW_PARALLEL
         self._groups, self._widths = fused_rows(linear, model, tensor_size=group.size())
-        self.targets = [target for target in LINEARS[linear] if target in settings.targets]
+        self.targets: list[str] = [target for target in LINEARS[linear] if target in settings.targets]
         self._square: Tensor | None = None
         columns = linear_columns(linear, model) // (group.size() if self._row_parallel else 1)
         for target in self.targets:
@@ -100,7 +99,8 @@ class Adapter(torch.nn.Module):
         """
         if not self.enabled:
             return output
-        low = torch.cat([F.linear(x, self.part(target, "A")) for target in self.targets], dim=-1)
+        inputs = self._dropped(x)
+        low = torch.cat([F.linear(inputs[target], self.part(target, "A")) for target in self.targets], dim=-1)
         parts = dict(zip(self.targets, self._exchanged(low).chunk(len(self.targets), -1), strict=True))
         updates = {
             target: F.linear(part, self.part(target, "B")) * self._scale for target, part in parts.items()
@@ -112,6 +112,22 @@ class Adapter(torch.nn.Module):
             lengths = self.lengths(weight)
         factors = {target: self.part(target, "magnitude") / lengths[target] for target in self.targets}
         return adapted * self._fuse(factors, fill=1.0)
+
+    def _dropped(self, x: Tensor) -> dict[str, Tensor]:
+        """The input of each target. Each drops other numbers, as in PEFT."""
+        if not self._dropout or not self.training:
+            return dict.fromkeys(self.targets, x)
+        (seed, tokens), first = tokens_of_microbatch(), 0
+        if self._row_parallel:
+            first = self._group.rank() * x.shape[-1]
+        elif self._sequence:
+            tokens = tokens.chunk(self._group.size())[self._group.rank()]
+        return {
+            target: drop(
+                x, seed, tokens, adapter=f"{self._name}.{target}", first_column=first, share=self._dropout
+            )
+            for target in self.targets
+        }
 
     def _exchanged(self, low: Tensor) -> Tensor:
         """A x of all columns and of the tokens that B multiplies. low: this rank's part of it."""
@@ -149,8 +165,8 @@ class Adapter(torch.nn.Module):
     def lengths(self, weight: Tensor) -> dict[str, Tensor]:
         """|W + s B A| of each target's rows, [out / tp], in the dtype of the weight.
 
-        The square is |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, row by row. So B A never has to be in memory. |W|
-        is computed once, because W is frozen.
+        The square is |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, row by row. So B A never has to be in memory.
+        |W| is computed once, because W is frozen.
         """
         rows = self._rows(weight)
         squares = []
@@ -201,7 +217,7 @@ class Adapter(torch.nn.Module):
 
 
 def fused_rows(linear: str, model: Model, *, tensor_size: int) -> tuple[int, dict[str, int]]:
-    """How a rank's output of a linear layer is made of its targets: the number of groups, and widths in each."""
+    """The number of groups in a rank's output of a linear layer, and the width of each target in a group."""
     if linear == "self_attention.linear_qkv":
         d, heads = model.head_dim, model.num_attention_heads // model.num_key_value_heads
         return model.num_key_value_heads // tensor_size, {"q_proj": heads * d, "k_proj": d, "v_proj": d}
@@ -215,75 +231,3 @@ def linear_columns(linear: str, model: Model) -> int:
     if linear == "mlp.linear_fc2":
         return model.ffn_hidden_size
     return model.num_attention_heads * model.head_dim if linear.endswith("proj") else model.hidden_size
-
-
-def attach_adapters(model: Any, settings: Settings, shape: Model) -> None:
-    """Give the linear layers of a chunk their adapters, and freeze everything else but a scalar head."""
-    model.requires_grad_(False)
-    if model.scalar_head and model.post_process:
-        model.output_layer.requires_grad_(True)
-    for layer in model.decoder.layers:
-        for name, targets in LINEARS.items():
-            if set(targets).isdisjoint(settings.targets):
-                continue
-            linear = layer.get_submodule(name)
-            linear.add_module(NAME, Adapter(settings, shape, model.config, name, group=model.pg_collection.tp))
-            # A hook and not a subclass, because Transformer Engine's layers exist only on machines with it.
-            # It calls the adapter as a module, so that data parallelism gathers its parameters first.
-            linear.register_forward_hook(_adapt)
-    if model.pre_process and model.config.recompute_granularity is not None:
-        # A recomputed layer has a gradient only if its input has one, and the embedding is frozen.
-        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-
-
-def _adapt(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    values, bias = output
-    return linear.adapter(inputs[0], values, linear.weight), bias
-
-
-@dataclass(frozen=True)
-class Place:
-    """An adapter with the linear layer that it adapts, its number in the model, and its name in a layer."""
-
-    layer: int
-    name: str
-    linear: Any
-    adapter: Adapter
-
-    @property
-    def parameters(self) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-        """(target, part, parameter) of everything that is trained."""
-        for target in self.adapter.targets:
-            for part in PARTS if self.adapter.is_dora else PARTS[:2]:
-                yield target, part, self.adapter.part(target, part)
-
-
-def places(chunk: Any) -> Iterator[Place]:
-    """Every adapter of a chunk. The chunk must not be wrapped."""
-    for layer in chunk.decoder.layers:
-        for name in LINEARS:
-            linear = layer.get_submodule(name)
-            if hasattr(linear, NAME):
-                yield Place(layer.layer_number - 1, name, linear, linear.adapter)
-
-
-def base_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The names and parameters of a chunk without those of its adapters."""
-    yield from (item for item in chunk.named_parameters() if f".{NAME}." not in item[0])
-
-
-@contextlib.contextmanager
-def without_adapters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Within this context the chunks compute the base model, and no layer is recomputed."""
-    found = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Adapter)]
-    for adapter in found:
-        adapter.enabled = False
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for adapter in found:
-            adapter.enabled = True
-        for chunk in chunks:
-            chunk.train()

@@ -6,7 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_post.config import layout
 from megatron_post.config.schema import Config
-from megatron_post.models.adapters import attach_adapters
+from megatron_post.models.adapted import attach_adapters
 from megatron_post.models.llama import Llama
 from megatron_post.models.reward_head import RewardHead
 from megatron_post.models.rotary import PositionRotary

@@ -21,5 +21,7 @@ def check_weights(directory: Path, stored: dict[str, Any], config: Config) -> No
         wrong.append(f"stage={config.stage}, and the weights are {kind}")
     if config.needs_reference and config.model.init_from is None:
         wrong.append("the reference needs model.init_from, the directory that was converted")
+    if config.adapter is not None:
+        wrong.append("a run with an adapter starts from model.init_from, a Hugging Face directory")
     if wrong:
         raise ValueError(f"{directory} cannot start this run:\n  " + "\n  ".join(wrong))

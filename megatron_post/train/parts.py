@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
+import torch
 from megatron.core.utils import get_model_config
 
 from megatron_post.config.schema import Config
-from megatron_post.convert.adapter_weights import RandomAdapter, load_adapters
+from megatron_post.convert.adapter_weights import PREFIX, RandomAdapter, load_adapters
 from megatron_post.convert.hf_reader import load_weights, open_weights
+from megatron_post.convert.peft_directory import open_start
 from megatron_post.models.build import build_model, uses_portable_attention
 from megatron_post.models.llama import Llama
 from megatron_post.models.specs import user_buffers
@@ -57,8 +59,8 @@ def make_stage(config: Config, topology: Topology) -> Stage:
 def load_model(config: Config, topology: Topology, *, trained: bool = False) -> list[Llama]:
     """Build this rank's model chunks and load the initial weights into them.
 
-    trained: an optimizer will update the weights. Only such weights are kept in FP8, and only such models have
-    adapters.
+    trained: an optimizer will update the weights. Only such weights are kept in FP8, and only such models
+    have adapters.
     """
     if not trained:
         precision = config.precision.model_copy(update={"fp8_param_gather": False})
@@ -72,8 +74,23 @@ def load_model(config: Config, topology: Topology, *, trained: bool = False) -> 
     )
     load_weights(chunks, weights, config.model)
     if config.adapter is not None:
-        load_adapters(chunks, RandomAdapter(config.adapter, config.model, seed=config.seed))
+        _start_adapters(config, chunks)
     return chunks
+
+
+def _start_adapters(config: Config, chunks: list[Llama]) -> None:
+    """Give adapters their initial values. A directory may also have a reward model's head."""
+    assert config.adapter is not None
+    if config.adapter.init_from is None:
+        load_adapters(chunks, RandomAdapter(config.adapter, config.model, seed=config.seed))
+        return
+    start = open_start(config)
+    load_adapters(chunks, start)
+    if chunks[-1].post_process:
+        with torch.no_grad():
+            for name in start.head:
+                parameter = chunks[-1].output_layer.get_parameter(name.removeprefix("score."))
+                parameter.copy_(start.read(PREFIX + name))
 
 
 def build_trainer(
@@ -115,7 +132,12 @@ def build_trainer(
         topology,
         chunks=chunks,
         stepper=Stepper(
-            chunks, stage, topology, portable=uses_portable_attention(config), reference=reference
+            chunks,
+            stage,
+            topology,
+            portable=uses_portable_attention(config),
+            reference=chunks if config.runs_reference and reference is None else reference,
+            dropout_seed=config.seed if config.adapter is not None and config.adapter.dropout else None,
         ),
         optimizer=optimizer,
         scheduler=scheduler,

@@ -9,6 +9,8 @@ from megatron_post.config.layout import microbatch_multiple
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_reader import open_weights
 from megatron_post.convert.hf_writer import export_hf
+from megatron_post.convert.peft_directory import open_start
+from megatron_post.convert.peft_writer import export_adapter, merged_weights
 from megatron_post.data.loader import eval_packs
 from megatron_post.data.pack import Pack
 from megatron_post.data.store import PackStore
@@ -37,12 +39,15 @@ def train(config: Config) -> None:
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     # Opening checks that the weights belong to this model, before any rank joins a process group.
+    traits, adapter = config.traits, config.adapter
     open_weights(
         config.model,
         seed=config.seed,
-        scalar_head=config.traits.scalar_head,
-        scores_steps=config.traits.scores_steps,
+        scalar_head=traits.scalar_head,
+        scores_steps=traits.scores_steps,
     )
+    if adapter is not None and adapter.init_from is not None:
+        open_start(config)
     with StopRequest() as stop, joined_ranks(config) as topology:
         check_trained(config, make_stage(config, topology), [train_store, held_out], topology)
         start_from = config.model.init_from
@@ -53,6 +58,7 @@ def train(config: Config) -> None:
             "data.eval_sources": None if held_out is None else held_out.digest,
             "tokenizer.path": tokenizer.fingerprint,
             "model.init_from": None if digests is None else sha256_of_json(digests),
+            "adapter.init_from": _adapter_digest(config, topology),
         }
         sources = [source.name for source in train_store.sources]
         trainer, start = build_trainer(config, topology, stop=stop, sources=sources, content=content)
@@ -70,9 +76,15 @@ def train(config: Config) -> None:
         )
         with watchdog:
             _fit_with_rollbacks(trainer, train_store, packs, start=start)
-        if config.train.export_hf:
-            _export(trainer, tokenizer)
+        _export(trainer, tokenizer)
         metrics.close()
+
+
+def _adapter_digest(config: Config, topology: Topology) -> str | None:
+    """A digest of the adapter that the run starts from, or None. All ranks must call it."""
+    if config.adapter is None or config.adapter.init_from is None:
+        return None
+    return sha256_of_json(weights_digests(config.adapter.init_from, topology))
 
 
 def _held_out_packs(config: Config, store: PackStore, topology: Topology) -> list[Pack]:
@@ -89,15 +101,24 @@ def _held_out_packs(config: Config, store: PackStore, topology: Topology) -> lis
 
 
 def _export(trainer: Trainer, tokenizer: Tokenizer) -> None:
-    """Write the trained model as a Hugging Face directory."""
-    config, target = trainer.config, Path(trainer.config.run_dir) / "hf"
+    """Write the trained adapter as a PEFT directory, and the model as a Hugging Face directory if configured.
+
+    The weights of the model are merged with the adapter.
+    """
+    config, directory = trainer.config, Path(trainer.config.run_dir)
     if config.optimizer.overlap:
         # With overlap the next forward pass gathers the updated weights. There is none after the last step,
         # so the other ranks' parts of the weights are still stale here.
         gather_weights(trainer.chunks)
-    chunks, value_of = unwrap_model(trainer.chunks), exact_weights(trainer.optimizer)
-    export_hf(chunks, config.model, tokenizer, trainer.topology, target, value_of=value_of)
-    trainer.metrics.console(f"exported to {target}")
+    chunks, adapter = unwrap_model(trainer.chunks), config.adapter
+    if adapter is not None:
+        target = export_adapter(chunks, adapter, config.model, trainer.topology, directory / "adapter")
+        trainer.metrics.console(f"exported the adapter to {target}")
+    if config.train.export_hf:
+        value_of = exact_weights(trainer.optimizer) if adapter is None else merged_weights(chunks)
+        target = directory / "hf"
+        export_hf(chunks, config.model, tokenizer, trainer.topology, target, value_of=value_of)
+        trainer.metrics.console(f"exported to {target}")
 
 
 def _fit_with_rollbacks(

@@ -27,6 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_post.config.schema import Config
+from megatron_post.convert.adapter_weights import peft_shapes
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.models.build import padded_vocab_size
 
@@ -81,14 +82,18 @@ def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Ite
 def checkpoint_bytes(config: Config) -> int:
     """Bytes of the tensors in a checkpoint, as `own_shards` of all ranks save them.
 
-    These are the weights in the dtype of training, and in fp32 their masters and Adam's two moments. One
-    parameter takes 14 bytes with bf16 and 16 with fp32.
+    These are the trained weights in the dtype of training, and in fp32 their masters and Adam's two moments.
+    One parameter takes 14 bytes with bf16 and 16 with fp32.
     """
-    model = config.model.model_copy(update={"vocab_size": padded_vocab_size(config)})
-    traits = config.traits
-    shapes = hf_shapes(model, scalar_head=traits.scalar_head, scores_steps=traits.scores_steps).values()
+    model, traits = config.model, config.traits
+    heads = {"scalar_head": traits.scalar_head, "scores_steps": traits.scores_steps}
+    if config.adapter is None:
+        padded = model.model_copy(update={"vocab_size": padded_vocab_size(config)})
+        shapes = hf_shapes(padded, **heads)
+    else:
+        shapes = peft_shapes(config.adapter, model, **heads)
     weight = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    return sum(map(prod, shapes)) * (weight.itemsize + len(_STATES) * torch.float32.itemsize)
+    return sum(map(prod, shapes.values())) * (weight.itemsize + len(_STATES) * torch.float32.itemsize)
 
 
 def needed_shards(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_post.data.batch import PackedBatch, moved
+from megatron_post.data.batch import PackedBatch, moved, on_device
 from megatron_post.data.pack import Pack
+from megatron_post.models.adapted import without_adapters
+from megatron_post.models.adapter_dropout import begin_microbatch, microbatch_state
 from megatron_post.models.packing import portable_segments, transformer_engine_segments
 from megatron_post.parallel.context import ContextSplit
 from megatron_post.parallel.selection import Selection, select
@@ -26,16 +29,20 @@ from megatron_post.stages.base import Metrics, Stage
 class Microbatch:
     """This rank's part of a pack, and the boundaries of the whole pack's segments, for attention.
 
-    trained: the part's tokens that carry loss. The vocabulary's product is computed for them alone.
+    trained: the part's tokens that carry loss. The vocabulary's product is computed for them alone. dropout:
+    what adapters with dropout need, see `microbatch_state`.
     """
 
     batch: PackedBatch
     packed: PackedSeqParams
     trained: Selection
+    dropout: Tensor | None = None
 
     def through(self, chunk: Any) -> Tensor:
         """Run a model chunk. Returns hidden states, or the head's output on the last pipeline stage."""
         batch = self.batch
+        if self.dropout is not None:
+            begin_microbatch(self.dropout)
         labels, positions = batch.labels[None], batch.positions[None]
         output: Tensor = chunk(
             batch.tokens[None],
@@ -53,7 +60,8 @@ class Stepper:
 
     portable: the chunks use the portable attention, which takes another description of a pack's segments than
     Transformer Engine's attention. reference: a frozen policy. Its log-probabilities are added to each batch
-    before the loss is computed. `losses` has the mean loss of each pack of the last call, on the last
+    before the loss is computed. If it is `chunks` itself, the adapters are switched off for it. dropout_seed:
+    the seed of adapters with dropout. `losses` has the mean loss of each pack of the last call, on the last
     pipeline stage. `trained` is the number of trained tokens of these packs.
     """
 
@@ -65,16 +73,23 @@ class Stepper:
         *,
         portable: bool,
         reference: Sequence[Any] | None = None,
+        dropout_seed: int | None = None,
     ) -> None:
         self._chunks, self._stage, self._topology, self._portable = list(chunks), stage, topology, portable
         self._reference = None if reference is None else list(reference)
+        self._shares_base = reference is chunks
         self._sequence_parallel = any(get_model_config(chunk).sequence_parallel for chunk in self._chunks)
         self._run = get_forward_backward_func()
+        self._dropout_seed = dropout_seed
         self.losses: list[float] = []
         self.trained = 0
 
-    def __call__(self, packs: Sequence[Pack], *, forward_only: bool = False) -> dict[str, float]:
+    def __call__(
+        self, packs: Sequence[Pack], *, forward_only: bool = False, step: int = 0
+    ) -> dict[str, float]:
         """Sum every metric of the stage over all ranks and packs, as `name` and `name_count`.
+
+        step: the number of the optimizer step, with which adapters drop other inputs of the same pack.
 
         Gradients are accumulated in the chunks' buffers, reduced, and divided by the global count. The result
         is complete on the last pipeline stage and empty on the other stages.
@@ -82,9 +97,10 @@ class Stepper:
         # Every pipeline stage prepares every pack. The middle stages need no tokens, but their attention
         # needs the boundaries of segments, which megatron-core does not send from stage to stage.
         self.trained = 0
-        microbatches = [self.prepare(pack) for pack in packs]
+        microbatches = [self.prepare(pack, step=step) for pack in packs]
         if self._reference is not None:
-            microbatches = self._with_reference(microbatches, self._reference)
+            with without_adapters(self._reference) if self._shares_base else contextlib.nullcontext():
+                microbatches = self._with_reference(microbatches, self._reference)
         outputs: list[Metrics] = self._schedule(
             self._chunks, microbatches, self._take_loss, forward_only=forward_only
         )
@@ -120,13 +136,14 @@ class Stepper:
                 bad.append(start)
         return bad
 
-    def prepare(self, pack: Pack) -> Microbatch:
+    def prepare(self, pack: Pack, *, step: int = 0) -> Microbatch:
         """Collate a pack, take this context-parallel rank's tokens, and move them to the device."""
         groups, device = self._topology.groups, self._topology.device
         whole = self._stage.collate(pack)
         self.trained += int(whole.trained.sum())
         split = ContextSplit(whole.cu_seqlens, groups.cp.size())
-        part = whole.part(split.indices(groups.cp.rank()))
+        indices = split.indices(groups.cp.rank())
+        part = whole.part(indices)
         trained = select(
             part.trained,
             rank=groups.tp.rank(),
@@ -138,7 +155,12 @@ class Stepper:
             packed = portable_segments(whole, split, rank=groups.cp.rank(), device=device)
         else:
             packed = transformer_engine_segments(whole.cu_seqlens, context_size=split.size, device=device)
-        return Microbatch(batch, packed, moved(trained, device))
+        microbatch = Microbatch(batch, packed, moved(trained, device))
+        if self._dropout_seed is None:
+            return microbatch
+        text = f"{self._dropout_seed}/{step}/".encode() + pack.sample_ids.tobytes() + pack.lengths.tobytes()
+        state = microbatch_state(int.from_bytes(hashlib.sha256(text).digest()[:4], "little") >> 1, indices)
+        return dataclasses.replace(microbatch, dropout=on_device(state, device))
 
     def _with_reference(self, microbatches: list[Microbatch], chunks: list[Any]) -> list[Microbatch]:
         logps = self._forward_all(chunks, microbatches)

@@ -99,7 +99,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self.stepper(packs)
+        # The scheduler has already been placed at this step.
+        sums = self.stepper(packs, step=self.scheduler.num_steps)
         self.guard.enter("update")
         # The norm comes before the update, so that a step that is not finite can be refused. Reading it also
         # waits for the GPU, which the heartbeat's timing events need.

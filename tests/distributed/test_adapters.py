@@ -16,7 +16,7 @@ from megatron_post.train.step import Stepper
 from tests.distributed.gradients import gather_shards
 from tests.distributed.test_layouts import check_equal, joined
 from tests.ranks import run_ranks
-from tests.tiny import switched, tiny_config, tiny_packs
+from tests.tiny import tiny_config, tiny_packs
 
 ADAPTER = {"rank": 3, "alpha": 12.0}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -63,7 +63,8 @@ def gradients(
             model.config.deallocate_pipeline_outputs = frees_outputs
         chunks = wrap_data_parallel(models, config, topology)
         optimizer = build_optimizer(chunks, config)
-        stepper = Stepper(chunks, SFT(config.loss.trained_roles), topology, portable=portable)
+        stage = SFT(config.loss.trained_roles)
+        stepper = Stepper(chunks, stage, topology, portable=portable, dropout_seed=7)
         metrics = stepper(tiny_packs()[topology.data_rank :: topology.data_size])
         optimizer.prepare_grads()
         norm = optimizer.get_grad_norm()
@@ -73,12 +74,14 @@ def gradients(
         return metrics, norm, {name: value.numpy().copy() for name, value in values}
 
 
-KINDS = {"lora": {}, "dora": {"kind": "dora"}}
+KINDS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"kind": "dora"}, "dropout": {"dropout": 0.3}}
 
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, tuple[dict, float, dict]]:
-    return {kind: joined(run_ranks(gradients, 1, {}, {}, keys)) for kind, keys in KINDS.items()}
+    found = {kind: joined(run_ranks(gradients, 1, {}, {}, keys)) for kind, keys in KINDS.items()}
+    assert len({round(metrics["loss"], 1) for metrics, _, _ in found.values()}) == len(KINDS)
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,12 @@ from megatron_post.train.resume import Found, Resuming
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
-CONTENT = {"data.store": "a" * 64, "model.init_from": None, "tokenizer.path": "c" * 64}
+CONTENT = {
+    "data.store": "a" * 64,
+    "model.init_from": None,
+    "adapter.init_from": None,
+    "tokenizer.path": "c" * 64,
+}
 
 
 def _config(run_dir: Path, stage: str) -> Config:
@@ -27,7 +32,7 @@ def _config(run_dir: Path, stage: str) -> Config:
     values: dict[str, Any] = {
         "data": {"sources": sources, "eval_sources": held_out, "prompted": prompted if stage == "sft" else {}}
     }
-    return tiny_config(run_dir, stage=stage, model={"num_layers": 1}, **values)
+    return tiny_config(run_dir, stage=stage, model={"num_layers": 1}, adapter={"rank": 4}, **values)
 
 
 def _literals(annotation: Any) -> list[Any]:
