@@ -12,10 +12,9 @@ from megatron_post.config.section import Count, Line, Name, Section
 from megatron_post.storage.reading import did_you_mean
 
 
-class ChainJob(Section):
-    """One job of a chain."""
+class ChainTask(Section):
+    """A command of a chain."""
 
-    name: Name = Field(description="name of the job, by which `after` of other steps refers to it")
     command: tuple[Line, ...] = Field(min_length=1, description="arguments that follow `megatron-post`")
     run_dir: Name | None = Field(
         None, description="output directory of a training step, which holds its checkpoints"
@@ -26,17 +25,12 @@ class ChainJob(Section):
         "yet. Either its settings or a list of arguments of `train`, with paths relative to the current "
         "directory",
     )
-    nodes: Count = Field(1, description="nodes of the job")
-    ranks_per_node: Count | None = Field(
-        None, description="null takes the cluster's value, 1 is a single process"
-    )
-    after: tuple[Name, ...] = Field((), description="steps that must have exited with status 0")
 
     @field_validator("like", mode="before", json_schema_input_type=Config | tuple[Line, ...] | None)
     @classmethod
     def _settings_of(cls, value: Any, info: ValidationInfo) -> Any:
         """The settings themselves, or the config that a list of arguments of `train` names."""
-        command = info.data.get("command", ("train",))[0]
+        command = (info.data.get("command") or ("train",))[0]
         if value is not None and command != "train":
             raise ValueError(f"it has no effect with command {command}, only with train")
         if not isinstance(value, list | tuple):
@@ -44,6 +38,35 @@ class ChainJob(Section):
         if not value or not all(isinstance(word, str) for word in value):
             raise ValueError("a list here has the arguments of `train`, CONFIG and any KEY=VALUE, as texts")
         return load_config(value[0], value[1:])
+
+
+class ChainJob(ChainTask):
+    """One job of a chain, or a Slurm array of jobs, each with a command of its own."""
+
+    # The default is not validated. An array has no command of its own.
+    command: tuple[Line, ...] = Field((), min_length=1, description="arguments that follow `megatron-post`")
+    name: Name = Field(description="name of the job, by which `after` of other steps refers to it")
+    tasks: tuple[ChainTask, ...] = Field(
+        (), description="in place of a command, the commands of a Slurm array. All of them must succeed"
+    )
+    nodes: Count = Field(1, description="nodes of the job, or of each task of an array")
+    ranks_per_node: Count | None = Field(
+        None, description="null takes the cluster's value, 1 is a single process"
+    )
+    after: tuple[Name, ...] = Field((), description="steps that must have exited with status 0")
+
+    @property
+    def commands(self) -> tuple[ChainTask, ...]:
+        """The tasks of an array, or the job itself."""
+        return self.tasks or (self,)
+
+    @model_validator(mode="after")
+    def _has_commands(self) -> "ChainJob":
+        if bool(self.command) == bool(self.tasks):
+            raise ValueError(f"step {self.name!r} needs either a command or tasks")
+        if self.tasks and self.like is not None:
+            raise ValueError(f"step {self.name!r}: `like` belongs to each of its tasks")
+        return self
 
 
 class Chain(Section):

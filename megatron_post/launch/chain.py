@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_post.config.chain import Chain, ChainJob
+from megatron_post.config.chain import Chain, ChainTask
 from megatron_post.config.load import ConfigError, load_config
 from megatron_post.launch import slurm
 from megatron_post.launch.cluster import Cluster
@@ -25,6 +25,8 @@ def slurm_jobs(chain: Chain, directory: Path) -> dict[str, Job]:
             directory=directory,
             nodes=step.nodes,
             ranks_per_node=step.ranks_per_node,
+            array=len(step.tasks) or None,
+            tasks=tuple((task.command, task.run_dir or chain.run_dir) for task in step.tasks),
         )
         for step in chain.ordered()
     }
@@ -37,9 +39,10 @@ def command_findings(chain: Chain, program: Any) -> list[str]:
     nothing.
     """
     return [
-        f"step {step.name!r}: {shlex.join(step.command)}: {error}"
+        f"step {step.name!r}: {shlex.join(task.command)}: {error}"
         for step in chain.steps
-        if (error := _usage_error(program, step.command)) is not None
+        for task in step.commands
+        if (error := _usage_error(program, task.command)) is not None
     ]
 
 
@@ -81,12 +84,18 @@ def chain_findings(chain: Chain, cluster: Cluster, directory: Path, *, disks: bo
             own = [f"ranks_per_node={ranks} is more than the cluster's {cluster.ranks}"]
         else:
             nodes_of_step = cluster.model_copy(update={"ranks_per_node": ranks})
-            own = _train_findings(step, nodes_of_step, directory, disks=disks)
+            own = [
+                text
+                for task in step.commands
+                for text in _train_findings(task, step.nodes, nodes_of_step, directory, disks=disks)
+            ]
         found += [f"step {step.name!r}: {text}" for text in own]
     return found
 
 
-def _train_findings(step: ChainJob, cluster: Cluster, directory: Path, *, disks: bool) -> list[str]:
+def _train_findings(
+    step: ChainTask, nodes: int, cluster: Cluster, directory: Path, *, disks: bool
+) -> list[str]:
     command, *arguments = step.command
     if command != "train" or not arguments:
         return []
@@ -99,8 +108,8 @@ def _train_findings(step: ChainJob, cluster: Cluster, directory: Path, *, disks:
         config = step.like
     else:
         return []
-    found = layout_findings(config, cluster, nodes=step.nodes)
-    found = found or memory_findings(config, cluster, nodes=step.nodes)
+    found = layout_findings(config, cluster, nodes=nodes)
+    found = found or memory_findings(config, cluster, nodes=nodes)
     if disks:
         run_dir = step.run_dir or config.run_dir
         found += disk_findings(config.model_copy(update={"run_dir": run_dir}), directory)
@@ -112,16 +121,21 @@ def job_table(chain: Chain, cluster: Cluster) -> list[str]:
     rows = [("job", "nodes x ranks", "after", "command")]
     rows += [
         (
-            step.name,
+            step.name + (f"[{number}]" if step.tasks else ""),
             f"{step.nodes} x {step.ranks_per_node or cluster.ranks}",
             ", ".join(step.after) or "-",
-            shlex.join(step.command),
+            shlex.join(task.command),
         )
         for step in chain.ordered()
+        for number, task in enumerate(step.commands)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
-    return [f"{len(chain.steps)} jobs; each starts once those that it comes after have ended with 0", *lines]
+    arrays = " [n] is task n of an array." if any(step.tasks for step in chain.steps) else ""
+    return [
+        f"{len(chain.steps)} jobs; each starts once those that it comes after have ended with 0.{arrays}",
+        *lines,
+    ]
 
 
 def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[SubmittedJob]:
@@ -135,7 +149,13 @@ def submit_chain(chain: Chain, cluster: Cluster, directory: Path) -> list[Submit
             before = tuple(ids[other] for other in after[name])
             ids[name] = slurm.submit(job, cluster, after=before)
             folders = {launch_folder(directory / chain.run_dir), job.folder}
-            submitted.append(record_job(folders, job, ids[name], after=before))
+            if not job.tasks:
+                submitted.append(record_job(folders, job, ids[name], after=before))
+            for number, (command, run_dir) in enumerate(job.tasks):
+                own = {*folders, launch_folder(directory / run_dir)}
+                task = f"{ids[name]}_{number}"
+                found = record_job(own, job, task, after=before, command=command, run_dir=run_dir)
+                submitted.append(found)
     except slurm.SlurmError:
         slurm.cancel(list(ids.values()))
         raise

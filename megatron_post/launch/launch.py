@@ -93,7 +93,8 @@ def launch_chain(
         show_script(next(iter(jobs.values())), cluster)
         raise_for(found, origin)
         return
-    found += active_findings({chain.run_dir, *(job.run_dir for job in jobs.values())})
+    of_tasks = (run_dir for job in jobs.values() for _, run_dir in job.tasks)
+    found += active_findings({chain.run_dir, *(job.run_dir for job in jobs.values()), *of_tasks})
     found += [f"step {name!r}: {text}" for name, job in jobs.items() for text in slurm_findings(job, cluster)]
     raise_for(found, origin)
     for submitted in submit_chain(chain, cluster, Path.cwd()):

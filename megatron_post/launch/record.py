@@ -28,14 +28,20 @@ class SubmittedJob:
 
 
 def record_job(
-    folders: Iterable[Path], job: Job, job_id: JobId, *, after: tuple[JobId, ...] = ()
+    folders: Iterable[Path],
+    job: Job,
+    job_id: JobId,
+    *,
+    after: tuple[JobId, ...] = (),
+    command: tuple[str, ...] | None = None,
+    run_dir: str | None = None,
 ) -> SubmittedJob:
-    """Add a job to the records in `folders`."""
+    """Add a job to the records in `folders`. command, run_dir: those of a task, if it has its own."""
     submitted = SubmittedJob(
         job_id,
         job.name,
         job.log_of(job_id),
-        job.directory / job.run_dir,
+        job.directory / (job.run_dir if run_dir is None else run_dir),
         after,
     )
     line = {
@@ -44,7 +50,7 @@ def record_job(
         "log": str(submitted.log),
         "run_dir": str(submitted.run_dir),
         "after": after,
-        "command": job.command,
+        "command": job.command if command is None else command,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     for folder in folders:

@@ -7,6 +7,7 @@ quoted. A name like `$(rm -rf ~)` is therefore never executed.
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,8 @@ class Job:
     name: the name that Slurm shows. command: the arguments that follow `megatron-post`. directory: the
     working directory of the job. run_dir: the directory of its checkpoints and its log, relative to
     `directory`. ranks_per_node: None takes the cluster's value. A command that is a single process sets 1.
-    array: the number of tasks of a Slurm array, each of which is such a job. None submits one job.
+    array: the number of tasks of a Slurm array, each of which is such a job. None submits one job. tasks: the
+    command and the run_dir of each task, in place of those of the job.
     """
 
     name: str
@@ -35,10 +37,13 @@ class Job:
     nodes: int = 1
     ranks_per_node: int | None = None
     array: int | None = None
+    tasks: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def __post_init__(self) -> None:
-        for text in (self.name, *self.command, self.run_dir, str(self.directory)):
+        of_tasks = [text for command, run_dir in self.tasks for text in (*command, run_dir)]
+        for text in (self.name, *self.command, *of_tasks, self.run_dir, str(self.directory)):
             one_line(text)
+        assert not self.tasks or self.array == len(self.tasks)
 
     @property
     def log(self) -> Path:
@@ -128,5 +133,13 @@ def _settings(job: Job, cluster: Cluster) -> list[str]:
         "setup() {",
         *(f"    {line}" for line in setup),
         "}",
-        array("command", list(job.command)),
+        *(_task_settings(job, array) if job.tasks else [array("command", list(job.command))]),
     ]
+
+
+def _task_settings(job: Job, array: Callable[[str, list[str]], str]) -> list[str]:
+    """The command and the run_dir of each task of an array."""
+    lines = ["case $SLURM_ARRAY_TASK_ID in"]
+    for number, (command, run_dir) in enumerate(job.tasks):
+        lines.append(f"{number}) RUN_DIR={shlex.quote(run_dir)} {array('command', list(command))} ;;")
+    return [*lines, "esac"]

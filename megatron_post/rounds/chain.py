@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from megatron_post.config.chain import Chain, ChainJob
+from megatron_post.config.chain import Chain, ChainJob, ChainTask
 from megatron_post.config.load import to_yaml
 from megatron_post.config.section import one_line
 from megatron_post.rounds.checks import check_files, check_models
@@ -55,15 +56,21 @@ def chain_of(
                 f"{path}: {step.name} needs {step.ranks} ranks, which do not fill nodes of "
                 f"{step.ranks_of_a_node} (ranks_per_node={settings.ranks_per_node})"
             )
-        jobs.append(
-            ChainJob(
-                name=step.name,
-                command=step.command or step.own_command(path, overrides),
-                run_dir=None if step.run_dir is None else str(step.run_dir),
-                like=step.similar_run() if step.similar_run is not None and needs_inputs else None,
-                nodes=step.ranks // step.ranks_of_a_node,
-                ranks_per_node=step.ranks_of_a_node,
-                after=(jobs[-1].name,) if jobs else (),
-            )
+        task = ChainTask(
+            command=step.command or step.own_command(path, overrides),
+            run_dir=None if step.run_dir is None else str(step.run_dir),
+            like=step.similar_run() if step.similar_run is not None and needs_inputs else None,
         )
+        if step.array is not None and jobs and jobs[-1].name == step.array:
+            jobs[-1] = jobs[-1].model_copy(update={"tasks": (*jobs[-1].tasks, task)})
+            continue
+        shape: dict[str, Any] = {
+            "nodes": step.ranks // step.ranks_of_a_node,
+            "ranks_per_node": step.ranks_of_a_node,
+            "after": (jobs[-1].name,) if jobs else (),
+        }
+        if step.array is not None:
+            jobs.append(ChainJob(name=step.array, tasks=(task,), **shape))
+        else:
+            jobs.append(ChainJob(name=step.name, **dict(task), **shape))
     return Chain(run_dir=settings.run_dir, steps=tuple(jobs))

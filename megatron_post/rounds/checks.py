@@ -82,8 +82,12 @@ def check_files(settings: RoundSettings) -> None:
             check_capabilities(settings.reward, {p.capability for p in prompts}, origin=path)
     if settings.select.cleaning is not None:
         load_response_rules(settings.select.cleaning)
-    configs = {stage: first.similar_run(stage) for stage in Stages.trained}
-    for stage, config in configs.items():
+    configs = {
+        (stage, number): first.similar_run(stage, number)
+        for stage in Stages.trained
+        for number in range(len(first.run_dirs(stage)))
+    }
+    for (stage, _), config in configs.items():
         _check_content_tokens(config, settings)
         ranks = settings.ranks or config.parallel.model_size
         # Assume both, because a login node may have neither a GPU nor Transformer Engine.
@@ -91,7 +95,7 @@ def check_files(settings: RoundSettings) -> None:
         if errors:
             raise ConfigError(f"stages.{stage} on ranks={ranks}: " + "; ".join(errors))
     first.merge_plan  # noqa: B018 - the property raises the errors of the plan
-    rules = configs["sft"].data, configs["reward"].data
+    rules = configs["sft", 0].data, configs["reward", 0].data
     preferences = tuple(Source(name=path, path=path) for path in settings.start.preferences)
     for rule, sources in zip(rules, (data.sft, preferences), strict=True):
         for source in sources:

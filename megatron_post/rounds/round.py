@@ -21,6 +21,7 @@ from megatron_post.rounds.merge_settings import MethodMerge
 from megatron_post.rounds.select import PREFERENCES, SFT
 from megatron_post.rounds.select_settings import Samples
 from megatron_post.rounds.settings import RoundSettings, StageFile
+from megatron_post.rounds.sweep import SELECTED, Variant
 from megatron_post.storage.reading import read_object
 
 
@@ -149,47 +150,96 @@ class Round:
         skip = (self.number - 1) % turns * data.prompts_per_round
         return {"prompts": data.prompts, "skip": skip, "max_prompts": data.prompts_per_round}
 
+    def variants(self, stage: StageName) -> tuple[Variant, ...]:
+        """The variants of a stage that is trained several times. Empty if it is trained once."""
+        return getattr(self.settings.stages.sweep, stage)
+
+    def run_dirs(self, stage: StageName) -> list[Path]:
+        """The directory of each training run of a stage."""
+        directory, count = self.directory / stage, len(self.variants(stage))
+        return [directory / f"variant-{number}" for number in range(1, count + 1)] or [directory]
+
+    def store(self, stage: StageName, number: int) -> Path:
+        """The packed data of training run `number` (from 0). Variants with the same data share a store."""
+        variants = self.variants(stage)
+        own = bool(variants) and variants[number].packs_alone
+        return (self.run_dirs(stage)[number] if own else self.directory / stage) / "store"
+
+    def merge_of(self, stage: StageName) -> MethodMerge:
+        """The average of a stage's variants."""
+        models = [
+            {"model": str(directory / "hf"), "weight": variant.weight}
+            for directory, variant in zip(self.run_dirs(stage), self.variants(stage), strict=True)
+        ]
+        return parse(MethodMerge, {"models": models, "method": "linear"}, origin=f"stages.sweep.{stage}")
+
     def config(
-        self, stage: StageName, model: str, sources: Iterable[dict[str, Any]], *, times: int = 1
+        self,
+        stage: StageName,
+        model: str,
+        sources: Iterable[dict[str, Any]],
+        *,
+        times: int = 1,
+        number: int = 0,
     ) -> Config:
         """The config of a stage's file with the values that the round sets. Raises `ConfigError`.
 
-        times: the factor of the file's steps.
+        times: the factor of the file's steps. number: of the stage's training run, from 0.
         """
-        directory = self.directory / stage
         path = getattr(self.settings.stages, stage)
+        variants = self.variants(stage)
+        variant = variants[number] if variants else Variant()
+        mixed = _mixed(list(sources), variant, selected=len(self._rounds_of_sft()))
         values = {
             "stage": stage,
-            "run_dir": str(directory),
+            "run_dir": str(self.run_dirs(stage)[number]),
             "seed": self.settings.seed + self.number,
             "model": read_model(Path(model)).model_dump() | {"init_from": model},
             "tokenizer": {"path": model},
-            "data": {"store": str(directory / "store"), "sources": list(sources), "eval_sources": []},
+            "data": {"store": str(self.store(stage, number)), "sources": mixed, "eval_sources": []},
             "train": {"export_hf": True},
         }
-        config = validate(merged(read_tree(path), escaped(values)), origin=path)
+        overrides = [f"{key}={json.dumps(value)}" for key, value in variant.set.items()]
+        config = validate(merged(read_tree(path), escaped(values)), overrides, origin=path)
         train = config.train.model_copy(update={"steps": times * config.train.steps})
         return config.model_copy(update={"train": train})
 
-    def similar_run(self, stage: StageName) -> Config:
+    def similar_run(self, stage: StageName, number: int = 0) -> Config:
         """A stage's config with the first round's model, for checks before this round has begun."""
         start = self.settings.start.base or self.settings.start.policy
-        return self.config(stage, start, [{"name": "any", "path": "any"}])
+        return self.config(stage, start, self._sources(stage), number=number)
 
-    def stage_config(self, stage: StageName) -> Config:
+    def stage_config(self, stage: StageName, number: int = 0) -> Config:
         """The config that the packing of a stage writes and its training reads. Raises `ConfigError`.
+
+        number: of the stage's training run, from 0. DPO starts from the SFT model, and the others from
+        `start.base` or the policy.
+        """
+        start, sources, times = self.settings.start, self._sources(stage), 1
+        if stage == "dpo":
+            return self.config("dpo", str(self.directory / "sft" / "hf"), sources, number=number)
+        if stage == "sft" and self.settings.stages.sft_steps_a_round:
+            times = len(self._rounds_of_sft())
+        return self.config(stage, start.base or self.policy, sources, times=times, number=number)
+
+    def _rounds_of_sft(self) -> "list[Round]":
+        """The rounds whose selected rows SFT uses."""
+        first = 1 if self.settings.start.base else self.number
+        return [Round(self.settings, n, self.console) for n in range(first, self.number + 1)]
+
+    def _sources(self, stage: StageName) -> list[dict[str, Any]]:
+        """The sources of a stage's data.
 
         The reward model is trained on all batches so far, and `batch` numbers them so that the newest is
         known. DPO is trained on the newest batch only, which is that of people if they compare responses. If
         SFT starts from the policy, it is trained on the rows of this round. If it starts from `start.base`,
         which has seen no selected row, it is trained on those of all rounds so far.
         """
-        start = self.settings.start
         if stage == "dpo":
             newest = self.selected if self.settings.annotate is None else self.annotated
-            return self.config("dpo", str(self.directory / "sft" / "hf"), [_selected("newest", str(newest))])
+            return [_selected("newest", str(newest))]
         if stage == "reward":
-            batches = [*start.preferences]
+            batches = [*self.settings.start.preferences]
             people = self.settings.annotate is not None
             if not batches and not people:
                 first = Round(self.settings, 1, self.console)
@@ -198,22 +248,17 @@ class Round:
                 batches += [str(earlier.annotated)] if people else []
                 batches.append(str(earlier.selected))
             batches += [str(self.annotated)] if people else []
-            sources = [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
-            return self.config("reward", start.base or self.policy, sources)
-        first_round = 1 if start.base else self.number
-        rounds = [Round(self.settings, n, self.console) for n in range(first_round, self.number + 1)]
-        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in rounds]
-        sources = [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
-        times = len(rounds) if self.settings.stages.sft_steps_a_round else 1
-        return self.config("sft", start.base or self.policy, sources, times=times)
+            return [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
+        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in self._rounds_of_sft()]
+        return [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
 
-    def check_packed(self, stage: StageName) -> None:
+    def check_packed(self, stage: StageName, number: int = 0) -> None:
         """Raise `ValueError` if a stage's file has changed since its data was packed.
 
         Training reads the config that the packing wrote, and would ignore the change silently.
         """
-        path = self.directory / stage / "config.yaml"
-        before, after = flatten(load_config(path)), flatten(self.stage_config(stage))
+        path = self.run_dirs(stage)[number] / "config.yaml"
+        before, after = flatten(load_config(path)), flatten(self.stage_config(stage, number))
         changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
         if changed:
             lines = [f"  {key}: {before.get(key)} there, {after.get(key)} here" for key in changed]
@@ -224,6 +269,15 @@ class Round:
                 + "\nundo the change, or accept it with "
                 f"--again-from {self.name}/{stage}-pack"
             )
+
+
+def _mixed(sources: list[dict[str, Any]], variant: Variant, *, selected: int) -> list[dict[str, Any]]:
+    """Sources with their shares in a variant's mixture. The first `selected` ones are selected rows."""
+    if not variant.mix:
+        return sources
+    shares = [variant.mix[SELECTED] / selected] * selected
+    shares += [variant.mix[source["name"]] for source in sources[selected:]]
+    return [{**s, "weight": share, "epochs": None} for s, share in zip(sources, shares, strict=True)]
 
 
 def _selected(name: str, path: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_post.config.load import parse, to_yaml
 from megatron_post.config.stages import StageName
-from megatron_post.data.build import build_store
+from megatron_post.data.build import GroupSummary, build_store
 from megatron_post.display import make_console
 from megatron_post.inference.failures import read_failures, write_failures
 from megatron_post.inference.generate import Generate, generate, parts_of
@@ -22,6 +22,7 @@ from megatron_post.rounds.report import write_report
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.select import PREFERENCES, SUMMARY, select
 from megatron_post.rounds.select_settings import Samples, Select
+from megatron_post.rounds.settings import Stages
 from megatron_post.storage.files import write_json, write_pieces, write_whole
 from megatron_post.storage.reading import read_object
 
@@ -78,20 +79,32 @@ def select_samples(r: Round) -> None:
 
 
 def pack(r: Round, stage: StageName) -> None:
-    """Write a stage's config, and the store that it names."""
-    config = r.stage_config(stage)
-    # A packing that was killed may have left its unfinished store, under the number of its process.
-    for left_by_a_kill in (r.directory / stage).glob(".store.*.partial"):
-        shutil.rmtree(left_by_a_kill)
-    summaries = build_store(config, console=make_console(quiet=True), overwrite=True)
-    write_whole(r.directory / stage / "config.yaml", to_yaml(config))
-    packed = summaries["train"]
-    steps, batch = config.train.steps, config.train.global_batch
-    _print(
-        r,
-        f"{packed.tokens:,} tokens in {packed.num_packs:,} packs; {steps:,} steps of {batch} packs are "
-        f"{steps * batch / packed.num_packs:.1f} epochs",
-    )
+    """Write the config of each training run of a stage, and the stores that they name."""
+    written: dict[str, GroupSummary] = {}
+    for number, directory in enumerate(r.run_dirs(stage)):
+        config = r.stage_config(stage, number)
+        store = config.data.store
+        if store not in written:
+            # A packing that was killed may have left its unfinished store, under the number of its process.
+            for left_by_a_kill in Path(store).parent.glob(".store.*.partial"):
+                shutil.rmtree(left_by_a_kill)
+            found = build_store(config, console=make_console(quiet=True), overwrite=True)
+            written[store] = found["train"]
+        write_whole(directory / "config.yaml", to_yaml(config))
+        packed, steps, batch = written[store], config.train.steps, config.train.global_batch
+        variant = f"variant {number + 1}: " if r.variants(stage) else ""
+        _print(
+            r,
+            f"{variant}{packed.tokens:,} tokens in {packed.num_packs:,} packs; {steps:,} steps of {batch} "
+            f"packs are {steps * batch / packed.num_packs:.1f} epochs",
+        )
+
+
+def merge_variants(r: Round, stage: StageName) -> None:
+    """Average the models of a stage's variants."""
+    target = r.directory / stage / "hf"
+    if not target.exists():
+        merge(r.merge_of(stage), target, report=partial(_print, r))
 
 
 def average(r: Round) -> None:
@@ -175,7 +188,11 @@ def report(r: Round) -> None:
         evaluations=[read_object(each.directory / "evaluation.json", "an evaluation") for each in rounds],
         selection=read_object(r.directory / "selection" / SUMMARY, "a selection"),
         preferences=r.directory / "selection" / PREFERENCES,
-        runs={stage: r.directory / stage for stage in ("reward", "sft", "dpo")},
+        runs={
+            f"{stage}-{number}" if r.variants(stage) else stage: directory
+            for stage in Stages.trained
+            for number, directory in enumerate(r.run_dirs(stage), start=1)
+        },
         people=None
         if r.settings.annotate is None
         else (read_object(r.annotation, "the counts of answers"), r.annotated),

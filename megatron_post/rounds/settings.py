@@ -23,6 +23,7 @@ from megatron_post.inference.settings import (
 from megatron_post.rounds.annotation.settings import Annotation
 from megatron_post.rounds.merge_settings import Method
 from megatron_post.rounds.select_settings import SELECTION_NEEDS, Selection
+from megatron_post.rounds.sweep import SELECTED, Sweep
 
 _NEEDS = (
     Needs("generate.collected_samples", "start.preferences", ((),)),
@@ -112,6 +113,7 @@ class Stages(Section):
         description="the steps in the SFT file are for one round's rows. If SFT uses the rows of n rounds, "
         "from start.base, it runs n times as many",
     )
+    sweep: Sweep = Field(Sweep(), description="variants of the stages, whose models are averaged")
 
 
 class StageData(Section):
@@ -207,6 +209,13 @@ class RoundSettings(Section):
             )
         if "seed" in self.generate.sampling.model_fields_set:
             errors.append("generate.sampling.seed: a round uses its own `seed`; set that")
+        wanted = {SELECTED, *(source.name for source in self.data.sft)}
+        errors += [
+            f"stages.sweep.sft.{number}.mix names {', '.join(variant.mix)}; it must name all of "
+            f"{', '.join(sorted(wanted))}"
+            for number, variant in enumerate(self.stages.sweep.sft)
+            if variant.mix and variant.mix.keys() != wanted
+        ]
         if self.select.verifier is None:
             known = self.start.preferences or self.annotate
             if self.trains_reward and not known:

@@ -21,6 +21,7 @@ from megatron_post.rounds.round_actions import (
     export_comparisons,
     generate_samples,
     import_comparisons,
+    merge_variants,
     pack,
     report,
     select_samples,
@@ -37,9 +38,10 @@ class RoundStep:
 
     outputs: the files that are removed before the step is repeated. ranks: those of a chain's job. per_node:
     the largest number of them on a node. draws: whether any number of ranks can share the generation of
-    samples. Only training steps have the last three fields. run_dir is their directory. check raises
+    samples. Only training steps have the last four fields. run_dir is their directory. check raises
     `ValueError` if the stage's packing is out of date. similar_run is a config with the same layout and shape
-    of the model, for checks before the step's own config exists.
+    of the model, for checks before the step's own config exists. array: the name of the job whose tasks this
+    step and its neighbours with the same name are in a chain.
     """
 
     name: str
@@ -52,6 +54,7 @@ class RoundStep:
     draws: bool = False
     check: Callable[[], None] | None = None
     similar_run: Callable[[], Config] | None = None
+    array: str | None = None
 
     @property
     def ranks_of_a_node(self) -> int:
@@ -76,7 +79,7 @@ def all_steps(settings: RoundSettings, console: Console) -> list[RoundStep]:
 def check_packed(steps: Sequence[RoundStep], to_do: Set[str]) -> None:
     """Raise `ValueError` if a stage will be trained without packing again, and its file has changed."""
     for step in steps:
-        packing = step.name.replace("-train", "-pack")
+        packing = step.name.partition("-train")[0] + "-pack"
         if step.check is not None and step.name in to_do and packing not in to_do:
             step.check()
 
@@ -91,32 +94,30 @@ def _steps(r: Round) -> list[RoundStep]:
     if settings.trains_reward:
         if r.number == 1 and not settings.start.preferences and settings.annotate is None:
             steps.append(_drawing(r, "collect", collect, "collected.jsonl", "collected"))
-        steps += [_packing(r, "reward"), _training(r, "reward")]
+        steps += [_packing(r, "reward"), *_training(r, "reward")]
     steps += [
         *([generating] if settings.annotate is None else []),
         *_scoring(r, "score", "samples.jsonl", "scores.jsonl"),
         _action(r, "select", select_samples, "selection"),
         _packing(r, "sft"),
-        _training(r, "sft"),
+        *_training(r, "sft"),
         _packing(r, "dpo"),
     ]
     # The reference is the SFT model, and its log-probabilities are written into the store of the pairs. So
     # both steps come first.
     if r.stores_reference:
-        arguments = (
-            "reference",
-            str(r.directory / "dpo" / "store"),
-            "--model",
-            str(r.directory / "sft" / "hf"),
-        )
         roles = f"dpo.trained_roles=[{','.join(r.stage('dpo').dpo.trained_roles)}]"
         overrides = (*_layout(r, "dpo"), roles)
-        steps.append(_command(r, "reference", "dpo", (*arguments, *overrides), "reference.log"))
+        stores = list(dict.fromkeys(r.store("dpo", number) for number in range(len(r.run_dirs("dpo")))))
+        for number, store in enumerate(stores, start=1):
+            arguments = ("reference", str(store), "--model", str(r.directory / "sft" / "hf"))
+            name = f"reference-{number}" if len(stores) > 1 else "reference"
+            steps.append(_command(r, name, "dpo", (*arguments, *overrides), f"{name}.log"))
     held_out = ("held_out.jsonl", "held_out-start.jsonl", "held_out-samples.jsonl")
     validation = (f"validation-{name}.jsonl" for name in ("sft", "dpo", "average"))
     return [
         *steps,
-        _training(r, "dpo"),
+        *_training(r, "dpo"),
         _action(r, "average", average, "average"),
         _drawing(r, "choose", choose_best, "choice.json", *held_out, *validation),
         *_scoring(r, "score-held-out", "held_out-samples.jsonl", "held_out-scores.jsonl"),
@@ -139,7 +140,11 @@ def _comparing(r: Round) -> list[RoundStep]:
 
 
 def _packing(r: Round, stage: StageName) -> RoundStep:
-    return _action(r, f"{stage}-pack", partial(pack, stage=stage), f"{stage}/store", f"{stage}/config.yaml")
+    paths: list[Path] = []
+    for number, directory in enumerate(r.run_dirs(stage)):
+        paths += [r.store(stage, number), directory / "config.yaml"]
+    outputs = [str(path.relative_to(r.directory)) for path in dict.fromkeys(paths)]
+    return _action(r, f"{stage}-pack", partial(pack, stage=stage), *outputs)
 
 
 def _drawing(r: Round, name: str, action: Callable[[Round], None], *outputs: str) -> RoundStep:
@@ -160,14 +165,23 @@ def _command(r: Round, name: str, stage: StageName, arguments: tuple[str, ...], 
     )
 
 
-def _training(r: Round, stage: StageName) -> RoundStep:
-    arguments = ("train", str(r.directory / stage / "config.yaml"))
-    return replace(
-        _command(r, f"{stage}-train", stage, arguments, stage),
-        run_dir=r.directory / stage,
-        check=partial(r.check_packed, stage),
-        similar_run=partial(r.similar_run, stage),
-    )
+def _training(r: Round, stage: StageName) -> list[RoundStep]:
+    """The training of a stage. A sweep trains each variant, and then averages their models."""
+    steps, variants = list[RoundStep](), r.variants(stage)
+    for number, directory in enumerate(r.run_dirs(stage)):
+        name = f"{stage}-train-{number + 1}" if variants else f"{stage}-train"
+        arguments = ("train", str(directory / "config.yaml"))
+        step = replace(
+            _command(r, name, stage, arguments, str(directory.relative_to(r.directory))),
+            run_dir=directory,
+            check=partial(r.check_packed, stage, number),
+            similar_run=partial(r.similar_run, stage, number),
+            array=f"{r.name}/{stage}-train" if variants else None,
+        )
+        steps.append(step)
+    if variants:
+        steps.append(_action(r, f"{stage}-merge", partial(merge_variants, stage=stage), f"{stage}/hf"))
+    return steps
 
 
 def _scoring(r: Round, name: str, rows: str, output: str) -> list[RoundStep]:
