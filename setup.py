@@ -25,7 +25,7 @@ setup(
     package_data={
         "megatron_post": [
             *("py.typed", "data/*.jinja", "launch/*.sbatch"),
-            *("synthesis/*.j2", "synthesis/recipes/*/*.j2"),
+            *("synthesis/*.j2", "synthesis/recipes/*/*.j2", "curation/prompts/*.j2"),
         ]
     },
     install_requires=[

@@ -69,6 +69,10 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
     directory = Path(settings.run) / "columns"
     index_key = sha256_of_json(index_record)[:_KEY_DIGITS]
     keys = {ROWS: index_key}
+    # The backend is left out, because answers do not depend on where a model runs.
+    models = {
+        name: model.model_dump(mode="json", exclude={"backend"}) for name, model in settings.models.items()
+    }
     planned: list[Planned] = []
     for step in settings.steps:
         passes = step.passes(seed=settings.seed)
@@ -84,6 +88,7 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
                     "version": work.version,
                     "settings": dict(work.settings),
                     "sources": list(step.sources),
+                    "models": [models[name] for name in step.models],
                     "fields": {name: str(kind) for name, kind in work.fields.items()},
                     "rows": index_key,
                     "reads": [keys[name] for name in work.reads],

@@ -67,6 +67,8 @@ class Curation(Section):
                 for name in dict.fromkeys(step.named_sources)
                 if name not in sources
             ]
+            steps = {each.column: each for each in self.steps[:number]}
+            errors += [f"steps.{number}: {step.column}: {error}" for error in step.errors_with(steps)]
             used |= {*step.models}
         used_models = [self.models[name] for name in used if name in self.models]
         errors += [

@@ -170,6 +170,10 @@ class Step(Section):
         """Names of the models that it asks."""
         return ()
 
+    def errors_with(self, earlier: Mapping[str, "Step"]) -> Sequence[str]:
+        """What is wrong with the settings beside those of the steps before it, by their names."""
+        return ()
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         """The passes in the order in which they run."""
         raise NotImplementedError

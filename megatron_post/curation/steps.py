@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_post.curation.cleaning import Clean
+from megatron_post.curation.difficulty import Difficulty
 from megatron_post.curation.duplicates.contamination_step import Contamination
 from megatron_post.curation.duplicates.exact import ExactDuplicates
 from megatron_post.curation.duplicates.near_step import NearDuplicateRows
@@ -13,16 +14,19 @@ from megatron_post.curation.encoding import Encoding
 from megatron_post.curation.languages import Languages
 from megatron_post.curation.lengths import Lengths
 from megatron_post.curation.repeats import Repeats
+from megatron_post.curation.topics import Topics
 
 AnyStep = Annotated[
     Clean
     | Contamination
+    | Difficulty
     | Encoding
     | ExactDuplicates
     | Languages
     | Lengths
     | NearDuplicateRows
     | Repeats
-    | SemanticDuplicates,
+    | SemanticDuplicates
+    | Topics,
     Field(discriminator="kind"),
 ]

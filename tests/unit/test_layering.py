@@ -105,6 +105,7 @@ ALLOWED = {
         "plan.commands",
         "storage",
         "synthesis.languages",
+        "synthesis.prompts",
     },
     "synthesis": {
         "config",

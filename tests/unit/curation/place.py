@@ -34,6 +34,11 @@ class Place:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.values["sources"].append({"name": name, "path": str(path), **keys})
 
+    def add_judge(self, url: str, name: str = "judge", *, retries: int = 2) -> None:
+        """A model that a server at this address answers for."""
+        backend = {"kind": "server", "url": url, "served_model": "m", "retries": retries}
+        self.values.setdefault("models", {})[name] = {"model": name, "backend": backend}
+
     def settings(self) -> Curation:
         path = self.directory / "curation.yaml"
         path.write_text(yaml.safe_dump(self.values, sort_keys=False))
