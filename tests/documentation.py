@@ -31,7 +31,7 @@ class Block:
 
 def pages() -> list[Path]:
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launchers/README.md"]
-    return [*files, *sorted((ROOT / "docs").glob("*.md"))]
+    return [*files, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:

@@ -153,7 +153,9 @@ def _recipe(module: ModuleType, file: Path) -> Recipe:
         "Settings, a `Section`": not (isinstance(settings, type) and issubclass(settings, Section)),
     }
     if missing := [what for what, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(f"recipe {file}: it needs {'; '.join(missing)}. docs/synthesis.md has an example")
+        raise ValueError(
+            f"recipe {file}: it needs {'; '.join(missing)}. docs/synthesis/own_recipe.md has an example"
+        )
     assert run is not None and isinstance(version, int)
     prompts = Prompts(file.with_suffix(""))
     return Recipe(

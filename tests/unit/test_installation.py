@@ -85,7 +85,7 @@ def test_only_installation_has_commands_for_this_package() -> None:
 
 def test_no_page_or_script_builds_transformer_engine_in_isolation() -> None:
     """In an isolated environment pip would build it for another torch than the one that is installed."""
-    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")]
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md")]
     places += [path for path in (ROOT / "launchers").rglob("*") if path.is_file()]
     commands = [
         (path.name, command)

@@ -31,7 +31,7 @@ async def run_script(
         package = outcome.stderr.partition(_MISSING)[2].partition("\n")[0]
         raise ValueError(
             f"sandbox: programs cannot import {package}. `pip install --target DIRECTORY` the packages that "
-            "docs/synthesis.md lists, and name DIRECTORY in sandbox.read_only and "
+            "docs/synthesis/tools.md lists, and name DIRECTORY in sandbox.read_only and "
             "sandbox.environment.PYTHONPATH"
         )
     return outcome

@@ -1,4 +1,4 @@
-"""The recipe of docs/synthesis.md, and an author whose programs are right or wrong."""
+"""The recipe of docs/synthesis/own_recipe.md, and an author whose programs are right or wrong."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def answer(body: Body) -> str:
 
 def write_recipe(directory: Path) -> Path:
     """Write the recipe and its prompts as the page has them. Returns the recipe's path."""
-    for block in blocks(ROOT / "docs/synthesis.md"):
+    for block in blocks(ROOT / "docs/synthesis/own_recipe.md"):
         if block.title.startswith("my_recipe"):
             path = directory / block.title
             path.parent.mkdir(parents=True, exist_ok=True)

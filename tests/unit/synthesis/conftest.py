@@ -1,4 +1,4 @@
-"""A directory with the recipe of docs/synthesis.md, its tasks, and the server that it asks."""
+"""A directory with the recipe of docs/synthesis/own_recipe.md, its tasks, and the server that it asks."""
 
 import io
 from collections.abc import Iterator

@@ -20,9 +20,17 @@ def test_each_recipe_has_a_file_that_loads(name: str) -> None:
     recipe_settings(settings, recipe)
 
 
+def test_the_page_lists_each_recipe_with_the_models_that_it_asks() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs/synthesis.md").read_text().splitlines()]
+    listed = {row[1].split("]")[0].strip(" ["): row[3].strip() for row in rows if len(row) == 6}
+    for recipe in map(load_recipe, built_in_recipes()):
+        assert listed[recipe.name] == (", ".join(f"`{model}`" for model in recipe.models) or "none")
+    assert listed.keys() == {"recipe", "---", *built_in_recipes()}
+
+
 def test_the_pages_settings_fit_the_pages_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write_recipe(tmp_path).parent)
-    for block in blocks(ROOT / "docs/synthesis.md"):
+    for block in blocks(ROOT / "docs/synthesis/running.md"):
         if block.title == "my_run.yaml":
             Path(block.title).write_text(block.text)
     settings = load_synthesis("my_run.yaml")

@@ -11,7 +11,7 @@ from tests.documentation import ROOT
 @pytest.fixture(scope="session")
 def pages() -> str:
     """The documentation of this project as one text."""
-    return "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    return "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 def _document(path: Path) -> str:
     """This project's pages and those of the installed packages, up to 130,000 tokens."""
     names = {found.metadata["Name"]: str(found.metadata.get_payload() or "") for found in distributions()}
-    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    pages = [page.read_text() for page in sorted((ROOT / "docs").rglob("*.md"))]
     text = "\n".join(filter(_is_taken, [*pages, *(names[name] for name in sorted(names))]))
     places = load_tokenizer(path).places(text)
     assert len(places) >= 130_000
