@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 PEERS = ["transformers>=4.56", "trl>=1.16", "peft>=0.21"]  # what tests and benchmarks compare with
@@ -12,6 +14,12 @@ BROWSER = "playwright>=1.50"  # drives the Chromium of the machine in a test
 TOOLS = ["sympy", "jsonschema", "docstring-parser", "pypdf", "python-docx", "openpyxl"]
 TRITON = "triton; sys_platform == 'linux'"  # CUDA builds of torch bring it, torch for CPU does not
 
+# Directories outside megatron_post/ that belong into a wheel. `config copy` copies the configs and launchers.
+OUTSIDE = {
+    "megatron_post.configs": "configs",
+    "megatron_post.launchers": "launchers",
+    "megatron_post_kernels": "kernels/megatron_post_kernels",
+}
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
 # `apex` on PyPI is not NVIDIA's and must never be named here; `megatron-post doctor` recognises it.
 setup(
@@ -20,13 +28,20 @@ setup(
     description="Post-training for Llama 3 on megatron-core: SFT, reward model, DPO",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megatron_post*"]), "megatron_post_kernels"],
-    package_dir={"megatron_post_kernels": "kernels/megatron_post_kernels"},
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    classifiers=[
+        "Operating System :: MacOS",  # for what needs no GPU
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+    ],
+    packages=[*find_packages(include=["megatron_post*"]), *OUTSIDE],
+    package_dir=OUTSIDE,
     package_data={
-        "megatron_post": [
-            *("py.typed", "data/*.jinja", "launch/*.sbatch"),
-            *("synthesis/*.j2", "synthesis/recipes/*/*.j2", "curation/prompts/*.j2"),
-        ]
+        "megatron_post": ["py.typed", "**/*.j2", "**/*.jinja", "**/*.sbatch"],
+        "megatron_post.configs": ["**/*"],
+        "megatron_post.launchers": ["**/*"],
+        "megatron_post_kernels": ["py.typed"],
     },
     install_requires=[
         "torch>=2.6",

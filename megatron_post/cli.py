@@ -4,6 +4,8 @@ import io
 import os
 import sys
 import warnings
+from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -19,7 +21,7 @@ from megatron_post.rounds.annotation.commands import annotate_app
 from megatron_post.rounds.commands import evaluate_app, rounds_app
 from megatron_post.synthesis.commands import synthesize_app
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Post-training for Llama 3 on megatron-core.")  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Pack data into a store, and inspect it.")
 config_app = typer.Typer(no_args_is_help=True, help="Show and describe configs.")
@@ -42,8 +44,19 @@ Overrides = Annotated[
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="packed store")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"megatron-post {version('megatron-post')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     os.environ["MEGATRON_POST_DEBUG"] = "1" if debug else os.environ.get("MEGATRON_POST_DEBUG", "")
 
 
@@ -152,6 +165,28 @@ def config_show(config: ConfigPath, overrides: Overrides = None) -> None:
         say_json(loaded.model_dump(mode="json"))
 
 
+@config_app.command("list")
+def config_list() -> None:
+    """List the configs that are installed with the package, each with its purpose."""
+    from megatron_post.config.shipped import listed
+
+    purposes = listed()
+    width = max(map(len, purposes))
+    say("\n".join(f"{name:<{width}}  {purpose}" for name, purpose in purposes.items()))
+
+
+@config_app.command("copy")
+def config_copy(
+    name: Annotated[str, typer.Argument(help="e.g. `llama3_8b`, `llama3_8b/sft` or `launchers`")],
+    to: Annotated[str, typer.Option(help="Directory that the copies lie under, by their path.")] = ".",
+) -> None:
+    """Copy installed configs to edit them, with the files that they refer to."""
+    from megatron_post.config.shipped import copy
+
+    files = copy(name, Path(to))
+    say("\n".join(str(file) for file in files) or f"{to} has the same files already")
+
+
 @config_app.command("schema")
 def config_schema(
     file: Annotated[
@@ -203,7 +238,9 @@ def doctor() -> None:
 @app.command()
 def demo(
     overrides: Overrides = None,
-    config: Annotated[str, typer.Option(help="YAML file of the demo.")] = "configs/tiny/demo.yaml",
+    config: Annotated[
+        str, typer.Option(help="YAML file of the demo.", show_default="the installed tiny/demo.yaml")
+    ] = "",
     run_dir: Annotated[
         str, typer.Option(help="Output directory; an earlier demo is replaced.")
     ] = "runs/demo",
@@ -214,9 +251,11 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Number of seeds to repeat everything for.")] = 1,
 ) -> None:
     """Train and align a tiny Llama on a small generated task on the CPU, and show what it has learned."""
+    from megatron_post.config.shipped import shipped
     from megatron_post.demo.run import Sizes, run_demo
     from megatron_post.demo.seeds import run_seeds
 
+    config = config or str(shipped("configs/tiny/demo.yaml"))
     sizes = Sizes(train_problems, held_out_problems, round_problems, rounds)
     if seeds == 1:
         run_demo(config, [f"run_dir={run_dir}", *(overrides or ())], sizes=sizes, console=make_console())

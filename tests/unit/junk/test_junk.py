@@ -46,6 +46,8 @@ SELECT = ["select.yaml", "rules.yaml", "prompts.jsonl", "samples.jsonl", "scores
 COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "train": ("sft.yaml", [*CONFIG, *TOKENIZER, *STORE], 12),
     "doctor": ("", [], 3),
+    "config list": ("", [], 2),
+    "config copy": ("tiny/sample --to copies", [], 2),
     "demo": ("--config sft.yaml --run-dir demo", CONFIG, 20),
     "data pack": ("sft.yaml --overwrite", [*CONFIG, *TOKENIZER, *ROWS], 40),
     "data prompt": ("prompted.yaml --output prompted.jsonl --group train",
