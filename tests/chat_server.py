@@ -68,13 +68,32 @@ class ChatServer:
         sampling = Sampling(
             temperature=float(body["temperature"]), top_p=float(body["top_p"]), max_tokens=body["max_tokens"]
         )
-        messages = tuple(map(_message, body["messages"]))
-        reply = await answers.answer(Request(messages, sampling, body["seed"], tuple(body.get("tools", ()))))
+        reply = await answers.answer(request_of(body, sampling))
         if isinstance(reply, Refusal):
             return 400, json.dumps({"error": {"message": reply.reason}}).encode()
-        choice = {"index": 0, "message": messages_as_json([reply.message])[0], "finish_reason": reply.finish}
+        message = messages_as_json([reply.message])[0]
+        if reply.finish == "tool_calls":
+            message |= _with_call(reply.text)
+        choice = {"index": 0, "message": message, "finish_reason": reply.finish}
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
         return 200, json.dumps({"choices": [choice], "usage": usage}).encode()
+
+
+def request_of(body: dict[str, Any], sampling: Sampling) -> Request:
+    """The request in the body of a chat completion."""
+    messages = tuple(map(_message, body["messages"]))
+    return Request(messages, sampling, body["seed"], tuple(body.get("tools", ())))
+
+
+def _with_call(text: str) -> dict[str, Any]:
+    """The text before a call, and the call as a JSON object, as vLLM's parser `llama3_json` finds them."""
+    says, brace, rest = text.partition("{")
+    try:
+        call, _ = json.JSONDecoder().raw_decode(brace + rest)
+        function = {"name": call["name"], "arguments": json.dumps(call["parameters"])}
+    except (ValueError, KeyError):
+        return {}
+    return {"content": says, "tool_calls": [{"id": "call", "type": "function", "function": function}]}
 
 
 def _message(values: dict[str, Any]) -> Message:
