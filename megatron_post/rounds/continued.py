@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_post.parallel.topology import Topology
-from megatron_post.storage.files import full_disk_explained, write_json
+from megatron_post.storage.files import full_disk_explained, line_of, write_json
 from megatron_post.storage.reading import plain_file, read_object, reading
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def append_lines(output: Path, lines: Iterable[Any]) -> None:
     """Append values as JSON lines. Raises `DiskFull`."""
     with full_disk_explained(output), output.open("a") as file:
         # One write, so that a crash seldom keeps a part of a batch.
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.write("".join(map(line_of, lines)))
 
 
 def from_reporter(value: T | None, topology: Topology) -> T:

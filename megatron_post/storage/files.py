@@ -82,7 +82,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON row per line as `write_pieces` does."""
-    write_pieces(path, (json.dumps(row) + "\n" for row in rows))
+    write_pieces(path, map(line_of, rows))
+
+
+def line_of(row: Any) -> str:
+    """A JSON value as a line, with its end."""
+    return json.dumps(row) + "\n"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

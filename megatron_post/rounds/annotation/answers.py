@@ -11,7 +11,7 @@ from megatron_post.config.data import Rating, Source
 from megatron_post.data.dialog import BadRow
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.rows import BadRows, raw_rows
-from megatron_post.rounds.annotation.export import PAIRS
+from megatron_post.rounds.annotation.export import PAIRS, lies_in
 from megatron_post.rounds.annotation.pairs import Origin, Pair, Side, read_key, read_pairs
 from megatron_post.storage.files import write_lines
 from megatron_post.storage.reading import did_you_mean_path
@@ -39,11 +39,15 @@ class _LeftOut(_Answer):
 
 @dataclass(frozen=True)
 class Imported:
-    """The preferences in the order of the pairs. left_out, missing: the numbers of other pairs."""
+    """The preferences in the order of the pairs.
+
+    left_out, missing: numbers of other pairs. repeated: rows that repeat an earlier one.
+    """
 
     preferences: list[dict[str, Any]]
     left_out: int
     missing: int
+    repeated: int
     bad: int
 
     @property
@@ -54,7 +58,8 @@ class Imported:
     def counts(self) -> dict[str, int]:
         edited = sum("edited" in row for row in self.preferences)
         pairs = {"preferences": len(self.preferences), "edited": edited, "pairs_left_out": self.left_out}
-        return pairs | {"pairs_not_answered": self.missing, "bad_rows": self.bad}
+        rows = {"repeated_rows": self.repeated, "bad_rows": self.bad}
+        return pairs | {"pairs_not_answered": self.missing} | rows
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.counts.items())
@@ -64,9 +69,11 @@ def read_answers(directory: Path, key: Path, answers: Path, *, max_bad_rows: int
     """The preferences in a file of answers, or in all files of a directory.
 
     directory, key: what `export_pairs` has written. The texts of a preference are those of the export, and
-    only an edited response is from the answers. Raises `TooManyBadRows` with the reason of each bad row: one
-    that is no answer, is about an unknown pair or one that another row has answered, or has an edited text
-    that could not be trained. Raises `ValueError` for files that cannot be read or do not belong together.
+    only an edited response is from the answers. A person may export the same answer twice, which counts once.
+
+    Raises `TooManyBadRows` with the reason of each bad row: one that is no answer, is about an unknown pair
+    or one with another answer, or has an edited text that could not be trained. Raises `ValueError` for
+    files that cannot be read or do not belong together.
     """
     pairs, origins = read_pairs(directory / PAIRS), read_key(key)
     if pairs.keys() != origins.keys():
@@ -76,25 +83,28 @@ def read_answers(directory: Path, key: Path, answers: Path, *, max_bad_rows: int
         )
     bad_rows = BadRows(max_bad_rows, key="max_bad_rows")
     answered: dict[str, dict[str, Any] | None] = {}
-    places: dict[str, str] = {}
+    given: dict[str, tuple[str, _Rated | _LeftOut]] = {}
+    repeated = 0
     for where, row in _rows(answers):
         try:
             answer = _answer(row)
             if answer.pair not in pairs:
                 raise BadRow(f"pair {answer.pair!r} is not in {directory / PAIRS}")
-            if earlier := places.get(answer.pair):
-                raise BadRow(f"pair {answer.pair!r} has been answered in {earlier}; keep one of the answers")
+            if answer.pair in given:
+                earlier, same = given[answer.pair]
+                if answer.model_dump() != same.model_dump():
+                    raise BadRow(f"pair {answer.pair!r} has another answer in {earlier}; keep one of them")
+                repeated += 1
+                continue
             found = None
             if isinstance(answer, _Rated):
                 found = _preference(answer, pairs[answer.pair], origins[answer.pair], where)
+            answered[answer.pair], given[answer.pair] = found, (where, answer)
         except BadRow as error:
             bad_rows.add(answers.name, where, str(error))
-            continue
-        answered[answer.pair], places[answer.pair] = found, where
-    in_order = [answered[pair] for pair in pairs if pair in answered]
-    preferences = [row for row in in_order if row is not None]
-    missing = len(pairs) - len(answered)
-    return Imported(preferences, len(answered) - len(preferences), missing, bad_rows.count)
+    preferences = [row for pair in pairs if (row := answered.get(pair)) is not None]
+    left_out, missing = len(answered) - len(preferences), len(pairs) - len(answered)
+    return Imported(preferences, left_out, missing, repeated, bad_rows.count)
 
 
 def import_answers(
@@ -109,10 +119,14 @@ def import_answers(
     """Write the preferences in answers to `output`.
 
     enough: the number of answered pairs that suffices. None: all pairs must be answered. Raises `ValueError`
-    as `read_answers` does, if too few pairs are answered, and if all of these are left out.
+    as `read_answers` does, if too few pairs are answered, if all of these are left out, and if `output` would
+    be among the files that are read.
     """
     if not answers.exists():
         raise ValueError(f"the answers {answers} do not exist{did_you_mean_path(answers)}")
+    for read in (directory, key, answers):
+        if lies_in(output, read):
+            raise ValueError(f"the output {output} would be in {read}, which is read; choose another path")
     found = read_answers(directory, key, answers, max_bad_rows=max_bad_rows)
     total = found.answered + found.missing
     wanted = total if enough is None else min(enough, total)

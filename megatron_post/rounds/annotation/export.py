@@ -1,9 +1,10 @@
 """Writes pairs of responses for people to compare, as JSON lines and as self-contained pages."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jinja2
 
@@ -12,7 +13,7 @@ from megatron_post.inference.samples import read_samples
 from megatron_post.rounds.annotation.pairs import Pair, draw_pairs
 from megatron_post.rounds.annotation.settings import Annotation
 from megatron_post.storage.checksums import sha256_of_json
-from megatron_post.storage.files import write_lines, write_whole
+from megatron_post.storage.files import line_of, write_lines, write_whole
 
 PAIRS = "pairs.jsonl"
 
@@ -39,9 +40,9 @@ def export_pairs(
 
     samples: files that `generate` has written. Nothing in the directory shows which model wrote a response.
     The same call writes the same bytes. Raises `ValueError` for other files, if the key would lie in the
-    directory, and if there are no pairs.
+    directory, if the directory has other pairs, and if there are no pairs.
     """
-    if key.resolve().is_relative_to(directory.resolve()):
+    if lies_in(key, directory):
         raise ValueError(
             f"the key {key} would be in {directory}, which is given to the people who compare; choose a path "
             "outside it"
@@ -49,6 +50,8 @@ def export_pairs(
     rows = [row for path in samples for row in read_samples(path)]
     drawn = draw_pairs(rows, seed=seed, most=settings.pairs)
     pairs = [found.pair for found in drawn]
+    _check_free(directory / PAIRS, [pair.as_json() for pair in pairs])
+    _check_free(key, [found.key for found in drawn])
     count = min(settings.pages, len(pairs))
     pages = tuple(directory / f"annotate-{number}.html" for number in range(1, count + 1))
     write_lines(key, (found.key for found in drawn))
@@ -60,6 +63,21 @@ def export_pairs(
     # The pairs come last. An export that was killed has none, so that nobody can import answers to it.
     write_lines(directory / PAIRS, (pair.as_json() for pair in pairs))
     return Exported(len(pairs), sum(found.is_between_checkpoints for found in drawn), pages)
+
+
+def lies_in(path: Path, place: Path) -> bool:
+    """Whether a path is the same file as `place`, or below it if that is a directory."""
+    # `Path.resolve` raises for a loop of links. A loop is an error of reading, which names the file.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place))
+
+
+def _check_free(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Raise `ValueError` if there is a file with anything else than these rows.
+
+    People may be comparing other pairs. Their answers could not be imported without the pairs and the key.
+    """
+    if path.exists() and not (path.is_file() and path.read_text() == "".join(map(line_of, rows))):
+        raise ValueError(f"{path} exists and is not of these pairs; choose another path, or remove it")
 
 
 def _page(pairs: Sequence[Pair], *, number: int, of: int) -> str:

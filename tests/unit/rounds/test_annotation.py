@@ -109,8 +109,23 @@ def test_the_export_is_blind_and_repeats(tmp_path: Path) -> None:
             assert origin[side]["checkpoint"] == wrote
     exported(tmp_path, pages=2)
     assert {file.name: file.read_bytes() for file in pages.iterdir()} == content
+    (pages / "pairs.jsonl").unlink()
+    key.unlink()
     exported(tmp_path, pairs=1, pages=3)
     assert sorted(file.name for file in pages.iterdir()) == ["annotate-1.html", "pairs.jsonl"]
+
+
+def test_pairs_that_people_may_be_comparing_are_not_replaced(tmp_path: Path) -> None:
+    """Otherwise their answers could not be imported. A key may also be the name of another file."""
+    pages, key = exported(tmp_path)
+    before = {path: path.read_bytes() for path in (key, *pages.iterdir())}
+    with pytest.raises(ValueError, match=r"pairs.jsonl exists and is not of these pairs; choose another"):
+        exported(tmp_path, pairs=2)
+    assert {path: path.read_bytes() for path in (key, *pages.iterdir())} == before
+    key.write_text("precious")
+    with pytest.raises(ValueError, match=r"key.jsonl exists and is not of these pairs; choose another"):
+        exported(tmp_path)
+    assert key.read_text() == "precious"
 
 
 def test_the_key_does_not_go_to_the_people(tmp_path: Path) -> None:
@@ -157,7 +172,9 @@ def test_answers_become_preferences(tmp_path: Path) -> None:
         answered(tmp_path, first, "first.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
     found = answered(tmp_path, [edited, last], "second.jsonl")
-    assert str(found) == "3 preferences, 1 edited, 1 pairs left out, 0 pairs not answered, 0 bad rows"
+    assert str(found) == (
+        "3 preferences, 1 edited, 1 pairs left out, 0 pairs not answered, 0 repeated rows, 0 bad rows"
+    )
     rows = list(read_lines(tmp_path / "out.jsonl"))
     texts = [
         {name: row[name][0]["content"] for name in ("edited", "chosen", "rejected") if name in row}
@@ -224,11 +241,41 @@ def test_the_report_shows_what_people_prefer(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     cells = re.sub(r"<[^>]*>", "|", page.split("Preferences of people")[1])
     cells = re.sub(r"\|+", "|", cells)
-    assert "|preferences|5|edited|1|pairs left out|0|pairs not answered|0|bad rows|0|" in cells
+    assert "|preferences|5|edited|1|pairs left out|0|pairs not answered|0|repeated rows|0|" in cells
     assert f"|rating|preferred: {MODELS[1]}|preferred: {MODELS[0]}|both of one checkpoint|" in cells
     assert "|significantly better|0|1|0|better|1|2|1|slightly better|0|0|0|" in cells
     assert "|share|25.0% (4.6 to 69.9)|75.0% (30.1 to 95.4)|" in cells
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[31m" in page
+
+
+def test_an_answer_that_is_sent_twice_counts_once(tmp_path: Path) -> None:
+    """A person exported after two answers and again after four, and sent both files."""
+    pages, _ = exported(tmp_path)
+    rows = [{"pair": pair["pair"], **RATED} for pair in read_lines(pages / "pairs.jsonl")]
+    rows[1]["edited"], rows[2] = "Better.", {"pair": rows[2]["pair"], "left_out": True}
+    with pytest.raises(ValueError, match="2 of 4 pairs are answered"):
+        answered(tmp_path, rows[:2], "answers-1.jsonl")
+    found = answered(tmp_path, rows, "answers-2.jsonl")
+    assert found.counts == {
+        "preferences": 3,
+        "edited": 1,
+        "pairs_left_out": 1,
+        "pairs_not_answered": 0,
+        "repeated_rows": 2,
+        "bad_rows": 0,
+    }
+
+
+def test_the_output_is_not_among_the_files_that_are_read(tmp_path: Path) -> None:
+    pages, key = exported(tmp_path)
+    (pair, *_) = read_lines(pages / "pairs.jsonl")
+    answered(tmp_path, [{"pair": pair["pair"], "better": "a", "rating": "better"}], enough=1)
+    answers = tmp_path / "answers"
+    for output in (key, pages / "pairs.jsonl", answers / "preferences.jsonl", answers / "answers.jsonl"):
+        before = output.read_bytes() if output.exists() else None
+        with pytest.raises(ValueError, match="which is read; choose another path"):
+            import_answers(pages, key, answers, output, enough=1)
+        assert (output.read_bytes() if output.exists() else None) == before
 
 
 RATED = {"better": "a", "rating": "better"}
@@ -251,7 +298,8 @@ RATED = {"better": "a", "rating": "better"}
         ({"pair": "HERE", **RATED, "edited": "A"}, "edited is the text of response a"),
         ({"pair": "HERE", **RATED, "edited": "B\n"}, "edited is the text of response b"),
         ({"pair": "HERE", **RATED, "edited": "Fine.<|eot_id|>"}, "<|eot_id|>"),
-        ({"pair": "DONE", **RATED}, "has been answered in"),
+        ({"pair": "DONE", **RATED, "rating": "slightly_better"}, "has another answer in"),
+        ({"pair": "DONE", "left_out": True}, "has another answer in"),
         (None, "an answer is an object, not NoneType"),
     ],
 )

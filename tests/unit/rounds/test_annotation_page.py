@@ -122,7 +122,7 @@ def test_rate_edit_export_import(browser: Any, pairs: list[dict[str, Any]], tmp_
     ]
     output = tmp_path / "preferences.jsonl"
     found = import_answers(tmp_path / "annotate", tmp_path / "key.jsonl", tmp_path / "answers", output)
-    assert list(found.counts.values()) == [3, 1, 1, 0, 0]
+    assert list(found.counts.values()) == [3, 1, 1, 0, 0, 0]
     first, second, third = read_lines(output)
     assert [first[name][0]["content"] for name in ("edited", "chosen", "rejected")] == [
         edited,
