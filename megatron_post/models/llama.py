@@ -18,7 +18,12 @@ class OutputLayer(ColumnParallelLinear):
     They are computed in `forward` for the sake of `optimizer.overlap`. Data parallelism waits for the
     all-gather of a weight just before the module that holds it is called. Elsewhere the weight could be
     stale.
+
+    fuse_wgrad_accumulation: add the weight's gradient to data parallelism's fp32 buffer in the backward pass,
+    as Transformer Engine's layers do. Tied weights get theirs through autograd, which adds the embedding's.
     """
+
+    fuse_wgrad_accumulation: bool = False
 
     def forward(
         self,
@@ -39,14 +44,41 @@ class OutputLayer(ColumnParallelLinear):
             logits: Tensor = super().forward(hidden_states, weight)[0]
             return logits
         assert trained is not None
+        main_grad = None
+        if weight is None:
+            own: Any = self.weight
+            weight = own
+            if self.fuse_wgrad_accumulation and own.requires_grad and torch.is_grad_enabled():
+                main_grad, weight = own.main_grad, _AddedToMainGrad.apply(own)
         logps = linear_logprob(
             trained.rows(hidden_states.squeeze(1), self.tp_group),
-            self.weight if weight is None else weight,
+            weight,
             labels[trained.tokens],
             group=self.tp_group,
             valid_rows=valid_rows,
+            weight_grad=main_grad,
         )
         return logps.new_zeros(len(labels)).index_copy(0, trained.tokens, logps)
+
+
+class _AddedToMainGrad(torch.autograd.Function):
+    """The weight itself. Its backward pass reports that `main_grad` already has the gradient.
+
+    megatron-core's hook then adds nothing. With `optimizer.overlap` the hook still requires a gradient, so
+    autograd gets a tensor whose values are never read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor:
+        assert gradient is None
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight)
 
 
 class Llama(GPTModel):

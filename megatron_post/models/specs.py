@@ -124,10 +124,11 @@ def block_spec(
 
 
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Let Transformer Engine's layers add weight gradients directly to data parallelism's fp32 buffers.
+    """Let layers add weight gradients directly to data parallelism's fp32 buffers.
 
-    megatron-core's `gradient_accumulation_fusion` does the same, but also requires Apex's kernel for the
-    output layer. That kernel is not needed, because this package's loss computes the output layer's gradient.
+    These are Transformer Engine's layers and the output layer. megatron-core's `gradient_accumulation_fusion`
+    does the same, but also requires Apex's kernel for the output layer. That kernel is not needed, because
+    this package's loss computes the output layer's gradient.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

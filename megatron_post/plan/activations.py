@@ -189,8 +189,8 @@ class Activations:
         hidden = z.t * z.h * z.element
         weight = z.rows * z.h * z.element
         chunk = self.loss_chunk(z.t)
-        # The sum over chunks is kept in fp32 and rounded at the end.
-        if chunk < z.t and z.element != FP32:
+        # The sum over chunks is kept in fp32 and rounded at the end, unless it goes into DDP's buffer.
+        if chunk < z.t and z.element != FP32 and not self.config.optimizer.gradient_accumulation_fusion:
             weight += z.rows * z.h * FP32
             if self.layers == "portable":
                 weight += chunk * (z.rows + z.h) * FP32  # the CPU multiplies in fp32

@@ -5,6 +5,7 @@ The packs have unequal shares of trained tokens. Some ranks have none at all.
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from megatron_post.convert.hf_reader import load_weights, open_weights
 from megatron_post.convert.hf_writer import gathered_tensors
 from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
+from megatron_post.models import llama
 from megatron_post.models.build import build_model
 from megatron_post.models.packing import portable_segments
 from megatron_post.parallel.context import ContextSplit
@@ -94,6 +96,46 @@ def test_equals_a_float64_loop(name: str, expected: tuple[dict, float, dict]) ->
     ranks, parallel = LAYOUTS[name]
     results = run_ranks(_gradients, ranks, parallel, uneven_packs())
     check_equal(joined(results), expected, count=expected[0]["loss_count"])
+
+
+FUSED = {
+    "one rank": (1, {}, {}),
+    "TP2 + SP": (2, {"tensor": 2, "sequence": True}, {}),
+    "PP2 + VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "DP2, overlapped": (2, {}, {"optimizer": {"overlap": True}}),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_gradient_goes_into_the_buffer(name: str, expected: tuple[dict, float, dict]) -> None:
+    """With `gradient_accumulation_fusion` the gradients are the same, also without any trained token.
+
+    What autograd gets instead is NaN here, and nothing reads it.
+    """
+    ranks, parallel, sections = FUSED[name]
+    results = run_ranks(_fused_gradients, ranks, parallel, sections, uneven_packs())
+    check_equal(joined([found for found, _ in results]), expected, count=expected[0]["loss_count"])
+    assert sum(unread for _, unread in results) == 4 * parallel.get("tensor", 1)
+
+
+def test_a_tied_weight_gets_its_gradient_from_autograd() -> None:
+    sections = {"model": {"tie_word_embeddings": True}}
+    plain = joined([run_ranks(_fused_gradients, 1, {}, sections, tiny_packs(), False)[0][0]])
+    ((found, unread),) = run_ranks(_fused_gradients, 1, {}, sections, tiny_packs())
+    check_equal(joined([found]), plain)
+    assert unread == 0
+
+
+def _fused_gradients(
+    parallel: dict[str, Any], sections: dict[str, Any], packs: list[Pack], fused: bool = True
+) -> tuple[tuple[dict[str, Any], float, dict[str, Any]], int]:
+    """`gradients`, and how many tensors autograd got instead of the output layer's gradient."""
+    switches = {"optimizer.gradient_accumulation_fusion": fused}
+    backward = llama._AddedToMainGrad.backward
+    unread = mock.Mock(side_effect=lambda ctx, gradient: backward(ctx, gradient).fill_(torch.nan))
+    with mock.patch.object(llama._AddedToMainGrad, "backward", unread):
+        found = gradients(parallel, sections, switches, packs=packs)
+    return found, unread.call_count
 
 
 def test_the_packs_leave_ranks_without_trained_tokens() -> None:
