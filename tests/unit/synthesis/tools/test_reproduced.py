@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +22,13 @@ from megatron_post.sandbox.settings import Limits, SandboxSettings
 from megatron_post.synthesis.programs import Files
 from megatron_post.synthesis.task import Task
 from megatron_post.synthesis.tools import inside
-from megatron_post.synthesis.tools.core import CORE_TOOLS, CoreSettings, Toolbox
+from megatron_post.synthesis.tools.core import CORE_TOOLS, CoreSettings, Output, Toolbox
 from megatron_post.synthesis.tools.scripts import python
 from megatron_post.synthesis.tools.search import Index
 from tests.documentation import ROOT
-from tests.unit.synthesis.tools.author import towns
+from tests.scripted_server import Body
+from tests.unit.data.test_template import ids_of_text
+from tests.unit.synthesis.tools.author import call, towns
 from tests.unit.synthesis.tools.conftest import ToolPlace, sandbox_with
 
 _PUBLISHED = ROOT / "../shared/data/llama3_tokenizer/tokenizer.model"
@@ -114,6 +117,47 @@ def test_every_stored_output_is_reproduced_by_its_call(tool_place: ToolPlace, co
 
     stored = [[m["content"] for m in row["messages"] if m["role"] == "tool"] for row in kept]
     assert asyncio.run(again()) == stored
+
+
+def test_a_row_of_metas_example_has_its_published_ids(
+    tool_place: ToolPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta's request, call and answer in "Built-in tools full interaction". sympy cannot give its output.
+
+    Readers of rows remove blank lines around a message's content, and Meta's output has one on each side.
+    """
+    if not _PUBLISHED.is_file():
+        pytest.skip("../shared/data has no tokenizer.model of Llama 3")
+    page = (_PUBLISHED.parent / "prompt_format.md").read_text().partition("## Built-in tools full")[2]
+    prompt, response = re.findall(r"Format\n```\n(.*?)\n```\n", page, re.DOTALL)[:2]
+    output = prompt.partition("ipython<|end_header_id|>\n\n")[2].partition("<|eot_id|>")[0]
+
+    answer = response.removesuffix("<|eot_id|>")
+
+    def author(body: Body) -> str | dict[str, Any]:
+        first = body["messages"][0]["content"]
+        if "Verdict:" in first:
+            return "Verdict: supported"
+        if "tools" in body:
+            if len(body["messages"]) > 1:
+                return answer
+            return call("wolfram_alpha", "100th decimal of pi")
+        both = "must need wolfram_alpha" in first and "- brave_search" in first
+        return "<request>What is the 100th decimal of pi?</request>" if both else "NONE"
+
+    async def published(box: Toolbox, call: ToolCall) -> Output:
+        return Output(output, ok=True)
+
+    monkeypatch.setattr(Toolbox, "call", published)
+    (tool_place.directory / "a.txt").write_text("Nothing.")
+    documents = {"kind": "documents", "path": str(tool_place.directory / "a.txt")}
+    settings = {"tools": ["brave_search", "wolfram_alpha"], "several": 0, "documents": documents}
+    tool_place.run("tool_use", author, rows=[{"text": str(number)} for number in range(8)], **settings)
+    tokenizer = load_tokenizer(_PUBLISHED)
+    for dialog in tool_place.dialogs():
+        expected = ids_of_text(prompt.replace(output, output.strip()) + response, tokenizer)
+        assert render(dialog, tokenizer).tokens.tolist() == expected
+    assert tool_place.rows()
 
 
 def test_rows_are_rendered_as_metas_examples_are(tool_place: ToolPlace) -> None:
