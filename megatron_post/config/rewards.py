@@ -12,6 +12,7 @@ from megatron_post.config.section import Distinct, Line, Name, NonNegative, Sect
 from megatron_post.storage.reading import did_you_mean
 
 TRAINED = "trained"  # the reward model that a round trains
+Threshold = Annotated[float, Field(ge=-1e12, le=1e12)]
 DEFAULT = "default"  # the key of all capabilities that a mapping does not name
 _SEPARATOR = Steps.model_fields["separator"].default
 
@@ -44,7 +45,7 @@ class Reward(Section):
         description="weight in the sum of rewards. A mapping gives that of each capability, and `default` "
         "that of the others, which is 0 if it is absent",
     )
-    at_least: float | dict[Line, float] | None = Field(
+    at_least: Threshold | dict[Line, Threshold] | None = Field(
         None,
         description="a response with a lower score is never chosen, and is the rejected one of a pair. A "
         "mapping as in `weight`. null: no threshold",
@@ -75,9 +76,6 @@ class Reward(Section):
         weights = self.weight.values() if isinstance(self.weight, dict) else [self.weight]
         if not any(weights) and self.at_least in (None, {}):
             errors.append(f"reward {self.name!r} has neither a weight nor a threshold; give one")
-        bounds = self.at_least.values() if isinstance(self.at_least, dict) else [self.at_least or 0.0]
-        if not all(map(math.isfinite, bounds)):
-            errors.append(f"reward {self.name!r}: at_least must be finite")
         if errors:
             raise ValueError("\n".join(errors))
         return self

@@ -13,6 +13,7 @@ from megatron_post.curation.duplicates.semantic_step import SemanticDuplicates
 from megatron_post.curation.encoding import Encoding
 from megatron_post.curation.languages import Languages
 from megatron_post.curation.lengths import Lengths
+from megatron_post.curation.quality import Quality
 from megatron_post.curation.repeats import Repeats
 from megatron_post.curation.topics import Topics
 
@@ -25,6 +26,7 @@ AnyStep = Annotated[
     | Languages
     | Lengths
     | NearDuplicateRows
+    | Quality
     | Repeats
     | SemanticDuplicates
     | Topics,
