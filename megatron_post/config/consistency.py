@@ -184,4 +184,7 @@ def _text(value: Any) -> str:
         return f"[{','.join(map(_text, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, BaseModel):
+        changed = value.model_dump(exclude_defaults=True)
+        return f"{{{', '.join(f'{key}: {_text(each)}' for key, each in changed.items())}}}"
     return f"{value}"

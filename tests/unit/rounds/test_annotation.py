@@ -334,6 +334,13 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         import_answers(pages, key, tmp_path / "none.jsonl", tmp_path / "out.jsonl")
 
 
+def test_a_setting_without_effect_is_named_as_it_is_written() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("=2 has no effect with annotate={pairs: 5}: set annotate")
+    ):
+        load_round(CONFIGS / "tiny" / "round.yaml", ["annotate={pairs: 5}"])
+
+
 def test_steps_and_batches_of_a_round_with_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """People compare responses before the reward model is trained on them, and DPO uses only these."""
     overrides = [f"run_dir={tmp_path}", "rounds=2", "annotate={pairs: 5}"]
