@@ -55,6 +55,11 @@ class Generate(Section):
     prompts: Name = Field(description="JSON lines of prompt, and optionally capability, answer, solution")
     skip: Whole = Field(0, description="number of good prompts to skip")
     max_prompts: Count | None = Field(None, description="largest number of good prompts. null: all")
+    capabilities: tuple[str, ...] | None = Field(
+        None,
+        description="only the prompts of these capabilities, within the range of skip and max_prompts. "
+        "null: all",
+    )
     max_bad_rows: Whole = Field(
         0, description="bad rows of prompts that are left out. With more of them generation fails"
     )
@@ -110,7 +115,11 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)  # the last call was killed before it removed them
         return 0
     prompts = read_prompts(
-        settings.prompts, max_bad_rows=settings.max_bad_rows, skip=settings.skip, limit=settings.max_prompts
+        settings.prompts,
+        max_bad_rows=settings.max_bad_rows,
+        skip=settings.skip,
+        limit=settings.max_prompts,
+        capabilities=settings.capabilities,
     )
     pieces = [prompts[i : i + settings.part] for i in range(0, len(prompts), settings.part)]
     if rank > 0:
@@ -266,9 +275,10 @@ def _record(settings: Generate) -> dict[str, Any]:
 def _asked(settings: Generate) -> dict[str, Any]:
     """The settings on which responses depend, and the prompts. More prompts may be added later."""
     depending = {"model", "system", "content_tokens", "sampling"}
+    own = [] if settings.capabilities is None else [list(settings.capabilities)]
     return {
         "settings": json.loads(settings.model_dump_json(include=depending)),
-        "prompts": [sha256_of_file(Path(settings.prompts)), settings.skip, settings.max_prompts],
+        "prompts": [sha256_of_file(Path(settings.prompts)), settings.skip, settings.max_prompts, *own],
     }
 
 

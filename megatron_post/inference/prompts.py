@@ -1,7 +1,7 @@
 """Reads files of prompts. A prompt may have a known answer and solution."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,17 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | Path, *, max_bad_rows: int = 0, skip: int = 0, limit: int | None = None
+    path: str | Path,
+    *,
+    max_bad_rows: int = 0,
+    skip: int = 0,
+    limit: int | None = None,
+    capabilities: Collection[str] | None = None,
 ) -> list[Prompt]:
     """Good rows of a JSON Lines file: `{"prompt": text or messages, "capability", "answer", "solution"}`.
 
-    skip, limit: the range of good rows. A duplicate prompt is a bad row, because it would count twice. Raises
+    skip, limit: the range of good rows. capabilities: those whose prompts of this range are returned, or None
+    for all. A duplicate prompt is a bad row, because it would count twice. Raises
     `TooManyBadRows`, with file, line and reason, if there are more than `max_bad_rows` bad rows. Raises
     `ValueError` if no row is left.
     """
@@ -68,6 +74,10 @@ def read_prompts(
     chosen = prompts[skip:] if limit is None else prompts[skip : skip + limit]
     if not chosen:
         raise ValueError(f"prompts {file}: skip={skip} leaves none of its {len(prompts)} good rows")
+    if capabilities is not None:
+        chosen = [prompt for prompt in chosen if prompt.capability in capabilities]
+        if not chosen:
+            raise ValueError(f"prompts {file}: none has a capability among {sorted(capabilities)}")
     return chosen
 
 

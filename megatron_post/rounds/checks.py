@@ -22,6 +22,7 @@ from megatron_post.installation import install_command
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings, Stages
 from megatron_post.rounds.verifier import ExactMatch
+from megatron_post.storage.reading import did_you_mean
 
 _HEADER = 16  # the largest number of tokens of a message around its text
 
@@ -30,6 +31,7 @@ def check_models(settings: RoundSettings) -> None:
     """Raise `ValueError` unless all models that a run starts with have the same tokenizer."""
     start = settings.start
     others = [(f"start.{key}", getattr(start, key)) for key in ("previous", "base", "reward")]
+    others += [(f"start.policies.{name}", path) for name, path in start.policies.items()]
     listed = [(n, r, m) for n, r in enumerate(settings.reward) for m in r.models if m != TRAINED]
     others += [(f"reward.{number}.models", model) for number, _, model in listed]
     for key, path in (("start.policy", start.policy), *others):
@@ -69,8 +71,10 @@ def check_files(settings: RoundSettings) -> None:
     data, verifier = settings.data, settings.select.verifier
     first = Round(settings, 1, make_console(quiet=True))
     pack_length = first.stage("reward").data.pack_length
-    for key in ("prompts", "validation", "held_out"):
-        path = getattr(data, key)
+    files = {key: getattr(data, key) for key in ("prompts", "validation", "held_out")}
+    files |= {f"curriculum.{number}.prompts": phase.prompts for number, phase in enumerate(data.curriculum)}
+    asked: set[str] = set()  # the capabilities of all prompts that are trained on
+    for key, path in files.items():
         if path is None:
             continue
         prompts = read_prompts(path, max_bad_rows=data.max_bad_rows)
@@ -78,8 +82,20 @@ def check_files(settings: RoundSettings) -> None:
         if isinstance(verifier, ExactMatch) and unanswered is not None:
             raise ValueError(f"data.{key}={path}: line {unanswered} has no `answer` for the exact verifier")
         _check_lengths(settings, key, prompts, pack_length=pack_length)
-        if key == "prompts":
-            check_capabilities(settings.reward, {p.capability for p in prompts}, origin=path)
+        found = {prompt.capability for prompt in prompts}
+        if key == "validation" and settings.generate.by_capability and not found - {""}:
+            raise ValueError(
+                f"data.validation={path}: no prompt has a `capability`, so generate.by_capability has no "
+                "effect"
+            )
+        asked |= found if key not in ("validation", "held_out") else set()
+    check_capabilities(settings.reward, asked, origin=data.prompts)
+    for name in settings.start.policies:
+        if name not in asked:
+            meant = did_you_mean(name, sorted(asked))
+            raise ValueError(
+                f"start.policies: no prompt of {data.prompts} has the capability {name!r}{meant}"
+            )
     if settings.select.cleaning is not None:
         load_response_rules(settings.select.cleaning)
     configs = {

@@ -107,10 +107,10 @@ def select(
 ) -> None:
     """Choose the best of K responses to train on, and the best and the worst to compare."""
     from megatron_post.config.load import load_section
-    from megatron_post.rounds.select import select as choose
+    from megatron_post.rounds.select import select_file
     from megatron_post.rounds.select_settings import Select
 
-    found = choose(load_section(Select, config), output)
+    found = select_file(load_section(Select, config), output)
     say(
         f"{output}: {found['responses']} responses to {found['prompts']} prompts, {found['sft_rows']} rows "
         f"to train on, {found['preferences']} preferences ({found['edited']} edited), {found['ties']} ties"

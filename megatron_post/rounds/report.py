@@ -50,6 +50,7 @@ def write_report(
         f"<code>{html_text(best)}</code>.</p>",
         "<h2>Held-out prompts</h2>",
         _accuracies(evaluations),
+        _by_capability(evaluations[-1].get("by_capability") or {}),
         "<h2>Selection</h2>",
         _selection(selection),
         histogram("reward of all samples", {"samples": selection["rewards"]}),
@@ -66,6 +67,18 @@ def write_report(
     ]
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html_text(title)}</title>'
     write_whole(target, f"{page}<style>{STYLE}</style>{''.join(parts)}</html>\n")
+
+
+def _by_capability(found: dict[str, Any]) -> str:
+    """A table of the best model for each capability of the validation prompts, or nothing without any."""
+    if not found:
+        return ""
+    models = list(next(iter(found.values()))["validation"])
+    rows = [
+        [capability, *(f"{100 * each['validation'][model]:.1f}%" for model in models), each["stage"]]
+        for capability, each in found.items()
+    ]
+    return "<h3>Validation prompts by capability</h3>" + html_table(["", *models, "best"], rows)
 
 
 def _accuracies(results: Sequence[dict[str, Any]]) -> str:
@@ -107,6 +120,7 @@ def _selection(found: dict[str, Any]) -> str:
         "sft_edited": "of these by the verifier",
         "preferences": "preferences",
         "edited": "edited by the verifier",
+        "below_threshold": "responses below a threshold of reward",
     }
     table = html_table(
         ["", "count"],

@@ -21,7 +21,7 @@ from megatron_post.rounds.merge_settings import MethodMerge
 from megatron_post.rounds.select import PREFERENCES, SFT
 from megatron_post.rounds.select_settings import Samples
 from megatron_post.rounds.settings import RoundSettings, StageFile
-from megatron_post.rounds.sweep import SELECTED, Variant
+from megatron_post.rounds.sweep import Variant, mixed
 from megatron_post.storage.reading import read_object
 
 
@@ -88,6 +88,24 @@ class Round:
         return self.directory / "selection" / PREFERENCES
 
     @property
+    def policies(self) -> dict[str, str]:
+        """The model that answers the prompts of each capability. "" is that of all other capabilities."""
+        if self.before is None:
+            return {"": self.policy, **self.settings.start.policies}
+        own = self.before.best_by_capability if self.settings.generate.by_capability else {}
+        return {"": self.policy, **own}
+
+    @property
+    def best_by_capability(self) -> dict[str, str]:
+        """The best model of this round for each capability of the validation prompts."""
+        found = read_object(self.directory / "choice.json", "the choice of a round")
+        return {name: str(each["best"]) for name, each in found.get("by_capability", {}).items()}
+
+    @property
+    def prompt_file(self) -> str:
+        return self.settings.phase(self.number).prompts or self.settings.data.prompts
+
+    @property
     def reward_models(self) -> dict[str, str]:
         """The directory of each reward model, by its name in the list `reward`.
 
@@ -144,11 +162,14 @@ class Round:
         """The file of this round's prompts, and the range of its rows."""
         data = self.settings.data
         if data.prompts_per_round is None:
-            return {"prompts": data.prompts}
-        available = len(read_prompts(data.prompts, max_bad_rows=data.max_bad_rows))
+            return {"prompts": self.prompt_file}
+        available = len(read_prompts(self.prompt_file, max_bad_rows=data.max_bad_rows))
         turns = max(1, available // data.prompts_per_round)
-        skip = (self.number - 1) % turns * data.prompts_per_round
-        return {"prompts": data.prompts, "skip": skip, "max_prompts": data.prompts_per_round}
+        # The rounds that use a file of prompts take its rows one range after another.
+        phase = self.settings.phase(self.number)
+        first = phase.from_round if phase.prompts else 1
+        skip = (self.number - first) % turns * data.prompts_per_round
+        return {"prompts": self.prompt_file, "skip": skip, "max_prompts": data.prompts_per_round}
 
     def variants(self, stage: StageName) -> tuple[Variant, ...]:
         """The variants of a stage that is trained several times. Empty if it is trained once."""
@@ -189,14 +210,15 @@ class Round:
         path = getattr(self.settings.stages, stage)
         variants = self.variants(stage)
         variant = variants[number] if variants else Variant()
-        mixed = _mixed(list(sources), variant, selected=len(self._rounds_of_sft()))
+        mix = variant.mix or (self.settings.phase(self.number).mix if stage == "sft" else {})
+        chosen = mixed(list(sources), mix, selected=len(self._rounds_of_sft()))
         values = {
             "stage": stage,
             "run_dir": str(self.run_dirs(stage)[number]),
             "seed": self.settings.seed + self.number,
             "model": read_model(Path(model)).model_dump() | {"init_from": model},
             "tokenizer": {"path": model},
-            "data": {"store": str(self.store(stage, number)), "sources": mixed, "eval_sources": []},
+            "data": {"store": str(self.store(stage, number)), "sources": chosen, "eval_sources": []},
             "train": {"export_hf": True},
         }
         overrides = [f"{key}={json.dumps(value)}" for key, value in variant.set.items()]
@@ -269,15 +291,6 @@ class Round:
                 + "\nundo the change, or accept it with "
                 f"--again-from {self.name}/{stage}-pack"
             )
-
-
-def _mixed(sources: list[dict[str, Any]], variant: Variant, *, selected: int) -> list[dict[str, Any]]:
-    """Sources with their shares in a variant's mixture. The first `selected` ones are selected rows."""
-    if not variant.mix:
-        return sources
-    shares = [variant.mix[SELECTED] / selected] * selected
-    shares += [variant.mix[source["name"]] for source in sources[selected:]]
-    return [{**s, "weight": share, "epochs": None} for s, share in zip(sources, shares, strict=True)]
 
 
 def _selected(name: str, path: str) -> dict[str, Any]:

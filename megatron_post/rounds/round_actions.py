@@ -1,6 +1,7 @@
 """The actions of a round's steps. A step that runs again continues, or writes the same files again."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_post.data.build import GroupSummary, build_store
 from megatron_post.display import make_console
 from megatron_post.inference.failures import read_failures, write_failures
 from megatron_post.inference.generate import Generate, generate, parts_of
+from megatron_post.inference.prompts import read_prompts
 from megatron_post.inference.ranks import wait_until
 from megatron_post.parallel.environment import rank_from_environment
 from megatron_post.rounds.accuracy import Accuracy
@@ -23,6 +25,7 @@ from megatron_post.rounds.round import Round
 from megatron_post.rounds.select import PREFERENCES, SUMMARY, select
 from megatron_post.rounds.select_settings import Samples, Select
 from megatron_post.rounds.settings import Stages
+from megatron_post.rounds.validation import accuracy, best_by_capability
 from megatron_post.storage.files import write_json, write_pieces, write_whole
 from megatron_post.storage.reading import read_object
 
@@ -31,25 +34,24 @@ def collect(r: Round) -> None:
     """Write preferences for the first reward model, which the verifier makes of the policy's answers."""
     responses = r.directory / "collected.jsonl"
     count = r.settings.generate.collected_samples
-    _draw(r, r.policy, r.prompts, responses, seed=1, samples=count)
+    parts = _draw_all(r, r.policies, responses, seed=1, samples=count)
     if _is_rank_0():
+        _join(parts, responses)
         _select(r, Samples(responses=str(responses)), "collected")
 
 
 def generate_samples(r: Round) -> None:
     """Write the policy's samples, followed by those of the previous round's policy or `start.previous`."""
-    parts = [r.directory / "samples-policy.jsonl"]
-    _draw(r, r.policy, r.prompts, parts[0], seed=2)
+    parts = _draw_all(r, r.policies, r.directory / "samples-policy.jsonl", seed=2)
     count = r.settings.generate.previous_samples
-    previous = r.settings.start.previous if r.before is None else r.before.policy
-    if count and previous is not None and previous != r.policy:
-        parts.append(r.directory / "samples-previous.jsonl")
-        _draw(r, previous, r.prompts, parts[1], seed=3, samples=count)
+    if r.before is not None:
+        previous = r.before.policies
+    else:
+        previous = {} if r.settings.start.previous is None else {"": r.settings.start.previous}
+    if count and previous and previous != r.policies:
+        parts += _draw_all(r, previous, r.directory / "samples-previous.jsonl", seed=3, samples=count)
     if _is_rank_0():
-        failures = [row for part in parts for row in read_failures(part)]
-        write_failures(r.directory / "samples.jsonl", failures)
-        pieces = (part.read_text(encoding="utf-8") for part in parts)
-        write_pieces(r.directory / "samples.jsonl", pieces)
+        _join(parts, r.directory / "samples.jsonl")
 
 
 def export_comparisons(r: Round) -> None:
@@ -127,10 +129,11 @@ def choose_best(r: Round) -> None:
     if _is_rank_0():
         shares = {}
         if validation is not None:
-            shares = {name: _accuracy(r, answers[name], validation).share for name in paths}
+            shares = {name: accuracy(r, answers[name], validation).share for name in paths}
         # max returns the first of equal values, so the reversed order prefers the later model.
         best = max(reversed(paths), key=lambda name: shares.get(name, 0.0)) if shares else "average"
         choice = {"best": paths[best], "stage": best, "validation": shares}
+        choice["by_capability"] = best_by_capability(r, paths, answers)
         write_json(r.directory / "choice.json", choice)
     # All ranks read the choice below, to generate with the best model.
     wait_until((r.directory / "choice.json").is_file, "rank 0 to choose the best", r.console)
@@ -152,7 +155,7 @@ def evaluate(r: Round) -> None:
     if verifier is not None:
         files = {"greedy": "held_out.jsonl"} | ({"start": "held_out-start.jsonl"} if r.number == 1 else {})
         for name, file in files.items():
-            result[name] = vars(_accuracy(r, r.directory / file, held_out))
+            result[name] = vars(accuracy(r, r.directory / file, held_out))
         samples = r.samples("held_out-samples.jsonl", "held_out-scores.jsonl")
         # With a weight of 0 the verifier only judges the best response, and does not help to choose it.
         options: dict[str, Any] = {"verifier": verifier, "verifier_weight": 0.0}
@@ -199,6 +202,32 @@ def report(r: Round) -> None:
     )
 
 
+def _draw_all(
+    r: Round, policies: Mapping[str, str], output: Path, *, seed: int, samples: int | None = None
+) -> list[Path]:
+    """Write the samples of each model for the prompts of its capabilities. Returns the files.
+
+    policies: by capability, where "" is the model of all other capabilities. One model has one file, which is
+    `output`.
+    """
+    prompts = r.prompts
+    models = {model: dict(prompts) for model in dict.fromkeys(policies.values())}
+    if len(models) == 1:
+        _draw(r, policies[""], prompts, output, seed=seed, samples=samples)
+        return [output]
+    limits = {"skip": prompts.get("skip", 0), "limit": prompts.get("max_prompts")}
+    rows = read_prompts(prompts["prompts"], max_bad_rows=r.settings.data.max_bad_rows, **limits)
+    asked: dict[str, set[str]] = {}
+    for prompt in rows:
+        asked.setdefault(policies.get(prompt.capability, policies[""]), set()).add(prompt.capability)
+    files = []
+    for number, (model, capabilities) in enumerate(asked.items(), start=1):
+        files.append(output.with_name(f"{output.stem}-{number}.jsonl"))
+        own = {**models[model], "capabilities": tuple(sorted(capabilities))}
+        _draw(r, model, own, files[-1], seed=seed, samples=samples)
+    return files
+
+
 def _draw(
     r: Round,
     model: str,
@@ -236,22 +265,20 @@ def _draw(
     )
 
 
+def _join(parts: Sequence[Path], output: Path) -> None:
+    """Join files of samples and their failures, unless `output` is the only one of them."""
+    if list(parts) == [output]:
+        return
+    write_failures(output, [row for part in parts for row in read_failures(part)])
+    write_pieces(output, (part.read_text(encoding="utf-8") for part in parts))
+
+
 def _select(r: Round, samples: Samples, name: str) -> dict[str, Any]:
     data = r.settings.data
-    values = r.settings.select.model_dump() | {"prompts": data.prompts, "samples": [samples]}
+    values = r.settings.select.model_dump() | {"prompts": r.prompt_file, "samples": [samples]}
     values["max_bad_rows"] = data.max_bad_rows
     values["reward"] = () if samples.scores is None else r.settings.reward
     return select(parse(Select, values, origin="select"), r.directory / name)
-
-
-def _accuracy(r: Round, answers: Path, prompts: str) -> Accuracy:
-    """The accuracy of one response per prompt. A failed prompt counts as wrong."""
-    values: dict[str, Any] = {"prompts": prompts, "samples": [Samples(responses=str(answers))]}
-    values["verifier"] = r.settings.select.verifier
-    values["max_bad_rows"] = r.settings.data.max_bad_rows
-    found = candidates(parse(Select, values, origin="evaluate"))
-    right = [c.verdict is not None and c.verdict.correct for group in found.values() for c in group]
-    return Accuracy(sum(right), len(right) + len(read_failures(answers)))
 
 
 def _print(r: Round, text: str) -> None:

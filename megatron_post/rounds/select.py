@@ -26,8 +26,6 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
     Raises `ValueError` for files that do not belong together.
     """
     target = Path(directory)
-    prompts = read_prompts(settings.prompts, max_bad_rows=settings.max_bad_rows)
-    check_capabilities(settings.reward, {p.capability for p in prompts}, origin=settings.prompts)
     by_prompt = candidates(settings)
     chosen = [best_of(found, tie=settings.tie) for found in by_prompt.values()]
     rows = [
@@ -55,6 +53,16 @@ def select(settings: Select, directory: str | Path) -> dict[str, Any]:
     summary |= _summary(by_prompt, chosen, sft, preferences, cleaned)
     write_json(target / SUMMARY, summary)
     return summary
+
+
+def select_file(settings: Select, directory: str | Path) -> dict[str, Any]:
+    """As `select`. Also raises `ValueError` if `reward` names a capability that no prompt has.
+
+    A round checks this for all its files of prompts together, because one of them may lack a capability.
+    """
+    prompts = read_prompts(settings.prompts, max_bad_rows=settings.max_bad_rows)
+    check_capabilities(settings.reward, {p.capability for p in prompts}, origin=settings.prompts)
+    return select(settings, directory)
 
 
 def _sft_row(best: Candidate, of: int, tied: int, settings: Select) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.data import Data, Source
 from megatron_post.config.load import load_section
 from megatron_post.config.rewards import TRAINED, Reward, list_errors, models_of
-from megatron_post.config.section import Count, Name, Positive, Section, Whole
+from megatron_post.config.section import Count, Line, Name, Positive, Section, Whole
 from megatron_post.config.sections import DPO, Parallel, Precision
 from megatron_post.config.stages import StageName
 from megatron_post.inference.settings import (
@@ -24,12 +24,14 @@ from megatron_post.rounds.annotation.settings import Annotation
 from megatron_post.rounds.merge_settings import Method
 from megatron_post.rounds.select_settings import SELECTION_NEEDS, Selection
 from megatron_post.rounds.sweep import SELECTED, Sweep
+from megatron_post.storage.reading import did_you_mean
 
 _NEEDS = (
     Needs("generate.collected_samples", "start.preferences", ((),)),
     Needs("generate.collected_samples", "start.reward", (None,)),
     Needs("generate.collected_samples", "annotate", (None,)),
     Needs("start.previous", "generate.previous_samples", above=0),
+    Needs("generate.by_capability", "data.validation"),
     Needs("stages.sft_steps_a_round", "start.base"),
     Needs("average.density", "average.method", ("ties", "dare_ties")),
     *(Needs(f"select.{need.key}", f"select.{need.other}") for need in SELECTION_NEEDS),
@@ -40,6 +42,11 @@ class Start(Section):
     """The inputs of the first round. All paths of models are Hugging Face directories."""
 
     policy: Name = Field(description="model that answers the first round's prompts")
+    policies: dict[Line, Name] = Field(
+        default_factory=dict,
+        description="models that answer the first round's prompts of a capability in place of `policy`, such "
+        "as an expert for code",
+    )
     previous: Name | None = Field(
         None, description="model whose responses are compared with the policy's in the first round"
     )
@@ -58,6 +65,20 @@ class Start(Section):
     )
 
 
+class Phase(Section):
+    """The data of the rounds from one round on, until the next phase begins."""
+
+    from_round: Count = Field(description="the first round of this phase")
+    prompts: Name | None = Field(
+        None, description="prompts whose responses are trained on. null: data.prompts"
+    )
+    mix: dict[Name, Positive] = Field(
+        default_factory=dict,
+        description="for SFT: share of sources of data.sft, and of the `selected` rows, relative to the "
+        "others. Sources that it does not name are not used. none: all sources as they are",
+    )
+
+
 class RoundData(Section):
     """The data of a round. Prompts are files in the format of `generate`."""
 
@@ -71,6 +92,10 @@ class RoundData(Section):
     )
     held_out: Name = Field(description="prompts for the accuracies in the report")
     sft: tuple[Source, ...] = Field((), description="sources that are mixed with the selected responses")
+    curriculum: tuple[Phase, ...] = Field(
+        (),
+        description="other prompts and another mixture for SFT from a round on, in the order of the rounds",
+    )
     max_bad_rows: Whole = Field(
         0, description="bad rows of each file that are left out. With more of them a step fails"
     )
@@ -89,6 +114,11 @@ class RoundGenerate(Section):
     )
     system: dict[str, str] = Field(
         default_factory=dict, description="system prompt of each capability, as in `generate`"
+    )
+    by_capability: bool = Field(
+        False,
+        description="the prompts of each capability are answered by the previous round's best model for it, "
+        "by data.validation. false: one model answers all",
     )
     max_failed: float = Field(0.01, ge=0, le=1, description="as in `generate`. Failed prompts count as wrong")
     backend: BackendSettings = TransformersBackend()
@@ -185,6 +215,31 @@ class RoundSettings(Section):
         """Whether each round trains a reward model."""
         return self.start.reward is None and (not self.reward or TRAINED in models_of(self.reward))
 
+    def phase(self, number: int) -> Phase:
+        """The part of the curriculum that a round belongs to."""
+        begun = [phase for phase in self.data.curriculum if phase.from_round <= number]
+        return begun[-1] if begun else Phase(from_round=1)
+
+    def _curriculum_errors(self) -> list[str]:
+        """A line for each error in the curriculum."""
+        phases, errors = self.data.curriculum, []
+        known = {SELECTED, *(source.name for source in self.data.sft)}
+        for number, phase in enumerate(phases):
+            key = f"data.curriculum.{number}"
+            if number and phase.from_round <= phases[number - 1].from_round:
+                errors.append(f"{key}.from_round={phase.from_round} is not after the phase before it")
+            errors += [
+                f"{key}.mix: {name!r} is neither a source of data.sft nor `{SELECTED}`"
+                f"{did_you_mean(name, sorted(known))}"
+                for name in phase.mix
+                if name not in known
+            ]
+        if any(phase.mix for phase in phases) and any(v.mix for v in self.stages.sweep.sft):
+            errors.append(
+                "stages.sweep.sft: a mix of a variant contradicts that of data.curriculum; leave one out"
+            )
+        return errors
+
     @model_validator(mode="after")
     def _can_begin(self) -> "RoundSettings":
         errors = without_effect(self, _NEEDS) + list_errors(self.reward)
@@ -209,6 +264,7 @@ class RoundSettings(Section):
             )
         if "seed" in self.generate.sampling.model_fields_set:
             errors.append("generate.sampling.seed: a round uses its own `seed`; set that")
+        errors += self._curriculum_errors()
         wanted = {SELECTED, *(source.name for source in self.data.sft)}
         errors += [
             f"stages.sweep.sft.{number}.mix names {', '.join(variant.mix)}; it must name all of "

@@ -86,14 +86,15 @@ def check_packed(steps: Sequence[RoundStep], to_do: Set[str]) -> None:
 
 def _steps(r: Round) -> list[RoundStep]:
     settings, steps = r.settings, list[RoundStep]()
-    samples = ("samples-policy.jsonl", "samples-previous.jsonl", "samples.jsonl")
-    generating = _drawing(r, "generate", generate_samples, *samples)
+    samples = [*_files_of_models(r, "samples-policy"), *_files_of_models(r, "samples-previous")]
+    generating = _drawing(r, "generate", generate_samples, *samples, "samples.jsonl")
     # People compare responses before the reward model is trained, because it is trained on what they prefer.
     if settings.annotate is not None:
         steps += [generating, *_comparing(r)]
     if settings.trains_reward:
         if r.number == 1 and not settings.start.preferences and settings.annotate is None:
-            steps.append(_drawing(r, "collect", collect, "collected.jsonl", "collected"))
+            collected = _files_of_models(r, "collected")
+            steps.append(_drawing(r, "collect", collect, *collected, "collected"))
         steps += [_packing(r, "reward"), *_training(r, "reward")]
     steps += [
         *([generating] if settings.annotate is None else []),
@@ -124,6 +125,13 @@ def _steps(r: Round) -> list[RoundStep]:
         _action(r, "evaluate", evaluate, "evaluation.json"),
         _action(r, "report", report, "report.html"),
     ]
+
+
+def _files_of_models(r: Round, name: str) -> list[str]:
+    """The file of samples, and those of several models that answer the prompts of their capabilities."""
+    # The policy and the models of capabilities, which are SFT, DPO and average after the first round.
+    most = 1 + max(len(r.settings.start.policies), 3 * r.settings.generate.by_capability)
+    return [f"{name}.jsonl", *(f"{name}-{n}.jsonl" for n in range(1, most + 1) if most > 1)]
 
 
 def _action(r: Round, name: str, action: Callable[[Round], None], *outputs: str) -> RoundStep:

@@ -1,5 +1,6 @@
 """The section `stages.sweep` of a round: variants of a training stage, whose models are averaged."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -75,6 +76,16 @@ class Sweep(Section):
         if errors:
             raise ValueError("\n".join(errors))
         return self
+
+
+def mixed(sources: list[dict[str, Any]], mix: Mapping[str, float], *, selected: int) -> list[dict[str, Any]]:
+    """The sources of a mixture with their shares. The first `selected` sources are selected rows."""
+    if not mix:
+        return sources
+    shares = [mix.get(SELECTED, 0.0) / selected] * selected
+    shares += [mix.get(source["name"], 0.0) for source in sources[selected:]]
+    pairs = zip(sources, shares, strict=True)
+    return [{**source, "weight": share, "epochs": None} for source, share in pairs if share]
 
 
 def _trains_the_same(a: Variant, b: Variant) -> bool:
