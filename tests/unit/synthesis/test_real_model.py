@@ -1,6 +1,7 @@
 """A recipe over a real Llama behind real HTTP, and its rows in a packed store."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from megatron_post.data.store import open_store
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import load_tokenizer
 from tests.chat_server import ChatServer
+from tests.scripted_server import Body
 from tests.unit.rounds.models import tiny_policy
 from tests.unit.synthesis import instructor
+from tests.unit.synthesis.by_heart import rows_of_both
 from tests.unit.synthesis.conftest import Place
 
 TEXT = (
@@ -78,6 +81,46 @@ def test_a_model_that_writes_no_instruction_ends_self_instruct(place: Place) -> 
     dropped = place.rows("dropped.jsonl")
     assert {row["reason"] for row in dropped} == {"the reply has no numbered instruction"}
     assert all(0 < row["journal"][0]["tokens"] <= 24 for row in dropped)
+
+
+WRITTEN = (
+    "9. Name the capital of a country\n10. Say whether the text is polite",
+    "1. Write a line on a season",
+)
+
+
+def _reply(body: Body) -> str:
+    """Two instructions, another one in the second generation, and examples of each."""
+    prompt = body["messages"][-1]["content"]
+    if prompt.startswith("Here is a list"):
+        return WRITTEN[body["seed"]]
+    is_polite = "polite" in prompt.rpartition("Task: ")[2].splitlines()[0]
+    if prompt.startswith("Is a task"):
+        return "Yes" if is_polite else "No"
+    if is_polite:
+        return "Class label: polite\nInput: Please come in.\nClass label: rude\nInput: Go away."
+    return "Example 1\nInput: France\nOutput: Paris" if "capital" in prompt else "Output: Snow falls."
+
+
+def test_self_instruct_over_a_llama_that_gives_the_replies_of_a_script(tmp_path: Path) -> None:
+    """The instructions of one generation are in the prompt of the next one."""
+    pytest.importorskip("rapidfuzz")
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps(seed) + "\n" for seed in instructor.seeds(10)))
+    expected, found = rows_of_both(
+        tmp_path,
+        _reply,
+        recipe="self_instruct",
+        settings={"instructions": 3, "batches": 1},
+        input={"kind": "rows", "path": str(seeds)},
+    )
+    for key in ("messages", "instruction", "kind", "rouge_to_seed"):
+        assert [row[key] for row in found] == [row[key] for row in expected]
+    assert Counter(row["instruction"] for row in found) == {
+        "Name the capital of a country": 1,
+        "Say whether the text is polite": 2,
+        "Write a line on a season": 1,
+    }
 
 
 def test_rows_are_packed_with_their_final_turn_trained(place: Place, model: Path) -> None:

@@ -1,5 +1,6 @@
 """The recipes for long contexts over a real Llama behind real HTTP, which writes nonsense."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import pytest
 from megatron_post.storage.reading import read_object
 from tests.chat_server import ChatServer
 from tests.unit.rounds.models import tiny_policy
+from tests.unit.synthesis.by_heart import rows_of_both
 from tests.unit.synthesis.code.running import needs_bubblewrap
 from tests.unit.synthesis.conftest import Place
 from tests.unit.synthesis.long.reader import document
-from tests.unit.synthesis.long.repositories import write_repository
+from tests.unit.synthesis.long.repositories import answer, write_repository
 
 
 def _reasons(
@@ -76,3 +78,20 @@ def test_a_model_with_random_weights_writes_no_file_of_a_repository(place: Place
     steps = read_object(place.output / "summary.json", "summary")["summary"]["steps"]
     assert steps["ask"]["requests"] == 2
     assert steps["list"]["results"].keys() <= {"the list is cut off", "the list is missing"}
+
+
+@needs_bubblewrap
+def test_long_code_over_a_llama_that_gives_the_replies_of_a_script(tmp_path: Path) -> None:
+    """The files and the code of a reply pass through a real template, and the code is checked by parsing."""
+    write_repository(tmp_path / "repositories", "good")
+    expected, found = rows_of_both(
+        tmp_path,
+        answer,
+        recipe="long_code",
+        settings={"tokenizer": str(tiny_policy(tmp_path / "tokenizer")), "buckets": [4096], "tries": 1},
+        input={"kind": "repositories", "path": str(tmp_path / "repositories")},
+        sandbox={"kind": "bubblewrap", "limits": {"seconds": 60.0}},
+    )
+    for key in ("messages", "kind", "importers", "tokens", "bucket"):
+        assert [row[key] for row in found] == [row[key] for row in expected]
+    assert [row["kind"] for row in found] == ["importers", "code"]
