@@ -21,7 +21,8 @@ import yaml
 from tests.documentation import ROOT
 from tests.faults.conftest import FIGURES
 from tests.scripted_server import Answer, ScriptedServer, by_rates
-from tests.unit.synthesis import adding, instructor
+from tests.unit.synthesis import adding, director, instructor, quiz
+from tests.unit.synthesis.languages import translator
 
 _ALL = bool(os.environ.get("FAULT_TESTS"))
 KILLS = int(os.environ.get("SYNTHESIS_KILLS", 20 if _ALL else 3))
@@ -38,7 +39,7 @@ class _Recipe:
     """A recipe with its settings, its input and the author that answers.
 
     at_once: the largest number of requests that one input row sends at a time.
-    has_programs: whether it needs a sandbox.
+    has_programs: whether it needs a sandbox. others: the other models that it asks, which are the author too.
     """
 
     name: str
@@ -46,7 +47,8 @@ class _Recipe:
     rows: list[dict[str, Any]]
     answer: Answer
     at_once: int
-    has_programs: bool
+    has_programs: bool = False
+    others: tuple[str, ...] = ()
 
 
 ADDING = _Recipe(
@@ -63,8 +65,39 @@ SELF_INSTRUCT = _Recipe(  # has generations, for which the processes wait for ea
     rows=instructor.seeds(20),
     answer=instructor.answer,
     at_once=1,
-    has_programs=False,
 )
+FACTUALITY = _Recipe(
+    name="factuality",
+    settings={},
+    rows=[{"text": quiz.snippet(manner, 10 * n)} for n, manner in enumerate(quiz.MANNERS, start=1)],
+    answer=quiz.answer,
+    at_once=16,
+    others=("policy", "judge"),
+)
+STEERABILITY = _Recipe(  # makes preferences
+    name="steerability",
+    settings={"variants": 2, "turns": 2, "samples": 3},
+    rows=[director.seed(manner) for manner in director.MANNERS],
+    answer=director.answer,
+    at_once=6,
+    others=("judge",),
+)
+TRANSLATED = _Recipe(
+    name="translated_reasoning",
+    settings={"languages": ["de", "hi", "th"], "columns": {"user": "question", "assistant": "answer"}},
+    rows=[translator.row(name, 1200 + n, 35) for n, name in enumerate(5 * translator.BAKERS)],
+    answer=translator.answer,
+    at_once=1,
+    others=("judge",),
+)
+RECIPES = [
+    pytest.param(ADDING, id="rows"),
+    pytest.param(SELF_INSTRUCT, id="generations"),
+    *(
+        pytest.param(recipe, id=recipe.name, marks=pytest.mark.skipif(not _ALL, reason="set FAULT_TESTS=1"))
+        for recipe in (FACTUALITY, STEERABILITY, TRANSLATED)
+    ),
+]
 
 
 class _Run:
@@ -82,7 +115,10 @@ class _Run:
             "recipe": recipe.name,
             "settings": recipe.settings,
             "input": {"kind": "rows", "path": str(rows)},
-            "models": {"author": {"model": "m", "backend": {**backend, "parallel_requests": 8}}},
+            "models": {
+                "author": {"model": "m", "backend": {**backend, "parallel_requests": 8}},
+                **dict.fromkeys(recipe.others, "author"),
+            },
             "rows_in_flight": ROWS_IN_FLIGHT,
             "max_failed": 1.0,
             "output": str(self.output),
@@ -124,8 +160,8 @@ class _Run:
         return Counter(_identity(line["body"]) for line in lines if line["status"] == 200)
 
     def bytes(self) -> dict[str, bytes]:
-        names = ("rows.jsonl", "dropped.jsonl", "report.html")
-        return {name: (self.output / name).read_bytes() for name in names}
+        names = ("rows.jsonl", "preferences.jsonl", "dropped.jsonl", "report.html")
+        return {name: (self.output / name).read_bytes() for name in names if (self.output / name).exists()}
 
 
 def _identity(request: dict[str, Any]) -> str:
@@ -133,7 +169,7 @@ def _identity(request: dict[str, Any]) -> str:
     return json.dumps([request["messages"], request["seed"]], sort_keys=True)
 
 
-@pytest.mark.parametrize("recipe", [ADDING, SELF_INSTRUCT], ids=["rows", "generations"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_kills_change_no_byte_and_ask_nothing_twice(tmp_path: Path, recipe: _Recipe) -> None:
     undisturbed, run = _Run(tmp_path / "undisturbed", recipe), _Run(tmp_path / "killed", recipe)
     undisturbed.finish(1)

@@ -7,6 +7,7 @@ from typing import Any
 from tests.scripted_server import Body
 
 _MANNER = re.compile(r"for (\w+) guests")
+MANNERS = ("good", "obedient", "lasting", "tiring", "curt", "many", "disobedient", "prose", "loose", "faulty")
 SHORT, LONG = "It is blue.", "It is blue because the light of the sun is scattered in the air above us."
 
 

@@ -23,6 +23,7 @@ _ANSWERS = {
     "cut": (5, 0, 0),
     "cut_twice": (6, 0, 0),
 }
+MANNERS = (*_ANSWERS, "undecided", "leaky", "two", "nothing")
 
 
 def snippet(manner: str, number: int) -> str:

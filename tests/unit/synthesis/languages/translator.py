@@ -57,8 +57,9 @@ PHRASES = {
     ),
 }
 CODE = "\n\n```python\n# the cakes that are left\nprint({x} - {y})\n```"
-_NAMES = {"German": "de", "French": "fr", "Italian": "it", "Portuguese": "pt", "Hindi": "hi", "Spanish": "es"}
-_NAMES |= {"Thai": "th"}
+BAKERS = ["Anna", "Local", "Cody", "Renumbered", "Half", "Chinese", "Brief", "Faraway"]
+_CODES = {"German": "de", "French": "fr", "Italian": "it", "Portuguese": "pt", "Hindi": "hi", "Spanish": "es"}
+_CODES |= {"Thai": "th"}
 _BAKED = re.compile(r"<message_1>\s*(\w+)\D*?([\d.,\s]*\d)\D*?([\d.,]*\d)", re.DOTALL)
 _TO = re.compile(r"from English to (\w+)\.|from (\w+) to English")
 
@@ -86,7 +87,7 @@ def answer(body: Body) -> str | dict[str, Any]:
     if back_from:
         far = ["A train leaves the town.", "It is late."]
         return _reply(times * (far if name == "Faraway" else texts("en", name, a, b)))
-    return _translated(_NAMES[to], name, a, b, times)
+    return _translated(_CODES[to], name, a, b, times)
 
 
 def fault(body: Body, attempt: int) -> str | None:
