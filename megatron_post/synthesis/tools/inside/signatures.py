@@ -92,7 +92,10 @@ def definition(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, An
         raise NoSchema("there is no docstring")
     if function.decorator_list:
         raise NoSchema("it has a decorator, which may change its signature")
-    about = docstring_parser.parse(text)
+    try:
+        about = docstring_parser.parse(text)
+    except Exception as error:  # such as an IndexError for `:param:` without a name
+        raise NoSchema(f"the docstring cannot be parsed: {error}") from None
     described = {each.arg_name: " ".join((each.description or "").split()) for each in about.params}
     padding = [None] * (len(arguments.args) - len(arguments.defaults))
     defaults = dict(

@@ -131,6 +131,7 @@ def nested(a: typing.List[int], b: Union[list[int], None], c: tuple[int, ...], d
             "which is no parameter",
         ),
         ('from typing import Literal\ndef f(a: Literal[b"x"]):\n    """Do it."""', "b'x' is no JSON"),
+        ('def f(a: int):\n    """:    :type a: int\n    """', "the docstring cannot be parsed"),
         ('async def f(a: int):\n    """Do it."""', "it is a coroutine"),
         ('def f(a: int):\n    """Do it."""\ndef f(a):\n    """Do it."""', "a parameter has no annotation"),
         ('def f(a: "int |"):\n    """Do it."""', "invalid syntax"),
