@@ -14,12 +14,12 @@ evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 def choices(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory of a language model")],
     file: Annotated[str, typer.Argument(metavar="FILE", help="rows that `data prompt` has written")],
-    output: Annotated[str, typer.Option(help="JSON lines of log-probabilities to write.")],
+    output: Annotated[str, typer.Option(help="JSON lines of log-probabilities to write or to continue.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Rank the choices of prompts by log-probability, and report the accuracy over a dataset's prompts.
 
-    Under torchrun it runs in any layout.
+    Under torchrun it runs in any layout. The same command continues an interrupted one.
     """
     from megatron_post.parallel.environment import rank_from_environment
     from megatron_post.rounds.choices import evaluate_choices, print_report

@@ -85,7 +85,7 @@ def test_a_model_that_writes_no_instruction_ends_self_instruct(place: Place) -> 
 
 WRITTEN = (
     "9. Name the capital of a country\n10. Say whether the text is polite",
-    "1. Write a line on a season",
+    "9. Write a line on a season",
 )
 
 

@@ -14,9 +14,8 @@ pytest.importorskip("py3langid")
 
 
 def test_what_a_model_with_random_weights_writes_is_dropped(place: Place, tmp_path: Path) -> None:
-    model = tiny_policy(tmp_path / "model", text="\n".join(texts("en", "Anna", 12, 5)))
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    text = "\n".join(texts("en", "Anna", 12, 5))
+    model = tiny_policy(tmp_path / "model", text=text, positions=4096)
     rows = [row("Anna", number, 5) for number in (12, 13)]
     (tmp_path / "input.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     with ChatServer(model) as server:
