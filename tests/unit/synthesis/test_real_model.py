@@ -15,11 +15,12 @@ from megatron_post.data.store import open_store
 from megatron_post.data.template import TokenRole
 from megatron_post.data.tokenizer import load_tokenizer
 from tests.chat_server import ChatServer
-from tests.scripted_server import Body
+from tests.scripted_server import Answer, Body
 from tests.unit.rounds.models import tiny_policy
-from tests.unit.synthesis import instructor
+from tests.unit.synthesis import director, instructor, quiz
 from tests.unit.synthesis.by_heart import rows_of_both
 from tests.unit.synthesis.conftest import Place
+from tests.unit.synthesis.languages import translator
 
 TEXT = (
     "Write a Python program that does this: print 1, and be right\n\nHere it is.\n```python\nprint(1)\n```\n"
@@ -121,6 +122,61 @@ def test_self_instruct_over_a_llama_that_gives_the_replies_of_a_script(tmp_path:
         "Say whether the text is polite": 2,
         "Write a line on a season": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "others", "answer", "rows", "kinds"),
+    [
+        (
+            "factuality",
+            {"samples": 1},
+            ("policy", "judge"),
+            quiz.answer,
+            [{"text": quiz.snippet(manner, 10)} for manner in ("knows", "shy")],
+            ["answer", "refusal"],
+        ),
+        (
+            "steerability",
+            {"samples": 1, "variants": 1, "turns": 1},
+            ("judge",),
+            director.answer,
+            [director.seed("obedient")],
+            ["length", "length preference"],
+        ),
+        (
+            "translated_reasoning",
+            {"languages": ["de"], "columns": {"user": "question", "assistant": "answer"}},
+            ("judge",),
+            translator.answer,
+            [translator.row("Anna", 12, 5)],
+            ["translation"],
+        ),
+    ],
+    ids=["factuality", "steerability", "translated_reasoning"],
+)
+def test_other_recipes_over_a_llama_that_gives_the_replies_of_a_script(
+    tmp_path: Path,
+    recipe: str,
+    settings: dict[str, Any],
+    others: tuple[str, ...],
+    answer: Answer,
+    rows: list[dict[str, Any]],
+    kinds: list[str],
+) -> None:
+    pytest.importorskip("py3langid")
+    path = tmp_path / "input.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected, found = rows_of_both(
+        tmp_path,
+        answer,
+        others=others,
+        recipe=recipe,
+        settings=settings,
+        input={"kind": "rows", "path": str(path)},
+    )
+    assert [row["kind"] for row in found] == kinds
+    for key in ("messages", "prompt", "chosen", "rejected", "shares", "turn", "closeness"):
+        assert [row.get(key) for row in found] == [row.get(key) for row in expected]
 
 
 def test_rows_are_packed_with_their_final_turn_trained(place: Place, model: Path) -> None:
