@@ -28,7 +28,7 @@ _REASONING = dict.fromkeys(REASONING, "put it into its message, or leave it out 
 
 # Markers of the chat templates of Llama 2, 3 and 4, Mistral, ChatML, Gemma, Phi, Zephyr, DeepSeek, GPT-OSS,
 # Command, Granite, InternLM, OpenChat and OpenAssistant.
-_MARKERS = (
+MARKERS = (
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
     *("<|end_of_text|>", "<|python_tag|>", "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -39,7 +39,7 @@ _MARKERS = (
     *("<|start_of_role|>", "<|end_of_role|>", "<|User|>", "<|Bot|>", "<|end_of_turn|>", "<|prompter|>"),
 )
 # Llama 2's <s> and </s> are HTML tags too, so they count only at the start and the end of a text.
-_MARKER = re.compile("|".join(map(re.escape, _MARKERS)) + r"|\A\s*<s>|</s>\s*\Z")
+_MARKER = re.compile("|".join(map(re.escape, MARKERS)) + r"|\A\s*<s>|</s>\s*\Z")
 # Transcripts have HH-RLHF's turns, or the two headings of Alpaca's and Vicuna's prompts.
 _TURN = re.compile(r"\n\n\s*(?:Human|Assistant):")
 _HEADINGS = re.compile(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import jinja2
 
 from megatron_post.config.data import Rating
+from megatron_post.data.row_refusals import MARKERS
 from megatron_post.inference.samples import read_samples
 from megatron_post.rounds.annotation.pairs import Pair, draw_pairs
 from megatron_post.rounds.annotation.settings import Annotation
@@ -96,5 +97,6 @@ def _page(pairs: Sequence[Pair], *, number: int, of: int) -> str:
         # The browser saves answers under this name, so that two exports do not share them.
         name=sha256_of_json([pair["pair"] for pair in shown])[:12],
         pairs=shown,
+        markers=MARKERS,
         ratings=[(rating, rating.replace("_", " ")) for rating in get_args(Rating)],
     )

@@ -144,6 +144,7 @@ def test_an_edit_that_cannot_be_used_is_no_answer(
         editor = page.get_by_role("textbox")
         for text, message in (
             (" ", "The edited response is blank"),
+            ("Yes.<|eot_id|>", "has <|eot_id|>, which is a mark of a chat template"),
             (pairs[0]["b"], "the text of response B"),
         ):
             editor.fill(text)
