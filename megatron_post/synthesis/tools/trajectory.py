@@ -1,5 +1,6 @@
 """A dialog of a model and its tools, from the user's request to the answer."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,8 @@ async def trajectory(task: Task[Any], box: Toolbox, prompt: str, settings: ToolS
         if reply.finish not in ("stop", "tool_calls"):
             raise Dropped("a reply is cut off")
         if not reply.message.tool_calls:
+            if _has_unread_call(reply):
+                raise Dropped("the server has not read the call in a reply")
             if not outputs:
                 raise Dropped("no tool is called")
             if not outputs[-1]:
@@ -94,6 +97,17 @@ async def _reply(task: Task[Any], messages: Sequence[Message], box: Toolbox) -> 
         raise Dropped(
             "the reply has no text, wrong arguments of a call, or several calls", refused.reason
         ) from None
+
+
+def _has_unread_call(reply: Reply) -> bool:
+    """Whether the text of a reply is a call. A server without a parser of calls gives it as a text."""
+    if reply.finish == "tool_calls":
+        return True
+    try:
+        values = json.loads(reply.text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"name", "parameters"} <= values.keys()
 
 
 def asked_for(reply: Reply) -> str:

@@ -191,6 +191,7 @@ def test_numbers_at_random_are_the_same_in_each_run(place: Place) -> None:
         ("async def recipe(row, task): ...", "VERSION, a whole number"),
         ("VERSION = True\nasync def recipe(row, task): ...", "VERSION, a whole number"),
         ("VERSION = 1\nMODELS = 'author'\nasync def recipe(row, task): ...", "MODELS, a tuple"),
+        ("VERSION = 1\ndef prepare(): ...\nasync def recipe(row, task): ...", "prepare, a function with one"),
         ("VERSION = 1\nSettings = dict\nasync def recipe(row, task): ...", "Settings, a `Section`"),
     ],
 )

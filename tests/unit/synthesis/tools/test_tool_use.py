@@ -48,7 +48,11 @@ def test_one_step_takes_exactly_one_call_that_runs(tool_place: ToolPlace) -> Non
         21: Script([(PYTHON, {"code": 1})]),
         22: Script([(PYTHON, {})]),
         23: Script([(PYTHON, "print(1)"), (PYTHON, "print(2)")], at_once=True),
-        24: Script(calls=[], at_once=True, answer=""),
+        24: Script([], at_once=True),
+        25: Script(
+            [(PYTHON, "print(1)")], answer='{"name": "code_interpreter", "parameters": {"code": "1"}}'
+        ),
+        26: Script([(PYTHON, "print(1)")], finish={1: "tool_calls"}),
     }
     tool_place.run("tool_use", author(scripts), rows=_rows(scripts), tools=[PYTHON], several=0)
     dropped = tool_place.dropped()
@@ -72,6 +76,7 @@ def test_one_step_takes_exactly_one_call_that_runs(tool_place: ToolPlace) -> Non
         19: ("judge", "`data pack` would refuse the row"),
         23: ("solve", UNUSABLE),
         24: ("solve", "no tool is called"),
+        **dict.fromkeys((25, 26), ("solve", "the server has not read the call in a reply")),
     }
     first, second, last = tool_place.rows()
     assert [message.get("content") for message in first["messages"]] == [
