@@ -60,6 +60,7 @@ setup(
         "isal",  # CRC-32 of weights and packs, faster than zlib's
         "tokenizers>=0.20",
         "safetensors>=0.4",
+        "huggingface_hub",  # models by their name on the hub
         "jinja2>=3.1",
         "datasets>=2.20",
         "tensorboard",

@@ -16,7 +16,8 @@ class Tokenizer(Section):
     """The tokenizer of the model."""
 
     path: Name = Field(
-        description="Meta's tokenizer.model, a tokenizer.json, or a directory that holds one of them"
+        description="Meta's tokenizer.model, a tokenizer.json, a directory that holds one of them, or a "
+        "model of the hub"
     )
     content_tokens: tuple[Line, ...] = Field(
         (),

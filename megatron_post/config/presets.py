@@ -8,7 +8,7 @@ from typing import Any
 
 _LLAMA3 = {"vocab_size": 128256, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 _LLAMA3_0 = {**_LLAMA3, "max_position_embeddings": 8192}
-_LLAMA3_1 = {
+_LLAMA3_1: dict[str, Any] = {
     **_LLAMA3,
     "max_position_embeddings": 131072,
     "rope_scaling": {
@@ -17,6 +17,14 @@ _LLAMA3_1 = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+}
+
+
+# 3.2 was scaled further, and its small models share the embedding with the output layer.
+_LLAMA3_2 = {
+    **_LLAMA3_1,
+    "tie_word_embeddings": True,
+    "rope_scaling": {**_LLAMA3_1["rope_scaling"], "factor": 32.0},
 }
 
 
@@ -43,5 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama3_70b": {**_LLAMA3_0, **_shape(80, 8192, 28672, 64, 8)},
     "llama3.1_8b": {**_LLAMA3_1, **_shape(32, 4096, 14336, 32, 8)},
     "llama3.1_70b": {**_LLAMA3_1, **_shape(80, 8192, 28672, 64, 8)},
+    "llama3.2_1b": {**_LLAMA3_2, **_shape(16, 2048, 8192, 32, 8)},
+    "llama3.2_3b": {**_LLAMA3_2, **_shape(28, 3072, 8192, 24, 8)},
+    "llama3.3_70b": {**_LLAMA3_1, **_shape(80, 8192, 28672, 64, 8)},
     "llama3.1_405b": {**_LLAMA3_1, **_shape(126, 16384, 53248, 128, 8)},
 }

@@ -9,10 +9,12 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.adapter import Adapter
 from megatron_post.config.data import Data, Tokenizer
+from megatron_post.config.hf_shape import shape_of
 from megatron_post.config.presets import PRESETS
 from megatron_post.config.rope import RopeScaling
 from megatron_post.config.section import Count, Distinct, Name, NonNegative, Positive, Section, Whole
 from megatron_post.config.stages import STAGES, StageName, Traits
+from megatron_post.storage.hub import model_directory
 from megatron_post.storage.reading import did_you_mean
 
 RoleName = Literal["header", "prompt", "body", "terminator"]
@@ -41,15 +43,20 @@ class Model(Section):
     tie_word_embeddings: bool = Field(description="the output layer uses the embedding's weights")
     initializer_range: Positive = Field(0.02, description="standard deviation of random weights")
     init_from: Name | None = Field(
-        None, description="Hugging Face directory to start from. null: random weights, drawn by seed"
+        None,
+        description="Hugging Face directory, or a model of the hub such as meta-llama/Llama-3.1-8B or "
+        "meta-llama/Llama-3.1-8B@REVISION, to start from. Its shape need not be given. null: random weights, "
+        "drawn by seed",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset") is None:
+        if not isinstance(values, dict):
             return values
-        name = values["preset"]
+        name = values.get("preset")
+        if name is None:
+            return _with_shape(values)
         if not isinstance(name, str) or name not in PRESETS:
             meant = did_you_mean(str(name), list(PRESETS))
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}{meant}")
@@ -58,6 +65,15 @@ class Model(Section):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+def _with_shape(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the shape of the model that they start from, unless they give a shape of their own."""
+    start = values.get("init_from")
+    given = [name for name, field in Model.model_fields.items() if field.is_required() and name in values]
+    if not isinstance(start, str) or given:
+        return values
+    return {**shape_of(model_directory(start, whole=False)), **values}
 
 
 class Parallel(Section):

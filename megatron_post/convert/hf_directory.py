@@ -15,6 +15,7 @@ from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names, row_blocks
 from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.hub import model_directory
 from megatron_post.storage.reading import read_object, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -32,7 +33,7 @@ class HuggingFaceDirectory:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory, self._files = Path(directory), OpenFiles()
+        self.directory, self._files = model_directory(directory), OpenFiles()
         self.model = read_model(self.directory)
         found = self._locate()
         self._places = {name: found[name] for name in needed_names(found, self.model)}

@@ -15,6 +15,7 @@ from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes, rule_for, shard_from_hf
 from megatron_post.models.adapted import base_parameters
 from megatron_post.models.llama import Llama
+from megatron_post.storage.hub import model_directory
 
 
 class WeightSource(Protocol):
@@ -61,9 +62,10 @@ class SafetensorsDirectory:
 
         Raises `ValueError` if the directory holds another model. Names, shapes and config are compared.
         """
-        if mismatches := differences(model, read_model(Path(directory))):
+        path = model_directory(directory)
+        if mismatches := differences(model, read_model(path)):
             raise ValueError(f"{directory} is another model:\n  " + "\n  ".join(mismatches))
-        self._directory, self._head = HuggingFaceDirectory(directory), head
+        self._directory, self._head = HuggingFaceDirectory(path), head
         if self._directory.scalar_head and head is None:
             raise ValueError(f"{directory} is a reward model: it has {SCORE[0]} and no lm_head")
 

@@ -8,11 +8,16 @@ from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.meta_source import PARAMS, MetaDirectory
 from megatron_post.convert.source import ModelSource
 from megatron_post.storage import manifest
+from megatron_post.storage.hub import model_directory
 from megatron_post.storage.reading import did_you_mean_path
 
 
 def open_weights_directory(directory: Path) -> ModelSource:
-    """Hugging Face's safetensors or Meta's original files. Raises `ValueError` for anything else."""
+    """Hugging Face's safetensors or Meta's original files. Raises `ValueError` for anything else.
+
+    directory: may be a model of the hub, see `model_directory`.
+    """
+    directory = model_directory(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory{did_you_mean_path(directory)}")
     if os.path.lexists(directory / PARAMS) and not os.path.lexists(directory / "config.json"):

@@ -24,6 +24,7 @@ from megatron_post.data.special_tokens import (
     USED_SPECIAL_TOKENS,
 )
 from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.hub import model_directory
 from megatron_post.storage.reading import plain_file
 
 
@@ -150,7 +151,7 @@ def tokenizer_of(config: Config, *, beside: Path = Path()) -> Tokenizer:
     """
     settings, reasoning = config.tokenizer, config.data.reasoning
     tokenizer = load_tokenizer(
-        beside / settings.path, content_tokens=settings.content_tokens, reasoning=reasoning
+        beside / model_directory(settings.path), content_tokens=settings.content_tokens, reasoning=reasoning
     )
     if reasoning == "render" and (special := list(tokenizer.spelled(THINK))):
         raise ValueError(
@@ -169,7 +170,7 @@ def load_tokenizer(
     there is no tokenizer, if the file is invalid, or if a content token does not exist or is a control token
     of Llama 3's format.
     """
-    path = Path(path)
+    path = model_directory(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "tokenizer.model"]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)

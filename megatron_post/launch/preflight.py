@@ -22,6 +22,7 @@ from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
 from megatron_post.plan.estimate import make_plan, verdict
 from megatron_post.plan.hardware import gpu
+from megatron_post.storage.hub import model_directory
 from megatron_post.storage.manifest import published_steps
 
 
@@ -88,8 +89,11 @@ def data_findings(config: Config, directory: Path) -> list[str]:
     """Check that weights, tokenizer and store exist, can be read and belong together."""
     found = []
     weights = config.model.init_from
-    if weights is not None and not (directory / weights).is_dir():
-        found.append(f"model.init_from={weights} is no directory here")
+    try:
+        if weights is not None and not (directory / model_directory(weights)).is_dir():
+            found.append(f"model.init_from={weights} is no directory here")
+    except ValueError as error:
+        found.append(f"model.init_from={error}")
     try:
         tokenizer = tokenizer_of(config, beside=directory)
     except (ValueError, OSError) as error:
@@ -167,11 +171,11 @@ def mount_findings(config: Config, directory: Path, mounts: Sequence[str]) -> li
     paths = {
         "the working directory": directory,
         "run_dir": directory / config.run_dir,
-        "tokenizer.path": directory / config.tokenizer.path,
+        "tokenizer.path": directory / model_directory(config.tokenizer.path),
         "data.store": directory / config.data.store,
     }
     if config.model.init_from is not None:
-        paths["model.init_from"] = directory / config.model.init_from
+        paths["model.init_from"] = directory / model_directory(config.model.init_from)
     missing = [text.split(":")[0] for text in mounts if not Path(text.split(":")[0]).exists()]
     return [f"container.mounts: {path} does not exist here" for path in missing] + [
         f"{name}: {path} is under no container mount of the same path inside and outside"

@@ -15,6 +15,7 @@ from megatron_post.display import make_console, make_progress
 from megatron_post.parallel.context import ContextSplit, sum_over_ranks
 from megatron_post.parallel.topology import Topology
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
+from megatron_post.storage.hub import model_directory
 from megatron_post.storage.reading import read_object
 from megatron_post.train.step import Stepper
 
@@ -51,7 +52,7 @@ def weights_digests(directory: str | Path, topology: Topology) -> dict[str, str]
 
     All ranks must call this function. Raises `ValueError` if there are no such files.
     """
-    files = sorted(Path(directory).glob("*.safetensors"))
+    files = sorted(model_directory(directory).glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory} holds no safetensors files")
     own = {file.name: sha256_of_file(file) for file in files[topology.rank :: topology.world_size]}
@@ -70,7 +71,7 @@ def reference_key(
     roles, because these are stored beside it.
     """
     weights = weights_digests(directory, topology) if digests is None else digests
-    shape = read_object(Path(directory) / "config.json", "the config of a Llama")
+    shape = read_object(model_directory(directory) / "config.json", "the config of a Llama")
     names = (
         "hidden_size",
         "num_hidden_layers",

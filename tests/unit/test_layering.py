@@ -153,7 +153,7 @@ ONLY = {
     "display": {"rich"},
     "errors": {"typer"},
     "installation": set(),
-    "storage": {"blake3", "isal", "yaml"},
+    "storage": {"blake3", "huggingface_hub", "isal", "yaml"},
     "sandbox": {"pydantic"},
     "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia", "jinja2", "pydantic"},
     "stages": {"torch", "megatron_post_kernels"},
