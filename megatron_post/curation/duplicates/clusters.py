@@ -9,12 +9,17 @@ from megatron_post.data.permutation import permutation
 from megatron_post.installation import install_command
 
 _ITERATIONS = 20
+_DEFAULT_ROWS = 20_000
 _ROWS_PER_CLUSTER = 256  # of the sample. faiss recommends 39 to 256
 
 
 def default_clusters(num_rows: int) -> int:
-    """The square root of the rows. Clusters and the rows in each of them then grow at the same rate."""
-    return max(1, math.isqrt(num_rows))
+    """As few clusters as have about 20,000 rows each.
+
+    The comparisons in a cluster then take much less time than an encoder needs for its rows, and their number
+    is linear in rows. More clusters would separate more duplicates from each other.
+    """
+    return max(1, math.ceil(num_rows / _DEFAULT_ROWS))
 
 
 def sample_rows(rows: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:

@@ -35,7 +35,8 @@ class SemanticDuplicates(Duplicates):
         description="torch devices of a process, such as cuda:0. Empty: all visible GPUs, else the CPU",
     )
     clusters: Count | None = Field(
-        None, description="clusters of k-means. null: the square root of the number of rows"
+        None,
+        description="clusters, whose rows are not compared with those of others. null: one for 20,000 rows",
     )
     threshold: float = Field(
         0.9, gt=-1, le=1, description="cosine from which a row is a duplicate of a row in its cluster"

@@ -47,5 +47,5 @@ def test_the_sample_is_drawn_by_the_seed_alone() -> None:
     assert sample_rows(rows, 100, seed=3).tolist() == rows.tolist()
 
 
-def test_clusters_grow_with_the_square_root_of_rows() -> None:
-    assert [default_clusters(count) for count in (0, 1, 99, 1_000_000)] == [1, 1, 9, 1000]
+def test_clusters_have_about_the_same_number_of_rows() -> None:
+    assert [default_clusters(count) for count in (0, 1, 20_000, 20_001, 1_000_000)] == [1, 1, 1, 2, 50]
