@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load plan-check
+.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load planted plan-check
 
 install: $(VENV)/.installed
 
@@ -82,6 +82,7 @@ bench: install
 	$(BENCH) checkpoint
 	$(BENCH) convert
 	$(BENCH) merge
+	$(BENCH) curation
 	$(BENCH) kernels
 	$(BENCH) report
 
@@ -100,6 +101,10 @@ gpu-bench:
 # requests a second, memory and journal of a client with 10,000 requests in flight
 inference-load: install
 	$(BIN)/python -m tests.load
+
+# 10,000 rows with planted duplicates: precision and recall of each step of `curate`
+planted: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.planted
 
 # the planner's figures: memory beside living bytes, published steps, bubbles, and 405B on 16,384 ranks
 plan-check: install
