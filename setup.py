@@ -2,7 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PEERS = ["transformers>=4.56", "trl>=1.16", "peft>=0.21"]  # what tests and benchmarks compare with
+# what tests and benchmarks compare with
+PEERS = ["transformers>=4.56", "trl>=1.16", "peft>=0.21", "datatrove>=0.9"]
 MATH = "math-verify>=0.8"  # compares mathematical answers
 ROUGE = "rapidfuzz>=3.0"  # tells instructions that are close to others
 LANGUAGE = "py3langid>=0.4"  # identifies languages

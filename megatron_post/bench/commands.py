@@ -165,6 +165,22 @@ def merge(
     _write(merge_table(figures), merge_record(figures), output)
 
 
+@bench_app.command("curation")
+def curation(
+    rows: Annotated[int, typer.Option(help="Synthetic rows.")] = 100_000,
+    words: Annotated[int, typer.Option(help="Words of a row.")] = 300,
+    processes: Annotated[int, typer.Option(help="Processes of each side, with one thread each.")] = 2,
+    directory: Disk = OUTPUT,
+    output: Output = OUTPUT,
+) -> None:
+    """Measure the steps of `curate` that find duplicates, beside datatrove's MinHash."""
+    from megatron_post.bench.curation import side_by_side as bench
+
+    with _scratch(directory) as disk:
+        figures = bench.measure_side_by_side(disk, rows=rows, words=words, processes=processes)
+    _write(bench.curation_table(figures), bench.curation_record(figures), output)
+
+
 @bench_app.command("checkpoint")
 def checkpoint(
     config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="default: 56M parameters")] = "",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -26,3 +26,9 @@ def peak_rss() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak() -> None:
+    """Let `peak_rss` count from now on, where the system allows it. That is on Linux."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")

@@ -41,8 +41,18 @@ class TooManyFailures(ValueError):
     """A step could not annotate more rows than `max_failed` allows."""
 
 
-def curate(settings: Curation, *, rank: int = 0, size: int = 1, console: Console) -> dict[str, Any]:
+def curate(
+    settings: Curation,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    console: Console,
+    begins: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
     """Run process `rank` of `size`. Returns the content of `report.json`.
+
+    begins: is called with the name of each part of the run when it begins: `ROWS`, each pass that has work to
+    do, and "selection".
 
     Raises `ValueError` for sources and columns that cannot be read, bad rows (`TooManyBadRows`), a model that
     does not work, a full disk and too many failures (`TooManyFailures`). Everything that was finished stays.
@@ -50,17 +60,24 @@ def curate(settings: Curation, *, rank: int = 0, size: int = 1, console: Console
     rows = Rows(settings.sources, settings.reasoning, part_rows=settings.part_rows)
     plan = plan_of(settings, rows.record())
     Path(settings.run).mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_Run(settings, rows, plan, rank, size, console).run())
+    return asyncio.run(_Run(settings, rows, plan, rank, size, console, begins).run())
 
 
 class _Run:
     """One process of a run."""
 
     def __init__(
-        self, settings: Curation, rows: Rows, plan: Plan, rank: int, size: int, console: Console
+        self,
+        settings: Curation,
+        rows: Rows,
+        plan: Plan,
+        rank: int,
+        size: int,
+        console: Console,
+        begins: Callable[[str], None],
     ) -> None:
         self.settings, self.rows, self.plan = settings, rows, plan
-        self.rank, self.size, self.console = rank, size, console
+        self.rank, self.size, self.console, self.begins = rank, size, console, begins
         self.directory = Path(settings.run)
         self.num_parts, self.num_rows = 0, 0
 
@@ -82,12 +99,15 @@ class _Run:
                 if missing := planned.column.missing(self.num_parts):
                     with turn_in(self.directory):
                         planned.column.describe(planned.record)
+                    self.begins(planned.work.name)
                     self.say(f"{planned.work.name}: {len(missing):,} of {self.num_parts:,} parts are missing")
                     await self._make(planned, tools)
                 self._check_failures(planned)
             with turn_in(self.directory):
                 report = read_report(self.directory, self.plan.key)
                 if report is None:
+                    self.begins("selection")
+                    self.say("writing the selected rows")
                     report = write_selection(
                         self.settings,
                         self.plan,
@@ -107,6 +127,7 @@ class _Run:
         path = self.plan.index.directory / "index.json"
         with turn_in(self.directory):
             if not path.exists():
+                self.begins(ROWS)
                 self.say("reading the sources")
                 bad_rows = BadRows(self.settings.max_bad_rows, key="max_bad_rows")
                 parts = self.rows.write_index(self.plan.index, bad_rows)

@@ -55,6 +55,7 @@ ALLOWED = {
         "plan",
         "inference",
         "rounds",
+        "curation",
         "doctor",
         "display",
         "installation",

@@ -64,6 +64,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "bench kernels": ("--output bench", [], 5),
     "bench convert": ("--model 8b --rounds 1 --directory scratch --output bench", [], 10),
     "bench merge": ("--gigabytes 1 --directory scratch --output bench", [], 10),
+    "bench curation": ("--rows 1000 --words 60 --directory scratch --output bench", [], 10),
     "bench checkpoint": ("sft.yaml --directory scratch --output bench", CONFIG, 10),
     "bench report": ("bench --html report.html", ["bench/*.json"], 40),
     "convert hf-to-megatron": ("model new", [*WEIGHTS, "model/tokenizer.json"], 25),
@@ -120,6 +121,7 @@ MEASURED = {
     "convert": "bench.convert.measure_conversions",
     "merge": "bench.merge.measure_merges",
     "checkpoint": "bench.checkpoint.measure_checkpoints",
+    "curation": "bench.curation.side_by_side.measure_side_by_side",
 }
 # what an earlier command has left is in the way of a valid one, and is there only where it is what is damaged
 LEFTOVERS = (".converting-*/*", ".partial-*/*", "scored.jsonl*", "rounds/*")
