@@ -28,21 +28,30 @@ class Index:
     def __init__(self, documents: DocumentsInput, *, bad: int = 0) -> None:
         """bad: documents that may be bad, such as those that are not text.
 
-        Raises `ValueError` (`TooManyBadRows`) if the documents cannot be read, and if none has a passage.
+        Raises `ValueError` (`TooManyBadRows`) if the documents cannot be read, if none has a passage, and if
+        the database cannot be written.
         """
         self._database = sqlite3.connect("", check_same_thread=False)
         self._lock = Lock()
+        try:
+            self.checksum = self._write(documents, bad)
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"settings.documents: the index cannot be written to a temporary file: {error}. TMPDIR "
+                "names its directory"
+            ) from None
+
+    def _write(self, documents: DocumentsInput, bad: int) -> str:
         self._database.execute(_TABLE)
         checksum, bad_rows = hashlib.sha256(), BadRows(bad, key="settings.bad_documents")
-        rows = read_input(documents, bad_rows=bad_rows, key="settings.documents")
-        for row in rows:
+        for row in read_input(documents, bad_rows=bad_rows, key="settings.documents"):
             file, text = row.values["file"], row.values["text"].strip()
             place = f"{file}:{row.values['first_line']}-{row.values['last_line']}"
             self._database.execute("INSERT INTO passages VALUES (?, ?, ?)", (file, place, text))
             checksum.update(json.dumps([place, text]).encode())
         if self._database.execute("SELECT 1 FROM passages LIMIT 1").fetchone() is None:
             raise ValueError(f"settings.documents: {documents.path} has no passage that is taken")
-        self.checksum = checksum.hexdigest()
+        return checksum.hexdigest()
 
     def best(self, query: str, most: int, *, longest: int) -> list[dict[str, str]]:
         """At most `most` passages that have a word of the query, the best first.

@@ -1,7 +1,9 @@
 """The search engine finds passages of documents, the best first, and no query is read as syntax."""
 
 import json
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,20 @@ def test_the_best_passage_is_the_first(documents: DocumentsInput) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ['"', "hill AND", "NEAR(hill", "text:hill OR", "hill*", "-hill", "hill\x00", "", "?", "\ud800hill"],
+    [
+        '"',
+        "hill AND",
+        "NEAR(hill",
+        "text:hill OR",
+        "hill*",
+        "-hill",
+        "hill\x00",
+        "",
+        "?",
+        "_",
+        "__ hill",
+        "\ud800hill",
+    ],
 )
 def test_a_query_has_no_syntax(documents: DocumentsInput, query: str) -> None:
     assert set(_places(Index(documents), query)) <= {
@@ -73,6 +88,18 @@ def test_a_document_that_is_no_text_is_refused_unless_it_is_allowed(documents: D
     with pytest.raises(TooManyBadRows, match=r"bad\.txt.*\n.*settings\.bad_documents"):
         Index(documents)
     assert _places(Index(documents, bad=1), "volcano glaciers") == ["rivers.txt:2-2"]
+
+
+def test_a_full_disk_is_named(documents: DocumentsInput, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(sqlite3.Connection):
+        def __init__(self, *values: Any, **options: Any) -> None:
+            super().__init__(*values, **options)
+            self.execute("PRAGMA max_page_count = 10")
+
+    monkeypatch.setattr(sqlite3, "connect", Small)
+    (Path(documents.path) / "long.txt").write_text("\n".join(f"word{number}" for number in range(20_000)))
+    with pytest.raises(ValueError, match=r"settings\.documents: .* is full\. TMPDIR"):
+        Index(documents)
 
 
 def test_documents_without_a_passage_are_refused(documents: DocumentsInput, tmp_path: Path) -> None:
