@@ -35,12 +35,16 @@ def losses(tiny: bool, main_grad: Tensor) -> dict[str, Loss]:
     def one_chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_logprob(hidden, weight, labels, chunk_tokens=max(1, len(labels))).sum()
 
+    def chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -linear_logprob(hidden, weight, labels, chunk_tokens=2048).sum()
+
     def accumulating(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return -linear_logprob(hidden, weight, labels, weight_grad=main_grad).sum()
 
     found: dict[str, Loss] = {
         "megatron-post": fused,
         "megatron-post, one chunk": one_chunk,
+        "megatron-post, chunks of 2,048": chunks,
         "megatron-post, into main_grad": accumulating,
         "torch eager": eager,
     }

@@ -36,6 +36,7 @@ def _run(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
                 "cuBLAS",
                 "megatron-post",
                 "megatron-post, one chunk",
+                "megatron-post, chunks of 2,048",
                 "megatron-post, into main_grad",
                 "torch eager",
             ],
