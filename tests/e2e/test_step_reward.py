@@ -62,7 +62,7 @@ def _scores(file: Path) -> list[list[float]]:
 
 def test_it_learns_exports_and_scores(tmp_path: Path) -> None:
     """It trains under TP 2 x CP 2 with SP. Its export has the same step scores in `transformers`."""
-    config = _config(tmp_path, parallel={"tensor": 2, "context": 2, "sequence": True}, train={"steps": 20})
+    config = _config(tmp_path, parallel={"tensor": 2, "context": 2, "sequence": True}, train={"steps": 14})
     build_store(config, console=Console(quiet=True))
     run_ranks(train, 4, config)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
