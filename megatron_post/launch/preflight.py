@@ -1,7 +1,6 @@
 """The checks before a job is queued. They report all findings together."""
 
 import dataclasses
-import math
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from megatron_post.launch.placement import place
 from megatron_post.launch.script import Job
 from megatron_post.plan.estimate import make_plan, verdict
 from megatron_post.plan.hardware import gpu
+from megatron_post.plan.outlook import most_checkpoints
 from megatron_post.storage.hub import model_directory
 from megatron_post.storage.manifest import published_steps
 
@@ -150,19 +150,6 @@ def disk_findings(config: Config, directory: Path) -> list[str]:
         f"run_dir={config.run_dir}: {count} checkpoints must fit on the disk ({kept}, and the one being "
         f"written): {what} take {need / 1e9:.1f} GB, and {place} has {free / 1e9:.1f} GB free"
     ]
-
-
-def most_checkpoints(config: Config) -> int:
-    """Number of checkpoints that exist while the last one is written.
-
-    These are the last one, the newest `keep` before it, and older ones at multiples of `keep_every`.
-    """
-    settings = config.checkpoint
-    if not settings.keep_every or not settings.every:
-        return settings.keep + 1
-    older = (config.train.steps - 1) // settings.every - settings.keep
-    multiples = max(0, older) * settings.every // math.lcm(settings.every, settings.keep_every)
-    return settings.keep + 1 + multiples
 
 
 def mount_findings(config: Config, directory: Path, mounts: Sequence[str]) -> list[str]:

@@ -58,10 +58,14 @@ def show(
     gpu: Gpu = "h100-80gb",
     segment_length: SegmentLength = None,
     trained_share: TrainedShare = 1.0,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Hours of a Slurm job.")] = 24,
+    node_mtbf: Annotated[
+        float, typer.Option(min=1, help="Mean hours until a node fails. Llama 3's report had 6,334.")
+    ] = 6334,
     as_json: AsJson = False,
     html: Annotated[str | None, typer.Option(help="Also write a page with charts.")] = None,
 ) -> None:
-    """Print memory by rank and kind, and time. The word `show` may be omitted.
+    """Print memory by rank and kind, time, and what the whole run takes. The word `show` may be omitted.
 
     The exit status is 1 if the run does not fit.
     """
@@ -69,6 +73,7 @@ def show(
     from megatron_post.plan import report
     from megatron_post.plan.estimate import make_plan
     from megatron_post.plan.hardware import gpu as gpu_of
+    from megatron_post.plan.outlook import Outlook
     from megatron_post.plan.page import page
 
     plan = make_plan(
@@ -80,11 +85,37 @@ def show(
     )
     if html is not None:
         write_text(html, page(plan))
+    outlook = Outlook(plan, time_limit=time_limit * 3600, node_hours=node_mtbf)
     if as_json:
-        say_json(report.plan_json(plan))
+        say_json(report.plan_json(outlook))
     else:
-        report.print_plan(plan, make_console())
+        report.print_plan(outlook, make_console())
     raise typer.Exit(0 if plan.shortfall <= 0 else 1)
+
+
+@plan_app.command("compare")
+def compare(
+    first: Annotated[str, typer.Argument(metavar="CONFIG")],
+    second: Annotated[str, typer.Argument(metavar="CONFIG")],
+    gpus: Gpus,
+    overrides: Overrides = None,
+    gpus_of_second: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the second run, if it has others.")
+    ] = None,
+    gpu: Gpu = "h100-80gb",
+) -> None:
+    """Print the plans of two configs side by side. Overrides apply to both."""
+    from megatron_post.config.load import load_config
+    from megatron_post.plan import report
+    from megatron_post.plan.estimate import make_plan
+    from megatron_post.plan.hardware import gpu as gpu_of
+
+    plans = [
+        make_plan(load_config(config, overrides or ()), gpus=count, gpu=gpu_of(gpu))
+        for config, count in ((first, gpus), (second, gpus_of_second or gpus))
+    ]
+    names = (first, second if second != first else f"{second} (second)")
+    report.print_comparison(dict(zip(names, plans, strict=True)), make_console())
 
 
 @plan_app.command("search")

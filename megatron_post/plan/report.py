@@ -12,6 +12,7 @@ from megatron_post.config.overrides import merged, with_overrides
 from megatron_post.config.yaml_text import write_yaml
 from megatron_post.plan.estimate import Plan, layout_line, verdict
 from megatron_post.plan.hardware import GIB
+from megatron_post.plan.outlook import Outlook
 from megatron_post.plan.search import SearchResult, override
 from megatron_post.plan.shape import model_parameters
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from megatron_post.plan.dry_run import DryRun  # not at run time: it imports torch and megatron-core
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(outlook: Outlook) -> dict[str, Any]:
     """A plan as plain values for tools. Units are bytes and seconds, and shares are from 0 to 1."""
-    time = plan.time
+    plan, time = outlook.plan, outlook.plan.time
     return {
         "stage": plan.config.stage,
         "gpus": plan.gpus,
@@ -45,6 +46,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "model_flops_utilization": plan.model_flops_utilization,
         "bubble": time.timeline.bubble,
         "time": time_rows(plan),
+        "run": outlook.values,
         "notes": plan.notes,
     }
 
@@ -67,9 +69,9 @@ def time_rows(plan: Plan) -> dict[str, float]:
     return {name: seconds for name, seconds in rows.items() if seconds > 1e-6}
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print layout, memory by rank and kind, time, and the verdict."""
-    t = plan.time
+def print_plan(outlook: Outlook, console: Console) -> None:
+    """Print layout, memory by rank and kind, time, the whole run, and the verdict."""
+    plan, t = outlook.plan, outlook.plan.time
     console.print(
         f"{plan.config.stage}, {model_parameters(plan.config):,} parameters, {plan.gpus} x {plan.gpu.name}: "
         f"{layout_line(plan.config, plan.data_size)}",
@@ -92,7 +94,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"mean bubble {t.timeline.bubble:.1%}",
         highlight=False,
     )
-    for text in (*plan.notes, verdict(plan)):
+    for text in (*outlook.lines, *plan.notes, verdict(plan)):
         console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -113,6 +115,30 @@ def _memory_table(plan: Plan) -> Table:
             table.add_row(kind, *(f"{value:.2f}" for value in values))
     table.add_row("total", *(f"{rank.total / GIB:.2f}" for rank in plan.memory), style="bold")
     return table
+
+
+def print_comparison(plans: dict[str, Plan], console: Console) -> None:
+    """Print plans side by side. plans: by the name of their config."""
+    table = Table("", *plans, box=None)
+    outlooks = [Outlook(plan) for plan in plans.values()]
+    rows: dict[str, list[str]] = {
+        "GPUs": [f"{o.plan.gpus:,} x {o.plan.gpu.name}" for o in outlooks],
+        "layout": [layout_line(o.plan.config, o.plan.data_size) for o in outlooks],
+        "GiB of the fullest rank": [f"{o.plan.fullest.total / GIB:.1f}" for o in outlooks],
+        "fits": ["yes" if o.plan.shortfall <= 0 else "no" for o in outlooks],
+        "seconds a step": [f"{o.plan.time.seconds:.2f}" for o in outlooks],
+        "tokens a step": [f"{o.plan.tokens:,}" for o in outlooks],
+        "tokens/s/GPU": [f"{o.plan.tokens_per_second_per_gpu:,.0f}" for o in outlooks],
+        "MFU": [f"{o.plan.model_flops_utilization:.1%}" for o in outlooks],
+        "hours": [f"{o.hours:,.1f}" for o in outlooks],
+        "GPU-hours": [f"{o.gpu_hours:,.0f}" for o in outlooks],
+    }
+    seconds = [time_rows(o.plan) for o in outlooks]
+    for kind in dict.fromkeys(kind for found in seconds for kind in found):
+        rows[f"s of {kind}"] = [f"{found.get(kind, 0.0):.2f}" for found in seconds]
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    console.print(table)
 
 
 def print_search(found: SearchResult, console: Console) -> None:
@@ -146,7 +172,7 @@ def search_json(found: SearchResult) -> dict[str, Any]:
     return {
         "possible": found.possible,
         "fitting": found.fitting,
-        "plans": [plan_json(plan) for plan in found.plans],
+        "plans": [plan_json(Outlook(plan)) for plan in found.plans],
         "override": write_yaml(override(found.plans[0])),
     }
 

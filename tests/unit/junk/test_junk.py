@@ -82,6 +82,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "launch synthesize": ("synthesis.yaml --cluster cluster.yaml --dry-run",
                           ["synthesis.yaml", "cluster.yaml"], 25),
     "plan show": ("sft.yaml --gpus 2 --html plan.html", CONFIG, 25),
+    "plan compare": ("sft.yaml dpo.yaml --gpus 1", CONFIG, 15),
     "plan search": ("sft.yaml --gpus 2 --output best.yaml", CONFIG, 20),
     "plan dry-run": ("sft.yaml --gpus 1", CONFIG, 20),
     "reference": ("pairs --model model", [*WEIGHTS, *PAIRS], 20),

@@ -17,7 +17,6 @@ from megatron_post.launch.preflight import (
     disk_findings,
     layout_findings,
     memory_findings,
-    most_checkpoints,
     mount_findings,
     raise_for,
 )
@@ -145,18 +144,6 @@ def test_free_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(2 * checkpoint_bytes(config) - 1))
     (found,) = disk_findings(config, tmp_path)
     assert "(checkpoint.keep=2, and the one being written): the 2 that are not there yet take" in found
-
-
-def test_keep_every_needs_disk_space() -> None:
-    """Checkpoints are saved after steps 10, 20, ... 100.
-
-    While 100 is written, 80 and 90 are the newest two. Older ones are kept if they are multiples of
-    `keep_every`: 20, 40 and 60 for 20, or 30 and 60 for 15. While 105 is written, 80 is older too.
-    """
-    expected = [(100, 0, 3), (100, 20, 6), (100, 15, 5), (100, 1000, 3), (105, 20, 7), (5, 20, 3)]
-    for steps, keep_every, count in expected:
-        checkpoint = {"every": 10, "keep": 2, "keep_every": keep_every}
-        assert most_checkpoints(tiny_config(checkpoint=checkpoint, train={"steps": steps})) == count
 
 
 def test_paths_outside_the_container(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_post.plan.estimate import (
     verdict,
 )
 from megatron_post.plan.hardware import GIB, gpu
+from megatron_post.plan.outlook import Outlook
 from megatron_post.plan.page import page
 from megatron_post.plan.report import plan_json, time_rows, winner_config
 from megatron_post.plan.search import closed_form_seconds, search
@@ -314,6 +315,6 @@ def test_page_is_whole() -> None:
 
 def test_json_is_complete() -> None:
     plan = make_plan(llama_config("llama3.1_8b", {"tensor": 2}), gpus=8, gpu=H100)
-    found = plan_json(plan)
+    found = plan_json(Outlook(plan))
     assert found["fits"] is True and found["layout"]["data"] == 4
     assert found["memory"][0]["bytes"] == sum(found["memory"][0]["kinds"].values())
