@@ -170,6 +170,11 @@ class Step(Section):
         """Names of the models that it asks."""
         return ()
 
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether it uses GPUs in the process, besides those of its models."""
+        return False
+
     def errors_with(self, earlier: Mapping[str, "Step"]) -> Sequence[str]:
         """What is wrong with the settings beside those of the steps before it, by their names."""
         return ()

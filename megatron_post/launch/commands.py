@@ -55,6 +55,24 @@ def synthesize(
     launch_synthesis(config, cluster, overrides or (), processes=processes, cpus=cpus, dry_run=dry_run)
 
 
+@launch_app.command("curate")
+def curate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of a curation")],
+    cluster: ClusterPath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="Tasks of the array that share the rows.")] = 1,
+    cpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU cores of each task that uses no GPU. The default is at most 8."),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Check everything, then queue the processes of a curation."""
+    from megatron_post.launch.curation import launch_curation
+
+    launch_curation(config, cluster, overrides or (), processes=processes, cpus=cpus, dry_run=dry_run)
+
+
 @launch_app.command("status")
 def status(run: RunDir) -> None:
     """Show the state, the restarts and the newest checkpoint of each job of a run, and why it ended."""

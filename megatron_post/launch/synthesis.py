@@ -18,7 +18,7 @@ from megatron_post.synthesis.recipe import Recipe, load_recipe
 from megatron_post.synthesis.serving import clear_servers, server_key
 from megatron_post.synthesis.settings import Synthesis, load_synthesis, recipe_settings
 
-_CPUS = 8  # of a process, if its node has so many
+CPUS = 8  # of a process, if its node has so many
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def launch_synthesis(
     programs of the sandbox. dry_run: print the scripts and only check the files.
     """
     settings, cluster = load_synthesis(config_path, overrides), load_cluster(cluster_path)
-    cpus = cpus or min(_CPUS, cluster.cpus_per_node)
+    cpus = cpus or min(CPUS, cluster.cpus_per_node)
     recipe = load_recipe(settings.recipe)
     recipe_settings(settings, recipe)
     found = _findings(settings, cluster, cpus=cpus)
@@ -59,7 +59,7 @@ def launch_synthesis(
             container = container.model_copy(update={"image": settings.serve.image})
         job = _job("serve", arguments, settings, array=settings.serve.servers, nodes=settings.serve.nodes)
         servers = _Planned(job, cluster.model_copy(update={"container": container}))
-        ending = _Planned(_job("end-servers", arguments, settings), _without_gpus(cluster, cpus=1))
+        ending = _Planned(_job("end-servers", arguments, settings), without_gpus(cluster, cpus=1))
     planned = [each for each in (servers, clients, ending) if each is not None]
     if dry_run:
         say("\n".join(f"# {line}" for line in _plan(settings, processes=processes)))
@@ -77,9 +77,7 @@ def launch_synthesis(
 
 
 def _findings(settings: Synthesis, cluster: Cluster, *, cpus: int) -> list[str]:
-    found = []
-    if cpus > cluster.cpus_per_node:
-        found.append(f"--cpus {cpus} is more than cpus_per_node={cluster.cpus_per_node} of the cluster")
+    found = cpu_findings(cpus, cluster)
     if (wanted := settings.serve) is None:
         return found
     if wanted.command is None and wanted.gpus > cluster.gpus_per_node:
@@ -89,6 +87,13 @@ def _findings(settings: Synthesis, cluster: Cluster, *, cpus: int) -> list[str]:
     if wanted.image is not None and cluster.container is None:
         found.append("serve.image has no effect, because the cluster file has no container")
     return found
+
+
+def cpu_findings(cpus: int, cluster: Cluster) -> list[str]:
+    """Whether a node has so many cores."""
+    if cpus <= cluster.cpus_per_node:
+        return []
+    return [f"--cpus {cpus} is more than cpus_per_node={cluster.cpus_per_node} of the cluster"]
 
 
 def _job(
@@ -113,10 +118,11 @@ def _of_clients(settings: Synthesis, recipe: Recipe, cluster: Cluster, cpus: int
     """
     if any(gpus_of(settings.models[name].backend) for name in recipe.models):
         return cluster
-    return _without_gpus(cluster, cpus=cpus)
+    return without_gpus(cluster, cpus=cpus)
 
 
-def _without_gpus(cluster: Cluster, *, cpus: int) -> Cluster:
+def without_gpus(cluster: Cluster, *, cpus: int) -> Cluster:
+    """The cluster settings of a process that takes a part of a node and no GPU."""
     return cluster.model_copy(
         update={
             "partition": cluster.cpu_partition or cluster.partition,

@@ -120,6 +120,7 @@ ALLOWED = {
     },
     "launch": {
         "config",
+        "curation",
         "data",
         "display",
         "inference.settings",

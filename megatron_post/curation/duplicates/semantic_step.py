@@ -48,6 +48,10 @@ class SemanticDuplicates(Duplicates):
     )
     spare: Spare = SPARE
 
+    @property
+    def uses_gpus(self) -> bool:
+        return True
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         vectors, assigned = f"{self.column}.vectors", f"{self.column}.clusters"
         settings = {"encoder": self.encoder, "batch_size": self.batch_size}

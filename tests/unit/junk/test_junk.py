@@ -79,6 +79,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "launch check-nodes": ("sft.yaml", CONFIG, 10),
     "launch round": ("chain.yaml --cluster cluster.yaml --dry-run",
                      ["chain.yaml", "cluster.yaml", *CONFIG], 40),
+    "launch curate": ("curation.yaml --cluster cluster.yaml --dry-run",
+                      ["curation.yaml", "cluster.yaml"], 25),
     "launch synthesize": ("synthesis.yaml --cluster cluster.yaml --dry-run",
                           ["synthesis.yaml", "cluster.yaml"], 25),
     "plan show": ("sft.yaml --gpus 2 --html plan.html", CONFIG, 25),
