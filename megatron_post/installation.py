@@ -1,5 +1,6 @@
 """The command that installs an extra in the way in which this copy of the package was installed."""
 
+import importlib.util
 import json
 import shlex
 import shutil
@@ -35,6 +36,15 @@ def install_command(extra: Extra = "") -> str:
     else:
         words += [f"{_NAME}{suffix}" + (f" @ {origin['url']}" if origin["url"] else "")]
     return shlex.join(words)
+
+
+def require(module: str, purpose: str, extra: Extra) -> None:
+    """Raise `ValueError` with the command that installs a package, if it is not installed.
+
+    purpose: what needs it, at the beginning of the message.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{purpose} needs the package {module}: {install_command(extra)}")
 
 
 def install_system_package(name: str) -> str:

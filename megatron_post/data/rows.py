@@ -102,18 +102,29 @@ def read_rows(
             return
 
 
-def raw_rows(source: Source) -> Iterator[tuple[int, str, Any]]:
-    """Yield (row number, place, row) of every row, as it is. A row that cannot be decoded is its `BadRow`.
+def local_path(source: Source) -> Path | None:
+    """The path of a source, or None if it is the name of a dataset on the hub.
 
-    Raises `ValueError` for a source that cannot be found or read.
+    Raises `ValueError` for a path that does not exist.
     """
     try:
         path = Path(source.path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"source {source.name!r}: path={source.path}: {error}") from error
-    if not path.exists():
-        if path.name.endswith(SUFFIXES) or source.path.startswith(("/", ".", "~")):
-            raise ValueError(f"source {source.name!r}: {path} does not exist{did_you_mean_path(path)}")
+    if path.exists():
+        return path
+    if path.name.endswith(SUFFIXES) or source.path.startswith(("/", ".", "~")):
+        raise ValueError(f"source {source.name!r}: {path} does not exist{did_you_mean_path(path)}")
+    return None
+
+
+def raw_rows(source: Source) -> Iterator[tuple[int, str, Any]]:
+    """Yield (row number, place, row) of every row, as it is. A row that cannot be decoded is its `BadRow`.
+
+    Raises `ValueError` for a source that cannot be found or read.
+    """
+    path = local_path(source)
+    if path is None:
         where = f"{source.path}[{source.split}]"
         yield from _numbered(
             where,

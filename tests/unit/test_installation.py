@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron_post import installation
-from megatron_post.installation import install_command
+from megatron_post.installation import install_command, require
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,3 +97,11 @@ def test_no_page_or_script_builds_transformer_engine_in_isolation() -> None:
     for name, command in commands:
         alone = "--no-deps" in command  # its pure Python code, for the tests
         assert alone or "--no-build-isolation" in command, f"{name}: {command}"
+
+
+def test_a_missing_package_is_named_with_the_command() -> None:
+    require("json", "reading", "curate")
+    with pytest.raises(
+        ValueError, match=r"^dreaming needs the package no_such_package: pip install .*curate"
+    ):
+        require("no_such_package", "dreaming", "curate")

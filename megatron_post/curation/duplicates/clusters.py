@@ -1,12 +1,10 @@
 """Clusters of embeddings, by the k-means of faiss."""
 
-import importlib.util
 import math
 
 import numpy as np
 
 from megatron_post.data.permutation import permutation
-from megatron_post.installation import install_command
 
 _ITERATIONS = 20
 _DEFAULT_ROWS = 20_000
@@ -31,9 +29,10 @@ def sample_rows(rows: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
 def train_centroids(sample: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
     """Unit vectors, float32 [clusters, dimensions]. There are never more clusters than rows in the sample.
 
-    sample: unit vectors, float [rows, dimensions]. Raises `ValueError` if faiss is not installed.
+    sample: unit vectors, float [rows, dimensions].
     """
-    faiss = _faiss()
+    import faiss
+
     clusters = min(clusters, len(sample))
     if clusters <= 1:
         mean = sample.astype(np.float32).mean(axis=0, keepdims=True)
@@ -53,15 +52,9 @@ def train_centroids(sample: np.ndarray, clusters: int, *, seed: int) -> np.ndarr
 
 def assign(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """The cluster of each row, int32 [rows]: that of the centroid with the largest cosine."""
-    index = _faiss().IndexFlatIP(centroids.shape[1])
+    import faiss
+
+    index = faiss.IndexFlatIP(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids, np.float32))
     _, nearest = index.search(np.ascontiguousarray(vectors, np.float32), 1)
     return nearest[:, 0].astype(np.int32)
-
-
-def _faiss():  # type: ignore[no-untyped-def]  # faiss has no types
-    if importlib.util.find_spec("faiss") is None:
-        raise ValueError(f"clusters need faiss: {install_command('curate')}")
-    import faiss
-
-    return faiss

@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 from megatron_post.config.data import Source
 from megatron_post.config.section import Count, Distinct, Name, Section
 from megatron_post.curation.columns import DROPPED
-from megatron_post.curation.duplicates.contamination import EvaluationNgrams
+from megatron_post.curation.duplicates.contamination import SHORTEST, EvaluationNgrams
 from megatron_post.curation.duplicates.texts import texts_of
 from megatron_post.curation.rows import checksums
 from megatron_post.curation.step import Batch, Pass, RowPass, Step, Values, View
 from megatron_post.data.dialog import BadRow
-from megatron_post.data.rows import raw_rows
+from megatron_post.data.rows import local_path, raw_rows
 
 
 class Evaluation(Section):
@@ -51,7 +51,10 @@ class Contamination(Step):
 
     def passes(self, *, seed: int) -> Sequence[Pass]:
         searched = _Searched(self)
-        contents = [checksums(_source(evaluation)) for evaluation in self.evaluations]
+        sources = [_source(evaluation) for evaluation in self.evaluations]
+        for source in sources:
+            local_path(source)  # a missing file ends the run before the steps before this one have run
+        contents = [checksums(source) for source in sources]
         return [
             RowPass(
                 name=self.column,
@@ -78,6 +81,11 @@ class _Searched:
         for evaluation in self._step.evaluations:
             for number, texts in _texts(evaluation):
                 found.add(texts, (evaluation.name, number))
+            if found.rows[evaluation.name] == found.too_short[evaluation.name]:
+                raise ValueError(
+                    f"evaluation {evaluation.name!r}: no text of {evaluation.path} has {SHORTEST} words or "
+                    "more, so no row can be compared with it"
+                )
         found.finish()
         return found
 
@@ -114,23 +122,17 @@ def _source(evaluation: Evaluation) -> Source:
 def _texts(evaluation: Evaluation) -> Iterator[tuple[int, list[str]]]:
     """Yield the number and the texts of each row.
 
-    Raises `ValueError` for a row that cannot be decoded, for a column that no row has, and for an evaluation
-    without texts.
+    Raises `ValueError` for a row that cannot be decoded, and for a column that no row has.
     """
     seen: set[str] = set()
-    is_empty = True
     for number, where, row in raw_rows(_source(evaluation)):
         if isinstance(row, BadRow) or not isinstance(row, dict):
             raise ValueError(f"evaluation {evaluation.name!r}: {where}: {_reason(row)}")
         columns = evaluation.columns or tuple(row)
         seen |= row.keys() & set(columns)
-        texts = [text for column in columns for text in _strings(row.get(column))]
-        is_empty &= not texts
-        yield number, texts
+        yield number, [text for column in columns for text in _strings(row.get(column))]
     if missing := sorted(set(evaluation.columns) - seen):
         raise ValueError(f"evaluation {evaluation.name!r}: no row has the column {', '.join(missing)}")
-    if is_empty:
-        raise ValueError(f"evaluation {evaluation.name!r}: {evaluation.path} has no texts to compare with")
 
 
 def _reason(row: Any) -> str:

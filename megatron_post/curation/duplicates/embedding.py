@@ -1,13 +1,11 @@
 """Embeddings of whole dialogs by an encoder of sentence-transformers."""
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_post.curation.duplicates.words import Dialog
-from megatron_post.installation import install_command
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -29,10 +27,8 @@ class Encoder:
         """model: directory or hub name of an encoder. A model of Hugging Face gets mean pooling.
 
         devices: as torch names them. Several have a process each. None: all visible GPUs, else the CPU.
-        Raises `ValueError` if the library is not installed or the model cannot be loaded.
+        Raises `ValueError` if the model cannot be loaded.
         """
-        if importlib.util.find_spec("sentence_transformers") is None:
-            raise ValueError(f"embeddings need sentence-transformers: {install_command('curate')}")
         devices = list(devices) or _visible_devices()
         self._batch_size = batch_size
         self._model = _load(model, devices[0])
@@ -110,8 +106,12 @@ def _visible_devices() -> list[str]:
 
 def _load(model: str, device: str) -> "SentenceTransformer":
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         return SentenceTransformer(model, device=device, trust_remote_code=False)
     except Exception as error:  # the library raises many types, and few of them name the model
-        raise ValueError(f"encoder {model!r} cannot be loaded: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"encoder {model!r} cannot be loaded on {device}: {error or type(error).__name__}"
+        ) from error

@@ -22,6 +22,7 @@ from megatron_post.curation.duplicates.spared import KEYS, SPARE, Spare, SpareKe
 from megatron_post.curation.duplicates.texts import texts_of
 from megatron_post.curation.duplicates.words import WordHashes, ngram_hashes
 from megatron_post.curation.step import Batch, Pass, RowPass, Values, View, WholePass
+from megatron_post.installation import require
 
 _NGRAMS = "ngrams"
 
@@ -37,6 +38,7 @@ class NearDuplicateRows(Duplicates):
     spare: Spare = SPARE
 
     def passes(self, *, seed: int) -> Sequence[Pass]:
+        require("rensa", self.kind, "curate")
         signatures = f"{self.column}.signatures"
         bands, _ = band_shape(self.threshold)
         return [

@@ -39,8 +39,17 @@ class Duplicates(Step):
         return [tuple(name.split(".", 1)) for name in self.order_by]  # type: ignore[misc]
 
     def order(self, view: View) -> np.ndarray:
-        """The rows from the one that is kept first to the one that is kept last, int64 [rows]."""
+        """The rows from the one that is kept first to the one that is kept last, int64 [rows].
+
+        Raises `ValueError` for a field that is no number, and for negative numbers in one of several fields.
+        """
         columns = [_numbers(view, *name.split(".", 1)) for name in self.order_by]
+        for name, column in zip(self.order_by, columns, strict=True):
+            if len(columns) > 1 and (column < 0).any():
+                raise ValueError(
+                    f"order_by: {name} has negative values, such as {np.nanmin(column):g}, so a product with "
+                    "other fields does not order the rows; name a field from 0 on, or this field alone"
+                )
         return order_by_priority(view.num_rows, columns)
 
 

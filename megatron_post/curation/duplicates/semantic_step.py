@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_post.curation.duplicates.semantic import CompareTo, select
 from megatron_post.curation.duplicates.spared import KEYS, SPARE, Spare, SpareKeys, keys_of
 from megatron_post.curation.duplicates.texts import texts_of
 from megatron_post.curation.step import Batch, BlockPass, Pass, RowPass, Values, View
+from megatron_post.installation import require
 
 _VECTOR = "vector"
 
@@ -53,6 +55,10 @@ class SemanticDuplicates(Duplicates):
         return True
 
     def passes(self, *, seed: int) -> Sequence[Pass]:
+        for package in ("sentence_transformers", "faiss"):
+            require(package, self.kind, "curate")
+        if self.encoder.startswith(("/", ".")) and not Path(self.encoder).is_dir():
+            raise ValueError(f"{self.column}: encoder {self.encoder} is no directory")
         vectors, assigned = f"{self.column}.vectors", f"{self.column}.clusters"
         settings = {"encoder": self.encoder, "batch_size": self.batch_size}
         return [

@@ -58,8 +58,8 @@ def test_the_end_of_a_long_dialog_counts(small: Encoder) -> None:
 
 
 def test_a_missing_model_is_named() -> None:
-    with pytest.raises(ValueError, match="encoder '/no/such/model' cannot be loaded"):
-        Encoder("/no/such/model", batch_size=8)
+    with pytest.raises(ValueError, match="encoder '/no/such/model' cannot be loaded on cpu"):
+        Encoder("/no/such/model", batch_size=8, devices=["cpu"])
 
 
 @pytest.mark.slow

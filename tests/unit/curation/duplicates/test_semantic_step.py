@@ -107,5 +107,6 @@ def test_all_rows_may_be_dropped_before(place: Place, step: dict[str, Any]) -> N
 
 def test_an_encoder_that_does_not_exist_is_named(place: Place, step: dict[str, Any]) -> None:
     add_rows(place)
-    with pytest.raises(ValueError, match="encoder '/no/such/encoder' cannot be loaded"):
+    with pytest.raises(ValueError, match="semantic_duplicates: encoder /no/such/encoder is no directory"):
         place.curate(step | {"encoder": "/no/such/encoder"})
+    assert not place.run.exists()

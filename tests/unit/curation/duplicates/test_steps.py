@@ -25,6 +25,18 @@ def evaluation(place: Place, *rows: dict[str, Any], **keys: Any) -> dict[str, An
     return {"kind": "contamination", "evaluations": [{"name": "exam", "path": str(path), **keys}]}
 
 
+def quality(column: str, name: str = "quality") -> dict[str, Any]:
+    """A step that drops nothing, with a score from a key of the rows."""
+    scores = {"rm": {"column": column}}
+    return {
+        "kind": "quality",
+        "name": name,
+        "reward": [{"name": "r", "models": ["rm"]}],
+        "scores": scores,
+        "top": 1.0,
+    }
+
+
 def test_exact_duplicates_name_the_row_that_is_kept(place: Place) -> None:
     place.add_source("first", [dialog("a question", TEXT), dialog("another", "answer")])
     place.add_source("second", [dialog("A  question", TEXT.upper()), dialog("a question", "else")])
@@ -66,6 +78,33 @@ def test_problems_with_other_numbers_are_spared(place: Place) -> None:
     assert len(place.rows()) == 1
 
 
+@pytest.mark.parametrize("step", [EXACT, NEAR])
+def test_the_best_of_several_duplicates_is_kept(place: Place, step: dict[str, Any]) -> None:
+    scores = [1.0, 3.0, None, 2.0]
+    place.add_source("chat", [dialog("question", TEXT) | {"score": score} for score in scores])
+    place.curate(quality("score"), step | {"order_by": ["quality.score"]})
+    assert [row["curation"]["place"][-1] for row in place.rows()] == ["2"]
+
+
+def test_several_fields_are_multiplied(place: Place) -> None:
+    """The products of the ranks are 1/3 x 1, 2/3 x 2/3 and 1 x 1/3, so the second row is the best."""
+    values = [(1, 3), (2, 2), (3, 1)]
+    place.add_source("chat", [dialog("question", TEXT) | {"a": a, "b": b} for a, b in values])
+    steps = [quality("a", name="first"), quality("b", name="second")]
+    place.curate(*steps, EXACT | {"order_by": ["first.score", "second.score"]})
+    assert [row["curation"]["place"][-1] for row in place.rows()] == ["2"]
+
+
+def test_negative_values_order_rows_alone_but_not_in_a_product(place: Place) -> None:
+    values = [(-2.0, 1.0), (-1.0, 2.0)]
+    place.add_source("chat", [dialog("question", TEXT) | {"a": a, "b": b} for a, b in values])
+    steps = [quality("a", name="first"), quality("b", name="second")]
+    place.curate(*steps, EXACT | {"order_by": ["first.reward"]})
+    assert [row["curation"]["place"][-1] for row in place.rows()] == ["2"]
+    with pytest.raises(ValueError, match=r"order_by: first\.reward has negative values, such as -2"):
+        place.curate(*steps, EXACT | {"order_by": ["first.reward", "second.reward"]})
+
+
 def test_rows_that_an_earlier_step_drops_do_not_count(place: Place) -> None:
     """The first of two equal rows is dropped by the first step, so the second one is kept."""
     place.add_source("chat", [dialog("a long question", "answer"), dialog("a  long  question", "answer")])
@@ -103,7 +142,9 @@ def test_changed_evaluation_data_is_searched_again(place: Place) -> None:
     ("rows", "keys", "message"),
     [
         ([{"question": QUESTION}], {"columns": ["query"]}, "no row has the column query"),
-        ([{"n": 1}], {}, "has no texts to compare with"),
+        ([{"n": 1}], {}, "no text of .* has 5 words or more"),
+        ([{"question": "Who is it?"}], {}, "no text of .* has 5 words or more"),
+        ([], {}, "no text of .* has 5 words or more"),
         (["text"], {}, r"evaluation\.jsonl:1: a row must be a mapping, not str"),
         ([{"question": QUESTION}], {"path": "/no/such.jsonl"}, r"/no/such\.jsonl does not exist"),
     ],
