@@ -89,6 +89,29 @@ def launch_round(
     launch_chain(chain, cluster, origin=file, program=program, dry_run=dry_run)
 
 
+@curate_app.command("run")
+def curate(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML: sources, steps, models, run")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Number of this process, from 0; by default that of a Slurm array.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Processes that share the rows; by default those of a Slurm array.")
+    ] = None,
+) -> None:
+    """Annotate the rows step by step, and write those that every step keeps. The same command resumes.
+
+    The word `run` may be left out.
+    """
+    from megatron_post.curation.run import curate as run
+    from megatron_post.curation.settings import load_curation
+    from megatron_post.rounds.ranking import open_ranker
+
+    settings = load_curation(file, overrides or ())
+    run(settings, rank=rank, size=size, open_ranker=open_ranker, console=make_console())
+
+
 @data_app.command("pack")
 def data_pack(
     config: ConfigPath,

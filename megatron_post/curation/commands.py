@@ -1,11 +1,10 @@
 """The commands of `megatron-post curate`, with their options and their output."""
 
-import os
 from typing import Annotated
 
 import typer
 
-from megatron_post.display import make_console
+from megatron_post.display import make_console, say
 from megatron_post.plan.commands import with_default
 
 curate_app = typer.Typer(
@@ -13,30 +12,6 @@ curate_app = typer.Typer(
     no_args_is_help=True,
     help="Find the rows that are worth training on: `curate FILE`.",
 )
-
-
-@curate_app.command("run")
-def run(
-    config: Annotated[str, typer.Argument(metavar="FILE", help="YAML: sources, steps, models, run")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Number of this process, from 0; by default that of a Slurm array.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="Processes that share the rows; by default those of a Slurm array.")
-    ] = None,
-) -> None:
-    """Annotate the rows step by step, and write those that every step keeps. The same command resumes.
-
-    The word `run` may be left out.
-    """
-    from megatron_post.curation.run import curate
-    from megatron_post.curation.settings import load_curation
-    from megatron_post.parallel.environment import share_of
-
-    settings = load_curation(config, overrides or ())
-    rank, size = share_of(rank, size, os.environ)
-    curate(settings, rank=rank, size=size, console=make_console())
 
 
 @curate_app.command("show")
@@ -53,3 +28,17 @@ def show(
     print_rows(
         directory, topic=topic, source=source, dropped_by=dropped_by, rows=rows, console=make_console()
     )
+
+
+@curate_app.command("labels")
+def labels(
+    config: Annotated[str, typer.Argument(metavar="FILE", help="YAML of a finished run with `topics`")],
+    output: Annotated[str, typer.Option(help="JSON lines to write, which `data pack` reads.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+) -> None:
+    """Write the rows that teach a Llama to label topics as the judge did. It is then a `classifier`."""
+    from megatron_post.curation.labels import write_labels
+    from megatron_post.curation.settings import load_curation
+
+    count = write_labels(load_curation(config, overrides or ()), output)
+    say(f"{output}: {count:,} rows")

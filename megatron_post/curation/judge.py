@@ -38,7 +38,7 @@ async def ask_about(
 
     async def ask(row: Row) -> tuple[Made | None, str | None]:
         dialog = dialog_text(row, longest=longest)
-        text = _prompts().render(prompt, dialog=dialog, **values(row))
+        text = rendered(prompt, dialog=dialog, **values(row))
         try:
             reply = await asked.ask(text, temperature=0.0, top_p=1.0)
         except Refused as error:
@@ -51,6 +51,11 @@ async def ask_about(
             return None, str(error)
 
     return await batch.tools.for_each(batch.rows, ask)
+
+
+def rendered(prompt: str, **values: Any) -> str:
+    """The text of a template in `prompts/`."""
+    return _prompts().render(prompt, **values)
 
 
 def prompt_checksum(prompt: str) -> str:

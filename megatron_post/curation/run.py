@@ -9,6 +9,7 @@ files, and it writes the same bytes as a run that was not interrupted.
 import asyncio
 import inspect
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -27,8 +28,9 @@ from megatron_post.curation.rows import Rows
 from megatron_post.curation.selection import REPORT, read_report, write_selection
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import ROWS, Batch, BlockPass, RowPass, View, WholePass
-from megatron_post.curation.tools import Tools
+from megatron_post.curation.tools import OpenRanker, Tools
 from megatron_post.data.rows import BadRows
+from megatron_post.parallel.environment import share_of
 from megatron_post.storage.files import write_json
 from megatron_post.storage.lock import turn_in
 from megatron_post.storage.reading import read_object
@@ -44,23 +46,26 @@ class TooManyFailures(ValueError):
 def curate(
     settings: Curation,
     *,
-    rank: int = 0,
-    size: int = 1,
+    rank: int | None = None,
+    size: int | None = None,
+    open_ranker: OpenRanker | None = None,
     console: Console,
     begins: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Run process `rank` of `size`. Returns the content of `report.json`.
+    """Run process `rank` of `size`, by default as in `share_of`. Returns the content of `report.json`.
 
+    open_ranker: `rounds.ranking.open_ranker`, which steps with a classifier need.
     begins: is called with the name of each part of the run when it begins: `ROWS`, each pass that has work to
     do, and "selection".
 
     Raises `ValueError` for sources and columns that cannot be read, bad rows (`TooManyBadRows`), a model that
     does not work, a full disk and too many failures (`TooManyFailures`). Everything that was finished stays.
     """
+    rank, size = share_of(rank, size, os.environ)
     rows = Rows(settings.sources, settings.reasoning, part_rows=settings.part_rows)
     plan = plan_of(settings, rows.record())
     Path(settings.run).mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_Run(settings, rows, plan, rank, size, console, begins).run())
+    return asyncio.run(_Run(settings, rows, plan, rank, size, open_ranker, console, begins).run())
 
 
 class _Run:
@@ -73,11 +78,13 @@ class _Run:
         plan: Plan,
         rank: int,
         size: int,
+        open_ranker: OpenRanker | None,
         console: Console,
         begins: Callable[[str], None],
     ) -> None:
         self.settings, self.rows, self.plan = settings, rows, plan
         self.rank, self.size, self.console, self.begins = rank, size, console, begins
+        self.open_ranker = open_ranker
         self.directory = Path(settings.run)
         self.num_parts, self.num_rows = 0, 0
 
@@ -93,6 +100,7 @@ class _Run:
             journal=journal,
             writer=self.rank,
             rows_in_flight=self.settings.rows_in_flight,
+            open_ranker=self.open_ranker,
         )
         async with tools:
             for planned in self.plan.passes:
@@ -102,6 +110,8 @@ class _Run:
                     self.begins(planned.work.name)
                     self.say(f"{planned.work.name}: {len(missing):,} of {self.num_parts:,} parts are missing")
                     await self._make(planned, tools)
+                # A process that was killed after the last part has left the blocks.
+                shutil.rmtree(planned.column.directory / "scratch", ignore_errors=True)
                 self._check_failures(planned)
             with turn_in(self.directory):
                 report = read_report(self.directory, self.plan.key)
@@ -138,9 +148,9 @@ class _Run:
                 self.plan.index.describe(self.plan.index_record)
                 rows = self.plan.index.read_all(parts, ["source"]).num_rows
                 bad = {"bad_rows": bad_rows.count, "bad_examples": bad_rows.examples}
+                shutil.rmtree(self.plan.index.directory / "draft", ignore_errors=True)
                 # This file comes last, because it marks the index as complete.
                 write_json(path, {"parts": parts, "rows": rows, **bad})
-                shutil.rmtree(self.plan.index.directory / "draft", ignore_errors=True)
         return read_object(path, "the counts of an index; remove its directory, and it is written again")
 
     async def _make(self, planned: Planned, tools: Tools) -> None:
@@ -180,12 +190,12 @@ class _Run:
         kept = self._kept(planned)
         view = self._view(self._read_by(planned), kept, scratch, tools)
         with turn_in(self.directory):
-            if not counted.exists() and planned.column.missing(self.num_parts):
+            if not planned.column.missing(self.num_parts):
+                return  # another process has finished the pass, and removed the blocks
+            if not counted.exists():
                 scratch.mkdir(parents=True, exist_ok=True)
                 write_json(counted, {"blocks": work.prepare(view)})
-        if not planned.column.missing(self.num_parts):
-            return  # another process has finished the pass, and removed the blocks
-        count = read_object(counted, "the number of blocks")["blocks"]
+            count = read_object(counted, "the number of blocks")["blocks"]
         paths = [scratch / f"block-{block:06d}.parquet" for block in range(count)]
         schema = pa.schema({"row": pa.int64(), **work.fields})
         for block in range(self.rank, count, self.size):

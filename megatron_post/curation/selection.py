@@ -67,7 +67,11 @@ def write_selection(
             {"name": source.name, "rows": sources[source.name], "kept": kept_by_source[source.name]}
             for source in settings.sources
         ],
-        "steps": [counted[step.column].as_json() | {"report": step.report(whole)} for step in settings.steps],
+        "steps": [
+            counted[step.column].as_json()
+            | {"failed": _failures(plan, step, whole), "report": step.report(whole)}
+            for step in settings.steps
+        ],
     }
     write_json(directory / REPORT, report)
     return report
@@ -88,18 +92,26 @@ def _annotated(
             yield row, {name: value for name, value in zip(columns, values, strict=True) if value}
 
 
+def _failures(plan: Plan, step: Step, whole: View) -> int:
+    """The number of rows that the passes of a step could not annotate, added over its passes."""
+    failing = [each for each in plan.passes if each.step is step and FAILED in each.work.fields]
+    return sum(
+        len(column) - column.null_count
+        for column in (whole.read(each.work.name, [FAILED])[FAILED] for each in failing)
+    )
+
+
 class _Counted:
     """The counts of a step."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._rows = self._failed = 0
+        self._rows = 0
         self._reasons: Counter[str] = Counter()
 
     def add(self, values: dict[str, Any], *, is_kept: bool) -> None:
         """is_kept: whether no earlier step has dropped the row."""
         self._rows += is_kept
-        self._failed += FAILED in values
         if is_kept and DROPPED in values:
             self._reasons[values[DROPPED]] += 1
 
@@ -109,7 +121,6 @@ class _Counted:
             "kind": self._step.kind,
             "rows": self._rows,
             "dropped": self._reasons.total(),
-            "failed": self._failed,
             "reasons": dict(sorted(self._reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
         }
 

@@ -1,10 +1,10 @@
-"""What passes share in a process: the models of the run with their journal."""
+"""What passes share in a process: the models of the run with their journal, and a model that ranks labels."""
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from megatron_post.inference.answers import Answers, open_answers
 from megatron_post.inference.journal import Journal
@@ -15,11 +15,33 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
+class Ranker(Protocol):
+    """Ranks choices by log-probability, see `rounds.ranking.Ranker`."""
+
+    @property
+    def at_once(self) -> int: ...
+
+    def fits(self, question: tuple[str, Sequence[str]]) -> bool: ...
+
+    def rank(self, questions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]: ...
+
+
+# Loads a model with overrides of its config. `rounds.ranking.open_ranker` is one. It is passed from above,
+# because `rounds` imports this room.
+OpenRanker = Callable[[str, Sequence[str]], contextlib.AbstractContextManager[Ranker]]
+
+
 class Tools:
     """Opens the journal and each model when a pass first asks for it. It is a context manager."""
 
     def __init__(
-        self, models: Mapping[str, AskedModel], *, journal: Path, writer: int, rows_in_flight: int
+        self,
+        models: Mapping[str, AskedModel],
+        *,
+        journal: Path,
+        writer: int,
+        rows_in_flight: int,
+        open_ranker: OpenRanker | None,
     ) -> None:
         """writer: number of this process, which has a file of its own in the journal."""
         self._models, self._directory, self._writer = models, journal, writer
@@ -27,6 +49,8 @@ class Tools:
         self._stack = contextlib.AsyncExitStack()
         self._journal: Journal | None = None
         self._answers: dict[str, Answers] = {}
+        self._open_ranker = open_ranker
+        self._rankers: dict[tuple[str, tuple[str, ...]], Ranker] = {}
 
     async def __aenter__(self) -> "Tools":
         return self
@@ -50,6 +74,14 @@ class Tools:
         return Model(
             self._answers[own], self._journal, name=found.model, scope=scope, sampling=found.sampling
         )
+
+    def ranker(self, model: str, overrides: Sequence[str]) -> Ranker:
+        """A model that ranks choices. Raises `ValueError` if it cannot be loaded."""
+        assert self._open_ranker is not None, "the caller of `curate` must give open_ranker"
+        key = (model, tuple(overrides))
+        if key not in self._rankers:
+            self._rankers[key] = self._stack.enter_context(self._open_ranker(model, overrides))
+        return self._rankers[key]
 
     async def for_each(self, items: Sequence[Item], make: Callable[[Item], Awaitable[Made]]) -> list[Made]:
         """The results of `make` for all items, in order. As many run at once as `rows_in_flight` says."""

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_post.config.section import Count, Line, Name
+from megatron_post.curation.classifier import LABEL_PROMPT, Classifier, Labels, classify
 from megatron_post.curation.columns import FAILED
 from megatron_post.curation.judge import OffScale, ask_about, line_of, prompt_checksum
 from megatron_post.curation.step import ROWS, Batch, Pass, RowPass, Step, Values, View
@@ -25,26 +26,35 @@ class Topics(Step):
 
     kind: Literal["topics"] = Field(description="selects this step")
     taxonomy: Name = Field(description="YAML file of topics, such as configs/curation/topics.yaml")
-    judge: Line = Field(description="name of the model in `models` that labels the rows")
+    judge: Line | None = Field(None, description="name of the model in `models` that labels the rows")
+    classifier: Classifier | None = Field(None, description="a Llama that labels the rows instead")
     longest: Count | None = Field(
         None, description="characters of a dialog that the judge reads. A longer one loses its middle"
     )
 
+    @model_validator(mode="after")
+    def _someone_labels(self) -> "Topics":
+        if (self.judge is None) == (self.classifier is None):
+            raise ValueError("give either judge or classifier")
+        return self
+
     @property
     def models(self) -> Sequence[str]:
-        return (self.judge,)
+        return () if self.judge is None else (self.judge,)
 
     def passes(self, *, seed: int) -> Sequence[Pass]:
         taxonomy = load_taxonomy(self.taxonomy)
+        of_model: dict[str, Any] = {"judge": self.judge, "prompt": prompt_checksum(_PROMPT)}
+        if self.classifier is not None:
+            of_model = {"classifier": self.classifier.checksums(), "prompt": prompt_checksum(LABEL_PROMPT)}
         return [
             RowPass(
                 name=self.column,
                 version=1,
                 settings={
                     "taxonomy": taxonomy.model_dump(mode="json"),
-                    "judge": self.judge,
                     "longest": self.longest,
-                    "prompt": prompt_checksum(_PROMPT),
+                    **of_model,
                 },
                 fields={COARSE: pa.string(), FINE: pa.string(), FAILED: pa.string()},
                 kept_only=True,
@@ -68,19 +78,26 @@ class Topics(Step):
         }
 
     async def _annotate(self, batch: Batch, taxonomy: Taxonomy) -> Values:
-        topics = taxonomy.lines()
-
-        def parse(reply: str) -> tuple[str, str]:
-            label = line_of(reply, "Topic")
-            if (pair := taxonomy.find(label)) is None:
-                raise OffScale(f"the judge's answer is no topic of the taxonomy: {label:.80}")
-            return pair
-
-        found = await ask_about(
-            batch, self.judge, _PROMPT, parse, values=lambda row: {"topics": topics}, longest=self.longest
-        )
+        found = await self._labels(batch, taxonomy)
         return {
             COARSE: [pair and pair[0] for pair, _ in found],
             FINE: [pair and pair[1] for pair, _ in found],
             FAILED: [reason for _, reason in found],
         }
+
+    async def _labels(self, batch: Batch, taxonomy: Taxonomy) -> list[tuple[Labels | None, str | None]]:
+        """(the labels, the reason if there are none) for each row."""
+        if self.classifier is not None:
+            return classify(batch, self.classifier, taxonomy, longest=self.longest)
+        assert self.judge is not None
+        topics = taxonomy.lines()
+
+        def parse(reply: str) -> Labels:
+            label = line_of(reply, "Topic")
+            if (pair := taxonomy.find(label)) is None:
+                raise OffScale(f"the judge's answer is no topic of the taxonomy: {label:.80}")
+            return pair
+
+        return await ask_about(
+            batch, self.judge, _PROMPT, parse, values=lambda row: {"topics": topics}, longest=self.longest
+        )

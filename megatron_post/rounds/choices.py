@@ -1,8 +1,6 @@
 """`megatron-post evaluate choices` measures rank classification, as T0 did.
 
-The choice whose log-probability after the prompt is the highest is the model's answer. As in T0, the
-log-probability is the sum over the choice's tokens, without normalisation by length. The end of the message
-is one of them, as the end of the text is in T0, so that a choice can be the beginning of another one.
+The choice whose log-probability after the prompt is the highest is the model's answer, see `ranking`.
 """
 
 import dataclasses
@@ -13,27 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from megatron_post.config.data import Source
 from megatron_post.config.load import parse
-from megatron_post.config.schema import Config
 from megatron_post.config.section import Line, Section, Whole
-from megatron_post.convert.open_model import open_weights_directory
-from megatron_post.data.batch import PackedBatch
-from megatron_post.data.dialog import BadRow, Dialog, Message
+from megatron_post.data.dialog import BadRow
 from megatron_post.data.rows import raw_rows
-from megatron_post.data.template import render
-from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.display import make_console, make_progress
 from megatron_post.rounds.continued import append_lines, from_reporter, lines_done
-from megatron_post.rounds.segments import refuse_interleaved, rows_at_once, values_of_segments
-from megatron_post.rounds.trained_model import config_of_model, running_model
+from megatron_post.rounds.ranking import open_ranker
 from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.files import read_lines, write_json
 from megatron_post.storage.reading import reading
@@ -82,13 +72,12 @@ def evaluate_choices(
     Raises `ValueError` for a reward model, a row that cannot be used, a row that does not fit in
     `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
     """
-    config = _config(model, overrides)
-    tokenizer = tokenizer_of(config)
     found, open_rows = _read(Path(rows))
-    with running_model(config) as (stepper, _, topology):
+    with open_ranker(model, overrides) as ranker:
+        topology = ranker.topology
         origin = {
-            "model": reference_key(model, config.precision, topology),
-            "tokenizer": tokenizer.fingerprint,
+            "model": reference_key(model, ranker.config.precision, topology),
+            "tokenizer": ranker.tokenizer.fingerprint,
             "rows": sha256_of_json([row.model_dump() for row in found]),
         }
         own = lines_done(Path(output), origin, key="logps") if topology.is_reporter else None
@@ -96,21 +85,14 @@ def evaluate_choices(
         remaining = islice(found, done, None)
         with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
             task = progress.add_task(f"ranking choices of {rows}", total=len(found), completed=done)
-            while batch := list(islice(remaining, rows_at_once(config, topology))):
+            while batch := list(islice(remaining, ranker.at_once)):
                 first, last = batch[0], batch[-1]
-                dialogs = [_dialog(row, choice) for row in batch for choice in row.choices or ()]
-                values = values_of_segments(
-                    [render(dialog, tokenizer) for dialog in dialogs],
-                    _sums,
-                    copies=topology.groups.tp.size(),  # context-parallel ranks have a part of each sum
+                logps = ranker.rank(
+                    [(row.prompt, row.choices or ()) for row in batch],
                     rows=f"row {first.row} of {first.dataset} to row {last.row} of {last.dataset}",
-                    stepper=stepper,
-                    topology=topology,
-                    config=config,
-                    pad_id=tokenizer.pad_id,
                 )
                 if topology.is_reporter:
-                    append_lines(Path(output), _lines(batch, values.tolist()))
+                    append_lines(Path(output), _lines(batch, logps))
                 progress.advance(task, len(batch))
         reports = None
         if topology.is_reporter:
@@ -145,15 +127,6 @@ def print_report(reports: Sequence[DatasetReport], *, console: Console) -> None:
             console.print(f"{each.dataset}: {each.open_rows:,} rows without choices were not ranked")
 
 
-def _config(model: str | Path, overrides: Sequence[str]) -> Config:
-    values = {"stage": "sft", "data": {"store": "unused", "pack_length": 8192}}
-    config = config_of_model(model, values, overrides)
-    refuse_interleaved(config)
-    if open_weights_directory(Path(model)).scalar_head:
-        raise ValueError(f"{model} is a reward model, which gives no probabilities; name a language model")
-    return config
-
-
 def _read(path: Path) -> tuple[list[Row], dict[str, int]]:
     """The rows with choices, and the number of rows without choices of each dataset. Raises `ValueError`."""
     found: list[Row] = []
@@ -180,32 +153,17 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield where, parse(Row, row, origin=where)
 
 
-def _dialog(row: Row, choice: str) -> Dialog:
-    return Dialog((Message("user", row.prompt.strip()), Message("assistant", choice.strip())))
-
-
-def _sums(logps: Tensor, batch: PackedBatch) -> Tensor:
-    """The sum of the trained labels' log-probabilities of each segment on this rank, float64 [n].
-
-    logps: fp32 [t / cp], of each token's label.
-    """
-    trained = torch.where(batch.trained, logps, torch.zeros_like(logps)).double()
-    return trained.new_zeros(len(batch.lengths)).index_add(0, batch.segments, trained)
-
-
-def _lines(batch: Sequence[Row], values: Sequence[float]) -> Iterator[dict[str, Any]]:
-    remaining = iter(values)
-    for row in batch:
+def _lines(batch: Sequence[Row], logps: Sequence[Sequence[float]]) -> Iterator[dict[str, Any]]:
+    for row, own in zip(batch, logps, strict=True):
         choices = [choice.strip() for choice in row.choices or ()]
-        logps = list(islice(remaining, len(choices)))
         yield {
             "dataset": row.dataset,
             "task": row.task,
             "template": row.template,
             "row": row.row,
-            "logps": logps,
+            "logps": list(own),
             "answer": choices.index(row.completion.strip()),
-            "predicted": int(np.argmax(logps)),
+            "predicted": int(np.argmax(own)),
         }
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from megatron_post.curation.run import curate
 from megatron_post.curation.settings import Curation, load_curation
 from megatron_post.display import make_console
+from megatron_post.rounds.ranking import open_ranker
 
 
 def dialog(*texts: str) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class Place:
         if steps:
             self.values["steps"] = list(steps)
         self.values |= keys
-        return curate(self.settings(), rank=rank, size=size, console=self.console())
+        return curate(self.settings(), rank=rank, size=size, open_ranker=open_ranker, console=self.console())
 
     def console(self) -> Console:
         return make_console(quiet=True)

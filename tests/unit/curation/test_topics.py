@@ -1,17 +1,23 @@
 """The step `topics`: labels by a judge over real HTTP, answers that cannot be read, and the table."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_post.config.data import Source
 from megatron_post.config.load import ConfigError
-from megatron_post.curation.judge import OffScale, line_of, marks_in
+from megatron_post.curation.judge import OffScale, line_of, marks_in, rendered
+from megatron_post.curation.labels import write_labels
 from megatron_post.curation.run import TooManyFailures
 from megatron_post.curation.taxonomy import load_taxonomy
+from megatron_post.data.row_formats import example_of_row
+from megatron_post.rounds.ranking import open_ranker
 from tests.scripted_server import Body, ScriptedServer
 from tests.unit.curation.place import Place, dialog
+from tests.unit.rounds.models import tiny_policy
 
 TAXONOMY = """
 topics:
@@ -145,3 +151,54 @@ def test_marks(reply: str, expected: Any) -> None:
 def test_a_line_is_not_taken_from_within_another() -> None:
     with pytest.raises(OffScale):
         line_of("The Topic: x", "Topic")
+
+
+MODEL_OVERRIDES = ["precision.dtype=fp32", "data.pack_length=512"]
+
+
+def test_a_classifier_gives_the_labels_with_the_highest_log_probability(labelled: Place) -> None:
+    """The labels are those that a direct call of the ranker finds, first among coarse and then among fine."""
+    model = tiny_policy(labelled.directory / "model", text="mathematics code geometry debugging other")
+    labelled.values.pop("models")
+    short = [dialog(f"question {n}", "yes " * n) for n in range(1, 5)]
+    labelled.add_source("a", [*short, dialog("x" * 900, "y")])
+    classifier = {"model": str(model), "overrides": MODEL_OVERRIDES}
+    labelled.curate(step(labelled, judge=None, classifier=classifier), max_failed=0.3, part_rows=3)
+    notes = labelled.notes("topics")
+    taxonomy = load_taxonomy(labelled.directory / "topics.yaml")
+    with open_ranker(model, MODEL_OVERRIDES) as ranker:
+        for number, note in enumerate(notes[:4], start=1):
+            text = f"[user]\nquestion {number}\n\n[assistant]\n{'yes ' * number}".rstrip() + " "
+            fine = list(taxonomy.topics[note["coarse"]].parts)
+            for level, labels in (("coarse", list(taxonomy.topics)), ("fine", fine)):
+                (logps,) = ranker.rank([(rendered("label", dialog=text, labels=labels), labels)])
+                assert note[level] == labels[logps.index(max(logps))]
+    assert notes[4] == {"failed": "the dialog is too long for the classifier; give the step `longest`"}
+
+
+def test_rows_that_teach_a_classifier(labelled: Place) -> None:
+    """`data pack` reads them, and they ask for the coarse label and then for the fine one."""
+    labelled.add_source("a", [dialog("circle", "yes"), dialog("bug", "a", "b", "c"), dialog("cook", "yes")])
+    labelled.curate(step(labelled), {"kind": "lengths", "most_turns": 1}, max_failed=0.5)
+    output = labelled.directory / "labels.jsonl"
+    assert write_labels(labelled.settings(), output) == 4
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["completion"] for row in rows] == ["mathematics", "geometry", "code", "debugging"]
+    assert rows[0]["prompt"].endswith(
+        "[user]\ncircle\n\n[assistant]\nyes\n</dialog>\n\nOne of: mathematics; code"
+    )
+    for row in rows:
+        example_of_row(row, Source(name="labels", path="labels.jsonl"))
+    labelled.curate({"kind": "lengths", "most_turns": 1}, models={})
+    with pytest.raises(ValueError, match="there are 0 of the kind `topics`"):
+        write_labels(labelled.settings(), output)
+
+
+def test_either_a_judge_or_a_classifier(labelled: Place) -> None:
+    labelled.add_source("a", [dialog("circle", "yes")])
+    for keys in ({"judge": None}, {"classifier": {"model": "m"}}):
+        with pytest.raises(ConfigError, match="give either judge or classifier"):
+            labelled.curate(step(labelled, **keys))
+    labelled.values.pop("models")
+    with pytest.raises(ValueError, match="no directory with a model's files"):
+        labelled.curate(step(labelled, judge=None, classifier={"model": str(labelled.directory / "none")}))

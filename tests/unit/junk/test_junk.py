@@ -112,6 +112,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
                         ["annotate/pairs.jsonl", "annotate-key.jsonl", "answers.jsonl"], 40),
     "curate run": ("curation.yaml", ["curation.yaml", "rows.jsonl", "rows.csv",
                                      "curated/columns/*/*.parquet", "curated/columns/*/*.json"], 40),
+    "curate labels": ("labels.yaml --output labels.jsonl",
+                      ["labels.yaml", "topics.yaml", "labelled/rows.jsonl", "labelled/dropped.jsonl"], 25),
     "curate show": ("curated --source rows", ["curated/report.json", "curated/rows.jsonl"], 25),
     "select": ("select.yaml --output selected", SELECT, 40),
     "round": ("round.yaml --only round-01/report", ROUND, 40),

@@ -80,7 +80,18 @@ def make_world(root: Path) -> None:
     _write_synthesis(root)
     _write_answers(root)
     curate(load_curation("curation.yaml"), console=make_console(quiet=True))
+    _write_labelled(root / "labelled")
     _write_meta(root / "meta")
+
+
+def _write_labelled(run: Path) -> None:
+    """What a curation has written whose judge labelled topics."""
+    run.mkdir()
+    notes = {"id": "0" * 32, "source": "rows", "place": "rows.jsonl:1"}
+    labels = {"topics": {"coarse": "sums", "fine": "small"}}
+    row = {"prompt": "1 + 1?", "completion": ANSWER, "curation": {**notes, "steps": labels}}
+    for name in ("rows.jsonl", "dropped.jsonl"):
+        (run / name).write_text(json.dumps(row) + "\n")
 
 
 def _write_synthesis(root: Path) -> None:
@@ -178,6 +189,10 @@ def _write_configs(root: Path) -> None:
         "curation.yaml": {"run": "curated", "steps": [{"kind": "lengths", "most_turns": 3}],
                           "sources": [{"name": "rows", "path": "rows.jsonl"},
                                       {"name": "csv", "path": "rows.csv", "columns": columns}]},
+        "labels.yaml": {"run": "labelled", "sources": [{"name": "rows", "path": "rows.jsonl"}],
+                        "models": {"judge": {"model": "m", "backend": {"kind": "transformers"}}},
+                        "steps": [{"kind": "topics", "taxonomy": "topics.yaml", "judge": "judge"}]},
+        "topics.yaml": {"topics": {"sums": {"parts": {"small": None, "large": None}}}},
         "select.yaml": {"prompts": "prompts.jsonl", "verifier": verifier, "cleaning": "rules.yaml",
                         "samples": [{"responses": "samples.jsonl", "scores": "scores.jsonl"}]},
         "rules.yaml": {"rules": [{"name": "sorry", "pattern": "sorry", "max_share": 0.5}]},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_post.rounds import choices as module
-from megatron_post.rounds import segments
+from megatron_post.rounds import ranking, segments
 from megatron_post.rounds.choices import DatasetReport, _read, _reports, evaluate_choices
 from megatron_post.storage.files import read_lines
 from tests.ranks import run_ranks
@@ -119,13 +119,13 @@ def _interrupted(model: Path, rows: Path, output: Path) -> None:
 def _counted(model: Path, rows: Path, output: Path, *settings: str) -> tuple[list[DatasetReport], int]:
     """The report, and the number of segments whose log-probability was computed."""
     segments._ROWS_AT_ONCE = 4
-    real, count = module.values_of_segments, [0]
+    real, count = ranking.values_of_segments, [0]
 
     def values(rendered: Any, *arguments: Any, **options: Any) -> Any:
         count[0] += len(rendered)
         return real(rendered, *arguments, **options)
 
-    module.values_of_segments = values
+    ranking.values_of_segments = values
     return evaluate_choices(model, rows, output, (*SETTINGS, *settings)), count[0]
 
 
