@@ -72,9 +72,19 @@ def reasons(is_dropped: np.ndarray, reason: str) -> pa.Array:
 
 def row_names(view: View, rows: np.ndarray) -> pa.Array:
     """The ids of rows in hexadecimal, null where a row is -1."""
-    ids = view.read(ROWS, ["id"])["id"]
-    found = ids.take(pa.array(rows, mask=rows < 0)).to_pylist()
-    return pa.array([None if name is None else name.hex() for name in found], pa.string())
+    return names_of(row_ids(view), rows)
+
+
+def row_ids(view: View) -> np.ndarray:
+    """The ids of all rows, uint8 [rows, 16]."""
+    parts = [table["id"].combine_chunks() for _, table in view.parts(ROWS, ["id"])]
+    ids = [np.frombuffer(b"".join(part.to_pylist()), np.uint8) for part in parts]
+    return np.concatenate([np.empty(0, np.uint8), *ids]).reshape(-1, 16)
+
+
+def names_of(ids: np.ndarray, rows: np.ndarray) -> pa.Array:
+    """The ids of rows in hexadecimal, null where a row is -1. ids: uint8 [n, 16]."""
+    return pa.array([None if row < 0 else ids[row].tobytes().hex() for row in rows.tolist()], pa.string())
 
 
 def _numbers(view: View, step: str, field: str) -> np.ndarray:

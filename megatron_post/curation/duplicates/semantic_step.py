@@ -13,7 +13,7 @@ from megatron_post.config.section import Count, Distinct, Line, Name
 from megatron_post.curation.columns import DROPPED
 from megatron_post.curation.duplicates import clusters
 from megatron_post.curation.duplicates.embedding import Encoder
-from megatron_post.curation.duplicates.priority import Duplicates, reasons, row_names
+from megatron_post.curation.duplicates.priority import Duplicates, names_of, reasons, row_ids
 from megatron_post.curation.duplicates.semantic import CompareTo, select
 from megatron_post.curation.duplicates.spared import KEYS, SPARE, Spare, SpareKeys, keys_of
 from megatron_post.curation.duplicates.texts import texts_of
@@ -147,6 +147,7 @@ class SemanticDuplicates(Duplicates):
         keys = SpareKeys.of(view.read(vectors, list(KEYS))).take(order)
         np.save(view.scratch / "keys.npy", np.stack([keys.prompt, keys.masked, keys.answer]))
         np.save(view.scratch / "rows.npy", order)
+        np.save(view.scratch / "ids.npy", row_ids(view)[order])
         names, starts = np.unique(cluster[order], return_index=True)
         np.save(view.scratch / "clusters.npy", np.stack([names, starts, [*starts[1:], view.num_rows]]))
         return len(names)
@@ -165,12 +166,11 @@ class SemanticDuplicates(Duplicates):
             compare_to=self.compare_to,
             spare=self.spare,
         )
-        nearest = np.where(found.nearest < 0, -1, rows[found.nearest])
         return {
             "row": rows,
             DROPPED: reasons(~found.kept, "semantic duplicate"),
             "cluster": np.full(len(rows), cluster, np.int32),
-            "nearest": row_names(view, nearest),
+            "nearest": names_of(load("ids")[start:stop], found.nearest),
             "cosine": pa.array(found.cosine, pa.float32(), mask=np.isnan(found.cosine)),
         }
 

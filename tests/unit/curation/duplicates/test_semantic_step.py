@@ -1,5 +1,7 @@
 """The step `semantic_duplicates` in a run, with a real encoder."""
 
+import pkgutil
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,30 @@ def test_an_encoder_that_does_not_exist_is_named(place: Place, step: dict[str, A
     with pytest.raises(ValueError, match="semantic_duplicates: encoder /no/such/encoder is no directory"):
         place.curate(step | {"encoder": "/no/such/encoder"})
     assert not place.run.exists()
+
+
+@pytest.mark.parametrize("function", ["clusters.train_centroids", "clusters.assign", "select"])
+def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(
+    place: Place, step: dict[str, Any], function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call of a function fails, or the only one. A cluster, a part and the training are redone."""
+    add_rows(place)
+    place.curate(step, part_rows=2)
+    expected = place.bytes()
+    shutil.rmtree(place.run)
+    target = f"megatron_post.curation.duplicates.semantic_step.{function}"
+    calls = iter([] if "train" in function else [None])
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        if next(calls, "end") == "end":
+            raise KeyboardInterrupt
+        return original(*arguments, **settings)
+
+    module, _, name = target.rpartition(".")
+    original = getattr(pkgutil.resolve_name(module), name)
+    with monkeypatch.context() as patched:
+        patched.setattr(target, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            place.curate(step, part_rows=2)
+    place.curate(step, part_rows=2)
+    assert place.bytes() == expected
