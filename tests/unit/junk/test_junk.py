@@ -40,7 +40,7 @@ ROWS = [
 ROUND = ["round.yaml", "reward.yaml", "sft.yaml", "dpo.yaml", "base.yaml", "prompts.jsonl",
          "model/config.json", "model/tokenizer.json", "rounds/state.json"]  # fmt: skip
 RUN = ["run/slurm/jobs.jsonl", "run/slurm/1.log"]
-SELECT = ["select.yaml", "rules.yaml", "prompts.jsonl", "samples.jsonl", "scores.jsonl"]
+SELECT = ["select.yaml", "rules.yaml", "prompts.jsonl", "samples.jsonl", "scores.jsonl", "step-scores.jsonl"]
 
 # command -> its words, the files that it reads, and inputs by default. Every command must have an entry.
 COMMANDS: dict[str, tuple[str, list[str], int]] = {

@@ -74,6 +74,8 @@ READERS: dict[str, tuple[str, Callable[[], Any], int]] = {
     "CSV, gzip": ("rows.csv.gz", _rows("rows.csv.gz"), 20),
     "Parquet": ("rows.parquet", _rows("rows.parquet"), 20),
     "pairs": ("pairs.jsonl", _rows("pairs.jsonl"), 40),
+    "labelled steps": ("steps.jsonl", _rows("steps.jsonl"), 40),
+    "steps": ("step-reward/config.json", lambda: _weights(HuggingFaceDirectory("step-reward")), 20),
     "prompts": ("prompts.jsonl", lambda: read_prompts("prompts.jsonl"), 40),
     "samples": ("samples.jsonl", lambda: read_samples(Path("samples.jsonl")), 40),
     "scores": ("scores.jsonl", lambda: list(read_lines(Path("scores.jsonl"))), 40),

@@ -65,6 +65,7 @@ def make_world(root: Path) -> None:
     _write_rows(root)
     tiny_policy(root / "model", text=ANSWER)
     tiny_policy(root / "reward", scalar_head=True, text=ANSWER)
+    tiny_policy(root / "step-reward", scalar_head=True, scores_steps=True, text=ANSWER)
     (root / "tokenizer").mkdir()
     (root / "model" / "tokenizer.json").rename(root / "tokenizer" / "tokenizer.json")
     (root / "model" / "tokenizer.json").write_bytes((root / "tokenizer" / "tokenizer.json").read_bytes())
@@ -137,6 +138,13 @@ def _write_rows(root: Path) -> None:
     (root / "folder" / "train.jsonl").write_text(lines)
     pair = {"prompt": said[:1], "chosen": said[1:], "rejected": [{"role": "assistant", "content": "No."}]}
     (root / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
+    steps = [
+        {"prompt": "1 + 1?", "completions": ["1 + 1", "It is 2."], "labels": [True, None]},
+        {"question": {"problem": "1 + 1?"}, "label": {"steps": [
+            {"completions": [{"text": "2", "rating": 1}, {"text": "3", "rating": -1}],
+             "human_completion": None, "chosen_completion": 0}]}},
+    ]  # fmt: skip
+    (root / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps * 2))
     prompts = [{"prompt": f"{number} + 1?", "answer": number + 1} for number in (1, 2)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     samples = [
@@ -147,6 +155,10 @@ def _write_rows(root: Path) -> None:
     (root / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     scores = [{"row": row, "scores": [row / 8]} for row in range(1, 5)]
     (root / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
+    of_steps = [
+        {"row": row, "steps": [[0.5]], "min": [0.5], "product": [0.5], "last": [0.5]} for row in range(1, 5)
+    ]
+    (root / "step-scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in of_steps))
     _write_prompted(root)
 
 
@@ -194,7 +206,11 @@ def _write_configs(root: Path) -> None:
                         "steps": [{"kind": "topics", "taxonomy": "topics.yaml", "judge": "judge"}]},
         "topics.yaml": {"topics": {"sums": {"parts": {"small": None, "large": None}}}},
         "select.yaml": {"prompts": "prompts.jsonl", "verifier": verifier, "cleaning": "rules.yaml",
-                        "samples": [{"responses": "samples.jsonl", "scores": "scores.jsonl"}]},
+                        "samples": [{"responses": "samples.jsonl",
+                                     "scores": {"a": "scores.jsonl", "b": "step-scores.jsonl"}}],
+                        "reward": [{"name": "helpful", "models": ["a"], "standardize": True},
+                                   {"name": "steps", "models": ["b"], "of_steps": "min",
+                                    "weight": {"default": 0.5}, "at_least": 0.1}]},
         "rules.yaml": {"rules": [{"name": "sorry", "pattern": "sorry", "max_share": 0.5}]},
         "merge.yaml": {"models": [model, model | {"layers": [{"tensors": "*.mlp.*", "weight": 2.0}]}]},
         "round.yaml": {"run_dir": "rounds", "start": {"policy": "model"},
@@ -202,10 +218,14 @@ def _write_configs(root: Path) -> None:
                        "select": {"verifier": verifier},
                        "generate": {"sampling": {"max_tokens": 8}},
                        "average": {"weights": {"sft": 1.0, "dpo": 1.0}},
-                       "stages": {"reward": "reward.yaml", "sft": "sft.yaml", "dpo": "dpo.yaml"}},
+                       "stages": {"reward": "reward.yaml", "sft": "sft.yaml", "dpo": "dpo.yaml",
+                                  "sweep": {"sft": [{}, {"set": {"optimizer.lr": 1e-6}, "weight": 2.0}]}}},
         "chain.yaml": {"run_dir": "chain", "steps": [
             {"name": "one", "command": ["train", "sft.yaml"]},
-            {"name": "two", "command": ["train", "dpo.yaml"], "after": ["one"]}]},
+            {"name": "two", "command": ["train", "dpo.yaml"], "after": ["one"]},
+            {"name": "many", "after": ["two"], "tasks": [
+                {"command": ["train", "dpo.yaml", f"seed={seed}"], "run_dir": f"many-{seed}"}
+                for seed in (1, 2)]}]},
         "cluster.yaml": {"gpus_per_node": 0, "ranks_per_node": 2, "cpus_per_node": 2, "time_limit": "30:00",
                          "warning_seconds": 60, "environment": {"A": "b"}},
     }  # fmt: skip
