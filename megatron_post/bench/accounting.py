@@ -52,7 +52,7 @@ def _count(pack: Pack, batch: PackedBatch, *, scores: bool) -> Counts:
     return Counts(
         capacity=sum(padded),
         real=sum(lengths),
-        trained=int((pack.ranks >= 0).sum()) if scores else trained,
+        trained=int((pack.ranks >= 0).sum()) if scores and pairs is not None else trained,
         examples=sum(n > 0 for n in lengths) if pairs is None else int(pairs.examples),
         useful=Load.of(map(Segment, lengths, seen), trained=trained),
         computed=Load.of(map(Segment, padded, seen), trained=trained),

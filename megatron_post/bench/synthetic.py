@@ -10,7 +10,13 @@ from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore, open_store
-from megatron_post.data.store_format import SourceCounts, StoreLayout, StoreSettings
+from megatron_post.data.store_format import (
+    ONE_SEGMENT,
+    SEPARATE,
+    SourceCounts,
+    StoreLayout,
+    StoreSettings,
+)
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import Rendered, TokenRole
 from megatron_post.data.units import UnitPile
@@ -56,14 +62,14 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
         layout=next(name for name in get_args(StoreLayout) if name == layout),
     )
     capacity, scale = settings.pack_length, min(1.0, settings.pack_length / _WHOLE)
-    if layout != "dialogs":
+    if layout not in ONE_SEGMENT:
         # A pair needs room for two responses, the second up to 1.5 times as long, two prompts, and padding.
         capacity = capacity * 2 // 5 - 2 * settings.segment_multiple
     if capacity < SHORTEST:
         raise ValueError(f"data.pack_length={settings.pack_length} is too short for pairs of random tokens")
     # Tokens of a unit relative to a dialog. A pair has a second response and, in the separate layout, the
     # prompt twice.
-    times = {"dialogs": 1.0, "separate": 2.0}.get(layout, 2.0 - CONTEXT_SHARE)
+    times = {"dialogs": 1.0, "steps": 1.0, "separate": 2.0}.get(layout, 2.0 - CONTEXT_SHARE)
     count = 16 + int(packs * settings.pack_length / (MEAN_LENGTH * scale * times))
     lengths = np.maximum(long_tailed_lengths(count, capacity=int(capacity / scale)) * scale, SHORTEST)
     store = write_random_store(
@@ -113,14 +119,17 @@ def write_random_store(
 def _unit(length: int, layout: StoreLayout, draw: np.random.Generator, vocab_size: int) -> list[Rendered]:
     context = min(max(1, round(length * CONTEXT_SHARE)), length - 2)
     sizes = [length - context]
-    if layout != "dialogs":
+    if layout not in ONE_SEGMENT:
         sizes.append(max(2, round(sizes[0] * draw.uniform(0.5, 1.5))))
     prompt = np.full(context, TokenRole.PROMPT, np.uint8)
     prompt[0] = TokenRole.HEADER
     responses = [np.array([TokenRole.BODY] * (n - 1) + [TokenRole.TERMINATOR], np.uint8) for n in sizes]
-    if layout in ("dialogs", "separate"):
+    if layout == "steps":  # a label at every 32nd token, and at the end of the text
+        for response in responses:
+            response[-2::-32] = TokenRole.RIGHT_STEP
+    if layout in SEPARATE:
         roles = [np.concatenate((prompt, response)) for response in responses]
-        ranks = [-1] if layout == "dialogs" else [0, 1]
+        ranks = [-1] if layout in ONE_SEGMENT else [0, 1]
     else:
         roles, ranks = [prompt, *responses], [-1, 0, 1]
     return [

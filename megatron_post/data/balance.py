@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_post.data.pack import tail_length
 from megatron_post.data.store import PackStore
+from megatron_post.data.store_format import SEPARATE
 
 
 def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
@@ -37,7 +38,7 @@ def attended(lengths: np.ndarray, ranks: np.ndarray, layout: str) -> np.ndarray:
     lengths, ranks: int [segments], of whole packs in their order. layout: the store's layout.
     """
     lengths = lengths.astype(np.int64)
-    if layout in ("dialogs", "separate"):
+    if layout in SEPARATE:
         return lengths**2
     number = np.arange(len(lengths))
     prompts = np.maximum.accumulate(np.where(ranks < 0, number, 0))

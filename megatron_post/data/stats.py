@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_post.data.store import PackStore, open_store
-from megatron_post.data.store_format import GROUPS
+from megatron_post.data.store_format import GROUPS, ONE_SEGMENT, SEPARATE
 from megatron_post.data.template import RESPONSE_ROLES, STEP_ROLES, TokenRole
 
 
@@ -145,7 +145,7 @@ def print_stats(
 def _print_sources(store: PackStore, console: Console) -> None:
     table = Table(box=SIMPLE)
     table.add_column("source", overflow="fold")
-    dialogs = store.settings.layout in ("dialogs", "steps")
+    dialogs = store.settings.layout in ONE_SEGMENT
     rows = ("rows", "%", "turns", "tokens", "in context", "in final response")
     comparisons = ("comparisons", "%", "turns", "tokens an example", "in prompt", "in response")
     for heading in rows if dialogs else comparisons:
@@ -207,11 +207,11 @@ def _contexts_and_responses(store: PackStore, num_units: int) -> tuple[np.ndarra
     """
     unit, responses = store.column("unit"), store.column("response")
     contexts = store.column("length") - responses
-    dialogs = store.settings.layout in ("dialogs", "steps")
+    dialogs = store.settings.layout in ONE_SEGMENT
     ends = np.ones(len(unit)) if dialogs else store.column("rank") >= 0
     count = np.bincount(unit, weights=ends, minlength=num_units)
     context = np.bincount(unit, weights=contexts, minlength=num_units)
-    copies = np.maximum(count, 1) if dialogs or store.settings.layout == "separate" else 1.0
+    copies = np.maximum(count, 1) if store.settings.layout in SEPARATE else 1.0
     return context / copies, np.bincount(unit, weights=responses, minlength=num_units) / np.maximum(count, 1)
 
 

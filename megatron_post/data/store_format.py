@@ -49,6 +49,8 @@ DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
 # "separate" a unit has a segment for each response, which repeats the prompt. With "isolated" and
 # "concatenated" the prompt is the first segment, and each response is one more.
 StoreLayout = Literal["dialogs", "steps", "separate", "isolated", "concatenated"]
+ONE_SEGMENT: tuple[StoreLayout, ...] = ("dialogs", "steps")  # a unit is one segment
+SEPARATE: tuple[StoreLayout, ...] = (*ONE_SEGMENT, "separate")  # a segment sees only itself
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ CASES: dict[str, dict[str, Any]] = {
     "CP 2": {"data": {"pack_length": 256}, "parallel": {"context": 2}},
     "pairs": {"stage": "dpo", "data": {"pack_length": 256}},
     "isolated": {"stage": "reward", "data": {"pack_length": 256}},
+    "steps": {"stage": "step_reward", "data": {"pack_length": 256}},
     "whole mix": {"data": {"pack_length": 16384}},
 }
 
