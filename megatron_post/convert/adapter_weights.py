@@ -11,7 +11,7 @@ from megatron_post.config.adapter import Adapter
 from megatron_post.config.sections import Model
 from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes
 from megatron_post.models.adapted import places
-from megatron_post.models.adapters import LINEARS, linear_columns, split_dimension
+from megatron_post.models.adapters import LINEARS, split_dimension, target_shape
 from megatron_post.models.llama import Llama
 
 PREFIX = "base_model.model."
@@ -50,17 +50,6 @@ def peft_shapes(
                 shapes[peft_name(layer, target, "magnitude")] = (rows,)
     whole = hf_shapes(model, scalar_head=scalar_head, scores_steps=scores_steps)
     return shapes | {PREFIX + name: whole[name] for name in HEAD if name in whole}
-
-
-def target_shape(target: str, model: Model) -> tuple[int, int]:
-    """Rows and columns of a target's matrix."""
-    (linear,) = [name for name, targets in LINEARS.items() if target in targets]
-    rows = {
-        "q_proj": model.num_attention_heads * model.head_dim,
-        **dict.fromkeys(("k_proj", "v_proj"), model.num_key_value_heads * model.head_dim),
-        **dict.fromkeys(("gate_proj", "up_proj"), model.ffn_hidden_size),
-    }
-    return rows.get(target, model.hidden_size), linear_columns(linear, model)
 
 
 class RandomAdapter:

@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+from megatron_post.convert.adapted_model import AdaptedModel
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.megatron_checkpoint import MegatronCheckpoint
 from megatron_post.convert.meta_source import PARAMS, MetaDirectory
+from megatron_post.convert.peft_directory import ADAPTER_CONFIG
 from megatron_post.convert.source import ModelSource
 from megatron_post.storage import manifest
 from megatron_post.storage.hub import model_directory
@@ -32,11 +34,15 @@ def open_weights_directory(directory: Path) -> ModelSource:
 
 
 def open_model(directory: Path) -> ModelSource:
-    """A model of any kind: Hugging Face or Meta weights, or a checkpoint (of a run, its newest step).
+    """A model of any kind: Hugging Face or Meta weights, a checkpoint, or a PEFT directory with its base.
+
+    Of a run's checkpoints the newest step is opened. An adapter is merged with its base while it is read.
 
     Raises `ValueError` if the directory cannot be read or holds no model.
     """
     try:
+        if os.path.lexists(directory / ADAPTER_CONFIG):
+            return AdaptedModel(directory)
         if (directory / manifest.MANIFEST).is_file() or manifest.published_steps(directory):
             return MegatronCheckpoint(directory)
         return open_weights_directory(directory)

@@ -100,6 +100,10 @@ class PeftDirectory:
             if not found.dtype.is_floating_point or found.dtype.itemsize < 2:
                 raise ValueError(f"{self._path}: {name} is {found.dtype}: quantized weights cannot be used")
 
+    def has(self, name: str) -> bool:
+        """Whether the directory has a tensor."""
+        return name in self._stored
+
     def read(self, name: str) -> Tensor:
         """A whole tensor in its own dtype."""
         return read_tensor(self._files, self._path, self._stored[name])

@@ -231,3 +231,14 @@ def linear_columns(linear: str, model: Model) -> int:
     if linear == "mlp.linear_fc2":
         return model.ffn_hidden_size
     return model.num_attention_heads * model.head_dim if linear.endswith("proj") else model.hidden_size
+
+
+def target_shape(target: str, model: Model) -> tuple[int, int]:
+    """Rows and columns of a target's matrix."""
+    (linear,) = [name for name, targets in LINEARS.items() if target in targets]
+    rows = {
+        "q_proj": model.num_attention_heads * model.head_dim,
+        **dict.fromkeys(("k_proj", "v_proj"), model.num_key_value_heads * model.head_dim),
+        **dict.fromkeys(("gate_proj", "up_proj"), model.ffn_hidden_size),
+    }
+    return rows.get(target, model.hidden_size), linear_columns(linear, model)

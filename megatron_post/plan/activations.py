@@ -18,10 +18,13 @@ from functools import cached_property
 from typing import Literal
 
 from megatron_post.config.schema import Config
-from megatron_post.plan.shape import vocabulary_rows
+from megatron_post.models.adapters import LINEARS
+from megatron_post.plan.adapters import input_bytes, update_bytes
+from megatron_post.plan.sizes import FP32, Sizes
 
 Layers = Literal["portable", "transformer_engine", "mixed"]
-FP32, INT64 = 4, 8
+INT64 = 8
+QKV, PROJECTION, FC1, FC2 = LINEARS
 CHUNK_BYTES = 512 * 2**20  # bytes of logits in one of several chunks of linear_logprob
 CPU_BLOCK = 2**22  # logits that its torch implementation computes at a time
 
@@ -46,19 +49,37 @@ class Activations:
     segments: tuple[Segment, ...]
 
     @cached_property
-    def _sizes(self) -> "_Sizes":
-        return _Sizes.of(self.config)
+    def _sizes(self) -> Sizes:
+        return Sizes.of(self.config)
 
-    def norm(self) -> int:
-        """A norm: its input (the residual stream) and its output, which the next matrix keeps."""
+    def norm(self, linear: str | None = None) -> int:
+        """A norm: its input (the residual stream) and its output, which the next matrix keeps.
+
+        linear: the linear layer behind it. The final norm has none, and the head always keeps its output.
+        """
         z = self._sizes
         recomputed = self._selective("layernorm")
+        if self.layers == "portable" and recomputed:
+            return z.s * z.h * z.element
+        output = z.s * (z.h * z.linear_input if linear is None else self._input(linear, z.h))
         if self.layers == "portable":
-            if recomputed:
-                return z.s * z.h * z.element
-            return z.s * (z.h * (2 * FP32 + z.element) + FP32)
-        output = 0 if recomputed else z.s * z.h * z.linear_input
-        return z.s * (z.h * z.element + FP32) + output
+            # A frozen norm does not keep its product before the weight.
+            kept = 1 if self.config.adapter is not None else 2
+            return z.s * (z.h * kept * FP32 + FP32) + output
+        return z.s * (z.h * z.element + FP32) + (0 if recomputed else output)
+
+    def _input(self, linear: str, width: int) -> int:
+        """Bytes of a token's input that a linear layer keeps."""
+        z = self._sizes
+        return input_bytes(self.config, linear, width, plain=z.linear_input, element=z.element)
+
+    def _updates(self, *linears: str) -> int:
+        """Bytes that adapters of linear layers keep besides their input."""
+        z = self._sizes
+        tokens = {linear: z.s if linear.endswith(("proj", "fc2")) else z.t for linear in linears}
+        return sum(
+            update_bytes(self.config, linear, tokens=tokens[linear], element=z.element) for linear in linears
+        )
 
     def norms(self) -> int:
         """Both norms of a layer.
@@ -66,24 +87,34 @@ class Activations:
         Transformer Engine fuses the second norm into the MLP's first matrix. So a recomputed MLP keeps only
         the input of that norm.
         """
-        z, first = self._sizes, self.norm()
-        with_mlp = self.layers != "portable" and self._selective("mlp") and not self._selective("layernorm")
-        return first + (z.s * z.h * z.element if with_mlp else first)
+        z, first, second = self._sizes, self.norm(QKV), self.norm(FC1)
+        if not self._selective("mlp") or self._selective("layernorm"):
+            return first + second
+        if self.config.adapter is not None:
+            # The MLP's input is kept, whether an adapter of its first matrix keeps it or not.
+            return first + self.norm()
+        return first + (z.s * z.h * z.element if self.layers != "portable" else second)
 
     def attention(self) -> int:
         """From the output of the QKV matrix to the input of the projection."""
-        return self._attention_inputs() + (0 if self._selective("core_attn") else self._core_attention())
+        core = 0 if self._selective("core_attn") else self._core_attention()
+        return self._attention_inputs() + core + self._updates(QKV, PROJECTION)
 
     def _attention_inputs(self) -> int:
         z = self._sizes
-        mixed, rotated, projected = z.t * (z.a + 2 * z.k), z.t * (z.a + z.k), z.t * z.a
+        mixed, rotated = z.t * (z.a + 2 * z.k), z.t * (z.a + z.k)
         if self.layers == "transformer_engine":
-            return z.element * (mixed + rotated + projected)
+            # The attention's output is kept by the attention itself, and again by a matrix in another format.
+            projected = z.t * z.a * z.element
+            if self.config.adapter is not None and self.config.adapter.dropout:
+                projected += z.t * self._input(PROJECTION, z.a)
+            return z.element * (mixed + rotated) + projected
+        projected = z.t * input_bytes(self.config, PROJECTION, z.a, plain=z.element, element=z.element)
         # cosine and sine of queries and of keys, which the fused rotation does not keep
         angles = 4 * z.t * z.d if self.layers == "portable" else 0
         if z.context > 1 and not self._selective("core_attn"):
             mixed, rotated = 0, z.t * z.a  # keys and values are kept after they are gathered
-        return z.element * (mixed + angles + rotated + projected)
+        return z.element * (mixed + angles + rotated) + projected
 
     def _core_attention(self) -> int:
         """Tensors that the attention kernel keeps besides its inputs."""
@@ -120,9 +151,18 @@ class Activations:
 
     def _mlp(self) -> int:
         z = self._sizes
-        if self.layers == "portable":
-            return 5 * z.t * z.f * z.element
-        return z.t * z.f * (2 * z.element + z.linear_input)
+        inner = z.t * self._input(FC2, z.f) + self._updates(FC1, FC2)
+        return z.t * z.f * (4 if self.layers == "portable" else 2) * z.element + inner
+
+    def first_input(self) -> int:
+        """What the model's first norm does not keep, because a frozen embedding needs no gradient.
+
+        With recomputation it has one nevertheless, see `models.adapted`.
+        """
+        z = self._sizes
+        if self.config.adapter is None or self.config.recompute.mode != "none":
+            return 0
+        return z.s * (z.h * (FP32 if self.layers == "portable" else z.element) + FP32)
 
     def layer(self) -> int:
         """One layer between its forward and its backward pass."""
@@ -152,16 +192,18 @@ class Activations:
 
     def loss(self) -> dict[str, int]:
         """Tensors of the last chunk: the final norm and the head."""
-        z = self._sizes
+        z, norm = self._sizes, self.norm()
+        if self.config.adapter is not None and not self.config.traits.scalar_head:
+            norm -= z.s * z.h * z.linear_input  # only the copy of the trained tokens is kept
         if self.config.traits.scalar_head:
             # The head reads the portable norm's output in fp32.
             copy = 0 if z.element == FP32 else z.s * z.h * FP32
-            return {"norms": self.norm(), "loss": copy + 4 * z.t * FP32}
+            return {"norms": norm, "loss": copy + 4 * z.t * FP32}
         if self.config.loss.impl == "unfused":
-            return {"norms": self.norm(), "loss": z.t * z.rows * z.element + 8 * z.t * FP32}
+            return {"norms": norm, "loss": z.t * z.rows * z.element + 8 * z.t * FP32}
         # The hidden states of the trained tokens are copied, and these may be all tokens.
         size = (self.loss_chunk(z.t) * z.rows + z.t * z.h) * z.element
-        return {"norms": self.norm(), "loss": size + 8 * z.t * FP32}
+        return {"norms": norm, "loss": size + 8 * z.t * FP32}
 
     def loss_chunk(self, tokens: int) -> int:
         """Tokens whose logits exist at one time, as megatron_post_kernels.linear_logprob chunks them.
@@ -185,10 +227,13 @@ class Activations:
             return 2 * z.s * z.h * FP32
         if self.config.loss.impl == "unfused":
             hidden = z.t * z.h * z.element * (2 if z.sequence else 1)
-            return max(self._softmax(z.t), hidden + z.rows * z.h * z.element)
+            weight = 0 if self.config.adapter is not None else z.rows * z.h * z.element
+            return max(self._softmax(z.t), hidden + weight)
         hidden = z.t * z.h * z.element
         weight = z.rows * z.h * z.element
         chunk = self.loss_chunk(z.t)
+        if self.config.adapter is not None:
+            return hidden + self._softmax(chunk)  # a frozen head has no gradient
         # The sum over chunks is kept in fp32 and rounded at the end, unless it goes into DDP's buffer.
         if chunk < z.t and z.element != FP32 and not self.config.optimizer.gradient_accumulation_fusion:
             weight += z.rows * z.h * FP32
@@ -209,9 +254,10 @@ class Activations:
         z = self._sizes
         stream = z.s * z.h * z.element
         ffn = z.t * z.f * z.element
-        gradient = 0 if self.config.optimizer.gradient_accumulation_fusion else z.f * z.h * z.element
+        no_gradient = self.config.optimizer.gradient_accumulation_fusion or self.config.adapter is not None
+        gradient = 0 if no_gradient else z.f * z.h * z.element
         mlp = max(2 * ffn, ffn + gradient)
-        recomputed_mlp = self._mlp() + 2 * self.norm() - self.norms() if self._selective("mlp") else 0
+        recomputed_mlp = self._recomputed_mlp() if self._selective("mlp") else 0
         core = self._core_attention() if self._selective("core_attn") else 0
         working = 2 * stream + max(mlp + recomputed_mlp, core + 3 * z.t * z.a * z.element - self.mlp())
         if self.config.recompute.mode == "full":
@@ -219,9 +265,20 @@ class Activations:
             working += self.whole_layer() - kept + 2 * stream
         return working
 
+    def _recomputed_mlp(self) -> int:
+        if self.config.adapter is None:
+            return self._mlp() + 2 * self.norm() - self.norms()
+        dropped = self._sizes.s * self._input(FC1, self._sizes.h) if self.config.adapter.dropout else 0
+        return self._mlp() + dropped
+
     def gather_buffer(self) -> int:
-        """The gathered input of a matrix under sequence parallelism. All layers share one buffer."""
+        """The gathered input of a matrix under sequence parallelism. All layers share one buffer.
+
+        The portable layers gather for a frozen matrix without a buffer.
+        """
         z = self._sizes
+        if self.config.adapter is not None and self.layers == "portable":
+            return 0
         return z.t * z.h * z.element if z.sequence else 0
 
     def batch(self) -> int:
@@ -237,49 +294,3 @@ class Activations:
     def _selective(self, module: str) -> bool:
         r = self.config.recompute
         return r.mode == "selective" and module in r.modules
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    t: int
-    s: int
-    T: int
-    h: int
-    a: int
-    k: int
-    f: int
-    d: int
-    heads: int
-    rows: int
-    element: int
-    linear_input: int
-    tensor: int
-    context: int
-    context_rank: int
-    sequence: bool
-
-    @staticmethod
-    def of(config: Config) -> "_Sizes":
-        m, p = config.model, config.parallel
-        t = config.data.pack_length // p.context
-        element = 2 if config.precision.dtype == "bf16" else FP32
-        heads = m.num_attention_heads // p.tensor
-        return _Sizes(
-            t=t,
-            s=t // p.tensor if p.sequence else t,
-            T=config.data.pack_length,
-            h=m.hidden_size,
-            a=heads * m.head_dim,
-            k=m.num_key_value_heads // p.tensor * m.head_dim,
-            f=m.ffn_hidden_size // p.tensor,
-            d=m.head_dim,
-            heads=heads,
-            rows=vocabulary_rows(config),
-            element=element,
-            # With FP8 a matrix keeps the transposed FP8 copy of its input for the gradient of the weight.
-            linear_input=1 if config.precision.fp8 else element,
-            tensor=p.tensor,
-            context=p.context,
-            context_rank=p.context - 1,
-            sequence=p.sequence,
-        )

@@ -26,6 +26,8 @@ from megatron_post.config.load import ConfigError, raise_for
 from megatron_post.config.schema import Config
 from megatron_post.config.sections import Parallel
 from megatron_post.data.batch import PackedBatch
+from megatron_post.models.adapted import base_parameters
+from megatron_post.models.adapter_dropout import begin_microbatch, microbatch_state
 from megatron_post.models.build import build_model
 from megatron_post.models.packing import portable_segments
 from megatron_post.parallel.context import ContextSplit
@@ -42,8 +44,8 @@ AXES = ("tensor", "context", "data", "pipeline")
 class StageReport:
     """The built and traced chunks of one pipeline rank.
 
-    parameters: on each of its tensor-parallel ranks. collectives: (name, group, calls, bytes) of one pack's
-    forward and backward pass. activation_bytes: the peak of the chunk that takes most.
+    parameters: on each of its tensor-parallel ranks, without adapters. collectives: (name, group, calls,
+    bytes) of one pack's forward and backward pass. activation_bytes: the peak of the chunk that takes most.
     """
 
     pipeline_rank: int
@@ -149,7 +151,7 @@ def _stage(
         peak = 0
         with _fake_modules(), FakeTensorMode(allow_non_fake_inputs=True):
             models = build_model(config, topology, portable=True)
-            parameters = sum(p.numel() for model in models for p in model.parameters())
+            parameters = sum(p.numel() for model in models for _, p in base_parameters(model))
             for kind, times in Counter(shape).items():
                 with Tracker() as tracker:
                     _trace(models[shape.index(kind)], config, topology, packed, trained)
@@ -227,11 +229,13 @@ def _trace(
     shard = t // topology.groups.tp.size() if config.parallel.sequence else t
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     tokens = torch.zeros(1, t, dtype=torch.long)
+    begin_microbatch(microbatch_state(0, tokens[0]))
     if not model.pre_process:
         hidden = torch.empty(shard, 1, config.model.hidden_size, dtype=dtype, requires_grad=True)
         model.set_input_tensor(hidden)
     output = model(tokens, tokens, None, labels=tokens, packed_seq_params=packed, loss_mask=trained)
-    torch.autograd.backward(output, torch.empty_like(output))
+    if output.requires_grad:  # with adapters a chunk without layers trains nothing
+        torch.autograd.backward(output, torch.empty_like(output))
     model.zero_grad(set_to_none=True)
 
 

@@ -263,7 +263,7 @@ def _candidates(config: Config) -> list[dict[str, Any]]:
     if config.precision.fp8:
         kept = {"precision.fp8_param_gather": False} if config.precision.fp8_param_gather else {}
         found += [{"precision.fp8": None} | kept]
-    if config.runs_reference:
+    if config.copies_reference:
         found += [{"dpo.reference": "store"}]
     if config.loss.impl == "unfused":
         found += [{"loss.impl": "fused"}]

@@ -1,7 +1,8 @@
 """Floating-point operations of packs: those that the model needs, and those that are computed in addition.
 
 A multiply-add is two operations. A matrix of P parameters takes 2 P t forward. It takes twice that backward,
-for the gradients of its input and of itself. Only trained tokens need the output projection.
+for the gradients of its input and of itself. A frozen matrix has only the first of them. Only trained tokens
+need the output projection.
 
 Causal attention computes half of every segment's square. Scores and weighted values take 2 a L^2 forward,
 with a = heads x head_dim, and 4 a L^2 backward. Fused attention computes the scores again in its backward
@@ -16,6 +17,7 @@ from dataclasses import dataclass, fields
 
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Activations, Segment
+from megatron_post.plan.adapters import adapter_forward
 from megatron_post.plan.shape import Chunk, chunks, layer_matrices, vocabulary_rows
 
 # Multiples of the forward pass: what fused attention computes in its backward pass, and what the model needs
@@ -106,11 +108,14 @@ def chunk_flops(config: Config, chunk: Chunk, load: Load, *, tensor_rank: int = 
     matrices = {name: 2 * tokens * size * chunk.layers for name, size in layer_matrices(config).items()}
     attention = attention_forward(config, load.squares) * chunk.layers
     head, extra = _head(config, load, tensor_rank) if chunk.head else (0.0, 0.0)
-    forward = sum(matrices.values()) + head
+    forward, adapters = sum(matrices.values()) + head, adapter_forward(config, tokens) * chunk.layers
+    frozen = forward if config.adapter is not None else 0.0
+    if config.traits.scalar_head:
+        frozen = max(0.0, frozen - head)  # the head of a reward model is trained beside an adapter
     return Flops(
-        matrices=3 * forward,
+        matrices=3 * (forward + adapters) - frozen,
         attention=(1 + ATTENTION_GRADIENTS) * attention,
-        recomputed=_recomputed(config, matrices, attention),
+        recomputed=_recomputed(config, matrices, attention) + adapters * (config.recompute.mode == "full"),
         scores=(ATTENTION_BACKWARD - ATTENTION_GRADIENTS) * attention,
         loss=extra,
         reference=config.runs_reference * (forward + attention),
@@ -147,7 +152,8 @@ def _head(config: Config, load: Load, tensor_rank: int) -> tuple[float, float]:
     real = min(max(config.model.vocab_size - tensor_rank * rows, 0), rows)
     one = 2 * trained * h * real
     if config.loss.impl == "unfused":
-        return one, 3 * (2 * tokens * h * rows - one)
+        times = 3 if config.adapter is None else 2
+        return one, times * (2 * tokens * h * rows - one)
     return one, loss_again(config, load.trained / load.tokens if load.tokens else 0.0) * one
 
 

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_post.config.schema import Config
-from megatron_post.plan.activations import FP32, Activations, Layers, Segment
+from megatron_post.plan.activations import Activations, Layers, Segment
+from megatron_post.plan.adapters import held_parameters, trained_parameters
 from megatron_post.plan.schedule import Pass, rank_order
-from megatron_post.plan.shape import Chunk, chunk_parameters, chunks, layer_matrices
+from megatron_post.plan.shape import Chunk, chunks, layer_matrices
+from megatron_post.plan.sizes import FP32
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def memory(
         kinds["communication"] = ledger.gather_buffer() + _receive_buffers(config, rank)
         kinds["user buffers"] = user_buffers(config)
         kinds["runtime"] = reserve
-        count = sum(chunk_parameters(config, chunk) for chunk in parts)
+        count = sum(held_parameters(config, chunk) for chunk in parts)
         result.append(RankMemory(rank, count, {name: size for name, size in kinds.items() if size}))
     return result
 
@@ -74,13 +76,14 @@ def _static_kinds(
     config: Config, parts: Sequence[Chunk], *, data_size: int, fp8_copies: int
 ) -> dict[str, int]:
     """Memory that is held through the whole step, by kind."""
-    count = sum(chunk_parameters(config, chunk) for chunk in parts)
+    count = sum(held_parameters(config, chunk) for chunk in parts)
+    trained = sum(trained_parameters(config, chunk) for chunk in parts)
     element = 2 if config.precision.dtype == "bf16" else FP32
     moments = 2 * FP32 + (FP32 if element == 2 else 0)
     kinds = {
         "parameters": count * element,
-        "gradients": count * FP32,
-        "optimizer": -(-count // (data_size * config.parallel.context)) * moments,
+        "gradients": trained * FP32,
+        "optimizer": -(-trained // (data_size * config.parallel.context)) * moments,
     }
     matrices = sum(chunk.layers for chunk in parts) * sum(layer_matrices(config).values())
     if config.precision.fp8_param_gather:
@@ -92,7 +95,7 @@ def _static_kinds(
     if config.optimizer.gradient_accumulation_fusion:
         # Transformer Engine returns an unused tensor to autograd, and keeps one for every shape of a weight.
         kinds["unused gradients"] = sum(layer_matrices(config).values()) * element
-    if config.runs_reference:
+    if config.copies_reference:
         kinds["reference"] = count * element + (matrices * fp8_copies if config.precision.fp8 else 0)
     return kinds
 
@@ -104,6 +107,8 @@ def held(ledger: Activations, chunk: Chunk) -> Counter[str]:
         kept["layer inputs"] = chunk.layers * ledger.layer() + ledger.angles() * bool(chunk.layers)
     else:
         kept["norms"] = chunk.layers * ledger.norms()
+        if chunk.embedding and chunk.layers:
+            kept["norms"] -= ledger.first_input()
         kept["attention"] = chunk.layers * ledger.attention()
         kept["mlp"] = chunk.layers * ledger.mlp()
     kept["pipeline tensors"] = ledger.boundary(first=chunk.embedding, last=chunk.head)

@@ -67,11 +67,11 @@ def chunk_parameters(config: Config, chunk: Chunk) -> int:
     if chunk.embedding:
         count += rows * h
     if chunk.head:
-        count += h + _head_parameters(config, chunk)
+        count += h + head_parameters(config, chunk)
     return count
 
 
-def _head_parameters(config: Config, chunk: Chunk) -> int:
+def head_parameters(config: Config, chunk: Chunk) -> int:
     """Parameters of the output layer, or of the reward model's scalar head.
 
     A tied output layer is a copy only if the embedding is in another chunk.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_post.plan.activations import Segment
+from megatron_post.plan.adapters import trained_parameters
 from megatron_post.plan.schedule import Timeline, simulate
-from megatron_post.plan.shape import Chunk, chunk_parameters, chunks, layer_matrices
+from megatron_post.plan.shape import Chunk, chunks, layer_matrices
 from megatron_post.plan.timing import Costs, PassTime
 
 
@@ -100,7 +101,7 @@ def around_the_pipeline(
     beside the update of the others.
     """
     config, p = costs.config, costs.config.parallel
-    largest = max(sum(chunk_parameters(config, c) for c in rank) for rank in parts)
+    largest = max(sum(trained_parameters(config, c) for c in rank) for rank in parts)
     ranks = costs.data_size * p.context
     reduce = costs.collective(costs.software.gradient_bytes * largest, ranks, spacing=p.tensor)
     gathered = 2 * largest

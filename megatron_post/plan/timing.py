@@ -16,6 +16,7 @@ from functools import cached_property
 
 from megatron_post.config.schema import Config
 from megatron_post.plan.activations import Segment
+from megatron_post.plan.adapters import adapter_traffic
 from megatron_post.plan.flops import ATTENTION_BACKWARD, attention_forward, loss_again
 from megatron_post.plan.hardware import GPU
 from megatron_post.plan.shape import Chunk, LocalSizes, layer_matrices
@@ -122,14 +123,16 @@ class Costs:
         if not backward:
             before = name in ("qkv", "fc1")
             return one, self._exposed(before=before, beside=one if gradients or not before else 0.0)
+        if self.config.adapter is not None:  # a frozen matrix has no gradient that would hide a scatter
+            before = name in ("proj", "fc2")
+            return one, self._exposed(before=before, beside=one if before else 0.0)
         # the accumulated gradient is read and written
         accumulated = 2 * self.software.gradient_bytes
         gradient = max(one, self._bytes(accumulated * parameters))
         if not self.config.optimizer.gradient_accumulation_fusion:
             gradient = one + self._bytes((2 + 2 + accumulated) * parameters)
         if name in ("qkv", "fc1"):
-            # The input is gathered again beside one multiplication. Its gradient is scattered beside the
-            # other.
+            # The input is gathered again beside one multiplication, its gradient is scattered beside another.
             hidden = max(0.0, self._tensor_scatter() - one)
             hidden += max(0.0, self._tensor_gather() - one) if z.sequence else 0.0
             return one + gradient, hidden
@@ -185,8 +188,7 @@ class Costs:
         seconds = flops / (self.gpu.bf16 * share)
         if self.config.parallel.cp_comm_type == "a2a":
             return seconds
-        # The ring of context parallelism sends keys and values while the attention of earlier ones is
-        # computed.
+        # The ring sends keys and values while the attention of earlier ones is computed.
         ring = self.collective(
             4 * z.t * z.context * z.k * (2 if backward else 1), z.context, spacing=z.tensor
         )
@@ -198,10 +200,10 @@ class Costs:
         stream, inner = z.s * z.h, z.t * (2 * z.a + 2 * z.k)
         norms_and_sums = 2 * (2 + 3) * stream
         swiglu = 3 * z.t * z.f
-        size = 2 * (norms_and_sums + inner + swiglu)
+        adapters = adapter_traffic(self.config, tokens=z.t)
         if backward:
-            size = 2 * (2 * norms_and_sums + inner + 5 * z.t * z.f)
-        return size
+            return 2 * (2 * norms_and_sums + inner + 5 * z.t * z.f + adapters)
+        return 2 * (norms_and_sums + inner + swiglu + adapters)
 
     def _casts(self, *, backward: bool) -> float:
         """Seconds of a layer's casts to FP8.
@@ -260,9 +262,10 @@ class Costs:
         written, accumulated = (4 if self.software.chunked_loss else 12), 2 * self.software.gradient_bytes
         again = loss_again(self.config, share) if self.software.chunked_loss else 0.0
         gather = share * self._tensor_scatter() if z.tensor > 1 else 0.0
+        frozen = self.config.adapter is not None
         return PassTime(
-            matrices=(2 + again) * one,
-            elementwise=self._bytes(logits * written + accumulated * z.rows * z.h),
+            matrices=(2 - frozen + again) * one,
+            elementwise=self._bytes(logits * written + accumulated * z.rows * z.h * (not frozen)),
             communication=2 * gather if self.software.chunked_loss else max(0.0, gather - one),
         )
 

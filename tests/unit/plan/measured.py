@@ -65,7 +65,7 @@ def _peak(config: Config, packs: list[Pack], topology: Topology) -> int:
     with Tracker() as tracker:
         stage = make_stage(config, topology)
         models = build_model(config, topology, portable=True)
-        frozen = config.runs_reference
+        frozen = config.copies_reference
         reference = build_model(config, topology, portable=True) if frozen else None
         for model in (*models, *(reference or ())):
             for parameter in model.parameters():
@@ -73,7 +73,15 @@ def _peak(config: Config, packs: list[Pack], topology: Topology) -> int:
         chunks = wrap_data_parallel(models, config, topology)
         del models, model, parameter
         optimizer = build_optimizer(chunks, config)
-        stepper = Stepper(chunks, stage, topology, portable=True, reference=reference)
+        shared = config.runs_reference and not frozen
+        stepper = Stepper(
+            chunks,
+            stage,
+            topology,
+            portable=True,
+            reference=chunks if shared else reference,
+            dropout_seed=1,
+        )
         # the first step creates Adam's moments
         optimizer.prepare_grads()
         optimizer.step()

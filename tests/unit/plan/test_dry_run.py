@@ -91,6 +91,19 @@ def test_stages_hold_the_model(stage: str, mode: str) -> None:
     assert [report.rank for report in found.stages] == [0, 4]
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_stages_with_adapters(kind: str) -> None:
+    """The parameters are those of the base model, and a stage without layers trains nothing."""
+    parallel = {"tensor": 2, "sequence": True, "pipeline": 4, "embedding_and_loss_as_layers": True}
+    dropout = 0.1 if kind == "lora" else 0.0
+    config = tiny_config(
+        adapter={"kind": kind, "rank": 4, "dropout": dropout}, parallel=parallel, model={"num_layers": 2}
+    )
+    found = dry_run(config, world_size=8, per_node=4)
+    expected = [sum(chunk_parameters(config, chunk) for chunk in rank) for rank in chunks(config)]
+    assert [report.parameters for report in found.stages] == expected
+
+
 def test_impossible_batches_are_refused() -> None:
     with pytest.raises(ConfigError, match="global_batch=4 is not a multiple of the 8 data-parallel ranks"):
         dry_run(tiny_config(train={"steps": 1, "global_batch": 4}), world_size=8, per_node=8)

@@ -60,6 +60,33 @@ CASES = {
     "DPO, frozen reference": Case(2, 0, {"tensor": 2}, {"dpo": {"reference": "frozen"}}, stage="dpo"),
     "reward, separate rows": Case(1, 0, {}, {"reward": {"layout": "separate"}}, stage="reward"),
     "reward, isolated rows, TP2": Case(2, 0, {"tensor": 2}, stage="reward"),
+    "LoRA": Case(1, 0, {}, {"adapter": {"rank": 8}}),
+    "LoRA, bf16": Case(1, 0, {}, {"adapter": {"rank": 8}}, dtype="bf16"),
+    "LoRA, TP2 + SP": Case(2, 0, {"tensor": 2, "sequence": True}, {"adapter": {"rank": 8}}),
+    "LoRA, PP2 x VPP2, last": Case(2, 1, {"pipeline": 2, "virtual_pipeline": 2}, {"adapter": {"rank": 8}}),
+    "LoRA of attention, CP2": Case(
+        2, 1, {"context": 2}, {"adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]}}
+    ),
+    "LoRA, full recompute, PP2, bf16": Case(
+        2, 0, {"pipeline": 2}, {"adapter": {"rank": 8}, "recompute": {"mode": "full"}}, dtype="bf16"
+    ),
+    "LoRA with dropout, MLP recomputed": Case(
+        1,
+        0,
+        {},
+        {
+            "adapter": {"rank": 8, "dropout": 0.1},
+            "recompute": {"mode": "selective", "modules": ["mlp"]},
+        },
+    ),
+    "DoRA, TP2 x SP x CP2 x PP2, bf16": Case(
+        8, 0, ALL, {"adapter": {"kind": "dora", "rank": 8}}, dtype="bf16"
+    ),
+    "DoRA, TP2": Case(2, 0, {"tensor": 2}, {"adapter": {"kind": "dora", "rank": 8}}),
+    "LoRA, DPO with its base": Case(
+        2, 0, {"tensor": 2}, {"adapter": {"rank": 8}, "dpo": {"reference": "base"}}, stage="dpo"
+    ),
+    "LoRA, reward, TP2": Case(2, 0, {"tensor": 2}, {"adapter": {"rank": 8}}, stage="reward"),
 }
 
 

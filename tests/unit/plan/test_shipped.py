@@ -20,6 +20,12 @@ GPUS = {
     "llama3_405b/sft_multilingual": 512,
     "llama3_405b/reward": 256,
     "llama3_405b/dpo": 256,
+    "llama3_8b/sft_lora": 1,
+    "llama3_8b/dpo_lora": 1,
+    "llama3_70b/sft_lora": 8,
+    "llama3_70b/dpo_lora": 8,
+    "llama3_405b/sft_lora": 16,
+    "llama3_405b/dpo_lora": 16,
 }
 
 
@@ -32,7 +38,7 @@ def test_every_config_is_tested() -> None:
 def test_fits(name: str) -> None:
     plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus=GPUS[name], gpu=gpu("h100-80gb"))
     assert plan.shortfall <= 0
-    assert plan.config.optimizer.lr == 1e-5
+    assert plan.config.optimizer.lr == (1e-5 if plan.config.adapter is None else 1e-4)
     if plan.config.stage == "dpo":
         assert (plan.config.dpo.beta, plan.config.dpo.nll_weight) == (0.1, 0.2)
 
