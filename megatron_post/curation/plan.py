@@ -77,7 +77,7 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
     for step in settings.steps:
         passes = step.passes(seed=settings.seed)
         assert passes and passes[-1].name == step.column, f"{step.column}: the last pass has another name"
-        _check_fields(step, planned)
+        _check_fields(step.column, step.needed_fields, planned)
         for work in passes:
             assert work.name not in keys, f"{step.column}: two passes have the name {work.name}"
             drops = tuple(each for each in planned if DROPPED in each.work.fields)
@@ -99,17 +99,25 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
             keys[work.name] = key
             column = Column(directory / f"{work.name}-{key}", work.fields)
             planned.append(Planned(step, work, key, column, drops, rewrites))
-    everything = sha256_of_json([index_key, [[each.work.name, each.key] for each in planned]])
+    if settings.mixture is not None:
+        _check_fields("mixture", settings.mixture.needed_fields, planned)
+    everything = sha256_of_json(
+        [
+            index_key,
+            [[each.work.name, each.key] for each in planned],
+            settings.mixture and settings.mixture.model_dump(mode="json"),
+        ]
+    )
     index = Column(directory / f"{ROWS}-{index_key}", INDEX)
     return Plan(everything[:_KEY_DIGITS], index, index_record, tuple(planned))
 
 
-def _check_fields(step: Step, before: Sequence[Planned]) -> None:
-    """Raise `ValueError` if an earlier step has no field that this step reads."""
-    for name, field in step.needed_fields:
+def _check_fields(reader: str, needed: Sequence[tuple[str, str]], before: Sequence[Planned]) -> None:
+    """Raise `ValueError` if an earlier step has no field that the reader needs."""
+    for name, field in needed:
         fields = next(list(each.work.fields) for each in reversed(before) if each.work.name == name)
         if field not in fields:
             raise ValueError(
-                f"{step.column} reads {name}.{field}, and the step {name} has {', '.join(fields)}"
+                f"{reader} reads {name}.{field}, and the step {name} has {', '.join(fields)}"
                 + did_you_mean(field, fields)
             )

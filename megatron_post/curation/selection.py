@@ -4,18 +4,19 @@ The steps are applied in their order. A row is dropped by the first step that gi
 """
 
 import contextlib
-import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_post.curation.columns import DROPPED, FAILED, REWRITTEN, rows_of
+from megatron_post.curation.mixture import DIRECTORY, MixtureWriter
 from megatron_post.curation.plan import Plan
 from megatron_post.curation.rows import Row, Rows
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import Step, View
-from megatron_post.storage.files import whole_file, write_json
+from megatron_post.storage.files import line_writer, write_json
 from megatron_post.storage.reading import read_object
 
 KEPT, LEFT, REPORT = "rows.jsonl", "dropped.jsonl", "report.json"
@@ -33,7 +34,7 @@ def read_report(directory: Path, key: str) -> dict[str, Any] | None:
 def write_selection(
     settings: Curation, plan: Plan, rows: Rows, index: dict[str, Any], view: Callable[[], View]
 ) -> dict[str, Any]:
-    """Write `rows.jsonl`, `dropped.jsonl` and `report.json`. Returns the content of the last one.
+    """Write the selected rows, the others, the mixture and `report.json`, whose content is returned.
 
     index: the counts of the index. view: gives a view of all columns and rows. A row has its annotations
     under the key `curation`: `id`, `source`, `place`, `dropped_by` with step and reason if it is dropped, and
@@ -44,7 +45,13 @@ def write_selection(
     kept_by_source: Counter[str] = Counter()
     directory = Path(settings.run)
     (directory / REPORT).unlink(missing_ok=True)  # it marks the other files as complete
-    with _line_writer(directory / KEPT) as keep, _line_writer(directory / LEFT) as leave:
+    shutil.rmtree(directory / DIRECTORY, ignore_errors=True)
+    mixing = None if settings.mixture is None else MixtureWriter(settings.mixture, directory)
+    with (
+        line_writer(directory / KEPT) as keep,
+        line_writer(directory / LEFT) as leave,
+        mixing or contextlib.nullcontext(),
+    ):
         for row, annotations in _annotated(settings.steps, plan, rows, index["parts"]):
             sources[row.source] += 1
             dropped_by = None
@@ -55,7 +62,10 @@ def write_selection(
             kept_by_source[row.source] += dropped_by is None
             notes: dict[str, Any] = {"id": row.id.hex(), "source": row.source, "place": row.place}
             notes |= {"dropped_by": dropped_by} if dropped_by else {}
-            (leave if dropped_by else keep)(row.as_json({**notes, "steps": annotations}))
+            written = row.as_json({**notes, "steps": annotations})
+            (leave if dropped_by else keep)(written)
+            if mixing is not None and dropped_by is None:
+                mixing.add(row, annotations, written)
     whole = view()
     report = {
         "key": plan.key,
@@ -73,6 +83,7 @@ def write_selection(
             for step in settings.steps
         ],
     }
+    report |= {} if mixing is None else {"mixture": mixing.finish()}
     write_json(directory / REPORT, report)
     return report
 
@@ -123,10 +134,3 @@ class _Counted:
             "dropped": self._reasons.total(),
             "reasons": dict(sorted(self._reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
         }
-
-
-@contextlib.contextmanager
-def _line_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
-    """Gives a function that writes a row as a line of JSON. The file is complete or absent."""
-    with whole_file(path) as growing, growing.open("w", encoding="utf-8") as file:
-        yield lambda row: file.write(json.dumps(row) + "\n")

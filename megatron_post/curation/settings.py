@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from megatron_post.config.data import Dataset, Reasoning
 from megatron_post.config.load import load_section
 from megatron_post.config.section import Count, Name, Section, Whole
+from megatron_post.curation.mixture import Mixture
 from megatron_post.curation.steps import AnyStep
 from megatron_post.inference.settings import AskedModels
 from megatron_post.storage.reading import did_you_mean
@@ -23,6 +24,9 @@ class Curation(Section):
         default_factory=dict, description="name -> model that steps ask by this name, or another name here"
     )
     steps: tuple[AnyStep, ...] = Field(min_length=1, description="the steps, in their order")
+    mixture: Mixture | None = Field(
+        None, description="categories of the selected rows, and the shares that they shall have"
+    )
     max_bad_rows: Whole = Field(0, description="bad rows that are allowed. They are left out")
     max_failed: float = Field(
         0.01,
@@ -70,6 +74,8 @@ class Curation(Section):
             steps = {each.column: each for each in self.steps[:number]}
             errors += [f"steps.{number}: {step.column}: {error}" for error in step.errors_with(steps)]
             used |= {*step.models}
+        if self.mixture is not None:
+            errors += [f"mixture: {error}" for error in self.mixture.errors_with(self.steps, sources)]
         used_models = [self.models[name] for name in used if name in self.models]
         errors += [
             f"models.{name}: no step asks it; remove it"

@@ -15,6 +15,7 @@ from megatron_post.curation.languages import Languages
 from megatron_post.curation.lengths import Lengths
 from megatron_post.curation.quality import Quality
 from megatron_post.curation.repeats import Repeats
+from megatron_post.curation.tokens import Tokens
 from megatron_post.curation.topics import Topics
 
 AnyStep = Annotated[
@@ -29,6 +30,7 @@ AnyStep = Annotated[
     | Quality
     | Repeats
     | SemanticDuplicates
+    | Tokens
     | Topics,
     Field(discriminator="kind"),
 ]

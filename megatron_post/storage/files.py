@@ -5,7 +5,7 @@ import errno
 import glob
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ def write_json(path: Path, content: Any) -> None:
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON row per line as `write_pieces` does."""
     write_pieces(path, map(line_of, rows))
+
+
+@contextlib.contextmanager
+def line_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """Gives a function that writes a row as a line of JSON. The file is complete or absent."""
+    with whole_file(path) as growing, growing.open("w", encoding="utf-8") as file:
+        yield lambda row: file.write(line_of(row))
 
 
 def line_of(row: Any) -> str:
