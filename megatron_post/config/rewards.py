@@ -136,9 +136,7 @@ def score_of(line: Mapping[str, Any], reward: Reward, *, origin: str) -> float:
     except (KeyError, TypeError, ValueError):
         wrong = ""
         if reward.of_steps is None and "steps" in line:
-            wrong = (
-                f"; the model scores steps, so set of_steps of reward {reward.name!r} to min, product or last"
-            )
+            wrong = "; the model scores steps, so its entry in the list `reward` needs of_steps"
         elif reward.of_steps is not None and "scores" in line:
             wrong = f"; the model scores responses, so leave out of_steps of reward {reward.name!r}"
         raise ValueError(f"{origin}: no score of one response: {str(line)[:100]}{wrong}") from None

@@ -59,9 +59,9 @@ class Sweep(Section):
         for stage in type(self).model_fields:
             variants: tuple[Variant, ...] = getattr(self, stage)
             if len(variants) == 1:
-                errors.append(f"stages.sweep.{stage} has one variant; give two or more, which are averaged")
+                errors.append(f"{stage} has one variant; give two or more, which are averaged")
             for number, variant in enumerate(variants):
-                key = f"stages.sweep.{stage}.{number}"
+                key = f"{stage}.{number}"
                 errors += [
                     f"{key}.set: {name} is the same for all variants; set it in the stage's file"
                     if name.startswith(("parallel", "precision", "dpo.", "data.pack_length"))

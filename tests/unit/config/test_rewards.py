@@ -111,7 +111,7 @@ def test_capabilities_that_no_prompt_has() -> None:
     [
         ({"scores": [0.5]}, None, 0.5),
         ({"steps": [[0.9, 0.5]], "min": [0.5], "product": [0.45], "last": [0.5]}, "product", 0.45),
-        ({"steps": [[0.9]], "min": [0.9]}, None, "the model scores steps, so set of_steps"),
+        ({"steps": [[0.9]], "min": [0.9]}, None, "the model scores steps, so its entry"),
         ({"scores": [0.5]}, "min", "the model scores responses, so leave out of_steps"),
         ({"scores": [0.5, 0.6]}, None, "no score of one response"),
         ({"scores": [float("nan")]}, None, "no score of one response"),

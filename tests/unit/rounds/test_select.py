@@ -362,7 +362,7 @@ def test_step_scores_rank(tmp_path: Path, of_steps: str, best: str) -> None:
     reward = [{"name": "steps", "models": ["prm"], "of_steps": of_steps}]
     _, sft, _ = _select(tmp_path, files, reward=reward)
     assert [_text(row["messages"]) for row in sft] == [best]
-    with pytest.raises(ValueError, match="the model scores steps, so set of_steps"):
+    with pytest.raises(ValueError, match="the model scores steps, so its entry"):
         _select(tmp_path, files, reward=[{"name": "steps", "models": ["prm"]}])
 
 

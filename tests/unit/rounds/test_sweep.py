@@ -97,7 +97,7 @@ def test_each_store_of_dpo_has_a_reference(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("sweep", "reason"),
     [
-        ({"sft": SFT[:1]}, "stages.sweep.sft has one variant"),
+        ({"sft": SFT[:1]}, "stages.sweep: sft has one variant"),
         ({"sft": [SFT[0], SFT[0]]}, "sft.1 trains what variant 0 trains"),
         ({"sft": [{}, {"set": {"run_dir": "x"}}]}, "sft.1.set: the round sets run_dir"),
         ({"sft": [{}, {"set": {"data.sources": []}}]}, "the round sets data.sources"),
