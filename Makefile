@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load planted plan-check
+.PHONY: install demo demo-lora docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load planted plan-check
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,13 @@ ROUNDS ?= 1
 SEEDS ?= 1
 demo: install
 	$(BIN)/python -m megatron_post demo --run-dir runs/demo --rounds $(ROUNDS) --seeds $(SEEDS)
+
+# LoRA in two minutes on a CPU: a small model, an adapter beside it, and its logits in PEFT and after merging
+demo-lora: install
+	$(BIN)/megatron-post data pack configs/tiny/sample.yaml --overwrite
+	$(BIN)/megatron-post train configs/tiny/sample.yaml train.export_hf=true
+	$(BIN)/megatron-post train configs/tiny/sample_lora.yaml
+	$(BIN)/python -m megatron_post.demo.adapter runs/tiny/sample/hf runs/tiny/sample_lora
 
 # everything that runs without a GPU, a file of tests to a worker: most tests wait for ranks more than they compute.
 # In the order of directories, so that the long ones come first
