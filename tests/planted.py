@@ -186,7 +186,10 @@ def plant(count: int, *, seed: int = 0) -> Planted:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a dialog is about. It can be worded in two ways."""
+    """What a dialog is about.
+
+    It can be worded in two ways, which differ in the question and in every second sentence of the answer.
+    """
 
     question: int
     sentences: tuple[int, ...]
@@ -196,8 +199,8 @@ class _Content:
         first, second, *others = self.things
         prompt = _QUESTIONS[2 * self.question + way].format(a=first, b=second)
         answer = [
-            _SENTENCES[2 * sentence + way].format(a=thing)
-            for sentence, thing in zip(self.sentences, others, strict=True)
+            _SENTENCES[2 * sentence + way * (place % 2)].format(a=thing)
+            for place, (sentence, thing) in enumerate(zip(self.sentences, others, strict=True))
         ]
         return prompt, " ".join(answer)
 
@@ -221,7 +224,7 @@ class _Writer:
         """A problem, and the same problem with other numbers."""
         draw = self._draw
         problem, name, things = draw.choice(_PROBLEMS), draw.choice(_NAMES), self._things(3)
-        setting = draw.choice(_SENTENCES[::2]).format(a=things[2])
+        setting = " ".join(_SENTENCES[2 * place].format(a=things[2]) for place in draw.sample(range(12), 2))
         return [
             (
                 f"{setting} {problem.format(name=name, a=things[0], b=things[1], x=x, y=y, z=z)}",
@@ -301,28 +304,46 @@ class Found:
 
 
 def found(planted: Planted, run: Path) -> list[Found]:
-    """What each step of a finished run found. A pair is found if exactly one of its rows is dropped."""
-    dropped_by = _dropped_by(run)
+    """What each step of a finished run found. A pair is found if one of its rows is dropped for the other."""
+    dropped = _dropped(run)
     partner = {a: b for pairs in planted.pairs.values() for pair in pairs for a, b in (pair, pair[::-1])}
     results = []
     for step, kind in STEPS.items():
-        rows = [row for row, by in dropped_by.items() if by == step]
+        others = {row: other for row, (by, other) in dropped.items() if by == step}
         if kind == "contaminated":
-            wanted = set(planted.contaminated)
-            hits = [row for row in rows if row in wanted]
-            results.append(Found(step, len(wanted), len(hits), len(rows), len(hits)))
+            hits = len(others.keys() & set(planted.contaminated))
+            results.append(Found(step, len(planted.contaminated), hits, len(others), hits))
             continue
-        right = [row for row in rows if row in partner and partner[row] not in dropped_by]
+        right = [row for row, other in others.items() if partner.get(row) == other]
         pairs = planted.pairs[kind]
-        hits = [pair for pair in pairs if sorted(row in dropped_by for row in pair) == [False, True]]
-        own = [pair for pair in hits if any(dropped_by.get(row) == step for row in pair)]
-        results.append(Found(step, len(pairs), len(own), len(rows), len(right)))
+        hits = sum(others.get(a) == b or others.get(b) == a for a, b in pairs)
+        results.append(Found(step, len(pairs), hits, len(others), len(right)))
     return results
 
 
 def lost_problems(planted: Planted, run: Path) -> int:
-    """The number of problems that were dropped although they differ from others in their numbers."""
-    return len(_dropped_by(run).keys() & {row for pair in planted.numbers for row in pair})
+    """The number of problems that were dropped for the same problem with other numbers."""
+    dropped = _dropped(run)
+    pairs = [(a, b) for pair in planted.numbers for a, b in (pair, pair[::-1])]
+    return sum(a in dropped and dropped[a][1] == b for a, b in pairs)
+
+
+def _dropped(run: Path) -> dict[int, tuple[str, int | None]]:
+    """For the index of each dropped row, the step and the index of the row that it duplicates, if any."""
+    notes = {}
+    for name in ("rows", "dropped"):
+        with (run / f"{name}.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                note = json.loads(line)["curation"]
+                notes[int(note["place"].rpartition(":")[2]) - 1] = note
+    index = {note["id"]: row for row, note in notes.items()}
+    found = {}
+    for row, note in notes.items():
+        if "dropped_by" in note:
+            step = note["dropped_by"]["step"]
+            fields = note["steps"][step]
+            found[row] = (step, index.get(fields.get("duplicate_of") or fields.get("nearest")))
+    return found
 
 
 def split_pairs(planted: Planted, run: Path) -> int:
@@ -339,7 +360,7 @@ def _dropped_by(run: Path) -> dict[int, str]:
 
 
 def directly_selected(run: Path, *, threshold: float) -> tuple[list[bool], list[bool]]:
-    """Which rows `semantic_duplicates` keeps, and which the definition keeps, one pair at a time in float64.
+    """Which rows `semantic_duplicates` keeps, and which the definition keeps, one row at a time in float64.
 
     A row is kept if its cosine to each row of its cluster that was kept before is less than the threshold, or
     if the prompts of the two rows differ in numbers alone. Only rows that the step has seen are given.
@@ -349,21 +370,16 @@ def directly_selected(run: Path, *, threshold: float) -> tuple[list[bool], list[
     cluster = result["cluster"].to_numpy(zero_copy_only=False)
     unit = np.stack(vectors["vector"].to_pylist()).astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    prompt, masked = (vectors[name].to_pylist() for name in ("prompt", "masked"))
-    kept: dict[int, list[int]] = {}
+    prompt, masked = (np.array(vectors[name].to_pylist(), np.uint64) for name in ("prompt", "masked"))
     rows = [row for row in range(len(cluster)) if not np.isnan(cluster[row])]
+    kept = {int(name): np.empty(0, np.int64) for name in np.unique(cluster[rows])}
     expected = []
     for row in rows:
-        others = kept.setdefault(int(cluster[row]), [])
-        expected.append(
-            all(
-                float(unit[row] @ unit[other]) < threshold
-                or (masked[row] == masked[other] and prompt[row] != prompt[other])
-                for other in others
-            )
-        )
+        others = kept[int(cluster[row])]
+        is_other_problem = (masked[others] == masked[row]) & (prompt[others] != prompt[row])
+        expected.append(bool(((unit[others] @ unit[row] < threshold) | is_other_problem).all()))
         if expected[-1]:
-            others.append(row)
+            kept[int(cluster[row])] = np.append(others, row)
     return [result["dropped"][row].as_py() is None for row in rows], expected
 
 
@@ -390,7 +406,7 @@ def main() -> None:
                 if clusters is None or each.step == "semantic_duplicates":
                     print(_line(each, clusters))
             lost = lost_problems(planted, directory / "run")
-            print(f"problems with other numbers: {lost} of {2 * len(planted.numbers):,} were dropped")
+            print(f"problems dropped for other numbers: {lost} of {2 * len(planted.numbers):,}")
             apart, pairs = split_pairs(planted, directory / "run"), planted.pairs["paraphrase"]
             print(f"paraphrases in different clusters: {apart:,} of {len(pairs):,}")
             kept, expected = directly_selected(directory / "run", threshold=THRESHOLD)
