@@ -45,7 +45,7 @@ def count_packs(packs: Iterable[Pack], stage: Stage, *, scalar_head: bool = Fals
 
 
 def _count(pack: Pack, batch: PackedBatch, *, scores: bool) -> Counts:
-    lengths, padded = pack.lengths.tolist(), batch.cu_seqlens.diff().tolist()
+    lengths, padded = batch.lengths.tolist(), batch.cu_seqlens.diff().tolist()
     spans = [(0, 0)] * len(lengths) if batch.seen is None else batch.seen.tolist()
     seen = [sum(lengths[first:last]) for first, last in spans]
     pairs, trained = batch.comparisons, int(batch.trained.sum())

@@ -11,6 +11,7 @@ from megatron_post.data.assembly import assemble
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore, open_store
 from megatron_post.data.store_format import (
+    DOCUMENTS,
     ONE_SEGMENT,
     SEPARATE,
     SourceCounts,
@@ -69,7 +70,8 @@ def write_synthetic(directory: Path, config: Config, *, packs: int) -> PackStore
         raise ValueError(f"data.pack_length={settings.pack_length} is too short for pairs of random tokens")
     # Tokens of a unit relative to a dialog. A pair has a second response and, in the separate layout, the
     # prompt twice.
-    times = {"dialogs": 1.0, "steps": 1.0, "separate": 2.0}.get(layout, 2.0 - CONTEXT_SHARE)
+    pair = 2.0 if layout == "separate" else 2.0 - CONTEXT_SHARE
+    times = 1.0 if layout in ONE_SEGMENT else pair
     count = 16 + int(packs * settings.pack_length / (MEAN_LENGTH * scale * times))
     lengths = np.maximum(long_tailed_lengths(count, capacity=int(capacity / scale)) * scale, SHORTEST)
     store = write_random_store(
@@ -117,7 +119,8 @@ def write_random_store(
 
 
 def _unit(length: int, layout: StoreLayout, draw: np.random.Generator, vocab_size: int) -> list[Rendered]:
-    context = min(max(1, round(length * CONTEXT_SHARE)), length - 2)
+    # A document is trained after its begin-of-text.
+    context = 1 if layout in DOCUMENTS else min(max(1, round(length * CONTEXT_SHARE)), length - 2)
     sizes = [length - context]
     if layout not in ONE_SEGMENT:
         sizes.append(max(2, round(sizes[0] * draw.uniform(0.5, 1.5))))

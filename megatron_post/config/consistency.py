@@ -40,7 +40,7 @@ class Needs:
 # If several rows apply to a key, only the first one is reported.
 NEEDS = (
     Needs("loss.trained_roles", "stage", ("sft",)),
-    Needs("loss.impl", "stage", ("sft", "dpo")),
+    Needs("loss.impl", "stage", ("sft", "dpo", "pretrain")),
     Needs("reward.layout", "stage", ("reward",)),
     Needs("reward.head_lr_multiplier", "stage", ("reward", "step_reward")),
     Needs("dpo", "stage", ("dpo",)),
@@ -51,8 +51,12 @@ NEEDS = (
     Needs("data.train_on", "stage", ("sft",)),
     Needs("data.sources.*.train_on", "stage", ("sft",)),
     Needs("data.eval_sources.*.train_on", "stage", ("sft",)),
+    Needs("data.reasoning", "stage", ("sft", "reward", "step_reward", "dpo")),
+    Needs("data.sources.*.templated", "stage", ("sft", "reward", "step_reward", "dpo")),
+    Needs("data.eval_sources.*.templated", "stage", ("sft", "reward", "step_reward", "dpo")),
     Needs("data.preferences", "stage", ("reward", "dpo")),
     Needs("data.steps", "stage", ("step_reward",)),
+    Needs("pretrain", "stage", ("pretrain",)),
     Needs("parallel.embedding_and_loss_as_layers", "parallel.pipeline", above=1),
     Needs("recompute.modules", "recompute.mode", ("selective",)),
     Needs("optimizer.min_lr", "optimizer.schedule", ("linear", "cosine")),
@@ -87,6 +91,11 @@ def contradictions(config: UncheckedConfig) -> list[str]:
     if o.warmup_steps > steps:
         found.append(
             f"optimizer.warmup_steps={o.warmup_steps} is longer than the run, train.steps={steps}; lower it"
+        )
+    if config.cuts_documents and config.data.overlong != "error":
+        found.append(
+            f"data.overlong={config.data.overlong} has no effect, because pretrain.documents=cut cuts every "
+            "document that is longer than a pack; set pretrain.documents to whole, or leave out data.overlong"
         )
     found += [*_of_adapter(config), *_of_prompts(config)]
     for key in ("sources", "eval_sources"):

@@ -42,7 +42,8 @@ class Dataset(Section):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="the column of each role, for rows with one column per role, or {messages: column}",
+        description="the column of each role, for rows with one column per role, or {messages: column}, or "
+        "{text: column} for documents. Documents are in the column `text` by default",
     )
     max_rows: Count | None = Field(None, description="use only this number of first rows. null: all rows")
     templated: Literal["refuse", "keep"] = Field(
@@ -58,7 +59,9 @@ class Source(Dataset):
 
     epochs: Positive | None = Field(None, description="how often each row is used. Excludes `weight`")
     weight: Positive | None = Field(
-        None, description="share of the mixture's rows, relative to other weights"
+        None,
+        description="share of the mixture's rows, or with stage=pretrain of its tokens, relative to other "
+        "weights",
     )
     train_on: TrainOn | None = Field(None, description="as data.train_on, for this source. null: the same")
     batch: Whole = Field(0, description="number of the preference batch. A higher number is newer")

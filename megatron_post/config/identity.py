@@ -112,6 +112,12 @@ RULES = (
     Rule("identity", "the loss of a reward model", ("reward.layout",), applies=_is("reward")),
     Rule(
         "identity",
+        "what a document's tokens see, and how documents are packed",
+        _keys("pretrain", "documents attention"),
+        applies=_is("pretrain"),
+    ),
+    Rule(
+        "identity",
         "the loss of DPO and its reference",
         _keys(
             "dpo",
@@ -156,7 +162,9 @@ RULES = (
             "precision.fp8_param_gather",
         ),
     ),
-    Rule("free", "two ways to compute the same values", ("loss.impl",), applies=_is("sft", "dpo")),
+    Rule(
+        "free", "two ways to compute the same values", ("loss.impl",), applies=_is("sft", "dpo", "pretrain")
+    ),
     Rule(
         "free",
         "when checkpoints are written, and which are kept",

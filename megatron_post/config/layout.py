@@ -10,15 +10,24 @@ from megatron_post.installation import install_command
 
 def store_layout(config: UncheckedConfig) -> str:
     """The layout of examples in the packed store that the stage's collate function expects."""
-    layouts = {"preferences": config.reward.layout, "pairs": "separate"}
+    layouts = {
+        "preferences": config.reward.layout,
+        "pairs": "separate",
+        "documents": f"{config.pretrain.documents}_documents",
+    }
     return layouts.get(config.traits.examples, config.traits.examples)
 
 
 def segment_multiple(config: UncheckedConfig) -> int:
     """The multiple to which each segment of a pack is padded.
 
-    The zigzag split of context parallelism cuts every segment into 2 x CP equal chunks.
+    The zigzag split of context parallelism cuts every segment into 2 x CP equal chunks. Documents that see
+    each other have no padding between them, because their pack is cut as a whole.
     """
+    return 1 if config.joins_documents else _context_multiple(config)
+
+
+def _context_multiple(config: UncheckedConfig) -> int:
     return 2 * config.parallel.context if config.parallel.context > 1 else 1
 
 
@@ -30,7 +39,7 @@ def pack_multiple(config: UncheckedConfig) -> int:
     """
     p = config.parallel
     shards = p.context * (p.tensor if p.sequence else 1)
-    return math.lcm(segment_multiple(config), shards * fp8.multiple_of(config.precision.fp8))
+    return math.lcm(_context_multiple(config), shards * fp8.multiple_of(config.precision.fp8))
 
 
 def microbatch_multiple(config: UncheckedConfig) -> int:

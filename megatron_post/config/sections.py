@@ -174,8 +174,8 @@ class Loss(Section):
     )
     impl: Literal["fused", "unfused"] = Field(
         "fused",
-        description="for SFT and DPO. fused: compute log-probabilities from hidden states, chunk by chunk. "
-        "unfused: compute them from the logits of all tokens, which must fit into memory",
+        description="for SFT, DPO and pretrain. fused: compute log-probabilities from hidden states, chunk "
+        "by chunk. unfused: compute them from the logits of all tokens, which must fit into memory",
     )
 
 
@@ -215,6 +215,21 @@ class DPO(Section):
     @property
     def needs_reference(self) -> bool:
         return self.loss != "simpo"
+
+
+class Pretrain(Section):
+    """Continued pre-training on documents. Every token after a document's begin-of-text is trained."""
+
+    documents: Literal["cut", "whole"] = Field(
+        "cut",
+        description="cut: documents follow each other, and are cut at the ends of packs. whole: each "
+        "document stays in one pack, and `data.overlong` says what happens to longer ones",
+    )
+    attention: Literal["document", "pack"] = Field(
+        "document",
+        description="document: a token sees only its own document, and positions begin at 0 in it. pack: "
+        "it also sees the documents before its own in the pack, and positions continue",
+    )
 
 
 class Train(Section):
@@ -270,6 +285,7 @@ class UncheckedConfig(Section):
     loss: Loss = Loss()
     reward: Reward = Reward()
     dpo: DPO = DPO()
+    pretrain: Pretrain = Pretrain()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
 
@@ -282,6 +298,16 @@ class UncheckedConfig(Section):
     def shares_prompts(self) -> bool:
         """Whether responses share a prompt, which Transformer Engine's packed attention does not support."""
         return self.traits.examples == "preferences" and self.reward.layout != "separate"
+
+    @property
+    def joins_documents(self) -> bool:
+        """Whether all documents of a pack are one segment for the attention."""
+        return self.traits.examples == "documents" and self.pretrain.attention == "pack"
+
+    @property
+    def cuts_documents(self) -> bool:
+        """Whether documents are cut at the ends of packs."""
+        return self.traits.examples == "documents" and self.pretrain.documents == "cut"
 
     @property
     def needs_reference(self) -> bool:

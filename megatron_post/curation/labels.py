@@ -12,6 +12,7 @@ from megatron_post.curation.selection import KEPT, LEFT
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.taxonomy import Taxonomy, load_taxonomy
 from megatron_post.curation.topics import COARSE, FINE, Topics
+from megatron_post.data.document import Document
 from megatron_post.data.row_formats import example_of_row
 from megatron_post.data.step_example import StepExample
 from megatron_post.storage.files import read_lines, write_lines
@@ -54,7 +55,7 @@ def _rows_of(values: dict[str, Any], step: Topics, taxonomy: Taxonomy) -> list[d
     if pair is None:
         return []
     example = example_of_row(values, Source(name="labels", path=KEPT), reasoning="render")
-    assert not isinstance(example, StepExample)
+    assert not isinstance(example, StepExample | Document)
     row = Row(bytes.fromhex(notes["id"]), notes["source"], 0, notes["place"], values, example)
     dialog = dialog_text(row, longest=step.longest)
     choices = (list(taxonomy.topics), list(taxonomy.topics[pair[0]].parts))

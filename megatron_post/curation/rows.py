@@ -20,6 +20,7 @@ import pyarrow as pa
 from megatron_post.config.data import Dataset, Reasoning, Source
 from megatron_post.curation.columns import REWRITTEN, Column
 from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
+from megatron_post.data.document import Document
 from megatron_post.data.row_files import files_of
 from megatron_post.data.row_formats import RowReader
 from megatron_post.data.row_keys import KeyCounts
@@ -257,8 +258,9 @@ class _Reader:
             raise raw
         self._own.unused.clear()
         example = self._read(raw)
-        if isinstance(example, StepExample):
-            raise BadRow("the row has labelled steps; curation reads dialogs and preferences")
+        if isinstance(example, StepExample | Document):
+            kind = "labelled steps" if isinstance(example, StepExample) else "a document"
+            raise BadRow(f"the row has {kind}; curation reads dialogs and preferences")
         self._counts.unused.update(self._own.unused)
         self._counts.columns |= self._own.columns
         return example, {key: raw[key] for key in raw if key in self._own.unused and key not in _OWN}

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_post.data.document_packs import DocumentAssembly, assemble_documents
 from megatron_post.data.packing import pack_units
 from megatron_post.data.permutation import permutation
-from megatron_post.data.store_format import GroupName, StoreSettings
+from megatron_post.data.store_format import DOCUMENTS, GroupName, StoreSettings
 from megatron_post.data.template import TokenRole
 from megatron_post.data.units import Units, round_up
 
@@ -61,11 +62,15 @@ class Assembly:
             yield tokens, roles
 
 
-def assemble(units: Units, used: np.ndarray, group: GroupName, settings: StoreSettings) -> Assembly:
+def assemble(
+    units: Units, used: np.ndarray, group: GroupName, settings: StoreSettings
+) -> Assembly | DocumentAssembly:
     """Pack the units `used` (int64 [n], repeats allowed) and shuffle the packs with the seed."""
     # Best-fit keeps the input order of units of equal length. Without this shuffle, packs would hold the
     # units of one source side by side.
     used = used[permutation(len(used), settings.seed, group, "units")]
+    if settings.layout in DOCUMENTS:
+        return assemble_documents(units, used, group, settings)
     lengths = units.lengths(multiple=settings.segment_multiple)[used]
     packs = pack_units(lengths, capacity=settings.pack_length)
     packs = [packs[i] for i in permutation(len(packs), settings.seed, group, "packs")]

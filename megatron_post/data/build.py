@@ -1,5 +1,6 @@
 """`data pack` turns sources into rows, rendered units, a mixture, packs and a store, in this order."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +18,21 @@ from megatron_post.config.data import Source
 from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
-from megatron_post.data.examples import DialogUnits, ExampleUnits, PreferenceUnits, SolutionUnits
+from megatron_post.data.examples import (
+    DialogUnits,
+    DocumentUnits,
+    ExampleUnits,
+    PreferenceUnits,
+    SolutionUnits,
+    documents_of,
+)
 from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.mixture import Share, mix, shares
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.sources import PackedSource, PromptedRows, packed_sources
 from megatron_post.data.step_example import Example
-from megatron_post.data.store_format import GROUPS, GroupName, SourceCounts, StoreSettings
+from megatron_post.data.store_format import DOCUMENTS, GROUPS, GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import texts_of
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
@@ -109,7 +117,7 @@ def _read(
     """Render every usable row of the sources. Also returns each source's counts and its unused keys."""
     pile, counts, keys = UnitPile(), [], [KeyCounts() for _ in sources]
     for number, packed in enumerate(sources):
-        source = packed.source
+        source = documents_of(packed.source) if config.traits.examples == "documents" else packed.source
         task = progress.add_task(f"{group}: reading {source.name}", total=None)
         prompted = PromptedRows(packed, keys[number]) if packed.prompting else None
         rows = read_rows(
@@ -149,7 +157,7 @@ def _render(
     limit = LengthLimit(
         source.name,
         overlong=config.data.overlong,
-        capacity=config.data.pack_length,
+        capacity=sys.maxsize if config.cuts_documents else config.data.pack_length,
         multiple=segment_multiple(config),
     )
     example_units = _example_units(config, source, tokenizer)
@@ -178,6 +186,8 @@ def _render(
 def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:
     if config.traits.examples == "dialogs":
         return DialogUnits(source.name, tokenizer, stage=config.stage)
+    if config.traits.examples == "documents":
+        return DocumentUnits(tokenizer)
     if config.traits.examples == "steps":
         return SolutionUnits(source.name, tokenizer, separator=config.data.steps.separator)
     return PreferenceUnits(
@@ -202,7 +212,15 @@ def _write(
 ) -> GroupSummary:
     """Mix, pack and write one group."""
     sources = [each.source for each in packed]
-    uses = mix(sources, {count.name: count.rows for count in counts}, seed=settings.seed)
+    real = units.lengths(multiple=1)
+    lengths = [real[units.sources == number] for number in range(len(sources))]
+    tokens = dict(zip((source.name for source in sources), lengths, strict=True))
+    uses = mix(
+        sources,
+        {count.name: count.rows for count in counts},
+        seed=settings.seed,
+        tokens=tokens if settings.layout in DOCUMENTS else None,
+    )
     flat = np.concatenate([np.zeros(0, dtype=np.int64), *uses.values()])
     assembly = assemble(units, np.repeat(np.arange(len(units)), flat), group, settings)
     task = progress.add_task(f"{group}: writing packs", total=len(assembly))
@@ -214,8 +232,6 @@ def _write(
         segments_per_pack=np.diff(assembly.segment_ends),
         packs=packs,
     )
-    real = units.lengths(multiple=1)
-    lengths = [real[units.sources == number] for number in range(len(sources))]
     return GroupSummary(
         counts, keys, shares(list(uses), list(uses.values()), lengths), num_packs=len(assembly)
     )

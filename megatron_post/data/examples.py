@@ -6,12 +6,19 @@ from typing import Protocol, get_args
 
 import numpy as np
 
-from megatron_post.config.data import Preferences, Rating
+from megatron_post.config.data import Preferences, Rating, Source
 from megatron_post.config.stages import StageName
 from megatron_post.data.dialog import Dialog, Preference
+from megatron_post.data.document import Document
 from megatron_post.data.permutation import permutation
 from megatron_post.data.step_example import Example, StepExample
-from megatron_post.data.template import Rendered, render_batch, render_preferences, render_solutions
+from megatron_post.data.template import (
+    Rendered,
+    render_batch,
+    render_documents,
+    render_preferences,
+    render_solutions,
+)
 from megatron_post.data.tokenizer import Tokenizer
 
 Unit = tuple[Rendered, ...]  # the segments of one example, which must stay in one pack
@@ -37,6 +44,11 @@ class DialogUnits:
     def __call__(self, rows: Sequence[tuple[int, Example]]) -> list[list[Unit]]:
         dialogs = []
         for _, example in rows:
+            if isinstance(example, Document):
+                raise ValueError(
+                    f"source {self._source!r} holds documents, stage={self._stage} trains dialogs; "
+                    "stage=pretrain trains on such rows"
+                )
             if isinstance(example, StepExample):
                 raise ValueError(
                     f"source {self._source!r} holds labelled steps, stage={self._stage} trains dialogs; "
@@ -49,6 +61,32 @@ class DialogUnits:
                 )
             dialogs.append(example)
         return [[(rendered,)] for rendered in render_batch(dialogs, self._tokenizer)]
+
+
+class DocumentUnits:
+    """Makes one segment of each document."""
+
+    filtered = 0
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> list[list[Unit]]:
+        texts = []
+        for _, example in rows:
+            assert isinstance(example, Document)  # `documents_of` has given the source this form
+            texts.append(example.text)
+        return [[(rendered,)] for rendered in render_documents(texts, self._tokenizer)]
+
+
+def documents_of(source: Source) -> Source:
+    """The source with its column of documents, which is `text` by default. Raises `ValueError`."""
+    if source.format not in ("auto", "columns") or (source.columns and "text" not in source.columns):
+        raise ValueError(
+            f"source {source.name!r}: stage=pretrain trains plain texts; leave out format={source.format} "
+            "and other columns, and name theirs as columns={text: content} if it is not `text`"
+        )
+    return source.model_copy(update={"columns": source.columns or {"text": "text"}})
 
 
 class SolutionUnits:

@@ -26,7 +26,13 @@ class Share:
         return self.rows / self.available if self.available else 0.0
 
 
-def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -> dict[str, np.ndarray]:
+def mix(
+    sources: Sequence[Source],
+    available: Mapping[str, int],
+    *,
+    seed: int,
+    tokens: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
     """The number of uses of each row, as a mapping of source name to int64 [rows of the source].
 
     A source has one of three settings.
@@ -44,6 +50,9 @@ def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -
     mixture above has 1000 + 333 + 400 rows. A weighted source gets at least one row. The drawn rows depend
     only on the seed and the source's name, and a larger number of epochs or weight keeps all of them.
 
+    tokens: the length of each row, int [rows] by source, or None. With it, weights are shares of the tokens.
+    A source then gives drawn rows until it has its share, to the nearest row.
+
     Raises `ValueError` for a weighted source without rows, which would make the mixture empty, and for two
     sources of the same name.
     """
@@ -53,7 +62,10 @@ def mix(sources: Sequence[Source], available: Mapping[str, int], *, seed: int) -
         raise ValueError(
             f"data.sources: the name(s) {', '.join(twice)} appear more than once; names must be unique"
         )
-    rows = _weighted_rows(sources, available)
+    weights = _weights(sources, available)
+    rows = (
+        _weighted_rows(weights, available) if tokens is None else _rows_of_tokens(weights, tokens, seed=seed)
+    )
     for source in sources:
         if source.weight is None:
             rows[source.name] = round((source.epochs or 1.0) * available[source.name])
@@ -71,7 +83,7 @@ def shares(names: Sequence[str], uses: Sequence[np.ndarray], lengths: Sequence[n
     ]
 
 
-def _weighted_rows(sources: Sequence[Source], available: Mapping[str, int]) -> dict[str, int]:
+def _weights(sources: Sequence[Source], available: Mapping[str, int]) -> dict[str, float]:
     weights = {source.name: source.weight for source in sources if source.weight is not None}
     empty = [name for name in weights if available[name] == 0]
     if empty:
@@ -79,8 +91,24 @@ def _weighted_rows(sources: Sequence[Source], available: Mapping[str, int]) -> d
             f"data.sources: {', '.join(empty)} has a weight but no usable row, and nothing weighted is "
             "repeated, so the mixture would be empty; remove the source or mend its rows"
         )
+    return weights
+
+
+def _weighted_rows(weights: Mapping[str, float], available: Mapping[str, int]) -> dict[str, int]:
     scale = min((available[name] / weight for name, weight in weights.items()), default=0.0)
     return {name: min(max(round(weight * scale), 1), available[name]) for name, weight in weights.items()}
+
+
+def _rows_of_tokens(
+    weights: Mapping[str, float], tokens: Mapping[str, np.ndarray], *, seed: int
+) -> dict[str, int]:
+    scale = min((tokens[name].sum() / weight for name, weight in weights.items()), default=0.0)
+    rows = {}
+    for name, weight in weights.items():
+        # `_spread` draws the first rows of the same permutation.
+        drawn = np.cumsum(tokens[name][permutation(len(tokens[name]), seed, name)])
+        rows[name] = int(np.abs(drawn - weight * scale).argmin()) + 1
+    return rows
 
 
 def _spread(rows: int, available: int, *, seed: int, name: str) -> np.ndarray:

@@ -10,11 +10,12 @@ _DIALOG = {"system", "user", "assistant", "history", "end_marker"}
 _PREFERENCE = {"system", "user", "chosen", "rejected", "edited", "rating", "end_marker"}
 _MESSAGES = {"system", "messages", "tools"}
 _STEPS = {"system", "user", "steps", "labels"}
+_TEXT = {"text"}
 _OPTIONAL = ("system", "edited", "rating")
 
 
 def check_columns(source: Source) -> None:
-    """Raise `ValueError` if `source.columns` cannot make a dialog, a preference or labelled steps."""
+    """Raise `ValueError` if `source.columns` cannot make an example."""
     keys = set(source.columns)
     if source.format not in ("auto", "columns"):
         if keys:
@@ -25,13 +26,14 @@ def check_columns(source: Source) -> None:
             {"user", "chosen", "rejected"} <= keys <= _PREFERENCE,
             {"messages"} <= keys <= _MESSAGES,
             {"user", "steps", "labels"} <= keys <= _STEPS,
+            keys == _TEXT,
         ]
         if not any(fits):
             raise ValueError(
                 f"source {source.name!r}: columns {sorted(keys)} make neither a dialog (user, assistant, "
                 "and optionally system, history, end_marker, or messages, and optionally system, tools) nor "
                 "a preference (user, chosen, rejected, and optionally system, edited, rating, end_marker) "
-                "nor labelled steps (user, steps, labels, and optionally system)"
+                "nor labelled steps (user, steps, labels, and optionally system) nor a document (text)"
             )
 
 

@@ -11,8 +11,9 @@ columns     One column per role, which `source.columns` names, as in {user: ques
             value may join columns ("instruction+input" joins those that are not blank with a blank line) and
             name nested ones ("instances.0.output"). With `chosen` and `rejected` instead of `assistant` the
             row is a preference, and with `steps` and `labels` it has labelled steps. {messages: dialog} names
-            the column of messages. `end_marker` is not a column. It is a text that is removed from the end of
-            responses ("<|endoftext|>" in T0's data).
+            the column of messages, and {text: content} that of documents, which stage=pretrain trains.
+            `end_marker` is not a column. It is a text that is removed from the end of responses
+            ("<|endoftext|>" in T0's data).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 from megatron_post.config.data import Neutral, Reasoning, Source, TrainOn
 from megatron_post.data.dialog import BadRow, Dialog, Message
+from megatron_post.data.document import read_document
 from megatron_post.data.row_columns import Columns, check_columns
 from megatron_post.data.row_keys import KeyCounts, Keys, as_list, text_of
 from megatron_post.data.row_messages import MarkedMessages, read_messages
@@ -36,7 +38,7 @@ from megatron_post.data.row_preferences import (
 from megatron_post.data.row_refusals import SYSTEM, refuse_harmful, refuse_templated, refuse_unused_context
 from megatron_post.data.row_steps import from_step_columns, from_steps, is_prm800k
 from megatron_post.data.row_tools import tools_of
-from megatron_post.data.step_example import Example
+from megatron_post.data.step_example import Conversation, Example
 
 _MESSAGES = ("messages", "conversations")
 _NO_MESSAGES = ("prompt", "completion", "chosen", "rejected", "edited", "history", "query", "response")
@@ -84,6 +86,10 @@ class RowReader:
         if not isinstance(raw, Mapping):
             raise BadRow(f"a row must be a mapping, not {type(raw).__name__}")
         row = Keys(raw, ignore=self._source.ignore)
+        if "text" in self._source.columns:
+            document = read_document(row, self._columns, self._source.columns["text"])
+            self._counts.unused.update(row.unused())
+            return document
         refuse_harmful(row, self._columns, reasoning=self._reasoning)
         system = self._columns.text("system", row)
         if not self._columns.by_role:
@@ -99,7 +105,7 @@ class RowReader:
         self._counts.unused.update(row.unused())
         return example
 
-    def _example(self, row: Keys) -> Example:
+    def _example(self, row: Keys) -> Conversation:
         columns = self._source.columns
         if "steps" in columns:
             return from_step_columns(row, self._columns, columns)
@@ -146,7 +152,7 @@ class RowReader:
         context = [*history_of(row.get("history")), *turns_of(asked, "user")]
         return self._completion(context, turns_of(row.require(response), "assistant"), row)
 
-    def _from_columns(self, row: Keys) -> Example:
+    def _from_columns(self, row: Keys) -> Conversation:
         asked = Message("user", self._columns.text("user", row))
         if "assistant" not in self._source.columns:
             return from_ranked_columns(row, self._columns, (asked,))
@@ -239,7 +245,7 @@ def _system_of(row: Keys) -> str:
     return text_of(row.one_of(*names), names[0]).strip() if names else ""
 
 
-def _with_system(example: Example, text: str) -> Example:
+def _with_system(example: Conversation, text: str) -> Conversation:
     """The example with a system prompt before its messages. Raises `BadRow` if it has another."""
     messages = example.messages if isinstance(example, Dialog) else example.prompt
     if not text:

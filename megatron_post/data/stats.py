@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_post.data.store import PackStore, open_store
-from megatron_post.data.store_format import GROUPS, ONE_SEGMENT, SEPARATE
+from megatron_post.data.store_format import DOCUMENTS, GROUPS, ONE_SEGMENT, SEPARATE
 from megatron_post.data.template import RESPONSE_ROLES, STEP_ROLES, TokenRole
 
 
@@ -171,10 +171,15 @@ def _print_trained(
     tokens = counts.tokens[:, list(trained_roles)].sum(axis=1)
     real = counts.tokens.sum(axis=1) - counts.tokens[:, TokenRole.PADDING]
     for number, source in enumerate(store.sources):
+        where = (
+            f"{counts.trained[number]:,} documents and parts of documents"
+            if store.settings.layout in DOCUMENTS
+            else f"{counts.trained[number]:,} messages of the assistant; {counts.masked[number]:,} of its "
+            "messages are masked"
+        )
         console.print(
             f"{source.name}: {tokens[number]:,} of {real[number]:,} tokens are trained "
-            f"({100 * tokens[number] / max(real[number], 1):.2f}%) in {counts.trained[number]:,} messages of "
-            f"the assistant; {counts.masked[number]:,} of its messages are masked",
+            f"({100 * tokens[number] / max(real[number], 1):.2f}%) in {where}",
             highlight=False,
             soft_wrap=True,
         )

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
+from megatron_post.data.document import Document
 
 _NUMBERED = re.compile(r"^(?:#+ *)?Step +(\d{1,4}):", re.MULTILINE)
 
@@ -57,7 +58,8 @@ class StepExample:
         return sum(message.role == "user" for message in self.prompt)
 
 
-Example = Dialog | Preference | StepExample
+Conversation = Dialog | Preference | StepExample
+Example = Conversation | Document
 
 
 def steps_of(text: str) -> tuple[str, ...]:

@@ -45,11 +45,15 @@ REFERENCE = "reference_logps"
 DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
 
 
-# With "dialogs" a unit is one segment, and with "steps" it is one solution. The others hold preferences. With
-# "separate" a unit has a segment for each response, which repeats the prompt. With "isolated" and
+# With "dialogs" a unit is one segment, and with "steps" it is one solution. With "whole_documents" it is one
+# document, and with "cut_documents" the part of a document that is in one pack. The others hold preferences.
+# With "separate" a unit has a segment for each response, which repeats the prompt. With "isolated" and
 # "concatenated" the prompt is the first segment, and each response is one more.
-StoreLayout = Literal["dialogs", "steps", "separate", "isolated", "concatenated"]
-ONE_SEGMENT: tuple[StoreLayout, ...] = ("dialogs", "steps")  # a unit is one segment
+StoreLayout = Literal[
+    "dialogs", "steps", "whole_documents", "cut_documents", "separate", "isolated", "concatenated"
+]
+DOCUMENTS: tuple[StoreLayout, ...] = ("whole_documents", "cut_documents")
+ONE_SEGMENT: tuple[StoreLayout, ...] = ("dialogs", "steps", *DOCUMENTS)  # a unit is one segment
 SEPARATE: tuple[StoreLayout, ...] = (*ONE_SEGMENT, "separate")  # a segment sees only itself
 
 

@@ -20,10 +20,12 @@ from itertools import chain
 import numpy as np
 
 from megatron_post.data.dialog import Dialog, Message, Preference
+from megatron_post.data.document import Document
 from megatron_post.data.special_tokens import (
     BOS,
     END_HEADER,
     END_OF_MESSAGE,
+    END_OF_TEXT,
     END_OF_TURN,
     PYTHON_TAG,
     START_HEADER,
@@ -39,8 +41,8 @@ class TokenRole(IntEnum):
     PADDING = 0
     HEADER = 1  # begin of text, and <|start_header_id|>role<|end_header_id|>\n\n of every message
     PROMPT = 2  # system, user and ipython bodies with their terminators
-    BODY = 3  # the assistant's text and calls, with <|python_tag|>
-    TERMINATOR = 4  # the assistant's <|eot_id|> or <|eom_id|>
+    BODY = 3  # the assistant's text and calls, with <|python_tag|>, or a document's text
+    TERMINATOR = 4  # the assistant's <|eot_id|> or <|eom_id|>, or a document's <|end_of_text|>
     MASKED = 5  # bodies and terminators of assistant messages that the row masks, which are never trained
     RIGHT_STEP = 6  # the last token of a step that is labelled right
     WRONG_STEP = 7  # the last token of a step that is labelled wrong
@@ -81,6 +83,17 @@ def render_batch(dialogs: Iterable[Dialog], tokenizer: Tokenizer) -> list[Render
     return _encode([list(template.opening(with_tools(d.messages, d.tools))) for d in dialogs], tokenizer)
 
 
+def render_documents(texts: Iterable[str], tokenizer: Tokenizer) -> list[Rendered]:
+    """Each text between begin-of-text and end-of-text. All texts are encoded in one call.
+
+    Begin-of-text is the only token that is not trained. It always follows end-of-text, so there is nothing to
+    learn.
+    """
+    begin: _Segment = ([tokenizer.special(BOS)], TokenRole.HEADER)
+    end: _Segment = ([tokenizer.special(END_OF_TEXT)], TokenRole.TERMINATOR)
+    return _encode([[begin, (text, TokenRole.BODY), end] for text in texts], tokenizer)
+
+
 def render_prompt(
     messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[dict] = ()
 ) -> np.ndarray:
@@ -91,7 +104,10 @@ def render_prompt(
 
 
 def texts_of(example: Example) -> Iterator[str]:
-    """Yield every text that `render` encodes for an example."""
+    """Yield every text that is encoded for an example."""
+    if isinstance(example, Document):
+        yield example.text
+        return
     responses = () if isinstance(example, Dialog) else example.responses
     opening = example.messages if isinstance(example, Dialog) else example.prompt
     for message in chain(with_tools(opening, example.tools), *responses):

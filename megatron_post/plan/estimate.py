@@ -170,11 +170,17 @@ def layers_on_gpu(config: Config) -> Layers:
 def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
     """Segments of `length` that fill a pack, each with the padding that context parallelism adds.
 
-    By default there is one segment, whose attention costs most. If rows share a prompt, half of each row is
-    the prompt and a quarter is each response. Raises `ValueError` for a length that no pack has.
+    By default there is one segment, whose attention costs most. Documents that see each other are one too.
+    If rows share a prompt, half of each row is the prompt and a quarter is each response. Raises `ValueError`
+    for a length that no pack has.
     """
     total = config.data.pack_length
     length = total if length is None else length
+    if config.joins_documents and length != total:
+        raise ValueError(
+            f"a segment of {length} tokens: with pretrain.attention=pack a pack is one segment of "
+            f"data.pack_length={total}"
+        )
     if not 1 <= length <= total:
         raise ValueError(f"a segment of {length} tokens: want 1 to data.pack_length={total}")
     multiple = segment_multiple(config)

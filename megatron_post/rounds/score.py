@@ -14,6 +14,7 @@ from megatron_post.config.data import Data, Source
 from megatron_post.config.schema import Config
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.data.dialog import Dialog
+from megatron_post.data.document import Document
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.step_example import Solution, StepExample, split_steps
 from megatron_post.data.template import STEP_ROLES, Rendered, render_batch, render_solutions
@@ -173,6 +174,7 @@ def _rows(source: Source, data: Data) -> Iterator[Row]:
         if isinstance(example, Dialog):
             yield Row(number, (example,), (None,))
             continue
+        assert not isinstance(example, Document)  # only a source that names `text` has documents
         dialogs = tuple(Dialog((*example.prompt, *r), tools=example.tools) for r in example.responses)
         steps: tuple[tuple[str, ...] | None, ...] = tuple(None for _ in dialogs)
         if isinstance(example, StepExample):

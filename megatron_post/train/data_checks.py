@@ -69,7 +69,9 @@ def _check_trained(config: Config, stage: Stage, store: PackStore) -> None:
     if any(_is_trained(store.read(number), stage) for number in range(count)):
         return
     key = config.traits.trained_roles
-    untrained = "no labelled step" if config.traits.examples == "steps" else "no pair"
+    untrained = {"steps": "no labelled step", "documents": "no document"}.get(
+        config.traits.examples, "no pair"
+    )
     what = untrained if key is None else f"no token with {key}=[{','.join(flatten(config)[key])}]"
     raise StoreError(
         f"store {store.path}/{store.group} has {what} in any of its {count} packs, so there is nothing to "

@@ -19,6 +19,7 @@ from megatron_post.parallel.topology import Topology, parallel_run
 from megatron_post.stages.base import Stage
 from megatron_post.stages.comparisons import SegmentSums
 from megatron_post.stages.dpo import DPO
+from megatron_post.stages.pretrain import Pretrain
 from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
 from megatron_post.stages.step_reward import StepReward
@@ -45,6 +46,8 @@ def make_stage(config: Config, topology: Topology) -> Stage:
         return SFT(config.loss.trained_roles)
     if config.stage == "step_reward":
         return StepReward()
+    if config.stage == "pretrain":
+        return Pretrain(config.pretrain.attention)
     group = topology.groups.cp
     # A segment's tokens are split over the context-parallel ranks, so its sum is too. Every rank of the group
     # then has the whole sum, and only the first one counts it: otherwise pairs would count CP times.

@@ -193,8 +193,11 @@ class Trainer:
     def _load(self, packs: Sequence[Pack]) -> Load:
         """The work of the packs of the last step. Only real tokens count."""
         layout = store_layout(self.config)
-        squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
         tokens = sum(pack.lengths.sum() for pack in packs)
+        if self.config.joins_documents:
+            squares = sum(int(pack.lengths.sum()) ** 2 for pack in packs)
+        else:
+            squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
         return Load(float(tokens), float(squares), float(self.stepper.trained))
 
 

@@ -48,6 +48,10 @@ SOURCES = [{"name": "math", "path": "math.jsonl"}, {"name": "chat", "path": "cha
         ("reward", {"loss": {"impl": "unfused"}}, "loss.impl=unfused has no effect with stage=reward"),
         ("step_reward", {"reward": {"layout": "separate"}}, "reward.layout=separate has no effect"),
         ("reward", {"data": {"steps": {"neutral": "wrong"}}}, "data.steps.neutral=wrong has no effect"),
+        ("sft", {"pretrain": {"attention": "pack"}}, "pretrain.attention=pack has no effect with stage=sft"),
+        ("pretrain", {"data": {"reasoning": "drop"}}, "data.reasoning=drop has no effect"),
+        ("pretrain", {"loss": {"trained_roles": ["body"]}}, "loss.trained_roles=[body] has no effect"),
+        ("pretrain", {"data": {"overlong": "drop"}}, "data.overlong=drop has no effect"),
         (
             "sft",
             {"recompute": {"modules": ["mlp"]}},

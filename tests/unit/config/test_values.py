@@ -85,7 +85,8 @@ train: {steps: 10, global_batch: 4}
         ("model.preset=tinny", "(did you mean 'tiny'?)"),
         (
             "stage=sfft",
-            "Input should be 'sft' or 'reward' or 'step_reward' or 'dpo' (did you mean 'sft'?) (got 'sfft')",
+            "Input should be 'sft' or 'reward' or 'step_reward' or 'dpo' or 'pretrain' (did you mean 'sft'?) "
+            "(got 'sfft')",
         ),
         ("optimizer.lrr=1", "optimizer.lrr: unknown key (value 1) (did you mean 'optimizer.lr'?)"),
         ("optimizr.lr=1", "optimizr: unknown key (value {'lr': 1}) (did you mean 'optimizer'?)"),

@@ -29,6 +29,11 @@ GPUS = {
     "llama3_70b/dpo_lora": 8,
     "llama3_405b/sft_lora": 16,
     "llama3_405b/dpo_lora": 16,
+    "llama3_8b/pretrain_code": 8,
+    "llama3_8b/pretrain_code_long": 8,
+    "llama3_8b/pretrain_multilingual": 8,
+    "llama3_70b/pretrain_code": 64,
+    "llama3_70b/pretrain_multilingual": 64,
 }
 
 
@@ -41,9 +46,18 @@ def test_every_config_is_tested() -> None:
 def test_fits(name: str) -> None:
     plan = make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus=GPUS[name], gpu=gpu("h100-80gb"))
     assert plan.shortfall <= 0
-    assert plan.config.optimizer.lr == (1e-5 if plan.config.adapter is None else 1e-4)
+    if plan.config.stage != "pretrain":
+        assert plan.config.optimizer.lr == (1e-5 if plan.config.adapter is None else 1e-4)
     if plan.config.stage == "dpo":
         assert (plan.config.dpo.beta, plan.config.dpo.nll_weight) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("size", ["8b", "70b"])
+def test_multilingual_experts_have_90_percent_of_other_languages(size: str) -> None:
+    """Weights are shares of tokens with stage=pretrain."""
+    config = load_config(CONFIGS / f"llama3_{size}/pretrain_multilingual.yaml")
+    weights = {source.name: source.weight for source in config.data.sources}
+    assert weights == {"multilingual": 90, "english": 10} and config.stage == "pretrain"
 
 
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
