@@ -63,6 +63,10 @@ class Difficulty(Step):
     def models(self) -> Sequence[str]:
         return [name for name in (self.tags, self.rating) if name is not None]
 
+    @property
+    def measures(self) -> Sequence[str]:
+        return (RATING, SCORE)
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         made: list[Pass] = []
         for field, kind, model, prompt, parse in (

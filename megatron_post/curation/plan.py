@@ -105,6 +105,7 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
         [
             index_key,
             [[each.work.name, each.key] for each in planned],
+            settings.seed,  # draws the rows of the page
             settings.mixture and settings.mixture.model_dump(mode="json"),
         ]
     )

@@ -93,6 +93,10 @@ class Quality(Step):
             for name in sorted(named - {*known})
         ]
 
+    @property
+    def measures(self) -> Sequence[str]:
+        return (REWARD, SCORE)
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         made: list[Pass] = []
         if self.reward:

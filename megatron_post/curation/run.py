@@ -23,9 +23,10 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from megatron_post.curation.columns import DROPPED, FAILED, Column, aligned, read_table, write_table
+from megatron_post.curation.page import PAGE
 from megatron_post.curation.plan import Plan, Planned, plan_of
 from megatron_post.curation.rows import Rows
-from megatron_post.curation.selection import REPORT, read_report, write_selection
+from megatron_post.curation.selection import read_report, write_selection
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import ROWS, Batch, BlockPass, RowPass, View, WholePass
 from megatron_post.curation.tools import OpenRanker, Tools
@@ -125,7 +126,7 @@ class _Run:
                         index,
                         lambda: self._view([*self.plan.passes], None, Path(), tools),
                     )
-        self.say(f"{self.directory}: {_counts(report)}. {self.directory / REPORT} has the counts")
+        self.say(f"{self.directory}: {_counts(report)}. {self.directory / PAGE} shows them")
         return report
 
     def say(self, text: str) -> None:

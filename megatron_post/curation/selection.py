@@ -12,8 +12,10 @@ from typing import Any
 
 from megatron_post.curation.columns import DROPPED, FAILED, REWRITTEN, rows_of
 from megatron_post.curation.mixture import DIRECTORY, MixtureWriter
+from megatron_post.curation.page import PAGE, write_page
 from megatron_post.curation.plan import Plan
 from megatron_post.curation.rows import Row, Rows
+from megatron_post.curation.samples import Samples
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import Step, View
 from megatron_post.storage.files import line_writer, write_json
@@ -25,7 +27,7 @@ KEPT, LEFT, REPORT = "rows.jsonl", "dropped.jsonl", "report.json"
 def read_report(directory: Path, key: str) -> dict[str, Any] | None:
     """The content of `report.json` if the run of this key is finished, otherwise None."""
     path = directory / REPORT
-    if not path.exists() or not (directory / KEPT).exists() or not (directory / LEFT).exists():
+    if not all((directory / name).exists() for name in (REPORT, KEPT, LEFT, PAGE)):
         return None
     report = read_object(path, "the report of a curation; remove it, and it is written again")
     return report if report.get("key") == key else None
@@ -34,7 +36,7 @@ def read_report(directory: Path, key: str) -> dict[str, Any] | None:
 def write_selection(
     settings: Curation, plan: Plan, rows: Rows, index: dict[str, Any], view: Callable[[], View]
 ) -> dict[str, Any]:
-    """Write the selected rows, the others, the mixture and `report.json`, whose content is returned.
+    """Write the rows, the mixture, the page and `report.json`, whose content is returned.
 
     index: the counts of the index. view: gives a view of all columns and rows. A row has its annotations
     under the key `curation`: `id`, `source`, `place`, `dropped_by` with step and reason if it is dropped, and
@@ -46,6 +48,9 @@ def write_selection(
     directory = Path(settings.run)
     (directory / REPORT).unlink(missing_ok=True)  # it marks the other files as complete
     shutil.rmtree(directory / DIRECTORY, ignore_errors=True)
+    whole = view()
+    samples = Samples(settings.steps, settings.seed)
+    samples.draw_clusters(whole)
     mixing = None if settings.mixture is None else MixtureWriter(settings.mixture, directory)
     with (
         line_writer(directory / KEPT) as keep,
@@ -64,9 +69,9 @@ def write_selection(
             notes |= {"dropped_by": dropped_by} if dropped_by else {}
             written = row.as_json({**notes, "steps": annotations})
             (leave if dropped_by else keep)(written)
+            samples.add(written)
             if mixing is not None and dropped_by is None:
                 mixing.add(row, annotations, written)
-    whole = view()
     report = {
         "key": plan.key,
         "rows": index["rows"],
@@ -84,6 +89,7 @@ def write_selection(
         ],
     }
     report |= {} if mixing is None else {"mixture": mixing.finish()}
+    write_page(settings, report, samples, whole)
     write_json(directory / REPORT, report)
     return report
 

@@ -171,6 +171,11 @@ class Step(Section):
         return ()
 
     @property
+    def measures(self) -> Sequence[str]:
+        """Fields of its column that are numbers, whose distributions the page shows."""
+        return ()
+
+    @property
     def uses_gpus(self) -> bool:
         """Whether it uses GPUs in the process, besides those of its models."""
         return False

@@ -32,6 +32,10 @@ class Tokens(Step):
     def _loaded(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)
 
+    @property
+    def measures(self) -> Sequence[str]:
+        return (CONTEXT, RESPONSE)
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         return [
             RowPass(

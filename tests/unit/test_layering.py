@@ -105,6 +105,7 @@ ALLOWED = {
         "parallel.environment",
         "plan.commands",
         "storage",
+        "synthesis.histogram",
         "synthesis.languages",
         "synthesis.prompts",
     },

@@ -54,6 +54,10 @@ class SemanticDuplicates(Duplicates):
     def uses_gpus(self) -> bool:
         return True
 
+    @property
+    def measures(self) -> Sequence[str]:
+        return ("cosine",)
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         for package in ("sentence_transformers", "faiss"):
             require(package, self.kind, "curate")
