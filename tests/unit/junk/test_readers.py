@@ -42,6 +42,7 @@ STEP = "converted/step-00000000"
 
 def _rows(name: str) -> Callable[[], Any]:
     columns = {"user": "question", "assistant": "answer"} if ".csv" in name else {}
+    columns = {"text": "text"} if "documents" in name else columns
     return lambda: list(read_rows(Source(name=name, path=name, columns=columns), bad_rows=BadRows(10**6)))
 
 
@@ -74,6 +75,7 @@ READERS: dict[str, tuple[str, Callable[[], Any], int]] = {
     "CSV, gzip": ("rows.csv.gz", _rows("rows.csv.gz"), 20),
     "Parquet": ("rows.parquet", _rows("rows.parquet"), 20),
     "pairs": ("pairs.jsonl", _rows("pairs.jsonl"), 40),
+    "documents": ("documents.jsonl", _rows("documents.jsonl"), 40),
     "labelled steps": ("steps.jsonl", _rows("steps.jsonl"), 40),
     "steps": ("step-reward/config.json", lambda: _weights(HuggingFaceDirectory("step-reward")), 20),
     "prompts": ("prompts.jsonl", lambda: read_prompts("prompts.jsonl"), 40),

@@ -144,6 +144,7 @@ def _write_rows(root: Path) -> None:
             {"completions": [{"text": "2", "rating": 1}, {"text": "3", "rating": -1}],
              "human_completion": None, "chosen_completion": 0}]}},
     ]  # fmt: skip
+    (root / "documents.jsonl").write_text(f"{json.dumps({'text': 'def f():', 'id': 1})}\n" * 4)
     (root / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps * 2))
     prompts = [{"prompt": f"{number} + 1?", "answer": number + 1} for number in (1, 2)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
