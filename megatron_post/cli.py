@@ -118,13 +118,16 @@ def data_pack(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing store.")] = False,
     append: Annotated[bool, typer.Option(help="Add to an existing store of the same settings.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that render rows. Default: one for each core.")
+    ] = None,
 ) -> None:
     """Read data.sources, render, pack and store them."""
     from megatron_post.config.load import load_config
     from megatron_post.data.build import build_store
 
     loaded = load_config(config, overrides or ())
-    build_store(loaded, overwrite=overwrite, append=append, console=make_console())
+    build_store(loaded, overwrite=overwrite, append=append, workers=workers, console=make_console())
 
 
 @data_app.command("prompt")

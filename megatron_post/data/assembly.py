@@ -53,11 +53,11 @@ class Assembly:
             tokens = np.full(settings.pack_length, settings.pad_id, dtype=np.int32)
             roles = np.full(settings.pack_length, TokenRole.PADDING, dtype=np.uint8)
             position = 0
-            for segment in segments[start:end]:
-                first, last = units.segment_starts[segment : segment + 2].tolist()
-                length = last - first
-                tokens[position : position + length] = units.tokens[first:last]
-                roles[position : position + length] = units.roles[first:last]
+            for segment in segments[start:end].tolist():
+                segment_tokens, segment_roles = units.read(segment)
+                length = len(segment_tokens)
+                tokens[position : position + length] = segment_tokens
+                roles[position : position + length] = segment_roles
                 position += round_up(length, settings.segment_multiple)
             yield tokens, roles
 

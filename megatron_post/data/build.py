@@ -1,11 +1,8 @@
 """`data pack` turns sources into rows, rendered units, a mixture, packs and a store, in this order."""
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,32 +11,21 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_post.config.data import Source
 from megatron_post.config.layout import segment_multiple, store_layout
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
-from megatron_post.data.examples import (
-    DialogUnits,
-    DocumentUnits,
-    ExampleUnits,
-    PreferenceUnits,
-    SolutionUnits,
-    documents_of,
-)
-from megatron_post.data.length_limit import LengthLimit
 from megatron_post.data.mixture import Share, mix, shares
+from megatron_post.data.render_pool import RenderPool
+from megatron_post.data.render_sources import render_sources
 from megatron_post.data.row_keys import KeyCounts
-from megatron_post.data.rows import BadRows, read_rows
-from megatron_post.data.sources import PackedSource, PromptedRows, packed_sources
-from megatron_post.data.step_example import Example
+from megatron_post.data.rows import BadRows
+from megatron_post.data.sources import PackedSource, packed_sources
+from megatron_post.data.spill import Spill
 from megatron_post.data.store_format import DOCUMENTS, GROUPS, GroupName, SourceCounts, StoreSettings
 from megatron_post.data.store_writer import StoreWriter
-from megatron_post.data.template import texts_of
-from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
-from megatron_post.data.units import UnitPile, Units
+from megatron_post.data.tokenizer import tokenizer_of
+from megatron_post.data.units import Units
 from megatron_post.display import make_progress
-
-_ROWS_AT_ONCE = 512  # one call of the tokenizer encodes them, and it uses all cores
 
 
 @dataclass(frozen=True)
@@ -58,15 +44,27 @@ class GroupSummary:
 
 
 def build_store(
-    config: Config, *, console: Console, overwrite: bool = False, append: bool = False
+    config: Config,
+    *,
+    console: Console,
+    overwrite: bool = False,
+    append: bool = False,
+    workers: int | None = None,
 ) -> dict[GroupName, GroupSummary]:
     """Pack `data.sources` and `data.eval_sources` into `data.store`, and print a summary.
 
     Training sources are mixed by their epochs or weights. Rows of evaluation sources are used once. The same
-    config and data give the same store, byte for byte. Raises `ValueError` (`StoreError`, `TooManyBadRows`)
-    for an existing store, more bad or overlong rows than the config allows, and a source without usable rows.
+    config and data give the same store, byte for byte, whatever the number of workers.
+
+    workers: processes that render rows, by default one for each core. Rendered rows are kept in a hidden
+    directory beside the store until the store is complete. A pack that was killed continues with them.
+
+    Raises `ValueError` (`StoreError`, `TooManyBadRows`) for an existing store, more bad or overlong rows than
+    the config allows, and a source without usable rows.
     """
     _check_sources(config)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: give at least 1")
     tokenizer = tokenizer_of(config)
     settings = StoreSettings(
         pack_length=config.data.pack_length,
@@ -89,10 +87,20 @@ def build_store(
             sources = packed_sources(config, group)
             if group == "train" and not sources:
                 raise ValueError("data.prompted.held_out_tasks holds out every source; name fewer tasks")
-            units, counts, keys = _read(group, sources, config, tokenizer, bad_rows, progress)
-            summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
+            with (
+                Spill(writer.spill_directory, group) as spill,
+                RenderPool(config, sources, tokenizer, spill, workers=workers or _num_cores()) as pool,
+            ):
+                counts, keys = render_sources(group, sources, config, pool, bad_rows, progress)
+                pool.close()
+                units = spill.units()
+                summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
     _print(summaries, bad_rows, config, console)
     return summaries
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_sources(config: Config) -> None:
@@ -104,100 +112,6 @@ def _check_sources(config: Config) -> None:
             f"data.eval_sources: {', '.join(repeated)} has epochs or weight; evaluation rows are used once, "
             "so leave them out"
         )
-
-
-def _read(
-    group: GroupName,
-    sources: Sequence[PackedSource],
-    config: Config,
-    tokenizer: Tokenizer,
-    bad_rows: BadRows,
-    progress: Progress,
-) -> tuple[Units, list[SourceCounts], list[KeyCounts]]:
-    """Render every usable row of the sources. Also returns each source's counts and its unused keys."""
-    pile, counts, keys = UnitPile(), [], [KeyCounts() for _ in sources]
-    for number, packed in enumerate(sources):
-        source = documents_of(packed.source) if config.traits.examples == "documents" else packed.source
-        task = progress.add_task(f"{group}: reading {source.name}", total=None)
-        prompted = PromptedRows(packed, keys[number]) if packed.prompting else None
-        rows = read_rows(
-            source,
-            bad_rows=bad_rows,
-            train_on=config.data.train_on,
-            reasoning=config.data.reasoning,
-            neutral=config.data.steps.neutral,
-            counts=None if prompted else keys[number],
-            records=prompted,
-        )
-        advance = partial(progress.advance, task)
-        found = _render(rows, pile, source, number, config, tokenizer, bad_rows, advance)
-        left_out = prompted.left_out if prompted else found.filtered
-        if not found.rows:
-            raise ValueError(
-                f"source {source.name!r} ({source.path}) gave no usable row ({found.bad} bad, "
-                f"{found.dropped} longer than data.pack_length, {left_out} left out by "
-                f"{'its template' if prompted else 'data.preferences'}); remove it or mend it"
-            )
-        counts.append(replace(found, filtered=left_out, template=packed.template_digest))
-        progress.update(task, total=progress.tasks[task].completed)
-    return pile.units(), counts, keys
-
-
-def _render(
-    rows: Iterator[tuple[int, Example]],
-    pile: UnitPile,
-    source: Source,
-    number: int,
-    config: Config,
-    tokenizer: Tokenizer,
-    bad_rows: BadRows,
-    advance: Callable[[int], None],
-) -> SourceCounts:
-    """Add the units of source `number` to the pile."""
-    limit = LengthLimit(
-        source.name,
-        overlong=config.data.overlong,
-        capacity=sys.maxsize if config.cuts_documents else config.data.pack_length,
-        multiple=segment_multiple(config),
-    )
-    example_units = _example_units(config, source, tokenizer)
-    before, spelled = len(pile), Counter[str]()
-    while batch := list(islice(rows, _ROWS_AT_ONCE)):
-        for (row, example), units in zip(batch, example_units(batch), strict=True):
-            fitting = [fit for unit in units if (fit := limit.fit(unit, row=row)) is not None]
-            for unit in fitting:
-                pile.add(unit, source=number, sample=row, turns=example.turns)
-            if fitting:
-                spelled += tokenizer.spelled(texts_of(example))
-        advance(len(batch))
-    limit.check()
-    bad, used = bad_rows.by_source[source.name], len(pile) - before
-    return SourceCounts(
-        source.name,
-        rows=used,
-        bad=bad,
-        dropped=limit.dropped,
-        truncated=limit.truncated,
-        filtered=example_units.filtered,
-        spelled=dict(spelled),
-    )
-
-
-def _example_units(config: Config, source: Source, tokenizer: Tokenizer) -> ExampleUnits:
-    if config.traits.examples == "dialogs":
-        return DialogUnits(source.name, tokenizer, stage=config.stage)
-    if config.traits.examples == "documents":
-        return DocumentUnits(tokenizer)
-    if config.traits.examples == "steps":
-        return SolutionUnits(source.name, tokenizer, separator=config.data.steps.separator)
-    return PreferenceUnits(
-        source.name,
-        tokenizer,
-        layout=store_layout(config),
-        rules=config.data.preferences,
-        pair_only=config.traits.examples == "pairs",
-        seed=config.seed,
-    )
 
 
 def _write(

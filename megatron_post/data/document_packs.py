@@ -76,16 +76,17 @@ class DocumentAssembly:
     def packs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens and roles of each pack, [pack_length] each."""
         units, settings, pieces = self.units, self.settings, self.pieces
-        starts = units.segment_starts[self.used[pieces.documents]]  # a document is a unit of one segment
+        segments = self.used[pieces.documents]  # a document is a unit of one segment
         for begin, end in pairwise(self.segment_ends.tolist()):
             tokens = np.full(settings.pack_length, settings.pad_id, dtype=np.int32)
             roles = np.full(settings.pack_length, TokenRole.PADDING, dtype=np.uint8)
             position = 0
             for piece in range(begin, end):
                 first, last = int(pieces.first[piece]), int(pieces.last[piece])
-                length, start = last - first, int(starts[piece])
-                tokens[position : position + length] = units.tokens[start + first : start + last]
-                roles[position : position + length] = units.roles[start + first : start + last]
+                length = last - first
+                piece_tokens, piece_roles = units.read(int(segments[piece]), first, last)
+                tokens[position : position + length] = piece_tokens
+                roles[position : position + length] = piece_roles
                 if first > 0:
                     roles[position] = TokenRole.PROMPT
                 position += round_up(length, settings.segment_multiple)

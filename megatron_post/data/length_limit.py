@@ -22,7 +22,7 @@ class LengthLimit:
         self._overlong = overlong
         self._capacity = capacity
         self._multiple = multiple
-        self._longest = (0, 0)
+        self.longest = (0, 0)  # tokens and row number of the longest overlong unit
         self.dropped = 0
         self.truncated = 0
 
@@ -31,7 +31,7 @@ class LengthLimit:
         length = sum(round_up(len(segment), self._multiple) for segment in unit)
         if length <= self._capacity:
             return unit
-        self._longest = max(self._longest, (length, row))
+        self.longest = max(self.longest, (length, row))
         shortened = _shortened(unit, self._capacity) if self._overlong == "truncate" else None
         if shortened is None:
             self.dropped += 1
@@ -39,10 +39,16 @@ class LengthLimit:
             self.truncated += 1
         return shortened
 
+    def add(self, *, dropped: int, truncated: int, longest: tuple[int, int]) -> None:
+        """Add the counts of another limit of the same source."""
+        self.dropped += dropped
+        self.truncated += truncated
+        self.longest = max(self.longest, longest)
+
     def check(self) -> None:
         """Raise `ValueError` if there were overlong units and `data.overlong` is "error"."""
         if self._overlong == "error" and self.dropped:
-            length, row = self._longest
+            length, row = self.longest
             raise ValueError(
                 f"source {self._name!r}: {self.dropped} row(s) are longer than "
                 f"data.pack_length={self._capacity} (the longest, row {row}, takes {length} tokens); raise "

@@ -28,7 +28,8 @@ from megatron_post.storage.reading import did_you_mean_path, plain_file, reading
 _MAX_LINE_BYTES = 8 * MAX_CHARACTERS
 _MAX_ARRAY_BYTES, _PIECE_BYTES = 2**32, 2**24
 
-# The row's number, its place ("file:line") and the row, or a `BadRow` if it could not be decoded.
+# The row's number, its place ("file:line") and the row, or a `BadRow` if it could not be decoded. Bytes are a
+# line of JSON that has not been decoded yet.
 Record = tuple[int, str, Any]
 
 
@@ -78,8 +79,7 @@ def read_rows(
     """Yield (row number, example) for each good row, at most `source.max_rows` of them.
 
     train_on, reasoning: as in `Data`. `source.train_on` has priority. neutral: as `data.steps.neutral`.
-    counts: collects unused keys. records: rows in place of those of `raw_rows`, already in the form of a
-    dialog or a preference.
+    counts: collects unused keys. records: rows in place of those of `undecoded_rows`, such as a part of them.
 
     Row numbers start at 1 and are line numbers in a local JSON Lines file. They continue over the files of a
     directory. Raises `TooManyBadRows`, and `ValueError` for a source that cannot be found or read, and for
@@ -87,7 +87,7 @@ def read_rows(
     """
     read = RowReader(source, train_on=train_on, reasoning=reasoning, neutral=neutral, counts=counts)
     num_good = 0
-    for number, where, row in raw_rows(source) if records is None else records:
+    for number, where, row in decoded(undecoded_rows(source) if records is None else records):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -122,6 +122,20 @@ def raw_rows(source: Source) -> Iterator[tuple[int, str, Any]]:
     """Yield (row number, place, row) of every row, as it is. A row that cannot be decoded is its `BadRow`.
 
     Raises `ValueError` for a source that cannot be found or read.
+    """
+    return decoded(undecoded_rows(source))
+
+
+def decoded(records: Iterable[Record]) -> Iterator[Record]:
+    """The records of `undecoded_rows`, with rows in place of lines."""
+    for number, where, row in records:
+        yield number, where, _decode(row) if isinstance(row, bytes) else row
+
+
+def undecoded_rows(source: Source) -> Iterator[Record]:
+    """Yield the rows as `raw_rows` does, but a row of JSON Lines is still its line, as bytes.
+
+    So one process can read a file and others can decode its lines.
     """
     path = local_path(source)
     if path is None:
@@ -199,7 +213,7 @@ def _from_json(file: Path) -> Iterator[Record]:
                 yield number, f"{file}:{number}", row
             return
         for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
-            row = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+            row = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
                 # The limit has cut the line. Its rest must not be read as the next row.
                 _skip_line(stream)

@@ -53,6 +53,7 @@ class StoreWriter:
         self._path = Path(path)
         self._settings = settings
         self._beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        self._rows = self._path.with_name(f".{self._path.name}.rows")
         self._held = contextlib.ExitStack()
         self._overwrites, self._appends = overwrite, append
         if overwrite and append:
@@ -101,6 +102,12 @@ class StoreWriter:
             stack.pop_all()
         return self
 
+    @property
+    def spill_directory(self) -> Path:
+        """A directory beside the store for rendered rows. It stays until a store is complete."""
+        self._rows.mkdir(exist_ok=True)
+        return self._rows
+
     def _recover(self) -> None:
         """Restore a replaced store and remove partial ones. The lock proves that no writer lives."""
         for aside in leftovers(self._path, "replaced"):
@@ -117,6 +124,7 @@ class StoreWriter:
             try:
                 if error is None:
                     self._publish()
+                    shutil.rmtree(self._rows, ignore_errors=True)
             finally:
                 shutil.rmtree(self._beside, ignore_errors=True)
 
