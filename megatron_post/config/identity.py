@@ -179,10 +179,12 @@ RULES = (
     Rule("free", "what is exported at the end", ("train.export_hf", "model.max_position_embeddings")),
     Rule(
         "harmless",
-        "paths, the frequency of printed lines, and names for the values of other keys",
+        "paths, what is printed and tracked, and names for the values of other keys",
         (
             *("run_dir", "model.preset", "train.log_every", "data.max_bad_rows"),
             *("data.sources.*.path", "data.eval_sources.*.path"),
+            *(*_keys("tracking.wandb", "project entity name tags mode"),),
+            *(*_keys("tracking.mlflow", "uri experiment name"),),
             "data.prompted.sources.*.templates",  # the store has a digest of each template
         ),
     ),

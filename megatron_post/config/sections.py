@@ -268,6 +268,33 @@ class Checkpoint(Section):
     )
 
 
+class WandB(Section):
+    """A run of Weights & Biases. One run id stays over all restarts."""
+
+    project: Name
+    entity: Name | None = Field(None, description="team or user. null: that of the login")
+    name: Name | None = Field(None, description="null: the name of `run_dir`")
+    tags: tuple[Name, ...] = ()
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: write below `run_dir`, for `wandb sync` where there is internet"
+    )
+
+
+class MLflow(Section):
+    """A run of MLflow. One run id stays over all restarts."""
+
+    uri: Name = Field(description="tracking server, or sqlite:///FILE")
+    experiment: Name
+    name: Name | None = Field(None, description="null: the name of `run_dir`")
+
+
+class Tracking(Section):
+    """Where metrics are shown besides `metrics.jsonl` and TensorBoard."""
+
+    wandb: WandB | None = Field(None, description="null: not Weights & Biases")
+    mlflow: MLflow | None = Field(None, description="null: not MLflow")
+
+
 class UncheckedConfig(Section):
     """All sections of a run, each valid by itself. `Config` also checks that they fit together."""
 
@@ -288,6 +315,7 @@ class UncheckedConfig(Section):
     pretrain: Pretrain = Pretrain()
     train: Train
     checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
 
     @property
     def traits(self) -> Traits:

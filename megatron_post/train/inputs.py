@@ -14,6 +14,7 @@ from megatron_post.models.specs import has_transformer_engine, transformer_engin
 from megatron_post.parallel.topology import Topology, rank_from_environment
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.data_checks import check_sources
+from megatron_post.train.trackers import missing_trackers
 
 
 def check_run(config: Config) -> Tokenizer:
@@ -25,7 +26,7 @@ def check_run(config: Config) -> Tokenizer:
             f"the tokenizer {config.tokenizer.path} has {tokenizer.vocab_size} ids, "
             f"more than model.vocab_size={config.model.vocab_size}"
         )
-    raise_for(errors)
+    raise_for([*errors, *missing_trackers(config)])
     return tokenizer
 
 

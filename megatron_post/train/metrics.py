@@ -1,52 +1,52 @@
-"""Reports each step of a run as a JSON line, as TensorBoard scalars and as a line on the console."""
+"""Reports each step of a run as a JSON line, to trackers, and as a line on the console."""
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_post.display import say
 from megatron_post.train.step_lines import StepLines
+from megatron_post.train.trackers import Tracker
 
 
 class MetricsWriter:
     """Writes to `run_dir` on the one rank that reports. On other ranks every call does nothing.
 
-    If the disk is full, the run goes on and the metrics are lost. may_write: see `StepLines`.
+    If the disk is full, the run goes on and the metrics are lost. trackers: also get every step. may_write:
+    see `StepLines`.
     """
 
     def __init__(
-        self, run_dir: str | Path, *, active: bool, may_write: Callable[[], bool] = lambda: True
+        self,
+        run_dir: str | Path,
+        *,
+        active: bool,
+        trackers: Sequence[Tracker] = (),
+        may_write: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._active, self._may_write, self._directory = active, may_write, Path(run_dir)
-        self._lines = StepLines(self._directory / "metrics.jsonl", may_write=may_write)
-        self._board: SummaryWriter | None = None
+        self._active, self._may_write = active, may_write
+        self._lines = StepLines(Path(run_dir) / "metrics.jsonl", may_write=may_write)
+        self._trackers = list(trackers) if active else []
 
     def begin(self, *, after: int) -> None:
         """Continue the run after step `after`.
 
-        Lines of later steps are removed, and TensorBoard hides them.
+        Lines of later steps are removed.
         """
         if not self._active:
             return
-        self._lines.cut_back(after)
-        with self._board_guarded():
-            if self._board is not None:
-                self._board.close()
-            self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=after + 1)
+        written = self._lines.cut_back(after)
+        self._each(lambda tracker: tracker.begin(after=after, written=written))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write the values of a step. kind: "train" or "eval"."""
         if not self._active:
             return
         self._lines.write(kind=kind, step=step, time=time.time(), **values)
-        with self._board_guarded():
-            if self._board is not None and self._may_write():
-                for name, value in values.items():
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._may_write():
+            self._each(lambda tracker: tracker.write(kind, step, values))
 
     def console(self, text: str) -> None:
         if self._active:
@@ -54,21 +54,19 @@ class MetricsWriter:
                 say(text)
 
     def close(self) -> None:
-        with self._board_guarded():
-            if self._board is not None:
-                self._board.close()
+        self._each(lambda tracker: tracker.close())
 
-    @contextlib.contextmanager
-    def _board_guarded(self) -> Any:
-        """Within this context an error of TensorBoard only turns TensorBoard off.
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        """Call a method of every tracker. An error only turns that tracker off.
 
         TensorBoard writes in a thread. An error there ends the thread and is raised by the next call.
         """
-        try:
-            yield
-        except Exception as error:  # OSError, or TensorFlow's own errors if TensorFlow is installed
-            self._board = None
-            self.console(f"TensorBoard's files lack what follows: {error}")
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # OSError, or an error of the tracker's own package
+                self._trackers.remove(tracker)
+                self.console(f"{tracker.name} lacks what follows: {error}")
 
 
 def train_line(step: int, total: int, values: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_post.train.signals import StopRequest
 from megatron_post.train.step import Stepper
+from megatron_post.train.trackers import make_trackers
 from megatron_post.train.trainer import Trainer
 
 
@@ -146,7 +147,10 @@ def build_trainer(
         scheduler=scheduler,
         checkpoints=checkpoints,
         metrics=MetricsWriter(
-            config.run_dir, active=topology.is_reporter, may_write=lambda: fence.is_current
+            config.run_dir,
+            active=topology.is_reporter,
+            trackers=make_trackers(config) if topology.is_reporter else (),
+            may_write=lambda: fence.is_current,
         ),
         guard=guard,
     )

@@ -38,20 +38,25 @@ class StepLines:
         except OSError as error:
             self._warn(error)
 
-    def cut_back(self, step: int) -> None:
+    def cut_back(self, step: int) -> dict[str, int]:
         """Remove the lines of steps after `step`, which the run is about to repeat.
 
-        Incomplete lines, which a kill or a full disk leaves, are removed as well.
+        Incomplete lines, which a kill or a full disk leaves, are removed as well. Returns the largest step
+        that the file had of each kind of line.
         """
         try:
             if self._path.exists():
-                self._cut_back(step)
+                return self._cut_back(step)
         except OSError as error:
             self._warn(error)
+        return {}
 
-    def _cut_back(self, step: int) -> None:
+    def _cut_back(self, step: int) -> dict[str, int]:
         content = self._path.read_bytes()
         lines = content.splitlines(keepends=True)
+        last: dict[str, int] = {}
+        for kind, number in map(_kind_and_step, lines):
+            last[kind] = max(number, last.get(kind, 0))
         kept = [line for line in lines if _belongs(line, step)]
         wanted = b"".join(kept)
         if kept and not wanted.endswith(b"\n"):
@@ -66,6 +71,7 @@ class StepLines:
             say(
                 f"{self._path}: removed {removed} line(s) that belong to steps after {step} or are incomplete"
             )
+        return last
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
@@ -77,8 +83,18 @@ class StepLines:
 def _belongs(line: bytes, step: int) -> bool:
     """Whether a line is complete and does not belong to a later step."""
     try:
-        found = json.loads(line)
+        json.loads(line)
     except (ValueError, RecursionError):
         return False
-    number = found.get("step") if isinstance(found, dict) else None
-    return not isinstance(number, int) or number <= step
+    return _kind_and_step(line)[1] <= step
+
+
+def _kind_and_step(line: bytes) -> tuple[str, int]:
+    """The kind of a line and its step, which is 0 for a line without one."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return "", 0
+    values = found if isinstance(found, dict) else {}
+    step = values.get("step")
+    return str(values.get("kind", "")), step if isinstance(step, int) else 0

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_post.train.fence import claim
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.step_lines import StepLines
+from megatron_post.train.trackers import TensorBoard
 
 
 def _line(step: int) -> bytes:
@@ -91,7 +92,9 @@ def test_a_disk_that_is_full_for_tensorboard_does_not_end_a_run(tmp_path: Path) 
     script = """
 import time
 from megatron_post.train.metrics import MetricsWriter
-writer = MetricsWriter(directory, active=True)
+from megatron_post.train.trackers import TensorBoard
+from pathlib import Path
+writer = MetricsWriter(directory, active=True, trackers=[TensorBoard(Path(directory))])
 writer.begin(after=0)
 for step in range(1, 60):
     writer.write("train", step, {"loss": 0.5, "lr": 0.1})
@@ -101,7 +104,7 @@ writer.close()
 print("the run has ended")
 """
     output = _in_a_process(script, tmp_path)
-    assert "TensorBoard's files lack what follows" in output and "the run has ended" in output
+    assert "TensorBoard lacks what follows" in output and "the run has ended" in output
     assert output.count("metrics.jsonl cannot be written") == 1
 
 
@@ -112,7 +115,7 @@ def _scalars(directory: Path) -> list[tuple[int, float]]:
 
 
 def _report(run_dir: Path, steps: Sequence[int], *, after: int, loss: float) -> None:
-    writer = MetricsWriter(run_dir, active=True)
+    writer = MetricsWriter(run_dir, active=True, trackers=[TensorBoard(run_dir)])
     writer.begin(after=after)
     for step in steps:
         writer.write("train", step, {"loss": loss})
@@ -131,7 +134,7 @@ def test_tensorboard_and_the_lines_have_each_step_once(tmp_path: Path) -> None:
 
 
 def test_a_rollback_cuts_back_too(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, active=True)
+    writer = MetricsWriter(tmp_path, active=True, trackers=[TensorBoard(tmp_path)])
     for after in (0, 2):
         writer.begin(after=after)
         for step in range(after + 1, 5):
