@@ -21,6 +21,8 @@ OUTSIDE = {
     "megatron_post.launchers": "launchers",
     "megatron_post_kernels": "kernels/megatron_post_kernels",
 }
+# Where metrics may be shown. Each is an extra of its own: a user needs at most one of them.
+TRACKERS = {"wandb": ["wandb>=0.19"], "mlflow": ["mlflow-skinny>=3.0"]}
 # Loose here, pinned for the tests in constraints.txt. CUDA-only packages are extras and imported lazily.
 # `apex` on PyPI is not NVIDIA's and must never be named here; `megatron-post doctor` recognises it.
 setup(
@@ -68,6 +70,7 @@ setup(
         "xxhash",  # hashes of words; datasets requires it too
     ],
     extras_require={
+        **TRACKERS,
         "cuda": ["transformer-engine[pytorch]>=2.9,<2.12"],  # megatron-core's range
         "dali": ["nvidia-dali-cuda120>=1.53"],
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
@@ -89,6 +92,8 @@ setup(
             *TOOLS,
             *PEERS,
             *DUPLICATES,
+            *TRACKERS["wandb"],
+            *TRACKERS["mlflow"],
         ],
     },
     entry_points={"console_scripts": ["megatron-post=megatron_post.cli:main"]},

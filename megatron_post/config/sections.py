@@ -271,10 +271,10 @@ class Checkpoint(Section):
 class WandB(Section):
     """A run of Weights & Biases. One run id stays over all restarts."""
 
-    project: Name
+    project: Name = Field(description="project of the run")
     entity: Name | None = Field(None, description="team or user. null: that of the login")
     name: Name | None = Field(None, description="null: the name of `run_dir`")
-    tags: tuple[Name, ...] = ()
+    tags: tuple[Name, ...] = Field((), description="tags of the run")
     mode: Literal["online", "offline"] = Field(
         "online", description="offline: write below `run_dir`, for `wandb sync` where there is internet"
     )
@@ -284,7 +284,7 @@ class MLflow(Section):
     """A run of MLflow. One run id stays over all restarts."""
 
     uri: Name = Field(description="tracking server, or sqlite:///FILE")
-    experiment: Name
+    experiment: Name = Field(description="experiment that the run belongs to. It is created if it is missing")
     name: Name | None = Field(None, description="null: the name of `run_dir`")
 
 

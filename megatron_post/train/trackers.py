@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_post.config.schema import Config
 from megatron_post.config.sections import MLflow, WandB
 from megatron_post.config.settings import flatten
+from megatron_post.installation import Extra, install_command
 from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object
 
@@ -41,10 +42,9 @@ class Tracker(Protocol):
 
 def missing_trackers(config: Config) -> list[str]:
     """Reasons why a configured tracker cannot be used here. Empty if there are none."""
-    wanted = {"wandb": config.tracking.wandb, "mlflow": config.tracking.mlflow}
+    wanted: dict[Extra, object] = {"wandb": config.tracking.wandb, "mlflow": config.tracking.mlflow}
     return [
-        f"tracking.{name} needs a package that is not installed; pip install "
-        f"{'mlflow-skinny' if name == 'mlflow' else name}"
+        f"tracking.{name} needs a package that is not installed; {install_command(name)}"
         for name, settings in wanted.items()
         if settings is not None and find_spec(name) is None
     ]

@@ -32,6 +32,7 @@ def _config(run_dir: Path, stage: str) -> Config:
     values: dict[str, Any] = {
         "data": {"sources": sources, "eval_sources": held_out, "prompted": prompted if stage == "sft" else {}}
     }
+    values["tracking"] = {"wandb": {"project": "p"}, "mlflow": {"uri": "u", "experiment": "e"}}
     return tiny_config(run_dir, stage=stage, model={"num_layers": 1}, adapter={"rank": 4}, **values)
 
 
