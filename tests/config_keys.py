@@ -47,7 +47,7 @@ def schema_of(kind: str) -> dict[str, Any]:
     """The JSON schema that `config schema` prints."""
     result = CliRunner().invoke(app, ["config", "schema", kind])
     assert result.exit_code == 0, result.output
-    schema: dict[str, Any] = json.loads(result.output)
+    schema: dict[str, Any] = json.loads(result.stdout)
     return schema
 
 

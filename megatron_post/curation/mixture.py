@@ -39,7 +39,7 @@ class Category(Section):
     name: Name = Field(description="its name in tables, and that of its source")
     sources: tuple[Line, ...] = Field((), description="sources of its rows. Empty: all sources")
     # Strict types take no list for a tuple, and `Section` turns only its own lists into tuples.
-    where: dict[Line, Annotated[tuple[str, ...], Field(strict=False, min_length=1)]] = Field(
+    where: dict[Line, Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]] = Field(
         default_factory=dict,
         description="STEP.FIELD -> values of its rows, such as {topics.coarse: [code]}",
     )

@@ -55,7 +55,7 @@ class Generate(Section):
     prompts: Name = Field(description="JSON lines of prompt, and optionally capability, answer, solution")
     skip: Whole = Field(0, description="number of good prompts to skip")
     max_prompts: Count | None = Field(None, description="largest number of good prompts. null: all")
-    capabilities: tuple[str, ...] | None = Field(
+    capabilities: tuple[Name, ...] | None = Field(
         None,
         description="only the prompts of these capabilities, within the range of skip and max_prompts. "
         "null: all",

@@ -38,6 +38,7 @@ ALLOWED = {
         "display",
         "storage",
         "parallel",
+        "installation",
         "models",
         "stages",
         "convert",
