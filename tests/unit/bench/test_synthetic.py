@@ -16,6 +16,12 @@ CASES: dict[str, dict[str, Any]] = {
     "pairs": {"stage": "dpo", "data": {"pack_length": 256}},
     "isolated": {"stage": "reward", "data": {"pack_length": 256}},
     "steps": {"stage": "step_reward", "data": {"pack_length": 256}},
+    "cut documents": {"stage": "pretrain", "data": {"pack_length": 256}, "parallel": {"context": 2}},
+    "whole documents": {
+        "stage": "pretrain",
+        "data": {"pack_length": 256},
+        "pretrain": {"documents": "whole"},
+    },
     "whole mix": {"data": {"pack_length": 16384}},
 }
 

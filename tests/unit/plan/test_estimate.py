@@ -23,6 +23,7 @@ from megatron_post.plan.outlook import Outlook
 from megatron_post.plan.page import page
 from megatron_post.plan.report import plan_json, time_rows, winner_config
 from megatron_post.plan.search import closed_form_seconds, search
+from tests.tiny import tiny_config
 from tests.unit.plan.test_memory import llama_config
 
 H100 = gpu("h100-80gb")
@@ -318,3 +319,14 @@ def test_json_is_complete() -> None:
     found = plan_json(Outlook(plan))
     assert found["fits"] is True and found["layout"]["data"] == 4
     assert found["memory"][0]["bytes"] == sum(found["memory"][0]["kinds"].values())
+
+
+def test_documents_that_see_each_other_are_one_segment() -> None:
+    """Their attention costs as much as that of a whole pack, so other segments are refused."""
+    sections: Any = {"stage": "pretrain", "data": {"pack_length": 512}, "parallel": {"context": 2}}
+    apart = tiny_config(**sections)
+    joined = tiny_config(**sections, pretrain={"attention": "pack"})
+    assert [s.length for s in pack_segments(apart, 200)] == [200, 200, 112]
+    assert pack_segments(joined, None) == pack_segments(joined, 512) == (Segment(512),)
+    with pytest.raises(ValueError, match=r"a pack is one segment of data.pack_length=512"):
+        pack_segments(joined, 200)
