@@ -70,6 +70,7 @@ def check_files(settings: RoundSettings) -> None:
     """
     data, verifier = settings.data, settings.select.verifier
     first = Round(settings, 1, make_console(quiet=True))
+    _ = first.curation  # raises `ConfigError` for a file that `curate` could not use
     pack_length = first.stage("reward").data.pack_length
     files = {key: getattr(data, key) for key in ("prompts", "validation", "held_out")}
     files |= {f"curriculum.{number}.prompts": phase.prompts for number, phase in enumerate(data.curriculum)}

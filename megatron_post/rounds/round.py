@@ -10,18 +10,21 @@ from rich.console import Console
 
 from megatron_post.config.load import load_config, parse, read_tree, validate
 from megatron_post.config.overrides import merged
-from megatron_post.config.references import escaped
+from megatron_post.config.references import escaped, resolved
 from megatron_post.config.rewards import TRAINED, models_of
 from megatron_post.config.schema import Config
 from megatron_post.config.settings import flatten
 from megatron_post.config.stages import StageName
 from megatron_post.convert.configs import read_model
+from megatron_post.curation.rows import ANNOTATIONS
+from megatron_post.curation.selection import KEPT
+from megatron_post.curation.settings import Curation
 from megatron_post.inference.prompts import read_prompts
 from megatron_post.rounds.merge_settings import MethodMerge
 from megatron_post.rounds.select import PREFERENCES, SFT
 from megatron_post.rounds.select_settings import Samples
 from megatron_post.rounds.settings import RoundSettings, StageFile
-from megatron_post.rounds.sweep import Variant, mixed
+from megatron_post.rounds.sweep import SELECTED, Variant, mixed
 from megatron_post.storage.reading import read_object
 
 
@@ -86,6 +89,22 @@ class Round:
     def selected(self) -> Path:
         """The preferences that `select` has made with the reward model."""
         return self.directory / "selection" / PREFERENCES
+
+    @property
+    def curation(self) -> Curation | None:
+        """The settings of the step `curate`, or None without it. Raises `ConfigError`."""
+        if self.settings.curate is None:
+            return None
+        source = {"name": SELECTED, "path": str(self.directory / "selection" / SFT)}
+        tree = read_tree(self.settings.curate)
+        values = {**tree, **escaped({"run": str(self.directory / "curation"), "sources": [source]})}
+        return parse(Curation, resolved(values), origin=self.settings.curate)
+
+    @property
+    def sft_rows(self) -> Path:
+        """The selected rows on which SFT is trained."""
+        curated = self.settings.curate is not None
+        return self.directory / "curation" / KEPT if curated else self.directory / "selection" / SFT
 
     @property
     def policies(self) -> dict[str, str]:
@@ -271,7 +290,7 @@ class Round:
                 batches.append(str(earlier.selected))
             batches += [str(self.annotated)] if people else []
             return [_selected(f"batch-{i}", path) | {"batch": i} for i, path in enumerate(batches)]
-        selected = [_selected(r.name, str(r.directory / "selection" / SFT)) for r in self._rounds_of_sft()]
+        selected = [_selected(r.name, str(r.sft_rows)) for r in self._rounds_of_sft()]
         return [*selected, *(json.loads(s.model_dump_json()) for s in self.settings.data.sft)]
 
     def check_packed(self, stage: StageName, number: int = 0) -> None:
@@ -294,5 +313,5 @@ class Round:
 
 
 def _selected(name: str, path: str) -> dict[str, Any]:
-    """A source of rows that `select` or people wrote. Their key `provenance` is not trained."""
-    return {"name": name, "path": path, "ignore": ["provenance"]}
+    """A source of rows that `select` or people wrote. Their notes are not trained."""
+    return {"name": name, "path": path, "ignore": ["provenance", ANNOTATIONS]}

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_post.config.load import parse, to_yaml
 from megatron_post.config.stages import StageName
+from megatron_post.curation.run import curate
 from megatron_post.data.build import GroupSummary, build_store
 from megatron_post.display import make_console
 from megatron_post.inference.failures import read_failures, write_failures
@@ -20,6 +21,7 @@ from megatron_post.rounds.annotation.answers import import_answers
 from megatron_post.rounds.annotation.export import export_pairs
 from megatron_post.rounds.candidates import best_of, candidates
 from megatron_post.rounds.merge import merge
+from megatron_post.rounds.ranking import open_ranker
 from megatron_post.rounds.report import write_report
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.select import PREFERENCES, SUMMARY, select
@@ -78,6 +80,15 @@ def select_samples(r: Round) -> None:
         f"{found['sft_rows']} rows to train on, {found['preferences']} preferences, {found['ties']} ties",
         highlight=False,
     )
+
+
+def curate_selected(r: Round) -> None:
+    """Write the rows that the steps of the curation file keep, for SFT."""
+    settings = r.curation
+    assert settings is not None
+    report = curate(settings, rank=0, size=1, open_ranker=open_ranker, console=r.console)
+    if not report["kept"]:
+        raise ValueError(f"{r.settings.curate} keeps none of the selected rows, so SFT has no data")
 
 
 def pack(r: Round, stage: StageName) -> None:

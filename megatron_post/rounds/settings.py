@@ -195,6 +195,11 @@ class RoundSettings(Section):
         "does, and DPO uses the pairs of `select`",
     )
     select: Selection = Selection()
+    curate: Name | None = Field(
+        None,
+        description="file of `curate`, whose steps choose among the selected rows before SFT. The round sets "
+        "its `run`, and its only source is `selected`. null: SFT uses all selected rows",
+    )
     reward: tuple[Reward, ...] = Field(
         (),
         description="rewards whose weighted sum ranks the responses, as in `select`. none: the reward model "

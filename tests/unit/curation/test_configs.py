@@ -8,6 +8,7 @@ import pytest
 from megatron_post.curation.rules import load_rules
 from megatron_post.curation.settings import load_curation
 from megatron_post.curation.steps import AnyStep
+from megatron_post.launch.curation import launch_curation, users_of_gpus
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -17,7 +18,19 @@ def test_the_shipped_file_uses_every_kind_of_step(monkeypatch: pytest.MonkeyPatc
     settings = load_curation("configs/curation/sft.yaml")
     union: Any = get_args(AnyStep)[0]
     unused = {*get_args(union)} - {type(step) for step in settings.steps}
-    assert {kind.__name__ for kind in unused} <= {"Tokens"}  # only a mixture needs the counts of tokens
+    assert not unused
+
+
+def test_the_shipped_file_can_be_launched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mixture names an existing config, and only the encoder uses GPUs."""
+    monkeypatch.chdir(ROOT)
+    settings = load_curation("configs/curation/sft.yaml")
+    assert settings.mixture is not None and Path(settings.mixture.config or "").is_file()
+    assert users_of_gpus(settings) == ["the step semantic_duplicates"]
+    launch_curation("configs/curation/sft.yaml", "configs/clusters/h100.yaml", processes=8, dry_run=True)
+    assert "--array=0-7" in capsys.readouterr().out
 
 
 def test_all_rules_can_be_used_together() -> None:

@@ -175,3 +175,51 @@ def test_what_is_removed_before_a_step_is_done_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dpo", "run", "sft"]
     # A step that has never begun.
     _undo([RoundStep("train", (tmp_path / "none",), run_dir=tmp_path / "none")], state)
+
+
+CURATION = """
+run: runs/curate
+sources: [{name: chat, path: data/chat.jsonl}]
+steps: [{kind: exact_duplicates}]
+"""
+
+
+def test_a_curation_file_chooses_among_the_selected_rows(tmp_path: Path) -> None:
+    """The step comes between `select` and the packing of SFT, which reads the rows that it keeps."""
+    file = tmp_path / "curation.yaml"
+    file.write_text(CURATION)
+    settings = load_round(CONFIGS / "tiny" / "round.yaml", [f"run_dir={tmp_path}", f"curate={file}"])
+    r = Round(settings, 1, Console(quiet=True))
+    steps = [step.name.rpartition("/")[2] for step in all_steps(settings, Console(quiet=True))]
+    at = steps.index("curate")
+    assert (steps[at - 1], steps[at + 1]) == ("select", "sft-pack")
+    answer = {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}
+    other = {"messages": [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}]}
+    rows = [{**row, "provenance": {"prompt": n}} for n, row in enumerate([answer, other, answer])]
+    write_lines(tmp_path / "round-01" / "selection" / "sft.jsonl", rows)
+    round_actions.curate_selected(r)
+    kept = list(read_lines(r.sft_rows))
+    assert [(row["messages"], row["provenance"]) for row in kept] == [
+        (row["messages"], row["provenance"]) for row in rows[:2]
+    ]
+    assert (tmp_path / "round-01" / "curation" / "report.html").is_file()
+    (source,) = r._sources("sft")
+    assert source["path"] == str(r.sft_rows) and "curation" in source["ignore"]
+
+
+def test_a_curation_file_of_other_sources_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "curation.yaml"
+    file.write_text(CURATION.replace("exact_duplicates", "exact_duplicates, sources: [chat]"))
+    settings = load_round(CONFIGS / "tiny" / "round.yaml", [f"run_dir={tmp_path}", f"curate={file}"])
+    with pytest.raises(ConfigError, match="names the source 'chat', which is not in sources"):
+        _ = Round(settings, 1, Console(quiet=True)).curation
+
+
+def test_a_curation_that_keeps_nothing_ends_the_round(tmp_path: Path) -> None:
+    file = tmp_path / "curation.yaml"
+    file.write_text(CURATION.replace("exact_duplicates", "lengths, least_characters: 1000"))
+    settings = load_round(CONFIGS / "tiny" / "round.yaml", [f"run_dir={tmp_path}", f"curate={file}"])
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    write_lines(tmp_path / "round-01" / "selection" / "sft.jsonl", rows)
+    with pytest.raises(ValueError, match="keeps none of the selected rows"):
+        round_actions.curate_selected(Round(settings, 1, Console(quiet=True)))
