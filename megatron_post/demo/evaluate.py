@@ -22,10 +22,13 @@ class Response:
     text: str
 
 
-def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> list[Response]:
-    """Greedy responses of the exported model, in batches padded on the left, through its own chat template.
+def answer_with_transformers(
+    directory: Path, problems: Sequence[Problem], *, seed: int | None = None
+) -> list[Response]:
+    """Responses of the exported model, in batches padded on the left, through its own chat template.
 
-    Generation ends at a stop token, or when the response is longer than every correct response.
+    seed: of samples at temperature 1. None: greedy responses. Generation ends at a stop token, or when the
+    response is longer than every correct response.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -46,7 +49,14 @@ def answer_with_transformers(directory: Path, problems: Sequence[Problem]) -> li
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=longest + 8)
+        if seed is not None:
+            torch.manual_seed(seed + start)
+        options = (
+            {"do_sample": False}
+            if seed is None
+            else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        )
+        output = model.generate(**inputs, **options, max_new_tokens=longest + 8)
         width = inputs["input_ids"].shape[1]
         for ids, mask, generated in zip(
             inputs["input_ids"], inputs["attention_mask"], output[:, width:].tolist(), strict=True
