@@ -203,6 +203,32 @@ def test_stored_and_frozen_reference_train_the_same(tmp_path: Path) -> None:
         run_ranks(train, 1, stale)
 
 
+def test_a_base_without_its_adapter_is_the_stored_reference(tmp_path: Path) -> None:
+    """DPO of an adapter compares with the base, whose log-probabilities may also be in the store."""
+    _rows(tmp_path)
+    policy = _initial_policy(tmp_path, _config(tmp_path, "dpo"))
+    keys: dict[str, Any] = {"model": {"init_from": str(policy)}, "adapter": {"rank": 4}}
+    stored = _config(tmp_path, "dpo", **keys, dpo={"reference": "store"})
+    build_store(stored, console=Console(quiet=True))
+    run_ranks(write_reference, 1, stored.data.store, policy, ("precision.dtype=fp32",))
+    run_ranks(train, 1, stored)
+    base = stored.model_copy(
+        update={
+            "run_dir": str(tmp_path / "base"),
+            "dpo": stored.dpo.model_copy(update={"reference": "base"}),
+        }
+    )
+    run_ranks(train, 1, base)
+    for one, other in zip(_metrics(tmp_path / "run-dpo"), _metrics(tmp_path / "base"), strict=True):
+        for name in ("loss", "margin", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], abs=1e-6), (one["step"], name)
+    adapters = [
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run-dpo", "base")
+    ]
+    for name, values in adapters[0].items():
+        assert torch.allclose(values, adapters[1][name], atol=1e-6), name
+
+
 def _reference(config: Config) -> np.ndarray:
     import zarr
 
