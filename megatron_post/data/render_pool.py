@@ -21,7 +21,7 @@ from megatron_post.data.spill import Spill
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 
 # A process takes seconds to start. This process renders fewer batches than that by itself.
-_BATCHES_FOR_PROCESSES = 4
+_BATCHES_FOR_PROCESSES = 12
 
 
 class RenderPool:

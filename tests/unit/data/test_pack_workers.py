@@ -77,6 +77,7 @@ def test_the_store_does_not_depend_on_processes(config: Config, monkeypatch: pyt
     """23 rows are one batch of this process, or six batches of two processes."""
     expected = _build(config)
     monkeypatch.setattr(render_sources, "_ROWS_IN_BATCH", ROWS_IN_BATCH)
+    monkeypatch.setattr(render_pool, "_BATCHES_FOR_PROCESSES", 1)
     assert _build(config, workers=2) == expected
     with pytest.raises(ValueError, match="--workers 0: give at least 1"):
         build_store(config, console=Console(quiet=True), overwrite=True, workers=0)
