@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_post.config.sections import DPO
+from megatron_post.config.losses import DPO
 from megatron_post.data.pack import Pack, pack_of_segments
 from megatron_post.data.template import Rendered, TokenRole
 

@@ -9,9 +9,10 @@ from pydantic import ConfigDict, Field, model_validator
 from megatron_post.config.consistency import Needs, without_effect
 from megatron_post.config.data import Data, Source
 from megatron_post.config.load import load_section
+from megatron_post.config.losses import DPO
 from megatron_post.config.rewards import TRAINED, Reward, list_errors, models_of
 from megatron_post.config.section import Count, Line, Name, Positive, Section, Whole
-from megatron_post.config.sections import DPO, Parallel, Precision
+from megatron_post.config.sections import Parallel, Precision
 from megatron_post.config.stages import StageName
 from megatron_post.inference.settings import (
     PART,

@@ -7,7 +7,7 @@ from megatron_post_kernels.dpo_loss import dpo_loss
 from megatron_post_kernels.pair_losses import DPOSettings
 from torch import Tensor
 
-from megatron_post.config.sections import DPO as DPOConfig
+from megatron_post.config.losses import DPO as DPOConfig
 from megatron_post.data.batch import PackedBatch, batch_of_pack, role_numbers
 from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics

@@ -6,7 +6,7 @@ import torch
 from megatron_post_kernels.ranking_loss import ranking_loss
 from torch import Tensor
 
-from megatron_post.config.sections import Reward as RewardConfig
+from megatron_post.config.losses import Reward as RewardConfig
 from megatron_post.data.batch import PackedBatch, batch_of_pack, on_device
 from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics

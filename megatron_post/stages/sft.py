@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megatron_post.config.sections import RoleName
+from megatron_post.config.losses import RoleName
 from megatron_post.data.batch import PackedBatch, batch_of_pack, role_numbers
 from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics

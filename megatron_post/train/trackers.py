@@ -17,8 +17,8 @@ from uuid import uuid4
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_post.config.schema import Config
-from megatron_post.config.sections import MLflow, WandB
 from megatron_post.config.settings import flatten
+from megatron_post.config.tracking import MLflow, WandB
 from megatron_post.installation import Extra, install_command
 from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object

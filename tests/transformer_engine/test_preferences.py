@@ -72,7 +72,7 @@ class _NextTokens:
     head = "lm"
 
     def collate(self, pack: Any) -> Any:
-        from megatron_post.config.sections import Reward as Settings
+        from megatron_post.config.losses import Reward as Settings
         from megatron_post.data.batch import batch_of_pack, role_numbers
         from megatron_post.stages.comparisons import SegmentSums
         from megatron_post.stages.reward import Reward

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from megatron_post.bench.accounting import Counts, count_packs
-from megatron_post.config.sections import Reward as RewardConfig
+from megatron_post.config.losses import Reward as RewardConfig
 from megatron_post.data.pack import Pack
 from megatron_post.data.template import TokenRole
 from megatron_post.plan.flops import Load

@@ -8,7 +8,7 @@ import torch
 from megatron_post_kernels.pair_losses import LOSSES
 from torch import Tensor
 
-from megatron_post.config.sections import DPO as DPOConfig
+from megatron_post.config.losses import DPO as DPOConfig
 from megatron_post.data.batch import PackedBatch
 from megatron_post.stages.comparisons import SegmentSums
 from megatron_post.stages.dpo import DPO
