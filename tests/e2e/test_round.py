@@ -297,7 +297,7 @@ def test_wrong_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["select.verifier=null"], "the first reward model has no data"),
         (["start.policy=/nowhere"], "start.policy=/nowhere: no such directory"),
         (["round=3"], "round: unknown key"),
-        (["ranks=3"], r"stages.sft on ranks=3: .*global_batch=1"),
+        (["ranks=3"], r"stages.reward on ranks=3: .*global_batch=1"),
         (["average.method=slerp", "average.weights.policy=1"], "slerp merges two models, not 3"),
         (["average.weights.sft=0"], r"average.weights.sft: .*greater than 0"),
         (["generate.sampling.seed=3"], "a round uses its own `seed`"),
