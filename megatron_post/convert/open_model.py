@@ -41,7 +41,9 @@ def open_model(directory: Path) -> ModelSource:
     Raises `ValueError` if the directory cannot be read or holds no model.
     """
     try:
-        if os.path.lexists(directory / ADAPTER_CONFIG):
+        # A directory with a config of its own holds a whole model, whatever else is beside it.
+        has_config = os.path.lexists(directory / "config.json")
+        if os.path.lexists(directory / ADAPTER_CONFIG) and not has_config:
             return AdaptedModel(directory)
         if (directory / manifest.MANIFEST).is_file() or manifest.published_steps(directory):
             return MegatronCheckpoint(directory)
