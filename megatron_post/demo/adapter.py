@@ -21,7 +21,7 @@ def largest_difference(base: Path, run_dir: Path) -> tuple[float, float]:
 
     tokens = torch.arange(64)[None]
     with torch.no_grad():
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
         before = plain(tokens).logits
         adapted = PeftModel.from_pretrained(plain, run_dir / "adapter")(tokens).logits
         merged = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)(tokens).logits

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -55,10 +55,10 @@ class Generate(Section):
     prompts: Name = Field(description="JSON lines of prompt, and optionally capability, answer, solution")
     skip: Whole = Field(0, description="number of good prompts to skip")
     max_prompts: Count | None = Field(None, description="largest number of good prompts. null: all")
-    capabilities: tuple[Name, ...] | None = Field(
+    capabilities: tuple[Annotated[str, Field(max_length=4096)], ...] | None = Field(
         None,
         description="only the prompts of these capabilities, within the range of skip and max_prompts. "
-        "null: all",
+        "An empty text names the prompts without one. null: all",
     )
     max_bad_rows: Whole = Field(
         0, description="bad rows of prompts that are left out. With more of them generation fails"

@@ -24,7 +24,17 @@ pytest.importorskip("transformers")
 def test_demo_from_data_to_rounds(tmp_path: Path) -> None:
     run_dir = tmp_path / "demo"
     _shrunk_configs(tmp_path)
-    words = ["demo", "--run-dir", str(run_dir), "--train-problems", "200", "--held-out-problems", "8"]
+    words = [
+        "demo",
+        "--config",
+        "configs/tiny/demo.yaml",
+        "--run-dir",
+        str(run_dir),
+        "--train-problems",
+        "200",
+        "--held-out-problems",
+        "8",
+    ]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, "-m", "megatron_post", *words, "--round-problems", "20", *SMALL],

@@ -386,4 +386,4 @@ def test_reasoning_that_cannot_be_rendered_both_refuse(
 
 def test_the_template_is_part_of_the_package() -> None:
     setup = Path(__file__).resolve().parents[3] / "setup.py"
-    assert "data/*.jinja" in setup.read_text()
+    assert "**/*.jinja" in setup.read_text()

@@ -11,6 +11,7 @@ from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.rounds.score import score_file
 from megatron_post.rounds.trained_model import config_of_model
 from tests.tiny import tiny_config
+from tests.unit.convert.models import weights_of, write_hf
 
 
 @pytest.fixture
@@ -40,7 +41,9 @@ def test_any_number_of_data_parallel_ranks(
     assert not world_errors(config, world_size=world_size, has_gpu=False, has_transformer_engine=False)
 
 
-def test_scores_without_an_interleaved_schedule(directory: Path, tmp_path: Path) -> None:
+def test_scores_without_an_interleaved_schedule(tmp_path: Path) -> None:
+    model, directory = tiny_config().model, tmp_path / "model"
+    write_hf(directory, model, weights_of(model, scalar_head=True), scalar_head=True)
     overrides = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
     with pytest.raises(ConfigError, match="virtual_pipeline=2: packs are scored one by one"):
         score_file(directory, tmp_path / "rows.jsonl", tmp_path / "scores.jsonl", overrides)
