@@ -321,7 +321,7 @@ def test_everything_wrong_at_once(lab: Lab, clusters: ClusterFiles, data: Path, 
     assert "5 finding(s), nothing was queued" in message
     for part in (
         "train.global_batch=3 is not a multiple of the 2 data-parallel ranks",
-        "model.init_from=no/weights is no directory",
+        "model.init_from=no/weights is neither a directory here nor in the hub",
         "tokenizer.path=absent",
         "has packs of 128 tokens, data.pack_length is 256",
         "invalid partition specified",
