@@ -83,7 +83,10 @@ class Reward(Section):
 
 @dataclass(frozen=True)
 class Total:
-    """The reward of a response. parts: that of each entry. below: the entries below their threshold."""
+    """The reward of a response.
+
+    parts: the reward of each entry of the list. below: the entries whose reward is below their threshold.
+    """
 
     value: float
     parts: Mapping[str, float]

@@ -82,7 +82,7 @@ def dialog_text(row: Row, *, longest: int | None) -> str:
 
 
 def marks_in(reply: str, names: Sequence[str]) -> dict[str, bool]:
-    """The marks in a reply that has a line "Name: yes" or "Name: no" for each name.
+    """Read a mark for each name from a reply. Its lines read "Name: yes" or "Name: no".
 
     The last line of a name counts. Raises `OffScale` if a mark is missing or is neither.
     """

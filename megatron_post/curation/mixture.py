@@ -142,7 +142,10 @@ def _condition_errors(key: str, values: Sequence[str], steps: Mapping[str, Step]
 
 @dataclass
 class _Sums:
-    """The rows of a category so far. sums: of each of MEANS, and counts: of the rows that have it."""
+    """The rows of a category so far.
+
+    sums: the sum of each figure of `MEANS`. counts: the number of rows that have the figure.
+    """
 
     rows: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEANS, 0.0))

@@ -63,7 +63,11 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class RenderedBatch:
-    """A rendered batch. digest: as `Renderer.digest`. error: what ended the batch, after `counts.bad`."""
+    """A rendered batch.
+
+    digest: as `Renderer.digest` computes it. error: the error that ended the batch, which comes after the bad
+    rows in `counts.bad`.
+    """
 
     block: UnitBlock
     counts: BatchCounts

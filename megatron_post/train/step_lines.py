@@ -55,9 +55,15 @@ class StepLines:
         content = self._path.read_bytes()
         lines = content.splitlines(keepends=True)
         last: dict[str, int] = {}
-        for kind, number in map(_kind_and_step, lines):
+        kept = []
+        for line in lines:
+            found = _kind_and_step(line)
+            if found is None:
+                continue
+            kind, number = found
             last[kind] = max(number, last.get(kind, 0))
-        kept = [line for line in lines if _belongs(line, step)]
+            if number <= step:
+                kept.append(line)
         wanted = b"".join(kept)
         if kept and not wanted.endswith(b"\n"):
             wanted += b"\n"
@@ -80,21 +86,12 @@ class StepLines:
                 say(f"{self._path} cannot be written, and lacks what follows until it can: {error.strerror}")
 
 
-def _belongs(line: bytes, step: int) -> bool:
-    """Whether a line is complete and does not belong to a later step."""
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return _kind_and_step(line)[1] <= step
-
-
-def _kind_and_step(line: bytes) -> tuple[str, int]:
-    """The kind of a line and its step, which is 0 for a line without one."""
+def _kind_and_step(line: bytes) -> tuple[str, int] | None:
+    """The kind of a line and its step, which is 0 for a line without one. None for an incomplete line."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return "", 0
+        return None
     values = found if isinstance(found, dict) else {}
     step = values.get("step")
     return str(values.get("kind", "")), step if isinstance(step, int) else 0

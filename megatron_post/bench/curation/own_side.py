@@ -89,7 +89,7 @@ class _Clock:
 
 
 def in_processes(function: Callable[..., Made], arguments: Sequence[tuple[Any, ...]]) -> list[Made]:
-    """The results of a function, each of which a new process computes."""
+    """Call a function in a new process each time, and return its results."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(arguments), mp_context=context, max_tasks_per_child=1) as pool:
         return [future.result() for future in [pool.submit(function, *each) for each in arguments]]

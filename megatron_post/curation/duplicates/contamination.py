@@ -37,7 +37,10 @@ class EvaluationNgrams:
     """
 
     def __init__(self, length: int, *, most_rows: int) -> None:
-        """length: words of an n-gram. most_rows: most evaluation rows of an n-gram that is compared."""
+        """An index of the n-grams of evaluation rows.
+
+        length: words of an n-gram. most_rows: an n-gram of more evaluation rows than this is not compared.
+        """
         self._length, self._most_rows = length, most_rows
         self._words = WordHashes(symbols=False)
         self._names: list[EvaluationRow] = []
