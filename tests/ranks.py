@@ -3,12 +3,13 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.forkserver import ForkServer
 from typing import Any
 from unittest import mock
+
+from torch.distributed import TCPStore
 
 # The server imports the heavy modules once, and ranks fork from it in milliseconds. It never runs an
 # operation itself, because threads of an operation would not survive the fork.
@@ -44,12 +45,12 @@ def run_ranks(
     `AssertionError` with the rank's traceback if a rank fails, or `queue.Empty` if none answers for `timeout`
     seconds.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    # This process serves the ranks' store. If it chose a free port for rank 0 instead, another process could
+    # take the port before rank 0 listens.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = _context.Queue()
     ranks = [
-        _context.Process(target=_rank_main, args=(queue, function, rank, world_size, port, args))
+        _context.Process(target=_rank_main, args=(queue, function, rank, world_size, store.port, args))
         for rank in range(world_size)
     ]
     connect = (server or multiprocessing.forkserver._forkserver).connect_to_new_process
@@ -79,6 +80,7 @@ def _rank_main(
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     import torch
 

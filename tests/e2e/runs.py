@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,19 +53,9 @@ def start(
     command: list[str], *, ranks: int, log: Path, module: str = "megatron_post"
 ) -> subprocess.Popen[bytes]:
     """Start `megatron-post COMMAND` on ranks, under torchrun if there are several. Output goes to `log`."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(ranks),
-            "--master-port",
-            str(port),
-        ]
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with log.open("ab") as out:

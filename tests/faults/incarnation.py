@@ -1,7 +1,9 @@
 """One start of a run. Its real ranks run the command line, and fork from a server that has imported it."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -15,6 +17,14 @@ import tests.ranks  # noqa: F401  what the server imports
 
 _context = multiprocessing.get_context("forkserver")
 Inject = Callable[[], None]
+
+
+def _free_port() -> int:
+    """A loopback port for rank 0, below those that the kernel gives to connections in the meantime."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", random.SystemRandom().randrange(10_000, 23_000)))
+            return int(listener.getsockname()[1])
 
 
 class Incarnation:
@@ -34,9 +44,7 @@ class Incarnation:
     ) -> None:
         self.log = log
         log.touch()
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = _free_port()
         self.began = time.monotonic()
         self.ranks = [
             _context.Process(

@@ -168,8 +168,8 @@ PROGRAMS: dict[str, Hostile] = {
         "python", "import socket\nsocket.socket(socket.AF_VSOCK)", "failed", "not supported"
     ),
     "memory in sockets": Hostile(
-        "python",
-        "import contextlib, os, socket, time\ndef fill():\n    keep = []\n    while True:\n"
+        "python",  # `keep` is global, so that the sockets stay open when the kernel refuses one more
+        "import contextlib, os, socket, time\nkeep = []\ndef fill():\n    while True:\n"
         "        pair = socket.socketpair()\n        keep.append(pair)\n        for each in pair:\n"
         "            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)\n"
         "            each.setblocking(False)\n            with contextlib.suppress(BlockingIOError):\n"
