@@ -17,10 +17,11 @@ TOOLS: dict[Language, tuple[str, ...]] = {
 ALL_TOOLS = tuple(name for names in TOOLS.values() for name in names)
 _STDIN = "stdin.txt"
 # By default Java takes a share of the machine. These options give it one core and a small heap at first.
-# MEMORY_MIB is the limit of memory, which the sandbox sets for each program.
+# MEMORY_MIB is the limit of memory, which the sandbox sets for each program. The heap has half of it, because
+# Java itself needs 60 to 100 MiB. A full heap then always ends as an OutOfMemoryError.
 _JAVA_OPTIONS = (
     "-XX:+UseSerialGC", "-XX:ActiveProcessorCount=1", "-XX:TieredStopAtLevel=1", "-Xms16m",
-    "-Xmx${MEMORY_MIB}m",
+    "-Xmx$((MEMORY_MIB / 2))m",
 )  # fmt: skip
 _PYTHON_CHECK = "import sys; compile(open(sys.argv[1], 'rb').read(), sys.argv[1], 'exec')"
 _COMMENTS = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)

@@ -52,7 +52,8 @@ PROGRAMS: dict[str, Hostile] = {
         "java",
         "import java.util.*; class M { public static void main(String[] a) { "
         "List<byte[]> l = new ArrayList<>(); while (true) l.add(new byte[1 << 20]); } }",
-        "memory",
+        "failed",
+        "OutOfMemoryError",
     ),
     "memory in many processes": Hostile(
         "python",
