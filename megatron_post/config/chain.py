@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from megatron_post.config.load import ConfigError, load_config, load_section, read_tree
 from megatron_post.config.schema import Config
-from megatron_post.config.section import Count, Line, Name, Section
+from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.storage.reading import did_you_mean
 
 
@@ -51,7 +51,13 @@ class ChainJob(ChainTask):
     )
     nodes: Count = Field(1, description="nodes of the job, or of each task of an array")
     ranks_per_node: Count | None = Field(
-        None, description="null takes the cluster's value, 1 is a single process"
+        None,
+        description="1 is a single process. null takes the cluster's value, or 1 for a step without GPUs",
+    )
+    gpus_per_rank: Whole | None = Field(
+        None,
+        description="GPUs that each rank uses. A step with 0 runs without GPUs, on `cpu_partition` of the "
+        "cluster. null is 0 for commands that use none, such as data, select and merge, and otherwise 1",
     )
     after: tuple[Name, ...] = Field((), description="steps that must have exited with status 0")
 

@@ -9,7 +9,7 @@ from megatron_post.config.load import load_section
 from megatron_post.config.section import Count, Name, Section, Whole
 from megatron_post.curation.mixture import Mixture
 from megatron_post.curation.steps import AnyStep
-from megatron_post.inference.settings import AskedModels
+from megatron_post.inference.settings import AskedModels, gpus_of
 from megatron_post.storage.reading import did_you_mean
 
 
@@ -90,3 +90,11 @@ class Curation(Section):
 def load_curation(path: str, overrides: Sequence[str] = ()) -> Curation:
     """Read a curation file and dotted overrides. Raises `ConfigError` with all errors at once."""
     return load_section(Curation, path, overrides)
+
+
+def users_of_gpus(settings: Curation) -> list[str]:
+    """The steps and the models that use GPUs of a process."""
+    steps = [f"the step {step.column}" for step in settings.steps if step.uses_gpus]
+    asked = {name for step in settings.steps for name in step.models}
+    models = [name for name in settings.models if name in asked and gpus_of(settings.models[name].backend)]
+    return steps + [f"the model {name}" for name in models]

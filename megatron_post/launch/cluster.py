@@ -11,6 +11,7 @@ from megatron_post.config.load import load_section
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 
 _TIME_LIMIT = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)")
+CPUS = 8  # of a process without GPUs, if its node has so many
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Variables that identify a rank. train.sbatch clears them, and each rank gets its own values from Slurm.
 # A value for the whole cluster would give all ranks the same identity.
@@ -42,10 +43,17 @@ class Cluster(Section):
     cpu_partition: Name | None = Field(
         None, description="partition of jobs that use no GPU. null takes `partition`"
     )
+    cpu_memory: Name | None = Field(
+        None,
+        description="host memory per node of jobs that use no GPU, passed to sbatch --mem. null takes "
+        "Slurm's default",
+    )
     account: Name | None = Field(None, description="passed to sbatch --account")
     qos: Name | None = Field(None, description="passed to sbatch --qos")
     constraint: Name | None = Field(
-        None, description="features that nodes must have, passed to sbatch --constraint"
+        None,
+        description="features that nodes must have, passed to sbatch --constraint. Jobs on `cpu_partition` "
+        "are without it",
     )
     exclude: tuple[Name, ...] = Field((), description="nodes that are never used, passed to sbatch --exclude")
     exclusive: bool = Field(True, description="allocate whole nodes (sbatch --exclusive)")
@@ -146,6 +154,26 @@ class Cluster(Section):
         assert match
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def without_gpus(cluster: Cluster, *, cpus: int, ranks: int = 1) -> Cluster:
+    """The cluster settings of a job that takes a part of a node and no GPU.
+
+    cpus: cores of each node, which its ranks share.
+    """
+    return cluster.model_copy(
+        update={
+            "partition": cluster.cpu_partition or cluster.partition,
+            "constraint": None if cluster.cpu_partition else cluster.constraint,
+            "gpus_per_node": 0,
+            "gpu_type": None,
+            "numa_binding": None,
+            "ranks_per_node": ranks,
+            "cpus_per_node": cpus,
+            "exclusive": False,
+            "memory": cluster.cpu_memory,
+        }
+    )
 
 
 def load_cluster(path: str | Path) -> Cluster:

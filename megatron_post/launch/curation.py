@@ -4,16 +4,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_post.curation.settings import Curation, load_curation
+from megatron_post.curation.settings import Curation, load_curation, users_of_gpus
 from megatron_post.display import say
-from megatron_post.inference.settings import gpus_of
 from megatron_post.launch import slurm
-from megatron_post.launch.cluster import Cluster, load_cluster
+from megatron_post.launch.cluster import CPUS, Cluster, load_cluster, without_gpus
 from megatron_post.launch.preflight import raise_for, slurm_findings
 from megatron_post.launch.record import active_findings, record_job
 from megatron_post.launch.script import Job
 from megatron_post.launch.show import show_script
-from megatron_post.launch.synthesis import CPUS, cpu_findings, without_gpus
+from megatron_post.launch.synthesis import cpu_findings
 
 
 def launch_curation(
@@ -60,14 +59,6 @@ def launch_curation(
     recorded = [record_job([job.folder], job, task) for task in tasks]
     many = f" to {tasks[-1]}" if len(tasks) > 1 else ""
     say(f"job {tasks[0]}{many} queued: {job.name}; log {recorded[0].log}")
-
-
-def users_of_gpus(settings: Curation) -> list[str]:
-    """The steps and the models that use GPUs of a process."""
-    steps = [f"the step {step.column}" for step in settings.steps if step.uses_gpus]
-    asked = {name for step in settings.steps for name in step.models}
-    models = [name for name in settings.models if name in asked and gpus_of(settings.models[name].backend)]
-    return steps + [f"the model {name}" for name in models]
 
 
 def _plan(settings: Curation, users: Sequence[str], cluster: Cluster, *, processes: int) -> list[str]:

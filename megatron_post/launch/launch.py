@@ -9,8 +9,10 @@ from megatron_post.config.load import ConfigError, load_config
 from megatron_post.config.schema import Config
 from megatron_post.display import say
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import chain_findings, command_findings, job_table, slurm_jobs, submit_chain
+from megatron_post.launch.allocation import chained_jobs
+from megatron_post.launch.chain import chain_findings, command_findings, job_table, submit_chain
 from megatron_post.launch.cluster import Cluster, load_cluster
+from megatron_post.launch.gpu_hours import hours_table, step_hours
 from megatron_post.launch.placement import fewest_nodes, place
 from megatron_post.launch.preflight import findings, layout_findings, raise_for, slurm_findings
 from megatron_post.launch.record import active_findings, record_job
@@ -81,21 +83,24 @@ def launch_chain(
 
     The data of later steps do not exist yet, so only layouts, memory, disks and Slurm's limits are checked.
 
-    dry_run: print the jobs in order and the script of the first one, without calling Slurm.
+    dry_run: print the jobs in order, their GPU-hours and the script of the first one, without calling Slurm.
     """
     cluster = load_cluster(cluster_path)
-    jobs = slurm_jobs(chain, Path.cwd())
+    jobs = chained_jobs(chain, cluster, Path.cwd())
     found = command_findings(chain, program)
-    found += chain_findings(chain, cluster, Path.cwd(), disks=not dry_run)
+    found += chain_findings(chain, jobs, cluster, Path.cwd(), disks=not dry_run)
     if dry_run:
-        say("\n".join(f"# {line}" for line in job_table(chain, cluster)))
+        lines = [*job_table(jobs), "", *hours_table(step_hours(jobs, Path.cwd()))]
+        say("\n".join(f"# {line}".rstrip() for line in lines))
         say("# This is the script of the first job. The scripts of the others differ in their settings.")
-        show_script(next(iter(jobs.values())), cluster)
+        show_script(jobs[0].job, jobs[0].cluster)
         raise_for(found, origin)
         return
-    of_tasks = (run_dir for job in jobs.values() for _, run_dir in job.tasks)
-    found += active_findings({chain.run_dir, *(job.run_dir for job in jobs.values()), *of_tasks})
-    found += [f"step {name!r}: {text}" for name, job in jobs.items() for text in slurm_findings(job, cluster)]
+    of_tasks = (run_dir for each in jobs for _, run_dir in each.job.tasks)
+    found += active_findings({chain.run_dir, *(each.job.run_dir for each in jobs), *of_tasks})
+    found += [
+        f"step {each.job.name!r}: {text}" for each in jobs for text in slurm_findings(each.job, each.cluster)
+    ]
     raise_for(found, origin)
     for submitted in submit_chain(chain, cluster, Path.cwd()):
         after = f", after {', '.join(map(str, submitted.after))}" if submitted.after else ""

@@ -51,6 +51,7 @@ def record_job(
         "run_dir": str(submitted.run_dir),
         "after": after,
         "command": job.command if command is None else command,
+        "then": job.then,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S"),
     }
     for folder in folders:

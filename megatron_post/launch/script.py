@@ -23,11 +23,12 @@ _BEGIN, _END = "# >>> settings\n", "# <<< settings\n"
 class Job:
     """One Slurm job, which runs a command of megatron-post on all ranks of some nodes.
 
-    name: the name that Slurm shows. command: the arguments that follow `megatron-post`. directory: the
-    working directory of the job. run_dir: the directory of its checkpoints and its log, relative to
-    `directory`. ranks_per_node: None takes the cluster's value. A command that is a single process sets 1.
-    array: the number of tasks of a Slurm array, each of which is such a job. None submits one job. tasks: the
-    command and the run_dir of each task, in place of those of the job.
+    name: the name that Slurm shows. command: the arguments that follow `megatron-post`. then: further
+    commands of the job, each of which starts once the one before has ended with 0. directory: the working
+    directory of the job. run_dir: the directory of its checkpoints and its log, relative to `directory`.
+    ranks_per_node: None takes the cluster's value. A command that is a single process sets 1. array: the
+    number of tasks of a Slurm array, each of which is such a job. None submits one job. tasks: the command
+    and the run_dir of each task, in place of those of the job.
     """
 
     name: str
@@ -38,12 +39,14 @@ class Job:
     ranks_per_node: int | None = None
     array: int | None = None
     tasks: tuple[tuple[tuple[str, ...], str], ...] = ()
+    then: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        of_tasks = [text for command, run_dir in self.tasks for text in (*command, run_dir)]
-        for text in (self.name, *self.command, *of_tasks, self.run_dir, str(self.directory)):
+        others = [text for command, run_dir in self.tasks for text in (*command, run_dir)]
+        others += [text for command in self.then for text in command]
+        for text in (self.name, *self.command, *others, self.run_dir, str(self.directory)):
             one_line(text)
-        assert not self.tasks or self.array == len(self.tasks)
+        assert not self.tasks or (self.array == len(self.tasks) and not self.then)
 
     @property
     def log(self) -> Path:
@@ -134,6 +137,12 @@ def _settings(job: Job, cluster: Cluster) -> list[str]:
         *(f"    {line}" for line in setup),
         "}",
         *(_task_settings(job, array) if job.tasks else [array("command", list(job.command))]),
+        "take_command() {",
+        "    case $1 in",
+        *(f"    {n}) {array('command', list(each))} ;;" for n, each in enumerate(job.then, start=1)),
+        "    *) return 1 ;;",
+        "    esac",
+        "}",
     ]
 
 

@@ -9,7 +9,7 @@ from megatron_post.config.load import ConfigError
 from megatron_post.display import say
 from megatron_post.inference.settings import gpus_of
 from megatron_post.launch import slurm
-from megatron_post.launch.cluster import Cluster, load_cluster
+from megatron_post.launch.cluster import CPUS, Cluster, load_cluster, without_gpus
 from megatron_post.launch.preflight import raise_for, slurm_findings
 from megatron_post.launch.record import active_findings, record_job
 from megatron_post.launch.script import Job, JobId
@@ -17,8 +17,6 @@ from megatron_post.launch.show import show_script
 from megatron_post.synthesis.recipe import Recipe, load_recipe
 from megatron_post.synthesis.serving import clear_servers, server_key
 from megatron_post.synthesis.settings import Synthesis, load_synthesis, recipe_settings
-
-CPUS = 8  # of a process, if its node has so many
 
 
 @dataclass(frozen=True)
@@ -119,22 +117,6 @@ def _of_clients(settings: Synthesis, recipe: Recipe, cluster: Cluster, cpus: int
     if any(gpus_of(settings.models[name].backend) for name in recipe.models):
         return cluster
     return without_gpus(cluster, cpus=cpus)
-
-
-def without_gpus(cluster: Cluster, *, cpus: int) -> Cluster:
-    """The cluster settings of a process that takes a part of a node and no GPU."""
-    return cluster.model_copy(
-        update={
-            "partition": cluster.cpu_partition or cluster.partition,
-            "gpus_per_node": 0,
-            "gpu_type": None,
-            "numa_binding": None,
-            "ranks_per_node": 1,
-            "cpus_per_node": cpus,
-            "exclusive": False,
-            "memory": None,
-        }
-    )
 
 
 def _plan(settings: Synthesis, *, processes: int) -> list[str]:

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from megatron_post.config.chain import Chain, ChainJob, ChainTask
 from megatron_post.config.load import to_yaml
+from megatron_post.config.schema import Config
 from megatron_post.config.section import one_line
 from megatron_post.rounds.checks import check_files, check_models
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import state_of
-from megatron_post.rounds.steps import all_steps, check_packed
+from megatron_post.rounds.steps import RoundStep, all_steps, check_packed
 from megatron_post.storage.files import write_whole
 
 
@@ -59,7 +60,7 @@ def chain_of(
         task = ChainTask(
             command=step.command or step.own_command(path, overrides),
             run_dir=None if step.run_dir is None else str(step.run_dir),
-            like=step.similar_run() if step.similar_run is not None and needs_inputs else None,
+            like=_similar_run(step, needs_inputs=needs_inputs),
         )
         if step.array is not None and jobs and jobs[-1].name == step.array:
             jobs[-1] = jobs[-1].model_copy(update={"tasks": (*jobs[-1].tasks, task)})
@@ -67,6 +68,7 @@ def chain_of(
         shape: dict[str, Any] = {
             "nodes": step.ranks // step.ranks_of_a_node,
             "ranks_per_node": step.ranks_of_a_node,
+            "gpus_per_rank": step.gpus_per_rank,
             "after": (jobs[-1].name,) if jobs else (),
         }
         if step.array is not None:
@@ -74,3 +76,15 @@ def chain_of(
         else:
             jobs.append(ChainJob(name=step.name, **dict(task), **shape))
     return Chain(run_dir=settings.run_dir, steps=tuple(jobs))
+
+
+def _similar_run(step: RoundStep, *, needs_inputs: bool) -> Config | None:
+    """The run that is checked in place of a training step. None if it cannot be known without the model."""
+    if step.similar_run is None:
+        return None
+    try:
+        return step.similar_run(needs_model=needs_inputs)
+    except ValueError:
+        if needs_inputs:
+            raise
+        return None

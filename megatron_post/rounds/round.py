@@ -245,9 +245,17 @@ class Round:
         train = config.train.model_copy(update={"steps": times * config.train.steps})
         return config.model_copy(update={"train": train})
 
-    def similar_run(self, stage: StageName, number: int = 0) -> Config:
-        """A stage's config with the first round's model, for checks before this round has begun."""
+    def similar_run(self, stage: StageName, number: int = 0, *, needs_model: bool = True) -> Config:
+        """A stage's config with the first round's model, for checks before this round has begun.
+
+        needs_model: raise `ValueError` if that model is not here. Otherwise the stage's file is the config.
+        """
         start = self.settings.start.base or self.settings.start.policy
+        if not needs_model and not Path(start).is_dir():
+            variants = self.variants(stage)
+            values = variants[number].set if variants else {}
+            overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+            return load_config(getattr(self.settings.stages, stage), overrides)
         return self.config(stage, start, self._sources(stage), number=number)
 
     def stage_config(self, stage: StageName, number: int = 0) -> Config:

@@ -11,6 +11,7 @@ from rich.console import Console
 from megatron_post.config.rewards import models_of
 from megatron_post.config.schema import Config
 from megatron_post.config.stages import StageName
+from megatron_post.curation.settings import users_of_gpus
 from megatron_post.inference.settings import gpus_of
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.round_actions import (
@@ -42,7 +43,8 @@ class RoundStep:
     samples. Only training steps have the last four fields. run_dir is their directory. check raises
     `ValueError` if the stage's packing is out of date. similar_run is a config with the same layout and shape
     of the model, for checks before the step's own config exists. array: the name of the job whose tasks this
-    step and its neighbours with the same name are in a chain.
+    step and its neighbours with the same name are in a chain. gpus_per_rank: GPUs that each rank uses, if the
+    machine has some.
     """
 
     name: str
@@ -54,8 +56,9 @@ class RoundStep:
     run_dir: Path | None = None
     draws: bool = False
     check: Callable[[], None] | None = None
-    similar_run: Callable[[], Config] | None = None
+    similar_run: Callable[..., Config] | None = None
     array: str | None = None
+    gpus_per_rank: int = 0
 
     @property
     def ranks_of_a_node(self) -> int:
@@ -101,7 +104,7 @@ def _steps(r: Round) -> list[RoundStep]:
         *([generating] if settings.annotate is None else []),
         *_scoring(r, "score", "samples.jsonl", "scores.jsonl"),
         _action(r, "select", select_samples, "selection"),
-        *([_action(r, "curate", curate_selected, "curation")] if settings.curate is not None else []),
+        *_curating(r),
         _packing(r, "sft"),
         *_training(r, "sft"),
         _packing(r, "dpo"),
@@ -157,11 +160,20 @@ def _packing(r: Round, stage: StageName) -> RoundStep:
     return _action(r, f"{stage}-pack", partial(pack, stage=stage), *outputs)
 
 
+def _curating(r: Round) -> list[RoundStep]:
+    settings = r.curation
+    if settings is None:
+        return []
+    step = _action(r, "curate", curate_selected, "curation")
+    return [replace(step, gpus_per_rank=int(bool(users_of_gpus(settings))))]
+
+
 def _drawing(r: Round, name: str, action: Callable[[Round], None], *outputs: str) -> RoundStep:
     drawing = r.settings.generate
-    per_node = max(1, r.settings.ranks_per_node // gpus_of(drawing.backend))
+    gpus = gpus_of(drawing.backend)
+    per_node = max(1, r.settings.ranks_per_node // gpus)
     step = _action(r, name, action, *outputs)
-    return replace(step, ranks=drawing.copies, per_node=per_node, draws=True)
+    return replace(step, ranks=drawing.copies, per_node=per_node, draws=True, gpus_per_rank=gpus)
 
 
 def _command(r: Round, name: str, stage: StageName, arguments: tuple[str, ...], output: str) -> RoundStep:
@@ -172,6 +184,7 @@ def _command(r: Round, name: str, stage: StageName, arguments: tuple[str, ...], 
         command=arguments,
         ranks=r.settings.ranks or r.stage(stage).parallel.model_size,
         per_node=r.settings.ranks_per_node,
+        gpus_per_rank=1,
     )
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from megatron_post.config.load import read_tree
 from megatron_post.launch import slurm
-from megatron_post.launch.chain import chain_findings, slurm_jobs
+from megatron_post.launch.allocation import chained_jobs
+from megatron_post.launch.chain import chain_findings
 from megatron_post.launch.cluster import Cluster, load_cluster
 from megatron_post.launch.launch import planned_run
 from megatron_post.launch.preflight import layout_findings
@@ -88,9 +89,13 @@ def test_rounds(planned: Lab, file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(ROOT)  # its files name each other relative to this directory
     chain = chain_of(file, (), console=Console(quiet=True), needs_inputs=False)
     cluster = load_cluster(H100)
-    assert chain_findings(chain, cluster, ROOT) == []
-    for job in slurm_jobs(chain, ROOT).values():
-        _accepted(job, cluster)
+    jobs = chained_jobs(chain, cluster, ROOT)
+    assert chain_findings(chain, jobs, cluster, ROOT) == []
+    for each in jobs:
+        if each.gpus:
+            _accepted(each.job, each.cluster)
+        else:
+            assert "to start at " in _at_once(partial(slurm.test_only, each.job, each.cluster))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

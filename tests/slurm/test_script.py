@@ -270,6 +270,39 @@ steps:
     assert not never.log.exists()
 
 
+def test_small_steps_share_a_job(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """Three steps run one after the other in a job on the CPU partition, and training follows elsewhere.
+
+    After a requeue the job begins with the unfinished step, the second one, and repeats none.
+    """
+    (tmp_path / "chain.yaml").write_text(
+        """
+run_dir: run
+steps:
+  - {name: a, command: [data, done]}
+  - {name: b, command: [data, wait], after: [a]}
+  - {name: c, command: [data, done], after: [b]}
+  - {name: last, command: [train, done], after: [c]}
+"""
+    )
+    cluster = load_cluster(clusters(python=str(rank), cpu_partition="urgent"))
+    shared, last = submit_chain(load_chain(tmp_path / "chain.yaml"), cluster, tmp_path)
+    assert (shared.name, last.after) == ("a+b+c", (shared.job_id,))
+    ended = "command 1 of this job has ended with 0; the next one is data wait"
+    _wait_for_line(shared.log, "rank 0 of 1", times=2)
+    assert ended in _log(shared.log)
+    assert lab("squeue", "-h", "-j", str(shared.job_id), "-o", "%P %D %C") == "urgent 1 2"
+    lab("scontrol", "requeue", str(shared.job_id))
+    lab.restarted(shared.job_id, 1, lambda: _log(shared.log))
+    _wait_for_line(shared.log, "rank 0 of 1", times=3)
+    assert lab.state(last.job_id) == "PENDING"
+    (tmp_path / "run" / "finish").touch()
+    assert lab.wait(shared.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    assert lab.wait(last.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    assert _log(shared.log).count("rank 0 of 1") == 4 and _log(shared.log).count(ended) == 1
+    assert "command 2 of this job has ended with 0; the next one is data done" in _log(shared.log)
+
+
 def test_a_refused_chain_leaves_nothing_queued(lab: Lab, clusters: ClusterFiles, tmp_path: Path) -> None:
     (tmp_path / "chain.yaml").write_text(
         """

@@ -6,9 +6,9 @@ from typing import Any, get_args
 import pytest
 
 from megatron_post.curation.rules import load_rules
-from megatron_post.curation.settings import load_curation
+from megatron_post.curation.settings import load_curation, users_of_gpus
 from megatron_post.curation.steps import AnyStep
-from megatron_post.launch.curation import launch_curation, users_of_gpus
+from megatron_post.launch.curation import launch_curation
 
 ROOT = Path(__file__).resolve().parents[3]
 

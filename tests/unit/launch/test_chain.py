@@ -8,7 +8,8 @@ import typer
 from megatron_post.cli import app
 from megatron_post.config.chain import load_chain
 from megatron_post.config.load import ConfigError, load_config, to_yaml
-from megatron_post.launch.chain import chain_findings, command_findings, slurm_jobs
+from megatron_post.launch.allocation import chained_jobs
+from megatron_post.launch.chain import chain_findings, command_findings
 from megatron_post.launch.cluster import Cluster
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -30,7 +31,7 @@ def test_steps_are_sorted_by_dependency(tmp_path: Path) -> None:
             "  - {name: sft, command: [train, s.yaml], after: [pack]}\n",
         )
     )
-    jobs = slurm_jobs(chain, tmp_path)
+    jobs = {each.job.name: each.job for each in chained_jobs(chain, Cluster(cpus_per_node=8), tmp_path)}
     assert list(jobs) == ["pack", "sft", "reference", "dpo"]
     assert (jobs["dpo"].nodes, jobs["dpo"].run_dir, jobs["sft"].run_dir) == (2, "runs/dpo", "runs/round")
     assert (jobs["pack"].ranks_per_node, jobs["sft"].ranks_per_node) == (1, None)
@@ -62,10 +63,11 @@ def test_like_checks_a_step_without_config(tmp_path: Path, monkeypatch: pytest.M
     step = "  - {name: sft, command: [train, made.yaml], nodes: 8, run_dir: run"
     cluster = Cluster(gpus_per_node=8, cpus_per_node=96)
     chain = load_chain(_write(tmp_path, f"{step}, like: [stage.yaml, optimizer.lr=1e-6]}}\n"))
-    memory, disk = chain_findings(chain, cluster, tmp_path)
+    memory, disk = chain_findings(chain, chained_jobs(chain, cluster, tmp_path), cluster, tmp_path)
     assert memory.startswith("step 'sft': memory, by `megatron-post plan`: does not fit: pipeline rank 0")
     assert disk.startswith("step 'sft': run_dir=run: 3 checkpoints")
-    assert chain_findings(load_chain(_write(tmp_path, f"{step}}}\n")), cluster, tmp_path) == []
+    unknown = load_chain(_write(tmp_path, f"{step}}}\n"))
+    assert chain_findings(unknown, chained_jobs(unknown, cluster, tmp_path), cluster, tmp_path) == []
 
 
 def test_like_has_settings_or_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,17 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_round_file(at_root: None) -> None:
     """Every step is a job that starts after the one before, and each receives the overrides."""
     text = _launch("configs/tiny/round.yaml", "--dry-run", "--", "rounds=2")
-    lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# round-0")]
+    steps = text.split("\n#\n")[0]
+    lines = [line.removeprefix("# ") for line in steps.splitlines() if line.startswith("# round-0")]
     names = [line.split()[0] for line in lines]
     after = [line.split()[4] for line in lines]
     assert names[0] == "round-01/collect" and names[-1] == "round-02/report"
     assert after == ["-", *names[:-1]]
-    assert f"# {len(names)} jobs; each starts once" in text
+    same = [line.split()[0] for line in lines if "(same job)" in line]
+    assert same == [
+        f"round-{name}" for name in ("01/sft-pack", "01/report", "02/reward-pack", "02/sft-pack", "02/report")
+    ]
+    assert f"# {len(names) - len(same)} jobs for {len(names)} steps; each starts once" in text
     by_name = dict(zip(names, lines, strict=True))
     assert by_name["round-01/select"].split()[1:4] == ["1", "x", "1"]
     command = "round configs/tiny/round.yaml --only round-01/select rounds=2"
@@ -60,16 +65,16 @@ def test_a_chain_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "chain.yaml").write_text(
         "run_dir: runs/r\nsteps:\n"
         "  - {name: sft, command: [train, configs/llama3_8b/sft.yaml], nodes: 3, after: [pack]}\n"
-        "  - {name: pack, command: [data, pack, configs/llama3_8b/sft.yaml], ranks_per_node: 16}\n"
+        "  - {name: pack, command: [data, pack, configs/llama3_8b/sft.yaml], ranks_per_node: 200}\n"
     )
     cluster = "configs/clusters/h100.yaml"
     command = ["launch", "round", str(tmp_path / "chain.yaml"), "--cluster", cluster, "--dry-run"]
     result = CliRunner().invoke(app, command)
-    assert "# pack  1 x 16         -      data pack configs/llama3_8b/sft.yaml\n" in result.output
+    assert "# pack  1 x 200        -      data pack configs/llama3_8b/sft.yaml\n" in result.output
     assert "# sft   3 x 8          pack   train configs/llama3_8b/sft.yaml\n" in result.output
     message = str(result.exception)
     assert isinstance(result.exception, ConfigError) and "2 finding(s), nothing was queued" in message
-    assert "step 'pack': ranks_per_node=16 is more than the cluster's 8" in message
+    assert "step 'pack': ranks_per_node=200 is more than cpus_per_node=96 of the cluster" in message
     assert "step 'sft': " in message
     with pytest.raises(ConfigError, match=r"is a chain of commands with overrides of their own: rounds=2"):
         _launch(tmp_path / "chain.yaml", "--", "rounds=2")

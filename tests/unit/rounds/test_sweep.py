@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from megatron_post.cli import app
 from megatron_post.config.chain import Chain, load_chain
 from megatron_post.config.load import ConfigError, parse, to_yaml
-from megatron_post.launch.chain import slurm_jobs
+from megatron_post.launch.allocation import chained_jobs
 from megatron_post.launch.cluster import Cluster
 from megatron_post.launch.script import render
 from megatron_post.rounds import round_actions
@@ -146,9 +146,14 @@ def test_a_sweep_is_an_array_with_the_merge_behind_it(tmp_path: Path) -> None:
 
 def test_each_task_runs_its_own_command(tmp_path: Path) -> None:
     """bash reads the command and the directory of the task whose number Slurm gives."""
-    job = slurm_jobs(_chain(tmp_path), tmp_path)["round-01/sft-train"]
+    cluster = Cluster(cpus_per_node=8)
+    job = next(
+        each.job
+        for each in chained_jobs(_chain(tmp_path), cluster, tmp_path)
+        if each.job.name == "round-01/sft-train"
+    )
     assert job.array == 3 and job.log.name.endswith("%A_%a.log")
-    script = render(job, Cluster(cpus_per_node=8))
+    script = render(job, cluster)
     settings = script.split("# >>> settings\n")[1].split("# <<< settings\n")[0]
     for number in range(3):
         shown = subprocess.run(
