@@ -65,8 +65,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a stage, on many ranks under torchrun. Run the same command again to resume."""
     from megatron_post.config.load import load_config
     from megatron_post.train.run import train as run
+    from megatron_post.train.signals import Requeue
 
-    run(load_config(config, overrides or ()))
+    if not run(load_config(config, overrides or ())).is_finished:
+        raise Requeue
 
 
 @launch_app.command("round")
@@ -126,8 +128,7 @@ def data_pack(
     from megatron_post.config.load import load_config
     from megatron_post.data.build import build_store
 
-    loaded = load_config(config, overrides or ())
-    build_store(loaded, overwrite=overwrite, append=append, workers=workers, console=make_console())
+    build_store(load_config(config, overrides or ()), overwrite=overwrite, append=append, workers=workers)
 
 
 @data_app.command("prompt")
@@ -173,7 +174,6 @@ def data_stats(store: StorePath) -> None:
 def data_verify(store: StorePath) -> None:
     """Read the whole store and compare it with its checksums."""
     from megatron_post.data.check_store import check_store
-    from megatron_post.display import make_console
 
     check_store(store, console=make_console())
 
@@ -216,21 +216,11 @@ def config_copy(
 @config_app.command("schema")
 def config_schema(
     file: Annotated[
-        Literal[
-            "run",
-            "round",
-            "generate",
-            "select",
-            "merge",
-            "cleaning",
-            "cluster",
-            "chain",
-            "synthesis",
-            "curation",
-        ],
+        Literal["run", "round", "generate", "select", "merge", "cleaning", "cluster", "chain", "synthesis",
+                "curation"],
         typer.Argument(help="kind of the file. `train` takes the kind `run`."),
     ] = "run",
-) -> None:
+) -> None:  # fmt: skip
     """Print the JSON schema of a file of settings. It describes every key, and editors can use it."""
     from megatron_post.config.chain import Chain
     from megatron_post.config.load import json_schema

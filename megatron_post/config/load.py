@@ -5,7 +5,7 @@ selection, merging and cleaning.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from megatron_post.config.yaml_text import LARGEST, read_yaml, write_yaml
 from megatron_post.storage.reading import plain_file, reading
 
 Model = TypeVar("Model", bound=BaseModel)
+SettingsSource = str | Path | Mapping[str, Any]  # a YAML file, or the keys and values of one
 _MOST_LINES = 50  # the number of errors that a message lists
 
 
@@ -33,8 +34,10 @@ class ConfigError(ValueError):
         super().__init__(redact(message))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: SettingsSource, overrides: Sequence[str] = ()) -> Config:
     """Read the config of a run and its bases, apply dotted overrides (`optimizer.lr=5e-7`), and validate it.
+
+    path: a YAML file, or a mapping with its keys and values.
 
     Raises `ConfigError` for a missing file, broken YAML, an unknown key, a wrong value, and a layout that
     cannot work.
@@ -42,9 +45,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_section(Config, path, overrides)
 
 
-def load_section(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+def load_section(model: type[Model], path: SettingsSource, overrides: Sequence[str] = ()) -> Model:
     """Read a file of other settings, in the same way as `load_config`."""
+    if isinstance(path, Mapping):
+        return _completed(model, dict(path), overrides, origin=model.__name__)
     return _completed(model, read_tree(path), overrides, origin=str(path))
+
+
+def section_of(model: type[Model], settings: Model | SettingsSource) -> Model:
+    """Settings that were given as an object of `model`, as a file or as a mapping."""
+    return settings if isinstance(settings, model) else load_section(model, settings)  # type: ignore[arg-type]
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:

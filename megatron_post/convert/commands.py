@@ -27,12 +27,9 @@ def hf_to_megatron(
     workers: Workers = 1,
 ) -> None:
     """Write the weights as step 0 of a run. The same command resumes an interrupted conversion."""
-    from megatron_post.convert.jobs import convert
-    from megatron_post.convert.to_megatron import ToMegatron
+    from megatron_post.convert.directions import convert_weights
 
-    job = ToMegatron(hf_dir, ckpt_dir, dtype)
-    job.check()
-    convert(job, workers=workers, report=say)
+    convert_weights(hf_dir, ckpt_dir, to="megatron", dtype=dtype, workers=workers)
 
 
 @convert_app.command("megatron-to-hf")
@@ -46,11 +43,9 @@ def megatron_to_hf(
     workers: Workers = 1,
 ) -> None:
     """Write a directory that plain `transformers` loads."""
-    from megatron_post.convert.jobs import convert
-    from megatron_post.convert.shards import parse_size
-    from megatron_post.convert.to_hf import ToHuggingFace
+    from megatron_post.convert.directions import convert_weights
 
-    convert(ToHuggingFace(ckpt_dir, hf_dir, step, parse_size(max_shard_size)), workers=workers, report=say)
+    convert_weights(ckpt_dir, hf_dir, to="hf", step=step, max_shard_size=max_shard_size, workers=workers)
 
 
 @convert_app.command("verify")

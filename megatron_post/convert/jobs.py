@@ -66,8 +66,22 @@ class Job(Protocol):
         """Write the files that depend on all parts, and rename `partial` to `target`."""
 
 
-def convert(job: Job, *, workers: int, report: Report) -> bool:
-    """Do this node's share of a conversion. Returns whether the target is complete.
+@dataclass(frozen=True)
+class Converted:
+    """The result of `convert`.
+
+    is_complete: False if other nodes are still writing. nbytes: the tensors that this call has written.
+    seconds: the time that this took.
+    """
+
+    directory: Path
+    is_complete: bool
+    nbytes: int
+    seconds: float
+
+
+def convert(job: Job, *, workers: int, report: Report) -> Converted:
+    """Do this node's share of a conversion.
 
     Raises `ConversionError` if the target exists, if an unfinished conversion with other settings has the
     directory, and if the disk is full.
@@ -79,7 +93,7 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
         if job.target.exists():
             if nodes > 1:
                 report(f"{job.target} is complete")
-                return True
+                return Converted(job.target, True, 0, 0.0)
             raise ConversionError(f"{job.target} exists already; choose another directory, or remove it")
         # reading these checks the source before anything is written
         settings, count = job.settings, len(job.parts)
@@ -106,7 +120,7 @@ def convert(job: Job, *, workers: int, report: Report) -> bool:
     seconds = time.perf_counter() - started
     report(f"{moved / 1e6:,.0f} MB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s")
     with _disk_errors_explained(job):
-        return _finish(job, report)
+        return Converted(job.target, _finish(job, report), moved, seconds)
 
 
 def worker_environment() -> tuple[int, int]:

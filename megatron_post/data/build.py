@@ -25,7 +25,7 @@ from megatron_post.data.store_format import DOCUMENTS, GROUPS, GroupName, Source
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.data.units import Units
-from megatron_post.display import make_progress
+from megatron_post.display import make_console, make_progress
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,22 @@ class GroupSummary:
         return sum(share.tokens for share in self.shares)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The result of `build_store`: the directory of the store, and what each group holds."""
+
+    store: Path
+    groups: dict[GroupName, GroupSummary]
+
+
 def build_store(
     config: Config,
     *,
-    console: Console,
+    console: Console | None = None,
     overwrite: bool = False,
     append: bool = False,
     workers: int | None = None,
-) -> dict[GroupName, GroupSummary]:
+) -> Packed:
     """Pack `data.sources` and `data.eval_sources` into `data.store`, and print a summary.
 
     Training sources are mixed by their epochs or weights. Rows of evaluation sources are used once. The same
@@ -62,6 +70,7 @@ def build_store(
     Raises `ValueError` (`StoreError`, `TooManyBadRows`) for an existing store, more bad or overlong rows than
     the config allows, and a source without usable rows.
     """
+    console = console or make_console()
     _check_sources(config)
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers}: give at least 1")
@@ -96,7 +105,7 @@ def build_store(
                 units = spill.units()
                 summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
     _print(summaries, bad_rows, config, console)
-    return summaries
+    return Packed(Path(config.data.store), summaries)
 
 
 def _num_cores() -> int:

@@ -31,6 +31,7 @@ from megatron_post.display import make_console
 from megatron_post.rounds.accuracy import Accuracy
 from megatron_post.rounds.score import score_file
 from megatron_post.train.run import train
+from megatron_post.train.signals import Requeue
 
 _MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 _SUMMARIES = ("min", "product", "last")
@@ -134,7 +135,8 @@ def _trained_and_scored(
         (run_dir / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config(config_file, [f"run_dir={run_dir}"])
     build_store(config, console=console, overwrite=True)
-    train(config)
+    if not train(config).is_finished:
+        raise Requeue
     output = run_dir / "scores.jsonl"
     output.unlink(missing_ok=True)
     own = ["precision.dtype=fp32", "data.pack_length=4096", "data.max_bad_rows=20"]

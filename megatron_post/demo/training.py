@@ -18,7 +18,7 @@ def pack(config: Config, console: Console) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    summaries = build_store(config, console=make_console(quiet=True))
+    summaries = build_store(config, console=make_console(quiet=True)).groups
     for group, summary in summaries.items():
         packs = f"{summary.num_packs:,} packs of {config.data.pack_length:,}"
         console.print(f"{group}: {summary.tokens:,} tokens in {packs}")

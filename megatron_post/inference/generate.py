@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from megatron_post.config.load import SettingsSource, section_of
 from megatron_post.config.section import Count, Line, Name, Section, Whole
 from megatron_post.convert.open_model import open_weights_directory
+from megatron_post.display import make_console
 from megatron_post.inference.backend import Backend, open_backend
 from megatron_post.inference.drawing import Share, ShareProgress, draw_from_servers, draw_in_process
 from megatron_post.inference.failures import (
@@ -87,9 +90,27 @@ class Generate(Section):
         return self
 
 
+@dataclass(frozen=True)
+class Generated:
+    """The result of `generate`.
+
+    written: the number of responses that this call has generated on this rank. failed_prompts: the number of
+    prompts that lack a response. failures: the file with their reasons, or None if nothing failed.
+    """
+
+    output: Path
+    written: int
+    failed_prompts: int
+    failures: Path | None
+
+
 def generate(
-    settings: Generate, output: str | Path, *, console: Console, open_backend: OpenBackend = open_backend
-) -> int:
+    settings: Generate | SettingsSource,
+    output: str | Path,
+    *,
+    console: Console | None = None,
+    open_backend: OpenBackend = open_backend,
+) -> Generated:
     """Write K responses to each prompt, one JSON line per response.
 
     A line has the number of the prompt, sample, seed and checkpoint. Its `messages` are the whole dialog,
@@ -98,15 +119,29 @@ def generate(
     sample), so with a deterministic backend the same call writes the same bytes.
 
     Several ranks of a step, each with its own copy of the model, take parts in turn. They need a shared file
-    system, and all return when the output exists. Returns the number of responses that this call has
-    generated.
+    system, and all return when the output exists. Ranks that share a node must call `take_gpus` before.
+
+    settings: also a YAML file of them, or its keys and values.
 
     A request that is refused or too long is a failure. It is written to `failures_of(output)` and not sent
     again. Raises `ValueError` for bad prompts, an existing `output`, an unfinished one with other settings, a
     bad server, a full disk, and `TooManyFailures`. Recorded answers are then kept.
     """
-    rank, size, _ = rank_from_environment()
+    console, settings = console or make_console(), section_of(Generate, settings)
     target = Path(output)
+    written = _write(settings, target, console, open_backend)
+    failures = failures_of(target)
+    return Generated(
+        target,
+        written,
+        failed_prompts(read_failures(target)),
+        failures if failures.exists() else None,
+    )
+
+
+def _write(settings: Generate, target: Path, console: Console, open_backend: OpenBackend) -> int:
+    """Do this rank's share of `generate`. Returns the number of responses that it has generated."""
+    rank, size, _ = rank_from_environment()
     parts = parts_of(target)
     if target.exists():
         if rank == 0:

@@ -72,14 +72,13 @@ def show(
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.estimate import make_plan
-    from megatron_post.plan.hardware import gpu as gpu_of
     from megatron_post.plan.outlook import Outlook
     from megatron_post.plan.page import page
 
     plan = make_plan(
         load_config(config, overrides or ()),
         gpus=gpus,
-        gpu=gpu_of(gpu),
+        gpu=gpu,
         segment_length=segment_length,
         trained_share=trained_share,
     )
@@ -108,10 +107,9 @@ def compare(
     from megatron_post.config.load import load_config
     from megatron_post.plan import report
     from megatron_post.plan.estimate import make_plan
-    from megatron_post.plan.hardware import gpu as gpu_of
 
     plans = [
-        make_plan(load_config(config, overrides or ()), gpus=count, gpu=gpu_of(gpu))
+        make_plan(load_config(config, overrides or ()), gpus=count, gpu=gpu)
         for config, count in ((first, gpus), (second, gpus_of_second or gpus))
     ]
     names = (first, second if second != first else f"{second} (second)")

@@ -19,6 +19,7 @@ from megatron_post.config.switches import switches_on
 from megatron_post.plan.activations import Layers, Segment
 from megatron_post.plan.flops import Load, step_flops
 from megatron_post.plan.hardware import GIB, GPU
+from megatron_post.plan.hardware import gpu as gpu_of
 from megatron_post.plan.memory import RankMemory, memory
 from megatron_post.plan.step import StepTime, step_time
 from megatron_post.plan.timing import Costs
@@ -126,12 +127,21 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, gpus: int, gpu: GPU, segment_length: int | None = None, trained_share: float = 1.0
+    config: Config,
+    *,
+    gpus: int,
+    gpu: GPU | str = "h100-80gb",
+    segment_length: int | None = None,
+    trained_share: float = 1.0,
 ) -> Plan:
-    """The plan of a config.
+    """The plan of a config on GPUs. gpu: also by its name in `hardware.GPUS`.
+
+    segment_length: tokens of the segments that fill a pack, None for one segment. trained_share: share of the
+    tokens that carry loss.
 
     Raises `ConfigError` with every reason why it cannot run here, and `ValueError` for a wrong length.
     """
+    gpu = gpu_of(gpu) if isinstance(gpu, str) else gpu
     raise_for(_errors(config, gpus, gpu))
     plan = Plan(config, gpus, gpu, segment_length, trained_share)
     assert plan.pack  # computing the pack refuses a wrong length

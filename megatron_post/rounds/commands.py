@@ -49,17 +49,15 @@ def score(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Write a reward model's scores of responses. The same command continues an interrupted one."""
-    from pathlib import Path
-
-    from megatron_post.inference.failures import failed_prompts, read_failures
     from megatron_post.parallel.environment import rank_from_environment
     from megatron_post.rounds.score import score_file
 
     scored = score_file(model, file, output, overrides or ())
     if rank_from_environment()[0] == 0:
-        failed = failed_prompts(read_failures(Path(file)))
+        failed, already = scored.failed_prompts, scored.rows - scored.written
         say(
-            f"{scored} rows scored into {output}"
+            f"{scored.written} rows scored into {output}"
+            + (f"; {already} were scored already" if already else "")
             + (f"; {failed} prompts had failed, and their missing responses have no score" if failed else "")
         )
 
@@ -76,9 +74,8 @@ def merge(
 ) -> None:
     """Average models of one architecture with little memory. The same command continues a killed one."""
     from megatron_post.rounds.merge import merge as write
-    from megatron_post.rounds.merge_settings import load_merge
 
-    write(load_merge(config, method), output, workers=workers, report=say)
+    write(config, output, method=method, workers=workers)
 
 
 @rounds_app.command("generate")
@@ -97,7 +94,7 @@ def generate(
 
     settings = load_section(Generate, config)
     take_gpus(settings.backend)
-    write(settings, output, console=make_console())
+    write(settings, output)
 
 
 @rounds_app.command("select")

@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_post.config.load import SettingsSource
 from megatron_post.config.sections import Model
 from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.hf_config import differences
-from megatron_post.convert.jobs import Report, convert
+from megatron_post.convert.jobs import Converted, Report, convert
 from megatron_post.convert.open_model import open_model
 from megatron_post.convert.shards import SHARD_BYTES
 from megatron_post.convert.source import DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
 from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.data.tokenizer import load_tokenizer
+from megatron_post.display import say
 from megatron_post.rounds.merge_methods import (
     MagnitudeThreshold,
     dare_mask,
@@ -35,7 +37,7 @@ from megatron_post.rounds.merge_methods import (
     trim,
     weighted_mean,
 )
-from megatron_post.rounds.merge_settings import MethodMerge
+from megatron_post.rounds.merge_settings import Method, MethodMerge, load_merge
 
 # The size of a piece of one source. About ten tensors of this size are in use at once and should fit in a
 # cache.
@@ -43,13 +45,23 @@ _CACHED_BYTES = 2**20
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-def merge(plan: MethodMerge, directory: str | Path, *, workers: int = 1, report: Report) -> bool:
+def merge(
+    models: MethodMerge | SettingsSource,
+    directory: str | Path,
+    *,
+    method: Method = "linear",
+    workers: int = 1,
+    report: Report = say,
+) -> Converted:
     """Write the merged model to a Hugging Face directory. The same call continues one that was killed.
 
-    Returns whether it is complete. If not, other nodes are still writing. Raises `ValueError` for models of
+    models: a merge file, or its keys and values. A `MethodMerge` has its own method.
+
+    Raises `ValueError` for models of
     different architectures or tokenizers, patterns that match no tensor, and weights that sum to 0. Also
     raises the errors of `convert`.
     """
+    plan = models if isinstance(models, MethodMerge) else load_merge(models, method)
     return convert(MergeJob(plan.model_dump_json(), str(directory)), workers=workers, report=report)
 
 

@@ -1,12 +1,12 @@
 """The YAML of `megatron-post merge`."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_post.config.load import load_section, parse
+from megatron_post.config.load import SettingsSource, load_section, parse
 from megatron_post.config.section import Name, NonNegative, Positive, Section, Whole
 
 Method = Literal["linear", "ties", "slerp", "dare_ties"]
@@ -83,7 +83,8 @@ class MethodMerge(Merge):
         return self
 
 
-def load_merge(path: str | Path, method: Method) -> MethodMerge:
-    """Read a merge file. Raises `ConfigError` with every error at once."""
+def load_merge(path: SettingsSource, method: Method) -> MethodMerge:
+    """Read a merge file, or its keys and values. Raises `ConfigError` with every error at once."""
     plan = load_section(Merge, path)
-    return parse(MethodMerge, plan.model_dump() | {"method": method}, origin=str(path))
+    origin = "merge" if isinstance(path, Mapping) else str(path)
+    return parse(MethodMerge, plan.model_dump() | {"method": method}, origin=origin)

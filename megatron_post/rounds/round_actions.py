@@ -102,7 +102,7 @@ def pack(r: Round, stage: StageName) -> None:
             for left_by_a_kill in Path(store).parent.glob(".store.*.partial"):
                 shutil.rmtree(left_by_a_kill)
             found = build_store(config, console=make_console(quiet=True), overwrite=True)
-            written[store] = found["train"]
+            written[store] = found.groups["train"]
         write_whole(directory / "config.yaml", to_yaml(config))
         packed, steps, batch = written[store], config.train.steps, config.train.global_batch
         variant = f"variant {number + 1}: " if r.variants(stage) else ""

@@ -20,6 +20,7 @@ from megatron_post.data.step_example import Solution, StepExample, split_steps
 from megatron_post.data.template import STEP_ROLES, Rendered, render_batch, render_solutions
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_post.display import make_console, make_progress
+from megatron_post.inference.failures import failed_prompts, read_failures
 from megatron_post.parallel.topology import Topology
 from megatron_post.rounds.continued import append_lines, from_reporter, lines_done
 from megatron_post.rounds.segments import refuse_interleaved, rows_at_once, values_of_segments
@@ -43,7 +44,23 @@ class Row:
     steps: tuple[tuple[str, ...] | None, ...]
 
 
-def score_file(model: str | Path, rows: str | Path, output: str | Path, overrides: Sequence[str] = ()) -> int:
+@dataclass(frozen=True)
+class Scored:
+    """The result of `score_file`.
+
+    rows: the number of rows in the output. written: those that this call has scored. failed_prompts: prompts
+    for which `generate` has no response. Their missing responses have no score.
+    """
+
+    output: Path
+    rows: int
+    written: int
+    failed_prompts: int
+
+
+def score_file(
+    model: str | Path, rows: str | Path, output: str | Path, overrides: Sequence[str] = ()
+) -> Scored:
     """Score the last response of each dialog, or each response of each preference, of a file.
 
     model: Hugging Face directory of a `LlamaForSequenceClassification`. Writes one JSON line per row,
@@ -55,7 +72,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
     row's own steps are used, or else `split_steps` splits the response.
 
     The same call continues after the last complete line. `OUTPUT.origin.json` identifies the
-    model and the rows. Returns the number of rows that this call has scored.
+    model and the rows.
 
     Raises `ValueError` for a model without a reward head, a bad row, a response longer than
     `data.pack_length`, an `output` of another model or other rows, and an interleaved schedule.
@@ -88,7 +105,7 @@ def score_file(model: str | Path, rows: str | Path, output: str | Path, override
                     append_lines(Path(output), ({"row": row.number, **found} for row, found in pairs))
                 scored += len(batch)
                 progress.update(task, completed=done + scored)
-    return scored
+    return Scored(Path(output), done + scored, scored, failed_prompts(read_failures(Path(rows))))
 
 
 def _config(model: str | Path, overrides: Sequence[str]) -> Config:

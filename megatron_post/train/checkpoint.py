@@ -67,6 +67,7 @@ class Checkpoints:
         self._passed_over: frozenset[int] = frozenset()
         self._saver = Saver(topology.rank, topology.world_size, topology.device)
         self._attempts = 0
+        self._begun: list[int] = []
 
     def save(self, position: Position, chunks: list[Any], optimizer: MegatronOptimizer) -> None:
         """Begin a checkpoint. It becomes visible once all of it is on the disk.
@@ -110,8 +111,18 @@ class Checkpoints:
             )
         shards, objects = list(own_shards(model_state, optimizer)), own_objects(model_state)
         save = Save(partial, shards, objects, small, publish)
+        self._begun += [step] * self._topology.is_reporter
         self._saver.stalled += time.perf_counter() - began
         self._saver.start(save, asynchronous=self._config.checkpoint.asynchronous)
+
+    def newly_published(self) -> list[tuple[int, Path]]:
+        """Steps and directories of saves that have appeared since the last call. Empty if not the reporter.
+
+        The first rank publishes, and the reporter may be another one. So it looks for the directory.
+        """
+        found = [step for step in self._begun if manifest.step_directory(self.root, step).exists()]
+        self._begun = [step for step in self._begun if step not in found]
+        return [(step, manifest.step_directory(self.root, step)) for step in found]
 
     @property
     def epoch(self) -> int:

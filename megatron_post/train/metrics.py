@@ -2,16 +2,18 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_post.config.sections import Train
 from megatron_post.display import say
+from megatron_post.train.callbacks import Callback
 from megatron_post.train.step_lines import StepLines
 from megatron_post.train.trackers import Tracker
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Writes to `run_dir` on the one rank that reports. On other ranks every call does nothing.
 
     If the disk is full, the run goes on and the metrics are lost. trackers: also get every step. may_write:
@@ -40,13 +42,19 @@ class MetricsWriter:
         written = self._lines.cut_back(after)
         self._each(lambda tracker: tracker.begin(after=after, written=written))
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        self.write("train", step, values)
+
+    def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
+        self.write("eval", step, values)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step. kind: "train" or "eval"."""
         if not self._active:
             return
         self._lines.write(kind=kind, step=step, time=time.time(), **values)
         if self._may_write():
-            self._each(lambda tracker: tracker.write(kind, step, values))
+            self._each(lambda tracker: tracker.write(kind, step, dict(values)))
 
     def console(self, text: str) -> None:
         if self._active:
@@ -69,7 +77,22 @@ class MetricsWriter:
                 self.console(f"{tracker.name} lacks what follows: {error}")
 
 
-def train_line(step: int, total: int, values: dict[str, Any]) -> str:
+class ConsoleLines(Callback):
+    """Prints a line for every `train.log_every` steps, for the last step, and for each evaluation."""
+
+    def __init__(self, settings: Train, console: Callable[[str], None]) -> None:
+        self._settings, self._console = settings, console
+
+    def on_step(self, step: int, values: Mapping[str, float]) -> None:
+        steps = self._settings.steps
+        if step == steps or step % self._settings.log_every == 0:
+            self._console(train_line(step, steps, values))
+
+    def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
+        self._console(f"step {step}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+
+def train_line(step: int, total: int, values: Mapping[str, Any]) -> str:
     """The line that the console shows for one step."""
     seconds = (total - step) * values["seconds"]
     eta = f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"

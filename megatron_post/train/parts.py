@@ -23,10 +23,11 @@ from megatron_post.stages.pretrain import Pretrain
 from megatron_post.stages.reward import Reward
 from megatron_post.stages.sft import SFT
 from megatron_post.stages.step_reward import StepReward
+from megatron_post.train.callbacks import Callback
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.fence import claim_together
 from megatron_post.train.guard import Guard
-from megatron_post.train.metrics import MetricsWriter
+from megatron_post.train.metrics import ConsoleLines, MetricsWriter
 from megatron_post.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_post.train.signals import StopRequest
 from megatron_post.train.step import Stepper
@@ -104,11 +105,13 @@ def build_trainer(
     stop: StopRequest | None = None,
     sources: Sequence[str] = (),
     content: Mapping[str, str | None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, Position]:
     """Build a trainer at the newest intact checkpoint or at the initial weights. Also returns the position.
 
     From here on the run belongs to this incarnation. stop: records signals that ask the run to stop. sources:
     names of the store's sources, for messages. content: digests of the data and weights, see `RunSettings`.
+    callbacks: those of the user.
 
     Raises `Superseded` if a newer incarnation has claimed the run, and `ValueError` if the config belongs to
     another run.
@@ -131,6 +134,13 @@ def build_trainer(
         "reduce gradients", core.finalize_model_grads_func
     )
     start = checkpoints.load(found, chunks, optimizer, scheduler)
+    metrics = MetricsWriter(
+        config.run_dir,
+        active=topology.is_reporter,
+        trackers=make_trackers(config) if topology.is_reporter else (),
+        may_write=lambda: fence.is_current,
+    )
+    own = [metrics, ConsoleLines(config.train, metrics.console)]
     trainer = Trainer(
         config,
         topology,
@@ -146,13 +156,9 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         checkpoints=checkpoints,
-        metrics=MetricsWriter(
-            config.run_dir,
-            active=topology.is_reporter,
-            trackers=make_trackers(config) if topology.is_reporter else (),
-            may_write=lambda: fence.is_current,
-        ),
+        metrics=metrics,
         guard=guard,
+        callbacks=[*own, *callbacks] if topology.is_reporter else [],
     )
     return trainer, start
 

@@ -1,7 +1,9 @@
 """A whole training run: it checks the config, builds every part once, and gives the parts to the trainer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from megatron.core.utils import unwrap_model
 
@@ -18,6 +20,8 @@ from megatron_post.data.tokenizer import Tokenizer
 from megatron_post.models.build import uses_portable_layers
 from megatron_post.parallel.topology import Topology
 from megatron_post.storage.checksums import sha256_of_json
+from megatron_post.storage.manifest import published_steps, step_directory
+from megatron_post.train.callbacks import Callback, checked
 from megatron_post.train.checkpoint import Position
 from megatron_post.train.data_checks import check_trained
 from megatron_post.train.fp8_weights import exact_weights
@@ -27,15 +31,72 @@ from megatron_post.train.parts import build_trainer, joined_ranks, make_stage
 from megatron_post.train.reference import attach_reference, weights_digests
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
+from megatron_post.train.step_lines import read_steps
 from megatron_post.train.trainer import Trainer
 from megatron_post.train.watchdog import Watchdog
 
 
-def train(config: Config) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """The result of `train`, which is the same on all ranks.
+
+    is_finished: False if a signal asked the run to stop. The same call then continues it. step: the step of
+    the newest checkpoint. checkpoint, model, adapter: directories, or None if the run has none of this kind.
+    model: a Hugging Face directory, with `train.export_hf`. adapter: a PEFT directory.
+    """
+
+    run_dir: Path
+    is_finished: bool
+    step: int
+    checkpoint: Path | None
+    model: Path | None
+    adapter: Path | None
+
+    def history(self, kind: Literal["train", "eval"] = "train") -> list[dict[str, Any]]:
+        """The metrics of each step or evaluation of the whole run, as `metrics.jsonl` has them."""
+        return read_steps(self.run_dir / "metrics.jsonl", kind)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of the last step that was reported. Empty if there was none."""
+        return (self.history() or [{}])[-1]
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The metrics of the last evaluation. Empty if there was none."""
+        return (self.history("eval") or [{}])[-1]
+
+
+def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> Trained:
     """Train to the last step of a config, starting from the newest intact checkpoint of the run.
 
+    callbacks: called after steps, evaluations and saves, see `Callback`.
+
     Raises `ConfigError` or another `ValueError` before the model is built if the user can correct the input.
+    Raises `CallbackFailed` if a callback raises an exception.
     """
+    is_finished, users = True, checked(callbacks)
+    try:
+        _train(config, users)
+    except Requeue:
+        is_finished = False
+    run_dir = Path(config.run_dir)
+    root = run_dir / "checkpoints"
+    step = max(published_steps(root), default=0)
+    has_model = is_finished and config.train.export_hf
+    has_adapter = is_finished and config.adapter is not None
+    return Trained(
+        run_dir,
+        is_finished,
+        step,
+        checkpoint=step_directory(root, step) if step_directory(root, step).exists() else None,
+        model=run_dir / "hf" if has_model else None,
+        adapter=run_dir / "adapter" if has_adapter else None,
+    )
+
+
+def _train(config: Config, callbacks: Sequence[Callback]) -> None:
+    """Check the config, build all parts, train and export. Raises `Requeue` if a signal asked to stop."""
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     # Opening checks that the weights belong to this model, before any rank joins a process group.
@@ -61,11 +122,13 @@ def train(config: Config) -> None:
             "adapter.init_from": _adapter_digest(config, topology),
         }
         sources = [source.name for source in train_store.sources]
-        trainer, start = build_trainer(config, topology, stop=stop, sources=sources, content=content)
+        trainer, start = build_trainer(
+            config, topology, stop=stop, sources=sources, content=content, callbacks=callbacks
+        )
         metrics = trainer.metrics
         metrics.console(f"{config.run_dir}: {_summary(config, topology, train_store)}")
         if start.step:
-            metrics.console(f"resumed after step {start.step}")
+            metrics.console(_where(config, start.step))
         packs = [] if held_out is None else _held_out_packs(config, held_out, topology)
         # Each incarnation has its own directory. The file `hung` of an earlier one would end this one.
         watchdog = Watchdog(
@@ -78,6 +141,13 @@ def train(config: Config) -> None:
             _fit_with_rollbacks(trainer, train_store, packs, start=start)
         _export(trainer, tokenizer)
         metrics.close()
+
+
+def _where(config: Config, step: int) -> str:
+    """A line that says where a run goes on."""
+    if step < config.train.steps:
+        return f"resumed after step {step}"
+    return f"already finished: all {step} steps are done. A larger train.steps would continue the run"
 
 
 def _adapter_digest(config: Config, topology: Topology) -> str | None:

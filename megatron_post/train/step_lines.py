@@ -86,6 +86,12 @@ class StepLines:
                 say(f"{self._path} cannot be written, and lacks what follows until it can: {error.strerror}")
 
 
+def read_steps(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The values of every step in a file of `StepLines`, in their order. Incomplete lines are left out."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if (_kind_and_step(line) or ("", 0))[0] == kind]
+
+
 def _kind_and_step(line: bytes) -> tuple[str, int] | None:
     """The kind of a line and its step, which is 0 for a line without one. None for an incomplete line."""
     try:

@@ -15,10 +15,11 @@ from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.flops import Load, step_flops
 from megatron_post.plan.hardware import gpu_of_device
+from megatron_post.train.callbacks import Callback
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.guard import Guard
 from megatron_post.train.health import NotFinite, name_places, not_finite
-from megatron_post.train.metrics import MetricsWriter, train_line
+from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.optimizer import gradient_norm
 from megatron_post.train.signals import Requeue
 from megatron_post.train.step import Stepper
@@ -42,10 +43,12 @@ class Trainer:
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
         guard: Guard,
+        callbacks: Sequence[Callback],
     ) -> None:
         self.config, self.topology, self.chunks, self.stepper = config, topology, chunks, stepper
         self.optimizer, self.scheduler = optimizer, scheduler
         self.checkpoints, self.metrics, self.guard = checkpoints, metrics, guard
+        self.callbacks = callbacks
 
     def fit(self, train: Iterator[list[Pack]], held_out: Sequence[Pack], *, start: Position) -> None:
         """Train from `start` to the last step of the config.
@@ -54,7 +57,8 @@ class Trainer:
         Every data-parallel rank has at least one if any rank has.
 
         Raises `Requeue` if the run was asked to stop and has saved. Raises `RollBack`, `NotFinite` or
-        `SaveFailed`. All ranks raise the same error at the same step.
+        `SaveFailed`. All ranks raise the same error at the same step. Raises `CallbackFailed` on the rank
+        that reports. The launcher then ends the other ranks.
         """
         steps, position = self.config.train.steps, start
         while position.step < steps:
@@ -71,9 +75,8 @@ class Trainer:
                 self.save(position)
             if self.guard.leaving and not is_last:
                 self.leave(step)
-        self.guard.begin(steps, "last checkpoint", patience=PATIENCE)
-        self.checkpoints.wait()
-        self.guard.end()
+            self.announce_saves()
+        self.finish_saves(steps)
 
     def advance(self, position: Position, packs: list[Pack]) -> dict[str, float] | None:
         """Take one step of the run. Returns None if its packs are skipped. The schedule always advances."""
@@ -142,11 +145,22 @@ class Trainer:
         self.guard.begin(position.step, "save", patience=PATIENCE)
         self.checkpoints.save(position, self.chunks, self.optimizer)
 
-    def leave(self, step: int) -> None:
-        """Wait until the checkpoint is published, then raise `Requeue`."""
+    def finish_saves(self, step: int) -> None:
+        """Wait until every checkpoint is published."""
         self.guard.begin(step, "last checkpoint", patience=PATIENCE)
         self.checkpoints.wait()
         self.guard.end()
+        self.announce_saves()
+
+    def announce_saves(self) -> None:
+        """Call the callbacks for the checkpoints that have been published since the last call."""
+        for step, directory in self.checkpoints.newly_published():
+            for callback in self.callbacks:
+                callback.on_save(step, directory)
+
+    def leave(self, step: int) -> None:
+        """Wait until the checkpoint is published, then raise `Requeue`."""
+        self.finish_saves(step)
         self.metrics.console(f"asked to stop ({self.guard.asked}): saved after step {step}, to be requeued")
         raise Requeue
 
@@ -163,13 +177,11 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         values = _means(sums)
-        self.metrics.write("eval", step, values)
-        self.metrics.console(
-            f"step {step}  held out: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-        )
+        for callback in self.callbacks:
+            callback.on_evaluate(step, values)
 
     def report(self, step: int, values: dict[str, float], packs: Sequence[Pack], *, seconds: float) -> None:
-        """Write a step's metrics.
+        """Pass a step's metrics to the callbacks.
 
         Throughput counts real tokens without padding. FLOPs count the keys that each token attends to. This
         does not wait for the GPU, which still updates the weights: that time would be missing in every step.
@@ -186,9 +198,8 @@ class Trainer:
         if "loss" not in values:
             return
         values |= self.guard.look_for_spikes(step, values, list(packs), self.stepper.losses)
-        self.metrics.write("train", step, values)
-        if _due(step, self.config.train.log_every) or step == self.config.train.steps:
-            self.metrics.console(train_line(step, self.config.train.steps, values))
+        for callback in self.callbacks:
+            callback.on_step(step, values)
 
     def _load(self, packs: Sequence[Pack]) -> Load:
         """The work of the packs of the last step. Only real tokens count."""

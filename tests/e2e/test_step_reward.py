@@ -69,7 +69,7 @@ def test_it_learns_exports_and_scores(tmp_path: Path) -> None:
     assert 0.5 < lines[0]["loss"] < 0.9
     assert lines[-1]["loss"] < 0.3 and lines[-1]["accuracy_wrong"] > 0.8
     export, rows, output = tmp_path / "run/hf", tmp_path / "steps.jsonl", tmp_path / "scores.jsonl"
-    assert run_ranks(score_file, 1, export, rows, output, FP32) == [96]
+    assert [each.written for each in run_ranks(score_file, 1, export, rows, output, FP32)] == [96]
     model = transformers.AutoModelForTokenClassification.from_pretrained(export)
     assert type(model) is transformers.LlamaForTokenClassification and float(model.score.bias) != 0
     expected = [_by_transformers(model, export, json.loads(row)) for row in rows.read_text().splitlines()[:8]]

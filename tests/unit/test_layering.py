@@ -132,6 +132,7 @@ ALLOWED = {
         "synthesis",
         "train",
     },
+    "api": {"config", "convert", "data", "inference", "plan", "rounds", "train"},
     "cli": {
         "config",
         "data",

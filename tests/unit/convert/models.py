@@ -93,12 +93,12 @@ def write_hf(
 def to_megatron(source: Path, root: Path, *, dtype: str | None = None, workers: int = 1) -> Path:
     """Convert with chunks and parts so small that every tensor has several of them."""
     job = ToMegatron(str(source), str(root), dtype, part_bytes=150_000, chunk_bytes=10_000)
-    assert convert(job, workers=workers, report=print)
+    assert convert(job, workers=workers, report=print).is_complete
     return root
 
 
 def to_hf(source: Path, directory: Path, *, max_shard_bytes: int = 5 * 10**9, workers: int = 1) -> Path:
     """Converted back."""
     job = ToHuggingFace(str(source), str(directory), max_shard_bytes=max_shard_bytes)
-    assert convert(job, workers=workers, report=print)
+    assert convert(job, workers=workers, report=print).is_complete
     return directory

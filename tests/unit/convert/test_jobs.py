@@ -65,7 +65,7 @@ def test_interrupted_conversion_resumes(
     kept = {file.name: file.stat().st_ino for file in (root / ".partial-step-00000000").iterdir()}
     assert len(kept) == parts_before
     reported: list[str] = []
-    assert convert(_job(source, root), workers=1, report=reported.append)
+    assert convert(_job(source, root), workers=1, report=reported.append).is_complete
     assert any(f"{parts_before} of" in line for line in reported) == (parts_before > 0)
     step = root / "step-00000000"
     assert all((step / name).stat().st_ino == inode for name, inode in kept.items())
@@ -125,7 +125,7 @@ def test_full_disk(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     assert {file: file.read_bytes() for file in source.iterdir()} == before
     assert not (root / "step-00000000").exists()
-    assert convert(_job(source, root), workers=1, report=print)
+    assert convert(_job(source, root), workers=1, report=print).is_complete
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOTDIR])
@@ -155,11 +155,11 @@ def test_two_processes_share_the_parts(tmp_path: Path, source: Path, monkeypatch
         first.append(number)
         if len(first) == 3:
             monkeypatch.setattr(ToMegatron, "write_part", original)
-            assert not convert(_job(source, root), workers=1, report=reported.append)
+            assert not convert(_job(source, root), workers=1, report=reported.append).is_complete
         return original(self, number, file)
 
     monkeypatch.setattr(ToMegatron, "write_part", write_part)
-    assert convert(_job(source, root), workers=1, report=print)
+    assert convert(_job(source, root), workers=1, report=print).is_complete
     assert first == [0, 1, 2]
     assert any(
         line.startswith(f"1 of {len(_job(source, root).parts)} parts are not complete") for line in reported
@@ -231,7 +231,7 @@ def test_nodes_share_and_the_last_publishes(
     for rank, complete in ((2, False), (0, False), (1, True), (1, True)):
         monkeypatch.setenv("RANK", str(rank))
         assert (root / "step-00000000").exists() == (rank == 1 and complete and _published(root))
-        assert convert(_job(source, root), workers=1, report=print) == complete
+        assert convert(_job(source, root), workers=1, report=print).is_complete == complete
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
     compare_models(str(source), str(root), report=print)
@@ -239,7 +239,7 @@ def test_nodes_share_and_the_last_publishes(
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         job = ToHuggingFace(str(root), str(tmp_path / "back"), max_shard_bytes=100_000)
-        assert convert(job, workers=1, report=print) == (rank == 1)
+        assert convert(job, workers=1, report=print).is_complete == (rank == 1)
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(weights_of(shaped_like("8b")))
 

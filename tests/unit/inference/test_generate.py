@@ -83,7 +83,7 @@ def test_an_interrupted_generation_goes_on(tmp_path: Path) -> None:
     """10 prompts are in parts of 4, 4 and 2. After a stop in the second, a call generates the rest."""
     settings = _settings(tmp_path, system={"math": "Count.", "default": "Be kind."})
     whole = generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
-    assert whole == 30
+    assert whole.written == 30
     output = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
@@ -91,7 +91,7 @@ def test_an_interrupted_generation_goes_on(tmp_path: Path) -> None:
     other = settings.model_copy(update={"sampling": SamplesPerPrompt(samples=2)})
     with pytest.raises(ValueError, match="unfinished generation with other settings"):
         generate(other, output, console=CONSOLE, open_backend=lambda *_: Parrot())
-    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 18
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot()).written == 18
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     rows = read_samples(output)
     assert [(row["prompt"], row["sample"]) for row in rows] == [
@@ -126,7 +126,7 @@ def test_one_bad_prompt_is_a_counted_failure(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: _refusing("1", "8", fails_at=2))
     again = _refusing("1", "8")
-    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: again) == 15
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: again).written == 15
     assert "question 1" not in again.asked and "question 8" in again.asked
     assert output.read_bytes() == whole.read_bytes()
     assert failures_of(output).read_bytes() == failures_of(whole).read_bytes()
@@ -150,7 +150,7 @@ def test_too_many_failures_end_it(tmp_path: Path) -> None:
         assert len(journal) == 24  # 8 prompts, and the first ones are refused
     mended = Parrot()
     more = settings.model_copy(update={"max_failed": 0.5})
-    assert generate(more, output, console=CONSOLE, open_backend=lambda *_: mended) == 6
+    assert generate(more, output, console=CONSOLE, open_backend=lambda *_: mended).written == 6
     assert set(mended.asked) == {"question 8", "question 9"}
     assert {row["prompt"] for row in read_failures(output)} == {2}
 
@@ -205,7 +205,7 @@ def test_other_parts_the_same_responses(tmp_path: Path) -> None:
     written = []
     for part in (1, 3, 10):
         output = tmp_path / f"{part}.jsonl"
-        assert generate(settings.model_copy(update={"part": part}), output, console=CONSOLE) == 20
+        assert generate(settings.model_copy(update={"part": part}), output, console=CONSOLE).written == 20
         written.append(output.read_bytes())
     assert written[0] == written[1] == written[2]
     assert len({row["messages"][-1]["content"] for row in read_samples(output)}) > 10
@@ -217,7 +217,7 @@ def test_killed_after_the_last_write(tmp_path: Path) -> None:
     generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot())
     parts_of(output).mkdir()
     (parts_of(output) / "journal-00000.jsonl").touch()
-    assert generate(settings, output, console=CONSOLE) == 0
+    assert generate(settings, output, console=CONSOLE).written == 0
     assert not parts_of(output).exists()
 
 
@@ -227,7 +227,7 @@ def test_a_call_that_failed_early_claims_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=1))
     mended = settings.model_copy(update={"sampling": SamplesPerPrompt(samples=1)})
-    assert generate(mended, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 10
+    assert generate(mended, output, console=CONSOLE, open_backend=lambda *_: Parrot()).written == 10
 
 
 def test_prompts_may_be_added_to_an_unfinished_generation(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_prompts_may_be_added_to_an_unfinished_generation(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot(fails_at=2))
     _prompts(tmp_path / "prompts.jsonl", 12)
-    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: backend) == 24
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: backend).written == 24
     assert set(backend.asked) == {f"question {i}" for i in range(4, 12)}
     generate(settings, tmp_path / "whole.jsonl", console=CONSOLE, open_backend=lambda *_: Parrot())
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -255,7 +255,7 @@ def test_a_rank_that_starts_as_the_others_finish(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(module, "rank_from_environment", lambda: (1, 2, 1))
     monkeypatch.setattr(module, "Journal", finished_meanwhile)
-    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot()) == 0
+    assert generate(settings, output, console=CONSOLE, open_backend=lambda *_: Parrot()).written == 0
     assert not parts_of(output).exists()
 
 
@@ -285,7 +285,7 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         local.rank = rank
         console = Console(file=io.StringIO(), width=200)
         written = generate(settings, output, console=console, open_backend=backend)
-        return written, output.exists()
+        return written.written, output.exists()
 
     with ThreadPoolExecutor(3) as pool:
         followers = [pool.submit(draw, rank) for rank in (1, 2)]
@@ -297,7 +297,7 @@ def test_ranks_draw_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert read_failures(output) == read_failures(tmp_path / "whole.jsonl") != []
     assert not parts_of(output).exists()
     local.rank = 2  # starts when the output is complete
-    assert generate(settings, output, console=CONSOLE) == 0
+    assert generate(settings, output, console=CONSOLE).written == 0
 
 
 @pytest.mark.parametrize(

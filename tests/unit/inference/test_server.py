@@ -200,7 +200,7 @@ def test_what_is_done_is_kept_while_the_server_is_mended(served: _Server, tmp_pa
     assert not output.exists()
     # The server may still read requests that the client gave up, so those of the first part are counted.
     served.answer = reply
-    assert generate(settings, output, console=console) == 8
+    assert generate(settings, output, console=console).written == 8
     assert sum(question(body) in first for body in served.bodies) == 4
     generate(settings, tmp_path / "whole.jsonl", console=console)
     assert output.read_text() == (tmp_path / "whole.jsonl").read_text()

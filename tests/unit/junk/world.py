@@ -73,7 +73,7 @@ def make_world(root: Path) -> None:
     for name in ("sft.yaml", "dpo.yaml"):
         build_store(load_config(root / name), console=make_console(quiet=True))
     job = ToMegatron("model", "converted", None)
-    assert convert(job, workers=1, report=lambda text: None)
+    assert convert(job, workers=1, report=lambda text: None).is_complete
     record = Record("step", "a run", {"steps": "2"}, {"seconds": once("s", 1.0, "lower")}, {"date": "2026"})
     write_record(root / "bench", record)
     write_record(root / "bench", record)

@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _merged(root: Path, output: Path, method: Any, values: dict[str, Any]) -> dict[str, Tensor]:
     config = output.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(values))
-    assert merge(load_merge(config, method), output, report=print)
+    assert merge(load_merge(config, method), output, report=print).is_complete
     return load_file(output / "model.safetensors")
 
 

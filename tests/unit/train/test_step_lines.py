@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_post.train.fence import claim
 from megatron_post.train.metrics import MetricsWriter
 from megatron_post.train.step_lines import StepLines
 from megatron_post.train.trackers import TensorBoard
+
+
+@pytest.fixture(autouse=True)
+def _first_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second are read in the order of their numbers as text, where 10 comes before 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def _line(step: int) -> bytes:

@@ -242,7 +242,7 @@ def test_a_packed_store_has_the_shares_of_the_report(tmp_path: Path, monkeypatch
         ROOT / "configs/llama3_405b/sft_multilingual.yaml", [f"tokenizer.path={tmp_path / 'tokenizer'}"]
     )
     monkeypatch.chdir(tmp_path)
-    shares = build_store(config, console=Console(quiet=True))["train"].shares
+    shares = build_store(config, console=Console(quiet=True)).groups["train"].shares
     assert [share.rows for share in shares] == [24, 442, 188, 346]
 
 
