@@ -65,6 +65,7 @@ setup(
         "safetensors>=0.4",
         "huggingface_hub",  # models by their name on the hub
         "jinja2>=3.1",
+        "matplotlib>=3.9",  # charts of pages
         "datasets>=2.20",
         "tensorboard",
         "xxhash",  # hashes of words; datasets requires it too

@@ -1,4 +1,4 @@
-"""Makes text from outside safe to print on a terminal and in an HTML page.
+"""Makes text from outside safe to print on a terminal. `pages` does it for HTML.
 
 Names of files and sources, rows of a dataset, answers of a model and messages of other libraries may hold
 anything. A terminal obeys escape sequences, which can hide text, change the clipboard or give a link another
@@ -6,7 +6,6 @@ target. `rich` obeys markup such as `[red]`. So every command prints through `ma
 obey neither. tests/unit/test_display.py finds a module that prints in another way.
 """
 
-import html
 import json
 import re
 import unicodedata
@@ -35,11 +34,6 @@ def printable(text: object) -> str:
     if _ORDINARY.fullmatch(text):
         return text
     return "".join(_visible(character) for character in text)
-
-
-def html_text(text: object) -> str:
-    """`printable(text)` with HTML's special characters escaped."""
-    return html.escape(printable(text))
 
 
 def say(text: object, *, file: TextIO | None = None) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -14,9 +13,9 @@ from megatron_post.curation.samples import Samples
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import ROWS, View
 from megatron_post.curation.topics import Topics
-from megatron_post.display import printable
+from megatron_post.pages.charts import histogram
+from megatron_post.pages.page import figures, render
 from megatron_post.storage.files import write_whole
-from megatron_post.synthesis.histogram import Histogram, histogram
 
 PAGE = "report.html"
 _STATES = ("yes", "no", "unknown")
@@ -27,20 +26,13 @@ def write_page(settings: Curation, report: Mapping[str, Any], samples: Samples, 
 
     report: the content of `report.json`. view: of all rows and columns.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     reports = {step["name"]: step["report"] for step in report["steps"]}
-    page = environment.get_template("page.html.j2").render(
+    page = render(
+        Path(__file__).parent / "page.html.j2",
         r=report,
         samples=samples,
         title=f"Curation of {', '.join(source.name for source in settings.sources)}",
-        measures=list(_measures(settings, view)),
+        charts=figures(_charts(settings, view)),
         matrices={
             step.column: _matrix(reports[step.column]["top_and_full_marks"])
             for step in settings.steps
@@ -54,17 +46,9 @@ def write_page(settings: Curation, report: Mapping[str, Any], samples: Samples, 
         steps=_funnel(report),
         states=_STATES,
         means=MEANS,
-        count=lambda number: f"{number:,}",
-        share=lambda part, whole: f"{part / whole:.1%}" if whole else "0%",
-        width=lambda part, whole: f"{100 * part / whole if whole else 0:.2f}%",
         mean=lambda value: "" if value is None else f"{value:,.1f}",
     )
     write_whole(Path(settings.run) / PAGE, page)
-
-
-def _visible(value: Any) -> Any:
-    """A text without invisible characters. What a macro of the template has made stays as it is."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _funnel(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -72,19 +56,17 @@ def _funnel(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [step | {"left": step["rows"] - step["dropped"]} for step in report["steps"]]
 
 
-def _measures(settings: Curation, view: View) -> Iterator[tuple[str, int, float, Histogram]]:
-    """Yield name, number, mean and histogram of each figure of the rows, over those that have it."""
+def _charts(settings: Curation, view: View) -> Iterator[Markup]:
+    """Yield a histogram of each figure of the rows, over those that have it."""
     fields = [(ROWS, "turns"), (ROWS, "characters")]
     fields += [(step.column, name) for step in settings.steps for name in step.measures]
     for column, name in fields:
         values = view.read(column, [name])[name].drop_null().to_numpy().astype(np.float64)
         values = values[np.isfinite(values)]
         if len(values):
-            # Histograms have two decimals.
-            found, counts = np.unique(np.round(values, 2), return_counts=True)
-            own = dict(zip(found.tolist(), counts.tolist(), strict=True))
             label = name if column == ROWS else f"{column}.{name}"
-            yield label, len(values), float(values.mean()), histogram(own)
+            title = f"{label}: {len(values):,} row(s), mean {values.mean():.4g}"
+            yield histogram(title, {"rows": values}, x=label)
 
 
 def _matrix(by_source: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Any]:

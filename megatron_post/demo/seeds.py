@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_post.demo.run import RESULTS, Sizes, run_demo
+from megatron_post.pages.charts import intervals
+from megatron_post.pages.page import document, table
 from megatron_post.rounds.accuracy import Accuracy
-from megatron_post.rounds.charts import intervals
-from megatron_post.rounds.report import STYLE, html_table
 from megatron_post.storage.files import write_whole
 
 # The 97.5% quantile of Student's t, by degrees of freedom from 1.
@@ -83,14 +83,13 @@ def compare(results: Sequence[dict[str, Any]], directory: Path, console: Console
     title = f"exact match, mean of {len(results)} seeds (95% by Student's t; each seed)"
     console.print(_terminal_table(title, ("", "%"), rows))
     console.print(_terminal_table("gains, paired by seed", ("", "points"), gains))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>The demo with {len(results)} seeds</h1><p>{title}</p>"
-        + html_table(("", "%"), rows)
-        + html_table(("gains, paired by seed", "points"), gains)
-        + intervals("exact match on held-out problems, by round; 0: after SFT", dict(series))
-        + "</html>\n"
-    )
+    chart = "Exact match on held-out problems, by round; 0 is after SFT"
+    parts = [
+        table((title, "%"), rows),
+        table(("gains, paired by seed", "points"), gains),
+        intervals(chart, series, x="round", y="exact match"),
+    ]
+    page = document(f"The demo with {len(results)} seeds", parts)
     write_whole(directory / "seeds.html", page)
     console.print(f"{directory / 'seeds.html'} is the report.", soft_wrap=True)
 

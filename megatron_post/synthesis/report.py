@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import jinja2
-
-from megatron_post.display import printable
+from megatron_post.pages.charts import histogram
+from megatron_post.pages.page import figures, render
 from megatron_post.storage.checksums import sha256_of_json
 from megatron_post.storage.files import write_whole
 from megatron_post.storage.reading import read_object, reading
@@ -33,18 +32,10 @@ def write_report_of(output: Path) -> Path:
 
 def write_report(target: Path, summary: Summary) -> None:
     """Write the page. Every text in it is escaped, because models wrote some of it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    charts = (
+        histogram(f"{name}: {m.number:,} value(s), mean {m.mean:.4g}", {name: m.counts}, x=name)
+        for name, m in summary.measures.items()
     )
-    page = environment.get_template("report.html.j2").render(
-        s=summary,
-        title=f"{summary.recipe}, version {summary.version}",
-        count=lambda number: f"{number:,}",
-        share=lambda part, whole: f"{part / whole:.1%}" if whole else "0%",
-        width=lambda part, whole: f"{100 * part / whole if whole else 0:.2f}%",
-    )
-    write_whole(target, page)
+    template = Path(__file__).parent / "report.html.j2"
+    title = f"{summary.recipe}, version {summary.version}"
+    write_whole(target, render(template, s=summary, title=title, charts=figures(charts)))

@@ -10,7 +10,6 @@ from pydantic import BaseModel, Field
 
 from megatron_post.storage.files import write_json
 from megatron_post.storage.reading import read_object, reading
-from megatron_post.synthesis.histogram import Histogram, histogram
 from megatron_post.synthesis.parts import Result
 from megatron_post.synthesis.row import is_preference, readable_messages
 
@@ -62,10 +61,6 @@ class Measure(BaseModel):
     @property
     def mean(self) -> float:
         return self.total / self.number
-
-    @property
-    def histogram(self) -> Histogram:
-        return histogram(self.counts)
 
 
 class Summary(BaseModel):

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import jinja2
-
 from megatron_post.config.data import Rating
 from megatron_post.data.row_refusals import MARKERS
 from megatron_post.inference.samples import read_samples
+from megatron_post.pages.page import render
 from megatron_post.rounds.annotation.pairs import Pair, draw_pairs
 from megatron_post.rounds.annotation.settings import Annotation
 from megatron_post.storage.checksums import sha256_of_json
@@ -83,17 +82,10 @@ def _check_free(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _page(pairs: Sequence[Pair], *, number: int, of: int) -> str:
     """A page on which a person compares pairs. It has all that it needs, and cannot use a network."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     shown = [pair.as_json() for pair in pairs]
-    return environment.get_template("page.html.j2").render(
-        number=number,
-        of=of,
+    return render(
+        Path(__file__).parent / "page.html.j2",
+        title=f"Compare responses, page {number} of {of}" if of > 1 else "Compare responses",
         # The browser saves answers under this name, so that two exports do not share them.
         name=sha256_of_json([pair["pair"] for pair in shown])[:12],
         pairs=shown,

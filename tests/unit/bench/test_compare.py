@@ -63,12 +63,17 @@ def test_page(tmp_path: Path) -> None:
     text = page([_run(SLOW), _run(FAST, date="2026-11-22T06:00:00+00:00")])
     assert not re.search(r"https?://|src=|<script|<link", text)
     assert "&lt;b&gt;a note&lt;/b&gt;" in text and "<b>a note" not in text
-    assert '<span class="better">-44.4%: better</span>' in text and "<pre>as printed</pre>" in text
+    assert (
+        '<span class="better">-44.4%: better</span>' in text and '<pre class="wide">as printed</pre>' in text
+    )
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == 4
     for drawing in drawings:
         ElementTree.fromstring(drawing)
-    widths = [float(x) for x in re.findall(r'width="([\d.]+)"', drawings[2])]
+    found = re.findall(
+        r"<title>(?:data|&lt;rest&gt;): .*?</title>.*?M ([\d.]+) .*?L ([\d.]+) ", drawings[2], re.DOTALL
+    )
+    widths = [float(right) - float(left) for left, right in found]
     assert len(widths) == 4
     assert abs((widths[0] + widths[1]) / (widths[2] + widths[3]) - 2.25 / 1.25) < 1e-3
     assert page([_run([1.0])]).count("<svg") == 2

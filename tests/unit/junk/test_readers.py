@@ -29,11 +29,11 @@ from megatron_post.inference.samples import read_samples
 from megatron_post.launch.cluster import load_cluster
 from megatron_post.launch.record import last_message, submitted_jobs
 from megatron_post.rounds.merge_settings import load_merge
-from megatron_post.rounds.report import metrics_of
 from megatron_post.rounds.settings import load_round
 from megatron_post.rounds.state import State
 from megatron_post.storage.files import read_lines
 from megatron_post.storage.manifest import read_manifest, verify_step
+from megatron_post.train.history import read_history
 from tests.unit.junk.junk import replace_by_junk
 from tests.unit.junk.runner import ENOUGH, SEED, Copy, inputs, limits
 
@@ -97,7 +97,7 @@ READERS: dict[str, tuple[str, Callable[[], Any], int]] = {
     "jobs": ("run/slurm/jobs.jsonl", lambda: submitted_jobs("run"), 40),
     "log": ("run/slurm/1.log", lambda: last_message(Path("run/slurm/1.log")), 40),
     "state of rounds": ("rounds/state.json", lambda: State(Path("rounds"), {}), 40),
-    "metrics": ("run/metrics.jsonl", lambda: metrics_of(Path("run")), 40),
+    "metrics": ("run/metrics.jsonl", lambda: read_history(Path("run")), 40),
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ The tests need the package playwright and the Chromium of the machine (`apt-get 
 """
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from megatron_post.rounds.annotation.answers import import_answers
 from megatron_post.rounds.annotation.export import export_pairs
 from megatron_post.rounds.annotation.settings import Annotation
 from megatron_post.storage.files import read_lines, write_lines
+from tests.browser import opened as open_page
+from tests.browser import running_browser
 from tests.unit.rounds.test_annotation import MODELS, sample
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 
 HOSTILE = "Two lines,\r\n<b>not bold</b> \u202e\x07\x1b[31m end </script><script>document.title = 1</script>"
 SHOWN = (
@@ -29,11 +26,8 @@ SHOWN = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        # As root, Chromium starts only without its sandbox.
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_browser() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -51,19 +45,8 @@ def pairs(tmp_path: Path) -> list[dict[str, Any]]:
     return list(read_lines(tmp_path / "annotate" / "pairs.jsonl"))
 
 
-@contextlib.contextmanager
-def opened(context: Any, directory: Path) -> Iterator[Any]:
-    """The page in a tab. The test fails if the page has an error or asks for anything but itself."""
-    page = context.new_page()
-    errors, requests = [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto((directory / "annotate" / "annotate-1.html").as_uri())
-    yield page
-    assert not errors
-    assert all(url.startswith(("file:", "blob:")) for url in requests) and len(requests) <= 3, requests
-    page.close()
+def opened(context: Any, directory: Path) -> contextlib.AbstractContextManager[Any]:
+    return open_page(context, directory / "annotate" / "annotate-1.html")
 
 
 def rate(page: Any, label: str) -> None:
