@@ -56,7 +56,7 @@ def _config(parallel: dict[str, Any], attention: str) -> Config:
     return tiny_config(stage="pretrain", parallel=parallel, pretrain={"attention": attention})
 
 
-def _packs(config: Config) -> list[Pack]:
+def document_packs(config: Config) -> list[Pack]:
     """The documents as `data pack` packs them for this layout, with padding for CP 2 in every layout.
 
     All layouts must have the same cuts, because a cut takes the tokens before it away from those behind it.
@@ -90,7 +90,7 @@ def _step(config: Config) -> tuple[dict, dict]:
         chunks = wrap_data_parallel(models, config, topology)
         optimizer = build_optimizer(chunks, config)
         stepper = Stepper(chunks, make_stage(config, topology), topology, portable=True)
-        metrics = stepper(_packs(config)[topology.data_rank :: topology.data_size])
+        metrics = stepper(document_packs(config)[topology.data_rank :: topology.data_size])
         optimizer.prepare_grads()
         for chunk in chunks:
             gather_shards(chunk)
@@ -127,7 +127,7 @@ def _in_float64(attention: str) -> tuple[dict, dict]:
     weights = RandomWeights(config.model, seed=WEIGHTS)
     model.load_state_dict({n: weights.read(n, None, 0, 0).double() for n in hf_shapes(config.model)})
     rows: list[np.ndarray] = []
-    for pack in _packs(config):
+    for pack in document_packs(config):
         spans = zip(pack.cu_seqlens[:-1].tolist(), pack.lengths.tolist(), strict=True)
         pieces = [pack.tokens[start : start + length] for start, length in spans if length]
         rows += [np.concatenate(pieces)] if attention == "pack" else pieces

@@ -65,7 +65,7 @@ def _config(parallel: dict[str, Any]) -> Config:
     return tiny_config(stage="step_reward", data={"pack_length": PACK_LENGTH}, parallel=parallel)
 
 
-class _WithBias(RandomWeights):
+class WithBias(RandomWeights):
     """Random weights with a bias that is not 0."""
 
     def read(self, name: str, dim: int | None, start: int, end: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def _step(config: Config, counts: list[int]) -> tuple[dict, dict]:
     """Metrics and gradients of one step over the solutions, packed as `counts`."""
     with parallel_run(config.parallel, seed=1) as topology:
         models = build_model(config, topology, portable=True)
-        load_weights(models, _WithBias(config.model, seed=WEIGHTS, **HEAD), config.model)
+        load_weights(models, WithBias(config.model, seed=WEIGHTS, **HEAD), config.model)
         chunks = wrap_data_parallel(models, config, topology)
         optimizer = build_optimizer(chunks, config)
         stepper = Stepper(chunks, make_stage(config, topology), topology, portable=True)
@@ -111,7 +111,7 @@ def float64() -> tuple[dict, dict]:
     model_config = _config({}).model
     values = to_hf_config(model_config, dtype="float64", bos_id=1, eos_ids=[2], pad_id=None, **HEAD)
     model = transformers.LlamaForTokenClassification(transformers.LlamaConfig(**values)).double()
-    weights = _WithBias(model_config, seed=WEIGHTS, **HEAD)
+    weights = WithBias(model_config, seed=WEIGHTS, **HEAD)
     names = hf_shapes(model_config, **HEAD)
     model.load_state_dict({name: weights.read(name, None, 0, 0).double() for name in names})
     sums: dict[str, Any] = dict.fromkeys(("loss", "accuracy", "accuracy_wrong", "brier"), 0.0)
@@ -160,7 +160,7 @@ def test_every_step_has_the_same_weight(counts: list[int], one_rank: tuple) -> N
 def _scores(config: Config) -> np.ndarray:
     with parallel_run(config.parallel, seed=1) as topology:
         models = build_model(config, topology)
-        load_weights(models, _WithBias(config.model, seed=WEIGHTS, **HEAD), config.model)
+        load_weights(models, WithBias(config.model, seed=WEIGHTS, **HEAD), config.model)
         stage: Any = make_stage(config, topology)
         pack = pack_of_segments(SOLUTIONS, pack_length=PACK_LENGTH, segment_multiple=4)
         ((output, batch),) = Stepper(models, stage, topology, portable=True).outputs([pack])

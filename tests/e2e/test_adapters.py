@@ -1,8 +1,10 @@
 """Runs with adapters as a user starts them: kills, other layouts, other bases, and the way out and back."""
 
 import re
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from megatron_post.data.build import build_store
 from megatron_post.demo.adapter import largest_difference
 from megatron_post.storage import manifest
 from megatron_post.train.run import train
+from tests.e2e import test_pretrain, test_step_reward
 from tests.e2e.runs import kill_9, small_run, start
 from tests.e2e.test_preferences import _config, _rows
 from tests.ranks import run_ranks
@@ -117,3 +120,58 @@ def test_reward_head_is_saved(tmp_path: Path) -> None:
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+CONFIGS = {"step_reward": test_step_reward._config, "pretrain": test_pretrain._config}
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("step_reward", "lora"), ("pretrain", "dora")])
+def test_steps_and_documents(tmp_path: Path, stage: str, kind: str) -> None:
+    """A resumed run writes the same adapter, and one in another layout an equal one.
+
+    PEFT computes the logits of the merged weights. A run that starts from the adapter, whose directory also
+    has a head, writes it unchanged.
+    """
+    import peft
+    import transformers
+
+    adapter: dict[str, Any] = {"kind": kind, "rank": 4}
+    base = CONFIGS[stage](tmp_path)
+    write_hf(tmp_path / "base", base.model, weights_of(base.model))
+    model = base.model.model_dump() | {"init_from": str(tmp_path / "base")}
+
+    def run(name: str, ranks: int = 1, **sections: Any) -> dict[str, torch.Tensor]:
+        schedule = {"train": {"steps": 4}, "checkpoint": {"every": 2, "keep": 9}}
+        values: dict[str, Any] = {"model": model, "adapter": adapter} | schedule | sections
+        config = CONFIGS[stage](tmp_path, name, **values)
+        if not (tmp_path / "store").exists():
+            build_store(config, console=Console(quiet=True))
+        run_ranks(train, ranks, config)
+        return _adapter(tmp_path, name)
+
+    expected = run("run")
+    heads = {name for name in expected if ".score." in name}
+    assert len(heads) == (2 if stage == "step_reward" else 0)
+    step = manifest.step_directory(tmp_path / "run" / "checkpoints", 2)
+    shutil.copytree(step, tmp_path / "same" / "checkpoints" / step.name)
+    shutil.copytree(step, tmp_path / "resharded" / "checkpoints" / step.name)
+    assert _equal(run("same"), expected)
+    resharded = run("resharded", 2, parallel={"tensor": 2, "sequence": True})
+    for name, value in expected.items():
+        # Adam divides by the root of its second moment, which enlarges the rounding of fp32.
+        torch.testing.assert_close(resharded[name], value, atol=2e-4, rtol=0)
+
+    kind_of_model, keys = ("CausalLM", {})
+    if stage == "step_reward":
+        kind_of_model, keys = "TokenClassification", {"num_labels": 1}
+    adapted = getattr(peft, f"AutoPeftModelFor{kind_of_model}").from_pretrained(
+        tmp_path / "run" / "adapter", **keys
+    )
+    merged = getattr(transformers, f"AutoModelFor{kind_of_model}").from_pretrained(tmp_path / "run" / "hf")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=1e-4, rtol=1e-4)
+
+    start_from = adapter | {"init_from": str(tmp_path / "run" / "adapter")}
+    again = run("again", adapter=start_from, optimizer={"lr": 1e-30, "warmup_steps": 0}, train={"steps": 1})
+    assert _equal(again, expected)
