@@ -37,6 +37,10 @@ class Needs:
         return f"set {self.other} to {wanted}" if self.values else f"give {self.other}"
 
 
+# Neighbours in bf16 differ by 2^-7 of a power of 2. A moment times this decay falls by more than half of
+# that, so it rounds to a smaller number. With a larger decay some moments round to themselves.
+LARGEST_BF16_DECAY = 1 - 2**-8
+
 # If several rows apply to a key, only the first one is reported.
 NEEDS = (
     Needs("loss.trained_roles", "stage", ("sft",)),
@@ -92,6 +96,13 @@ def contradictions(config: UncheckedConfig) -> list[str]:
         found.append(
             f"optimizer.warmup_steps={o.warmup_steps} is longer than the run, train.steps={steps}; lower it"
         )
+    for key in ("beta1", "beta2"):
+        if o.moments == "bf16" and (decay := getattr(o, key)) > LARGEST_BF16_DECAY:
+            found.append(
+                f"optimizer.{key}={decay:g} is lost in bf16, in which a moment times {decay:g} can round to "
+                f"itself, so that it never falls; set optimizer.{key} to at most "
+                f"{LARGEST_BF16_DECAY}, or optimizer.moments=fp32"
+            )
     if config.cuts_documents and config.data.overlong != "error":
         found.append(
             f"data.overlong={config.data.overlong} has no effect, because pretrain.documents=cut cuts every "

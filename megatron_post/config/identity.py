@@ -132,6 +132,11 @@ RULES = (
     ),
     Rule(
         "free",
+        "the dtype of Adam's moments. Those of a checkpoint are rounded to bf16 or widened to fp32",
+        ("optimizer.moments",),
+    ),
+    Rule(
+        "free",
         "a part of the schedule",
         ("reward.head_lr_multiplier",),
         applies=_is("reward", "step_reward"),

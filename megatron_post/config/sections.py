@@ -148,6 +148,11 @@ class Optimizer(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of Adam's second moment")
     eps: Positive = Field(1e-8, description="added to the root of Adam's second moment")
+    moments: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="the dtype of Adam's two moments. In bf16 they are rounded after each step, and take 4 "
+        "bytes less for each parameter of a rank's optimizer",
+    )
     clip_grad: NonNegative = Field(1.0, description="largest norm of the gradient. 0: no clipping")
     overlap: bool = Field(
         False, description="overlap gradient reduce-scatter and parameter all-gather with compute"

@@ -5,7 +5,12 @@ a resumed run share one step counter, and each of them increments it. A run of 2
 step 3 continues as if at step 23. An Adam with Apex's interface keeps the counter in the parameter group, and
 is loaded correctly.
 
-Its own norm reads the norm of each parameter on the host, which on a GPU means hundreds of waits in a step.
+Adam's two moments may be bf16, which takes 4 bytes of a parameter instead of 8. This Adam is then used on
+every device. Transformer Engine's `FusedAdam` could keep them in bf16 too, but its `step` has fp32 copies of
+all moments of a parameter group at once. Its `state_dict`, which each checkpoint calls, copies all moments.
+
+megatron-core's own norm reads the norm of each parameter on the host. On a GPU this means hundreds of waits
+in a step.
 """
 
 import contextlib
@@ -17,12 +22,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+# Moments in bf16 are updated in pieces of this many elements, so their fp32 copies take at most 128 MiB.
+PIECE = 2**24
+
 
 class ApexStyleAdam(torch.optim.Optimizer):
     """AdamW with the interface of Apex's FusedAdam. It uses torch's fused kernel on any device.
 
     The parameter group has `step`. The state of a parameter has only its two moments.
     """
+
+    moments_dtype: torch.dtype = torch.float32
 
     def __init__(
         self,
@@ -45,25 +55,82 @@ class ApexStyleAdam(torch.optim.Optimizer):
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    zeros = torch.zeros_like(p, dtype=self.moments_dtype)
+                    self.state[p] = {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             # The kernel only reads the counter. A counter on another device than the parameters would make
             # torch copy it, and wait for the GPU, for each parameter.
             step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
-            torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [step for _ in params],
-                amsgrad=False,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            means = [self.state[p]["exp_avg"] for p in params]
+            squares = [self.state[p]["exp_avg_sq"] for p in params]
+            self._update(group, step, params, [p.grad for p in params], means, squares)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        step: Tensor,
+        params: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+    ) -> None:
+        """Update parameters and moments. group: has the settings."""
+        torch._fused_adamw_(
+            params,
+            grads,
+            means,
+            squares,
+            [],
+            [step for _ in params],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+class Bf16MomentsAdam(ApexStyleAdam):
+    """The same AdamW, whose moments are rounded to bf16 after each step.
+
+    The parameters are updated with the moments before they are rounded.
+    """
+
+    moments_dtype = torch.bfloat16
+
+    def _update(self, group: dict[str, Any], step: Tensor, *lists: list[Tensor]) -> None:
+        for tensors in zip(*lists, strict=True):
+            pieces = zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True)
+            for parameter, gradient, mean, square in pieces:
+                exact_mean, exact_square = mean.float(), square.float()
+                super()._update(group, step, [parameter], [gradient], [exact_mean], [exact_square])
+                mean.copy_(exact_mean)
+                square.copy_(exact_square)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, in which torch converts the moments to the dtype of their parameters."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state |= {name: value.to(self.moments_dtype) for name, value in state.items()}
+
+
+def moments_dtype(optimizer: torch.optim.Optimizer) -> torch.dtype:
+    """The dtype in which an Adam keeps its moments. A fused one of another library keeps them in fp32."""
+    return optimizer.moments_dtype if isinstance(optimizer, ApexStyleAdam) else torch.float32
+
+
+@contextlib.contextmanager
+def moments_in_bf16() -> Iterator[None]:
+    """Within this context megatron-core makes an Adam whose moments are bf16."""
+    import megatron.core.optimizer as core_optimizer
+    import megatron.core.optimizer.distrib_optimizer as core_distributed
+
+    with (
+        mock.patch.object(core_optimizer, "Adam", Bf16MomentsAdam),
+        mock.patch.object(core_distributed, "Adam", Bf16MomentsAdam),
+    ):
+        yield
 
 
 def gradient_norm(

@@ -2,9 +2,9 @@
 
 Some memory is static: parameters, gradients (fp32, in DDP's buffers), the optimizer's shard over data x
 context ranks, FP8 copies of the matrices, and a frozen reference. The optimizer's shard has Adam's two
-moments and, if the parameters are bf16, an fp32 master. The passes of the schedule hold further memory. It is
-the largest sum over the order in which the rank runs its passes, and not an estimate from the number of
-microbatches.
+moments in fp32 or bf16 and, if the parameters are bf16, an fp32 master. The passes of the schedule hold
+further memory. It is the largest sum over the order in which the rank runs its passes, and not an estimate
+from the number of microbatches.
 """
 
 from collections import Counter
@@ -79,11 +79,12 @@ def _static_kinds(
     count = sum(held_parameters(config, chunk) for chunk in parts)
     trained = sum(trained_parameters(config, chunk) for chunk in parts)
     element = 2 if config.precision.dtype == "bf16" else FP32
-    moments = 2 * FP32 + (FP32 if element == 2 else 0)
+    moment = 2 if config.optimizer.moments == "bf16" else FP32
+    state = 2 * moment + (FP32 if element == 2 else 0)
     kinds = {
         "parameters": count * element,
         "gradients": trained * FP32,
-        "optimizer": -(-trained // (data_size * config.parallel.context)) * moments,
+        "optimizer": -(-trained // (data_size * config.parallel.context)) * state,
     }
     matrices = sum(chunk.layers for chunk in parts) * sum(layer_matrices(config).values())
     if config.precision.fp8_param_gather:

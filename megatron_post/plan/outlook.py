@@ -66,7 +66,8 @@ class Outlook:
         if config.adapter is not None:
             return None
         weight = 2 if config.precision.dtype == "bf16" else 4
-        return model_parameters(config) * (weight + 3 * 4)  # fp32 masters and Adam's two moments
+        moment = 2 if config.optimizer.moments == "bf16" else 4
+        return model_parameters(config) * (weight + 4 + 2 * moment)  # fp32 masters and Adam's two moments
 
     @property
     def values(self) -> dict[str, Any]:

@@ -108,9 +108,10 @@ def around_the_pipeline(
     if config.precision.fp8_param_gather:
         gathered -= max(sum(c.layers for c in rank) for rank in parts) * sum(layer_matrices(config).values())
     gather = costs.collective(gathered, ranks, spacing=p.tensor)
-    # Adam reads gradient, master and moments and writes master, moments and parameter. Buffers are then
-    # zeroed.
-    update = (30 * largest / ranks + 4 * largest) / (
+    # Adam reads gradient, master and moments and writes master, moments and parameter, 30 bytes. Moments in
+    # bf16 are copied to fp32 before, and back after, which is 12 bytes each. Buffers are then zeroed.
+    traffic = 54 if config.optimizer.moments == "bf16" else 30
+    update = (traffic * largest / ranks + 4 * largest) / (
         costs.gpu.memory_bandwidth * costs.gpu.bandwidth_efficiency
     )
     if config.optimizer.overlap_param_gather_with_optimizer_step:

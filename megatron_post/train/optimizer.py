@@ -1,5 +1,6 @@
 """Builds megatron-core's gradient buffers, distributed optimizer and learning-rate schedule."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.utils import get_model_config
 
 from megatron_post.config.schema import Config
+from megatron_post.parallel.adam import moments_in_bf16
 from megatron_post.parallel.topology import Topology
 from megatron_post.train.fp8_weights import finish_gather
 
@@ -71,7 +73,8 @@ def build_optimizer(chunks: list[DistributedDataParallel], config: Config) -> Me
         factor = config.reward.head_lr_multiplier
         head = ParamKey(name="*output_layer.*")
         overrides[head] = ParamGroupOverride(max_lr=o.lr * factor, min_lr=o.min_lr * factor)
-    optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides)
+    with moments_in_bf16() if o.moments == "bf16" else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(settings, chunks, config_overrides=overrides)
     core.grad_scale_func = optimizer.scale_loss
     core.finalize_model_grads_func = finalize_model_grads
     if o.overlap:

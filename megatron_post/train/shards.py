@@ -30,6 +30,7 @@ from megatron_post.config.schema import Config
 from megatron_post.convert.adapter_weights import peft_shapes
 from megatron_post.convert.mapping import hf_shapes
 from megatron_post.models.build import padded_vocab_size
+from megatron_post.parallel.adam import moments_dtype
 
 # megatron-core's names of Adam's state. In a checkpoint its keys have a prefix, and those of weights have
 # none.
@@ -82,8 +83,8 @@ def own_shards(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> Ite
 def checkpoint_bytes(config: Config) -> int:
     """Bytes of the tensors in a checkpoint, as `own_shards` of all ranks save them.
 
-    These are the trained weights in the dtype of training, and in fp32 their masters and Adam's two moments.
-    One parameter takes 14 bytes with bf16 and 16 with fp32.
+    These are the trained weights in the dtype of training, their masters in fp32, and Adam's two moments. One
+    parameter takes 14 bytes with bf16 and 16 with fp32, and 4 bytes less with moments in bf16.
     """
     model, traits = config.model, config.traits
     heads = {"scalar_head": traits.scalar_head, "scores_steps": traits.scores_steps}
@@ -92,8 +93,9 @@ def checkpoint_bytes(config: Config) -> int:
         shapes = hf_shapes(padded, **heads)
     else:
         shapes = peft_shapes(config.adapter, model, **heads)
-    weight = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    return sum(map(prod, shapes.values())) * (weight.itemsize + len(_STATES) * torch.float32.itemsize)
+    element = {"bf16": 2, "fp32": 4}
+    state = element["fp32"] + 2 * element[config.optimizer.moments]
+    return sum(map(prod, shapes.values())) * (element[config.precision.dtype] + state)
 
 
 def needed_shards(
@@ -172,7 +174,7 @@ def own_ranges(part: Any) -> Iterator[tuple[Tensor, int, int]]:
 class _Slice:
     """The elements [start, end) of a parameter, which this rank's optimizer updates.
 
-    state: returns Adam's state of the slice under the names of `_STATES`.
+    state: returns Adam's state of the slice under the names of `_STATES`. moments: the dtype of its moments.
     """
 
     item: ShardedTensor | ShardedTensorFactory
@@ -180,6 +182,7 @@ class _Slice:
     start: int
     end: int
     state: Callable[[], dict[str, Tensor]]
+    moments: torch.dtype
 
     def weights(self) -> Tensor:
         """A view of the layer's weights, [n]."""
@@ -195,9 +198,10 @@ class _Slice:
             yield dataclasses.replace(shard, rounded_to=self.parameter.dtype)
 
     def adam_state(self) -> dict[str, Tensor]:
-        """Adam's state, fp32 [n] each. Moments are zero if Adam has not updated the parameter yet."""
+        """Adam's state, [n] each. Moments are zero if Adam has not updated the parameter yet."""
         state = self.state()
-        missing = {name: torch.zeros_like(state["param"]) for name in _STATES if name not in state}
+        zeros = partial(torch.zeros_like, state["param"], dtype=self.moments)
+        missing = {name: zeros() for name in _STATES if name not in state}
         return {name: (missing | state)[name].detach() for name in _STATES}
 
 
@@ -206,7 +210,8 @@ def _own_slices(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> It
     for part in optimizer_parts(optimizer):
         for parameter, start, end in own_ranges(part):
             state = partial(part._get_main_param_and_optimizer_states, parameter)
-            yield _Slice(tensors[id(parameter)], parameter, start, end, state)
+            moments = moments_dtype(part.optimizer)
+            yield _Slice(tensors[id(parameter)], parameter, start, end, state, moments)
 
 
 def _without_optimizer(

@@ -52,9 +52,16 @@ def _train_or_resume_and_save(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [("sft", "fp32"), ("sft", "bf16"), ("reward", "fp32"), ("step_reward", "fp32")]
+    ("stage", "dtype", "moments"),
+    [
+        ("sft", "fp32", "fp32"),
+        ("sft", "bf16", "fp32"),
+        ("sft", "bf16", "bf16"),
+        ("reward", "fp32", "fp32"),
+        ("step_reward", "fp32", "fp32"),
+    ],
 )
-def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str) -> None:
+def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str, moments: str) -> None:
     """Seven layouts in turn load the last one's checkpoint and save it again. No layout pads 256 ids."""
     saved: dict[str, Tensor] = {}
     two = {"overlap": True, "overlap_param_gather_with_optimizer_step": True}
@@ -66,13 +73,15 @@ def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str) -> 
             parallel=parallel,
             precision={"dtype": dtype},
             train={"steps": len(LAYOUTS)},
-            optimizer=two if ranks == 4 and "pipeline" in parallel else {},
+            optimizer={"moments": moments} | (two if ranks == 4 and "pipeline" in parallel else {}),
             checkpoint={"keep": len(LAYOUTS)},
         )
         run_ranks(_train_or_resume_and_save, ranks, config)
         whole = checkpoint_tensors(manifest.step_directory(tmp_path / "run" / "checkpoints", step))
         states = {key.split(".")[2] for key in whole if key.startswith("optimizer.state.")}
         assert states == {"param", "exp_avg", "exp_avg_sq"}
+        kept = {value.dtype for key, value in whole.items() if ".exp_avg" in key}
+        assert kept == {torch.bfloat16 if moments == "bf16" else torch.float32}
         saved = saved or whole
         assert whole.keys() == saved.keys()
         for key, value in saved.items():
@@ -81,16 +90,69 @@ def test_every_layout_saves_the_same(tmp_path: Path, stage: str, dtype: str) -> 
         assert all(bool(value.any()) for key, value in saved.items() if ".exp_avg." in key)
 
 
-@pytest.mark.parametrize(("dtype", "each"), [("bf16", 14), ("fp32", 16)])
+def _steps_and_save(config: Config, first: int, last: int) -> None:
+    """Start, or resume before step `first`. Take the steps up to `last`, and save."""
+    with parallel_run(config.parallel, seed=1) as topology:
+        trainer, position = build_trainer(config, topology)
+        assert position.step == first - 1
+        for step in range(first, last + 1):
+            trainer.step(tiny_packs(4, seed=step)[topology.data_rank :: topology.data_size])
+            position = position.after(4)
+        trainer.save(position)
+        trainer.checkpoints.wait()
+
+
+def _saved(config: Config, step: int) -> dict[str, Tensor]:
+    return checkpoint_tensors(manifest.step_directory(Path(config.run_dir) / "checkpoints", step))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_with_moments_in_bf16_is_bit_exact(tmp_path: Path, dtype: str) -> None:
+    """Four steps are equal to two steps, a resume and two steps, on two ranks that shard the optimizer."""
+    sections: dict[str, Any] = {"optimizer": {"moments": "bf16"}, "precision": {"dtype": dtype}}
+    whole, resumed = (tiny_config(tmp_path / name, **sections) for name in ("whole", "resumed"))
+    run_ranks(_steps_and_save, 2, whole, 1, 4)
+    for first in (1, 3):
+        run_ranks(_steps_and_save, 2, resumed, first, first + 1)
+    expected, found = _saved(whole, 4), _saved(resumed, 4)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_moments_change_their_dtype_on_a_resume(tmp_path: Path) -> None:
+    """Those in fp32 are rounded to bf16, which the change of the run records. Then they are widened again."""
+    saved = []
+    for step, moments in enumerate(("fp32", "bf16", "fp32"), start=1):
+        config = tiny_config(tmp_path / "run", optimizer={"moments": moments}, checkpoint={"keep": 3})
+        run_ranks(_train_or_resume_and_save, 1, config)
+        saved.append(_saved(config, step))
+    for key, value in saved[0].items():
+        dtype = torch.bfloat16 if ".exp_avg" in key else torch.float32
+        assert saved[1][key].dtype == dtype and torch.equal(saved[1][key], value.to(dtype)), key
+        assert saved[2][key].dtype == torch.float32 and torch.equal(saved[2][key], value.to(dtype).float())
+    changes = (tmp_path / "run" / "changes.jsonl").read_text()
+    assert '"optimizer.moments": ["fp32", "bf16"]' in changes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "moments", "each"), [("bf16", "fp32", 14), ("bf16", "bf16", 10), ("fp32", "fp32", 16)]
+)
 @pytest.mark.parametrize("stage", ["sft", "reward", "step_reward"])
 def test_bytes_that_launch_counts_are_those_that_are_written(
-    tmp_path: Path, dtype: str, each: int, stage: str
+    tmp_path: Path, dtype: str, moments: str, each: int, stage: str
 ) -> None:
     """The count of tensor bytes is exact and includes padded rows of the vocabulary.
 
     250 ids are padded to 256 on two tensor-parallel ranks. Files have at most 2 KiB more for each piece.
     """
-    config = tiny_config(tmp_path / "run", stage=stage, parallel={"tensor": 2}, precision={"dtype": dtype})
+    config = tiny_config(
+        tmp_path / "run",
+        stage=stage,
+        parallel={"tensor": 2},
+        precision={"dtype": dtype},
+        optimizer={"moments": moments},
+    )
     run_ranks(_train_or_resume_and_save, 2, config)
     directory = manifest.step_directory(tmp_path / "run" / "checkpoints", 1)
     tensors = sum(kind.nbytes for kind in DistCheckpoint(directory).kinds.values())

@@ -26,6 +26,7 @@ KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
     "P": (True, {}),
     "T": (False, {}),
     "N": (False, {"recompute": {"mode": "selective", "modules": ["layernorm"]}}),
+    "B": (False, {"optimizer": {"moments": "bf16"}}),
 }
 # Each kind is resumed by each, itself included. Of the reward model responses share a prompt.
 ORDERS = {"sft": "PPTPNTTNNP", "reward": "PPTTP"}
@@ -99,7 +100,10 @@ def _unchanged(**_: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def _losses_of_adams(run_dir: Path, adams: str) -> list[float]:
-    """As `_losses`, with this package's Adam (A) or Transformer Engine's FusedAdam (F)."""
+    """As `_losses`, with this package's Adam (A) or Transformer Engine's FusedAdam (F).
+
+    B has moments in bf16, where FusedAdam is megatron-core's own choice.
+    """
     from megatron_post.parallel import cpu
     from tests.transformer_engine.stand_in import CALLS
 
@@ -107,9 +111,9 @@ def _losses_of_adams(run_dir: Path, adams: str) -> list[float]:
     for adam in adams:
         CALLS.clear()
         with contextlib.ExitStack() as stack:
-            if adam == "F":
+            if adam in "FB":
                 stack.enter_context(mock.patch.object(cpu, "torch_optimizer", _unchanged))
-            found += _losses("sft", run_dir, "T", {})
+            found += _losses("sft", run_dir, "B" if adam == "B" else "T", {})
         assert bool(CALLS["multi_tensor_adam"]) == (adam == "F")
     return found
 
@@ -126,6 +130,18 @@ def test_each_adam_resumes_each(tmp_path: Path, ranks: int, adams: str) -> None:
         losses += run_with_transformer_engine(_losses_of_adams, ranks, tmp_path / "run", start)[0]
     (expected,) = run_ranks(_losses, 1, "sft", tmp_path / "whole", "P" * len(adams), {})
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_moments_in_bf16_do_not_use_fused_adam(tmp_path: Path) -> None:
+    """FusedAdam resumes a checkpoint of theirs, and the reverse.
+
+    A rounded moment and its update differ by up to 2^-8. Three updates change the loss by less than a quarter
+    of it, so it differs by less than 2^-10.
+    """
+    (losses,) = run_with_transformer_engine(_losses_of_adams, 1, tmp_path / "run", "BFFB")
+    (expected,) = run_ranks(_losses, 1, "sft", tmp_path / "whole", "PPPP", {})
+    assert losses == pytest.approx(expected, rel=1e-3) and losses != expected
+    assert all(after < 0.999 * before for before, after in pairwise(losses))
 
 
 def _exports(stage: str, run_dir: Path, kinds: str) -> list[dict[str, bytes]]:

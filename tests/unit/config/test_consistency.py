@@ -80,6 +80,13 @@ SOURCES = [{"name": "math", "path": "math.jsonl"}, {"name": "chat", "path": "cha
         ),
         (
             "sft",
+            {"optimizer": {"moments": "bf16", "beta2": 0.999}},
+            "optimizer.beta2=0.999 is lost in bf16, in which a moment times 0.999 can round to itself, so "
+            "that it never falls; set optimizer.beta2 to at most 0.99609375, or optimizer.moments=fp32",
+        ),
+        ("sft", {"optimizer": {"moments": "bf16", "beta1": 0.997}}, "optimizer.beta1=0.997 is lost in bf16"),
+        (
+            "sft",
             {"optimizer": {"warmup_steps": 5}},
             "optimizer.warmup_steps=5 is longer than the run, train.steps=4; lower it",
         ),
@@ -111,6 +118,8 @@ def test_refused(stage: str, sections: dict[str, Any], expected: str) -> None:
         ("sft", {"dpo": {"margin": 0.5}, "reward": {"layout": "isolated"}}),  # their defaults
         ("sft", {"recompute": {"modules": ["mlp"], "mode": "selective"}}),
         ("sft", {"optimizer": {"schedule": "linear", "min_lr": 1e-3, "warmup_steps": 4}}),
+        ("sft", {"optimizer": {"moments": "bf16", "beta2": 0.996}}),
+        ("sft", {"optimizer": {"beta2": 0.999}}),
     ],
 )
 def test_not_refused(stage: str, sections: dict[str, Any]) -> None:

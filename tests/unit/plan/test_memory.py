@@ -1,4 +1,4 @@
-"""Predicted memory compared with the live bytes of the real trainer in 23 layouts, and figures by hand."""
+"""Predicted memory compared with the live bytes of the real trainer in 37 layouts, and figures by hand."""
 
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -39,6 +39,9 @@ class Case(NamedTuple):
 CASES = {
     "one rank": Case(1, 0, {}),
     "bf16": Case(1, 0, {}, dtype="bf16"),
+    "moments in bf16": Case(1, 0, {}, {"optimizer": {"moments": "bf16"}}),
+    "moments in bf16, bf16": Case(1, 0, {}, {"optimizer": {"moments": "bf16"}}, dtype="bf16"),
+    "moments in bf16, DP2": Case(2, 1, {}, {"optimizer": {"moments": "bf16"}}, dtype="bf16"),
     "TP2": Case(2, 0, {"tensor": 2}),
     "TP2 + SP": Case(2, 0, {"tensor": 2, "sequence": True}),
     "PP2, first": Case(2, 0, {"pipeline": 2}),
@@ -135,7 +138,8 @@ def test_a_fake_rank_holds_what_a_real_one_holds() -> None:
 def test_static_memory_by_hand() -> None:
     """One layer of the tiny model at TP 2, bf16 and DP 4.
 
-    A parameter takes 4 bytes of gradients, 2 of parameters, and 12 / 4 of the optimizer.
+    A parameter takes 4 bytes of gradients, 2 of parameters, and 12 / 4 of the optimizer, or 8 / 4 with
+    moments in bf16.
     """
     config = tiny_config(
         model={**MODEL, "num_layers": 1}, parallel={"tensor": 2}, precision={"dtype": "bf16"}
@@ -147,6 +151,9 @@ def test_static_memory_by_hand() -> None:
     assert found.parameters == count
     assert found.kinds["parameters"] == 2 * count and found.kinds["gradients"] == 4 * count
     assert found.kinds["optimizer"] == 12 * count // 4
+    optimizer = config.optimizer.model_copy(update={"moments": "bf16"})
+    (less,) = memory(config.model_copy(update={"optimizer": optimizer}), data_size=4)
+    assert less.kinds == found.kinds | {"optimizer": 8 * count // 4}
 
 
 def test_user_buffers_by_hand() -> None:

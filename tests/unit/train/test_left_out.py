@@ -1,28 +1,9 @@
 """The reasons for which megatron-core's savings of memory are left out still hold (docs/performance.md)."""
 
-import importlib.util
-
 import pytest
 import torch
-from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.transformer import TransformerConfig
-
-from megatron_post.parallel.adam import ApexStyleAdam
-
-
-def test_moments_in_bf16_need_transformer_engine() -> None:
-    if importlib.util.find_spec("transformer_engine") is not None:
-        pytest.skip("Transformer Engine is installed, which is what the refusal is about")
-    # 0.16.1 compares the missing version before it says that FusedAdam is missing.
-    with pytest.raises((RuntimeError, TypeError), match=r"FusedAdam|NoneType.*Version"):
-        OptimizerConfig(
-            optimizer="adam",
-            use_distributed_optimizer=True,
-            use_precision_aware_optimizer=True,
-            exp_avg_dtype=torch.bfloat16,
-        )
-    assert not hasattr(ApexStyleAdam, "get_unscaled_state")
 
 
 def test_the_hybrid_optimizer_moves_no_parameter_of_a_cpu() -> None:
