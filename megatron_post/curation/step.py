@@ -177,7 +177,7 @@ class Step(Section):
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether it uses GPUs in the process, besides those of its models."""
+        """Whether it runs a model in the process that is not one of `models`, on a GPU if there is one."""
         return False
 
     def errors_with(self, earlier: Mapping[str, "Step"]) -> Sequence[str]:

@@ -42,6 +42,10 @@ class Topics(Step):
     def models(self) -> Sequence[str]:
         return () if self.judge is None else (self.judge,)
 
+    @property
+    def uses_gpus(self) -> bool:
+        return self.classifier is not None
+
     def passes(self, *, seed: int) -> Sequence[Pass]:
         taxonomy = load_taxonomy(self.taxonomy)
         of_model: dict[str, Any] = {"judge": self.judge, "prompt": prompt_checksum(_PROMPT)}

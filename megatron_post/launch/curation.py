@@ -62,7 +62,7 @@ def launch_curation(
 
 
 def _plan(settings: Curation, users: Sequence[str], cluster: Cluster, *, processes: int) -> list[str]:
-    gpus = f"{', '.join(users)} use the {cluster.gpus_per_node} GPUs of its node" if users else "no GPU"
+    gpus = f"a whole node with {cluster.gpus_per_node} GPUs, for {', '.join(users)}" if users else "no GPU"
     return [
         f"processes that share the rows: {processes}, with the columns in {settings.run}",
         f"each process: {gpus}",

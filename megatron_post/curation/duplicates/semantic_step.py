@@ -52,7 +52,7 @@ class SemanticDuplicates(Duplicates):
 
     @property
     def uses_gpus(self) -> bool:
-        return True
+        return not self.devices or any(not device.startswith("cpu") for device in self.devices)
 
     @property
     def measures(self) -> Sequence[str]:

@@ -13,6 +13,7 @@ from tests.e2e.runs import ROOT
 
 H100 = str(ROOT / "configs" / "clusters" / "h100.yaml")
 JUDGE = {"model": "judge", "backend": {"kind": "server", "url": "http://judge:8000/v1", "served_model": "m"}}
+TOPICS = str(ROOT / "configs" / "curation" / "topics.yaml")
 LENGTHS = {"kind": "lengths", "most_turns": 9}
 MARKS = {"kind": "quality", "marks": {"judge": "judge"}}
 
@@ -51,12 +52,42 @@ def test_embedding_takes_every_gpu_of_its_nodes(tmp_path: Path, capsys: pytest.C
     found = _dry_run(tmp_path, capsys, {"kind": "semantic_duplicates"}, processes=2)
     line = next(line for line in found.splitlines() if line.startswith("# sbatch "))
     assert "--gpus-per-node=8" in line and "--exclusive" in line and "--ntasks-per-node=1" in line
-    assert "the step semantic_duplicates use the 8 GPUs" in found
+    assert "each process: a whole node with 8 GPUs, for the step semantic_duplicates" in found
 
 
-def test_a_model_in_the_process_takes_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = _dry_run(tmp_path, capsys, MARKS, model={"model": "m", "backend": {"kind": "vllm"}})
-    assert "--gpus-per-node=8" in found and "the model judge use" in found
+@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu:1"]])
+def test_embedding_on_the_cpu_takes_no_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], devices: list[str]
+) -> None:
+    found = _dry_run(tmp_path, capsys, {"kind": "semantic_duplicates", "devices": devices})
+    assert "each process: no GPU" in found and "--gpus-per-node" not in found
+    found = _dry_run(tmp_path, capsys, {"kind": "semantic_duplicates", "devices": ["cpu", "cuda:1"]})
+    assert "--gpus-per-node=8" in found
+
+
+_OF_THE_JUDGE = [
+    MARKS,
+    {"kind": "topics", "taxonomy": TOPICS, "judge": "judge"},
+    {"kind": "difficulty", "tags": "judge"},
+    {"kind": "difficulty", "rating": "judge"},
+]
+
+
+@pytest.mark.parametrize("backend", [{"kind": "vllm"}, {"kind": "transformers"}])
+@pytest.mark.parametrize("step", _OF_THE_JUDGE)
+def test_a_model_in_the_process_takes_gpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], step: dict[str, Any], backend: dict[str, Any]
+) -> None:
+    found = _dry_run(tmp_path, capsys, step, model={"model": "m", "backend": backend})
+    assert "--gpus-per-node=8" in found and "GPUs, for the model judge" in found
+
+
+def test_a_classifier_of_topics_takes_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = {"kind": "topics", "taxonomy": TOPICS, "classifier": {"model": str(tmp_path)}}
+    found = _dry_run(tmp_path, capsys, step)
+    assert "--gpus-per-node=8" in found and "GPUs, for the step topics" in found
+    with pytest.raises(ConfigError, match="--cpus has no effect: the step topics uses GPUs"):
+        _dry_run(tmp_path, capsys, step, cpus=4)
 
 
 def test_more_cores_than_a_node_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
