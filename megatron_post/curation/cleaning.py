@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.section import Name
 from megatron_post.curation.columns import DROPPED, REWRITTEN
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.rules import Rule, balanced, load_rules, row_draw
 from megatron_post.curation.step import ROWS, Batch, Pass, RowPass, Step, Values, View, WholePass
 from megatron_post.data.dialog import BadRow, Message

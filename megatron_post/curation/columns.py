@@ -42,6 +42,9 @@ class Column:
         """The numbers of the parts that have not been written."""
         return [part for part in range(num_parts) if not self.path(part).exists()]
 
+    def is_complete(self, num_parts: int) -> bool:
+        return all(self.path(part).exists() for part in range(num_parts))
+
     def write(self, part: int, table: pa.Table) -> None:
         """Write a part. Raises `DiskFull`."""
         write_table(self.path(part), table.select(self.schema.names).cast(self.schema))

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from megatron_post.curation.columns import DROPPED, REWRITTEN
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.step import Batch, Pass, RowPass, Step, Values
 from megatron_post.data.dialog import BadRow
 from megatron_post.installation import install_command

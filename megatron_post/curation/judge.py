@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.step import Batch
 from megatron_post.inference.model import Refused
 from megatron_post.synthesis.prompts import Prompts

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_post.config.data import Source
 from megatron_post.curation.classifier import label_prompt
 from megatron_post.curation.judge import dialog_text
-from megatron_post.curation.rows import ANNOTATIONS, Row
+from megatron_post.curation.row import ANNOTATIONS, Row
 from megatron_post.curation.selection import KEPT, LEFT
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.taxonomy import Taxonomy, load_taxonomy

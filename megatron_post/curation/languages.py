@@ -9,7 +9,7 @@ from pydantic import Field
 
 from megatron_post.config.section import Distinct
 from megatron_post.curation.columns import DROPPED
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.step import Batch, Pass, RowPass, Step, Values, View
 from megatron_post.synthesis.languages.identify import check_installed, identified
 from megatron_post.synthesis.languages.prose import prose_of

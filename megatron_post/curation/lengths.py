@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.section import Count
 from megatron_post.curation.columns import DROPPED
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.step import Pass, RowPass, Step
 
 

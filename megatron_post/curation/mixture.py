@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.load import to_yaml
 from megatron_post.config.section import Count, Line, Name, NonNegative, Section
-from megatron_post.curation.rows import ANNOTATIONS, Row
+from megatron_post.curation.row import ANNOTATIONS, Row
 from megatron_post.curation.step import Step
 from megatron_post.curation.taxonomy import load_taxonomy
 from megatron_post.curation.tokens import CONTEXT, RESPONSE, Tokens

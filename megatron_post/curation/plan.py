@@ -35,6 +35,11 @@ class Planned:
         """What `column.json` says."""
         return {"name": self.work.name, "version": self.work.version, "settings": dict(self.work.settings)}
 
+    @property
+    def scratch(self) -> Path:
+        """The directory of the files that the blocks of a pass share."""
+        return self.column.directory / "scratch"
+
 
 @dataclass(frozen=True)
 class Plan:

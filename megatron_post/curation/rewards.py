@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from megatron_post.config.rewards import Reward, score_of
 from megatron_post.config.section import Line, Name, Section
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.step import Batch, RowPass, Values
 from megatron_post.storage.checksums import sha256_of_file
 from megatron_post.storage.files import read_lines

@@ -8,9 +8,7 @@ the same parts. So a process holds the texts of one part at a time.
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,14 @@ import pyarrow as pa
 
 from megatron_post.config.data import Dataset, Reasoning, Source
 from megatron_post.curation.columns import REWRITTEN, Column
-from megatron_post.data.dialog import BadRow, Dialog, Message, Preference
+from megatron_post.curation.row import OWN_KEYS, Row, all_messages
+from megatron_post.data.dialog import BadRow, Dialog, Preference
 from megatron_post.data.document import Document
 from megatron_post.data.row_files import files_of
 from megatron_post.data.row_formats import RowReader
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, raw_rows
 from megatron_post.data.step_example import StepExample
-from megatron_post.inference.request import messages_as_json
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 
 INDEX_VERSION = 1
@@ -37,104 +35,7 @@ INDEX = {
     "turns": pa.int32(),  # messages of the user
     "characters": pa.int64(),  # of all messages, and of all responses of a preference
 }
-ANNOTATIONS = "curation"  # the key of a written row that has its annotations
 _PART_CHARACTERS = 2**26
-_RESPONSES = {2: ("chosen", "rejected"), 3: ("edited", "chosen", "rejected")}
-_OWN = ("messages", "prompt", *_RESPONSES[3], "rating", "tools", ANNOTATIONS)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A good row.
-
-    id: 16 bytes. values: the row as it is in its source. example: what `data pack` would make of it, with the
-    texts that earlier steps have rewritten. extra: the keys of `values` that the format does not use.
-    """
-
-    id: bytes
-    source: str
-    number: int
-    place: str
-    values: Mapping[str, Any]
-    example: Dialog | Preference
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The dialog. That of a preference is its prompt with the best response."""
-        example = self.example
-        return example.messages if isinstance(example, Dialog) else (*example.prompt, *example.responses[0])
-
-    @property
-    def texts(self) -> list[str]:
-        """The content of every message and then its reasoning, if it has any, as `REWRITTEN` has them.
-
-        A preference has all its responses.
-        """
-        return [text for message in _all_messages(self.example) for text in _parts(message)]
-
-    @property
-    def roles(self) -> list[str]:
-        """The role of each text in `texts`."""
-        return [message.role for message in _all_messages(self.example) for _ in _parts(message)]
-
-    @property
-    def calls(self) -> list[str]:
-        """The arguments of all calls of tools."""
-        calls = [call for message in _all_messages(self.example) for call in message.tool_calls]
-        return [c.arguments if isinstance(c.arguments, str) else json.dumps(c.arguments) for c in calls]
-
-    def rewritten(self, texts: Sequence[str]) -> "Row":
-        """The row with other texts. Raises `BadRow` if it cannot be trained on any more."""
-        remaining = iter(texts)
-
-        def with_texts(messages: Sequence[Message]) -> tuple[Message, ...]:
-            return tuple(
-                replace(message, content=next(remaining), reasoning=next(remaining))
-                if message.reasoning
-                else replace(message, content=next(remaining))
-                for message in messages
-            )
-
-        example = self.example
-        if isinstance(example, Dialog):
-            return replace(self, example=replace(example, messages=with_texts(example.messages)))
-        prompt = with_texts(example.prompt)
-        responses = tuple(with_texts(response) for response in example.responses)
-        return replace(self, example=replace(example, prompt=prompt, responses=responses))
-
-    def as_json(self, annotations: Mapping[str, Any]) -> dict[str, Any]:
-        """The row in the form that `data pack` reads without `columns`, with its annotations."""
-        example = self.example
-        values: dict[str, Any]
-        if isinstance(example, Dialog):
-            values = {"messages": _marked(example.messages)}
-        else:
-            values = {"prompt": messages_as_json(example.prompt)}
-            names = _RESPONSES[len(example.responses)]
-            values |= {n: _marked(r) for n, r in zip(names, example.responses, strict=True)}
-            values |= {"rating": example.rating} if example.rating else {}
-        values |= {"tools": list(example.tools)} if example.tools else {}
-        return {**values, **self.extra, ANNOTATIONS: dict(annotations)}
-
-
-def _parts(message: Message) -> tuple[str, ...]:
-    return (message.content, message.reasoning) if message.reasoning else (message.content,)
-
-
-def _all_messages(example: Dialog | Preference) -> Sequence[Message]:
-    if isinstance(example, Dialog):
-        return example.messages
-    return [*example.prompt, *chain.from_iterable(example.responses)]
-
-
-def _marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in JSON. Only those that are not trained have a mark, so that `data.train_on` still counts."""
-    found = messages_as_json(messages)
-    for message, values in zip(messages, found, strict=True):
-        if message.role == "assistant" and not message.trained:
-            values["train"] = False
-    return found
 
 
 class Rows:
@@ -180,32 +81,30 @@ class Rows:
         return num_parts
 
     def read(
-        self, index: Column, parts: Sequence[int], rewrites: Sequence[Column] = ()
+        self, index: Column, parts: Iterable[int], rewrites: Sequence[Column] = ()
     ) -> Iterator[tuple[int, list[Row]]]:
-        """Yield the number and the rows of some parts. parts: ascending.
+        """Yield the number and the rows of some parts, in one pass over the sources.
 
+        parts: ascending. The next one is taken after the rows of the one before it have been used.
         rewrites: columns whose `REWRITTEN` is applied, in this order. Raises `ValueError` if a source has
         changed since the index was written.
         """
-        records, wanted_parts = self._records(), {*parts}
-        for part in range(max(parts, default=-1) + 1):
-            table = index.read(part, ["id", "source", "number", "place"])
-            wanted = zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
+        records = self._records()
+        for part in parts:
+            fields = ("id", "source", "number", "place")
+            table = index.read(part, fields)
             rows = []
-            for id_, name, number, place in wanted:
-                while True:
-                    source, found, _, raw = next(records, (None, 0, "", {}))
-                    if source is None:
-                        raise ValueError(f"{place}: this row is gone: a source changed while it was read")
-                    if (source.source.name, found) == (name, number):
-                        break
-                if part in wanted_parts:
-                    example, extra = source.read(raw)
-                    rows.append(Row(id_, name, number, place, raw, example, extra))
-            if part in wanted_parts:
-                for column in rewrites:
-                    rows = _apply(rows, column.read(part, [REWRITTEN])[REWRITTEN].to_pylist())
-                yield part, rows
+            for id_, name, number, place in zip(*(table[f].to_pylist() for f in fields), strict=True):
+                wanted = (name, number)
+                match = ((r, raw) for r, n, _, raw in records if (r.source.name, n) == wanted)
+                reader, raw = next(match, (None, {}))
+                if reader is None:
+                    raise ValueError(f"{place}: this row is gone: a source changed while it was read")
+                example, extra = reader.read(raw)
+                rows.append(Row(id_, name, number, place, raw, example, extra))
+            for column in rewrites:
+                rows = _apply(rows, column.read(part, [REWRITTEN])[REWRITTEN].to_pylist())
+            yield part, rows
 
     def _records(self) -> Iterator[tuple["_Reader", int, str, Any]]:
         for dataset in self._sources:
@@ -229,7 +128,7 @@ class Rows:
                 bad_rows.add(reader.source.name, where, reason)
                 continue
             reader.num_good += 1
-            size = sum(len(message.text) for message in _all_messages(example))
+            size = sum(len(message.text) for message in all_messages(example))
             values.append((id_, reader.source.name, number, where, example.turns, size))
             characters += size
             if len(values) == self._part_rows or characters >= _PART_CHARACTERS:
@@ -263,7 +162,7 @@ class _Reader:
             raise BadRow(f"the row has {kind}; curation reads dialogs and preferences")
         self._counts.unused.update(self._own.unused)
         self._counts.columns |= self._own.columns
-        return example, {key: raw[key] for key in raw if key in self._own.unused and key not in _OWN}
+        return example, {key: raw[key] for key in raw if key in self._own.unused and key not in OWN_KEYS}
 
 
 def _apply(rows: list[Row], rewritten: Sequence[str | None]) -> list[Row]:

@@ -1,7 +1,8 @@
 """`megatron-post curate` makes the columns of all steps, and writes the rows that every step keeps.
 
-The passes run one after the other. Process `rank` of `size` works on the parts (or blocks) rank, rank + size
-and so on, and waits for the others after each pass. What only one process may do is done by the first one
+The passes run one after the other. Process `rank` of `size` begins with the parts (or blocks) rank, rank +
+size and so on, and then takes those that no other process is working on. So the processes need not run at the
+same time, and each of them can finish the run alone. What only one process may do is done by the first one
 that comes to it. Every file is complete or absent, so a run that is restarted continues with the missing
 files, and it writes the same bytes as a run that was not interrupted.
 """
@@ -11,29 +12,27 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 
-from megatron_post.curation.columns import DROPPED, FAILED, Column, aligned, read_table, write_table
+from megatron_post.curation.columns import FAILED, aligned, read_table, write_table
 from megatron_post.curation.page import PAGE
 from megatron_post.curation.plan import Plan, Planned, plan_of
 from megatron_post.curation.rows import Rows
+from megatron_post.curation.seen import Seen
 from megatron_post.curation.selection import read_report, write_selection
 from megatron_post.curation.settings import Curation
-from megatron_post.curation.step import ROWS, Batch, BlockPass, RowPass, View, WholePass
+from megatron_post.curation.step import ROWS, Batch, BlockPass, RowPass, WholePass
 from megatron_post.curation.tools import OpenRanker, Tools
 from megatron_post.data.rows import BadRows
 from megatron_post.parallel.environment import share_of
 from megatron_post.storage.files import write_json
-from megatron_post.storage.lock import turn_in
+from megatron_post.storage.lock import claim, turn_in
 from megatron_post.storage.reading import read_object
 
 _SECONDS_BETWEEN_LOOKS = 0.25  # for the files of other processes
@@ -87,14 +86,13 @@ class _Run:
         self.rank, self.size, self.console, self.begins = rank, size, console, begins
         self.open_ranker = open_ranker
         self.directory = Path(settings.run)
-        self.num_parts, self.num_rows = 0, 0
 
     async def run(self) -> dict[str, Any]:
         if (report := read_report(self.directory, self.plan.key)) is not None:
             self.say(f"{self.directory} is finished: {_counts(report)}. Nothing was done")
             return report
         index = self._index()
-        self.num_parts, self.num_rows = index["parts"], index["rows"]
+        seen = Seen(self.plan, index["parts"])
         journal = self.directory / "journal"
         tools = Tools(
             self.settings.models,
@@ -105,27 +103,22 @@ class _Run:
         )
         async with tools:
             for planned in self.plan.passes:
-                if missing := planned.column.missing(self.num_parts):
+                if missing := planned.column.missing(seen.num_parts):
                     with turn_in(self.directory):
                         planned.column.describe(planned.record)
                     self.begins(planned.work.name)
-                    self.say(f"{planned.work.name}: {len(missing):,} of {self.num_parts:,} parts are missing")
-                    await self._make(planned, tools)
+                    self.say(f"{planned.work.name}: {len(missing):,} of {seen.num_parts:,} parts are missing")
+                    await self._make(planned, seen, tools)
                 # A process that was killed after the last part has left the blocks.
-                shutil.rmtree(planned.column.directory / "scratch", ignore_errors=True)
-                self._check_failures(planned)
+                shutil.rmtree(planned.scratch, ignore_errors=True)
+                self._check_failures(planned, index)
             with turn_in(self.directory):
                 report = read_report(self.directory, self.plan.key)
                 if report is None:
                     self.begins("selection")
                     self.say("writing the selected rows")
-                    report = write_selection(
-                        self.settings,
-                        self.plan,
-                        self.rows,
-                        index,
-                        lambda: self._view([*self.plan.passes], None, Path(), tools),
-                    )
+                    view = seen.everything(tools)
+                    report = write_selection(self.settings, self.plan, self.rows, index, view)
         self.say(f"{self.directory}: {_counts(report)}. {self.directory / PAGE} shows them")
         return report
 
@@ -154,44 +147,43 @@ class _Run:
                 write_json(path, {"parts": parts, "rows": rows, **bad})
         return read_object(path, "the counts of an index; remove its directory, and it is written again")
 
-    async def _make(self, planned: Planned, tools: Tools) -> None:
-        work = planned.work
-        if isinstance(work, RowPass):
-            await self._make_parts(planned, work, tools)
-        elif isinstance(work, WholePass):
-            with turn_in(self.directory):
-                if planned.column.missing(self.num_parts):
-                    kept = self._kept(planned)
-                    view = self._view(self._read_by(planned), kept, Path(), tools)
-                    self._write_all(planned.column, work.annotate(view), kept)
-        else:
-            assert isinstance(work, BlockPass)
-            await self._make_blocks(planned, work, tools)
+    async def _make(self, planned: Planned, seen: Seen, tools: Tools) -> None:
+        match planned.work:
+            case RowPass():
+                await self._make_parts(planned, planned.work, seen, tools)
+            case BlockPass():
+                await self._make_blocks(planned, planned.work, seen, tools)
+            case WholePass():
+                with turn_in(self.directory):
+                    if not planned.column.is_complete(seen.num_parts):
+                        values = planned.work.annotate(seen.view(planned, tools))
+                        seen.write_all(planned, values)
 
-    async def _make_parts(self, planned: Planned, work: RowPass, tools: Tools) -> None:
+    async def _make_parts(self, planned: Planned, work: RowPass, seen: Seen, tools: Tools) -> None:
         column, index = planned.column, self.plan.index
-        own = [part for part in column.missing(self.num_parts) if part % self.size == self.rank]
         rewrites = [each.column for each in planned.rewrites]
-        for part, rows in self.rows.read(index, own, rewrites):
-            kept = np.flatnonzero(self._is_seen(planned, part)) if _sees_some(planned) else None
-            tables = {name: self.plan.column(name).read(part) for name in (ROWS, *work.reads)}
-            if kept is not None:
-                rows = [rows[position] for position in kept]
-                tables = {name: table.take(kept) for name, table in tables.items()}
-            values = work.annotate(Batch(rows, tables, tools))
-            if inspect.isawaitable(values):
-                values = await values
-            ids = index.read(part, ["id"])["id"]
-            column.write(part, aligned(values, column.schema, kept, ids))
-        await self._wait(lambda: column.missing(self.num_parts), f"{work.name}: {{}} parts")
 
-    async def _make_blocks(self, planned: Planned, work: BlockPass, tools: Tools) -> None:
-        scratch = planned.column.directory / "scratch"
+        async def make(parts: Iterable[int]) -> None:
+            for part, rows in self.rows.read(index, parts, rewrites):
+                kept = seen.kept_of(planned, part)
+                tables = {name: self.plan.column(name).read(part) for name in (ROWS, *work.reads)}
+                if kept is not None:
+                    rows = [rows[position] for position in kept]
+                    tables = {name: table.take(kept) for name, table in tables.items()}
+                values = work.annotate(Batch(rows, tables, tools))
+                if inspect.isawaitable(values):
+                    values = await values
+                ids = index.read(part, ["id"])["id"]
+                column.write(part, aligned(values, column.schema, kept, ids))
+
+        await self._share(planned, seen.num_parts, lambda part: not column.path(part).exists(), make, "parts")
+
+    async def _make_blocks(self, planned: Planned, work: BlockPass, seen: Seen, tools: Tools) -> None:
+        column, scratch = planned.column, planned.scratch
         counted = scratch / "blocks.json"
-        kept = self._kept(planned)
-        view = self._view(self._read_by(planned), kept, scratch, tools)
+        view = seen.view(planned, tools)
         with turn_in(self.directory):
-            if not planned.column.missing(self.num_parts):
+            if column.is_complete(seen.num_parts):
                 return  # another process has finished the pass, and removed the blocks
             if not counted.exists():
                 scratch.mkdir(parents=True, exist_ok=True)
@@ -199,92 +191,68 @@ class _Run:
             count = read_object(counted, "the number of blocks")["blocks"]
         paths = [scratch / f"block-{block:06d}.parquet" for block in range(count)]
         schema = pa.schema({"row": pa.int64(), **work.fields})
-        for block in range(self.rank, count, self.size):
-            if not paths[block].exists() and planned.column.missing(self.num_parts):
+
+        def is_missing(block: int) -> bool:
+            # The order matters: the blocks are removed after the column has become complete.
+            return not paths[block].exists() and not column.is_complete(seen.num_parts)
+
+        async def make(blocks: Iterable[int]) -> None:
+            for block in blocks:
                 values = work.block(view, block)
-                table = pa.table({name: pa.array(values[name], kind.type) for name, kind in
-                                  zip(schema.names, schema, strict=True)})  # fmt: skip
-                write_table(paths[block], table)
+                arrays = [pa.array(values[field.name], field.type) for field in schema]
+                write_table(paths[block], pa.table(arrays, schema=schema))
 
-        def missing() -> Sequence[Path]:
-            is_made = not planned.column.missing(self.num_parts)
-            return [] if is_made else [path for path in paths if not path.exists()]
-
-        await self._wait(missing, f"{work.name}: {{}} blocks")
+        await self._share(planned, count, is_missing, make, "blocks")
         with turn_in(self.directory):
-            if planned.column.missing(self.num_parts):
-                self._write_all(planned.column, _joined(paths, schema, view.num_rows), kept)
+            if not column.is_complete(seen.num_parts):
+                seen.write_all(planned, _joined(paths, schema, view.num_rows))
             shutil.rmtree(scratch, ignore_errors=True)
 
-    async def _wait(self, missing: Callable[[], Sequence[Any]], what: str) -> None:
-        """Wait until other processes have written all files. what: has `{}` for their number."""
+    async def _share(
+        self,
+        planned: Planned,
+        count: int,
+        is_missing: Callable[[int], bool],
+        make: Callable[[Iterable[int]], Awaitable[None]],
+        what: str,
+    ) -> None:
+        """Make pieces 0 to `count` of a pass together with the other processes, until none is missing.
+
+        A process begins with the pieces of its rank. Then it takes those that no process is working on, so
+        that a process that was killed or has not begun holds up no other. make: makes the pieces that it is
+        given, one at a time. what: a name for the pieces.
+        """
+        lock = planned.column.directory / ".lock"
+        taken = 0
+
+        def claimed(pieces: Iterable[int]) -> Iterator[int]:
+            nonlocal taken
+            for piece in pieces:
+                if is_missing(piece):
+                    with claim(lock, piece) as is_own:
+                        # Another process may have made it before this one had the lock.
+                        if is_own and is_missing(piece):
+                            taken += 1
+                            yield piece
+
+        await make(claimed(range(self.rank, count, self.size)))
         said = -1
-        while left := len(missing()):
-            if left != said:
-                self.say("waiting for other processes. " + what.format(f"{left:,}") + " are missing")
-            said = left
-            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
+        while left := sum(map(is_missing, range(count))):
+            before = taken
+            await make(claimed(range(count)))
+            if taken == before:
+                if left != said:
+                    of = f"{left:,} {what} of {planned.work.name}"
+                    self.say(f"waiting for other processes, which have not finished {of}")
+                said = left
+                await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
 
-    def _write_all(self, column: Column, values: Any, kept: np.ndarray | None) -> None:
-        """Write a column from the values of all rows that a pass sees."""
-        ids = pa.concat_tables([self.plan.index.read(part, ["id"]) for part in range(self.num_parts)])["id"]
-        table = aligned(values, column.schema, kept, ids)
-        for part, (start, stop) in enumerate(pairwise(self._starts)):
-            if not column.path(part).exists():
-                column.write(part, table.slice(start, stop - start))
-
-    def _read_by(self, planned: Planned) -> list[Planned]:
-        return [each for each in self.plan.passes if each.work.name in planned.work.reads]
-
-    def _view(
-        self, readable: Sequence[Planned], kept: np.ndarray | None, scratch: Path, tools: Tools
-    ) -> View:
-        columns = {ROWS: self.plan.index, **{each.work.name: each.column for each in readable}}
-
-        def read(name: str, fields: Sequence[str]) -> pa.Table:
-            table = columns[name].read_all(self.num_parts, fields)
-            return table if kept is None else table.take(kept)
-
-        def part(number: int, name: str, fields: Sequence[str]) -> tuple[int, pa.Table]:
-            start, stop = self._starts[number : number + 2]
-            table = columns[name].read(number, fields)
-            if kept is None:
-                return start, table
-            first, last = np.searchsorted(kept, [start, stop]).tolist()
-            return first, table.take(kept[first:last] - start)
-
-        num_rows = self.num_rows if kept is None else len(kept)
-        return View(num_rows, self.num_parts, read, part, scratch, tools)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        """The place of the first row of each part, and the number of rows."""
-        sizes = [self.plan.index.read(part, ["number"]).num_rows for part in range(self.num_parts)]
-        return [0, *np.cumsum(sizes).tolist()]
-
-    def _kept(self, planned: Planned) -> np.ndarray | None:
-        """The places of the rows that a pass sees, int64. None: it sees all rows."""
-        if not _sees_some(planned):
-            return None
-        return np.flatnonzero(
-            np.concatenate([self._is_seen(planned, part) for part in range(self.num_parts)])
-        )
-
-    def _is_seen(self, planned: Planned, part: int) -> np.ndarray:
-        """Whether a pass sees each row of a part, bool."""
-        sources = self.plan.index.read(part, ["source"])["source"]
-        names = pa.array(planned.step.sources, pa.string())
-        seen = np.array(pc.is_in(sources, names)) if planned.step.sources else np.ones(len(sources), bool)
-        for each in planned.drops if planned.work.kept_only else ():
-            seen &= each.column.read(part, [DROPPED])[DROPPED].is_null().to_numpy()
-        return seen
-
-    def _check_failures(self, planned: Planned) -> None:
+    def _check_failures(self, planned: Planned, index: Mapping[str, Any]) -> None:
         """Raise `TooManyFailures` if a column has more failures than `max_failed` allows."""
         if FAILED not in planned.work.fields:
             return
-        failures = planned.column.read_all(self.num_parts, [FAILED])[FAILED].drop_null()
-        share, rows = self.settings.max_failed, self.num_rows
+        failures = planned.column.read_all(index["parts"], [FAILED])[FAILED].drop_null()
+        share, rows = self.settings.max_failed, index["rows"]
         allowed = rows if share == 1 else min(math.ceil(share * rows - 1e-9), rows - 1)
         if len(failures) > allowed:
             first = "".join(f"\n  {reason}" for reason in failures.slice(0, _SHOWN).to_pylist())
@@ -293,11 +261,6 @@ class _Run:
                 f"max_failed={share} allows {allowed:,}. The first reasons:{first}\nMend the step, its model "
                 f"or its prompt. Or raise max_failed, and run the same command again"
             )
-
-
-def _sees_some(planned: Planned) -> bool:
-    """Whether there may be rows that a pass does not see."""
-    return planned.work.kept_only or bool(planned.step.sources)
 
 
 def _joined(paths: Sequence[Path], schema: pa.Schema, num_rows: int) -> dict[str, Any]:

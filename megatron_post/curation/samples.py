@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from megatron_post.curation.columns import DROPPED
 from megatron_post.curation.duplicates.semantic_step import SemanticDuplicates
-from megatron_post.curation.rows import ANNOTATIONS
+from megatron_post.curation.row import ANNOTATIONS
 from megatron_post.curation.step import Step, View
 from megatron_post.curation.topics import COARSE, Topics
 

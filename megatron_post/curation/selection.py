@@ -6,7 +6,7 @@ The steps are applied in their order. A row is dropped by the first step that gi
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from megatron_post.curation.columns import DROPPED, FAILED, REWRITTEN, rows_of
 from megatron_post.curation.mixture import DIRECTORY, MixtureWriter
 from megatron_post.curation.page import PAGE, write_page
 from megatron_post.curation.plan import Plan
-from megatron_post.curation.rows import Row, Rows
+from megatron_post.curation.row import Row
+from megatron_post.curation.rows import Rows
 from megatron_post.curation.samples import Samples
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import Step, View
@@ -34,23 +35,20 @@ def read_report(directory: Path, key: str) -> dict[str, Any] | None:
 
 
 def write_selection(
-    settings: Curation, plan: Plan, rows: Rows, index: dict[str, Any], view: Callable[[], View]
+    settings: Curation, plan: Plan, rows: Rows, index: Mapping[str, Any], view: View
 ) -> dict[str, Any]:
     """Write the rows, the mixture, the page and `report.json`, whose content is returned.
 
-    index: the counts of the index. view: gives a view of all columns and rows. A row has its annotations
-    under the key `curation`: `id`, `source`, `place`, `dropped_by` with step and reason if it is dropped, and
-    `steps` with the fields of each step that are not null.
+    index: the counts of the index. view: of all columns and rows. A row has its annotations under the key
+    `curation`: `id`, `source`, `place`, `dropped_by` with step and reason if it is dropped, and `steps` with
+    the fields of each step that are not null.
     """
-    counted = {step.column: _Counted(step) for step in settings.steps}
-    sources: Counter[str] = Counter()
-    kept_by_source: Counter[str] = Counter()
     directory = Path(settings.run)
     (directory / REPORT).unlink(missing_ok=True)  # it marks the other files as complete
     shutil.rmtree(directory / DIRECTORY, ignore_errors=True)
-    whole = view()
+    counts = _Counts(settings)
     samples = Samples(settings.steps, settings.seed)
-    samples.draw_clusters(whole)
+    samples.draw_clusters(view)
     mixing = None if settings.mixture is None else MixtureWriter(settings.mixture, directory)
     with (
         line_writer(directory / KEPT) as keep,
@@ -58,38 +56,21 @@ def write_selection(
         mixing or contextlib.nullcontext(),
     ):
         for row, annotations in _annotated(settings.steps, plan, rows, index["parts"]):
-            sources[row.source] += 1
-            dropped_by = None
-            for name, counts in counted.items():
-                reason = annotations.get(name, {}).get(DROPPED)
-                counts.add(annotations.get(name, {}), is_kept=dropped_by is None)
-                dropped_by = dropped_by or (reason and {"step": name, "reason": reason})
-            kept_by_source[row.source] += dropped_by is None
+            dropped_by = counts.add(row, annotations)
             notes: dict[str, Any] = {"id": row.id.hex(), "source": row.source, "place": row.place}
             notes |= {"dropped_by": dropped_by} if dropped_by else {}
             written = row.as_json({**notes, "steps": annotations})
             (leave if dropped_by else keep)(written)
             samples.add(written)
-            if mixing is not None and dropped_by is None:
+            if mixing is not None and not dropped_by:
                 mixing.add(row, annotations, written)
     report = {
         "key": plan.key,
-        "rows": index["rows"],
-        "bad_rows": index["bad_rows"],
-        "bad_examples": index["bad_examples"],
-        "kept": sum(kept_by_source.values()),
-        "sources": [
-            {"name": source.name, "rows": sources[source.name], "kept": kept_by_source[source.name]}
-            for source in settings.sources
-        ],
-        "steps": [
-            counted[step.column].as_json()
-            | {"failed": _failures(plan, step, whole), "report": step.report(whole)}
-            for step in settings.steps
-        ],
+        **{name: index[name] for name in ("rows", "bad_rows", "bad_examples")},
+        **counts.as_json(plan, view),
+        **({} if mixing is None else {"mixture": mixing.finish()}),
     }
-    report |= {} if mixing is None else {"mixture": mixing.finish()}
-    write_page(settings, report, samples, whole)
+    write_page(settings, report, samples, view)
     write_json(directory / REPORT, report)
     return report
 
@@ -118,25 +99,45 @@ def _failures(plan: Plan, step: Step, whole: View) -> int:
     )
 
 
-class _Counted:
-    """The counts of a step."""
+class _Counts:
+    """The counts of sources and steps."""
 
-    def __init__(self, step: Step) -> None:
-        self._step = step
-        self._rows = 0
-        self._reasons: Counter[str] = Counter()
+    def __init__(self, settings: Curation) -> None:
+        self._settings = settings
+        self._rows: Counter[str] = Counter()  # of each source
+        self._kept: Counter[str] = Counter()
+        self._reached: Counter[str] = Counter()  # rows that no step before this one has dropped
+        self._reasons: dict[str, Counter[str]] = {step.column: Counter() for step in settings.steps}
 
-    def add(self, values: dict[str, Any], *, is_kept: bool) -> None:
-        """is_kept: whether no earlier step has dropped the row."""
-        self._rows += is_kept
-        if is_kept and DROPPED in values:
-            self._reasons[values[DROPPED]] += 1
+    def add(self, row: Row, annotations: Mapping[str, Mapping[str, Any]]) -> dict[str, str] | None:
+        """Count a row. Returns the first step that drops it and its reason, or None."""
+        self._rows[row.source] += 1
+        for name, reasons in self._reasons.items():
+            self._reached[name] += 1
+            if (reason := annotations.get(name, {}).get(DROPPED)) is not None:
+                reasons[reason] += 1
+                return {"step": name, "reason": reason}
+        self._kept[row.source] += 1
+        return None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, plan: Plan, view: View) -> dict[str, Any]:
+        """Their part of `report.json`, with the report of each step."""
         return {
-            "name": self._step.column,
-            "kind": self._step.kind,
-            "rows": self._rows,
-            "dropped": self._reasons.total(),
-            "reasons": dict(sorted(self._reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
+            "kept": self._kept.total(),
+            "sources": [
+                {"name": source.name, "rows": self._rows[source.name], "kept": self._kept[source.name]}
+                for source in self._settings.sources
+            ],
+            "steps": [
+                {
+                    "name": step.column,
+                    "kind": step.kind,
+                    "rows": self._reached[step.column],
+                    "dropped": reasons.total(),
+                    "reasons": dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))),
+                    "failed": _failures(plan, step, view),
+                    "report": step.report(view),
+                }
+                for step, reasons in zip(self._settings.steps, self._reasons.values(), strict=True)
+            ],
         }

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from megatron_post.curation.rows import ANNOTATIONS
+from megatron_post.curation.row import ANNOTATIONS
 from megatron_post.curation.selection import KEPT, LEFT, REPORT
 from megatron_post.storage.files import read_lines
 from megatron_post.storage.reading import did_you_mean, read_object, reading

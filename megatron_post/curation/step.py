@@ -39,7 +39,7 @@ from pydantic import AfterValidator, Field
 
 from megatron_post.config.section import Line, Section
 from megatron_post.curation.columns import OF_THE_RUNNER
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 
 if TYPE_CHECKING:
     from megatron_post.curation.tools import Tools

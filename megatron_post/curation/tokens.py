@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megatron_post.config.section import Count, Name
 from megatron_post.curation.columns import DROPPED
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.curation.step import Batch, Pass, RowPass, Step, Values, View
 from megatron_post.data.dialog import Dialog, Preference
 from megatron_post.data.template import render_batch, render_preferences

@@ -66,5 +66,5 @@ def _plan(settings: Curation, users: Sequence[str], cluster: Cluster, *, process
     return [
         f"processes that share the rows: {processes}, with the columns in {settings.run}",
         f"each process: {gpus}",
-        "they wait for each other after each pass, so all of them need a place at the same time",
+        "each takes the work that no other has taken, so they may start and end at different times",
     ]

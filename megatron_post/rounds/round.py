@@ -16,7 +16,7 @@ from megatron_post.config.schema import Config
 from megatron_post.config.settings import flatten
 from megatron_post.config.stages import StageName
 from megatron_post.convert.configs import read_model
-from megatron_post.curation.rows import ANNOTATIONS
+from megatron_post.curation.row import ANNOTATIONS
 from megatron_post.curation.selection import KEPT
 from megatron_post.curation.settings import Curation
 from megatron_post.inference.prompts import read_prompts

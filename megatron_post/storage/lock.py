@@ -5,11 +5,14 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from megatron_post.storage.files import full_disk_explained
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 
 
 def locked(file: IO[str], *, wait: bool) -> bool:
@@ -22,7 +25,7 @@ def locked(file: IO[str], *, wait: bool) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno not in _WITHOUT_LOCKS:
             raise
     return True
 
@@ -52,6 +55,27 @@ def turn_in(directory: Path) -> Iterator[None]:
     with (directory / ".lock").open("a") as file:
         locked(file, wait=True)
         yield
+
+
+@contextlib.contextmanager
+def claim(path: Path, number: int) -> Iterator[bool]:
+    """Gives whether this process has piece `number` of some work. It never waits for another process.
+
+    path: the lock file of the work. It has a lock for each number, which is its byte at that place, and it
+    stays empty. The lock belongs to the open file, so it also keeps threads apart.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wanted = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)  # `struct flock`
+    with path.open("a") as file:
+        is_own = True
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, wanted)
+        except (BlockingIOError, PermissionError):  # POSIX allows both for a lock that is held
+            is_own = False
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+        yield is_own
 
 
 @contextlib.contextmanager

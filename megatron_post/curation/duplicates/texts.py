@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_post.curation.duplicates.words import Dialog
-from megatron_post.curation.rows import Row
+from megatron_post.curation.row import Row
 from megatron_post.data.dialog import Dialog as DialogRow
 from megatron_post.data.dialog import Message
 

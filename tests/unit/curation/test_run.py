@@ -1,6 +1,9 @@
 """The runner: ids, parts, columns that are made again, shares of processes, and the written rows."""
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -90,6 +93,56 @@ def test_any_number_of_processes_writes_the_same_bytes(place: Place) -> None:
     for thread in threads:
         thread.join(60)
     assert shared.bytes() == expected
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_post.storage.lock import claim
+with claim(Path(sys.argv[1]), int(sys.argv[2])) as is_own:
+    print(is_own, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_finishes_the_run_without_those_that_never_begin(place: Place) -> None:
+    """Rank 1 of 3 alone, as the task of an array whose other tasks are over or have no node yet."""
+    place.add_source("chat", [dialog("question", "answer" * n) for n in range(1, 40)])
+    place.curate(SHORT, RETURN, part_rows=4)
+    expected = place.bytes()
+    shutil.rmtree(place.run)
+    place.curate(SHORT, RETURN, part_rows=4, rank=1, size=3)
+    assert place.bytes() == expected
+
+
+def test_a_part_is_left_to_the_process_that_has_it_until_that_process_is_gone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.add_source("chat", [dialog("question", "answer" * n) for n in range(1, 40)])
+    place.curate(SHORT, part_rows=4)
+    expected = place.bytes()
+    (column,) = place.run.glob("columns/lengths-*")
+    shutil.rmtree(place.run)
+    command = [sys.executable, "-c", _HOLDER, str(column / ".lock"), "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        present = []
+
+        def print_(text: str, **_: Any) -> None:
+            if "waiting" in text:  # only this process can make the part, once the other one is gone
+                assert text.startswith(
+                    "waiting for other processes, which have not finished 1 parts of lengths"
+                )
+                present.append(sorted(path.name for path in column.glob("*.parquet")))
+                other.kill()
+                other.wait()
+
+        console = place.console()
+        monkeypatch.setattr(console, "print", print_)
+        monkeypatch.setattr(place, "console", lambda: console)
+        place.curate(SHORT, part_rows=4)
+    assert present == [[f"part-{part:05d}.parquet" for part in range(10) if part != 2]]
+    assert place.bytes() == expected
 
 
 def test_bad_rows_are_counted_and_refused_beyond_the_limit(place: Place) -> None:
