@@ -54,6 +54,10 @@ def packs(made: Sequence[Example], *, counts: Sequence[int], layout: str) -> lis
             order = order[1:] + order[:1] if number % 2 else order
             if layout == "separate":
                 segments += [joined(example.prompt, example.responses[rank]) for rank in order]
+            elif layout == "isolated_pairs":
+                shared, last = example.prompt[:-1], example.prompt[-1:]
+                segments += [shared, *(joined(last, example.responses[rank]) for rank in order)]
+                order = [-1, *order]
             else:
                 segments += [example.prompt, *(example.responses[rank] for rank in order)]
                 order = [-1, *order]

@@ -134,6 +134,9 @@ def _unit(length: int, layout: StoreLayout, draw: np.random.Generator, vocab_siz
         roles = [np.concatenate((prompt, response)) for response in responses]
         ranks = [-1] if layout in ONE_SEGMENT else [0, 1]
     else:
+        if layout == "isolated_pairs":
+            responses = [np.concatenate((prompt[-1:], response)) for response in responses]
+            prompt = prompt[:-1]
         roles, ranks = [prompt, *responses], [-1, 0, 1]
     return [
         Rendered(draw.integers(0, vocab_size, len(each), dtype=np.int32), each, rank)

@@ -108,7 +108,7 @@ def contradictions(config: UncheckedConfig) -> list[str]:
             f"data.overlong={config.data.overlong} has no effect, because pretrain.documents=cut cuts every "
             "document that is longer than a pack; set pretrain.documents to whole, or leave out data.overlong"
         )
-    found += [*_of_adapter(config), *_of_prompts(config)]
+    found += [*_of_adapter(config), *_of_shared_prompts(config), *_of_prompts(config)]
     for key in ("sources", "eval_sources"):
         names = [source.name for source in getattr(config.data, key)]
         for number, name in enumerate(names):
@@ -147,6 +147,17 @@ def _of_adapter(config: UncheckedConfig) -> list[str]:
                 f"{key}=true has no effect with an adapter, whose base weights are frozen; set {key}=false"
             )
     return found
+
+
+def _of_shared_prompts(config: UncheckedConfig) -> list[str]:
+    """A line if DPO trains tokens of a prompt that both responses share."""
+    roles = config.dpo.trained_roles
+    if config.stage != "dpo" or not config.shares_prompts or {"header", "prompt"}.isdisjoint(roles):
+        return []
+    return [
+        f"dpo.trained_roles={_text(roles)} trains tokens of the prompt, and dpo.layout=isolated has the prompt "
+        "once for both responses; set dpo.layout=separate, or train body and terminator alone"
+    ]
 
 
 def _of_prompts(config: UncheckedConfig) -> list[str]:

@@ -121,7 +121,7 @@ RULES = (
         "the loss of DPO and its reference",
         _keys(
             "dpo",
-            "loss beta label_smoothing margin nll_weight nll_normalization trained_roles reference",
+            "loss beta label_smoothing margin layout nll_weight nll_normalization trained_roles reference",
         ),
         applies=_is("dpo"),
     ),

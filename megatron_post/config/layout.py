@@ -12,7 +12,7 @@ def store_layout(config: UncheckedConfig) -> str:
     """The layout of examples in the packed store that the stage's collate function expects."""
     layouts = {
         "preferences": config.reward.layout,
-        "pairs": "separate",
+        "pairs": "isolated_pairs" if config.dpo.layout == "isolated" else "separate",
         "documents": f"{config.pretrain.documents}_documents",
     }
     return layouts.get(config.traits.examples, config.traits.examples)

@@ -44,6 +44,11 @@ class DPO(Section):
     beta: Positive = Field(0.1, description="strength of the pull to the reference")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="robust: probability of a flipped label")
     margin: NonNegative = Field(0.5, description="simpo: target margin of the mean log-probabilities, x beta")
+    layout: Literal["separate", "isolated"] = Field(
+        "separate",
+        description="separate: one row per response. isolated: the prompt once, and no response sees the "
+        "other one, with the same loss",
+    )
     nll_weight: NonNegative = Field(0.2, description="weight of the NLL of the chosen response")
     nll_normalization: Literal["per_token", "per_sequence"] = Field(
         "per_token", description="per_token: mean over the response's tokens. per_sequence: their sum"

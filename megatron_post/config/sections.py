@@ -235,7 +235,8 @@ class UncheckedConfig(Section):
     @property
     def shares_prompts(self) -> bool:
         """Whether responses share a prompt, which Transformer Engine's packed attention does not support."""
-        return self.traits.examples == "preferences" and self.reward.layout != "separate"
+        layouts: dict[str, str] = {"preferences": self.reward.layout, "pairs": self.dpo.layout}
+        return layouts.get(self.traits.examples, "separate") != "separate"
 
     @property
     def joins_documents(self) -> bool:

@@ -35,7 +35,10 @@ def _layer_errors(config: UncheckedConfig) -> list[str]:
     if config.precision.dtype == "fp32":
         part, other = "layers", "precision.dtype=fp32 runs the portable ones"
     elif config.shares_prompts:
-        part, other = "attention", f"reward.layout={config.reward.layout} runs the portable one"
+        layout = f"dpo.layout={config.dpo.layout}"
+        if config.traits.examples == "preferences":
+            layout = f"reward.layout={config.reward.layout}"
+        part, other = "attention", f"{layout} runs the portable one"
     else:
         return []
     return [

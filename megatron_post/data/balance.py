@@ -42,7 +42,7 @@ def attended(lengths: np.ndarray, ranks: np.ndarray, layout: str) -> np.ndarray:
         return lengths**2
     number = np.arange(len(lengths))
     prompts = np.maximum.accumulate(np.where(ranks < 0, number, 0))
-    if layout == "isolated":
+    if layout in ("isolated", "isolated_pairs"):
         seen = np.where(prompts < number, lengths[prompts], 0)
     else:
         before = np.cumsum(lengths) - lengths

@@ -119,9 +119,9 @@ class PreferenceUnits:
     """Makes units of preferences for the reward model and DPO, by the rules of the Llama 3 report.
 
     With the layout "separate" every response is a segment that repeats the prompt. With "isolated" and
-    "concatenated" the prompt is the first segment, and each response is one more. The order of responses is
-    drawn from (seed, source, row), because the reward model must not learn that the first one is the best.
-    pair_only keeps the best and the worst response only, which DPO compares. Raises `ValueError` for a
+    "concatenated" the prompt is the first segment, and each response is one more. With "isolated_pairs" the
+    prompt's last token begins each response's segment instead. The order of responses is drawn from (seed,
+    source, row), because the reward model must not learn that the first one is the best. pair_only keeps the best and the worst response only, which DPO compares. Raises `ValueError` for a
     dialog and for labelled steps.
     """
 
@@ -171,6 +171,9 @@ class PreferenceUnits:
         ranked = tuple(replace(responses[rank], rank=rank) for rank in order)
         if self._layout == "separate":
             return tuple(_joined(prompt, response) for response in ranked)
+        if self._layout == "isolated_pairs":
+            shared, last = prompt[:-1], prompt[-1:]
+            return (shared, *(_joined(last, response) for response in ranked))
         return (prompt, *ranked)
 
 

@@ -216,6 +216,8 @@ def _contexts_and_responses(store: PackStore, num_units: int) -> tuple[np.ndarra
     ends = np.ones(len(unit)) if dialogs else store.column("rank") >= 0
     count = np.bincount(unit, weights=ends, minlength=num_units)
     context = np.bincount(unit, weights=contexts, minlength=num_units)
+    if store.settings.layout == "isolated_pairs":  # the prompt's last token begins every response
+        context -= count - 1
     copies = np.maximum(count, 1) if store.settings.layout in SEPARATE else 1.0
     return context / copies, np.bincount(unit, weights=responses, minlength=num_units) / np.maximum(count, 1)
 

@@ -48,9 +48,18 @@ DTYPES: Mapping[str, str] = {**PER_TOKEN, REFERENCE: "<f4"}
 # With "dialogs" a unit is one segment, and with "steps" it is one solution. With "whole_documents" it is one
 # document, and with "cut_documents" the part of a document that is in one pack. The others hold preferences.
 # With "separate" a unit has a segment for each response, which repeats the prompt. With "isolated" and
-# "concatenated" the prompt is the first segment, and each response is one more.
+# "concatenated" the prompt is the first segment, and each response is one more. With "isolated_pairs" the
+# prompt's last token is not in the prompt's segment but begins the segment of each response, because its
+# output predicts the response's first token.
 StoreLayout = Literal[
-    "dialogs", "steps", "whole_documents", "cut_documents", "separate", "isolated", "concatenated"
+    "dialogs",
+    "steps",
+    "whole_documents",
+    "cut_documents",
+    "separate",
+    "isolated",
+    "concatenated",
+    "isolated_pairs",
 ]
 DOCUMENTS: tuple[StoreLayout, ...] = ("whole_documents", "cut_documents")
 ONE_SEGMENT: tuple[StoreLayout, ...] = ("dialogs", "steps", *DOCUMENTS)  # a unit is one segment

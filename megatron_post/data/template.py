@@ -67,6 +67,10 @@ class Rendered:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, part: slice) -> "Rendered":
+        """Some of the tokens with their roles, and the same rank."""
+        return Rendered(self.tokens[part], self.roles[part], self.rank)
+
 
 # A run of tokens of one role. It is a text to encode, or the ids of control tokens and headers.
 _Segment = tuple[str | list[int], TokenRole]

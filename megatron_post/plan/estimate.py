@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from megatron_post.config.layout import (
     layout_errors,
     segment_multiple,
+    store_layout,
     uses_portable_layers,
     world_errors,
 )
@@ -202,7 +203,7 @@ def pack_segments(config: Config, length: int | None) -> tuple[Segment, ...]:
     result: list[Segment] = []
     for size in lengths:
         prompt, response = size // 2, size // 4
-        seen = prompt if config.reward.layout == "isolated" else prompt + response
+        seen = prompt + response if store_layout(config) == "concatenated" else prompt
         result += [Segment(prompt), Segment(response, prompt), Segment(size - prompt - response, seen)]
     return tuple(result)
 

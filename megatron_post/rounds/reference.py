@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_post.config.layout import microbatch_multiple, segment_multiple
+from megatron_post.config.layout import microbatch_multiple, segment_multiple, store_layout
 from megatron_post.config.load import ConfigError
 from megatron_post.data.store import open_store
+from megatron_post.data.store_format import StoreLayout
 from megatron_post.data.store_metadata import read_settings
 from megatron_post.rounds.trained_model import config_of_model, running_model
 from megatron_post.train.reference import compute_reference, reference_key
@@ -20,10 +21,12 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
     Raises `ValueError` for a store without pairs, and if store, tokenizer and layout do not fit together.
     """
     settings = read_settings(store)
-    if settings.layout != "separate":
+    layouts: dict[StoreLayout, str] = {"separate": "separate", "isolated_pairs": "isolated"}
+    if settings.layout not in layouts:
         raise ConfigError(f"store {store} holds {settings.layout}, not pairs; pack it with stage=dpo")
     values = {
         "stage": "dpo",
+        "dpo": {"layout": layouts[settings.layout]},
         "tokenizer": {"path": settings.tokenizer_path, "content_tokens": settings.content_tokens},
         "data": {
             "store": str(store),
@@ -39,7 +42,7 @@ def write_reference(store: str | Path, model: str | Path, overrides: Sequence[st
                 store,
                 group,
                 segment_multiple=segment_multiple(config),
-                layout="separate",
+                layout=store_layout(config),
             )
             if len(packs):
                 compute_reference(

@@ -1,5 +1,6 @@
-"""Shared by the preference stages: the pairs of a pack, and sums over segments that CP ranks divide."""
+"""Shared by the preference stages: the pairs of a pack, prompts that responses share, and sums of segments."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import combinations, groupby
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_post.data.batch import Comparisons
+from megatron_post.data.batch import Comparisons, PackedBatch
 from megatron_post.data.pack import Pack
 
 
@@ -37,6 +38,25 @@ def compare(pack: Pack, *, best_and_worst: bool = False) -> Comparisons:
         ranks=torch.tensor(ranks, dtype=torch.long).reshape(-1, 2),
         examples=torch.tensor(examples),
     )
+
+
+def behind_prompts(batch: PackedBatch, pack: Pack, *, blind: bool) -> PackedBatch:
+    """Let responses attend to the prompt's segment before them, and continue its positions.
+
+    blind: each response sees only the prompt, and its positions continue from the prompt's end. Otherwise it
+    also sees the responses before it, and its positions continue from the end of the last one.
+    """
+    seen = torch.zeros(len(pack.ranks), 2, dtype=torch.long)
+    offsets = torch.zeros(len(pack.ranks), dtype=torch.long)
+    prompt = 0
+    for segment, rank in enumerate(pack.ranks.tolist()):
+        if rank < 0:
+            prompt = segment
+            continue
+        last = prompt + 1 if blind else segment
+        seen[segment] = torch.tensor((prompt, last))
+        offsets[segment] = int(pack.lengths[prompt:last].sum())
+    return dataclasses.replace(batch, seen=seen, positions=batch.positions + offsets[batch.segments])
 
 
 class SegmentSums:

@@ -11,7 +11,7 @@ from megatron_post.config.losses import DPO as DPOConfig
 from megatron_post.data.batch import PackedBatch, batch_of_pack, role_numbers
 from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics
-from megatron_post.stages.comparisons import SegmentSums, compare, metric
+from megatron_post.stages.comparisons import SegmentSums, behind_prompts, compare, metric
 
 
 class DPO:
@@ -21,7 +21,7 @@ class DPO:
     """
 
     def __init__(self, settings: DPOConfig, sums: SegmentSums) -> None:
-        self._sums = sums
+        self._sums, self._shares_prompts = sums, settings.layout == "isolated"
         self._settings = DPOSettings(
             loss=settings.loss,
             beta=settings.beta,
@@ -35,11 +35,12 @@ class DPO:
     def collate(self, pack: Pack) -> PackedBatch:
         """Tensors of a pack with its pairs.
 
-        The history before the responses has the role prompt, untrained.
+        The history before the responses has the role prompt, untrained. If both responses share it, each of
+        them begins with the last token of the prompt.
         """
-        return dataclasses.replace(
-            batch_of_pack(pack, self._trained_roles), comparisons=compare(pack, best_and_worst=True)
-        )
+        batch = batch_of_pack(pack, self._trained_roles)
+        batch = dataclasses.replace(batch, comparisons=compare(pack, best_and_worst=True))
+        return behind_prompts(batch, pack, blind=True) if self._shares_prompts else batch
 
     def loss(self, output: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Metrics]:
         """output: logps fp32 [t / cp] of the labels."""

@@ -10,7 +10,7 @@ from megatron_post.config.losses import Reward as RewardConfig
 from megatron_post.data.batch import PackedBatch, batch_of_pack, on_device
 from megatron_post.data.pack import Pack
 from megatron_post.stages.base import Metrics
-from megatron_post.stages.comparisons import SegmentSums, compare, metric
+from megatron_post.stages.comparisons import SegmentSums, behind_prompts, compare, metric
 
 
 class Reward:
@@ -33,7 +33,7 @@ class Reward:
         return (
             batch
             if self._layout == "separate"
-            else _behind_prompt(batch, pack, blind=self._layout == "isolated")
+            else behind_prompts(batch, pack, blind=self._layout == "isolated")
         )
 
     def scores(self, output: Tensor, batch: PackedBatch) -> Tensor:
@@ -72,22 +72,3 @@ class Reward:
 def _wins(margins: Tensor) -> Tensor:
     """1 if the better response has the higher score, and 1/2 for a tie."""
     return (margins > 0).float() + 0.5 * (margins == 0).float()
-
-
-def _behind_prompt(batch: PackedBatch, pack: Pack, *, blind: bool) -> PackedBatch:
-    """Let responses attend to the prompt's segment before them, and continue its positions.
-
-    blind: each response sees only the prompt, and its positions continue from the prompt's end. Otherwise it
-    also sees the responses before it, and its positions continue from the end of the last one.
-    """
-    seen = torch.zeros(len(pack.ranks), 2, dtype=torch.long)
-    offsets = torch.zeros(len(pack.ranks), dtype=torch.long)
-    prompt = 0
-    for segment, rank in enumerate(pack.ranks.tolist()):
-        if rank < 0:
-            prompt = segment
-            continue
-        last = prompt + 1 if blind else segment
-        seen[segment] = torch.tensor((prompt, last))
-        offsets[segment] = int(pack.lengths[prompt:last].sum())
-    return dataclasses.replace(batch, seen=seen, positions=batch.positions + offsets[batch.segments])

@@ -128,6 +128,14 @@ def test_dpo(name: str, dpo_float64: tuple[dict, dict]) -> None:
     _assert_equal(found, dpo_float64, count=12)
 
 
+@pytest.mark.parametrize("name", [*LAYOUTS, "PP2 x VPP2"])
+def test_dpo_isolated(name: str, dpo_float64: tuple[dict, dict]) -> None:
+    """Both responses share one prompt. Loss, metrics and gradients are those of a row for each response."""
+    world_size, parallel = LAYOUTS.get(name, (2, {"pipeline": 2, "virtual_pipeline": 2}))
+    config = preference_config("dpo", parallel, dpo={"layout": "isolated"})
+    _assert_equal(_run(world_size, config, [3, 9], "isolated_pairs"), dpo_float64, count=12)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_reward_isolated(name: str, reward_float64: tuple[dict, dict]) -> None:
     """Responses share one prompt and do not see each other. Loss and gradients are those of separate rows."""
