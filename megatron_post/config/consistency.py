@@ -155,8 +155,8 @@ def _of_shared_prompts(config: UncheckedConfig) -> list[str]:
     if config.stage != "dpo" or not config.shares_prompts or {"header", "prompt"}.isdisjoint(roles):
         return []
     return [
-        f"dpo.trained_roles={_text(roles)} trains tokens of the prompt, and dpo.layout=isolated has the prompt "
-        "once for both responses; set dpo.layout=separate, or train body and terminator alone"
+        f"dpo.trained_roles={_text(roles)} trains tokens of the prompt, and dpo.layout=isolated has the "
+        "prompt once for both responses; set dpo.layout=separate, or train body and terminator alone"
     ]
 
 

@@ -119,10 +119,11 @@ class PreferenceUnits:
     """Makes units of preferences for the reward model and DPO, by the rules of the Llama 3 report.
 
     With the layout "separate" every response is a segment that repeats the prompt. With "isolated" and
-    "concatenated" the prompt is the first segment, and each response is one more. With "isolated_pairs" the
-    prompt's last token begins each response's segment instead. The order of responses is drawn from (seed,
-    source, row), because the reward model must not learn that the first one is the best. pair_only keeps the best and the worst response only, which DPO compares. Raises `ValueError` for a
-    dialog and for labelled steps.
+    "concatenated" the prompt is the first segment, and each response is one more. With "isolated_pairs" each
+    response's segment also begins with the prompt's last token, which the first segment leaves out. The order
+    of responses is drawn from (seed, source, row), because the reward model must not learn that the first one
+    is the best. pair_only keeps the best and the worst response only, which DPO compares. Raises `ValueError`
+    for a dialog and for labelled steps.
     """
 
     def __init__(

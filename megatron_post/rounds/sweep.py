@@ -24,6 +24,8 @@ _OF_THE_ROUND = (
 )
 
 
+# A store is packed for one of their values.
+_LAYOUTS = ("reward.layout", "dpo.layout")
 SELECTED = "selected"  # in a mix, the rows that the rounds have selected
 
 
@@ -43,7 +45,7 @@ class Variant(Section):
     @property
     def packs_alone(self) -> bool:
         """Whether it needs a store of its own."""
-        return bool(self.mix) or any(key.startswith("data.") for key in self.set)
+        return bool(self.mix) or any(key.startswith("data.") or key in _LAYOUTS for key in self.set)
 
 
 class Sweep(Section):

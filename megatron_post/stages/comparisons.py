@@ -1,4 +1,4 @@
-"""Shared by the preference stages: the pairs of a pack, prompts that responses share, and sums of segments."""
+"""Shared by the preference stages: the pairs of a pack, prompts of several responses, and segment sums."""
 
 import dataclasses
 from collections.abc import Callable

@@ -203,6 +203,34 @@ def test_stored_and_frozen_reference_train_the_same(tmp_path: Path) -> None:
         run_ranks(train, 1, stale)
 
 
+def test_pairs_that_share_a_prompt_train_the_same(tmp_path: Path) -> None:
+    """A step over all pairs does not depend on whether both responses share the prompt.
+
+    The reference is computed from the rows of each layout, and the first loss is ln 2 + 0.2 x the NLL.
+    """
+    _rows(tmp_path)
+    policy = _initial_policy(tmp_path, _config(tmp_path, "dpo"))
+    runs, sizes = [], []
+    for layout in ("separate", "isolated"):
+        keys: dict[str, Any] = {"model": {"init_from": str(policy)}, "dpo": {"layout": layout}}
+        keys["data"] = {"store": str(tmp_path / f"store-{layout}")}
+        packed = _config(tmp_path, "dpo", **keys)
+        build_store(packed, console=Console(quiet=True))
+        sizes.append(len(open_store(packed.data.store, "train")))
+        keys["train"] = {"steps": 3, "global_batch": sizes[-1]}
+        config = _config(tmp_path, "dpo", **keys).model_copy(update={"run_dir": str(tmp_path / layout)})
+        run_ranks(write_reference, 1, packed.data.store, policy, ("precision.dtype=fp32",))
+        run_ranks(train, 1, config)
+        runs.append(_metrics(tmp_path / layout))
+    assert sizes[1] < 0.9 * sizes[0]
+    for separate, isolated in zip(*runs, strict=True):
+        for name in ("loss", "nll", "margin", "logps_chosen", "logps_rejected", "grad_norm"):
+            assert isolated[name] == pytest.approx(separate[name], rel=2e-5, abs=2e-5), name
+    assert runs[1][0]["loss"] == pytest.approx(np.log(2) + 0.2 * runs[1][0]["nll"], abs=1e-6)
+    with pytest.raises(StoreError, match="holds examples as 'isolated_pairs', this stage needs 'separate'"):
+        open_store(tmp_path / "store-isolated", "train", layout="separate")
+
+
 def test_a_base_without_its_adapter_is_the_stored_reference(tmp_path: Path) -> None:
     """DPO of an adapter compares with the base, whose log-probabilities may also be in the store."""
     _rows(tmp_path)

@@ -31,6 +31,7 @@ from megatron_post_kernels.pair_losses import LOSSES, DPOSettings, PairLogps
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_post.config.data import Source
+from megatron_post.config.layout import store_layout
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_config import to_hf_config
 from megatron_post.convert.hf_writer import gathered_tensors
@@ -246,20 +247,24 @@ DPO_NAMES = {
 
 
 @pytest.mark.parametrize(
-    ("loss", "settings"),
+    ("loss", "layout", "settings"),
     [
-        ("sigmoid", {}),
-        ("ipo", {}),
-        ("hinge", {}),
-        ("robust", {"label_smoothing": 0.2}),
+        ("sigmoid", "separate", {}),
+        ("sigmoid", "isolated", {}),
+        ("ipo", "separate", {}),
+        ("hinge", "separate", {}),
+        ("robust", "separate", {"label_smoothing": 0.2}),
     ],
 )
-def test_dpo(tmp_path: Path, tokenizer_directory: Path, loss: str, settings: dict[str, float]) -> None:
-    """Each loss is compared alone. TRL takes two microbatches of four pairs."""
-    dpo = {"loss": loss, "trained_roles": TRL_MASK, "nll_weight": 0.0, "reference": "frozen", **settings}
+def test_dpo(
+    tmp_path: Path, tokenizer_directory: Path, loss: str, layout: str, settings: dict[str, float]
+) -> None:
+    """Each loss is compared alone. TRL takes two microbatches of four pairs, and repeats each prompt."""
+    dpo = {"loss": loss, "layout": layout, "trained_roles": TRL_MASK, "nll_weight": 0.0, **settings}
+    dpo["reference"] = "frozen"
     config = _config(tmp_path, tokenizer_directory, "dpo", dpo=dpo)
     trainer = _trl_dpo(config, tmp_path / "trl", microbatch=4, loss_type=[loss], **settings)
-    ((metrics, _, weights),) = run_ranks(_our_steps, 1, config, "separate")
+    ((metrics, _, weights),) = run_ranks(_our_steps, 1, config, store_layout(config))
     _assert_same_steps(metrics, trainer, DPO_NAMES)
     _assert_same_weights(weights, trainer, tmp_path / "weights")
 

@@ -14,6 +14,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dialogs": {"data": {"pack_length": 256}},
     "CP 2": {"data": {"pack_length": 256}, "parallel": {"context": 2}},
     "pairs": {"stage": "dpo", "data": {"pack_length": 256}},
+    "isolated pairs": {"stage": "dpo", "data": {"pack_length": 256}, "dpo": {"layout": "isolated"}},
     "isolated": {"stage": "reward", "data": {"pack_length": 256}},
     "steps": {"stage": "step_reward", "data": {"pack_length": 256}},
     "cut documents": {"stage": "pretrain", "data": {"pack_length": 256}, "parallel": {"context": 2}},

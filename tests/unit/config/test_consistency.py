@@ -38,6 +38,12 @@ SOURCES = [{"name": "math", "path": "math.jsonl"}, {"name": "chat", "path": "cha
         ),
         ("dpo", {"loss": {"trained_roles": ["body"]}}, "loss.trained_roles=[body] has no effect with stage"),
         ("dpo", {"data": {"train_on": "last_turn"}}, "data.train_on=last_turn has no effect with stage=dpo"),
+        (
+            "dpo",
+            {"dpo": {"layout": "isolated", "trained_roles": ["header", "body"]}},
+            "dpo.trained_roles=[header,body] trains tokens of the prompt, and dpo.layout=isolated has the",
+        ),
+        ("sft", {"dpo": {"layout": "isolated"}}, "dpo.layout=isolated has no effect with stage=sft: set"),
         ("sft", {"dpo": {"margin": 0.7}}, "dpo.margin=0.7 has no effect with stage=sft: set stage to dpo"),
         ("sft", {"reward": {"layout": "separate"}}, "reward.layout=separate has no effect with stage=sft"),
         (

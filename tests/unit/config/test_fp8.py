@@ -122,6 +122,9 @@ def test_which_attention() -> None:
         assert not uses_portable_layers(config, has_transformer_engine=True)
         assert uses_portable_attention(config, has_transformer_engine=True) == portable
         assert uses_portable_attention(config, has_transformer_engine=False)
+    for layout, portable in (("separate", False), ("isolated", True)):
+        pairs = _config("tensorwise", stage="dpo", dpo={"layout": layout})
+        assert uses_portable_attention(pairs, has_transformer_engine=True) == portable
     assert uses_portable_attention(tiny_config(), has_transformer_engine=True)
 
 

@@ -87,13 +87,13 @@ def test_kinds_of_some_keys() -> None:
         ("reward", {"reward.layout"}),
         ("step_reward", set()),
         ("pretrain", {"pretrain.attention"}),
-        ("dpo", {"dpo.beta", "dpo.reference", "dpo.trained_roles", "precision.fp8"}),
+        ("dpo", {"dpo.beta", "dpo.layout", "dpo.reference", "dpo.trained_roles", "precision.fp8"}),
     ],
 )
 def test_settings_of_another_stage_refuse_nothing(stage: str, identity: set[str]) -> None:
     settings = flatten(tiny_config(stage=stage))
     keys = ["loss.trained_roles", "reward.layout", "dpo.beta", "dpo.reference", "dpo.trained_roles"]
-    keys += ["precision.fp8", "pretrain.attention"]
+    keys += ["dpo.layout", "precision.fp8", "pretrain.attention"]
     assert {key for key in keys if kind_of(key, settings) == "identity"} == identity
 
 

@@ -153,13 +153,15 @@ def test_layers_of_transformer_engine(switch: str) -> None:
 
 def test_rows_that_share_a_prompt() -> None:
     """These rows use Transformer Engine's linear layers and the portable attention."""
-    tiny_config(stage="reward", optimizer={"gradient_accumulation_fusion": True}, **BF16)
-    with pytest.raises(ConfigError) as caught:
-        tiny_config(stage="reward", parallel={"context": 2, "cp_comm_type": "a2a"}, **BF16)
-    assert (
-        "parallel.cp_comm_type=a2a needs Transformer Engine's attention, and reward.layout=isolated"
-        in str(caught.value)
-    )
+    for stage in ("reward", "dpo"):
+        sections = {"stage": stage, stage: {"layout": "isolated"}, **BF16}
+        tiny_config(**sections, optimizer={"gradient_accumulation_fusion": True})
+        with pytest.raises(ConfigError) as caught:
+            tiny_config(**sections, parallel={"context": 2, "cp_comm_type": "a2a"})
+        assert (
+            f"parallel.cp_comm_type=a2a needs Transformer Engine's attention, and {stage}.layout=isolated"
+            in str(caught.value)
+        )
 
 
 @pytest.mark.parametrize("recipe", [None, "delayed", "blockwise", "mxfp8"])

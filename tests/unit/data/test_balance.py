@@ -23,7 +23,9 @@ def test_squares_count_the_tail(tmp_path: Path) -> None:
     assert squares(store, np.array([2, 0, 2])).tolist() == [1496, 2176, 1496]
 
 
-@pytest.mark.parametrize(("layout", "beside"), [("separate", 0), ("isolated", 416), ("concatenated", 552)])
+@pytest.mark.parametrize(
+    ("layout", "beside"), [("separate", 0), ("isolated", 416), ("isolated_pairs", 416), ("concatenated", 552)]
+)
 def test_squares_of_responses_that_see_their_prompt(tmp_path: Path, layout: StoreLayout, beside: int) -> None:
     """One example has a prompt of 10, responses of 6 and 10, the other a prompt of 8, responses of 4 and 2.
 

@@ -137,7 +137,7 @@ def test_the_final_response_is_what_follows_the_last_header() -> None:
     assert response_length(np.array([body, terminator], dtype=np.uint8)) == 2  # a response without its prompt
 
 
-@pytest.mark.parametrize("layout", ["separate", "isolated"])
+@pytest.mark.parametrize("layout", ["separate", "isolated", "isolated_pairs"])
 def test_comparisons(tmp_path: Path, layout: str) -> None:
     """A comparison has a prompt of 5 tokens and responses of 3 and 2 tokens.
 
@@ -153,6 +153,9 @@ def test_comparisons(tmp_path: Path, layout: str) -> None:
             [TokenRole.BODY, TokenRole.BODY, TokenRole.TERMINATOR],
             [TokenRole.BODY, TokenRole.TERMINATOR],
         ]
+        if layout == "isolated_pairs":
+            responses = [[prompt[-1], *response] for response in responses]
+            prompt = prompt[:-1]
         roles = [np.array(part, dtype=np.uint8) for part in (prompt, *responses)]
         unit = [
             Rendered(np.ones(len(part), dtype=np.int32), part, rank - 1) for rank, part in enumerate(roles)

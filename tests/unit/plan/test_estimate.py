@@ -184,6 +184,8 @@ def test_segments() -> None:
     assert [s.length for s in pack_segments(config, 3000)] == [3000, 3000, 2192]
     reward = llama_config("llama3.1_8b", {}, stage="reward")
     assert pack_segments(reward, None) == (Segment(4096), Segment(2048, 4096), Segment(2048, 4096))
+    pairs = llama_config("llama3.1_8b", {}, stage="dpo", dpo={"layout": "isolated"})
+    assert pack_segments(pairs, None) == pack_segments(reward, None)
     together = llama_config("llama3.1_8b", {}, stage="reward", reward={"layout": "concatenated"})
     assert pack_segments(together, None)[2] == Segment(2048, 6144)
     cut = llama_config("llama3.1_8b", {"context": 8})  # context parallelism cuts every segment into 16 chunks

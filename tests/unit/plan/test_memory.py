@@ -61,6 +61,7 @@ CASES = {
     "TP2 x SP x CP2 x PP2, bf16, last": Case(8, 7, ALL, dtype="bf16"),
     "DPO, reference in the store": Case(1, 0, {}, stage="dpo"),
     "DPO, frozen reference": Case(2, 0, {"tensor": 2}, {"dpo": {"reference": "frozen"}}, stage="dpo"),
+    "DPO, isolated rows, TP2": Case(2, 0, {"tensor": 2}, {"dpo": {"layout": "isolated"}}, stage="dpo"),
     "reward, separate rows": Case(1, 0, {}, {"reward": {"layout": "separate"}}, stage="reward"),
     "reward, isolated rows, TP2": Case(2, 0, {"tensor": 2}, stage="reward"),
     "LoRA": Case(1, 0, {}, {"adapter": {"rank": 8}}),
@@ -100,7 +101,7 @@ def _config(case: Case) -> Config:
 
 def _segments(case: Case) -> tuple[list[int], list[int], list[Segment]]:
     """Lengths, ranks and segments: a prompt and two responses in isolated rows, or plain segments."""
-    if case.stage == "reward" and "reward" not in case.sections:
+    if _config(case).shares_prompts:
         return [256, 128, 128], [-1, 0, 1], [Segment(256), Segment(128, 256), Segment(128, 256)]
     ranks = [-1, -1, -1] if case.stage == "sft" else [-1, 0, 1]
     lengths = [256, 128, 128]

@@ -22,6 +22,7 @@ from megatron_post.rounds.chain import chain_of
 from megatron_post.rounds.round import Round
 from megatron_post.rounds.settings import RoundSettings, load_round
 from megatron_post.rounds.steps import all_steps
+from megatron_post.rounds.sweep import Variant
 from tests.unit.rounds.models import tiny_policy
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -85,6 +86,12 @@ def test_the_average_has_the_weights_of_the_variants(tmp_path: Path) -> None:
     found = load_file(r.directory / "sft" / "hf" / "model.safetensors")
     for name, value in found.items():
         torch.testing.assert_close(value, weights[0][name] / 4 + weights[1][name] * 3 / 4)
+
+
+@pytest.mark.parametrize(("stage", "layout"), [("reward", "separate"), ("dpo", "isolated")])
+def test_another_layout_of_rows_needs_another_store(stage: str, layout: str) -> None:
+    assert Variant(set={f"{stage}.layout": layout}).packs_alone
+    assert not Variant(set={"optimizer.lr": 1e-6}).packs_alone
 
 
 def test_each_store_of_dpo_has_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

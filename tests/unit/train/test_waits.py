@@ -19,7 +19,7 @@ from tests.comparisons import examples, packs
 from tests.tiny import tiny_config, tiny_packs
 from tests.waits import DEVICE, device_as_cuda, no_waits, recorded_reads, without_gloo
 
-KINDS = ("sft", "dpo", "separate", "isolated", "concatenated")
+KINDS = ("sft", "dpo", "dpo, isolated", "separate", "isolated", "concatenated")
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def topology() -> Iterator[Topology]:
 
 def _config(kind: str, run_dir: str | Path = "unused", **sections: dict[str, Any]) -> Config:
     stage = kind if kind in ("sft", "dpo") else "reward"
+    if kind == "dpo, isolated":
+        stage, sections["dpo"] = "dpo", {"layout": "isolated"}
     if stage == "reward":
         sections["reward"] = {"layout": kind}
     return tiny_config(run_dir, stage=stage, **sections)
@@ -40,7 +42,8 @@ def _config(kind: str, run_dir: str | Path = "unused", **sections: dict[str, Any
 def _pack(kind: str) -> Pack:
     if kind == "sft":
         return tiny_packs(1)[0]
-    layout = "isolated" if kind in ("isolated", "concatenated") else "separate"
+    layouts = {"isolated": "isolated", "concatenated": "isolated", "dpo, isolated": "isolated_pairs"}
+    layout = layouts.get(kind, "separate")
     pack = packs(examples(4), counts=[4], layout=layout)[0]
     return dataclasses.replace(pack, reference_logps=torch.zeros(len(pack.tokens)).numpy())
 
