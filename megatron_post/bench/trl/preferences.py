@@ -3,7 +3,8 @@
 Weights, token ids, masks, loss and optimizer settings are the same. A round is one optimizer step over all
 pairs, so every side trains the same pairs in every round. A side with a frozen reference runs the reference
 at every step. A side with stored log-probabilities ran it once, before the rounds. Only sides with the same
-kind of reference are compared.
+kind of reference are compared. Megatron-Post is also measured with rows that have each prompt once
+(`dpo.layout: isolated`).
 
 TRL pads the pairs of a microbatch to the longest response. It is measured with as many pairs in a microbatch
 as a pack holds, which gives it the same parallelism. It is also measured with one pair, which pads least and
@@ -73,10 +74,20 @@ def pair_workload(
         "dpo": {"trained_roles": ("body", "terminator"), "nll_weight": 0.0},
     }
     config = validate(values, origin="bench")
-    build_store(config, console=make_console(quiet=True))
+    for each in (config, _isolated(config)):
+        build_store(each, console=make_console(quiet=True))
     train = config.train.model_copy(update={"global_batch": len(open_train_store(config))})
     config = config.model_copy(update={"train": train})
     return replace(workload, config=config, data_name=name, steps_per_round=1)
+
+
+def _isolated(config: Config) -> Config:
+    """The same pairs in rows that have each prompt once, in a store of their own."""
+    values = config.model_dump()
+    values["dpo"]["layout"] = "isolated"
+    for section, key in ((values, "run_dir"), (values["data"], "store")):
+        section[key] += "-isolated"
+    return validate(values, origin="bench")
 
 
 def measure_pairs(workload: Workload, *, rounds: int) -> list[StepFigures]:
@@ -91,6 +102,8 @@ def measure_pairs(workload: Workload, *, rounds: int) -> list[StepFigures]:
     for reference in ("frozen", "store"):
         own = f"{MEGATRON_POST}, {reference}"
         sides[own] = partial(_train_megatron_post, reference=reference)
+        isolated = f"{MEGATRON_POST}, isolated, {reference}"
+        sides[isolated] = partial(_train_megatron_post, reference=reference, isolated=True)
         for size in dict.fromkeys((in_a_pack, 1)):
             sides[f"TRL x {size}, {reference}"] = partial(_train_trl, reference=reference, microbatch=size)
         compared_with |= {name: own for name in sides if name.endswith(reference)}
@@ -112,6 +125,7 @@ def pair_table(workload: Workload, figures: Sequence[StepFigures], *, rounds: in
         f"{workload.threads}\n{config.train.global_batch} packs of {config.data.pack_length} tokens a step; "
         f"medians of {rounds} interleaved rounds\nTRL x n: n pairs a microbatch; "
         "frozen: the reference runs at every step; store: it ran once\n"
+        "isolated: each prompt once\n"
         f"speedup: pairs/s of {MEGATRON_POST} divided by this side's"
     )
     table = titled(title, ("", "pairs/s", "speedup", "tokens/s", "fill", "loss"))
@@ -144,12 +158,14 @@ def pairs(store: PackStore) -> Iterator[dict[str, list[int]]]:
             yield {"prompt_ids": prompt_ids, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def _train_megatron_post(workload: Workload, gate: Gate, *, reference: str) -> None:
-    values = workload.config.model_dump()
+def _train_megatron_post(workload: Workload, gate: Gate, *, reference: str, isolated: bool = False) -> None:
+    config = _isolated(workload.config) if isolated else workload.config
+    store = open_train_store(config)
+    values = config.model_dump()
     values["dpo"]["reference"] = reference
     values["run_dir"] += f"-{reference}"
+    values["train"]["global_batch"] = len(store)
     config = validate(values, origin="bench")
-    store = open_train_store(config)
     with parallel_run(config.parallel, seed=config.seed) as topology:
         if reference == "store":
             _store_reference(config, topology, store)

@@ -41,13 +41,15 @@ def test_sides_with_the_same_reference_are_compared(
 ) -> None:
     """4 pairs take 2 s with a frozen reference and 1 s with a stored one.
 
-    TRL takes 3 s and 2 s with one pair in a microbatch, and otherwise 4 s. The speedups are 4 / 2, 3 / 2, 4 /
-    1 and 2 / 1.
+    Rows with each prompt once take half as long. TRL takes 3 s and 2 s with one pair in a microbatch, and
+    otherwise 4 s. The speedups are 1 / 2, 4 / 2, 3 / 2, 0.5 / 1, 4 / 1 and 2 / 1.
     """
     seconds = {
         MEGATRON_POST + ", frozen": 2.0,
+        MEGATRON_POST + ", isolated, frozen": 1.0,
         "TRL x 1, frozen": 3.0,
         MEGATRON_POST + ", store": 1.0,
+        MEGATRON_POST + ", isolated, store": 0.5,
         "TRL x 1, store": 2.0,
     }
 
@@ -57,8 +59,8 @@ def test_sides_with_the_same_reference_are_compared(
 
     monkeypatch.setattr(preferences, "interleave", played)
     figures = measure_pairs(workload, rounds=1)
-    assert [side.speed for side in figures] == [1.0, 2.0, 1.5, 1.0, 4.0, 2.0]
-    assert [side.trained_per_second for side in figures] == [2.0, 1.0, 4 / 3, 4.0, 1.0, 2.0]
+    assert [side.speed for side in figures] == [1.0, 0.5, 2.0, 1.5, 1.0, 0.5, 4.0, 2.0]
+    assert [side.trained_per_second for side in figures] == [2.0, 4.0, 1.0, 4 / 3, 4.0, 8.0, 1.0, 2.0]
     console = Console(record=True, width=80)
     console.print(pair_table(workload, figures, rounds=1))
     text = console.export_text()
