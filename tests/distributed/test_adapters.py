@@ -16,7 +16,7 @@ from megatron_post.train.step import Stepper
 from tests.distributed.gradients import gather_shards
 from tests.distributed.test_layouts import check_equal, joined
 from tests.ranks import run_ranks
-from tests.tiny import tiny_config, tiny_packs
+from tests.tiny import switched, tiny_config, tiny_packs
 
 ADAPTER = {"rank": 3, "alpha": 12.0}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -52,9 +52,11 @@ def gradients(
     *,
     portable: bool = True,
     frees_outputs: bool = False,
+    switches: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], float, dict[str, Any]]:
     """(metrics, gradient norm, gradients by PEFT's name) of one step over four packs."""
     config = tiny_config(parallel=parallel, adapter=ADAPTER | adapter, **sections)
+    config = switched(config, switches or {})
     with joined_ranks(config) as topology:
         models = build_model(config, topology, portable=portable)
         load_weights(models, open_weights(config.model, seed=3), config.model)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_post.config.fp8 import RECIPES, refusal
 from megatron_post.config.load import ConfigError
+from tests.distributed import test_adapters
 from tests.distributed.test_layouts import check_equal, gradients, joined
 from tests.ranks import run_ranks
 from tests.tiny import tiny_config
@@ -155,24 +156,27 @@ def test_widths(answers: Any) -> None:
     assert ours[0] == set() and {len(refused) for refused in ours} == {0, 1, 2, 4}
 
 
-def _gradients_without_quantization(sections: dict[str, Any]) -> Any:
-    """`gradients` with FP8 configured, and layers that run outside of Transformer Engine's FP8 context."""
+FP8 = {"precision.fp8": "tensorwise"}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {"mode": "none"},
+    "full": {"mode": "full"},
+    "selective": {"mode": "selective", "modules": ["core_attn", "mlp", "layernorm"]},
+}
+
+
+def _without_quantization() -> Any:
+    """Layers run outside of Transformer Engine's FP8 context, although FP8 is configured."""
     import megatron.core.transformer.transformer_block as block
 
-    outside = mock.patch.object(block, "get_fp8_context", lambda *_, **__: contextlib.nullcontext())
-    with outside:
-        return gradients({}, sections, {"precision.fp8": "tensorwise"}, portable=False)
+    return mock.patch.object(block, "get_fp8_context", lambda *_, **__: contextlib.nullcontext())
 
 
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        {"mode": "none"},
-        {"mode": "full"},
-        {"mode": "selective", "modules": ["core_attn", "mlp", "layernorm"]},
-    ],
-    ids=lambda recompute: recompute["mode"],
-)
+def _gradients_without_quantization(sections: dict[str, Any]) -> Any:
+    with _without_quantization():
+        return gradients({}, sections, FP8, portable=False)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE.values(), ids=RECOMPUTE)
 def test_branches_of_fp8(recompute: dict[str, Any], plain: tuple[dict, float, dict]) -> None:
     """Recomputation is Transformer Engine's there, and matrices behind recomputed norms keep their input."""
     found = run_with_transformer_engine(_gradients_without_quantization, 1, {"recompute": recompute})
@@ -183,3 +187,42 @@ def test_branches_of_fp8(recompute: dict[str, Any], plain: tuple[dict, float, di
 def plain() -> tuple[dict, float, dict]:
     """What one rank of portable layers gives."""
     return joined(run_ranks(gradients, 1, {}, {}))
+
+
+def _adapters_without_quantization(parallel: dict[str, Any], recompute: dict[str, Any], kind: str) -> Any:
+    sections, adapter = {"recompute": recompute}, test_adapters.KINDS[kind]
+    with _without_quantization():
+        return test_adapters.gradients(parallel, sections, adapter, portable=False, switches=FP8)
+
+
+@pytest.fixture(scope="module")
+def adapted() -> dict[str, tuple[dict, float, dict]]:
+    """What one rank of portable layers gives without FP8."""
+    kinds = test_adapters.KINDS
+    return {
+        kind: joined(run_ranks(test_adapters.gradients, 1, {}, {}, kinds[kind])) for kind in ("lora", "dora")
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "recompute", "kind"),
+    [
+        (1, {}, "none", "dora"),
+        (1, {}, "full", "lora"),
+        (1, {}, "selective", "lora"),
+        (2, {"tensor": 2, "sequence": True}, "selective", "dora"),
+        (2, {"pipeline": 2}, "full", "lora"),
+        (4, {"tensor": 2, "sequence": True, "pipeline": 2}, "none", "lora"),
+    ],
+)
+def test_adapters_beside_a_base_in_fp8(
+    ranks: int,
+    parallel: dict[str, Any],
+    recompute: str,
+    kind: str,
+    adapted: dict[str, tuple[dict, float, dict]],
+) -> None:
+    """Loss and every trained gradient, with megatron-core's and Transformer Engine's branches for FP8."""
+    arguments = (parallel, RECOMPUTE[recompute], kind)
+    found = run_with_transformer_engine(_adapters_without_quantization, ranks, *arguments)
+    check_equal(joined(found), adapted[kind])
