@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_post.convert.part_file import PartFile
+from megatron_post.display import make_console
 from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.progress import WorkProgress
 from megatron_post.storage.files import is_disk_full
 from megatron_post.storage.lock import locked
 from megatron_post.storage.reading import read_object
 
 Report = Callable[[str], None]
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class ConversionError(ValueError):
@@ -102,25 +105,53 @@ def convert(job: Job, *, workers: int, report: Report) -> Converted:
     started, before = time.perf_counter(), len(_done(job))
     if before:
         report(f"resuming {job.partial}: {before} of {count} parts are complete")
-    indices = [node * workers + i for i in range(workers)]
-    if workers == 1:
-        moved = _write_parts(job, indices[0], nodes)
-    else:
-        # Each worker is a new interpreter, because forking a process in which torch has run threads can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-            tasks = [pool.submit(_write_parts, dataclasses.replace(job), i, nodes * workers) for i in indices]  # type: ignore[type-var]
-            try:
-                moved = sum(task.result() for task in tasks)
-            except BrokenProcessPool as error:
-                raise ConversionError(
-                    f"{job.partial}: a worker was killed, perhaps because memory ran out; finished parts are "
-                    "kept; run the same command again, if necessary with fewer --workers"
-                ) from error
+    with _shown(job):
+        moved = _write_share(job, node, nodes, workers)
     seconds = time.perf_counter() - started
     report(f"{moved / 1e6:,.0f} MB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s")
     with _disk_errors_explained(job):
         return Converted(job.target, _finish(job, report), moved, seconds)
+
+
+@contextlib.contextmanager
+def _shown(job: Job) -> Iterator[None]:
+    """Show how much of the target all processes and nodes have written, from the sizes of its files."""
+    total, ended = sum(part.nbytes for part in job.parts), threading.Event()
+
+    def look(progress: WorkProgress) -> None:
+        while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+            with contextlib.suppress(OSError):  # another process may have just renamed or published a file
+                progress.reach(min(_written(job), total) / 1e6)
+
+    done = min(_written(job), total) / 1e6
+    with WorkProgress(
+        f"writing {job.target.name}", total=total / 1e6, done=done, unit="MB", console=make_console()
+    ) as progress:
+        thread = threading.Thread(target=look, args=(progress,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _write_share(job: Job, node: int, nodes: int, workers: int) -> int:
+    """Write this node's share of the parts. Returns the tensor bytes written."""
+    indices = [node * workers + i for i in range(workers)]
+    if workers == 1:
+        return _write_parts(job, indices[0], nodes)
+    # Each worker is a new interpreter, because forking a process in which torch has run threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        tasks = [pool.submit(_write_parts, dataclasses.replace(job), i, nodes * workers) for i in indices]  # type: ignore[type-var]
+        try:
+            return sum(task.result() for task in tasks)
+        except BrokenProcessPool as error:
+            raise ConversionError(
+                f"{job.partial}: a worker was killed, perhaps because memory ran out; finished parts are "
+                "kept; run the same command again, if necessary with fewer --workers"
+            ) from error
 
 
 def worker_environment() -> tuple[int, int]:
@@ -171,12 +202,18 @@ def _claim(job: Job, settings: dict[str, str | int | None]) -> None:
     job.partial.mkdir(parents=True, exist_ok=True)
 
 
-def _check_space(job: Job) -> None:
+def _written(job: Job) -> int:
+    """Bytes in the files of the target so far."""
     written = 0
-    for file in os.scandir(job.partial):
-        with contextlib.suppress(FileNotFoundError):  # another worker may have just renamed it
-            written += file.stat().st_size
-    needed = sum(part.nbytes for part in job.parts) - written
+    with contextlib.suppress(FileNotFoundError):  # another process may have just published the target
+        for file in os.scandir(job.partial):
+            with contextlib.suppress(FileNotFoundError):  # another worker may have just renamed it
+                written += file.stat().st_size
+    return written
+
+
+def _check_space(job: Job) -> None:
+    needed = sum(part.nbytes for part in job.parts) - _written(job)
     free = shutil.disk_usage(job.partial).free
     if needed > free:
         raise ConversionError(

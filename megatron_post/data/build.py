@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from megatron_post.config.layout import segment_multiple, store_layout
@@ -25,7 +24,8 @@ from megatron_post.data.store_format import DOCUMENTS, GROUPS, GroupName, Source
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.data.units import Units
-from megatron_post.display import make_console, make_progress
+from megatron_post.display import make_console
+from megatron_post.progress import WorkProgress
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,7 @@ def build_store(
     )
     bad_rows = BadRows(config.data.max_bad_rows)
     summaries: dict[GroupName, GroupSummary] = {}
-    with (
-        StoreWriter(config.data.store, settings, overwrite=overwrite, append=append) as writer,
-        _progress(console) as progress,
-    ):
+    with StoreWriter(config.data.store, settings, overwrite=overwrite, append=append) as writer:
         for group in GROUPS:
             sources = packed_sources(config, group)
             if group == "train" and not sources:
@@ -100,10 +97,10 @@ def build_store(
                 Spill(writer.spill_directory, group) as spill,
                 RenderPool(config, sources, tokenizer, spill, workers=workers or _num_cores()) as pool,
             ):
-                counts, keys = render_sources(group, sources, config, pool, bad_rows, progress)
+                counts, keys = render_sources(group, sources, config, pool, bad_rows, console)
                 pool.close()
                 units = spill.units()
-                summaries[group] = _write(group, sources, units, counts, keys, writer, settings, progress)
+                summaries[group] = _write(group, sources, units, counts, keys, writer, settings, console)
     _print(summaries, bad_rows, config, console)
     return Packed(Path(config.data.store), summaries)
 
@@ -131,7 +128,7 @@ def _write(
     keys: list[KeyCounts],
     writer: StoreWriter,
     settings: StoreSettings,
-    progress: Progress,
+    console: Console,
 ) -> GroupSummary:
     """Mix, pack and write one group."""
     sources = [each.source for each in packed]
@@ -146,22 +143,18 @@ def _write(
     )
     flat = np.concatenate([np.zeros(0, dtype=np.int64), *uses.values()])
     assembly = assemble(units, np.repeat(np.arange(len(units)), flat), group, settings)
-    task = progress.add_task(f"{group}: writing packs", total=len(assembly))
-    packs = progress.track(assembly.packs(), task_id=task)
-    writer.write(
-        group,
-        sources=counts,
-        columns=assembly.columns(),
-        segments_per_pack=np.diff(assembly.segment_ends),
-        packs=packs,
-    )
+    what = f"{group}: writing packs"
+    with WorkProgress(what, total=len(assembly), unit="packs", console=console) as progress:
+        writer.write(
+            group,
+            sources=counts,
+            columns=assembly.columns(),
+            segments_per_pack=np.diff(assembly.segment_ends),
+            packs=progress.track(assembly.packs()),
+        )
     return GroupSummary(
         counts, keys, shares(list(uses), list(uses.values()), lengths), num_packs=len(assembly)
     )
-
-
-def _progress(console: Console) -> Progress:
-    return make_progress(console, MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def _print(

@@ -7,7 +7,7 @@ from rich.console import Console
 from megatron_post.data.store import PackStore, open_store
 from megatron_post.data.store_checksums import StoreError
 from megatron_post.data.store_format import COLUMNS, GROUPS
-from megatron_post.display import make_progress
+from megatron_post.progress import WorkProgress
 
 _NAMED = 10  # the number of damaged packs that the message lists, before it only counts the others
 
@@ -38,8 +38,9 @@ def check_store(path: str | Path, *, console: Console) -> None:
 
 def _damaged_packs(store: PackStore, console: Console) -> list[str]:
     found = []
-    with make_progress(console) as progress:
-        for index in progress.track(range(len(store)), description=f"{store.group}: reading packs"):
+    what = f"{store.group}: reading packs"
+    with WorkProgress(what, total=len(store), unit="packs", console=console) as progress:
+        for index in progress.track(range(len(store))):
             try:
                 store.read(index)
             except StoreError as error:

@@ -3,18 +3,19 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
-from rich.progress import Progress
+from rich.console import Console
 
 from megatron_post.config.schema import Config
 from megatron_post.data.render_pool import RenderPool
 from megatron_post.data.rendering import BatchCounts, batch_of, length_limit
+from megatron_post.data.row_files import likely_rows
 from megatron_post.data.row_keys import KeyCounts
 from megatron_post.data.rows import BadRows, Record, undecoded_rows
 from megatron_post.data.sources import PackedSource, PromptedRows
 from megatron_post.data.store_format import GroupName, SourceCounts
+from megatron_post.progress import WorkProgress
 
 # Large enough to hide the cost of sending a batch to a process, and small enough for memory and progress.
 _ROWS_IN_BATCH, _LINE_BYTES_IN_BATCH = 2048, 2**23
@@ -26,7 +27,7 @@ def render_sources(
     config: Config,
     pool: RenderPool,
     bad_rows: BadRows,
-    progress: Progress,
+    console: Console,
 ) -> tuple[list[SourceCounts], list[KeyCounts]]:
     """Render the sources into the pool's spill. Returns each source's counts and its unused keys.
 
@@ -35,12 +36,12 @@ def render_sources(
     counts, keys = [], [KeyCounts() for _ in sources]
     for number, packed in enumerate(sources):
         source = packed.source
-        task = progress.add_task(f"{group}: reading {source.name}", total=None)
         prompted = PromptedRows(packed, keys[number]) if packed.prompting else None
         records = iter(undecoded_rows(source) if prompted is None else prompted)
-        advance = partial(progress.advance, task)
-        batches = _rendered(records, number, source.max_rows, pool, advance)
-        found = _counts(batches, packed, config, bad_rows, keys[number])
+        what, total = f"{group}: reading {source.name}", likely_rows(source) if prompted is None else None
+        with WorkProgress(what, total=total, is_estimate=True, unit="rows", console=console) as progress:
+            batches = _rendered(records, number, source.max_rows, pool, progress.advance)
+            found = _counts(batches, packed, config, bad_rows, keys[number])
         left_out = prompted.left_out if prompted else found.filtered
         if not found.rows:
             raise ValueError(
@@ -49,7 +50,6 @@ def render_sources(
                 f"{'its template' if prompted else 'data.preferences'}); remove it or mend it"
             )
         counts.append(replace(found, filtered=left_out))
-        progress.update(task, total=progress.tasks[task].completed)
     return counts, keys
 
 

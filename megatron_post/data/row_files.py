@@ -17,6 +17,8 @@ _UNREADABLE = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar", ".tgz", ".tar.gz",
 # Keys of a configuration in a README that are used here, or that do not concern the rows.
 _CONFIG_KEYS = {"data_files", "data_dir", "default", "description", "version", "features", "drop_labels"}
 
+_SAMPLE = 2**20  # bytes whose lines estimate the number of rows of a file
+
 
 def files_of(directory: Path, source: Source) -> list[Path]:
     """The sorted files of `source.split` in the configuration `source.subset`, or in the default one.
@@ -50,6 +52,21 @@ def files_of(directory: Path, source: Source) -> list[Path]:
             f"{', '.join(SUFFIXES)}; splits found: {', '.join(map(str, patterns)) or 'none'}"
         )
     return readable
+
+
+def likely_rows(source: Source) -> int | None:
+    """About how many rows a source has, from its first lines. None for a source that is no plain JSON lines.
+
+    Counting all lines would read a large file twice.
+    """
+    path = Path(source.path)
+    if not path.name.endswith(".jsonl") or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        first = file.read(_SAMPLE)
+    size, lines = path.stat().st_size, first.count(b"\n") or 1
+    rows = lines if len(first) == size else round(lines * size / (first.rfind(b"\n") + 1 or len(first)))
+    return rows if source.max_rows is None else min(rows, source.max_rows)
 
 
 def _configs(directory: Path) -> MetadataConfigs:

@@ -1,25 +1,23 @@
 """Generates one process's share of the responses and appends them to its journal."""
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from megatron_post.display import make_console, make_progress
 from megatron_post.inference.backend import Backend
 from megatron_post.inference.failures import check_failures
 from megatron_post.inference.journal import Journal
 from megatron_post.inference.model import answer_in, entry_of
-from megatron_post.inference.ranks import SECONDS_BETWEEN_LINES, rank_prefix
+from megatron_post.inference.ranks import rank_prefix
 from megatron_post.inference.request import Refusal, Reply
 from megatron_post.inference.samples import Draw
 from megatron_post.inference.server import Server
 from megatron_post.inference.settings import ServerBackend
+from megatron_post.progress import WorkProgress
 
 
 @dataclass
@@ -104,41 +102,17 @@ async def draw_from_servers(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-class ShareProgress:
-    """Shows the progress as a bar on a terminal, and otherwise as one line per minute."""
+class ShareProgress(WorkProgress):
+    """Shows the prompts of this process, with the rate of tokens."""
 
     def __init__(self, console: Console, share: Share, done: int, total: int) -> None:
         """done, total: numbers of prompts of this process."""
-        self._console, self._share, self._done, self._total = console, share, done, total
-        self._started = self._said = time.monotonic()
-        self._bar = make_progress(
-            console if console.is_terminal else make_console(quiet=True),
-            MofNCompleteColumn(),
-            TextColumn("prompts, {task.fields[rate]}"),
-            TimeRemainingColumn(),
+        self._share = share
+        what = f"{rank_prefix()}generating"
+        super().__init__(
+            what, total=total, done=done, unit="prompts", console=console, detail=lambda: self.rate
         )
-        self._task = self._bar.add_task("generating", completed=done, total=total, rate="")
-
-    def __enter__(self) -> "ShareProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
 
     @property
     def rate(self) -> str:
-        return f"{self._share.tokens / self.seconds:,.0f} tokens/s"
-
-    def advance(self, prompts: int) -> None:
-        self._done += prompts
-        self._bar.update(self._task, advance=prompts, rate=self.rate)
-        if not self._console.is_terminal and time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            self._console.print(
-                f"{rank_prefix()}{self._done:,} of {self._total:,} prompts, {self.rate}", highlight=False
-            )
+        return f"{self._share.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from megatron_post.inference.settings import BackendSettings, TransformersBackend, gpus_of
 from megatron_post.parallel.environment import rank_from_environment
+from megatron_post.progress import SECONDS_BETWEEN_LINES
 
-SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.5  # between checks of a shared file system
 
 

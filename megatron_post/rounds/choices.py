@@ -21,7 +21,8 @@ from megatron_post.config.load import parse
 from megatron_post.config.section import Line, Section, Whole
 from megatron_post.data.dialog import BadRow
 from megatron_post.data.rows import raw_rows
-from megatron_post.display import make_console, make_progress
+from megatron_post.display import make_console
+from megatron_post.progress import WorkProgress
 from megatron_post.rounds.continued import append_lines, from_reporter, lines_done
 from megatron_post.rounds.ranking import open_ranker
 from megatron_post.storage.checksums import sha256_of_json
@@ -83,8 +84,8 @@ def evaluate_choices(
         own = lines_done(Path(output), origin, key="logps") if topology.is_reporter else None
         done = from_reporter(own, topology)
         remaining = islice(found, done, None)
-        with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
-            task = progress.add_task(f"ranking choices of {rows}", total=len(found), completed=done)
+        what, console = f"ranking choices of {rows}", make_console(quiet=not topology.is_reporter)
+        with WorkProgress(what, total=len(found), done=done, unit="rows", console=console) as progress:
             while batch := list(islice(remaining, ranker.at_once)):
                 first, last = batch[0], batch[-1]
                 logps = ranker.rank(
@@ -93,7 +94,7 @@ def evaluate_choices(
                 )
                 if topology.is_reporter:
                     append_lines(Path(output), _lines(batch, logps))
-                progress.advance(task, len(batch))
+                progress.advance(len(batch))
         reports = None
         if topology.is_reporter:
             with reading(output, "log-probabilities of choices"):

@@ -15,13 +15,15 @@ from megatron_post.config.schema import Config
 from megatron_post.convert.open_model import open_weights_directory
 from megatron_post.data.dialog import Dialog
 from megatron_post.data.document import Document
+from megatron_post.data.row_files import likely_rows
 from megatron_post.data.rows import BadRows, read_rows
 from megatron_post.data.step_example import Solution, StepExample, split_steps
 from megatron_post.data.template import STEP_ROLES, Rendered, render_batch, render_solutions
 from megatron_post.data.tokenizer import Tokenizer, tokenizer_of
-from megatron_post.display import make_console, make_progress
+from megatron_post.display import make_console
 from megatron_post.inference.failures import failed_prompts, read_failures
 from megatron_post.parallel.topology import Topology
+from megatron_post.progress import WorkProgress
 from megatron_post.rounds.continued import append_lines, from_reporter, lines_done
 from megatron_post.rounds.segments import refuse_interleaved, rows_at_once, values_of_segments
 from megatron_post.rounds.trained_model import config_of_model, running_model
@@ -96,15 +98,18 @@ def score_file(
         done = from_reporter(own, topology)
         remaining = islice(_rows(source, config.data), done, None)
         scored = 0  # a crash loses at most one batch
-        with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
-            task = progress.add_task(f"scoring {source.name}", total=None)
+        what, console = f"scoring {source.name}", make_console(quiet=not topology.is_reporter)
+        total = likely_rows(source)
+        with WorkProgress(
+            what, total=total, is_estimate=True, done=done, unit="rows", console=console
+        ) as progress:
             while batch := list(islice(remaining, rows_at_once(config, topology))):
                 scores = _score(batch, stepper, stage, topology, config, tokenizer)
                 if topology.is_reporter:
                     pairs = zip(batch, scores, strict=True)
                     append_lines(Path(output), ({"row": row.number, **found} for row, found in pairs))
                 scored += len(batch)
-                progress.update(task, completed=done + scored)
+                progress.advance(len(batch))
     return Scored(Path(output), done + scored, scored, failed_prompts(read_failures(Path(rows))))
 
 

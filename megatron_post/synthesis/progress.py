@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 
 from megatron_post.display import make_console, make_progress
+from megatron_post.progress import SECONDS_BETWEEN_LINES
 
-_SECONDS_BETWEEN_LINES = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.25
 
 
@@ -57,7 +57,7 @@ class RowProgress:
             while True:
                 bar.update(task, completed=self._done, text=self.text())
                 await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
-                if not self._console.is_terminal and time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                if not self._console.is_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     self._print()
 

@@ -11,9 +11,10 @@ from megatron_post.config.schema import Config
 from megatron_post.config.sections import Precision
 from megatron_post.data.reference_writer import ReferenceWriter
 from megatron_post.data.store import PackStore
-from megatron_post.display import make_console, make_progress
+from megatron_post.display import make_console
 from megatron_post.parallel.context import ContextSplit, sum_over_ranks
 from megatron_post.parallel.topology import Topology
+from megatron_post.progress import WorkProgress
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 from megatron_post.storage.hub import model_directory
 from megatron_post.storage.reading import read_object
@@ -114,8 +115,12 @@ def compute_reference(
         writer.create(key, roles)
     torch.distributed.barrier()  # the other ranks write into the files that rank 0 creates
     rounds = range(0, len(store), group_size * topology.data_size)
-    with make_progress(make_console(quiet=not topology.is_reporter)) as progress:
-        for start in progress.track(rounds, description=f"{store.group}: reference log-probabilities"):
+    what, console = (
+        f"{store.group}: reference log-probabilities",
+        make_console(quiet=not topology.is_reporter),
+    )
+    with WorkProgress(what, total=len(store), unit="packs", console=console) as progress:
+        for start in rounds:
             numbers = [start + i * topology.data_size + topology.data_rank for i in range(group_size)]
             numbers = [number for number in numbers if number < len(store)]
             packs = [store.read(number) for number in numbers]
@@ -125,6 +130,7 @@ def compute_reference(
                 row = _whole_pack(logps, batch.cu_seqlens, topology)
                 if topology.tensor_rank == topology.context_rank == 0:
                     writer.write(number, row.cpu().numpy())
+            progress.reach(min(start + rounds.step, len(store)))
     torch.distributed.barrier()  # rank 0 must not publish before every rank has written its packs
     if topology.rank == 0:
         writer.publish()

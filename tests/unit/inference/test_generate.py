@@ -14,9 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from megatron_post import progress
 from megatron_post.config.load import ConfigError, parse
-from megatron_post.inference import drawing, ranks
 from megatron_post.inference import generate as module
+from megatron_post.inference import ranks
 from megatron_post.inference.failures import TooManyFailures, check_failures, failures_of, read_failures
 from megatron_post.inference.generate import Generate, generate, parts_of
 from megatron_post.inference.journal import Journal
@@ -335,7 +336,7 @@ def test_whose_gpus(
 
 def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a terminal there are lines with 4, 8 and 10 of 10 prompts, if a line is printed each time."""
-    monkeypatch.setattr(drawing, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     said = io.StringIO()
     generate(
         _settings(tmp_path),
@@ -344,7 +345,9 @@ def test_a_log_tells_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         open_backend=lambda *_: Parrot(),
     )
     lines = said.getvalue().splitlines()
-    assert [line.split(" prompts, ")[0] for line in lines[:3]] == ["4 of 10", "8 of 10", "10 of 10"]
+    assert [line.split(" prompts, ")[0] for line in lines[:3]] == [
+        f"generating: {done} of 10" for done in (4, 8, 10)
+    ]
     assert all("tokens/s" in line for line in lines) and "30 responses, 90 tokens" in lines[3]
 
 

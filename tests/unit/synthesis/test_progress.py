@@ -12,7 +12,7 @@ from megatron_post.synthesis.progress import RowProgress, Spent
 
 def _printed(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
     """What is printed of a process with ten rows, six of which come from the journal."""
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.01)
     console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
     asked = 0
