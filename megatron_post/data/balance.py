@@ -21,12 +21,12 @@ def squares(store: PackStore, packs: np.ndarray) -> np.ndarray:
     attention kernel. A response that sees a prompt of s tokens counts length^2 + 2 length s. The function
     reads only the lengths of these packs.
     """
-    starts = store.segment_offsets[packs]
-    counts = store.segment_offsets[packs + 1] - starts
+    starts, stops = store.index.segments(packs)
+    counts = stops - starts
     ends = np.cumsum(counts)
     segments = np.repeat(starts - ends + counts, counts) + np.arange(ends[-1])
-    padded = store.column("padded")[segments].astype(np.int64)
-    each = attended(padded, store.column("rank")[segments], store.settings.layout)
+    padded = store.index.rows("padded", segments).astype(np.int64)
+    each = attended(padded, store.index.rows("rank", segments), store.settings.layout)
     tails = store.settings.pack_length - _sums(padded, ends, counts)
     length = tail_length(store.settings.segment_multiple)
     return _sums(each, ends, counts) + tails // length * length**2 + (tails % length) ** 2

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_post.data.balance import deal, squares
 from megatron_post.data.pack import Pack
-from megatron_post.data.permutation import permutation
+from megatron_post.data.permutation import Permutation
 from megatron_post.data.store import PackStore
 
 
@@ -92,10 +92,10 @@ class PackLoader:
 def pack_indices(num_packs: int, *, seed: int, start: int) -> Iterator[int]:
     """Pack numbers from position `start` on of the endless sequence of shuffled epochs."""
     # A global batch may have packs of two epochs, so the orders of two epochs are kept.
-    order = lru_cache(maxsize=2)(lambda epoch: permutation(num_packs, seed, "epoch", epoch))
+    order = lru_cache(maxsize=2)(lambda epoch: Permutation(num_packs, seed, "epoch", epoch))
     for position in count(start):
         epoch, index = divmod(position, num_packs)
-        yield int(order(epoch)[index])
+        yield order(epoch)[index]
 
 
 def _dealt_indices(

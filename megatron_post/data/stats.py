@@ -67,8 +67,8 @@ def role_counts(store: PackStore) -> RoleCounts:
     tokens = np.zeros((sources, len(TokenRole)), dtype=np.int64)
     messages = {role: np.zeros(sources, dtype=np.int64) for role in (TokenRole.BODY, TokenRole.MASKED)}
     padded, source_of = store.column("padded"), store.column("source")
-    for index in range(len(store)):
-        segments = slice(*store.segment_offsets[index : index + 2].tolist())
+    for index, bounds in enumerate(zip(*store.index.segments(np.arange(len(store))), strict=True)):
+        segments = slice(*bounds)
         ends = np.cumsum(padded[segments])
         source = np.repeat(source_of[segments], padded[segments])
         roles = store.read_row("roles", index)[: len(source)]

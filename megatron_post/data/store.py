@@ -1,9 +1,9 @@
 """Reads packed stores. `store_format` describes their format.
 
 All data is compared with its checksum before it is used. That happens for metadata when the store is opened,
-for a column when it is first used, and for a pack each time it is read. `data verify` reads everything. A
-reader opens files by path. If its store has been replaced, the checksums differ, so it gets an error and
-never a mixture of two stores.
+for a block of a column when it is first used, and for a pack each time it is read. `data verify` reads
+everything. A reader opens files by path. If its store has been replaced, the checksums differ, so it gets an
+error and never a mixture of two stores.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from megatron_post.data.store_format import (
     SourceCounts,
     StoreSettings,
 )
+from megatron_post.data.store_index import StoreIndex
 from megatron_post.data.store_metadata import damage, read_settings
 from megatron_post.data.template import TokenRole
 from megatron_post.storage.checksums import crc32, sha256_of_json
@@ -54,19 +55,19 @@ class PackStore:
         self.settings = settings
         self._digests = checksums.arrays(group)
         self._vocab_size = vocab_size
-        self._columns: dict[str, np.ndarray] = {}
         self._reference_checksums: np.ndarray | None = None
         with damage(path / group):
             node: Any = zarr.open_group(path, mode="r", path=group, zarr_format=3)
             self._node = node
             self.sources = [SourceCounts(**entry) for entry in node.attrs["sources"]]
-            self.segment_offsets: np.ndarray = self._checked(OFFSETS)
-            self._checksums: np.ndarray = self._checked(CHECKSUMS)
+            self.index = StoreIndex(path / group, node, checksums, settings.pack_length)
             self._packs_in_chunk = {name: _check_plain(node[name], settings, path) for name in PER_TOKEN}
-            self._check_shapes()
+            packs = {name: node[name].shape[0] for name in PER_TOKEN}
+            if any(count != len(self) for count in packs.values()):
+                raise ValueError(f"{OFFSETS} has {len(self)} packs, the other arrays {packs}")
 
     def __len__(self) -> int:
-        return len(self.segment_offsets) - 1
+        return len(self.index)
 
     @property
     def digest(self) -> str:
@@ -87,46 +88,19 @@ class PackStore:
         return sha256_of_json({"settings": settings, "sources": sources, "arrays": dict(self._digests)})
 
     def column(self, name: str) -> np.ndarray:
-        """A per-segment column of `COLUMNS`, [segments]. It stays in memory after the first use.
+        """A whole per-segment column of `COLUMNS`, [segments].
 
         Raises `StoreError` if it differs from its checksum.
         """
-        if name not in self._columns:
-            with damage(self.path / self.group):
-                values = self._checked(f"segment/{name}")
-                if len(values) != self.segment_offsets[-1]:
-                    raise ValueError(
-                        f"segment/{name} has {len(values)} rows for {self.segment_offsets[-1]} segments"
-                    )
-            self._columns[name] = values
-        return self._columns[name]
-
-    def _checked(self, name: str) -> np.ndarray:
-        # This must fail before zarr reads anything, since only the metadata of arrays with a checksum was
-        # checked.
-        stated = self._digests[name]
-        values: np.ndarray = self._node[name][:]
-        if array_digest(values) != stated:
-            raise ValueError(f"{name} differs from its checksum")
-        return values
-
-    def _check_shapes(self) -> None:
-        """Raise `ValueError` if arrays do not fit each other, which correct checksums do not rule out."""
-        packs = len(self.segment_offsets) - 1
-        shapes = {name: self._node[name].shape[0] for name in PER_TOKEN} | {CHECKSUMS: len(self._checksums)}
-        steps = np.diff(self.segment_offsets)
-        if any(count != packs for count in shapes.values()):
-            raise ValueError(f"{OFFSETS} has {packs} packs, the other arrays {shapes}")
-        if self.segment_offsets[0] != 0 or (steps < 1).any() or (steps > self.settings.pack_length).any():
-            raise ValueError(f"{OFFSETS} does not start at 0 and grow by the segments of each pack")
+        return self.index.column(name)
 
     def read(self, index: int) -> Pack:
         """Pack `index`, as new arrays. Raises `IndexError` beyond the end, and `StoreError` for damage."""
         if not 0 <= index < len(self):
             raise IndexError(f"pack {index} of {self.path}/{self.group}, which has {len(self)} packs")
-        segments = slice(*self.segment_offsets[index : index + 2].tolist())
-        padded, lengths = self.column("padded")[segments], self.column("length")[segments]
-        sources = self.column("source")[segments]
+        segments = slice(*(int(ends[0]) for ends in self.index.segments(np.array([index]))))
+        padded, lengths = self.index.rows("padded", segments), self.index.rows("length", segments)
+        sources = self.index.rows("source", segments)
         tail = self.settings.pack_length - int(padded.sum())
         padding = tail_lengths(tail, self.settings.segment_multiple)
         pack = Pack(
@@ -135,9 +109,9 @@ class PackStore:
             cu_seqlens=np.cumsum([0, *padded.tolist(), *padding], dtype=np.int32),
             lengths=_with_tail(lengths, 0, len(padding)),
             sources=_with_tail(sources, -1, len(padding)),
-            sample_ids=_with_tail(self.column("sample")[segments], 0, len(padding)),
-            unit_ids=_with_tail(self.column("unit")[segments], -1, len(padding)),
-            ranks=_with_tail(self.column("rank")[segments], -1, len(padding)),
+            sample_ids=_with_tail(self.index.rows("sample", segments), 0, len(padding)),
+            unit_ids=_with_tail(self.index.rows("unit", segments), -1, len(padding)),
+            ranks=_with_tail(self.index.rows("rank", segments), -1, len(padding)),
             reference_logps=None if self._reference_checksums is None else self.read_row(REFERENCE, index),
         )
         possible = (
@@ -219,7 +193,7 @@ class PackStore:
         if name == REFERENCE:
             assert self._reference_checksums is not None
             return int(self._reference_checksums[index])
-        return int(self._checksums[index, list(PER_TOKEN).index(name)])
+        return self.index.checksum(index, name)
 
     def _damaged(self, index: int, reason: str) -> StoreError:
         return StoreError(

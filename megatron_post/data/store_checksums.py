@@ -1,7 +1,8 @@
 """Reads and writes `checksums.json`, the SHA-256 of a store's metadata files and of its columns' values.
 
 Each pack has a CRC-32 in the array `checksums` of its group. That array is one of the columns here. So this
-small file covers everything in the store except the reference log-probabilities.
+small file covers everything in the store except the reference log-probabilities. The blocks of a column have
+checksums too, so that a reader can use a part of a column. Stores of earlier versions do not have these.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_post.data.store_columns import block_checksums
 from megatron_post.storage.checksums import sha256_of_file, sha256_of_json
 from megatron_post.storage.files import write_durably
 from megatron_post.storage.reading import read_object
@@ -33,11 +35,13 @@ class StoreChecksums:
     """The checksums of a store.
 
     files: SHA-256 of each metadata file by its path in the store. groups: SHA-256 of each array by its name,
-    for each group.
+    for each group. blocks: CRC-32 of each array's blocks, uint32 in hex, for each group. Stores of earlier
+    versions have none.
     """
 
     files: Mapping[str, str]
     groups: Mapping[str, Mapping[str, str]]
+    blocks: Mapping[str, Mapping[str, str]]
 
     def arrays(self, group: str) -> Mapping[str, str]:
         """SHA-256 of the values of a group's columns. Raises `StoreError` if the group is missing."""
@@ -48,8 +52,9 @@ class StoreChecksums:
 
 def array_digest(values: np.ndarray) -> str:
     """SHA-256, in hex, of an array's type, shape and values."""
-    head = f"{values.dtype.str} {values.shape} ".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(values).tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{values.dtype.str} {values.shape} ".encode())
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
@@ -61,6 +66,10 @@ def write_checksums(path: Path, groups: Mapping[str, Mapping[str, np.ndarray]]) 
         "files": {str(file): sha256_of_file(path / file) for file in files},
         "groups": {
             group: {name: array_digest(values) for name, values in arrays.items()}
+            for group, arrays in groups.items()
+        },
+        "blocks": {
+            group: {name: block_checksums(values).tobytes().hex() for name, values in arrays.items()}
             for group, arrays in groups.items()
         },
     }
@@ -82,6 +91,7 @@ def read_checksums(path: Path) -> StoreChecksums:
         checksums = StoreChecksums(
             files=_texts(content, "files"),
             groups={name: _texts(content["groups"], name) for name in content["groups"]},
+            blocks={name: _texts(content["blocks"], name) for name in content.get("blocks", {})},
         )
         for name, digest in checksums.files.items():
             _check_metadata(path, name, digest)

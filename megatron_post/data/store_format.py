@@ -8,6 +8,10 @@
       segment_offsets               int64 [packs + 1], pack i has the segments offsets[i]:offsets[i + 1]
       segment/<column>              [segments], see `COLUMNS`
 
+The columns (checksums, segment_offsets and segment/*) are not compressed and are one chunk file each, so that
+a reader maps them into memory and uses parts of them. Earlier versions compressed them. They are small, about
+1% of the tokens, and are written again if packs are added.
+
 Per-token arrays are not compressed and not sharded. A pack is then a contiguous range of bytes in a chunk
 file, and one `pread` reads it. zarr-python needs 0.8-1.5 ms per chunk (3.1.6, one 2.5 GHz core) and two
 chunks per pack, which is 30 times slower. It can still read and write the same arrays.

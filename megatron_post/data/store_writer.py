@@ -15,9 +15,11 @@ import zarr
 
 from megatron_post.data.store import open_store
 from megatron_post.data.store_checksums import StoreError, write_checksums
+from megatron_post.data.store_columns import mapped
 from megatron_post.data.store_format import (
     CHECKSUMS,
     COLUMNS,
+    DTYPES,
     FORMAT,
     GROUPS,
     OFFSETS,
@@ -35,16 +37,17 @@ from megatron_post.storage.lock import sole_writer
 # the buffer of the current chunk to 16 MiB of tokens. A million packs of 8,192 tokens are 2,000 files per
 # array.
 _MIN_CHUNK_TOKENS, _MAX_CHUNK_TOKENS = 2**18, 2**22
-_SEGMENTS_IN_CHUNK = 2**18
+# The index of a group, with the types of its columns.
+_INDEX = {OFFSETS: "<i8", CHECKSUMS: "<u4"} | {f"segment/{name}": dtype for name, dtype in COLUMNS.items()}
 
 
 class StoreWriter:
     """A context manager that writes or extends a store. The result appears when the block ends without error.
 
     An existing store needs `overwrite`, which replaces it, or `append`, which adds packs of the same settings
-    to a copy of it. The old store stays complete until the rename. Only one process at a time may write a
-    store, and a second one gets an error. A writer removes the files of earlier writers that were killed.
-    Raises `StoreError`.
+    to it. The new store then has the files of full chunks by hard links, or copies where there are no links.
+    The old store stays complete until the rename. Only one process at a time may write a store, and a second
+    one gets an error. A writer removes the files of earlier writers that were killed. Raises `StoreError`.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class StoreWriter:
         self._rows = self._path.with_name(f".{self._path.name}.rows")
         self._held = contextlib.ExitStack()
         self._overwrites, self._appends = overwrite, append
+        self._written: set[GroupName] = set()
         if overwrite and append:
             raise StoreError("overwrite and append exclude each other; give one of them")
         self._check_existing()
@@ -95,7 +99,7 @@ class StoreWriter:
                     store = open_store(self._path, group)
                     for name in COLUMNS:
                         store.column(name)
-                shutil.copytree(self._path, self._beside)
+                _share(self._path, self._beside)
             else:
                 attributes = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self._settings)}
                 zarr.create_group(self._beside, attributes=attributes)
@@ -130,15 +134,22 @@ class StoreWriter:
 
     def _publish(self) -> None:
         for group in GROUPS:
-            # A reader opens both groups, so a store without held-out rows has an empty group.
-            if not (self._beside / group).exists():
+            # A reader opens both groups, so a store without held-out rows has an empty group. Adding nothing
+            # to a group also writes the columns of a store of an earlier version in the present form.
+            if group not in self._written:
                 self.write(
                     group, sources=[], columns={name: [] for name in COLUMNS}, segments_per_pack=[], packs=[]
                 )
         root: Any = zarr.open_group(self._beside, mode="r")
-        names = [OFFSETS, CHECKSUMS, *(f"segment/{name}" for name in COLUMNS)]
         write_checksums(
-            self._beside, {group: {name: root[group][name][:] for name in names} for group in GROUPS}
+            self._beside,
+            {
+                group: {
+                    name: mapped(root[group][name], self._beside / group / name, dtype)
+                    for name, dtype in _INDEX.items()
+                }
+                for group in GROUPS
+            },
         )
         if not self._path.exists():
             os.rename(self._beside, self._path)
@@ -166,6 +177,7 @@ class StoreWriter:
 
         Raises `StoreError` for a source that the group already has, because its rows would be duplicated.
         """
+        self._written.add(group)
         node = self._group(group)
         known = node.attrs["sources"]
         twice = {entry["name"] for entry in known} & {source.name for source in sources}
@@ -179,7 +191,7 @@ class StoreWriter:
             values = np.asarray(columns[name], dtype=dtype)
             _extend(node, f"segment/{name}", values + values.dtype.type(shift.get(name, 0)))
         counts = np.asarray(segments_per_pack, dtype=np.int64)
-        _extend(node, OFFSETS, node[OFFSETS][-1] + np.cumsum(counts))
+        _extend(node, OFFSETS, int(node[OFFSETS][-1]) + np.cumsum(counts))
         self._extend_packs(node, packs, len(counts))
         node.attrs["sources"] = [*known, *map(dataclasses.asdict, sources)]
 
@@ -188,11 +200,9 @@ class StoreWriter:
         if name in root:
             return root[name]
         node = root.create_group(name, attributes={"sources": []})
-        node.create_array(OFFSETS, data=np.zeros(1, dtype=np.int64), chunks=(_SEGMENTS_IN_CHUNK,))
-        checksums = (_SEGMENTS_IN_CHUNK, len(PER_TOKEN))
-        node.create_array(CHECKSUMS, shape=(0, len(PER_TOKEN)), dtype="<u4", chunks=checksums)
-        for column, dtype in COLUMNS.items():
-            node.create_array(f"segment/{column}", shape=(0,), dtype=dtype, chunks=(_SEGMENTS_IN_CHUNK,))
+        for column, dtype in _INDEX.items():
+            first = {OFFSETS: np.zeros(1), CHECKSUMS: np.zeros((0, len(PER_TOKEN)))}.get(column, np.zeros(0))
+            _write_column(node, column, first.astype(dtype))
         return node
 
     def _extend_packs(self, node: Any, packs: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> None:
@@ -233,11 +243,42 @@ class StoreWriter:
 
 
 def _extend(node: Any, name: str, values: np.ndarray) -> None:
-    array = node[name]
-    start = array.shape[0]
-    array.resize((start + len(values), *array.shape[1:]))
-    if len(values):
-        array[start:] = values
+    """Write a column again with more rows. It is small beside the tokens, and stays one file."""
+    _write_column(node, name, np.concatenate([node[name][:], values.astype(_INDEX[name])]))
+
+
+def _write_column(node: Any, name: str, values: np.ndarray) -> None:
+    node.create_array(
+        name,
+        data=values,
+        chunks=(max(len(values), 1), *values.shape[1:]),
+        compressors=None,
+        overwrite=True,
+        # The file is mapped, so a column of zeros must be a file too.
+        config={"write_empty_chunks": True},
+    )
+
+
+def _share(store: Path, target: Path) -> None:
+    """Copy a store, but give the chunks that nothing will write to a second name, as a hard link.
+
+    These are all chunks of tokens and roles except a last one that has room for more packs, and the reference
+    log-probabilities. They are copied too if the file system has no links, or does not permit them.
+    """
+    root: Any = zarr.open_group(store, mode="r")
+    arrays = [root[group][name] for group in GROUPS for name in PER_TOKEN if name in root[group]]
+    open_chunks = {f"{array.path}/c/{array.shape[0] // array.chunks[0]}/0" for array in arrays}
+    shared = {(group, name, "c") for group in GROUPS for name in DTYPES}
+
+    def share(source: str, copy: str) -> None:
+        name = Path(source).relative_to(store)
+        if name.parts[:3] in shared and name.as_posix() not in open_chunks:
+            with contextlib.suppress(OSError):
+                os.link(source, copy)
+                return
+        shutil.copy2(source, copy)
+
+    shutil.copytree(store, target, copy_function=share)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import zarr
 from rich.console import Console
 
-from megatron_post.data import store_writer
+from megatron_post.data import store_columns, store_writer
 from megatron_post.data.check_store import check_store
 from megatron_post.data.pack import pack_of_segments, tail_lengths
 from megatron_post.data.store import open_store
@@ -22,6 +22,7 @@ from megatron_post.data.store_checksums import StoreError
 from megatron_post.data.store_format import COLUMNS, GROUPS
 from megatron_post.data.store_writer import StoreWriter
 from megatron_post.data.template import Rendered
+from megatron_post.storage.checksums import sha256_of_json
 from tests.unit.data.small_store import SETTINGS, seal, small_store, tokens_of, write_packs
 
 
@@ -109,6 +110,107 @@ def test_append_adds_packs_and_leaves_the_others(tmp_path: Path, small_chunks: N
     assert np.array_equal(added.tokens, tokens_of(1))
     assert [store.sources[number].name for number in added.sources] == ["c", "d"]
     assert len(np.unique(store.column("unit"))) == len(store.column("unit"))
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("killed_at", ["never", "copied", "written"])
+def test_append_shares_full_chunks(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch, links: bool, killed_at: str
+) -> None:
+    """Seven packs are two full chunks and one with room, which is copied. A kill changes nothing.
+
+    The appended store has the same bytes with links, without them, and if an earlier writer was killed.
+    "plain" is appended with links.
+    """
+    small_store(tmp_path / "s", 7)
+    before = files_of(tmp_path / "s")
+    shutil.copytree(tmp_path / "s", tmp_path / "plain")
+    chunks = {str(n): (tmp_path / f"s/train/tokens/c/{n}/0").stat().st_ino for n in range(3)}
+    link = os.link
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(source).is_relative_to(tmp_path / "s") and not links:
+            raise PermissionError("this file system has no links")
+        link(source, target)  # zarr needs links of its own
+
+    monkeypatch.setattr(os, "link", refuse)
+    if killed_at != "never":
+        if (child := os.fork()) == 0:
+            with StoreWriter(tmp_path / "s", SETTINGS, append=True) as writer:
+                if killed_at == "written":
+                    write_packs(writer, 4, names=("c", "d"))
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert files_of(tmp_path / "s") == before
+    for name in ("s", "plain"):
+        with StoreWriter(tmp_path / name, SETTINGS, append=True) as writer:
+            write_packs(writer, 4, names=("c", "d"))
+    assert files_of(tmp_path / "s") == files_of(tmp_path / "plain")
+    for n, inode in chunks.items():
+        file = tmp_path / f"s/train/tokens/c/{n}/0"
+        assert (file.stat().st_ino == inode) == (links and n != "2"), n
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["plain", "s"]
+
+
+def as_earlier_version(store: Path) -> None:
+    """Compress the columns into chunks, without checksums of blocks, as versions before did."""
+    root: Any = zarr.open_group(store, mode="r+")
+    for group in GROUPS:
+        names = ["segment_offsets", "checksums", *(f"segment/{name}" for name in COLUMNS)]
+        for name in names:
+            root[group].create_array(name, data=root[group][name][:], chunks="auto", overwrite=True)
+    seal(store, only_metadata=True)
+    content = json.loads((store / "checksums.json").read_text())
+    del content["blocks"], content["sha256"]
+    (store / "checksums.json").write_text(json.dumps({"sha256": sha256_of_json(content), **content}))
+
+
+def test_a_store_of_compressed_columns_is_read_and_extended(tmp_path: Path) -> None:
+    """A run that was started with such a store goes on, because packs and digest are the same."""
+    small_store(tmp_path / "s", 7)
+    expected = contents(tmp_path / "s")
+    as_earlier_version(tmp_path / "s")
+    assert contents(tmp_path / "s") == expected
+    check_store(tmp_path / "s", console=console())
+    small_store(tmp_path / "new", 7)
+    for name in ("s", "new"):
+        with StoreWriter(tmp_path / name, SETTINGS, append=True) as writer:
+            write_packs(writer, 4, names=("c", "d"))
+    assert contents(tmp_path / "s") == contents(tmp_path / "new")
+    assert set(files_of(tmp_path / "s")) == set(files_of(tmp_path / "new"))
+
+
+def test_only_the_blocks_in_use_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of two rows, damage to the last of ten segments is found when the last pack is read.
+
+    Opening the store and reading other packs touch other blocks.
+    """
+    monkeypatch.setattr(store_columns, "BLOCK", 2)
+    small_store(tmp_path / "s", 7)
+    file = tmp_path / "s/train/segment/sample/c/0"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    store = open_store(tmp_path / "s", "train")
+    for pack in range(5):
+        store.read(pack)
+    with pytest.raises(StoreError, match=r"segment/sample differs from its checksum in row 8 or after it"):
+        store.read(6)
+    with pytest.raises(StoreError, match="segment/sample differs from its checksum"):
+        store.column("sample")
+
+
+def test_checksums_of_another_number_of_blocks(tmp_path: Path) -> None:
+    small_store(tmp_path / "s", 2)
+    content = json.loads((tmp_path / "s/checksums.json").read_text())
+    for digits, message in (("", "has 1 blocks and 0 checksums"), ("zz", "not an intact part")):
+        content["blocks"]["train"]["segment_offsets"] = digits
+        content.pop("sha256", None)
+        (tmp_path / "s/checksums.json").write_text(json.dumps({"sha256": sha256_of_json(content), **content}))
+        with pytest.raises(StoreError, match=message):
+            open_store(tmp_path / "s", "train")
 
 
 def test_append_refuses_a_source_that_is_there(tmp_path: Path) -> None:
@@ -289,7 +391,7 @@ def test_every_damaged_byte_is_found(
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("segment_offsets", [0, 1, 1], "does not start at 0 and grow"),
+        ("segment_offsets", [0, 4, 3], "does not start at 0 and grow"),
         ("segment_offsets", [1, 2, 3], "does not start at 0 and grow"),
         ("segment_offsets", [0, 1], "has 1 packs, the other arrays"),
         ("segment_offsets", [0, 1, 4], "has 3 rows for 4 segments"),
