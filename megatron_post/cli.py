@@ -71,6 +71,29 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
         raise Requeue
 
 
+@app.command()
+def push(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="export of a run, a merge or `convert`")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORGANIZATION/NAME or USER/NAME on the hub")],
+    revision: Annotated[str | None, typer.Option(help="Branch to write. By default `main`.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository is public. By default it is private.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print what would be uploaded. Upload nothing.")] = False,
+) -> None:
+    """Upload an export with its model card to the Hugging Face Hub."""
+    from megatron_post.convert.publishing.push import check_export
+    from megatron_post.convert.publishing.push import push as upload
+
+    export = check_export(Path(directory), repo)
+    width = max(map(len, export.files))
+    say("\n".join(f"{name:<{width}}  {size:>15,} bytes" for name, size in export.files.items()))
+    for note in export.notes:
+        say(f"note: {note}")
+    if not dry_run:
+        say(upload(export, repo, private=not public, revision=revision))
+
+
 @launch_app.command("round")
 def launch_round(
     file: Annotated[str, typer.Argument(metavar="FILE", help="YAML of a round, or of a chain of steps")],

@@ -36,6 +36,17 @@ def printable(text: object) -> str:
     return "".join(_visible(character) for character in text)
 
 
+def markdown_code(text: object) -> str:
+    """`printable(text)` on one line as code of Markdown, in which nothing is interpreted.
+
+    A vertical bar is written as `\\x7c`, because it would end a cell of a table.
+    """
+    shown = " ".join(printable(text).split()).replace("|", r"\x7c") or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    blank = " " * (shown.startswith("`") or shown.endswith("`"))
+    return f"{fence}{blank}{shown}{blank}{fence}"
+
+
 def say(text: object, *, file: TextIO | None = None) -> None:
     """Print one or more lines to `file`, which is standard output by default."""
     print(printable(text), file=file, flush=True)

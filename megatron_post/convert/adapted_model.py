@@ -8,6 +8,9 @@ from torch import Tensor
 from megatron_post.convert.adapter_weights import PREFIX, SUFFIXES
 from megatron_post.convert.hf_directory import HuggingFaceDirectory
 from megatron_post.convert.peft_directory import ADAPTER_CONFIG, PeftDirectory
+from megatron_post.convert.publishing.card import documents
+from megatron_post.convert.publishing.legal import legal_files
+from megatron_post.convert.publishing.record import read_record, record_of_base
 from megatron_post.storage.checksums import sha256_of_json
 
 
@@ -43,6 +46,10 @@ class AdaptedModel:
 
     def companions(self) -> dict[str, bytes]:
         return self._base.companions()
+
+    def documents(self) -> dict[str, bytes]:
+        made = read_record(self._adapter.directory) or record_of_base(self._base.directory)
+        return documents(made, legal_files(self._base.directory), self.companions())
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
         self._base.read_into(name, row, out)

@@ -12,6 +12,7 @@ from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model
 from megatron_post.convert.contained import companion_files, contained_file
 from megatron_post.convert.mapping import SCORE, SCORE_BIAS, hf_shapes
+from megatron_post.convert.publishing.card import documents_of
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes, read_header
 from megatron_post.convert.source import Kind, check_names, row_blocks
 from megatron_post.storage.checksums import sha256_of_json
@@ -68,6 +69,9 @@ class HuggingFaceDirectory:
 
     def companions(self) -> dict[str, bytes]:
         return companion_files(self.directory)
+
+    def documents(self) -> dict[str, bytes]:
+        return documents_of(self.directory, self.companions())
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
         path, stored = self._places[name]

@@ -33,6 +33,7 @@ def export_hf(
     directory: str | Path,
     *,
     value_of: Callable[[Tensor], Tensor] = Tensor.detach,
+    documents: Callable[[dict[str, bytes]], dict[str, bytes]] = lambda companions: {},
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write model, config and tokenizer so that plain `transformers` loads them. All ranks must call it.
@@ -40,7 +41,7 @@ def export_hf(
     The files of a pipeline stage are distributed over its data- and context-parallel replicas. A rank holds
     one parameter at a time, gathered over the tensor-parallel ranks, and writes it to its final place in the
     file. The directory is renamed to its name when it is complete. value_of: takes a parameter to the values
-    that are exported.
+    that are exported. documents: called by rank 0 with the configs and the tokenizer, returns further files.
     """
     target = Path(directory)
     partial = target.with_name(f".partial-{target.name}")
@@ -67,7 +68,7 @@ def export_hf(
     gathered: list[Any] = [None] * topology.world_size
     torch.distributed.all_gather_object(gathered, (names, kinds))
     if topology.rank == 0:
-        _finish(partial, gathered, model, tokenizer, chunks[0])
+        _finish(partial, gathered, model, tokenizer, chunks[0], documents)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()
@@ -125,6 +126,7 @@ def _finish(
     model: Model,
     tokenizer: Tokenizer,
     chunk: Llama,
+    documents: Callable[[dict[str, bytes]], dict[str, bytes]],
 ) -> None:
     """Rename the files to Hugging Face's numbering, and write the index, the configs and the tokenizer.
 
@@ -142,6 +144,7 @@ def _finish(
     assert set(weight_map) == set(shapes), f"exported {len(weight_map)} tensors, the model has {len(shapes)}"
     (dtype,) = {kind.dtype for kind in kinds.values()}
     companions = written_configs(model, tokenizer, dtype=dtype, **head)
+    companions = documents(companions) | companions
     if len(files) > 1:
         companions[INDEX] = index_of(weight_map, kinds)
     for name, content in companions.items():

@@ -12,6 +12,8 @@ from megatron_post.config.sections import Model
 from megatron_post.convert.configs import read_model, written_configs
 from megatron_post.convert.dist_checkpoint import DistCheckpoint
 from megatron_post.convert.mapping import CoreTensor, RowRange, core_tensors, hf_shapes, row_ranges
+from megatron_post.convert.publishing.card import documents_of
+from megatron_post.convert.publishing.run_record import run_documents
 from megatron_post.convert.source import COMPANIONS, Kind
 from megatron_post.data.tokenizer import tokenizer_of
 from megatron_post.storage import manifest
@@ -83,6 +85,11 @@ class MegatronCheckpoint:
             scalar_head=self.scalar_head,
             scores_steps=self.scores_steps,
         )
+
+    def documents(self) -> dict[str, bytes]:
+        if self.weights_only:
+            return documents_of(self.directory, self.companions())
+        return run_documents(self._config, self.directory.parent.parent, self.step, self.companions())
 
     @cached_property
     def _config(self) -> Config:

@@ -11,6 +11,7 @@ from megatron_post.config.sections import Model
 from megatron_post.convert.configs import check_sizes, written_configs
 from megatron_post.convert.contained import contained_file
 from megatron_post.convert.mapping import META_NAMES, hf_shapes
+from megatron_post.convert.publishing.card import documents_of
 from megatron_post.convert.safetensors_file import OpenFiles, Stored, raw_bytes
 from megatron_post.convert.source import Kind, check_names
 from megatron_post.convert.torch_file import saved_tensors
@@ -64,6 +65,9 @@ class MetaDirectory:
             tokenizer = load_tokenizer(contained_file(self.directory, path.name, named_by=self.directory))
         dtype = self.tensors["model.embed_tokens.weight"].dtype
         return written_configs(self.model, tokenizer, dtype=dtype, scalar_head=False)
+
+    def documents(self) -> dict[str, bytes]:
+        return documents_of(self.directory, self.companions())
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
         if not name.endswith(("q_proj.weight", "k_proj.weight")):

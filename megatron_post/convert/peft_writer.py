@@ -20,13 +20,19 @@ from megatron_post.parallel.topology import Topology
 
 
 def export_adapter(
-    chunks: list[Llama], settings: Adapter, model: Model, topology: Topology, directory: str | Path
+    chunks: list[Llama],
+    settings: Adapter,
+    model: Model,
+    topology: Topology,
+    directory: str | Path,
+    *,
+    documents: Callable[[dict[str, bytes]], dict[str, bytes]] = lambda companions: {},
 ) -> Path:
     """Write an adapter so that `peft` loads it. All ranks must call it.
 
     A reward model's head is in the directory as well. The first replica of each pipeline stage writes a file
     of its own, which rank 0 joins, because PEFT reads one file. The directory is renamed to its name when it
-    is complete.
+    is complete. documents: called by rank 0 with the config, returns further files.
     """
     target = Path(directory)
     partial = target.with_name(f".partial-{target.name}")
@@ -54,8 +60,9 @@ def export_adapter(
         _write(partial / ADAPTER_MODEL, tensors)
         for file in files:
             file.unlink()
-        config = peft_config(settings, base=model.init_from, **heads)
-        (partial / ADAPTER_CONFIG).write_bytes(config)
+        files_beside = {ADAPTER_CONFIG: peft_config(settings, base=model.init_from, **heads)}
+        for name, content in (documents(files_beside) | files_beside).items():
+            (partial / name).write_bytes(content)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     torch.distributed.barrier()

@@ -63,6 +63,9 @@ class ModelSource(Protocol):
     def companions(self) -> dict[str, bytes]:
         """Config and tokenizer files by name, as a Hugging Face directory of this model has them."""
 
+    def documents(self) -> dict[str, bytes]:
+        """Training record, model card and legal files by name."""
+
 
 def read_rows(source: ModelSource, name: str, start: int, end: int) -> Tensor:
     """Rows [start, end) of a tensor, in its own dtype."""

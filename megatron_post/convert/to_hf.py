@@ -75,7 +75,7 @@ class ToHuggingFace:
         return {}
 
     def publish(self, records: list[dict[str, Any]]) -> None:
-        files = dict(self._companions)
+        files = self._source.documents() | self._companions
         if len(self.parts) > 1:
             weight_map = {
                 name: part.name

@@ -112,11 +112,15 @@ class ToMegatron:
         # megatron-core keeps state that is not sharded in this file. Converted weights have none.
         common = io.BytesIO()
         torch.save({}, common)
-        small = self._companions | {
-            ".metadata": pickle.dumps(self._metadata(records)),
-            "metadata.json": json.dumps(_BACKENDS).encode(),
-            "common.pt": common.getvalue(),
-        }
+        small = (
+            self._source.documents()
+            | self._companions
+            | {
+                ".metadata": pickle.dumps(self._metadata(records)),
+                "metadata.json": json.dumps(_BACKENDS).encode(),
+                "common.pt": common.getvalue(),
+            }
+        )
         for name, content in small.items():
             (self.partial / name).write_bytes(content)
         files |= manifest.checksums(self.partial, sorted(small))

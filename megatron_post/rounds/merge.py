@@ -22,6 +22,7 @@ from megatron_post.convert.configs import fingerprint_of, with_dtype
 from megatron_post.convert.hf_config import differences
 from megatron_post.convert.jobs import Converted, Report, convert
 from megatron_post.convert.open_model import open_model
+from megatron_post.convert.publishing.card import merged_documents
 from megatron_post.convert.shards import SHARD_BYTES
 from megatron_post.convert.source import DTYPE_NAMES, Kind, ModelSource, read_rows, row_blocks
 from megatron_post.convert.to_hf import ToHuggingFace
@@ -128,6 +129,12 @@ class MergedModel:
         companions = self._models[0].companions()
         dtypes = {kind.dtype for kind in self.tensors.values()}
         return with_dtype(companions, dtypes.pop()) if len(dtypes) == 1 else companions
+
+    def documents(self) -> dict[str, bytes]:
+        plan = self._plan
+        settings = plan.model_dump(mode="json", include={"method", "scale", "dtype", "seed"})
+        found = [source.documents() for source in self._models]
+        return merged_documents(found, [m.weight for m in plan.models], settings, self.companions())
 
     def read_into(self, name: str, row: int, out: Tensor) -> None:
         for first, values in self._pieces(name, row, row + len(out)):

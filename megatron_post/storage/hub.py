@@ -28,6 +28,15 @@ def model_directory(name: str | Path, *, whole: bool = True) -> Path:
     return _snapshot(match["repo"], match["revision"], _MODEL if whole else _CONFIG)
 
 
+def hub_name(directory: Path) -> str | None:
+    """`organization/model@commit` of a snapshot in the hub's cache, or None for any other directory."""
+    directory = directory.absolute()
+    owner, separator, model = directory.parent.parent.name.removeprefix("models--").partition("--")
+    if directory.parent.name != "snapshots" or not separator:
+        return None
+    return f"{owner}/{model}@{directory.name}"
+
+
 def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError

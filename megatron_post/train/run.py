@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from megatron.core.utils import unwrap_model
 
 from megatron_post.config.layout import microbatch_multiple
@@ -13,6 +15,8 @@ from megatron_post.convert.hf_reader import open_weights
 from megatron_post.convert.hf_writer import export_hf
 from megatron_post.convert.peft_directory import open_start
 from megatron_post.convert.peft_writer import export_adapter, merged_weights
+from megatron_post.convert.publishing.record import DataShare
+from megatron_post.convert.publishing.run_record import ORIGIN, run_documents, write_origin
 from megatron_post.data.loader import eval_packs
 from megatron_post.data.pack import Pack
 from megatron_post.data.store import PackStore
@@ -127,6 +131,8 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> None:
         )
         metrics = trainer.metrics
         metrics.console(f"{config.run_dir}: {_summary(config, topology, train_store)}")
+        if topology.rank == 0 and not (start.step and (Path(config.run_dir) / ORIGIN).is_dir()):
+            write_origin(config, _data_shares(train_store))
         if start.step:
             metrics.console(_where(config, start.step))
         packs = [] if held_out is None else _held_out_packs(config, held_out, topology)
@@ -157,6 +163,16 @@ def _adapter_digest(config: Config, topology: Topology) -> str | None:
     return sha256_of_json(weights_digests(config.adapter.init_from, topology))
 
 
+def _data_shares(store: PackStore) -> list[DataShare]:
+    """The tokens of each source in a store, with repeats."""
+    number, length = store.column("source"), store.column("length")
+    tokens = np.bincount(number, weights=length, minlength=len(store.sources))
+    return [
+        DataShare(name=source.name, tokens=int(count))
+        for source, count in zip(store.sources, tokens, strict=True)
+    ]
+
+
 def _held_out_packs(config: Config, store: PackStore, topology: Topology) -> list[Pack]:
     """This rank's packs of an evaluation."""
     return list(
@@ -181,13 +197,18 @@ def _export(trainer: Trainer, tokenizer: Tokenizer) -> None:
         # so the other ranks' parts of the weights are still stale here.
         gather_weights(trainer.chunks)
     chunks, adapter = unwrap_model(trainer.chunks), config.adapter
+    documents = partial(run_documents, config, directory, config.train.steps)
     if adapter is not None:
-        target = export_adapter(chunks, adapter, config.model, trainer.topology, directory / "adapter")
+        target = export_adapter(
+            chunks, adapter, config.model, trainer.topology, directory / "adapter", documents=documents
+        )
         trainer.metrics.console(f"exported the adapter to {target}")
     if config.train.export_hf:
         value_of = exact_weights(trainer.optimizer) if adapter is None else merged_weights(chunks)
         target = directory / "hf"
-        export_hf(chunks, config.model, tokenizer, trainer.topology, target, value_of=value_of)
+        export_hf(
+            chunks, config.model, tokenizer, trainer.topology, target, value_of=value_of, documents=documents
+        )
         trainer.metrics.console(f"exported to {target}")
 
 

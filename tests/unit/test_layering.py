@@ -175,7 +175,7 @@ ONLY = {
     "data": {"numpy", "zarr", "tokenizers", "datasets", "rich", "torch", "nvidia", "jinja2", "pydantic"},
     "stages": {"torch", "megatron_post_kernels"},
     "models": {"torch", "megatron", "transformer_engine", "megatron_post_kernels"},
-    "convert": {"torch", "megatron", "rich", "typer"},
+    "convert": {"torch", "megatron", "rich", "typer", "pydantic", "huggingface_hub"},
     "cli": {"typer"},
     "doctor": {"rich", "torch"},
 }

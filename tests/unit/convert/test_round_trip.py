@@ -20,7 +20,7 @@ from tests.unit.convert.models import shaped_like, to_hf, to_megatron, weights_o
 @pytest.mark.parametrize("kind", ["untied", "tied", "score", "tied, score", "score of steps"])
 @pytest.mark.parametrize("size", ["8b", "70b", "405b"])
 def test_round_trip_is_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
-    """HF -> Megatron -> HF returns identical files, configs and tokenizer included."""
+    """HF -> Megatron -> HF returns identical files, configs and tokenizer included, with a model card."""
     model, head = shaped_like(size, tied="tied" in kind), {"scalar_head": "score" in kind}
     head["scores_steps"] = "steps" in kind
     tensors = weights_of(model, dtype=torch.bfloat16, **head)
@@ -29,7 +29,9 @@ def test_round_trip_is_bit_exact(tmp_path: Path, size: str, kind: str) -> None:
     to_megatron(tmp_path / "hf", tmp_path / "checkpoints")
     to_hf(tmp_path / "checkpoints", tmp_path / "back")
     before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
-    assert {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()} == before
+    after = {file.name: file.read_bytes() for file in (tmp_path / "back").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"README.md", "training_record.json"}
     manifest.verify_step(manifest.step_directory(tmp_path / "checkpoints", 0))
 
 

@@ -93,6 +93,8 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
                "scored.jsonl", "scored.jsonl.origin.json"], 20),
     "merge": ("linear --config merge.yaml --output merged",
               [*WEIGHTS, "merge.yaml", ".converting-merged/conversion.json"], 25),
+    "push": ("published acme/Llama-x --dry-run",
+             ["published/*.json", "published/model.safetensors", "published/README.md"], 20),
     "evaluate choices": ("model choices.jsonl --output ranked.jsonl", [*WEIGHTS, "choices.jsonl"], 15),
     "generate": ("generate.yaml --output drawn.jsonl",
                  ["generate.yaml", "prompts.jsonl", *WEIGHTS, "model/tokenizer.json",

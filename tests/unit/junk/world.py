@@ -14,6 +14,7 @@ import yaml
 from megatron_post.bench.record import Record, once, write_record
 from megatron_post.config.load import load_config
 from megatron_post.convert.jobs import convert
+from megatron_post.convert.to_hf import ToHuggingFace
 from megatron_post.convert.to_megatron import ToMegatron
 from megatron_post.curation.run import curate
 from megatron_post.curation.settings import load_curation
@@ -74,6 +75,7 @@ def make_world(root: Path) -> None:
         build_store(load_config(root / name), console=make_console(quiet=True))
     job = ToMegatron("model", "converted", None)
     assert convert(job, workers=1, report=lambda text: None).is_complete
+    assert convert(ToHuggingFace("converted", "published"), workers=1, report=lambda text: None).is_complete
     record = Record("step", "a run", {"steps": "2"}, {"seconds": once("s", 1.0, "lower")}, {"date": "2026"})
     write_record(root / "bench", record)
     write_record(root / "bench", record)
