@@ -2,6 +2,9 @@
 
 Headers are read as if an adversary had written them. Data is read with `pread` and never memory-mapped, so a
 process holds only the buffer that it requested, however large the file is.
+
+The library safetensors 0.8 was compared. Its `save_file` takes all tensors of a file at once, and cannot
+write one while later ones are still being read. Its `safe_open` maps the whole file into memory.
 """
 
 import json

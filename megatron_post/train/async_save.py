@@ -8,6 +8,10 @@ incarnation exists.
 
 The ranks communicate by files in the partial directory. A collective from the writer's thread would
 interleave with the collectives of training in another order on each rank.
+
+Two libraries were compared. The `async_save` of torch 2.13's torch.distributed.checkpoint needs a gloo group
+beside NCCL for the collectives of its own thread, and its files have no checksums. megatron-core 0.16.1
+writes in forked processes, and all ranks find out by a collective whether a save is complete.
 """
 
 import contextlib

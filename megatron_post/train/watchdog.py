@@ -6,6 +6,10 @@ their stacks, and one rank reports the ranks that have no note or are behind the
 with `REQUEUE`. Ranks of the same host that do not answer are killed.
 
 The ranks communicate by files. A collective cannot be used, because a collective is usually what hangs.
+
+The library torch.distributed.elastic.timer of torch 2.13 was compared. Its server is part of torchrun's
+agent, so a job that srun starts has none. It kills a worker whose timer has expired and logs the timer's
+name. It dumps no stacks, and does not find the rank for which the others wait.
 """
 
 import contextlib
