@@ -303,6 +303,45 @@ steps:
     assert "command 2 of this job has ended with 0; the next one is data done" in _log(shared.log)
 
 
+def test_a_step_of_a_chain_is_an_array(lab: Lab, clusters: ClusterFiles, tmp_path: Path, rank: Path) -> None:
+    """Each task has its own command, run_dir and log, as the variants of a sweep have.
+
+    A requeued task starts alone again. The step behind the array waits for all tasks, and never starts if
+    one of them fails.
+    """
+    chain_file = """
+run_dir: run
+steps:
+  - name: variants
+    tasks:
+      - {command: [train, done], run_dir: run/variant-1}
+      - {command: [train, WHAT], run_dir: run/variant-2}
+      - {command: [train, done], run_dir: run/variant-3}
+  - {name: merge, command: [train, done], after: [variants]}
+"""
+    cluster = load_cluster(clusters(python=str(rank)))
+    (tmp_path / "chain.yaml").write_text(chain_file.replace("WHAT", "wait"))
+    first, second, third, merge = submit_chain(load_chain(tmp_path / "chain.yaml"), cluster, tmp_path)
+    assert merge.after == (int(str(first.job_id).removesuffix("_0")),)
+    for job, number in ((first, 1), (second, 2), (third, 3)):
+        assert job.run_dir == tmp_path / "run" / f"variant-{number}"
+        _wait_for_line(job.log, "rank 1 of 2", timeout=120)
+    for job in (first, third):
+        assert lab.wait(job.job_id, "COMPLETED", "FAILED") == "COMPLETED"
+    lab("scontrol", "requeue", str(second.job_id))
+    _wait_for_line(second.log, "rank 1 of 2", times=2, timeout=120)
+    assert lab.state(merge.job_id) == "PENDING" and not merge.log.exists()
+    (tmp_path / "run" / "finish").touch()
+    assert lab.wait(merge.job_id, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
+    assert [_log(job.log).count("rank 1 of 2") for job in (first, second, third)] == [1, 2, 1]
+
+    (tmp_path / "chain.yaml").write_text(chain_file.replace("WHAT", "crash"))
+    _, crash, _, never = submit_chain(load_chain(tmp_path / "chain.yaml"), cluster, tmp_path)
+    assert lab.wait(crash.job_id, "FAILED", "COMPLETED") == "FAILED"
+    assert lab.wait(never.job_id, "CANCELLED", "COMPLETED") == "CANCELLED"
+    assert not never.log.exists()
+
+
 def test_a_refused_chain_leaves_nothing_queued(lab: Lab, clusters: ClusterFiles, tmp_path: Path) -> None:
     (tmp_path / "chain.yaml").write_text(
         """
