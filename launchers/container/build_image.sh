@@ -18,8 +18,12 @@ trap 'rm -f "$base"; enroot remove --force "$name" 2>/dev/null || true' EXIT
 
 enroot import --output "$base" "docker://$image"
 enroot create --name "$name" "$base"
-# Transformer Engine is built for the torch of the image: pip would take another one in an isolated build
-enroot start --rw --mount "$clone:$clone" "$name" \
-    bash -c "cd '$clone' && pip install -e . && pip install --no-build-isolation -e '.[cuda]' && megatron-post doctor"
+# What the image has of torch, Transformer Engine and the like stays. Transformer Engine is built for the torch of the
+# image if it is missing: pip would take another torch in an isolated build
+enroot start --rw --mount "$clone:$clone" "$name" bash -c "cd '$clone' && export PIP_CONSTRAINT= && \
+python3 launchers/container/pins.py constraints.txt >/tmp/pins.txt && \
+pip install -e . --constraint /tmp/pins.txt && \
+pip install --no-build-isolation -e '.[cuda]' --constraint /tmp/pins.txt && \
+python3 launchers/container/check_versions.py torch megatron-core transformer-engine NCCL"
 enroot export --output "$output" "$name"
 echo "image written to $output: name it under container.image in the cluster's file (configs/clusters/h100.yaml)"

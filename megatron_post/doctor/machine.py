@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 
-from megatron_post.doctor.probes import installed_version, value_or
+from megatron_post.doctor.probes import installed_version, nccl_version, value_or
 from megatron_post.sandbox.languages import LANGUAGES
 from megatron_post.sandbox.sandbox import open_sandbox
 from megatron_post.sandbox.settings import Bubblewrap
@@ -70,11 +70,7 @@ def _torch_gpus() -> str:
 
 
 def _nccl() -> str:
-    import torch
-
-    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
-        return "not in this torch, so ranks communicate through gloo"
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return nccl_version() or "not in this torch, so ranks communicate through gloo"
 
 
 def _slurm() -> str:

@@ -29,3 +29,12 @@ def installed_version(name: str) -> str:
         return "not installed"
     except Exception as error:
         return f"unreadable: {error}"
+
+
+def nccl_version() -> str:
+    """The version of NCCL that torch uses. Empty without NCCL."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return ""
+    return ".".join(map(str, torch.cuda.nccl.version()))

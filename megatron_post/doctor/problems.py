@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_post.doctor.fused_parts import apex_kind
-from megatron_post.doctor.probes import installed_version, is_found, value_or
-from megatron_post.installation import install_command
+from megatron_post.doctor.probes import installed_version, is_found, nccl_version, value_or
+from megatron_post.installation import VERSIONS, install_command, unfit_versions
 
-ENGINE_VERSIONS = ((2, 9), (2, 12))  # megatron-core 0.16 supports versions from the first to below the second
 IMPORT_SECONDS = 300  # importing megatron-core from a cold disk that many nodes share can take minutes
 
 
@@ -30,12 +29,8 @@ def find_problems() -> Iterable[str]:
         )
     if not is_found("psutil"):
         yield "psutil is missing, without which megatron-core's checkpoint writer hangs; pip install psutil"
-    if is_found("transformer_engine") and not value_or(True, _engine_fits):
-        yield (
-            f"transformer-engine {installed_version('transformer-engine')} is not one of those that "
-            "megatron-core 0.16 is made for: older ones lack FP8 recipes, newer ones refuse to read FP8's "
-            f"scales from a checkpoint; {install_command('cuda')}"
-        )
+    versions = {name: installed_version(name) for name in VERSIONS}
+    yield from unfit_versions({**versions, "NCCL": value_or("", nccl_version)})
     for name in ("torch", "megatron.core"):
         if not is_found(name):
             yield f"{name} cannot be found: nothing can be trained; {install_command()}"
@@ -90,8 +85,3 @@ def _engine_is_whole() -> bool:
     package = Path(spec.origin).parent if spec is not None and spec.origin else Path()
     folders = (package.parent, package, package / "wheel_lib", Path(sysconfig.get_path("purelib")))
     return any(True for folder in folders for _ in folder.glob("transformer_engine_torch*.so"))
-
-
-def _engine_fits() -> bool:
-    major, minor = installed_version("transformer-engine").split(".")[:2]
-    return ENGINE_VERSIONS[0] <= (int(major), int(minor)) < ENGINE_VERSIONS[1]

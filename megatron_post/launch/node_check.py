@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_post.config.sections import Parallel
 from megatron_post.display import say
+from megatron_post.installation import installed_versions, unfit_versions
 from megatron_post.launch.node_findings import (
     GPU_FIELDS,
     Arrival,
@@ -90,7 +91,11 @@ def check_nodes(parallel: Parallel) -> bool:
 def _arrive(rank: int, local_rank: int) -> Arrival:
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Arrival(rank, host, gpus, _nvidia_smi() if local_rank == 0 and gpus else [])
+    if local_rank > 0:
+        return Arrival(rank, host, gpus)
+    nccl = {"NCCL": ".".join(map(str, torch.cuda.nccl.version()))} if gpus else {}
+    unfit = unfit_versions({**installed_versions(), **nccl})
+    return Arrival(rank, host, gpus, _nvidia_smi() if gpus else [], unfit)
 
 
 def _measure(placement: Placement, store: dist.Store, arrival: Arrival, local_rank: int) -> Report:

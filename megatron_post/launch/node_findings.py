@@ -18,12 +18,16 @@ GPU_FIELDS = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reason
 
 @dataclass(frozen=True)
 class Arrival:
-    """The first report of a rank. gpu_faults: those of the whole node, reported by its first rank."""
+    """The first report of a rank. Its first rank reports for the whole node.
+
+    gpu_faults: what nvidia-smi counts. unfit: packages in versions that do not fit.
+    """
 
     rank: int
     host: str
     gpus: int
     gpu_faults: list[str] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Finding:
 
 
 def judge_arrivals(arrivals: list[Arrival], placement: Placement, *, waited: float) -> list[Finding]:
-    """Find ranks that did not arrive within `waited` seconds and nodes with missing or faulty GPUs.
+    """Find ranks that did not arrive within `waited` seconds, missing or faulty GPUs, and unfit packages.
 
     All of these findings are fatal.
     """
@@ -64,6 +68,10 @@ def judge_arrivals(arrivals: list[Arrival], placement: Placement, *, waited: flo
         if most and first.gpus < placement.ranks_per_node:
             found.append(f"node {host} has {first.gpus} GPUs for {placement.ranks_per_node} ranks")
     found += [f"node {arrival.host}: {text}" for arrival in arrivals for text in arrival.gpu_faults]
+    versions = [(text, arrival.host) for arrival in arrivals for text in arrival.unfit]
+    for text in dict.fromkeys(text for text, _ in versions):  # one image is on all nodes
+        hosts = [host for other, host in versions if other == text]
+        found.append(f"node {hosts[0]}{f' and {len(hosts) - 1} more' if hosts[1:] else ''}: {text}")
     return [Finding(text, is_fatal=True) for text in found]
 
 

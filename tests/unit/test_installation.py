@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron_post import installation
-from megatron_post.installation import install_command, require
+from megatron_post.installation import VERSIONS, install_command, require, unfit_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,3 +105,29 @@ def test_a_missing_package_is_named_with_the_command() -> None:
         ValueError, match=r"^dreaming needs the package no_such_package: pip install .*curate"
     ):
         require("no_such_package", "dreaming", "curate")
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fits"),
+    [
+        ("torch", "2.5.1+cu124", False),
+        ("torch", "2.6", True),
+        ("torch", "2.10.0a0+b4e4ee81d3.nv25.12", True),
+        ("megatron-core", "0.16.0", False),
+        ("megatron-core", "0.16.1", True),
+        ("megatron-core", "0.17", False),
+        ("megatron-core", "0.17.0rc1", False),
+        ("transformer-engine", "2.9", True),
+        ("transformer-engine", "2.11.0+c1", True),
+        ("transformer-engine", "2.12.0", False),
+        ("NCCL", "2.20.5", False),
+        ("NCCL", "2.28.9", True),
+        ("torch", "not installed", True),  # what is missing is reported elsewhere
+        ("NCCL", "", True),
+    ],
+)
+def test_versions_that_fit(name: str, version: str, fits: bool) -> None:
+    found = unfit_versions({name: version})
+    assert [line.startswith(f"{name} {version} is not one of {VERSIONS[name]}: ") for line in found] == [
+        True
+    ] * (not fits)

@@ -141,6 +141,7 @@ ALLOWED = {
         "storage",
         "synthesis",
         "train",
+        "installation",
     },
     "api": {"config", "convert", "data", "inference", "plan", "rounds", "train"},
     "cli": {

@@ -56,6 +56,15 @@ def test_absent_ranks_and_broken_gpus_are_fatal() -> None:
     ]
 
 
+def test_unfit_versions_are_fatal() -> None:
+    """One image is on all nodes, so a text that all of them report is one finding."""
+    unfit = ["torch 2.5.1 is not one of 2.6 or newer"]
+    arrivals = [Arrival(r, f"n{r // 2}", 2, unfit=unfit if r % 2 == 0 else []) for r in range(4)]
+    assert _texts(judge_arrivals(arrivals, PLACEMENT, waited=180), is_fatal=True) == [
+        "node n0 and 1 more: torch 2.5.1 is not one of 2.6 or newer"
+    ]
+
+
 def test_a_cpu_cluster_lacks_no_gpus() -> None:
     arrivals = [Arrival(rank, "n0", gpus=0) for rank in range(4)]
     assert judge_arrivals(arrivals, PLACEMENT, waited=180) == []
