@@ -49,6 +49,10 @@ def load_section(model: type[Model], path: SettingsSource, overrides: Sequence[s
     """Read a file of other settings, in the same way as `load_config`."""
     if isinstance(path, Mapping):
         return _completed(model, dict(path), overrides, origin=model.__name__)
+    if not isinstance(path, str | Path):
+        raise ConfigError(
+            f"settings of {model.__name__} are a YAML file or a mapping of keys and values, not {path!r}"
+        )
     return _completed(model, read_tree(path), overrides, origin=str(path))
 
 

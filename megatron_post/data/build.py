@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_post.config.layout import segment_multiple, store_layout
+from megatron_post.config.load import SettingsSource, section_of
 from megatron_post.config.schema import Config
 from megatron_post.data.assembly import assemble
 from megatron_post.data.mixture import Share, mix, shares
@@ -52,7 +53,7 @@ class Packed:
 
 
 def build_store(
-    config: Config,
+    config: Config | SettingsSource,
     *,
     console: Console | None = None,
     overwrite: bool = False,
@@ -64,13 +65,14 @@ def build_store(
     Training sources are mixed by their epochs or weights. Rows of evaluation sources are used once. The same
     config and data give the same store, byte for byte, whatever the number of workers.
 
-    workers: processes that render rows, by default one for each core. Rendered rows are kept in a hidden
-    directory beside the store until the store is complete. A pack that was killed continues with them.
+    config: also a YAML file, or its keys and values. workers: processes that render rows, by default one
+    for each core. Rendered rows are kept in a hidden directory beside the store until the store is
+    complete. A pack that was killed continues with them.
 
     Raises `ValueError` (`StoreError`, `TooManyBadRows`) for an existing store, more bad or overlong rows than
     the config allows, and a source without usable rows.
     """
-    console = console or make_console()
+    config, console = section_of(Config, config), console or make_console()
     _check_sources(config)
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers}: give at least 1")

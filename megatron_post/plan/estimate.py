@@ -14,7 +14,7 @@ from megatron_post.config.layout import (
     uses_portable_layers,
     world_errors,
 )
-from megatron_post.config.load import raise_for
+from megatron_post.config.load import SettingsSource, raise_for, section_of
 from megatron_post.config.schema import Config
 from megatron_post.config.switches import switches_on
 from megatron_post.plan.activations import Layers, Segment
@@ -128,20 +128,23 @@ class Plan:
 
 
 def make_plan(
-    config: Config,
+    config: Config | SettingsSource,
     *,
     gpus: int,
     gpu: GPU | str = "h100-80gb",
     segment_length: int | None = None,
     trained_share: float = 1.0,
 ) -> Plan:
-    """The plan of a config on GPUs. gpu: also by its name in `hardware.GPUS`.
+    """The plan of a config, a YAML file or its keys and values. gpu: also by its name in `hardware.GPUS`.
 
     segment_length: tokens of the segments that fill a pack, None for one segment. trained_share: share of the
     tokens that carry loss.
 
     Raises `ConfigError` with every reason why it cannot run here, and `ValueError` for a wrong length.
     """
+    if gpus < 1:
+        raise ValueError(f"gpus={gpus}: give at least 1")
+    config = section_of(Config, config)
     gpu = gpu_of(gpu) if isinstance(gpu, str) else gpu
     raise_for(_errors(config, gpus, gpu))
     plan = Plan(config, gpus, gpu, segment_length, trained_share)

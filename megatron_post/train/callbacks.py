@@ -40,8 +40,10 @@ class CallbackFailed(ValueError):
 def checked(callbacks: Sequence[Callback]) -> list[Callback]:
     """Callbacks that raise `CallbackFailed` with their name and step in place of any other exception.
 
-    Raises `ValueError` for an object that is no callback.
+    Raises `ValueError` for anything but a sequence of callbacks.
     """
+    if not isinstance(callbacks, Sequence):
+        raise ValueError(f"callbacks={callbacks!r}: give a list of callbacks")
     for number, callback in enumerate(callbacks):
         if not isinstance(callback, Callback):
             raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 from megatron.core.utils import unwrap_model
 
 from megatron_post.config.layout import microbatch_multiple
+from megatron_post.config.load import SettingsSource, section_of
 from megatron_post.config.schema import Config
 from megatron_post.convert.hf_reader import open_weights
 from megatron_post.convert.hf_writer import export_hf
@@ -71,15 +72,16 @@ class Trained:
         return (self.history("eval") or [{}])[-1]
 
 
-def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> Trained:
+def train(config: Config | SettingsSource, *, callbacks: Sequence[Callback] = ()) -> Trained:
     """Train to the last step of a config, starting from the newest intact checkpoint of the run.
 
-    callbacks: called after steps, evaluations and saves, see `Callback`.
+    config: also a YAML file, or its keys and values. callbacks: called after steps, evaluations and saves,
+    see `Callback`. Call this in the main thread, since Python handles signals there only.
 
     Raises `ConfigError` or another `ValueError` before the model is built if the user can correct the input.
     Raises `CallbackFailed` if a callback raises an exception.
     """
-    is_finished, users = True, checked(callbacks)
+    is_finished, users, config = True, checked(callbacks), section_of(Config, config)
     try:
         _train(config, users)
     except Requeue:

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and the exit status that asks the launcher to start it again."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any, Self
 
@@ -24,6 +25,8 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("training runs in the main thread only, because Python handles signals there")
         for number in (signal.SIGUSR1, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._receive)
         return self

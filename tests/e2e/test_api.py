@@ -4,6 +4,7 @@ import ast
 import json
 import signal
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def test_an_object_that_is_no_callback_is_refused(tmp_path: Path, callback: Any)
     with pytest.raises(ValueError, match=r"callbacks\[1\] is .*derived from"):
         api.train(small_run(tmp_path), callbacks=[Recorder(), callback])
     assert not (tmp_path / "run/checkpoints").exists()
+    with pytest.raises(ValueError, match="give a list of callbacks"):
+        api.train(tmp_path / "config.yaml", callbacks=callback)
 
 
 def _calls(path: Path) -> list[tuple[str, int]]:
@@ -179,6 +182,34 @@ def test_a_plan_and_its_gpu(tmp_path: Path) -> None:
     assert plan.time.seconds > 0 and plan.fullest.total > 0
     with pytest.raises(ValueError, match="not in the planner's table"):
         api.plan(config, gpus=8, gpu="abacus")
+
+
+def test_wrong_settings_are_value_errors(tmp_path: Path) -> None:
+    """Each function takes settings as an object, a file or a mapping, and nothing else."""
+    functions: list[Any] = [
+        api.load_config,
+        api.pack,
+        api.train,
+        lambda settings: api.plan(settings, gpus=8),
+        lambda settings: api.generate(settings, tmp_path / "out"),
+        lambda settings: api.merge(settings, tmp_path / "out"),
+    ]
+    for function in functions:
+        for settings in (None, 3, ["stage=sft"]):
+            with pytest.raises(ValueError, match="are a YAML file or a mapping of keys and values, not"):
+                function(settings)
+        with pytest.raises(ValueError, match=r"nothing\.yaml does not exist"):
+            function(tmp_path / "nothing.yaml")
+        with pytest.raises(ValueError, match="stege: unknown key"):
+            function({"stege": "sft"})
+    with pytest.raises(ValueError, match="gpus=0: give at least 1"):
+        api.plan(Path(__file__).parents[2] / "configs/llama3_8b/sft.yaml", gpus=0)
+
+
+def test_training_in_another_thread_is_refused(tmp_path: Path) -> None:
+    config = small_run(tmp_path)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="in the main thread only"):
+        pool.submit(api.train, config).result()
 
 
 def test_a_mapping_is_checked_like_a_file() -> None:
