@@ -130,3 +130,13 @@ def test_kills_change_no_byte(tmp_path: Path) -> None:
     FIGURES.append(f"curate: {KILLS} kills in a run of {total} answers and files, the same bytes")
     for each in (undisturbed, run):
         each.server.close()
+
+
+def test_kills_while_the_rows_the_mixture_and_the_page_are_written(tmp_path: Path) -> None:
+    stride = 1 if _ALL else 7
+    command = [sys.executable, "-m", "tests.faults.killed_selection", str(tmp_path), str(stride)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout)
+    assert counts["tried"] == len(range(1, counts["moments"] + 1, stride)) > 3
+    FIGURES.append(f"curate: {counts['tried']} kills while the selection is written, the same bytes")
