@@ -16,14 +16,18 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 import tests.ranks  # noqa: F401  what the server imports
+from megatron_post.curation.run import curate
+from megatron_post.rounds import round_actions
 from megatron_post.rounds import run as module
 from megatron_post.storage.files import read_lines
 from tests.e2e.test_round import round_file
@@ -38,10 +42,11 @@ _context = multiprocessing.get_context("forkserver")
 class RoundProcess:
     """`megatron-post round CONFIG` in its own process group. Output goes to `log`."""
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, *, dies_in_curation: bool = False) -> None:
+        """dies_in_curation: it kills itself when `curate` begins to write the rows that it keeps."""
         log.write_text("")
         self.log, self.began = log, time.monotonic()
-        self._process = _context.Process(target=_main, args=(str(config), str(log)))
+        self._process = _context.Process(target=_main, args=(str(config), str(log), dies_in_curation))
         self._process.start()
 
     def ends_within(self, seconds: float) -> bool:
@@ -51,6 +56,11 @@ class RoundProcess:
             return False
         assert self._process.exitcode == 0, self.log.read_text()[-5000:]
         return True
+
+    def died_within(self, seconds: float) -> bool:
+        """Wait and return whether SIGKILL has ended it."""
+        self._process.join(seconds)
+        return self._process.exitcode == -signal.SIGKILL
 
     def kill(self) -> None:
         """Kill the round and all processes that it has started at once."""
@@ -111,6 +121,30 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
+def test_killed_while_its_rows_are_curated(tmp_path: Path) -> None:
+    """SFT trains the rows that `curate` keeps, and a round that is killed there continues with them."""
+    rules = [{"name": "odd", "pattern": "[13579]$", "max_share": 0.0, "roles": ["user"]}]
+    (tmp_path / "curation.yaml").write_text(yaml.safe_dump({"steps": [{"kind": "clean", "rules": rules}]}))
+    config = round_file(tmp_path / "round", curate=str(tmp_path / "curation.yaml"))
+    first, log = tmp_path / "round" / "run" / "round-01", tmp_path / "log"
+    killed = RoundProcess(config, log, dies_in_curation=True)
+    assert killed.died_within(1200), log.read_text()[-5000:]
+    assert killed.step == "curate" and not (first / "curation" / "rows.jsonl").exists()
+    columns = {path: path.stat().st_mtime_ns for path in (first / "curation").rglob("*.parquet")}
+    assert columns
+    assert RoundProcess(config, log).ends_within(1200)
+    assert {path: path.stat().st_mtime_ns for path in columns} == columns  # they were not made again
+    selected = [row["messages"] for row in read_lines(first / "selection" / "sft.jsonl")]
+    expected = [messages for messages in selected if not re.search("[13579]$", messages[0]["content"])]
+    kept = list(read_lines(first / "curation" / "rows.jsonl"))
+    assert [row["messages"] for row in kept] == expected and 0 < len(kept) < len(selected)
+    stored = yaml.safe_load((first / "sft" / "config.yaml").read_text())["data"]["sources"]
+    assert [source["path"] for source in stored] == [str(first / "curation" / "rows.jsonl")]
+    assert (first / "curation" / "report.html").exists() and (first / "sft" / "hf").is_dir()
+    assert "curate" in " ".join(json.loads((first.parent / "state.json").read_text())["done"])
+
+
 def _since(file: Path) -> float:
     """Seconds since a file was written."""
     return time.time() - file.stat().st_mtime if file.exists() else float("inf")
@@ -135,11 +169,19 @@ def _check_rows(run: Path) -> None:
         assert [row["row"] for row in read_lines(run / "round-01" / f"{scores}.jsonl")] == answered
 
 
-def _main(config: str, log: str) -> None:
+def _main(config: str, log: str, dies_in_curation: bool) -> None:
     os.setpgid(0, 0)
     _print_to(Path(log))
+    if dies_in_curation:
+        round_actions.curate = partial(curate, begins=_die_at_the_selection)  # type: ignore[assignment]
     module.run_on_ranks = _on_forked_rank
     module.run_rounds(config, console=Console(force_terminal=False, width=300))
+
+
+def _die_at_the_selection(name: str) -> None:
+    if name == "selection":
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _on_forked_rank(command: Sequence[str], *, log: Path, **_: Any) -> None:
