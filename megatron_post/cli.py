@@ -94,6 +94,20 @@ def push(
         say(upload(export, repo, private=not public, revision=revision))
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="directory of a training run, finished or not")],
+    html: Annotated[str, typer.Option(help="Page to write. By default report.html in RUN.")] = "",
+) -> None:
+    """Show a training run on one HTML page: metrics, memory, starts, and the plan beside them.
+
+    A run that finishes writes the page itself.
+    """
+    from megatron_post.train.report import write_run_report
+
+    say(write_run_report(Path(run), Path(html) if html else None))
+
+
 @launch_app.command("round")
 def launch_round(
     file: Annotated[str, typer.Argument(metavar="FILE", help="YAML of a round, or of a chain of steps")],

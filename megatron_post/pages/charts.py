@@ -10,7 +10,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from megatron_post.pages.drawing import COLOURS, INK, ROUND, draw_figure
+from megatron_post.pages.drawing import COLOURS, INK, ROUND, draw_figure, shortened
 from megatron_post.pages.page import element
 
 Points = Sequence[tuple[float, float]]
@@ -220,7 +220,6 @@ def _whole_ticks(axes: Axes, values: np.ndarray) -> None:
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     """The first row is at the top. A long name is cut, since it is in the text of the page too."""
-    short = [name if len(name) <= 22 else f"{name[:21]}\N{HORIZONTAL ELLIPSIS}" for name in names]
-    axes.set_yticks(range(len(names)), short)
+    axes.set_yticks(range(len(names)), [shortened(name, 22) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")

@@ -59,7 +59,8 @@ def draw_figure(
             axis.set_major_locator(MaxNLocator(5, steps=ROUND))
             axis.set_major_formatter(_Numbers())
         draw(axes)
-        axes.set(xlabel=printable(x), ylabel=printable(y))
+        # A longer name would be cut. The accessible name of the chart has all of it.
+        axes.set(xlabel=shortened(x, 56), ylabel=shortened(y, 26))
         file = io.StringIO()
         drawing.savefig(
             file,
@@ -78,6 +79,12 @@ def draw_figure(
     key = element("ul", joined(entries), kind="key") if len(legend) > 1 else Markup("")
     notes = joined(element("div", note, kind="faint") for note in notes)
     return element("figure", element("figcaption", title) + key + svg + notes)
+
+
+def shortened(name: str, most: int) -> str:
+    """At most this many characters of a name, as one line of visible text."""
+    text = " ".join(printable(name).split())
+    return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _inline(svg: str, *, label: str, titles: Mapping[str, str]) -> Markup:

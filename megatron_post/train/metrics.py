@@ -9,6 +9,7 @@ from typing import Any
 from megatron_post.config.sections import Train
 from megatron_post.display import say
 from megatron_post.train.callbacks import Callback
+from megatron_post.train.history import METRICS, STARTS
 from megatron_post.train.step_lines import StepLines
 from megatron_post.train.trackers import Tracker
 
@@ -17,7 +18,7 @@ class MetricsWriter(Callback):
     """Writes to `run_dir` on the one rank that reports. On other ranks every call does nothing.
 
     If the disk is full, the run goes on and the metrics are lost. trackers: also get every step. may_write:
-    see `StepLines`.
+    see `StepLines`. ranks, device: of this incarnation, for the record of its start.
     """
 
     def __init__(
@@ -27,19 +28,25 @@ class MetricsWriter(Callback):
         active: bool,
         trackers: Sequence[Tracker] = (),
         may_write: Callable[[], bool] = lambda: True,
+        ranks: int = 1,
+        device: str = "",
     ) -> None:
         self._active, self._may_write = active, may_write
-        self._lines = StepLines(Path(run_dir) / "metrics.jsonl", may_write=may_write)
+        self._lines = StepLines(Path(run_dir) / METRICS, may_write=may_write)
+        self._starts = StepLines(Path(run_dir) / STARTS, may_write=may_write)
+        self._place = {"ranks": ranks, "device": device}
         self._trackers = list(trackers) if active else []
 
     def begin(self, *, after: int) -> None:
         """Continue the run after step `after`.
 
-        Lines of later steps are removed.
+        Lines of later steps are removed. They are steps that the run has lost, and their number is recorded.
         """
         if not self._active:
             return
         written = self._lines.cut_back(after)
+        lost = max(0, written.get("train", 0) - after)
+        self._starts.write(time=time.time(), after=after, lost=lost, **self._place)
         self._each(lambda tracker: tracker.begin(after=after, written=written))
 
     def on_step(self, step: int, values: Mapping[str, float]) -> None:

@@ -139,6 +139,8 @@ def build_trainer(
         active=topology.is_reporter,
         trackers=make_trackers(config) if topology.is_reporter else (),
         may_write=lambda: fence.is_current,
+        ranks=topology.world_size,
+        device=torch.cuda.get_device_name() if topology.device.type == "cuda" else "CPU",
     )
     own = [metrics, ConsoleLines(config.train, metrics.console)]
     trainer = Trainer(

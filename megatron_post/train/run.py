@@ -34,6 +34,7 @@ from megatron_post.train.inputs import check_run, open_loader, open_stores
 from megatron_post.train.optimizer import gather_weights
 from megatron_post.train.parts import build_trainer, joined_ranks, make_stage
 from megatron_post.train.reference import attach_reference, weights_digests
+from megatron_post.train.report import try_run_report
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
 from megatron_post.train.step_lines import read_steps
@@ -83,7 +84,8 @@ def train(config: Config | SettingsSource, *, callbacks: Sequence[Callback] = ()
     """
     is_finished, users, config = True, checked(callbacks), section_of(Config, config)
     try:
-        _train(config, users)
+        if _train(config, users):
+            try_run_report(Path(config.run_dir))
     except Requeue:
         is_finished = False
     run_dir = Path(config.run_dir)
@@ -101,8 +103,11 @@ def train(config: Config | SettingsSource, *, callbacks: Sequence[Callback] = ()
     )
 
 
-def _train(config: Config, callbacks: Sequence[Callback]) -> None:
-    """Check the config, build all parts, train and export. Raises `Requeue` if a signal asked to stop."""
+def _train(config: Config, callbacks: Sequence[Callback]) -> bool:
+    """Check the config, build all parts, train and export. Returns whether this is the rank that reports.
+
+    Raises `Requeue` if a signal asked to stop.
+    """
     tokenizer = check_run(config)
     train_store, held_out = open_stores(config, tokenizer)
     # Opening checks that the weights belong to this model, before any rank joins a process group.
@@ -149,6 +154,7 @@ def _train(config: Config, callbacks: Sequence[Callback]) -> None:
             _fit_with_rollbacks(trainer, train_store, packs, start=start)
         _export(trainer, tokenizer)
         metrics.close()
+        return topology.is_reporter
 
 
 def _where(config: Config, step: int) -> str:

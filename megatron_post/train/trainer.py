@@ -1,6 +1,8 @@
 """The training loop: take packs, run forward and backward, step the optimizer, report, evaluate, save."""
 
 import math
+import resource
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from megatron_post.data.balance import attended
 from megatron_post.data.pack import Pack
 from megatron_post.parallel.topology import Topology
 from megatron_post.plan.flops import Load, step_flops
-from megatron_post.plan.hardware import gpu_of_device
+from megatron_post.plan.hardware import GIB, gpu_of_device
 from megatron_post.train.callbacks import Callback
 from megatron_post.train.checkpoint import Checkpoints, Position
 from megatron_post.train.guard import Guard
@@ -190,6 +192,7 @@ class Trainer:
         flops = step_flops(self.config, load).model / seconds
         values |= {"tokens": load.tokens, "seconds": seconds, "tokens_per_second": load.tokens / seconds}
         values["saves_stalled_seconds"] = self.checkpoints.stalled
+        values["memory_gib"] = peak_memory(self.topology.device) / GIB
         if self.topology.device.type == "cuda":
             gpu = gpu_of_device(torch.cuda.get_device_name())
             values["tflops_per_gpu"] = flops / self.topology.world_size / 1e12
@@ -210,6 +213,14 @@ class Trainer:
         else:
             squares = sum(attended(pack.lengths, pack.ranks, layout).sum() for pack in packs)
         return Load(float(tokens), float(squares), float(self.stepper.trained))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors on the GPU had so far. On the CPU, the most that the process had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, and macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _due(step: int, every: int) -> bool:

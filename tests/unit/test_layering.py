@@ -45,6 +45,8 @@ ALLOWED = {
         "models",
         "stages",
         "convert",
+        "pages",
+        "plan.estimate",
         "plan.flops",
         "plan.hardware",
     },

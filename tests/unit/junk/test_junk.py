@@ -66,6 +66,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "bench merge": ("--gigabytes 1 --directory scratch --output bench", [], 10),
     "bench curation": ("--rows 1000 --words 60 --directory scratch --output bench", [], 10),
     "bench checkpoint": ("sft.yaml --directory scratch --output bench", CONFIG, 10),
+    "report": ("run", ["run/metrics.jsonl", "run/starts.jsonl"], 25),
     "bench report": ("bench --html report.html", ["bench/*.json"], 40),
     "convert hf-to-megatron": ("model new", [*WEIGHTS, "model/tokenizer.json"], 25),
     "convert megatron-to-hf": ("converted hf", [*CONVERTED, ".converting-hf/conversion.json"], 25),

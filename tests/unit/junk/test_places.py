@@ -27,6 +27,7 @@ WRITERS = (
     "plan show sft.yaml --gpus 2 --html OUT",
     "plan search sft.yaml --gpus 2 --output OUT",
     "bench report bench --html OUT",
+    "report run --html OUT",
 )
 PLACES = {
     "read-only": "/proc/nothing/below",  # root can write to nearly every other

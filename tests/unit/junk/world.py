@@ -244,6 +244,8 @@ def _write_run(root: Path) -> None:
     job = {"job_id": 1, "name": "run", "log": "run/slurm/1.log", "run_dir": "run", "after": [], "command": []}
     (slurm / "jobs.jsonl").write_text(json.dumps(job) + "\n")
     (root / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    start = {"time": 1.0, "after": 0, "lost": 0, "ranks": 1, "device": "CPU"}
+    (root / "run" / "starts.jsonl").write_text(json.dumps(start) + "\n")
     (root / "scored.jsonl").write_text('{"row": 1, "scores": [0.5]}\n')
     (root / "scored.jsonl.origin.json").write_text("{}")
     for unfinished in (".partial-drawn.jsonl", ".converting-hf", ".converting-merged"):

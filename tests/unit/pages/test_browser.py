@@ -21,6 +21,7 @@ from megatron_post.synthesis.parts import Drop, Result
 from megatron_post.synthesis.report import write_report as write_synthesis_report
 from megatron_post.synthesis.summary import Measure, Summary
 from megatron_post.synthesis.task import Event
+from megatron_post.train.report import write_run_report
 from tests.browser import layout_problems, opened, running_browser
 from tests.unit.curation.place import Place, dialog
 from tests.unit.plan.test_estimate import BIG, llama_config
@@ -143,6 +144,24 @@ def annotation_page(directory: Path) -> Path:
     return directory / "pages" / "annotate-1.html"
 
 
+def run_report(directory: Path) -> Path:
+    """A run of five starts and many metrics, with values that are not finite and a damaged line."""
+    names = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gib", "accuracy", "a_metric" * 20, LONG)
+    rows = [
+        {"kind": kind, "step": n, "time": 1.8e9 + n}
+        | {name: 10.0 ** (3 * place - 6) / (n + 1) for place, name in enumerate(names)}
+        for n in range(1, 3000)
+        for kind in (("train", "eval") if n % 100 == 0 else ("train",))
+    ]
+    rows[5]["loss"], rows[7]["loss"] = float("nan"), float("inf")
+    write_lines(directory / "metrics.jsonl", rows)
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    start = {"time": 1.8e9, "after": 100, "lost": 7, "ranks": 16384, "device": LONG}
+    write_lines(directory / "starts.jsonl", [start] * 5)
+    return write_run_report(directory)
+
+
 PAGES: dict[str, Callable[[Path], Path]] = {
     "round": round_page,
     "bench": bench_report,
@@ -151,6 +170,7 @@ PAGES: dict[str, Callable[[Path], Path]] = {
     "synthesis": synthesis_report,
     "curation": curation_report,
     "annotation": annotation_page,
+    "run": run_report,
 }
 
 
