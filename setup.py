@@ -77,6 +77,7 @@ setup(
         "generate": ["transformers>=4.56", "vllm>=0.32,<0.33; sys_platform == 'linux'"],
         "curate": [*CURATION, *DUPLICATES],
         "synthesize": ["ruff", MATH, ROUGE, LANGUAGE],
+        "eval": ["lm_eval>=0.4.9", "transformers>=4.56", "accelerate"],
         "bench": PEERS,
         "dev": [
             "pytest",

@@ -14,7 +14,9 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 # the extras of setup.py; "" is the package without extras
-Extra = Literal["", "cuda", "dali", "generate", "curate", "synthesize", "wandb", "mlflow", "bench", "dev"]
+Extra = Literal[
+    "", "cuda", "dali", "generate", "curate", "synthesize", "wandb", "mlflow", "eval", "bench", "dev"
+]
 _NAME = "megatron-post"
 
 

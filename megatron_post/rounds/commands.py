@@ -29,6 +29,33 @@ def choices(
         print_report(report, console=make_console())
 
 
+@evaluate_app.command("tasks")
+def tasks(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hugging Face directory, name of the hub, or checkpoint")
+    ],
+    names: Annotated[str, typer.Option("--tasks", help="Tasks, such as `gsm8k,ifeval`.")],
+    backend: Annotated[
+        Literal["transformers", "vllm"], typer.Option(help="What runs the model.")
+    ] = "transformers",
+    task_dir: Annotated[str | None, typer.Option(help="Directory of further tasks as YAML.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt. By default each task's own number.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task. By default all.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 8,
+    chat: Annotated[bool, typer.Option("--chat", help="Render prompts by the chat template.")] = False,
+) -> None:
+    """Run benchmarks of lm-evaluation-harness. A checkpoint is exported, evaluated and removed."""
+    from megatron_post.rounds.tasks import TaskSettings, evaluate_tasks
+
+    chosen = tuple(name.strip() for name in names.split(",") if name.strip())
+    settings = TaskSettings(chosen, backend, task_dir, shots, limit, batch, chat)
+    for result in evaluate_tasks(model, settings):
+        error = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+        say(f"{result.task}: {result.metric} {result.value:.4f}{error}")
+
+
 @rounds_app.command("reference")
 def reference(
     store: Annotated[str, typer.Argument(metavar="STORE", help="packed store")],

@@ -14,12 +14,14 @@ from megatron_post.convert.publishing.legal import legal_files, llama_licence
 from megatron_post.convert.publishing.record import (
     RECORD,
     Record,
+    Result,
     Step,
     merged_record,
     read_record,
     record_of_base,
 )
 from megatron_post.display import markdown_code
+from megatron_post.storage.files import whole_file
 
 CARD = "README.md"
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(@.*)?", re.ASCII)
@@ -69,6 +71,25 @@ def merged_documents(
             legal[f"{name}.{number}"] = content
     records = [Record.model_validate_json(files[RECORD]) for files in found]
     return documents(merged_record(records, weights, settings), legal, companions)
+
+
+def with_results(directory: Path, results: Sequence[Result]) -> None:
+    """Add evaluations to the record and the card of an export. Those of the same tasks are replaced.
+
+    A directory without a record stays as it is, because its card is not ours.
+    """
+    record = read_record(directory)
+    if record is None:
+        return
+    again = {result.task for result in results}
+    kept = tuple(result for result in record.results if result.task not in again)
+    record = record.model_copy(update={"results": (*kept, *results)})
+    names = [name for name in ("config.json", "adapter_config.json") if (directory / name).is_file()]
+    companions = {name: (directory / name).read_bytes() for name in names}
+    files = documents(record, legal_files(directory), companions)
+    for name in (RECORD, CARD):
+        with whole_file(directory / name) as growing:
+            growing.write_bytes(files[name])
 
 
 def card_of(record: Record, companions: Mapping[str, bytes], *, legal: list[str]) -> bytes:

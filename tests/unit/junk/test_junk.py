@@ -96,6 +96,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
               [*WEIGHTS, "merge.yaml", ".converting-merged/conversion.json"], 25),
     "push": ("published acme/Llama-x --dry-run",
              ["published/*.json", "published/model.safetensors", "published/README.md"], 20),
+    "evaluate tasks": ("model --tasks none", [*WEIGHTS], 3),
     "evaluate choices": ("model choices.jsonl --output ranked.jsonl", [*WEIGHTS, "choices.jsonl"], 15),
     "generate": ("generate.yaml --output drawn.jsonl",
                  ["generate.yaml", "prompts.jsonl", *WEIGHTS, "model/tokenizer.json",
@@ -135,6 +136,7 @@ MEASURED = {
 LEFTOVERS = (".converting-*/*", ".partial-*/*", "scored.jsonl*", "rounds/*")
 # these end with 2 on a valid input: there is no Slurm, no step before this one, or `light` stops them
 STOPS = {
+    "evaluate tasks",
     "launch status",
     "launch cancel",
     "demo",
