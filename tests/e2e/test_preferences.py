@@ -78,7 +78,7 @@ def test_reward_model_learns_exports_and_scores(tmp_path: Path) -> None:
     export, output = tmp_path / "run-reward" / "hf", tmp_path / "scores.jsonl"
     single = ("precision.dtype=fp32", "data.pack_length=512")
     (scored,) = run_ranks(score_file, 1, export, rows, output, single)
-    assert scored == 120
+    assert scored.written == 120
     found = [json.loads(line) for line in output.read_text().splitlines()]
     expected = _scores_of_transformers(export, rows, limit=20)
     for line, scores in zip(found, expected, strict=False):
