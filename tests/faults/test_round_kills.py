@@ -35,7 +35,10 @@ from tests.faults.conftest import FIGURES
 
 KILLS = int(os.environ.get("ROUND_KILLS", 20 if os.environ.get("FAULT_TESTS") else 2))
 # Files that depend on the course of a run and not only on its result.
-_COURSE = re.compile(r"\.log$|/(metrics\.jsonl|tensorboard/.*|incarnations/.*|checkpoints/.*)$")
+_COURSE = re.compile(
+    r"\.log$|/((metrics|starts)\.jsonl|tensorboard/.*|incarnations/.*|checkpoints/.*)$"
+    r"|/(reward|sft|dpo)(/variant-\d+)?/report\.html$"
+)
 _context = multiprocessing.get_context("forkserver")
 
 
