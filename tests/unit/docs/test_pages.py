@@ -39,9 +39,9 @@ from tests.documentation import (
 PAGES = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()]
 # commands of others that the pages use; a word that is not here is taken for a mistake
 OTHERS = {
-    "apptainer", "apt-get", "bash", "cd", "cp", "curl", "docker", "enroot", "export", "git", "hf", "ls",
-    "lm_eval", "make", "mkdir", "pip", "python", "python3", "sbatch", "scontrol", "source", "squeue", "srun",
-    "tail", "tensorboard", "torchrun", "vllm", "xargs",
+    "apptainer", "apt-get", "bash", "cat", "cd", "chmod", "cp", "curl", "docker", "enroot", "export", "git",
+    "hf", "ls", "lm_eval", "make", "mkdir", "pip", "python", "python3", "sbatch", "scontrol", "source",
+    "squeue", "srun", "tail", "tensorboard", "torchrun", "vllm", "xargs",
 }  # fmt: skip
 RUNS = {"train", "data pack", "config show", "plan show", "plan search", "plan dry-run", "launch submit",
         "bench step", "bench checkpoint"}  # fmt: skip
