@@ -1,13 +1,16 @@
-"""Finds the files of a split in a directory, by the README of a hub clone or by the names of files."""
+"""Finds the files of a split in a directory, by the README of a hub clone or by the names of files.
+
+`datasets` is imported where a directory is read. It takes a second, and neither training nor rows
+of JSON Lines need it.
+"""
 
 from pathlib import Path
-from typing import Any
-
-from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns, sanitize_patterns
-from datasets.load import DatasetCard
-from datasets.utils.metadata import MetadataConfigs
+from typing import TYPE_CHECKING, Any
 
 from megatron_post.config.data import Source
+
+if TYPE_CHECKING:
+    from datasets.utils.metadata import MetadataConfigs
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 CSV_SUFFIXES = (".csv", ".csv.gz")
@@ -26,6 +29,8 @@ def files_of(directory: Path, source: Source) -> list[Path]:
     A subset may also be a directory. Raises `ValueError` for a missing split, configuration or file, and for
     files that cannot be read.
     """
+    from datasets.data_files import DataFilesList
+
     configs = _configs(directory)
     if configs:
         directory, patterns = _of_config(directory, configs, source)
@@ -69,8 +74,11 @@ def likely_rows(source: Source) -> int | None:
     return rows if source.max_rows is None else min(rows, source.max_rows)
 
 
-def _configs(directory: Path) -> MetadataConfigs:
+def _configs(directory: Path) -> "MetadataConfigs":
     """The configurations that a README names, empty if there are none."""
+    from datasets.load import DatasetCard
+    from datasets.utils.metadata import MetadataConfigs
+
     readme = directory / "README.md"
     if not readme.is_file():
         return MetadataConfigs()
@@ -80,8 +88,10 @@ def _configs(directory: Path) -> MetadataConfigs:
         raise ValueError(f"{readme}: its dataset configurations cannot be read: {error}") from error
 
 
-def _of_config(directory: Path, configs: MetadataConfigs, source: Source) -> tuple[Path, dict[str, Any]]:
+def _of_config(directory: Path, configs: "MetadataConfigs", source: Source) -> tuple[Path, dict[str, Any]]:
     """The directory of a configuration's files, and the patterns of files by split."""
+    from datasets.data_files import sanitize_patterns
+
     try:
         name = source.subset or configs.get_default_config_name()
     except ValueError as error:
@@ -116,6 +126,8 @@ def _subdirectory(directory: Path, source: Source) -> Path:
 
 
 def _patterns(directory: Path) -> dict[str, Any]:
+    from datasets.data_files import EmptyDatasetError, get_data_patterns
+
     try:
         return {str(split): patterns for split, patterns in get_data_patterns(str(directory)).items()}
     except EmptyDatasetError:

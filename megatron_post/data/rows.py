@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import datasets
-
 from megatron_post.config.data import Neutral, Reasoning, Source, TrainOn
 from megatron_post.data.dialog import MAX_CHARACTERS, BadRow
 from megatron_post.data.row_csv import csv_rows
@@ -142,7 +140,7 @@ def undecoded_rows(source: Source) -> Iterator[Record]:
         where = f"{source.path}[{source.split}]"
         yield from _numbered(
             where,
-            lambda: datasets.load_dataset(source.path, source.subset, split=source.split, streaming=True),
+            lambda: _datasets().load_dataset(source.path, source.subset, split=source.split, streaming=True),
         )
         return
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
@@ -150,7 +148,7 @@ def undecoded_rows(source: Source) -> Iterator[Record]:
         raise ValueError(f"source {source.name!r}: {path} has no subsets; leave out subset={source.subset}")
     if is_saved:
         saved = path / source.split if (path / "dataset_dict.json").is_file() else path
-        yield from _numbered(str(saved), lambda: datasets.load_from_disk(str(saved)))
+        yield from _numbered(str(saved), lambda: _datasets().load_from_disk(str(saved)))
         return
     before = 0
     files = files_of(path, source) if path.is_dir() else [plain_file(path, f"source {source.name!r}:")]
@@ -173,7 +171,14 @@ def _from_file(file: Path) -> Iterator[Record]:
 
 
 def _load_file(kind: str, file: Path) -> Any:
-    return datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
+    return _datasets().load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
+
+
+def _datasets() -> Any:
+    """The library, which takes a second to import. Rows of JSON Lines do not need it."""
+    import datasets
+
+    return datasets
 
 
 def _numbered(where: str, load: Callable[[], Any]) -> Iterator[Record]:
