@@ -10,7 +10,7 @@ from megatron_post.curation.rows import INDEX
 from megatron_post.curation.settings import Curation
 from megatron_post.curation.step import ROWS, Pass, Step
 from megatron_post.storage.checksums import sha256_of_json
-from megatron_post.storage.reading import did_you_mean
+from megatron_post.storage.reading import did_you_mean, plain_file
 
 _KEY_DIGITS = 16
 
@@ -70,7 +70,10 @@ class Plan:
 
 
 def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
-    """The plan of a run. index_record: what the index depends on, see `Rows.record`."""
+    """The plan of a run. index_record: what the index depends on, see `Rows.record`.
+
+    Raises `ValueError` for settings that name missing files, and fields that no step has.
+    """
     directory = Path(settings.run) / "columns"
     index_key = sha256_of_json(index_record)[:_KEY_DIGITS]
     keys = {ROWS: index_key}
@@ -106,6 +109,8 @@ def plan_of(settings: Curation, index_record: Mapping[str, Any]) -> Plan:
             planned.append(Planned(step, work, key, column, drops, rewrites))
     if settings.mixture is not None:
         _check_fields("mixture", settings.mixture.needed_fields, planned)
+        if settings.mixture.config is not None:
+            plain_file(Path(settings.mixture.config), "mixture.config:")
     everything = sha256_of_json(
         [
             index_key,

@@ -171,3 +171,9 @@ def test_a_changed_mixture_writes_only_the_selection_again(place: Place) -> None
 def test_mistakes_are_named(place: Place, mixture: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _place(place, **mixture).settings()
+
+
+def test_a_base_that_does_not_exist_is_refused_before_the_rows_are_read(place: Place) -> None:
+    with pytest.raises(ValueError, match=r"mixture\.config: .*/nft\.yaml does not exist"):
+        _place(place, config=str(place.directory / "nft.yaml")).curate()
+    assert not place.run.exists()
