@@ -184,7 +184,19 @@ def read_summary(output: Path, fingerprint: str) -> Summary | None:
     with reading(path, "the summary of a run of a recipe"):
         if content["fingerprint"] != fingerprint:
             return None
-        return Summary.model_validate(content["summary"])
+        summary = Summary.model_validate(content["summary"])
+        for sample in (sample for samples in summary.samples.values() for sample in samples):
+            _check(sample)
+        return summary
+
+
+def _check(sample: dict[str, Any]) -> None:
+    """Raise `KeyError` or `TypeError` if the report's template would not find a key of a sample."""
+    _ = sample["id"], sample["source"]
+    for message in sample["messages"]:
+        _ = message["role"], message["content"]
+        for call in message.get("tool_calls") or []:
+            _ = call["function"]["name"], call["function"]["arguments"]
 
 
 def _cut(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

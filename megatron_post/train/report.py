@@ -15,6 +15,7 @@ from megatron_post.plan.estimate import Plan, make_plan
 from megatron_post.plan.hardware import GIB, gpu_of_device
 from megatron_post.storage.files import write_whole
 from megatron_post.storage.manifest import published_steps, step_directory
+from megatron_post.storage.writing import write_text
 from megatron_post.train.history import METRICS, STARTS, History, read_history
 
 REPORT = "report.html"
@@ -57,9 +58,12 @@ def write_run_report(run_dir: Path, target: Path | None = None) -> Path:
         element("h2", "Starts"),
         *_starts(history),
     ]
-    target = target or run_dir / REPORT
-    write_whole(target, document(f"Training run {run_dir}", parts))
-    return target
+    page = document(f"Training run {run_dir}", parts)
+    if target is not None:
+        write_text(target, page)
+        return target
+    write_whole(run_dir / REPORT, page)
+    return run_dir / REPORT
 
 
 def try_run_report(run_dir: Path) -> None:

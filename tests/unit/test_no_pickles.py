@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
         "bench/trl/trl_side.py",
     },
     # for a template of the package, and never one of a user or a model
-    "jinja2.Environment": {"curation/page.py", "rounds/annotation/export.py", "synthesis/report.py"},
+    "jinja2.Environment": {"pages/page.py"},
     # what a process sends to processes that it has started, and never a file
     "pickle.loads": {"data/rendering.py", "data/render_pool.py"},
     # numpy refuses objects unless it is told otherwise
