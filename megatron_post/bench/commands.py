@@ -181,6 +181,25 @@ def curation(
     _write(bench.curation_table(figures), bench.curation_record(figures), output)
 
 
+@bench_app.command("pack")
+def pack(
+    rows: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: 10000, 100000.")] = None,
+    workers: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: 1, 2.")] = None,
+    rounds: Annotated[int, typer.Option(help="rounds of both sides, shuffled")] = 3,
+    directory: Disk = OUTPUT,
+    output: Output = OUTPUT,
+) -> None:
+    """Measure `data pack` beside `datasets.map` with TRL's packing: speed and peak memory."""
+    from megatron_post.bench.trl import packing as bench
+
+    _quiet()
+    with _scratch(directory) as disk:
+        found = bench.measure_packing(
+            disk, rows=rows or [10_000, 100_000], workers=workers or [1, 2], rounds=rounds
+        )
+    _write(bench.packing_table(found), bench.packing_record(found), output)
+
+
 @bench_app.command("checkpoint")
 def checkpoint(
     config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="default: 56M parameters")] = "",

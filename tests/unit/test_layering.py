@@ -186,7 +186,7 @@ ONLY = {
 ONLY_IN = {
     "transformer_engine": {"models/specs.py"},
     "megatron.core.extensions.transformer_engine": {"models/specs.py"},
-    "trl": {"bench/trl/trl_side.py", "bench/trl/preferences.py"},
+    "trl": {"bench/trl/trl_side.py", "bench/trl/preferences.py", "bench/trl/packing.py"},
     "nvidia.dali": {"data/dali.py"},
     "megatron.bridge": set(),
     "apex": set(),

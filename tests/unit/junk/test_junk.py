@@ -65,6 +65,7 @@ COMMANDS: dict[str, tuple[str, list[str], int]] = {
     "bench convert": ("--model 8b --rounds 1 --directory scratch --output bench", [], 10),
     "bench merge": ("--gigabytes 1 --directory scratch --output bench", [], 10),
     "bench curation": ("--rows 1000 --words 60 --directory scratch --output bench", [], 10),
+    "bench pack": ("--rows 10 --rounds 1 --directory scratch --output bench", [], 10),
     "bench checkpoint": ("sft.yaml --directory scratch --output bench", CONFIG, 10),
     "report": ("run", ["run/metrics.jsonl", "run/starts.jsonl"], 25),
     "bench report": ("bench --html report.html", ["bench/*.json"], 40),
@@ -130,6 +131,7 @@ MEASURED = {
     "convert": "bench.convert.measure_conversions",
     "merge": "bench.merge.measure_merges",
     "checkpoint": "bench.checkpoint.measure_checkpoints",
+    "pack": "bench.trl.packing.measure_packing",
     "curation": "bench.curation.side_by_side.measure_side_by_side",
 }
 # what an earlier command has left is in the way of a valid one, and is there only where it is what is damaged
