@@ -8,11 +8,12 @@ files, and it writes the same bytes as a run that was not interrupted.
 """
 
 import asyncio
+import contextlib
 import inspect
 import math
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ class _Run:
         lock = planned.column.directory / ".lock"
         taken = 0
 
-        def claimed(pieces: Iterable[int]) -> Iterator[int]:
+        def claimed(pieces: Iterable[int]) -> Generator[int, None, None]:
             nonlocal taken
             for piece in pieces:
                 if is_missing(piece):
@@ -235,11 +236,16 @@ class _Run:
                             taken += 1
                             yield piece
 
-        await make(claimed(range(self.rank, count, self.size)))
+        async def make_claimed(pieces: Iterable[int]) -> None:
+            # The traceback of an error would keep a generator that is not closed, and the lock in it.
+            with contextlib.closing(claimed(pieces)) as own:
+                await make(own)
+
+        await make_claimed(range(self.rank, count, self.size))
         said = -1
         while left := sum(map(is_missing, range(count))):
             before = taken
-            await make(claimed(range(count)))
+            await make_claimed(range(count))
             if taken == before:
                 if left != said:
                     of = f"{left:,} {what} of {planned.work.name}"

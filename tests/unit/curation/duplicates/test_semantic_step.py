@@ -135,7 +135,8 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(
     original = getattr(pkgutil.resolve_name(module), name)
     with monkeypatch.context() as patched:
         patched.setattr(target, interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stopped:
             place.curate(step, part_rows=2)
-    place.curate(step, part_rows=2)
+    place.curate(step, part_rows=2)  # the traceback still exists, and must not hold a lock
+    assert stopped.tb
     assert place.bytes() == expected
