@@ -34,7 +34,6 @@ from megatron_post.train.inputs import check_run, open_loader, open_stores
 from megatron_post.train.optimizer import gather_weights
 from megatron_post.train.parts import build_trainer, joined_ranks, make_stage
 from megatron_post.train.reference import attach_reference, weights_digests
-from megatron_post.train.report import try_run_report
 from megatron_post.train.signals import Requeue, StopRequest
 from megatron_post.train.skips import RollBack
 from megatron_post.train.step_lines import read_steps
@@ -85,6 +84,8 @@ def train(config: Config | SettingsSource, *, callbacks: Sequence[Callback] = ()
     is_finished, users, config = True, checked(callbacks), section_of(Config, config)
     try:
         if _train(config, users):
+            from megatron_post.train.report import try_run_report  # imports matplotlib
+
             try_run_report(Path(config.run_dir))
     except Requeue:
         is_finished = False

@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
         "inference/transformers.py",
         "demo/adapter.py",
         "demo/evaluate.py",
+        "bench/trl/packing.py",
         "bench/trl/preferences.py",
         "bench/trl/trl_side.py",
     },
