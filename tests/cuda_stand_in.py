@@ -66,6 +66,7 @@ def cuda_stand_in() -> Iterator[CudaGenerator]:
             stack.enter_context(mock.patch.multiple(module, **values))
         cuda = {f"{verb}_rng_state": function for verb, function in states.items()}
         cuda |= {"is_available": lambda: True, "manual_seed": generator.manual_seed}
+        cuda["get_device_name"] = lambda: "a stand-in"
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         tracked = {f"_{verb}_cuda_rng_state": function for verb, function in states.items()}
         stack.enter_context(mock.patch.multiple(core_random, **tracked))

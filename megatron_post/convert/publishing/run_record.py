@@ -34,7 +34,7 @@ _OF_STAGE = ("reward", "dpo", "pretrain")
 # what a line of metrics has besides figures of the model
 _OTHER = (
     *("step", "kind", "time", "seconds", "tokens", "tokens_per_second", "saves_stalled_seconds"),
-    *("tflops_per_gpu", "mfu", "lr", "loss_outlier", "grad_norm_outlier"),
+    *("memory_gib", "tflops_per_gpu", "mfu", "lr", "loss_outlier", "grad_norm_outlier"),
 )
 
 
