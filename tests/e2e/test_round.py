@@ -111,11 +111,7 @@ def test_a_round_writes_all_its_files(whole: Path) -> None:
     assert evaluation["greedy"]["total"] == evaluation["best_of_k"]["total"] == 12
     assert evaluation["one_sample"]["total"] == 48 and evaluation["k"] == 4
     page = (r / "report.html").read_text()
-    assert (
-        page.count("<svg") >= 7
-        and "http" not in page.replace("http://www.w3.org", "")
-        and "<script" not in page
-    )
+    assert page.count("<svg") >= 7 and "http:" not in page and "https:" not in page and "<script" not in page
     sft, average = load_file(r / "sft/hf/model.safetensors"), load_file(r / "average/model.safetensors")
     dpo = load_file(r / "dpo/hf/model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
