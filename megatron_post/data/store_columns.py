@@ -22,7 +22,7 @@ class Column:
     """
 
     def __init__(self, name: str, values: np.ndarray, checksums: np.ndarray | None = None) -> None:
-        """checksums: uint32 [blocks], CRC-32 of each block. None: the values were compared already.
+        """checksums: uint32 [blocks], the CRC-32 of each block, or None if the values have been checked.
 
         Raises `ValueError` for another number of checksums than of blocks.
         """

@@ -15,7 +15,7 @@ class StoreIndex:
     """Reads parts of columns as they are needed. `PackStore` makes it, within `damage`."""
 
     def __init__(self, path: Path, node: Any, checksums: StoreChecksums, pack_length: int) -> None:
-        """path: the group's directory. node: its zarr group."""
+        """`path` is the directory of the group, and `node` is its zarr group."""
         self._path = path
         self._node = node
         self._digests = checksums.arrays(path.name)

@@ -19,7 +19,9 @@ _MOST = 1e100  # matplotlib's arithmetic on larger values overflows
 
 
 def lines(title: str, series: Mapping[str, Points | np.ndarray], *, x: str, y: str) -> Markup:
-    """A line chart, or nothing without points. series: points [n, 2] by name. x, y: what the axes show.
+    """A line chart, or empty markup if there are no points.
+
+    series: points [n, 2] by name. x, y: the names of the axes.
 
     A value that is not finite makes a gap, and the note counts it. Of many points, the smallest and largest
     of each part of the axis are drawn.

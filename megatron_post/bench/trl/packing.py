@@ -41,7 +41,10 @@ _OWN, _TRL = "data pack", "TRL"
 
 @dataclass(frozen=True)
 class Packing:
-    """One side's packing of `rows` rows. peak: MiB of its largest process. tokens: real tokens written."""
+    """How one side packed `rows` rows.
+
+    peak: memory of its largest process, in MiB. tokens: tokens that it wrote, without padding.
+    """
 
     side: str
     rows: int
@@ -52,7 +55,7 @@ class Packing:
 
 
 def measure_packing(directory: Path, *, rows: list[int], workers: list[int], rounds: int) -> list[Packing]:
-    """Every combination in each round, in an order that is shuffled anew.
+    """Measure every combination once a round. Each round shuffles the order.
 
     Raises `ValueError` for counts that give no measurement, if TRL is not installed, and if the two sides
     write another number of tokens.

@@ -19,7 +19,10 @@ _MISSING = "`megatron-post convert megatron-to-hf` writes it from a checkpoint o
 
 @dataclass(frozen=True)
 class Export:
-    """What `push` uploads. files: names and sizes in bytes. notes: what a publisher should know first."""
+    """The files that `push` uploads.
+
+    files: their names and sizes in bytes. notes: warnings for the person who publishes them.
+    """
 
     directory: Path
     files: dict[str, int]

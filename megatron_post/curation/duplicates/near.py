@@ -102,7 +102,7 @@ class NearDuplicates:
         threshold: float,
         spared: Spared,
     ) -> None:
-        """groups: int64 [m, bands] of `band_groups`. order: its rows, the most important first.
+        """groups: int64 [m, bands], from `band_groups`. order: its rows, the most important one first.
 
         ngrams: the n-grams of the row at a place, sorted and distinct. spared: says for a row and other rows,
         int64 [k], which pairs are no duplicates, however similar they are, bool [k].
